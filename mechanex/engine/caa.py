@@ -1,0 +1,105 @@
+"""Contrastive activation addition: steering vectors as mean differences of the residual stream over answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..errors import ValidationError
+from .forward import packs_for, visit_residuals
+from .intervention import compute_dtype
+from .models import adapter_for
+from .models.adapter import ModelAdapter, undisturbed
+from .pack import BATCH_TOKENS, ROW_TOKENS
+from .text import Prompt, encode_pair
+from .vectors import SteeringVector
+
+__all__ = ["caa_vectors", "default_layer"]
+
+
+def default_layer(n_layers: int) -> int:
+    """The layer that is steered when none is named: two thirds of the way up."""
+    return int(2 * n_layers / 3)
+
+
+def caa_vectors(
+    model: nn.Module | ModelAdapter,
+    prompts: Sequence[Prompt],
+    positive_answers: Sequence[str],
+    negative_answers: Sequence[str],
+    layers: Sequence[int] | None = None,
+    tokenizer: Any = None,
+    *,
+    row_tokens: int = ROW_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = False,
+) -> SteeringVector:
+    """One vector per layer: the mean over examples of (mean over the positive answer's tokens − the negative answer's).
+
+    All layers are read in one pass over packed prompts, and only means are kept (arXiv:2312.06681, with
+    means over all answer tokens).
+
+    Args:
+        model: a Hugging Face or TransformerLens model.
+        prompts: text, token ids or chat messages, one per example.
+        positive_answers: answers that show the behaviour.
+        negative_answers: answers that show its opposite.
+        layers: layers to read, negatives from the end; None for one, two thirds of the way up.
+        tokenizer: needed for text when the model carries none.
+        row_tokens: packed rows are filled up to this length.
+        batch_tokens: most tokens in one pass.
+        progress: show a progress bar.
+
+    Returns:
+        A vector in float32 (float64 for float64 models) on the CPU.
+
+    Raises:
+        ValidationError: lists of unequal length or empty, an empty answer, a layer that doesn't exist, or a
+            result that is zero or not finite.
+    """
+    adapter = adapter_for(model)
+    n = len(prompts)
+    if not n == len(positive_answers) == len(negative_answers):
+        raise ValidationError(
+            f"prompts, positive_answers and negative_answers must be of one length; "
+            f"got {n}, {len(positive_answers)} and {len(negative_answers)}."
+        )
+    if n == 0:
+        raise ValidationError("There are no examples: prompts and answers are empty.")
+    wanted = [default_layer(adapter.n_layers)] if layers is None else layers
+    indices = sorted({adapter.layer_index(layer) for layer in wanted})
+    if not indices:
+        raise ValidationError("There are no layers: layer_idxs is empty; leave it out for the default layer.")
+    tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
+    answers = (positive_answers, negative_answers)
+    pairs = [encode_pair(tokenizer, prompt, side[i]) for i, prompt in enumerate(prompts) for side in answers]
+    weights = torch.tensor([(-1.0) ** i / (n * len(completion)) for i, (_, completion) in enumerate(pairs)])
+
+    sums: dict[int, Tensor] = {}
+
+    def reader(layer: int, rows: Tensor, columns: Tensor, weight: Tensor) -> Any:
+        def read(hidden: Tensor) -> None:
+            tokens = hidden[rows, columns].to(compute_dtype(hidden.dtype))
+            part = (weight.to(tokens) @ tokens).to("cpu", torch.float64)
+            sums[layer] = sums[layer] + part if layer in sums else part
+
+        return read
+
+    packs = packs_for(adapter, pairs, row_tokens=row_tokens, batch_tokens=batch_tokens)
+    with torch.no_grad(), undisturbed(adapter.hf_model):
+        for pack in tqdm(packs, desc="CAA", unit="batch", disable=not progress):
+            weight = weights.to(pack.pair.device)[pack.pair]
+            visit_residuals(adapter, pack, {n: reader(n, pack.row, pack.column, weight) for n in indices})
+    vectors = {n: sums[n].to(compute_dtype(adapter.dtype)) for n in indices}
+    for layer, vector in vectors.items():
+        norm = float(vector.norm())
+        if not norm or not norm < float("inf"):
+            reason = "zero: the positive and negative answers are the same" if norm == 0 else "not finite"
+            raise ValidationError(
+                f"The vector at layer {layer} is {reason}; check the examples and the model."
+            )
+    return SteeringVector(vectors, model=adapter.model_id, method="caa")

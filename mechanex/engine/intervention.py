@@ -1,0 +1,244 @@
+"""What is done to one row of the residual stream: ``x + b + LᵀRx``, or ``x + b + Mx`` for a dense matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ValidationError
+from ..ops.steer import steer
+
+__all__ = ["Edit", "EditTable", "compute_dtype"]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that edits are computed in: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _vector(v: Tensor, name: str) -> Tensor:
+    if v.ndim != 1 or v.numel() == 0:
+        raise ValidationError(f"{name} must be one vector of shape [d_model]; got shape {list(v.shape)}.")
+    return v if v.dtype in (torch.float32, torch.float64) else v.float()
+
+
+def _factor(m: Tensor, width: int, name: str) -> Tensor:
+    if m.ndim != 2 or m.shape[1] != width:
+        raise ValidationError(f"{name} must have shape [rank, {width}]; got {list(m.shape)}.")
+    return m if m.dtype in (torch.float32, torch.float64) else m.float()
+
+
+def unit(v: Tensor) -> Tensor:
+    """v/‖v‖, differentiable through the norm.
+
+    Raises:
+        ValidationError: v is the zero vector or not finite, so that it has no direction.
+    """
+    norm = v.norm()
+    if not bool(torch.isfinite(norm)) or bool(norm == 0):
+        raise ValidationError(
+            f"This edit needs a direction, but the vector's norm is {float(norm)}; "
+            "pass a finite vector that isn't zero."
+        )
+    direction: Tensor = v / norm
+    return direction
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One intervention on rows x of the residual stream.
+
+    ``x + bias + leftᵀ(right x)``, or with a dense ``matrix`` ``x + bias + matrix x``. Both terms are taken
+    from the original x. Tensors may require gradients; they are at least float32.
+
+    Args:
+        bias: [d_model].
+        left: [rank, d_model] or None, rows are factors.
+        right: [rank, d_model] or None.
+        matrix: [d_model, d_model] or None; excludes ``left`` and ``right``.
+    """
+
+    bias: Tensor
+    left: Tensor | None = None
+    right: Tensor | None = None
+    matrix: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bias", _vector(self.bias, "bias"))
+        if (self.left is None) != (self.right is None):
+            raise ValidationError("An edit needs both factors, left and right, or neither; got one of them.")
+        if self.left is not None and self.right is not None:
+            if self.matrix is not None:
+                raise ValidationError(
+                    "An edit takes either factors (left, right) or a dense matrix; got both."
+                )
+            object.__setattr__(self, "left", _factor(self.left, self.width, "left"))
+            object.__setattr__(self, "right", _factor(self.right, self.width, "right"))
+            if self.left.shape[0] != self.right.shape[0]:
+                raise ValidationError(
+                    f"left and right must have the same rank; got {self.left.shape[0]} and {self.right.shape[0]}."
+                )
+        if self.matrix is not None and tuple(self.matrix.shape) != (self.width, self.width):
+            raise ValidationError(
+                f"matrix must have shape [{self.width}, {self.width}]; got {list(self.matrix.shape)}."
+            )
+
+    @property
+    def width(self) -> int:
+        """d_model."""
+        return self.bias.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Number of factor rows; 0 for a plain addition and for a dense matrix."""
+        return 0 if self.left is None else self.left.shape[0]
+
+    @classmethod
+    def add(cls, v: Tensor) -> Edit:
+        """x + v."""
+        return cls(v)
+
+    @classmethod
+    def ablate(cls, v: Tensor) -> Edit:
+        """x − (x·v̂)v̂: removes the component along v [d_model]. A zero v is a ValidationError."""
+        direction = unit(_vector(v, "v"))[None]
+        return cls(torch.zeros_like(direction[0]), -direction, direction)
+
+    @classmethod
+    def clamp(cls, v: Tensor, value: float) -> Edit:
+        """x − (x·v̂)v̂ + value·v: afterwards the projection on v̂ is value·‖v‖ (arXiv:2411.09003, section 2)."""
+        v = _vector(v, "v")
+        direction = unit(v)[None]
+        return cls(value * v, -direction, direction)
+
+    @classmethod
+    def affine(cls, v: Tensor, left: Tensor, right: Tensor) -> Edit:
+        """x + v + leftᵀ(right x), with left and right [rank, d_model]."""
+        return cls(v, left, right)
+
+    @classmethod
+    def dense(cls, v: Tensor, matrix: Tensor) -> Edit:
+        """x + v + matrix x, with matrix [d_model, d_model]; a matrix product, much slower than a factored edit."""
+        return cls(v, matrix=matrix)
+
+    def scaled(self, strength: float) -> Edit:
+        """The same edit with its whole effect multiplied: x + strength·(bias + Mx)."""
+        return Edit(
+            self.bias * strength,
+            None if self.left is None else self.left * strength,
+            self.right,
+            None if self.matrix is None else self.matrix * strength,
+        )
+
+    def then(self, following: Edit) -> Edit:
+        """One edit that does this one and then ``following``; ranks add up.
+
+        Raises:
+            ValidationError: the widths differ.
+        """
+        if self.width != following.width:
+            raise ValidationError(f"Edits of widths {self.width} and {following.width} can't be composed.")
+        if self.matrix is not None or following.matrix is not None:
+            first, second = self.as_matrix(), following.as_matrix()
+            return Edit(
+                self.bias + following.bias + second @ self.bias, matrix=first + second + second @ first
+            )
+        if following.left is None or following.right is None:
+            return Edit(self.bias + following.bias, self.left, self.right)
+        left, right = following.left, following.right
+        bias = self.bias + following.bias + left.T @ (right @ self.bias)
+        if self.left is None or self.right is None:
+            return Edit(bias, left, right)
+        return Edit(
+            bias,
+            torch.cat([self.left, left]),
+            torch.cat([self.right, right + (right @ self.left.T) @ self.right]),
+        )
+
+    def as_matrix(self) -> Tensor:
+        """The linear part M as [d_model, d_model]."""
+        if self.matrix is not None:
+            return self.matrix.to(self.bias.dtype)
+        if self.left is None or self.right is None:
+            return self.bias.new_zeros(self.width, self.width)
+        return self.left.T @ self.right
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Edit:
+        """The same edit on another device and in another floating dtype; itself when nothing changes."""
+        if self.bias.device == device and self.bias.dtype == dtype:
+            return self
+        moved = [None if t is None else t.to(device, dtype) for t in (self.left, self.right, self.matrix)]
+        return Edit(self.bias.to(device, dtype), *moved)
+
+    def apply(self, hidden: Tensor) -> Tensor:
+        """The edited copy of ``hidden`` [..., d_model], in its dtype; ``hidden`` itself is left alone."""
+        return EditTable([self]).apply(hidden)
+
+
+class EditTable:
+    """Edits stacked for the ``steer`` op; factors of lower rank are filled up with zero rows.
+
+    Args:
+        edits: at least one; all of one width. Dense matrices are applied one after another.
+    """
+
+    def __init__(self, edits: list[Edit]) -> None:
+        self.edits = edits
+        self._stacked: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+
+    def _stack(self, hidden: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        dtype = compute_dtype(hidden.dtype)
+        if self._stacked is not None:
+            bias = self._stacked[0]
+            if bias.device == hidden.device and bias.dtype == dtype:
+                return self._stacked
+        edits = [e.to(hidden.device, dtype) for e in self.edits]
+        rank = max(e.rank for e in edits)
+        bias = edits[0].bias[None] if len(edits) == 1 else torch.stack([e.bias for e in edits])
+        left = right = None
+        if rank:
+            left = torch.stack([_filled(e.left, rank, e.bias) for e in edits])
+            right = torch.stack([_filled(e.right, rank, e.bias) for e in edits])
+        stacked = (bias, left, right)
+        if not any(t is not None and t.requires_grad for t in stacked):
+            self._stacked = stacked
+        return stacked
+
+    def apply(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Edits ``hidden`` [..., d_model] out of place.
+
+        Args:
+            hidden: the residual stream.
+            rows: int32 of hidden's leading shape, the edit of every row or -1; None applies the only edit
+                to all.
+        """
+        width = self.edits[0].width
+        if hidden.shape[-1] != width:
+            raise ValidationError(
+                f"The edit is for a residual stream {width} wide, but this one is {hidden.shape[-1]} wide; "
+                "the vector was made for another model."
+            )
+        flat = hidden.reshape(-1, width)
+        index = None if rows is None else rows.reshape(-1)
+        if any(e.matrix is not None for e in self.edits):
+            return self._apply_dense(flat, index).view(hidden.shape)
+        bias, left, right = self._stack(hidden)
+        return steer(flat, index, bias, left, right).view(hidden.shape)
+
+    def _apply_dense(self, flat: Tensor, index: Tensor | None) -> Tensor:
+        x = flat.to(compute_dtype(flat.dtype))
+        out = flat
+        for k, edit in enumerate(self.edits):
+            edit = edit.to(x.device, x.dtype)
+            edited = (x + edit.bias + x @ edit.as_matrix().T).to(flat.dtype)
+            out = edited if index is None else torch.where((index == k)[:, None], edited, out)
+        return out
+
+
+def _filled(factor: Tensor | None, rank: int, like: Tensor) -> Tensor:
+    if factor is None:
+        return like.new_zeros(rank, like.shape[0])
+    missing = rank - factor.shape[0]
+    return factor if missing == 0 else torch.cat([factor, factor.new_zeros(missing, factor.shape[1])])

@@ -1,0 +1,183 @@
+"""Hugging Face causal models: where their blocks, norm and unembedding are, found by structure and not by name."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...errors import ValidationError
+from .adapter import ModelAdapter, ResidualHook, Unembedding
+
+__all__ = ["HuggingFaceAdapter", "find_layers", "hidden_argument", "residual_hook"]
+
+LAYER_PATHS = (
+    "model.layers",
+    "model.language_model.layers",
+    "language_model.model.layers",
+    "language_model.layers",
+    "model.decoder.layers",
+    "decoder.layers",
+    "transformer.h",
+    "transformer.blocks",
+    "transformer.layers",
+    "gpt_neox.layers",
+    "backbone.layers",
+    "layers",
+    "h",
+    "blocks",
+)
+FINAL_NORMS = (
+    "norm",
+    "final_layernorm",
+    "final_layer_norm",
+    "ln_f",
+    "norm_f",
+    "final_norm",
+    "ln_out",
+    "norm_out",
+)
+
+
+def find_layers(model: nn.Module, path: str | None = None) -> tuple[str, nn.ModuleList]:
+    """The path and list of the decoder layers.
+
+    Args:
+        model: a causal language model.
+        path: dotted path of the list, for models whose structure isn't recognised.
+
+    Raises:
+        ValidationError: nothing was found; the text says what was looked for and how to name the list.
+    """
+    if path is not None:
+        found = _descend(model, path)
+        if not isinstance(found, nn.ModuleList) or len(found) == 0:
+            raise ValidationError(
+                f"layers={path!r} must name a ModuleList of decoder layers in {type(model).__name__}; it is "
+                f"{type(found).__name__ if found is not None else 'not there'}. {_candidates(model)}"
+            )
+        return path, found
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValidationError(
+            f"{type(model).__name__} is an encoder-decoder model; steering needs a decoder-only (causal) model."
+        )
+    for candidate in LAYER_PATHS:
+        found = _descend(model, candidate)
+        if isinstance(found, nn.ModuleList) and len(found):
+            return candidate, found
+    depth = _configured_depth(model)
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if len(lists) == 1:
+        return lists[0]
+    raise ValidationError(
+        f"The decoder layers of {type(model).__name__} were not found. Looked for {', '.join(LAYER_PATHS)}, "
+        f"and for a single ModuleList of {depth} modules. Name the list yourself, for example "
+        f"adapter_for(model, layers='transformer.my_blocks'). {_candidates(model)}"
+    )
+
+
+def _descend(model: nn.Module, path: str) -> Any:
+    found: Any = model
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _configured_depth(model: nn.Module) -> int | None:
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, "num_hidden_layers", None)
+
+
+def _candidates(model: nn.Module) -> str:
+    lists = [f"{n} ({len(m)})" for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and n]
+    return f"Its module lists: {', '.join(lists[:8]) or 'none'}."
+
+
+def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The residual stream among the arguments of a decoder layer: the first one, or ``hidden_states``."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def residual_hook(fn: ResidualHook) -> Any:
+    """A forward pre-hook for a decoder layer: ``fn`` of its hidden state takes its place, other arguments are kept."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        new = fn(hidden_argument(args, kwargs))
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+    return hook
+
+
+class HuggingFaceAdapter(ModelAdapter):
+    """A transformers causal model.
+
+    Args:
+        model: the model.
+        layers: dotted path of its list of decoder layers, where it isn't found by itself.
+    """
+
+    def __init__(self, model: nn.Module, *, layers: str | None = None) -> None:
+        self.model = self.hf_model = model
+        self.findings = {}
+        self._locate(layers)
+        self.tokenizer = getattr(model, "tokenizer", None)
+
+    def _locate(self, layers: str | None) -> None:
+        path, found = find_layers(self.hf_model, layers)
+        self.layers = list(found)
+        parent, _, _ = path.rpartition(".")
+        self._trunk: nn.Module = _descend(self.hf_model, parent) if parent else self.hf_model
+        config = self.config
+        self.d_model = _width(config, self._part("get_input_embeddings"))
+        self.model_id = getattr(self.hf_model, "name_or_path", "") or type(self.hf_model).__name__
+
+    def on_residual(self, layer: int, fn: ResidualHook) -> Any:
+        block = self.layers[self.layer_index(layer)]
+        return block.register_forward_pre_hook(residual_hook(fn), with_kwargs=True)
+
+    @property
+    def head(self) -> nn.Module | None:
+        return self._part("get_output_embeddings")
+
+    @property
+    def unembedding(self) -> Unembedding:
+        head: Any = self.head
+        if head is None or not hasattr(head, "weight"):
+            raise ValidationError(
+                f"{type(self.hf_model).__name__} has no language head; load it with AutoModelForCausalLM."
+            )
+        config = self.config
+        scale = 1.0
+        if isinstance(multiplier := getattr(config, "logit_scale", None), int | float):
+            scale = float(multiplier)
+        if isinstance(divisor := getattr(config, "logits_scaling", None), int | float):
+            scale /= float(divisor)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return Unembedding(head.weight, getattr(head, "bias", None), scale, softcap)
+
+    @cached_property
+    def _tail(self) -> list[nn.Module]:
+        norms = [n for name in FINAL_NORMS if isinstance(n := getattr(self._trunk, name, None), nn.Module)]
+        out = getattr(self._trunk, "project_out", None)
+        return norms[:1] + ([out] if isinstance(out, nn.Module) else [])
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        for module in self._tail:
+            hidden = module(hidden)
+        return hidden
+
+
+def _width(config: Any, embeddings: Any) -> int:
+    for name in ("hidden_size", "n_embd", "d_model"):
+        if isinstance(width := getattr(config, name, None), int):
+            return width
+    if isinstance(weight := getattr(embeddings, "weight", None), Tensor):
+        return int(weight.shape[1])
+    raise ValidationError(
+        f"The model's width was not found in its {type(config).__name__} or its embeddings."
+    )

@@ -1,0 +1,242 @@
+"""Batches of (prompt, completion) pairs as rows of tokens: every prompt once, almost no padding.
+
+A row holds one or more prompt trees: a prompt, then its completions. A tree mask lets each completion see
+its own prompt and itself only, and position ids are those that the tokens would have alone.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import ValidationError
+
+__all__ = ["Layout", "Pack", "build_packs"]
+
+Layout = Literal["tree", "padded"]
+Pair = tuple[Sequence[int], Sequence[int]]
+
+# Measured on two CPU cores with a 110 M Llama (benchmarks/test_caa.py prints them): wider rows spend more
+# on attention between trees that don't see each other, narrower ones more on padding.
+ROW_TOKENS = 256
+BATCH_TOKENS = 2048
+
+
+@dataclass
+class _Tree:
+    prompt: tuple[int, ...]
+    pairs: list[int] = field(default_factory=list)
+    size: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """One batch of rows ready for a model.
+
+    Attributes:
+        layout: "tree" (a 4-D tree mask) or "padded" (one pair a row, right-padded, a 2-D mask).
+        input_ids: [B, T] int64.
+        position_ids: [B, T] int64; 0 for padding.
+        segment: [B, T] int64, number of the prompt or completion within the row; -1 for padding.
+        parent: [B, T] int64, segment of the prompt that a completion's token continues; -1 in prompts and
+            padding.
+        source: [B, T] int64, group of the pair(s) that a token belongs to, as given to :func:`build_packs`;
+        -1 for padding. row, column: [N] int64, where each completion token stands.
+        predictor: [N] int64, column whose hidden state predicts it.
+        target: [N] int64, its token id.
+        pair: [N] int64, index of its (prompt, completion) pair in the input; tokens of one pair are in order.
+    """
+
+    layout: Layout
+    input_ids: Tensor
+    position_ids: Tensor
+    segment: Tensor
+    parent: Tensor
+    source: Tensor
+    row: Tensor
+    column: Tensor
+    predictor: Tensor
+    target: Tensor
+    pair: Tensor
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens on the longest path from a prompt's start to a completion's end."""
+        return int(self.position_ids.max()) + 1
+
+    @property
+    def in_prompt(self) -> Tensor:
+        """[B, T] bool: tokens of prompts."""
+        return (self.segment >= 0) & (self.parent < 0)
+
+    def to(self, device: torch.device) -> Pack:
+        """The same pack on another device."""
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "layout"}
+        return replace(self, **tensors)
+
+    def visible(self, window: int | None = None) -> Tensor:
+        """[B, T, T] bool: which token (last axis) each token sees.
+
+        Args:
+            window: of a sliding-window layer: only the last ``window`` positions of the token's own path.
+        """
+        length = self.input_ids.shape[1]
+        same = self.segment[:, :, None] == self.segment[:, None, :]
+        above = self.parent[:, :, None] == self.segment[:, None, :]
+        seen = (same | above) & (self.segment >= 0)[:, None, :]
+        seen &= torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
+        if window is not None:
+            seen &= self.position_ids[:, :, None] - self.position_ids[:, None, :] < window
+        # A padding token sees itself: a row of nothing would be NaN in some kernels.
+        return seen | torch.eye(length, dtype=torch.bool, device=seen.device)
+
+    def additive_mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
+        """[B, 1, T, T]: 0 where a token is seen, the dtype's lowest number elsewhere."""
+        hidden = ~self.visible(window)[:, None]
+        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
+            hidden, torch.finfo(dtype).min
+        )
+
+
+def build_packs(
+    pairs: Sequence[Pair],
+    *,
+    layout: Layout = "tree",
+    groups: Sequence[Hashable] | None = None,
+    row_tokens: int = ROW_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
+    pad_id: int = 0,
+) -> list[Pack]:
+    """Lays out (prompt ids, completion ids) pairs, longest first, so that no batch mixes long rows with short ones.
+
+    Args:
+        pairs: neither side empty.
+        layout: "tree", or "padded" for models that can't take a tree mask.
+        groups: one key a pair; pairs share a prompt only when its tokens and their keys agree (steered
+            differently,
+            they can't). ``Pack.source`` numbers the keys in order of first appearance. Default: one group
+            for all.
+        row_tokens: rows are filled up to this many tokens; a longer tree gets a row of its own.
+        batch_tokens: most tokens of a pack, padding included, unless one row alone is longer.
+        pad_id: id that fills the rows' ends.
+
+    Raises:
+        ValidationError: an empty prompt or completion, or groups of another length.
+    """
+    keys: Sequence[Hashable] = [0] * len(pairs) if groups is None else groups
+    if len(keys) != len(pairs):
+        raise ValidationError(
+            f"There are {len(pairs)} pairs but {len(keys)} groups; give one group per pair."
+        )
+    for i, (prompt, completion) in enumerate(pairs):
+        if not len(prompt) or not len(completion):
+            raise ValidationError(f"Pair {i} has an empty {'prompt' if not len(prompt) else 'completion'}.")
+    numbers = {key: n for n, key in enumerate(dict.fromkeys(keys))}
+    source = [numbers[key] for key in keys]
+    rows = _fill_rows(_trees(pairs, source, layout, row_tokens), row_tokens if layout == "tree" else 0)
+    packs: list[Pack] = []
+    while rows:
+        width = sum(t.size for t in rows[0])
+        count = max(1, batch_tokens // width)
+        packs.append(_lay_out(rows[:count], pairs, source, layout, pad_id))
+        rows = rows[count:]
+    return packs
+
+
+def _trees(pairs: Sequence[Pair], source: list[int], layout: Layout, row_tokens: int) -> list[_Tree]:
+    """Pairs grouped by prompt; a tree that outgrows a row goes on in another with the prompt again."""
+    trees: list[_Tree] = []
+    growing: dict[Hashable, _Tree] = {}
+    for i, (prompt, completion) in enumerate(pairs):
+        key: Hashable = i if layout == "padded" else (source[i], tuple(prompt))
+        tree = growing.get(key)
+        if tree is None or tree.size + len(completion) > row_tokens:
+            tree = growing[key] = _Tree(tuple(prompt), size=len(prompt))
+            trees.append(tree)
+        tree.pairs.append(i)
+        tree.size += len(completion)
+    return trees
+
+
+def _fill_rows(trees: list[_Tree], row_tokens: int) -> list[list[_Tree]]:
+    """Best fit, longest tree first; rows come back longest first."""
+    rows: list[list[_Tree]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for tree in sorted(trees, key=lambda t: -t.size):
+        place = bisect.bisect_left(room, (tree.size, -1))
+        if place < len(room):
+            left, r = room.pop(place)
+            rows[r].append(tree)
+        else:
+            left, r = row_tokens, len(rows)
+            rows.append([tree])
+        bisect.insort(room, (left - tree.size, r))
+    return sorted(rows, key=lambda row: -sum(t.size for t in row))
+
+
+class _Row:
+    """A row of a pack while it is written."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.places: list[int] = []
+        self.segments: list[int] = []
+        self.parents: list[int] = []
+        self.sources: list[int] = []
+        self._n_segments = 0
+
+    def write(self, tokens: Sequence[int], place: int, parent: int, source: int) -> int:
+        """Appends one prompt or completion that starts at position ``place``; returns its segment."""
+        n, segment = len(tokens), self._n_segments
+        self._n_segments += 1
+        self.ids += tokens
+        self.places += range(place, place + n)
+        self.segments += [segment] * n
+        self.parents += [parent] * n
+        self.sources += [source] * n
+        return segment
+
+    def padded(self, width: int, pad_id: int) -> tuple[list[int], ...]:
+        """input_ids, position_ids, segment, parent and source, each ``width`` long."""
+        missing = width - len(self.ids)
+        marked = (self.segments, self.parents, self.sources)
+        return (
+            self.ids + [pad_id] * missing,
+            self.places + [0] * missing,
+            *(column + [-1] * missing for column in marked),
+        )
+
+
+def _lay_out(
+    trees_by_row: list[list[_Tree]], pairs: Sequence[Pair], source: list[int], layout: Layout, pad_id: int
+) -> Pack:
+    rows: list[_Row] = []
+    scored: list[tuple[int, int, int, int, int]] = []
+    for r, trees in enumerate(trees_by_row):
+        row = _Row()
+        rows.append(row)
+        for tree in trees:
+            group = source[tree.pairs[0]]
+            prompt = row.write(tree.prompt, 0, -1, group)
+            prompt_end = len(row.ids) - 1
+            for i in tree.pairs:
+                first, completion = len(row.ids), pairs[i][1]
+                row.write(completion, len(tree.prompt), prompt, group)
+                predictors = [prompt_end, *range(first, first + len(completion) - 1)]
+                scored += (
+                    (r, first + k, before, token, i)
+                    for k, (before, token) in enumerate(zip(predictors, completion, strict=True))
+                )
+    width = max(len(row.ids) for row in rows)
+    columns = zip(*(row.padded(width, pad_id) for row in rows), strict=True)
+    input_ids, position_ids, segment, parent, origin = (torch.tensor(c, dtype=torch.int64) for c in columns)
+    row_, column, predictor, target, pair = torch.tensor(scored, dtype=torch.int64).T
+    return Pack(
+        layout, input_ids, position_ids, segment, parent, origin, row_, column, predictor, target, pair
+    )

@@ -1,0 +1,184 @@
+"""What a model can do, found by trying it once: which packed form it takes, whether its layers can be replayed.
+
+Families differ in how they take masks and positions, and lists of names age. So a small probe is run in
+each way and compared
+with the plain way, one sequence at a time; the first way that agrees is kept for that model.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from .models.adapter import ModelAdapter, undisturbed
+from .pack import Pack, build_packs
+
+__all__ = ["Form", "model_inputs", "packing_form", "replay_agrees", "unembedding_agrees", "window_of"]
+
+Form = Literal["plain", "window", "dict", "padded"]
+FORMS: tuple[Form, ...] = ("plain", "window", "dict")
+WINDOW_SETTINGS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention_window")
+PROBE_TOKENS = 13  # the longest path of the probe
+# Largest relative difference of a hidden state that rounding explains; a wrong mask is off by far more.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+_log = logging.getLogger(__name__)
+
+
+def window_of(adapter: ModelAdapter) -> int | None:
+    """The model's smallest attention window in tokens, or None."""
+    config = adapter.config
+    sizes = [getattr(config, name, None) for name in WINDOW_SETTINGS]
+    if getattr(config, "use_sliding_window", True) is False:
+        sizes[0] = None
+    return min((s for s in sizes if isinstance(s, int) and s > 0), default=None)
+
+
+def model_inputs(adapter: ModelAdapter, pack: Pack, form: Form | None = None) -> dict[str, Any]:
+    """Keyword arguments that run a pack, in the form that the model was found to take."""
+    if pack.layout == "padded":
+        return {"input_ids": pack.input_ids, "attention_mask": (pack.segment >= 0).long()}
+    form = form or packing_form(adapter, pack.longest)
+    dtype, window = adapter.dtype, window_of(adapter)
+    mask: Tensor | dict[str, Tensor]
+    if form == "plain":
+        mask = pack.additive_mask(dtype)
+    elif form == "window":
+        mask = pack.additive_mask(dtype, window)
+    else:
+        narrow = pack.additive_mask(dtype, window)
+        mask = {"full_attention": pack.additive_mask(dtype), "sliding_attention": narrow}
+    return {"input_ids": pack.input_ids, "attention_mask": mask, "position_ids": pack.position_ids}
+
+
+def packing_form(adapter: ModelAdapter, longest: int) -> Form:
+    """The form of packed input that this model computes rightly for paths of up to ``longest`` tokens.
+
+    Decided once per model, and once more when a path first outgrows the model's attention window.
+    """
+    window = window_of(adapter)
+    beyond = window is not None and max(longest, PROBE_TOKENS) > window
+    key = "form beyond the window" if beyond else "form"
+    if key not in adapter.findings:
+        adapter.findings[key] = _probe_forms(adapter, window if beyond else None)
+    return cast(Form, adapter.findings[key])
+
+
+def _probe_forms(adapter: ModelAdapter, window: int | None) -> Form:
+    pairs = _probe(adapter, window)
+    with torch.no_grad(), undisturbed(adapter.hf_model):
+        try:
+            alone = [
+                _hidden(adapter, {"input_ids": _ids(adapter, [*p, *c])})[0, len(p) - 1 : -1] for p, c in pairs
+            ]
+        except (
+            Exception
+        ) as error:  # a model's own code may raise anything, here at a probe past its last position
+            _log.info(
+                "%s could not run the probe (%s); it runs one padded sequence per row.",
+                adapter.model_id,
+                error,
+            )
+            return "padded"
+        (pack,) = build_packs(pairs, row_tokens=sum(len(p) + len(c) for p, c in pairs), batch_tokens=1)
+        pack = pack.to(adapter.device)
+        for form in FORMS:
+            if form == "window" and window is None:
+                continue
+            try:
+                packed = _hidden(adapter, model_inputs(adapter, pack, form))[pack.row, pack.predictor]
+            except Exception as error:  # as above
+                _log.debug("%s does not take the packed form %r: %s", adapter.model_id, form, error)
+                continue
+            if all(_close(packed[pack.pair == i], truth) for i, truth in enumerate(alone)):
+                _log.debug("%s takes the packed form %r", adapter.model_id, form)
+                return form
+    _log.info("%s can't take a tree mask; it runs one padded sequence per row.", adapter.model_id)
+    return "padded"
+
+
+def _probe(adapter: ModelAdapter, window: int | None) -> list[tuple[list[int], list[int]]]:
+    """Three prompts with ragged completions, of spread-out token ids; the first outgrows ``window`` if there is one."""
+    vocab = int(adapter.config.vocab_size)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int) -> list[int]:
+        return (torch.randint(vocab - vocab // 4, (n,), generator=generator) + vocab // 8).tolist()
+
+    first, second, third = draw(7 + (window or 0)), draw(4), draw(9)
+    return [(first, draw(3)), (first, draw(5)), (second, draw(2)), (third, draw(4)), (third, draw(1))]
+
+
+def _ids(adapter: ModelAdapter, ids: list[int]) -> Tensor:
+    return torch.tensor([ids], device=adapter.device)
+
+
+def _hidden(adapter: ModelAdapter, inputs: dict[str, Any]) -> Tensor:
+    from .forward import final_hidden
+
+    return final_hidden(adapter, lambda: adapter.call(**inputs))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether every row agrees to rounding of the dtype; never for NaN."""
+    difference = (a - b).double().norm(dim=-1) / b.double().norm(dim=-1).clamp_min(1e-12)
+    return bool((difference <= TOLERANCE.get(b.dtype, 1e-4)).all())
+
+
+def unembedding_agrees(adapter: ModelAdapter) -> bool:
+    """Whether the adapter's unembedding of hidden states gives the model's own logits; checked once."""
+    if "unembedding" not in adapter.findings:
+        (prompt, completion), *_ = _probe(adapter, None)
+        inputs = {"input_ids": _ids(adapter, prompt + completion)}
+        with torch.no_grad(), undisturbed(adapter.hf_model):
+            ours = adapter.unembedding.logits(_hidden(adapter, inputs))
+            agrees = _close(ours, adapter.call(**inputs).logits.to(ours.dtype))
+        if not agrees:
+            _log.info(
+                "%s has an unembedding of its own kind; logits come from whole passes.", adapter.model_id
+            )
+        adapter.findings["unembedding"] = agrees
+    return bool(adapter.findings["unembedding"])
+
+
+def replay_agrees(adapter: ModelAdapter) -> bool:
+    """Whether replaying the upper layers from a kept, edited residual gives what a whole pass gives; checked once."""
+    if "replay" not in adapter.findings:
+        adapter.findings["replay"] = True  # lets the probe itself replay
+        try:
+            agrees = _probe_replay(adapter)
+        except Exception as error:  # as above
+            _log.debug("%s can't be replayed: %s", adapter.model_id, error)
+            agrees = False
+        if not agrees:
+            _log.info("%s can't be resumed at a layer; every step runs the whole model.", adapter.model_id)
+        adapter.findings["replay"] = agrees
+    return bool(adapter.findings["replay"])
+
+
+def _probe_replay(adapter: ModelAdapter) -> bool:
+    from .forward import Resumed, packs_for
+
+    pairs = _probe(adapter, None)
+    layer = adapter.n_layers // 2
+    (pack,) = packs_for(adapter, pairs, batch_tokens=1 << 20)
+    with torch.no_grad(), undisturbed(adapter.hf_model):
+        resumed = Resumed(adapter, pack, layer)
+        if resumed.residual is None:
+            return False
+        # An edit shows arguments that were computed from the residual itself and would be stale in a replay.
+        shift = resumed.residual.float().std() * torch.linspace(-1, 1, adapter.d_model, device=adapter.device)
+
+        def edit(hidden: Tensor) -> Tensor:
+            return hidden + shift.to(hidden.dtype)
+
+        handle = adapter.on_residual(layer, edit)
+        try:
+            replayed = resumed.scored()
+            whole = _hidden(adapter, model_inputs(adapter, pack))[pack.row, pack.predictor]
+        finally:
+            handle.remove()
+    return _close(replayed, whole)

@@ -1,0 +1,240 @@
+"""Edits and plans: many vectors, layers, masks and rows at once give what each would give alone, in order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import D_MODEL, FAMILIES, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mechanex.engine.hooks import Intervention, SteeringPlan, positions
+from mechanex.engine.intervention import Edit, EditTable
+from mechanex.errors import ValidationError
+from mechanex.utils.steering_opt import make_steering_hook_tflens
+
+IDS = torch.tensor([[1, 9, 30, 71, 12], [1, 44, 45, 46, 47], [1, 7, 7, 8, 200]])
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def logits(model, ids=IDS):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+EDITS = {
+    "add": lambda s: Edit.add(draw(D_MODEL, seed=s)),
+    "ablate": lambda s: Edit.ablate(draw(D_MODEL, seed=s)),
+    "clamp": lambda s: Edit.clamp(draw(D_MODEL, seed=s), 3.0),
+    "affine": lambda s: Edit.affine(
+        draw(D_MODEL, seed=s), draw(3, D_MODEL, seed=s + 1), draw(3, D_MODEL, seed=s + 2)
+    ),
+    "dense": lambda s: Edit.dense(draw(D_MODEL, seed=s), draw(D_MODEL, D_MODEL, seed=s + 1)),
+}
+edits = st.builds(lambda kind, seed: EDITS[kind](seed), st.sampled_from(sorted(EDITS)), st.integers(0, 50))
+
+
+@given(edits, edits, st.integers(0, 9))
+@settings(deadline=None, max_examples=60)
+def test_composing_equals_one_after_another(first, second, seed):
+    x = draw(4, D_MODEL, seed=seed)
+    torch.testing.assert_close(first.then(second).apply(x), second.apply(first.apply(x)))
+
+
+@given(edits, st.floats(-3, 3), st.integers(0, 9))
+@settings(deadline=None, max_examples=40)
+def test_scaling_multiplies_the_whole_effect(edit, strength, seed):
+    x = draw(4, D_MODEL, seed=seed)
+    torch.testing.assert_close(edit.scaled(strength).apply(x) - x, strength * (edit.apply(x) - x))
+
+
+def test_clamp_and_ablate_set_the_projection():
+    v, x = draw(D_MODEL), draw(6, D_MODEL, seed=3)
+    direction = v / v.norm()
+    torch.testing.assert_close(Edit.clamp(v, 2.5).apply(x) @ direction, (2.5 * v.norm()).expand(6))
+    assert (Edit.ablate(v).apply(x) @ direction).abs().max() < 1e-12
+
+
+def test_a_table_of_mixed_ranks_edits_each_row_by_its_own():
+    table = [EDITS[kind](i) for i, kind in enumerate(["add", "clamp", "affine"])]
+    x = draw(5, D_MODEL, seed=9)
+    rows = torch.tensor([2, -1, 0, 1, 2], dtype=torch.int32)
+    out = EditTable(table).apply(x, rows)
+    for i, k in enumerate(rows.tolist()):
+        torch.testing.assert_close(out[i], x[i] if k < 0 else table[k].apply(x[i : i + 1])[0])
+
+
+def test_each_row_of_a_batch_can_be_steered_its_own_way():
+    model = build("llama")
+    v, w = draw(D_MODEL, seed=1), draw(D_MODEL, seed=2)
+    plan = SteeringPlan(
+        [
+            Intervention(1, Edit.add(v), rows=[0, 1]),
+            Intervention(1, Edit.clamp(w, 2.0), rows=[1]),
+            Intervention(3, Edit.add(w), rows=[2], tokens=slice(2, None)),
+        ]
+    )
+    with plan.apply(model):
+        together = logits(model)
+    alone = [
+        [Intervention(1, Edit.add(v))],
+        [Intervention(1, Edit.add(v)), Intervention(1, Edit.clamp(w, 2.0))],
+        [Intervention(3, Edit.add(w), tokens=slice(2, None))],
+    ]
+    for i, interventions in enumerate(alone):
+        with SteeringPlan(interventions).apply(model):
+            torch.testing.assert_close(
+                together[i : i + 1], logits(model, IDS[i : i + 1]), rtol=1e-4, atol=1e-4
+            )
+
+
+def test_an_overlap_runs_in_the_order_given():
+    model = build("llama")
+    v = draw(D_MODEL)
+    after = [Intervention(2, Edit.clamp(v, 5.0)), Intervention(2, Edit.add(v), tokens=1)]
+    before = after[::-1]
+    out = []
+    for interventions in (after, before):
+        with SteeringPlan(interventions).apply(model):
+            out.append(logits(model))
+    torch.testing.assert_close(out[0][:, 0], out[1][:, 0])
+    assert not torch.allclose(out[0][:, 1], out[1][:, 1], atol=1e-2)
+
+
+def test_a_mask_picks_single_tokens():
+    model = build("gpt2")
+    mask = torch.zeros(IDS.shape, dtype=torch.bool)
+    mask[0, 3] = mask[2, 4] = True
+    with SteeringPlan([Intervention(2, Edit.add(draw(D_MODEL)), mask=mask)]).apply(model):
+        steered = logits(model)
+    changed = (steered - logits(model)).abs().amax(-1) > 1e-4
+    assert changed.nonzero().tolist() == [[0, 3], [0, 4], [2, 4]]
+
+
+def test_sixty_four_rows_with_sixteen_edits():
+    model = build("llama")
+    ids = IDS[:1].repeat(64, 1)
+    vectors = [draw(D_MODEL, seed=s) for s in range(16)]
+    plan = [Intervention(1, Edit.add(v), rows=range(k, 64, 16)) for k, v in enumerate(vectors)]
+    with SteeringPlan(plan).apply(model):
+        out = logits(model, ids)
+    for k in (0, 5, 15):
+        with SteeringPlan([Intervention(1, Edit.add(vectors[k]))]).apply(model):
+            torch.testing.assert_close(out[k + 16 : k + 17], logits(model, IDS[:1]), rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_of_a_plan_hold_under_generate_with_a_cache():
+    model = build("llama")
+    out = []
+    for use_cache in (True, False):
+        plan = [
+            Intervention(1, Edit.add(4 * draw(D_MODEL)), tokens=slice(-1, None), rows=[0]),
+            Intervention(1, Edit.add(4 * draw(D_MODEL, seed=5)), tokens=slice(None, -1)),
+        ]
+        with SteeringPlan(plan).apply(model):
+            mask = torch.ones_like(IDS)
+            out.append(
+                model.generate(
+                    IDS, attention_mask=mask, max_new_tokens=5, do_sample=False, use_cache=use_cache
+                )
+            )
+    assert torch.equal(*out)
+
+
+def test_gradients_reach_every_parameter_of_every_edit():
+    model = FAMILIES["gpt2"]().double()
+    v, left, right = (
+        t.requires_grad_() for t in (draw(D_MODEL), draw(2, D_MODEL, seed=1), draw(2, D_MODEL, seed=2))
+    )
+
+    def loss(v, left, right):
+        plan = [
+            Intervention(1, Edit.affine(v, left, right), rows=[0, 2]),
+            Intervention(3, Edit.clamp(v, 2.0), tokens=1),
+        ]
+        with SteeringPlan(plan).apply(model):
+            return model(input_ids=IDS).logits[:, -1].logsumexp(-1).sum()
+
+    assert torch.autograd.gradcheck(loss, (v, left, right), eps=1e-5, rtol=1e-4, fast_mode=True)
+
+
+def test_the_handle_is_removable_twice_and_a_context_manager():
+    model = build("llama")
+    plain = logits(model)
+    handle = SteeringPlan([Intervention(0, Edit.add(torch.ones(D_MODEL)))]).apply(model)
+    assert not torch.equal(logits(model), plain)
+    handle.remove()
+    handle.remove()
+    assert torch.equal(logits(model), plain)
+    with (
+        pytest.raises(KeyError),
+        SteeringPlan([Intervention(0, Edit.add(torch.ones(D_MODEL)), tokens=0)]).apply(model),
+    ):
+        raise KeyError
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_an_empty_plan_changes_nothing():
+    model = build("llama")
+    with SteeringPlan([]).apply(model):
+        assert torch.equal(logits(model), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("interventions", "message"),
+    [
+        (lambda: [Intervention(9, Edit.add(torch.ones(D_MODEL)))], "Layer 9 does not exist: .* has 4 layers"),
+        (lambda: [Intervention(True, Edit.add(torch.ones(D_MODEL)))], "A layer is an int"),
+        (
+            lambda: [Intervention(0, Edit.add(torch.ones(7)))],
+            "7 wide, but the residual stream of .* is 48 wide",
+        ),
+        (lambda: [Intervention(0, Edit.add(torch.ones(D_MODEL)), rows=[-1])], "batch indices of 0 or more"),
+        (lambda: [Intervention(0, Edit.ablate(torch.zeros(D_MODEL)))], "norm is 0"),
+        (lambda: [Intervention(0, Edit.clamp(torch.full((D_MODEL,), torch.nan), 1))], "norm is nan"),
+        (
+            lambda: [Intervention(0, Edit.affine(torch.ones(D_MODEL), torch.ones(2, 3), torch.ones(2, 3)))],
+            "rank, 48",
+        ),
+        (lambda: [Intervention(0, Edit(torch.ones(2, D_MODEL)))], "one vector"),
+    ],
+)
+def test_wrong_plans_are_refused_and_leave_nothing(interventions, message):
+    model = build("llama")
+    with pytest.raises(ValidationError, match=message):
+        SteeringPlan([Intervention(0, Edit.add(torch.ones(D_MODEL))), *interventions()]).apply(model)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_rows_and_masks_that_the_call_does_not_have_are_errors():
+    model = build("llama")
+    edit = Edit.add(torch.ones(D_MODEL))
+    with (
+        pytest.raises(ValidationError, match=r"Row 3 .* 3 rows"),
+        SteeringPlan([Intervention(0, edit, rows=[3])]).apply(model),
+    ):
+        logits(model)
+    wrong = SteeringPlan([Intervention(0, edit, mask=torch.ones(2, 2, dtype=torch.bool))])
+    with pytest.raises(ValidationError, match=r"\[2, 2\], but the call is \[3, 5\]"), wrong.apply(model):
+        logits(model)
+
+
+def test_the_positions_context_serves_hooks_attached_by_other_means():
+    model = build("llama")
+    hook = make_steering_hook_tflens(draw(D_MODEL), token=6)
+    block = model.model.layers[2]
+    seen = []
+
+    def pre_hook(module, args):
+        seen.append(bool((hook(args[0], hook=None) != args[0]).any()))
+
+    handle = block.register_forward_pre_hook(pre_hook)
+    with positions(model):
+        model.generate(
+            IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=4, min_new_tokens=4, do_sample=False
+        )
+    handle.remove()
+    assert seen == [False, False, True, False]
