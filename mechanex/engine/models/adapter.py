@@ -104,7 +104,7 @@ class ModelAdapter(ABC):
     @property
     def config(self) -> Any:
         """The text part of the model's configuration."""
-        config = self.hf_model.config
+        config: Any = self.hf_model.config
         return config.get_text_config() if hasattr(config, "get_text_config") else config
 
     def _reference_weight(self) -> Tensor:

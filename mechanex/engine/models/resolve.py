@@ -1,0 +1,128 @@
+"""From a name or path to a loaded model: what the name means, and which library wraps the model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import ValidationError
+from . import adapter_for, lens
+from .pretrained import check_causal, choose_dtype, place, read_config, read_model, read_tokenizer
+from .sources import Source, find_source, unreachable
+
+__all__ = ["BACKENDS", "LoadedModel", "load"]
+
+BACKENDS = ("auto", "transformers", "transformer_lens")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to be steered, in eval mode.
+
+    Args:
+        model: a transformers model, or a TransformerLens ``TransformerBridge``.
+        tokenizer: the model's own tokenizer, with its own defaults, the same for both backends.
+        name: the bundled name, the path as it was given, or the Hub name.
+        backend: "transformers" or "transformer_lens".
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+    backend: str
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    tokenizer: Any = None,
+    layers: str | None = None,
+    **kwargs: Any,
+) -> LoadedModel:
+    """Loads a causal language model by bundled name, local folder, Hub name or TransformerLens short name.
+
+    Args:
+        name_or_path: ``mx-tiny``, a folder, ``EleutherAI/pythia-70m``, ``gpt2-small``, …
+        backend: "transformers" for the plain model, "transformer_lens" for a ``TransformerBridge``; "auto"
+            takes the bridge where the ``lens`` extra is installed and can wrap the model, and logs which.
+        dtype: "float32", "bfloat16", "float16", "float64", a torch dtype, or "auto" for the checkpoint's own.
+            None is "auto" too, except that a float16 checkpoint becomes float32 on the CPU.
+        device: where the model goes; None for the GPU if there is one. Not together with ``device_map``.
+        tokenizer: a tokenizer object to use instead of the model's own.
+        layers: dotted path of the list of decoder layers, for models whose structure isn't recognised; they are
+            loaded as plain models.
+        **kwargs: for transformers' ``from_pretrained``: ``revision``, ``token``, ``quantization_config``,
+            ``device_map``, ``trust_remote_code`` (False unless given), ….
+
+    Raises:
+        NotFoundError: there is no such model, or it isn't here and the Hub can't be reached.
+        ValidationError: not a decoder-only language model, broken files, a wrong argument, or the ``lens``
+            extra is missing.
+        AuthenticationError: a gated model of the Hub that your account may not read.
+    """
+    if backend not in BACKENDS:
+        raise ValidationError(f"Unknown backend {backend!r}; one of {', '.join(BACKENDS)}.")
+    if backend == "transformer_lens":
+        lens.require()
+        if layers is not None:
+            raise ValidationError(
+                "layers= names the layers of a plain model; use backend='transformers' with it."
+            )
+    use_lens = backend != "transformers" and layers is None and lens.installed()
+    source = find_source(name_or_path, ask_transformer_lens=lens.installed())
+    kwargs.setdefault("trust_remote_code", False)
+    if source.kind == "hub" and unreachable():
+        kwargs.setdefault("local_files_only", True)
+    if dtype is None:
+        dtype = kwargs.pop("torch_dtype", None)
+    wanted = place(device, kwargs)
+
+    config = read_config(source, kwargs)
+    check_causal(source, config)
+    if use_lens and (reason := lens.unsuitable(config)) is not None:
+        if backend == "transformer_lens":
+            raise ValidationError(f"TransformerLens can't wrap {source.name}: {reason}")
+        _log.warning("%s is loaded as a plain Hugging Face model: %s", source.name, reason)
+        use_lens = False
+    own_tokenizer = tokenizer if tokenizer is not None else read_tokenizer(source, kwargs)
+    precision = choose_dtype(dtype, config, wanted)
+
+    def read() -> nn.Module:
+        model: nn.Module = read_model(source, precision, wanted, kwargs)
+        return model
+
+    model = read()
+    if use_lens:
+        try:
+            model = lens.wrap(model, source.name, own_tokenizer)
+        except Exception as error:  # the bridge of an architecture may fail in any way
+            if backend == "transformer_lens":
+                raise ValidationError(
+                    f"TransformerLens could not wrap {source.name}: {type(error).__name__}: {error} "
+                    "Load it with backend='transformers'; steering works the same way."
+                ) from error
+            _log.warning("%s is loaded as a plain model; TransformerLens failed: %s", source.name, error)
+            use_lens, model = False, read()  # a failed wrapping may have left parts replaced
+    adapter = adapter_for(model, layers=layers)
+    adapter.tokenizer, adapter.model_id = own_tokenizer, source.name
+    _say_what(source, backend, use_lens)
+    return LoadedModel(model, own_tokenizer, source.name, "transformer_lens" if use_lens else "transformers")
+
+
+def _say_what(source: Source, backend: str, used_lens: bool) -> None:
+    if used_lens:
+        why = "; pass backend='transformers' for the plain model" if backend == "auto" else ""
+        _log.info("Loaded %s as a TransformerLens TransformerBridge%s.", source.name, why)
+        return
+    missing = backend == "auto" and not lens.installed()
+    why = "; install mechanex[lens] for a TransformerBridge" if missing else ""
+    _log.info("Loaded %s as a plain Hugging Face model%s.", source.name, why)
