@@ -1,0 +1,64 @@
+# demo, test, lint, bench, wheel: each makes .venv if it is missing and brings it up to date, then runs.
+# An active virtualenv is only asked for its Python. PYTHON, TORCH and PYTEST_ARGS may be set on the command line.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# What an editable install bakes in; Python files it reads from the tree.
+BAKED := pyproject.toml constraints.txt CMakeLists.txt mechanex/_version.py $(shell find csrc -type f)
+SOURCES := csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp
+
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+.PHONY: help demo test lint bench wheel clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   steer the bundled model: table, picture, figures"
+	@echo "make test   run the tests"
+	@echo "make lint   ruff, mypy --strict, clang-format"
+	@echo "make bench  run the benchmarks"
+	@echo "make wheel  build a wheel into dist/"
+
+demo: $(VENV)/.demo
+	$(BIN)/mechanex demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest -q benchmarks -o python_files='bench_*.py' --benchmark-only $(PYTEST_ARGS)
+
+wheel: $(VENV)/.venv
+	rm -rf dist
+	MECHANEX_REQUIRE_NATIVE=1 $(PIP) wheel -q --no-deps --build-constraint constraints.txt -w dist .
+	@ls -l dist
+
+clean:
+	rm -rf build dist
+
+# torch goes first and alone: a resolver that sees the other packages may pick a newer one.
+$(VENV)/.venv: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "mechanex needs Python 3.10 or later, and $(PYTHON) is older: make PYTHON=python3.11 ..."; exit 1; }
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt --upgrade pip
+	$(PIP) install -q "$(TORCH)"
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.venv $(BAKED)
+	$(PIP) install -q -c constraints.txt --build-constraint constraints.txt -e ".[plot]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.venv $(BAKED)
+	$(PIP) install -q -c constraints.txt --build-constraint constraints.txt -e ".[test,bench,lint]"
+	touch $(VENV)/.demo $@

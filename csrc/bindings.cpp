@@ -1,0 +1,112 @@
+// The Python door of the CPU kernels: raw addresses in, nothing of torch included or linked.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/levels.h"
+
+namespace py = pybind11;
+
+namespace mechanex {
+namespace {
+
+// torch's own `torch_parallel_for` (torch/csrc/stable/c/shim.h): 0 on success.
+using ParallelFor = int32_t (*)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
+
+std::atomic<ParallelFor> parallel_for{nullptr};
+std::atomic<const CpuKernels*> kernels{nullptr};
+
+// Rows are shared out in pieces of at least this many elements: less is not worth waking a thread.
+constexpr int64_t kGrain = 1 << 15;
+
+// Below this many elements the call is shorter than handing the interpreter over.
+constexpr int64_t kKeepInterpreter = 1 << 13;
+
+std::vector<std::string> runnable_levels() {
+  std::vector<std::string> names;
+  for (int i = 0; i < kCpuLevels; ++i)
+    if (cpu_levels()[i].runs_here) names.emplace_back(cpu_levels()[i].name);
+  return names;
+}
+
+void select_level(const std::string& name) {
+  const CpuKernels* found = nullptr;
+  bool known = name.empty();
+  for (int i = 0; i < kCpuLevels; ++i) {
+    const CpuLevel& level = cpu_levels()[i];
+    if (name == level.name) known = true;
+    if (level.runs_here && (name.empty() || name == level.name)) found = level.kernels;
+  }
+  if (!known) throw py::value_error("unknown instruction set '" + name + "': choose generic, avx2 or avx512");
+  if (found == nullptr) {
+    std::string message = "this processor or build does not have the instruction set '" + name + "'; it has";
+    for (const std::string& level : runnable_levels()) message += " " + level;
+    throw py::value_error(message);
+  }
+  kernels = found;
+}
+
+std::string level() { return kernels.load()->name; }
+
+struct Job {
+  SteerFn run;
+  SteerArgs args;
+};
+
+void run_piece(int64_t begin, int64_t end, void* job) {
+  const Job* self = static_cast<const Job*>(job);
+  self->run(&self->args, begin, end);
+}
+
+void check_rows(const SteerArgs& args, int64_t n_rows) {
+  for (int64_t t = 0; t < n_rows; ++t) {
+    const int64_t k = args.rows[t * args.rows_stride];
+    if (k < -1 || k >= args.n_edits)
+      throw py::index_error("rows[" + std::to_string(t) + "] is " + std::to_string(k) + ", but the table holds " +
+                            std::to_string(args.n_edits) + " edit(s): give -1 (no edit) or an index below that");
+  }
+}
+
+void steer(int dtype, int64_t n_rows, int64_t d, uintptr_t x, int64_t x_stride, uintptr_t y, int64_t y_stride,
+           uintptr_t rows, int64_t rows_stride, uintptr_t bias, uintptr_t left, uintptr_t right, int64_t n_edits,
+           int64_t rank) {
+  if (dtype < 0 || dtype >= kDTypes) throw py::value_error("unknown dtype code " + std::to_string(dtype));
+  if (rank < 0 || rank > kMaxRank) throw py::value_error("rank must be from 0 to 64, got " + std::to_string(rank));
+  if (n_rows <= 0 || d <= 0) return;
+  const Job job = {kernels.load()->steer[dtype],
+                   {reinterpret_cast<const void*>(x), x_stride, reinterpret_cast<void*>(y), y_stride,
+                    reinterpret_cast<const int32_t*>(rows), rows_stride, reinterpret_cast<const void*>(bias),
+                    reinterpret_cast<const void*>(left), reinterpret_cast<const void*>(right), n_edits, rank, d}};
+  if (job.args.rows != nullptr) check_rows(job.args, n_rows);
+  if (n_rows * d <= kKeepInterpreter) {
+    job.run(&job.args, 0, n_rows);
+    return;
+  }
+  py::gil_scoped_release release;
+  const int64_t grain = kGrain / d > 1 ? kGrain / d : 1;
+  const ParallelFor share = parallel_for.load();
+  if (share == nullptr || share(0, n_rows, grain, run_piece, const_cast<Job*>(&job)) != 0)
+    job.run(&job.args, 0, n_rows);
+}
+
+}  // namespace
+}  // namespace mechanex
+
+PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
+  using namespace mechanex;
+  m.doc() = "Compiled CPU kernels of mechanex; use them through mechanex.backends.";
+  m.attr("__version__") = MECHANEX_VERSION;
+  m.attr("max_rank") = static_cast<int64_t>(kMaxRank);
+  m.def("levels", &runnable_levels, "Instruction sets that this build and this processor share, best last.");
+  m.def("level", &level, "The instruction set in use.");
+  m.def("select_level", &select_level, "Use one instruction set; an empty name takes the best.");
+  m.def(
+      "set_parallel_for", [](uintptr_t address) { parallel_for = reinterpret_cast<ParallelFor>(address); },
+      "Address of torch's torch_parallel_for, or 0 to run on the caller's thread.");
+  m.def("steer", &steer, "One steer call over raw addresses; see csrc/steer.h.");
+  select_level("");
+}

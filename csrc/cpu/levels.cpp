@@ -1,0 +1,33 @@
+#include "levels.h"
+
+namespace mechanex {
+
+extern "C" const CpuKernels* mechanex_cpu_generic();
+#ifdef MECHANEX_X86_LEVELS
+extern "C" const CpuKernels* mechanex_cpu_avx2();
+extern "C" const CpuKernels* mechanex_cpu_avx512();
+#endif
+
+const CpuLevel* cpu_levels() {
+#ifdef MECHANEX_X86_LEVELS
+  __builtin_cpu_init();
+  static const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  static const CpuLevel levels[kCpuLevels] = {
+      {"generic", mechanex_cpu_generic(), true},
+      {"avx2", mechanex_cpu_avx2(), avx2},
+      {"avx512", mechanex_cpu_avx512(), avx512},
+  };
+#else
+  static const CpuLevel levels[kCpuLevels] = {
+      {"generic", mechanex_cpu_generic(), true},
+      {"avx2", nullptr, false},
+      {"avx512", nullptr, false},
+  };
+#endif
+  return levels;
+}
+
+}  // namespace mechanex

@@ -1,0 +1,19 @@
+// The compiled instruction-set levels and the one in use.
+#pragma once
+
+#include "../steer.h"
+
+namespace mechanex {
+
+// Best last. A level that this build does not contain is null.
+struct CpuLevel {
+  const char* name;
+  const CpuKernels* kernels;
+  bool runs_here;
+};
+
+enum : int { kCpuLevels = 3 };
+
+const CpuLevel* cpu_levels();
+
+}  // namespace mechanex

@@ -1,0 +1,26 @@
+"""The compiled module (`csrc/bindings.cpp`)."""
+
+__version__: str
+max_rank: int
+
+def levels() -> list[str]: ...
+def level() -> str: ...
+def select_level(name: str, /) -> None: ...
+def set_parallel_for(address: int, /) -> None: ...
+def steer(
+    dtype: int,
+    n_rows: int,
+    d: int,
+    x: int,
+    x_stride: int,
+    y: int,
+    y_stride: int,
+    rows: int,
+    rows_stride: int,
+    bias: int,
+    left: int,
+    right: int,
+    n_edits: int,
+    rank: int,
+    /,
+) -> None: ...

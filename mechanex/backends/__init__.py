@@ -1,0 +1,211 @@
+"""The registry of backends: who computes the ops, which of them run here, and why the others don't.
+
+``MECHANEX_BACKEND=auto|eager|native|triton`` chooses for the process, :func:`use` in code. ``auto`` takes the
+first backend of the device's list that runs here and may fall back, logging once why; an explicit choice
+never falls back: it raises, naming what is missing and how to get it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+from torch import Tensor
+
+from mechanex.errors import MechanexError, ValidationError
+
+from . import eager, native, reference, triton
+
+__all__ = ["Backend", "Kernel", "active", "backends", "get", "kernel", "prefers_torch", "use"]
+
+_LOG = logging.getLogger(__name__)
+
+
+def _never(*args: Tensor | None) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One op of one backend.
+
+    Attributes:
+        run: computes the op; its arguments are the op's, already checked.
+        refuses: why it can't serve these arguments, or None.
+        declines: why it leaves these arguments to plain torch under ``auto`` (torch is faster), or None.
+    """
+
+    run: Callable[..., Tensor]
+    refuses: Callable[..., str | None] = _never
+    declines: Callable[..., str | None] = _never
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute the ops.
+
+    Attributes:
+        name: what ``MECHANEX_BACKEND`` and ``backend=`` call it.
+        summary: one line for people.
+        devices: torch device types that it serves; empty for every one.
+        ops: op name to kernel.
+        missing: what it lacks on this machine and how to get it, or None when it runs.
+        describe: what it found here, for people.
+    """
+
+    name: str
+    summary: str
+    devices: tuple[str, ...]
+    ops: Mapping[str, Kernel]
+    missing: Callable[[], str | None] = _never
+    describe: Callable[[], str] | None = None
+
+
+_REGISTRY = {
+    backend.name: backend
+    for backend in (
+        Backend("reference", "the oracle of the tests, slow", (), {"steer": Kernel(reference.steer)}),
+        Backend("eager", "plain torch, any device", (), {"steer": Kernel(eager.steer)}),
+        Backend(
+            "native",
+            "compiled kernels for the CPU",
+            ("cpu",),
+            {"steer": Kernel(native.steer, native.refuses_steer, native.declines_steer)},
+            native.missing,
+            native.describe,
+        ),
+        Backend("triton", "Triton kernels for GPUs", ("cuda",), {}, triton.missing),
+    )
+}
+
+# What `auto` tries on a device, first to last; eager ends every list.
+_AUTO = {"cpu": ("native", "eager")}
+
+_setting: str | None = None
+
+
+def backends() -> tuple[Backend, ...]:
+    """Every registered backend, whether it runs here or not."""
+    return tuple(_REGISTRY.values())
+
+
+def get(name: str) -> Backend:
+    """The backend called ``name``.
+
+    Raises:
+        ValidationError: no such backend; the message lists those registered.
+    """
+    try:
+        return _REGISTRY[name]
+    except (KeyError, TypeError):
+        known = ", ".join(f"{b.name} ({', '.join(b.devices) or 'any device'})" for b in _REGISTRY.values())
+        raise ValidationError(f"unknown backend {name!r}: choose auto or one of {known}") from None
+
+
+def active() -> str:
+    """The choice in force: ``"auto"`` or a backend's name.
+
+    Raises:
+        ValidationError: ``MECHANEX_BACKEND`` names no backend.
+    """
+    global _setting
+    if _setting is None:
+        name = os.environ.get("MECHANEX_BACKEND", "").strip().lower() or "auto"
+        if name != "auto":
+            get(name)
+        _setting = name
+    return _setting
+
+
+class use:
+    """Choose the backend of the whole process, for good or for a ``with`` block.
+
+    ``use("eager")`` sets it; ``with use("eager"):`` sets it and puts the former choice back at the end.
+
+    Args:
+        name: ``"auto"`` or a registered backend.
+
+    Raises:
+        ValidationError: no such backend.
+        MechanexError: the backend can't run here; the message says what is missing and how to get it.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _setting
+        if name != "auto":
+            _require(get(name))
+        self._former = _setting
+        _setting = name
+
+    def __enter__(self) -> use:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _setting
+        _setting = self._former
+
+
+def prefers_torch() -> bool:
+    """Whether plain torch may serve whatever it serves best: the choice in force is ``auto`` or ``eager``."""
+    return (_setting or active()) in ("auto", "eager")
+
+
+def kernel(op: str, name: str | None, tensor: Tensor, *rest: Tensor | None) -> Callable[..., Tensor]:
+    """The function that computes ``op`` for these arguments.
+
+    Args:
+        op: name of the op.
+        name: backend asked for by the caller, ``"auto"``, or None for the choice in force.
+        tensor: the op's first argument; its device and dtype decide.
+        rest: the op's other arguments, since what is fastest depends on them too.
+
+    Raises:
+        ValidationError: no such backend, or an explicitly chosen one that does not serve these arguments.
+        MechanexError: an explicitly chosen backend can't run here.
+    """
+    chosen = name or _setting or active()
+    if chosen == "auto":
+        for candidate in _candidates(op, tensor.device.type):
+            if candidate.refuses(tensor, *rest) is None and candidate.declines(tensor, *rest) is None:
+                return candidate.run
+        return _REGISTRY["eager"].ops[op].run
+    backend = get(chosen)
+    _require(backend)
+    if op not in backend.ops:
+        raise MechanexError(f"backend {chosen!r} has no {op} op in this version: choose auto or eager")
+    device = tensor.device.type
+    if backend.devices and device not in backend.devices:
+        raise ValidationError(
+            f"backend {chosen!r} serves tensors on {', '.join(backend.devices)}, got one on {device}: "
+            "move the tensor, or choose auto or eager"
+        )
+    found = backend.ops[op]
+    reason = found.refuses(tensor, *rest)
+    if reason is not None:
+        raise ValidationError(f"backend {chosen!r} can't compute this {op}: {reason}; choose auto or eager")
+    return found.run
+
+
+@functools.cache
+def _candidates(op: str, device: str) -> tuple[Kernel, ...]:
+    found = []
+    for name in _AUTO.get(device, ("eager",)):
+        backend = _REGISTRY[name]
+        reason = backend.missing()
+        if reason is None:
+            found.append(backend.ops[op])
+        else:
+            _LOG.warning("%s on %s falls back to plain torch: %s", op, device, reason)
+    return tuple(found)
+
+
+def _require(backend: Backend) -> None:
+    reason = backend.missing()
+    if reason is not None:
+        raise MechanexError(f"backend {backend.name!r} can't run here: {reason}")

@@ -1,0 +1,160 @@
+"""The compiled CPU kernels (`csrc/`), called with raw pointers; threads are borrowed from torch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mechanex._version import __version__
+from mechanex.errors import ValidationError
+
+from .eager import compute_dtype
+
+__all__ = ["declines_steer", "describe", "levels", "missing", "refuses_steer", "steer"]
+
+# The kernel keeps a row's coordinates on its stack; beyond this, matrix products are faster anyway.
+_MAX_RANK = 64
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_HOW = (
+    "install a C++17 compiler (gcc or clang) and run `pip install --force-reinstall --no-deps .` in a source "
+    "folder, or install a published wheel, with MECHANEX_PURE unset"
+)
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The compiled module, and why it is absent."""
+    try:
+        import mechanex._native as _native
+    except ModuleNotFoundError as error:
+        if error.name != "mechanex._native":
+            raise
+        return None, f"the compiled module mechanex._native is not installed (a pure-Python install); {_HOW}"
+    except ImportError as error:
+        return None, f"the compiled module mechanex._native did not load ({error}); {_HOW}"
+    if _native.__version__ != __version__:
+        return None, (
+            f"the compiled module is version {_native.__version__}, the rest is {__version__}; {_HOW}"
+        )
+    return _native, None
+
+
+@functools.cache
+def _module() -> ModuleType:
+    """The compiled module, set up: instruction set chosen, threads handed over."""
+    module, reason = _load()
+    if module is None:
+        raise ImportError(reason)
+    wanted = os.environ.get("MECHANEX_CPU_ISA", "").strip().lower()
+    try:
+        module.select_level(wanted)
+    except ValueError as error:
+        raise ValidationError(
+            f"MECHANEX_CPU_ISA={wanted}: {error}; unset it to take the best level"
+        ) from None
+    module.set_parallel_for(_parallel_for_address())
+    return module
+
+
+def _parallel_for_address() -> int:
+    """Address of ``torch_parallel_for`` in torch's own CPU library (torch 2.10 and later), 0 without it."""
+    name = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
+    try:
+        library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", name))
+        return ctypes.cast(library.torch_parallel_for, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
+
+
+def missing() -> str | None:
+    """Why the backend can't run here and what to do about it, or None.
+
+    Raises:
+        ValidationError: ``MECHANEX_CPU_ISA`` names an instruction set that is unknown or missing here.
+    """
+    reason = _load()[1]
+    if reason is None:
+        _module()
+    return reason
+
+
+def levels() -> tuple[str, ...]:
+    """Instruction sets that the build and this processor share, best last."""
+    return tuple(_module().levels())
+
+
+def describe() -> str:
+    """Instruction set in use, those available, and where the threads come from."""
+    threads = "torch's threads" if _parallel_for_address() else "one thread (torch before 2.10 lends none)"
+    return f"{_module().level()} of {', '.join(levels())}; {threads}"
+
+
+def refuses_steer(
+    hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
+) -> str | None:
+    """Why the kernel can't take these arguments, or None."""
+    if hidden.dtype not in _DTYPE_CODES:
+        return f"hidden has dtype {hidden.dtype}, the kernels take float32, float64, bfloat16 and float16"
+    if left is not None and left.shape[1] > _MAX_RANK:
+        return f"the rank is {left.shape[1]}, the kernels take at most {_MAX_RANK}"
+    return None
+
+
+def declines_steer(
+    hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
+) -> str | None:
+    """Why ``auto`` leaves these arguments to plain torch, or None."""
+    if rows is None and left is None and bias is not None and bias.dtype is hidden.dtype:
+        return "one vector added to every row is a plain addition"
+    return None
+
+
+def steer(
+    hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
+) -> Tensor:
+    """``y = x + b + Lᵀ(R x)`` per row; shapes and meaning as in :func:`mechanex.backends.reference.steer`.
+
+    Raises:
+        ValidationError: a row index is out of range.
+    """
+    dtype = hidden.dtype
+    wide = compute_dtype(hidden, bias, left, right)
+    x = hidden if wide is torch.float32 else hidden.to(wide)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    n_rows, width = x.shape
+    bias, left, right = _table(bias, wide), _table(left, wide), _table(right, wide)
+    table = left if bias is None else bias
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    try:
+        _module().steer(
+            _DTYPE_CODES[x.dtype],
+            n_rows,
+            width,
+            x.data_ptr(),
+            x.stride(0),
+            out.data_ptr(),
+            width,
+            0 if rows is None else rows.data_ptr(),
+            0 if rows is None else rows.stride(0),
+            0 if bias is None else bias.data_ptr(),
+            0 if left is None else left.data_ptr(),
+            0 if right is None else right.data_ptr(),
+            0 if table is None else table.shape[0],
+            0 if left is None else left.shape[1],
+        )
+    except IndexError as error:
+        raise ValidationError(str(error)) from None
+    return out if out.dtype is dtype else out.to(dtype)
+
+
+def _table(table: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if table is None or (table.dtype is dtype and table.is_contiguous()):
+        return table
+    return table.to(dtype).contiguous()

@@ -1,0 +1,206 @@
+"""The steer op: every edit of the residual stream, `y = x + b + Lᵀ(R x)`, many edits in one call.
+
+Three ways lead to a backend. Plain tensors without gradients go to it directly, since a library op costs
+microseconds and a decode step makes one call per layer. Plain tensors with gradients go through
+:class:`torch.autograd.Function`. Compilation, export, tensor subclasses and dispatch modes take the op of
+:mod:`mechanex.ops.schema`; that is also safety, because a fake tensor has no memory to point at. One vector
+added to every row is a plain torch addition, which serves all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechanex import backends
+from mechanex.backends import eager
+from mechanex.errors import ValidationError
+
+from . import schema
+
+__all__ = ["steer"]
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def steer(
+    hidden: Tensor,
+    rows: Tensor | None,
+    bias: Tensor,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Edit each row of the residual stream: ``y_t = x_t + bias_k + left_kᵀ (right_k x_t)``, ``k = rows[t]``.
+
+    A row whose index is -1 comes back bit for bit. Arithmetic is in float32, or float64 if any argument is
+    float64. Gradients of any order exist for ``hidden``, ``bias``, ``left`` and ``right``.
+
+    Args:
+        hidden: residual stream, ``[T, d]`` (or ``[..., d]``), floating point; never written to.
+        rows: the edit of each row, int32 of shape ``hidden.shape[:-1]``, -1 for none; None: every row takes
+            edit 0 of a table of one.
+        bias: ``[K, d]``.
+        left: ``[K, r, d]``, or None for edits that only add.
+        right: ``[K, r, d]``, given exactly when ``left`` is.
+        backend: a registered backend for this call; None: the one in force (:func:`mechanex.backends.use`).
+
+    Returns:
+        A new tensor of ``hidden``'s shape and dtype.
+
+    Raises:
+        ValidationError: shapes, dtypes or devices don't fit, or (on the CPU) a row index lies outside
+            ``[-1, K)``. Other devices don't wait for that check: such rows come back as NaN. No backend reads
+            outside the table.
+        MechanexError: an explicitly chosen backend can't run here.
+    """
+    if (
+        rows is None
+        and left is None
+        and right is None
+        and backend is None
+        and backends.prefers_torch()
+        and hidden.dtype is bias.dtype
+        and bias.shape == (1, *hidden.shape[-1:])
+        and hidden.device == bias.device
+        and hidden.is_floating_point()
+    ):
+        # One rounding of the float32 sum, as promised: torch adds half types in float32.
+        return hidden + bias if hidden.dim() > 1 else hidden + bias[0]
+    _check(hidden, rows, bias, left, right)
+    if hidden.dim() == 2:
+        return _dispatch(hidden, rows, bias, left, right, backend)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return _dispatch(flat, None if rows is None else rows.reshape(-1), bias, left, right, backend).view(
+        hidden.shape
+    )
+
+
+def _dispatch(
+    hidden: Tensor,
+    rows: Tensor | None,
+    bias: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """Take one of the three ways with checked arguments; a bias of None is zero."""
+    if torch.compiler.is_compiling():
+        return schema.steer(hidden, rows, bias, left, right, backend)
+    if torch._C._are_functorch_transforms_active():
+        return eager.steer(hidden, rows, bias, left, right)
+    # Spelled out: a generator costs as much as the kernel of a decode step.
+    if (
+        type(hidden) not in _PLAIN
+        or type(rows) not in _PLAIN
+        or type(bias) not in _PLAIN
+        or type(left) not in _PLAIN
+        or type(right) not in _PLAIN
+        or torch._C._len_torch_dispatch_stack()
+    ):
+        return schema.steer(hidden, rows, bias, left, right, backend)
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (hidden, bias, left, right)
+    ):
+        edited: Tensor = _Steer.apply(hidden, rows, bias, left, right, backend)  # type: ignore[no-untyped-call]
+        return edited
+    return backends.kernel("steer", backend, hidden, rows, bias, left, right)(hidden, rows, bias, left, right)
+
+
+def _gradients(
+    grad: Tensor,
+    hidden: Tensor,
+    rows: Tensor | None,
+    bias: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    backend: str | None,
+    needed: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients for hidden, bias, left and right, themselves differentiable."""
+    d_hidden = d_bias = d_left = d_right = None
+    if needed[0]:
+        # The edit's transpose is an edit too: no bias, left and right exchanged.
+        d_hidden = grad if left is None else _dispatch(grad, rows, None, right, left, backend)
+    if needed[1] and bias is not None:
+        d_bias = eager.bias_gradient(rows, grad, bias)
+    if (needed[2] or needed[3]) and left is not None and right is not None:
+        d_left, d_right = eager.table_gradients(hidden, rows, left, right, grad)
+    return d_hidden, d_bias, d_left if needed[2] else None, d_right if needed[3] else None
+
+
+class _Steer(torch.autograd.Function):
+    """The op for plain tensors that need gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        rows: Tensor | None,
+        bias: Tensor | None,
+        left: Tensor | None,
+        right: Tensor | None,
+        backend: str | None,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden if left is not None else None, rows, bias, left, right)
+        ctx.backend = backend
+        return backends.kernel("steer", backend, hidden, rows, bias, left, right)(
+            hidden, rows, bias, left, right
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, rows, bias, left, right = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        needed = (need[0], need[2], need[3], need[4])
+        d_hidden, d_bias, d_left, d_right = _gradients(
+            grad, hidden, rows, bias, left, right, ctx.backend, needed
+        )
+        return d_hidden, None, d_bias, d_left, d_right, None
+
+
+def _check(
+    hidden: Tensor, rows: Tensor | None, bias: Tensor, left: Tensor | None, right: Tensor | None
+) -> None:
+    """Raise :class:`ValidationError` unless shapes, dtypes and devices fit; values are not looked at."""
+    for name, tensor in (("hidden", hidden), ("bias", bias), ("left", left), ("right", right)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ValidationError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise ValidationError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.device != hidden.device:
+            raise ValidationError(
+                f"{name} is on {tensor.device}, hidden on {hidden.device}: move one of them"
+            )
+    if hidden.dim() < 1:
+        raise ValidationError("hidden must have shape [T, d], got a scalar")
+    width = hidden.shape[-1]
+    if bias.dim() != 2 or bias.shape[1] != width:
+        raise ValidationError(f"bias must have shape [K, {width}] (hidden's width), got {list(bias.shape)}")
+    if (left is None) != (right is None):
+        raise ValidationError("left and right go together: give both (rank 1 and up) or neither")
+    if left is not None and right is not None:
+        if left.dim() != 3 or left.shape[0] != bias.shape[0] or left.shape[2] != width:
+            raise ValidationError(
+                f"left must have shape [K, r, d] = [{bias.shape[0]}, r, {width}], got {list(left.shape)}"
+            )
+        if right.shape != left.shape:
+            raise ValidationError(f"right must have left's shape {list(left.shape)}, got {list(right.shape)}")
+    if rows is None:
+        if bias.shape[0] != 1:
+            raise ValidationError(
+                f"without rows the table must hold one edit, got {bias.shape[0]}: give rows"
+            )
+        return
+    if not isinstance(rows, Tensor) or rows.dtype != torch.int32:
+        got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValidationError(f"rows must be an int32 tensor, got {got}: use rows.to(torch.int32)")
+    if rows.shape != hidden.shape[:-1]:
+        raise ValidationError(f"rows must have shape {list(hidden.shape[:-1])}, got {list(rows.shape)}")
+    if rows.device != hidden.device:
+        raise ValidationError(f"rows is on {rows.device}, hidden on {hidden.device}: move one of them")

@@ -1,0 +1,63 @@
+"""What every test runs under: its own user folder, no network, two threads, a fixed seed."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch or a tokenizer library is imported: both read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+for _name in ("MECHANEX_BACKEND", "MECHANEX_CPU_ISA", "MECHANEX_API_KEY"):
+    os.environ.pop(_name, None)
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` run only where CUDA does."""
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    import torch
+
+    # Workers of pytest-xdist share what one process would use.
+    torch.set_num_threads(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A user folder for fixtures that live longer than a test."""
+    os.environ["MECHANEX_HOME"] = str(tmp_path_factory.mktemp("mechanex-home"))
+
+
+@pytest.fixture(autouse=True)
+def mechanex_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The test's own user folder, empty."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("MECHANEX_HOME", str(home))
+    return home
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    import random
+
+    import numpy
+    import torch
+
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
