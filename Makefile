@@ -1,9 +1,10 @@
 # demo, test, lint, bench, wheel: each makes .venv if it is missing and brings it up to date, then runs.
-# An active virtualenv is only asked for its Python. PYTHON, TORCH and PYTEST_ARGS may be set on the command line.
+# An active virtualenv is only asked for its Python. PYTHON, TORCH, PYTEST_ARGS, BENCH_ARGS: set them on the command line.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
+BENCH_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -36,7 +37,7 @@ lint: $(VENV)/.dev
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest -q benchmarks -o python_files='bench_*.py' --benchmark-only $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q benchmarks $(BENCH_ARGS)
 
 wheel: $(VENV)/.venv
 	rm -rf dist

@@ -387,7 +387,9 @@ def test_positions_hold_when_a_sliding_cache_has_dropped_tokens(name):
     model = sliding_family(name, 4)
     out = []
     for use_cache in (True, False):
-        with hf_hooks_contextmanager(model, [(LAYER, make_steering_hook_hf(3 * vector(), token=slice(8, 11)))]):
+        with hf_hooks_contextmanager(
+            model, [(LAYER, make_steering_hook_hf(3 * vector(), token=slice(8, 11)))]
+        ):
             out.append(
                 model.generate(
                     IDS,

@@ -12,7 +12,10 @@ from mechanex.engine.score import perplexity
 from mechanex.engine.text import encode_pair
 from mechanex.errors import ValidationError
 
-PROMPTS, COMPLETIONS = ["The morning was", "A woman", "A woman"], [" cold and quiet.", " sings", " knew every child"]
+PROMPTS, COMPLETIONS = (
+    ["The morning was", "A woman", "A woman"],
+    [" cold and quiet.", " sings", " knew every child"],
+)
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", "cohere", "gemma2"])
@@ -22,7 +25,9 @@ def test_it_is_the_mean_over_tokens_of_one_by_one_losses(name):
     for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
         ids, answer = encode_pair(tokenizer, prompt, completion)
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids + answer]), use_cache=False).logits[0, len(ids) - 1 : -1]
+            logits = model(input_ids=torch.tensor([ids + answer]), use_cache=False).logits[
+                0, len(ids) - 1 : -1
+            ]
         losses += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none").tolist()
     expected = math.exp(sum(losses) / len(losses))
     assert perplexity(model, PROMPTS, COMPLETIONS, tokenizer) == pytest.approx(expected, rel=1e-4)

@@ -161,6 +161,13 @@ def test_half_types_round_to_nearest_even_and_keep_nan(backend: str, dtype: torc
         assert torch.equal(got.nan_to_num(0.0), want.nan_to_num(0.0))
 
 
+def test_a_lazily_negated_view_is_read_as_what_it_stands_for() -> None:
+    hidden, rows, *tables = SteerCase(4, 8, n_edits=2, rank=1, rows="mixed").make(torch.float32)
+    negated = torch.complex(hidden, -hidden).conj().imag
+    assert negated.is_neg()
+    torch.testing.assert_close(steer(negated, rows, *tables), steer(hidden, rows, *tables))
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_leading_dimensions_are_rows(backend: str) -> None:
     hidden, rows, *tables = SteerCase(12, 31, n_edits=2, rank=1, rows="mixed").make(torch.float32)
@@ -271,6 +278,22 @@ def test_vmap_sees_the_plain_mathematics() -> None:
     hidden, _, bias, left, right = SteerCase(6, 5, rank=2).make(torch.float64)
     batched = torch.func.vmap(lambda h: steer(h, None, bias, left, right))(hidden.view(2, 3, 5))
     torch.testing.assert_close(batched.view(6, 5), steer(hidden, None, bias, left, right))
+
+
+def test_forward_mode_differentiation_sees_the_plain_mathematics() -> None:
+    hidden, rows, bias, left, right = SteerCase(6, 5, n_edits=2, rank=2, rows="mixed").make(torch.float64)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(bias, torch.ones_like(bias))
+        _, tangent = torch.autograd.forward_ad.unpack_dual(steer(hidden, rows, dual, left, right))
+    torch.testing.assert_close(tangent, (rows >= 0).double()[:, None].expand(6, 5))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_autocast_does_not_lower_the_arithmetic(backend: str) -> None:
+    args = SteerCase(5, 64, n_edits=2, rank=3, rows="mixed").make(torch.float32)
+    want = steer(*args, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(steer(*args, backend=backend), want)
 
 
 @given(

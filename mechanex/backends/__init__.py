@@ -68,8 +68,8 @@ class Backend:
 _REGISTRY = {
     backend.name: backend
     for backend in (
-        Backend("reference", "the oracle of the tests, slow", (), {"steer": Kernel(reference.steer)}),
-        Backend("eager", "plain torch, any device", (), {"steer": Kernel(eager.steer)}),
+        Backend("reference", "the oracle of the tests; slow", (), {"steer": Kernel(reference.steer)}),
+        Backend("eager", "plain torch", (), {"steer": Kernel(eager.steer)}),
         Backend(
             "native",
             "compiled kernels for the CPU",

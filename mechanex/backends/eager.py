@@ -6,6 +6,10 @@ A row picks its edit in one of two ways. Few edits: multiply every row by all of
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -17,6 +21,23 @@ __all__ = ["bias_gradient", "check_rows", "compute_dtype", "steer", "table_gradi
 _MASKED_MAX = 32
 # Elements of a gathered table that are alive at once.
 _GATHER_ELEMENTS = 1 << 24
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep autocast from turning the float32 products of ``function`` into half precision."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            return function(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -39,6 +60,7 @@ def check_rows(rows: Tensor, n_edits: int) -> None:
         )
 
 
+@_without_autocast
 def steer(
     hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
 ) -> Tensor:
@@ -81,6 +103,7 @@ def steer(
     return edited.masked_fill(outside, float("nan"))
 
 
+@_without_autocast
 def bias_gradient(rows: Tensor | None, grad: Tensor, bias: Tensor) -> Tensor:
     """Gradient of :func:`steer` with respect to ``bias``: the sum of each edit's rows.
 
@@ -102,6 +125,7 @@ def bias_gradient(rows: Tensor | None, grad: Tensor, bias: Tensor) -> Tensor:
     )
 
 
+@_without_autocast
 def table_gradients(
     hidden: Tensor, rows: Tensor | None, left: Tensor, right: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -103,6 +103,13 @@ def refuses_steer(
         return f"hidden has dtype {hidden.dtype}, the kernels take float32, float64, bfloat16 and float16"
     if left is not None and left.shape[1] > _MAX_RANK:
         return f"the rank is {left.shape[1]}, the kernels take at most {_MAX_RANK}"
+    if (
+        hidden.is_neg()
+        or (bias is not None and bias.is_neg())
+        or (left is not None and left.is_neg())
+        or (right is not None and right.is_neg())
+    ):
+        return "an argument is a lazily negated view, whose memory holds other values: call resolve_neg()"
     return None
 
 

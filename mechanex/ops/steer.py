@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mechanex import backends
 from mechanex.backends import eager
@@ -90,7 +91,7 @@ def _dispatch(
     """Take one of the three ways with checked arguments; a bias of None is zero."""
     if torch.compiler.is_compiling():
         return schema.steer(hidden, rows, bias, left, right, backend)
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return eager.steer(hidden, rows, bias, left, right)
     # Spelled out: a generator costs as much as the kernel of a decode step.
     if (

@@ -1,0 +1,100 @@
+"""CAA over 256 pairs on a 110 M random Llama: packed batches against a length-sorted padded batch of 32.
+
+pytest benchmarks/test_caa.py --benchmark-only
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mechanex.engine.caa import caa_vectors
+from mechanex.engine.pack import ROW_TOKENS
+
+N_PAIRS, BATCH = 256, 32
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=16_000,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        max_position_embeddings=1024,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """Token ids: prompts of about 30 tokens, answers of about 8."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(mean: int, spread: int) -> list[int]:
+        n = int(torch.randint(mean - spread, mean + spread + 1, (), generator=generator))
+        return torch.randint(3, 16_000, (n,), generator=generator).tolist()
+
+    return [draw(30, 8) for _ in range(N_PAIRS)], *([draw(8, 3) for _ in range(N_PAIRS)] for _ in range(2))
+
+
+def padded_means(model, prompts, positive, negative) -> torch.Tensor:
+    """[n_layers, d_model] the usual way: every prompt with each answer, sorted by length, 32 sequences a batch."""
+    rows = [
+        (p, a, sign)
+        for side, sign in ((positive, 1), (negative, -1))
+        for p, a in zip(prompts, side, strict=True)
+    ]
+    rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+    total = torch.zeros(model.config.num_hidden_layers, model.config.hidden_size)
+    with torch.no_grad():
+        for start in range(0, len(rows), BATCH):
+            batch = rows[start : start + BATCH]
+            width = max(len(p) + len(a) for p, a, _ in batch)
+            ids = torch.zeros(len(batch), width, dtype=torch.long)
+            mask, weight = torch.zeros_like(ids), torch.zeros(len(batch), width)
+            for i, (p, a, sign) in enumerate(batch):
+                n = len(p) + len(a)
+                ids[i, :n], mask[i, :n] = torch.tensor(p + a), 1
+                weight[i, len(p) : n] = sign / len(a) / len(prompts)
+            states = model.model(
+                input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True
+            ).hidden_states
+            for layer, hidden in enumerate(states[: model.config.num_hidden_layers]):
+                total[layer] += torch.einsum("bt,btd->d", weight, hidden)
+    return total
+
+
+def test_caa_256_pairs(model, examples, benchmark):
+    layers = range(model.config.num_hidden_layers)
+    found = caa_vectors(model, *examples, layers=layers)
+    truth = padded_means(model, *examples)
+    worst = max(float((found[n] - truth[n]).norm() / truth[n].norm()) for n in layers)
+    assert worst < 1e-4, f"vectors differ by {worst:.1e}"
+
+    ways = {
+        f"packed {n}": lambda n=n: caa_vectors(model, *examples, layers=layers, row_tokens=n)
+        for n in (1, 128, 256, 512)
+    }
+    ways["padded"] = lambda: padded_means(model, *examples)
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(3):
+        for name, run in ways.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    for name, median in medians.items():
+        print(f"  CAA {name:>12}: {median:6.2f} s, padded / this = {medians['padded'] / median:.2f}")
+    benchmark.extra_info |= {
+        "median_s": medians,
+        "speedup": medians["padded"] / medians[f"packed {ROW_TOKENS}"],
+        "relative_difference": worst,
+    }
+    benchmark.pedantic(ways[f"packed {ROW_TOKENS}"], rounds=1)

@@ -1,0 +1,65 @@
+"""Every code block of the README and of the documentation runs as printed.
+
+Blocks marked `py` instead of `python` need the network or a GPU, and are only shown.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [body for kind, body in BLOCK.findall(page.read_text(encoding="utf-8")) if kind == language]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_blocks_run_one_after_another(page, tmp_path, monkeypatch):
+    found = blocks(page, "python")
+    if page.name == "README.md":
+        assert len(found) >= 3
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    for body in found:
+        exec(compile(body, str(page), "exec"), namespace)
+
+
+def commands(page: Path) -> list[list[str]]:
+    lines = [line for body in blocks(page, "sh") for line in body.replace("\\\n", " ").splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_shell_blocks_run(tmp_path):
+    """`make` targets are checked to exist (running them from inside `make test` would not end); the rest is run."""
+    seen = 0
+    for page in PAGES:
+        for words in commands(page):
+            seen += 1
+            if words[0] == "make":
+                subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+            elif words[0] in ("mechanex", "python"):
+                entry = ["-c", "from mechanex.cli import main; main()"] if words[0] == "mechanex" else []
+                command = [sys.executable, *entry, *words[1:]]
+                done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+                assert done.returncode == 0, f"{page.name}: {shlex.join(words)}\n{done.stderr}"
+            else:
+                assert words[:2] == ["pip", "install"], (
+                    f"{page.name}: {shlex.join(words)} is not run by this test"
+                )
+    assert seen >= 4
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
