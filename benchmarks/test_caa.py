@@ -5,31 +5,15 @@ pytest benchmarks/test_caa.py --benchmark-only
 
 from __future__ import annotations
 
-import statistics
-import time
-
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from interleaved import medians
+from llama import llama_110m
 
 from mechanex.engine.caa import caa_vectors
 from mechanex.engine.pack import ROW_TOKENS
 
 N_PAIRS, BATCH = 256, 32
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=16_000,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        max_position_embeddings=1024,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +29,7 @@ def examples():
 
 
 def padded_means(model, prompts, positive, negative) -> torch.Tensor:
-    """[n_layers, d_model] the usual way: every prompt with each answer, sorted by length, 32 sequences a batch."""
+    """[n_layers, d_model] the usual way: each answer with its prompt, sorted by length, 32 sequences a batch."""
     rows = [
         (p, a, sign)
         for side, sign in ((positive, 1), (negative, -1))
@@ -71,11 +55,12 @@ def padded_means(model, prompts, positive, negative) -> torch.Tensor:
     return total
 
 
-def test_caa_256_pairs(model, examples, benchmark):
+def test_caa_256_pairs(examples, benchmark):
+    model = llama_110m()
     layers = range(model.config.num_hidden_layers)
-    found = caa_vectors(model, *examples, layers=layers)
+    vector = caa_vectors(model, *examples, layers=layers)
     truth = padded_means(model, *examples)
-    worst = max(float((found[n] - truth[n]).norm() / truth[n].norm()) for n in layers)
+    worst = max(float((vector[n] - truth[n]).norm() / truth[n].norm()) for n in layers)
     assert worst < 1e-4, f"vectors differ by {worst:.1e}"
 
     ways = {
@@ -83,18 +68,12 @@ def test_caa_256_pairs(model, examples, benchmark):
         for n in (1, 128, 256, 512)
     }
     ways["padded"] = lambda: padded_means(model, *examples)
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(3):
-        for name, run in ways.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(found) for name, found in times.items()}
-    for name, median in medians.items():
-        print(f"  CAA {name:>12}: {median:6.2f} s, padded / this = {medians['padded'] / median:.2f}")
+    found = medians(ways, rounds=3)
+    for name, median in found.items():
+        print(f"  CAA {name:>12}: {median:6.2f} s, padded / this = {found['padded'] / median:.2f}")
     benchmark.extra_info |= {
-        "median_s": medians,
-        "speedup": medians["padded"] / medians[f"packed {ROW_TOKENS}"],
+        "median_s": found,
+        "speedup": found["padded"] / found[f"packed {ROW_TOKENS}"],
         "relative_difference": worst,
     }
     benchmark.pedantic(ways[f"packed {ROW_TOKENS}"], rounds=1)

@@ -84,7 +84,8 @@ def test_training_mode_and_flags_are_put_back_and_dropout_is_off():
         (["a"], ["b"], ["c"], [4], "Layer 4 does not exist"),
         (["a"], ["b"], ["c"], [], "no layers"),
         (["a"], [""], ["c"], [0], "no tokens"),
-        (["a"], [" b"], [" b"], [0], "zero: the positive and negative answers are the same"),
+        (["a"], [" b"], [" b"], [2], "zero: the positive and negative answers do not differ"),
+        (["a", "a"], [" b", " c"], [" c", " b"], [2], "zero"),
     ],
 )
 def test_wrong_input_is_an_error(prompts, positive, negative, layers, message):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +15,14 @@ from .forward import packs_for, visit_residuals
 from .intervention import compute_dtype
 from .models import adapter_for
 from .models.adapter import ModelAdapter, undisturbed
-from .pack import BATCH_TOKENS, ROW_TOKENS
+from .pack import BATCH_TOKENS, ROW_TOKENS, Pack
 from .text import Prompt, encode_pair
 from .vectors import SteeringVector
 
 __all__ = ["caa_vectors", "default_layer"]
+
+# One text at two places of a batch differs by a few float32 roundings; a difference that small is none.
+ROUNDING = 16 * torch.finfo(torch.float32).eps
 
 
 def default_layer(n_layers: int) -> int:
@@ -80,12 +84,17 @@ def caa_vectors(
     weights = torch.tensor([(-1.0) ** i / (n * len(completion)) for i, (_, completion) in enumerate(pairs)])
 
     sums: dict[int, Tensor] = {}
+    sizes: dict[int, Tensor] = {}  # mean norm of the activations, what rounding is relative to
 
-    def reader(layer: int, rows: Tensor, columns: Tensor, weight: Tensor) -> Any:
+    def reader(layer: int, pack: Pack, weight: Tensor) -> Callable[[Tensor], None]:
         def read(hidden: Tensor) -> None:
-            tokens = hidden[rows, columns].to(compute_dtype(hidden.dtype))
-            part = (weight.to(tokens) @ tokens).to("cpu", torch.float64)
+            tokens = hidden[pack.row, pack.column].to(compute_dtype(hidden.dtype))
+            weighted = weight.to(tokens)
+            wide = torch.float32 if tokens.device.type == "mps" else torch.float64
+            part, size = (weighted @ tokens).to(wide), (weighted.abs() @ tokens.norm(dim=1) / 2).to(wide)
+            # Sums stay on the device: nothing waits for it between batches.
             sums[layer] = sums[layer] + part if layer in sums else part
+            sizes[layer] = sizes[layer] + size if layer in sizes else size
 
         return read
 
@@ -93,13 +102,19 @@ def caa_vectors(
     with torch.no_grad(), undisturbed(adapter.hf_model):
         for pack in tqdm(packs, desc="CAA", unit="batch", disable=not progress):
             weight = weights.to(pack.pair.device)[pack.pair]
-            visit_residuals(adapter, pack, {n: reader(n, pack.row, pack.column, weight) for n in indices})
-    vectors = {n: sums[n].to(compute_dtype(adapter.dtype)) for n in indices}
-    for layer, vector in vectors.items():
-        norm = float(vector.norm())
-        if not norm or not norm < float("inf"):
-            reason = "zero: the positive and negative answers are the same" if norm == 0 else "not finite"
-            raise ValidationError(
-                f"The vector at layer {layer} is {reason}; check the examples and the model."
-            )
+            visit_residuals(adapter, pack, {layer: reader(layer, pack, weight) for layer in indices})
+    for layer in indices:
+        _check_direction(layer, float(sums[layer].norm()), float(sizes[layer]))
+    vectors = {layer: sums[layer].cpu().to(compute_dtype(adapter.dtype)) for layer in indices}
     return SteeringVector(vectors, model=adapter.model_id, method="caa")
+
+
+def _check_direction(layer: int, norm: float, size: float) -> None:
+    """Refuses a mean difference that is not finite, or zero to rounding of activations of norm ``size``."""
+    if not math.isfinite(norm):
+        reason = "not finite"
+    elif norm <= ROUNDING * size:
+        reason = "zero: the positive and negative answers do not differ there"
+    else:
+        return
+    raise ValidationError(f"The vector at layer {layer} is {reason}; check the examples and the model.")

@@ -1,0 +1,94 @@
+"""Mechanex changes what a language model does by editing its residual stream while it runs.
+
+``mechanex.load("mx-tiny")`` and the like act on a default client; ``mechanex.Mechanex()`` makes another one.
+Names are loaded when they are first used: importing the package imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+_SUBMODULES = frozenset(
+    {"backends", "bundled", "client", "engine", "errors", "generation", "ops", "steering", "utils"}
+)
+_NAMES = {
+    "Mechanex": "client",
+    "SteeringVector": "engine.vectors",
+    "APIError": "errors",
+    "AuthenticationError": "errors",
+    "MechanexError": "errors",
+    "NotFoundError": "errors",
+    "RateLimitError": "errors",
+    "ValidationError": "errors",
+}
+_CLIENT_METHODS = frozenset(
+    {"load", "load_model", "set_execution_mode", "set_local_model", "unload", "unload_model"}
+)
+
+if TYPE_CHECKING:
+    from . import backends, bundled, client, engine, errors, generation, ops, steering, utils
+    from .client import Mechanex
+    from .engine.vectors import SteeringVector
+    from .errors import (
+        APIError,
+        AuthenticationError,
+        MechanexError,
+        NotFoundError,
+        RateLimitError,
+        ValidationError,
+    )
+
+    _default = client.default_client()
+    load = _default.load
+    load_model = _default.load_model
+    set_execution_mode = _default.set_execution_mode
+    set_local_model = _default.set_local_model
+    unload = _default.unload
+    unload_model = _default.unload_model
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in _CLIENT_METHODS:
+            return getattr(importlib.import_module(".client", __name__).default_client(), name)
+        if name in _SUBMODULES:
+            return importlib.import_module(f".{name}", __name__)
+        if name in _NAMES:
+            found = getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
+            globals()[name] = found
+            return found
+        raise AttributeError(f"module 'mechanex' has no attribute {name!r}")
+
+
+__all__ = [
+    "APIError",
+    "AuthenticationError",
+    "Mechanex",
+    "MechanexError",
+    "NotFoundError",
+    "RateLimitError",
+    "SteeringVector",
+    "ValidationError",
+    "__version__",
+    "backends",
+    "bundled",
+    "client",
+    "engine",
+    "errors",
+    "generation",
+    "load",
+    "load_model",
+    "ops",
+    "set_execution_mode",
+    "set_local_model",
+    "steering",
+    "unload",
+    "unload_model",
+    "utils",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""What the commands of ``mechanex.cli`` do; nothing here is imported before its command runs."""

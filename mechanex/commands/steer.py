@@ -1,0 +1,129 @@
+"""``mechanex steer``: the same prompts with and without a vector."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from ..bundled import data_path
+from ..engine.caa import caa_vectors
+from ..engine.datasets import read_pairs
+from ..engine.generate import Options, generate_batch
+from ..engine.models.resolve import LoadedModel, load
+from ..engine.vectors import SteeringVector
+from ..errors import NotFoundError
+from .console import console, model_text
+
+__all__ = ["run_steer"]
+
+
+def run_steer(
+    *,
+    model: str,
+    prompts: Sequence[str],
+    data: str | None,
+    split: str | None,
+    vector: Path | None,
+    layers: Sequence[int],
+    method: str,
+    strength: float,
+    save: Path | None,
+    max_tokens: int,
+    sampling_method: str,
+    temperature: float,
+    seed: int,
+    device: str | None,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    """Computes or reads the vector, generates both ways with the same seeds, and prints a table or JSON.
+
+    Raises:
+        MechanexError: whatever the engine finds wrong with the model, the data, the vector or the settings.
+    """
+    # Checked before the model is loaded, which may take minutes.
+    settings = Options(
+        max_tokens=max_tokens, sampling_method=sampling_method, temperature=temperature, seed=seed
+    )
+    found = SteeringVector.load(vector) if vector is not None else None
+    pairs = None if data is None else read_pairs(_dataset(data), split=split)
+    loaded = load(model, backend="transformers", device=device, dtype=dtype)
+    if pairs is not None:
+        found = caa_vectors(
+            loaded.model,
+            pairs.prompts,
+            pairs.positive_answers,
+            pairs.negative_answers,
+            list(layers) or None,
+            loaded.tokenizer,
+            progress=sys.stderr.isatty(),
+        )
+    assert found is not None
+    if save is not None:
+        found.save(save)
+    unsteered = _continue(loaded, prompts, settings)
+    steered = _continue(loaded, prompts, settings, found, strength)
+    origin = f"{method} from {len(pairs)} pairs" if pairs is not None else str(vector)
+    if as_json:
+        rows = [
+            {"prompt": prompt, "unsteered": before, "steered": after}
+            for prompt, before, after in zip(prompts, unsteered, steered, strict=True)
+        ]
+        report = {
+            "model": loaded.name,
+            "vector": origin,
+            "layers": list(found.layers),
+            "norms": list(found.norms().values()),
+            "strength": strength,
+            "seed": seed,
+            "results": rows,
+        }
+        click.echo(json.dumps(report, ensure_ascii=False, indent=2))
+        return
+    norms = ", ".join(f"layer {layer} (norm {norm:.3g})" for layer, norm in found.norms().items())
+    screen = console()
+    heading = f"{loaded.name}: {origin}, {norms}, strength {strength:g}, seed {seed}"
+    screen.print(heading, markup=False, soft_wrap=True)
+    table = Table(show_lines=True)
+    for column in ("prompt", "unsteered", "steered"):
+        table.add_column(column, ratio=1, overflow="fold")
+    for row in zip(prompts, unsteered, steered, strict=True):
+        table.add_row(*map(model_text, row))
+    screen.print(table)
+
+
+def _dataset(data: str) -> Path:
+    if Path(data).exists():
+        return Path(data)
+    try:
+        return data_path(data)
+    except NotFoundError:
+        raise NotFoundError(
+            f"no dataset at {data}, and no bundled one of that name: give the path of a .jsonl file."
+        ) from None
+
+
+def _continue(
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    settings: Options,
+    vector: SteeringVector | None = None,
+    strength: float = 1.0,
+) -> list[str]:
+    texts = generate_batch(
+        loaded.model,
+        loaded.tokenizer,
+        list(prompts),
+        max_tokens=settings.max_tokens,
+        sampling_method=settings.sampling_method,
+        temperature=settings.temperature,
+        seed=settings.seed,
+        vector=vector,
+        strength=strength,
+    )
+    return [text[len(prompt) :].strip() for text, prompt in zip(texts, prompts, strict=True)]

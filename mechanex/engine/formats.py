@@ -1,0 +1,222 @@
+"""Steering vectors on disk: which suffix means which format; files are read without trusting them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, deserialize
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from ..errors import MechanexError, NotFoundError, ValidationError
+
+__all__ = ["FORMATS", "MAX_BYTES", "VectorFormat", "atomic_path", "format_of", "read_layers", "write_layers"]
+
+# A hundred layers of width 16,384 in float64 are 13 MB, as JSON 50: anything larger is another kind of file.
+MAX_BYTES = 256 << 20
+
+_LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
+_SAFETENSORS_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+Layers = dict[int, Tensor]
+Fields = dict[str, str]
+
+
+@dataclass(frozen=True)
+class VectorFormat:
+    """One file format: ``read(path)`` gives layers and text fields, ``write`` makes the file."""
+
+    name: str
+    read: Callable[[Path], tuple[Layers, Fields]]
+    write: Callable[[Path, Mapping[int, Tensor], Mapping[str, str]], None]
+
+
+def read_layers(path: str | os.PathLike[str]) -> tuple[Layers, Fields]:
+    """Reads a vector file of any known format; half precision comes back as float32, float64 stays.
+
+    Args:
+        path: the file; its suffix decides the format.
+
+    Returns:
+        ``{layer: tensor [d]}``, finite, all of one width, in order of layers, and the file's text fields.
+
+    Raises:
+        NotFoundError: there is no such file.
+        ValidationError: unknown suffix, or not a sound vector file; names the file and the problem.
+    """
+    source = Path(path)
+    chosen = format_of(source)
+    if not source.exists():
+        raise NotFoundError(f"no vector file at {source}: check the path.")
+    if not source.is_file():
+        raise ValidationError(f"{source} is not a regular file: give the path of a vector file.")
+    size = source.stat().st_size
+    if size > MAX_BYTES:
+        raise ValidationError(
+            f"{source} has {size:,} bytes, and a vector file has at most {MAX_BYTES:,}: is it a model's file?"
+        )
+    try:
+        layers, fields = chosen.read(source)
+        return _checked(layers), fields
+    except MechanexError:
+        raise
+    # A parser that is handed a hostile file may fail in any way; each of them means the same to the caller.
+    except Exception as error:
+        problem = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValidationError(
+            f"{source} is not a readable {chosen.name} vector file: {problem or type(error).__name__}"
+        ) from error
+
+
+def write_layers(
+    path: str | os.PathLike[str], layers: Mapping[int, Tensor], fields: Mapping[str, str]
+) -> None:
+    """Writes a vector file in the format of its suffix; a half-written file never has the final name.
+
+    Args:
+        path: the file to make or replace; missing parent folders are made.
+        layers: ``{layer: tensor [d]}``.
+        fields: text fields to keep beside them (JSON has no place for them and drops them).
+
+    Raises:
+        ValidationError: unknown suffix, or layers that the format can't hold.
+    """
+    target = Path(path)
+    chosen = format_of(target)
+    with atomic_path(target) as temporary:
+        chosen.write(temporary, layers, fields)
+
+
+def format_of(path: str | os.PathLike[str]) -> VectorFormat:
+    """The format of a path's suffix; an unknown one is a ValidationError that lists the known ones."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise ValidationError(
+            f"{os.fspath(path)!r} has the suffix {suffix!r}, which is no vector format: "
+            f"use {', '.join(FORMATS)}."
+        )
+    return FORMATS[suffix]
+
+
+@contextlib.contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """Gives a temporary path beside ``target``; on success it is flushed and takes the target's name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _checked(layers: Layers) -> Layers:
+    if not layers:
+        raise ValueError("it holds no layers")
+    widths = {layer: tensor.numel() for layer, tensor in layers.items()}
+    if len(set(widths.values())) > 1:
+        raise ValueError(f"its layers have different widths: {widths}")
+    for layer, tensor in layers.items():
+        if tensor.numel() == 0:
+            raise ValueError(f"layer {layer} is empty")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"layer {layer} holds NaN or infinite numbers")
+    return dict(sorted(layers.items()))
+
+
+def _layer_number(text: str) -> int:
+    if not _LAYER.fullmatch(text):
+        raise ValueError(f"{text[:40]!r} is no layer number (0, 1, 2, …)")
+    return int(text)
+
+
+def _read_safetensors(path: Path) -> tuple[Layers, Fields]:
+    data = path.read_bytes()
+    try:
+        entries = deserialize(data)  # type: ignore[no-untyped-call]
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    layers: Layers = {}
+    for key, entry in entries:
+        # Plain numbers as keys are what others write.
+        layer = _layer_number(key.removeprefix("layer."))
+        if layer in layers:
+            raise ValueError(f"layer {layer} is there twice")
+        if entry["dtype"] not in _SAFETENSORS_DTYPES:
+            raise ValueError(
+                f"layer {layer} has dtype {entry['dtype']}; {', '.join(_SAFETENSORS_DTYPES)} are read"
+            )
+        if len(entry["shape"]) != 1:
+            raise ValueError(f"layer {layer} has shape {entry['shape']}, and a vector has one dimension")
+        if not entry["data"]:
+            raise ValueError(f"layer {layer} is empty")
+        tensor = torch.frombuffer(bytearray(entry["data"]), dtype=_SAFETENSORS_DTYPES[entry["dtype"]])
+        layers[layer] = tensor if tensor.dtype == torch.float64 else tensor.float()
+    header_bytes = int.from_bytes(data[:8], "little")
+    fields = json.loads(data[8 : 8 + header_bytes]).get("__metadata__") or {}
+    return layers, {str(key): str(value) for key, value in fields.items()}
+
+
+def _write_safetensors(path: Path, layers: Mapping[int, Tensor], fields: Mapping[str, str]) -> None:
+    tensors = {f"layer.{layer}": tensor.detach().cpu().contiguous() for layer, tensor in layers.items()}
+    path.write_bytes(safetensors_bytes(tensors, metadata=dict(fields)))
+
+
+def _read_json(path: Path) -> tuple[Layers, Fields]:
+    found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    if not isinstance(found, dict):
+        raise ValueError(f"the top level is a {type(found).__name__}, and {{layer: [numbers]}} is expected")
+    return {_layer_number(key): _json_vector(key, values) for key, values in found.items()}, {}
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _json_vector(key: str, values: object) -> Tensor:
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+        raise ValueError(f"layer {key} is not a flat list of numbers")
+    return torch.tensor(values, dtype=torch.float64).float()
+
+
+def _write_json(path: Path, layers: Mapping[int, Tensor], fields: Mapping[str, str]) -> None:
+    lines = {str(layer): tensor.detach().cpu().tolist() for layer, tensor in layers.items()}
+    path.write_text(json.dumps(lines, allow_nan=False), encoding="utf-8")
+
+
+def _read_gguf(path: Path) -> tuple[Layers, Fields]:
+    from .formats_gguf import read_control_vector
+
+    return read_control_vector(path)
+
+
+def _write_gguf(path: Path, layers: Mapping[int, Tensor], fields: Mapping[str, str]) -> None:
+    from .formats_gguf import write_control_vector
+
+    write_control_vector(path, layers, fields)
+
+
+FORMATS: dict[str, VectorFormat] = {
+    ".safetensors": VectorFormat("safetensors", _read_safetensors, _write_safetensors),
+    ".json": VectorFormat("JSON", _read_json, _write_json),
+    ".gguf": VectorFormat("GGUF", _read_gguf, _write_gguf),
+}

@@ -1,0 +1,123 @@
+"""GGUF control vectors, through the ``gguf`` package.
+
+Their ``direction.N`` acts on the output of layer N, which is the residual stream entering layer N + 1: our
+layer L is their ``direction.(L-1)``.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ValidationError
+
+__all__ = ["read_control_vector", "write_control_vector"]
+
+_logger = logging.getLogger(__name__)
+
+ARCHITECTURE = "controlvector"
+_DIRECTION = re.compile(r"direction\.(0|[1-9][0-9]{0,5})")
+_FIELD_PREFIX = "mechanex."
+_MODEL_HINT = "controlvector.model_hint"
+_FLOATS = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F64)
+# A control vector of 100 layers takes about 2,000 reads.
+_MAX_READS = 200_000
+
+
+class _BoundedReader(gguf.GGUFReader):
+    """The package's reader, which believes the lengths in a file, made to stop where the file does."""
+
+    _reads = 0
+
+    def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+        self._reads += 1
+        if self._reads > _MAX_READS:
+            raise ValueError("it has too many fields for a control vector")
+        wanted = int(count) * np.dtype(dtype).itemsize
+        if int(offset) + wanted > self.data.size:
+            raise ValueError("it ends early, or a length in it is wrong")
+        return super()._get(int(offset), dtype, int(count), override_order)
+
+
+def read_control_vector(path: Path) -> tuple[dict[int, Tensor], dict[str, str]]:
+    """Reads ``direction.N`` tensors as layers N + 1, and the text fields that this library wrote.
+
+    Raises:
+        ValueError: the file is no control vector, or is not sound; other exceptions may come from the parser.
+    """
+    reader = _BoundedReader(path)
+    architecture = _text(reader, "general.architecture")
+    if architecture not in (None, ARCHITECTURE):
+        raise ValueError(f"its general.architecture is {architecture!r}, and {ARCHITECTURE!r} is expected")
+    layers: dict[int, Tensor] = {}
+    for tensor in reader.tensors:
+        match = _DIRECTION.fullmatch(tensor.name)
+        if not match:
+            raise ValueError(f"tensor {tensor.name[:40]!r} is not named direction.0, direction.1, …")
+        if tensor.tensor_type not in _FLOATS or tensor.data.ndim != 1:
+            raise ValueError(
+                f"{tensor.name} is {tensor.tensor_type.name} of shape {tensor.data.shape}; "
+                "a vector of F32, F16 or F64 is expected"
+            )
+        values = np.array(tensor.data, dtype=np.float64)
+        single = torch.from_numpy(values).float()
+        layers[int(match[1]) + 1] = single
+    fields = {
+        name.removeprefix(_FIELD_PREFIX): _text(reader, name) or ""
+        for name in reader.fields
+        if name.startswith(_FIELD_PREFIX)
+    }
+    hint = _text(reader, _MODEL_HINT)
+    if hint:
+        fields.setdefault("model", hint)
+    return layers, fields
+
+
+def write_control_vector(path: Path, layers: Mapping[int, Tensor], fields: Mapping[str, str]) -> None:
+    """Writes a control vector in float32, with this library's text fields under ``mechanex.``.
+
+    Raises:
+        ValidationError: layer 0 is there (the format has no name for it), or a number doesn't fit float32.
+    """
+    if 0 in layers:
+        raise ValidationError(
+            "layer 0 (the embeddings) can't be exported to GGUF, whose first site is the output of layer 0: "
+            "save as .safetensors or .json, or drop layer 0."
+        )
+    if 1 in layers:
+        _logger.warning("layer 1 is direction.0 in GGUF, and llama.cpp refuses to load files that have it")
+    arrays = {layer: tensor.detach().cpu().float() for layer, tensor in sorted(layers.items())}
+    for layer, array in arrays.items():
+        if not torch.isfinite(array).all():
+            raise ValidationError(f"layer {layer} doesn't fit GGUF's float32: scale the vector down.")
+    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    try:
+        writer.add_string(_MODEL_HINT, fields.get("model", ""))
+        writer.add_uint32("controlvector.layer_count", len(arrays))
+        for key, value in fields.items():
+            # add_string would leave out an empty text.
+            writer.add_key_value(_FIELD_PREFIX + key, value, gguf.GGUFValueType.STRING)
+        for layer, array in arrays.items():
+            writer.add_tensor(f"direction.{layer - 1}", array.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _text(reader: gguf.GGUFReader, name: str) -> str | None:
+    field = reader.get_field(name)
+    if field is None:
+        return None
+    if field.types != [gguf.GGUFValueType.STRING]:
+        raise ValueError(f"its field {name} is not text")
+    return bytes(field.parts[-1]).decode("utf-8")

@@ -1,0 +1,76 @@
+"""What a steering vector is made of, checked: layer numbers, directions, text fields, strengths."""
+
+from __future__ import annotations
+
+import logging
+import math
+import numbers
+import operator
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import ValidationError
+
+__all__ = ["RESERVED_FIELDS", "as_direction", "as_layer", "as_number", "as_text_fields", "check_strength"]
+
+_logger = logging.getLogger(__name__)
+
+RESERVED_FIELDS = ("format_version", "library_version", "model", "width", "layers", "site", "method", "seed")
+
+
+def check_strength(strength: float) -> None:
+    """Refuses a strength that is not a finite number; warns about 0, which steers nothing."""
+    value = as_number(strength)
+    if value is None or not math.isfinite(value):
+        raise ValidationError(f"the steering strength must be a finite number; got {strength!r}.")
+    if value == 0:
+        _logger.warning("a steering vector was given with strength 0: nothing is steered")
+
+
+def as_number(value: object) -> float | None:
+    """A Python or NumPy number, or a 0-d tensor, as a float; None for anything else."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.ndim == 0):
+        return float(value)
+    return None
+
+
+def as_layer(layer: object) -> int:
+    """A whole number from 0 up, of any integer type, as an int."""
+    try:
+        index = operator.index(layer)  # type: ignore[arg-type]
+    except TypeError:
+        index = -1
+    if index < 0 or isinstance(layer, bool):
+        raise ValidationError(f"a vector's layers are whole numbers from 0 up; got {layer!r}.")
+    return index
+
+
+def as_direction(layer: int, tensor: object) -> Tensor:
+    """A finite floating tensor [d], detached."""
+    if not isinstance(tensor, Tensor):
+        raise ValidationError(
+            f"layer {layer} must be a tensor [d]; got {type(tensor).__name__}: use torch.tensor(...)."
+        )
+    if tensor.ndim != 1 or tensor.numel() == 0 or not tensor.is_floating_point():
+        raise ValidationError(
+            f"layer {layer} must be a floating tensor [d]; got {tensor.dtype} of shape {list(tensor.shape)}."
+        )
+    if not torch.isfinite(tensor).all():
+        raise ValidationError(
+            f"layer {layer} holds NaN or infinite numbers: check the model's dtype and how it was made."
+        )
+    return tensor.detach()
+
+
+def as_text_fields(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Free metadata, text to text, under names that the file format doesn't use itself."""
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str) or not key:
+            raise ValidationError(f"metadata is text to text; got {key!r}: {value!r}.")
+        if key in RESERVED_FIELDS:
+            raise ValidationError(f"metadata can't use the name {key!r}, which the file format uses itself.")
+    return dict(metadata)

@@ -1,0 +1,118 @@
+"""Named steering vectors: kept for the session, and on disk where another process finds them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..errors import NotFoundError, ValidationError
+from ..home import vectors_folder
+from .formats import FORMATS
+from .models import adapter_for
+from .models.adapter import ModelAdapter
+from .vectors import SteeringVector
+
+__all__ = ["VectorStore"]
+
+_logger = logging.getLogger(__name__)
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+class VectorStore:
+    """Vectors by id.
+
+    Args:
+        folder: where the files are; by default ``vectors`` under ``MECHANEX_HOME``, looked up at each call.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._session: dict[str, SteeringVector] = {}
+
+    def put(self, vector: SteeringVector) -> str:
+        """Stores a vector and returns its new id; if the folder can't be written, for this session only."""
+        vector_id = uuid.uuid4().hex
+        try:
+            vector.save(self._path(vector_id))
+        except OSError as error:
+            _logger.warning(
+                "vector %s stays in this session only: %s can't be written (%s); set MECHANEX_HOME elsewhere",
+                vector_id,
+                self._path(vector_id),
+                error,
+            )
+        self._session[vector_id] = vector
+        return vector_id
+
+    def get(self, vector_id: str) -> SteeringVector:
+        """The vector with this id, of this session or an earlier one.
+
+        Raises:
+            NotFoundError: there is none.
+            ValidationError: the text can't be an id, or its file is damaged.
+        """
+        if not isinstance(vector_id, str) or not _ID.fullmatch(vector_id):
+            raise ValidationError(
+                f"{vector_id!r} is no vector id: ids have up to 64 letters, digits, '-' and '_'; "
+                "generate_vectors returns one."
+            )
+        if vector_id in self._session:
+            return self._session[vector_id]
+        path = self._path(vector_id)
+        if not path.exists():
+            raise NotFoundError(
+                f"no steering vector has the id {vector_id!r}, neither in this session nor in {path.parent}: "
+                "use an id that generate_vectors returned."
+            )
+        return self._session.setdefault(vector_id, SteeringVector.load(path))
+
+    def resolve(
+        self, source: str | os.PathLike[str] | Mapping[int, Tensor], model: nn.Module | ModelAdapter
+    ) -> SteeringVector:
+        """The vector that a user means by an id, a path, ``{layer: tensor}`` or a vector itself.
+
+        Args:
+            source: negative layers in a dict count from the model's end.
+            model: the model that is to be steered.
+
+        Raises:
+            NotFoundError: a text that is neither the id of a stored vector nor an existing file.
+            ValidationError: anything else, or unsound layers or files.
+        """
+        if isinstance(source, SteeringVector):
+            return source
+        if isinstance(source, Mapping):
+            adapter = adapter_for(model)
+            layers = {adapter.layer_index(layer): tensor for layer, tensor in source.items()}
+            if len(layers) < len(source):
+                raise ValidationError(f"a layer is named twice in {list(source)}: keep one.")
+            return SteeringVector(layers)
+        if source in self:
+            return self.get(str(source))
+        if not isinstance(source, (str, os.PathLike)):
+            raise ValidationError(
+                "steering_vector is an id, {layer: tensor}, a SteeringVector or a path; "
+                f"got {type(source).__name__}."
+            )
+        if isinstance(source, os.PathLike) or Path(source).suffix in FORMATS or os.sep in source:
+            return SteeringVector.load(source)
+        raise NotFoundError(
+            f"{source!r} is neither the id of a stored vector nor a vector file ({', '.join(FORMATS)}): "
+            "use an id that generate_vectors returned, or a path."
+        )
+
+    def __contains__(self, vector_id: object) -> bool:
+        return (
+            isinstance(vector_id, str)
+            and _ID.fullmatch(vector_id) is not None
+            and (vector_id in self._session or self._path(vector_id).exists())
+        )
+
+    def _path(self, vector_id: str) -> Path:
+        return (self._folder or vectors_folder()) / f"{vector_id}.safetensors"

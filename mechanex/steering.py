@@ -1,0 +1,183 @@
+"""Steering vectors of a client: computed, stored, saved and loaded.
+
+The module is also the default client's door: ``mechanex.steering.generate_vectors(...)`` calls it there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .base import _BaseModule, default_attribute
+from .errors import ValidationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .engine.text import Prompt
+    from .engine.vectors import SteeringVector
+
+__all__ = ["SteeringModule"]
+
+_METHODS = ("caa", "few-shot")
+
+
+class SteeringModule(_BaseModule):
+    """Module for steering vector APIs."""
+
+    def generate_vectors(
+        self,
+        prompts: Sequence[Prompt],
+        positive_answers: Sequence[str],
+        negative_answers: Sequence[str],
+        layer_idxs: Sequence[int] | None = None,
+        method: str = "few-shot",
+        *,
+        progress: bool = False,
+    ) -> str:
+        """Computes steering vectors from contrastive answers and stores them.
+
+        Args:
+            prompts: text, token ids or chat messages, one per example.
+            positive_answers: for each prompt, an answer that shows the behaviour.
+            negative_answers: for each prompt, an answer that shows its opposite.
+            layer_idxs: layers, negatives from the end; None for the one at two thirds of the model.
+            method: ``"caa"``, mean differences of the residual stream (arXiv:2312.06681). ``"few-shot"``, the
+                default, optimizes the vectors, and is not part of this version.
+            progress: show a progress bar.
+
+        Returns:
+            The id of the stored vectors, for ``get_vectors`` and ``generate``.
+
+        Raises:
+            MechanexError: no model is loaded.
+            ValidationError: another method, lists of unequal length or empty, a layer that doesn't exist, or
+                a vector that comes out zero or not finite. Nothing is stored then.
+        """
+        _check_method(method)
+        from .engine.caa import caa_vectors
+
+        local = self._client.require_local("steering.generate_vectors")
+        vector = caa_vectors(
+            local.model,
+            prompts,
+            positive_answers,
+            negative_answers,
+            layer_idxs,
+            tokenizer=local.tokenizer,
+            progress=progress,
+        )
+        return self._client.vectors.put(vector)
+
+    def generate_from_jsonl(
+        self,
+        dataset_path: str | os.PathLike[str],
+        layer_idxs: Sequence[int] | None = None,
+        method: str = "few-shot",
+        *,
+        split: str | None = None,
+        progress: bool = False,
+    ) -> str:
+        """Computes steering vectors from a JSONL file and stores them; see ``generate_vectors``.
+
+        Args:
+            dataset_path: each line an object with ``prompt`` and either ``positive`` and ``negative`` or
+                ``positive_answer`` and ``negative_answer``.
+            layer_idxs: as in ``generate_vectors``.
+            method: as in ``generate_vectors``.
+            split: use only the lines whose ``"split"`` is this.
+            progress: show a progress bar.
+
+        Raises:
+            NotFoundError: there is no such file.
+            ValidationError: a bad line, with its number, and all that ``generate_vectors`` raises.
+        """
+        _check_method(method)
+        from .engine.datasets import read_pairs
+
+        pairs = read_pairs(dataset_path, split=split)
+        return self.generate_vectors(
+            pairs.prompts,
+            pairs.positive_answers,
+            pairs.negative_answers,
+            layer_idxs,
+            method,
+            progress=progress,
+        )
+
+    def get_vectors(self, vector_id: str) -> dict[int, Tensor]:
+        """Retrieves stored vectors by id, of this session or an earlier one.
+
+        Returns:
+            ``{layer: tensor [d]}``, float32 or float64, on the CPU.
+
+        Raises:
+            NotFoundError: no stored vectors have this id.
+            ValidationError: the text can't be an id.
+        """
+        return dict(self._client.vectors.get(vector_id))
+
+    def save_vectors(
+        self, vectors_or_id: str | Mapping[int, Tensor] | SteeringVector, path: str | os.PathLike[str]
+    ) -> None:
+        """Saves steering vectors to a ``.safetensors``, ``.json`` or ``.gguf`` file.
+
+        Args:
+            vectors_or_id: an id, ``{layer: tensor [d]}`` or a ``SteeringVector``.
+            path: the file; its suffix is the format. Written under a temporary name and then renamed.
+
+        Raises:
+            NotFoundError: no stored vectors have this id.
+            ValidationError: an unknown suffix, NaN or infinite numbers, or layer 0 in GGUF.
+        """
+        from .engine.vectors import SteeringVector
+
+        if isinstance(vectors_or_id, str):
+            vector = self._client.vectors.get(vectors_or_id)
+        elif isinstance(vectors_or_id, SteeringVector):
+            vector = vectors_or_id
+        else:
+            vector = SteeringVector(vectors_or_id)
+        vector.save(path)
+
+    def load_vectors(self, path: str | os.PathLike[str]) -> dict[int, Tensor]:
+        """Loads steering vectors from a ``.safetensors``, ``.json`` or ``.gguf`` file.
+
+        ``SteeringVector.load`` gives the same with its metadata and algebra.
+
+        Returns:
+            ``{layer: tensor [d]}``.
+
+        Raises:
+            NotFoundError: there is no such file.
+            ValidationError: the file is not a sound vector file; names the file and the problem.
+        """
+        from .engine.vectors import SteeringVector
+
+        return dict(SteeringVector.load(path))
+
+
+def _check_method(method: str) -> None:
+    if method not in _METHODS:
+        raise ValidationError(f"method is one of {', '.join(map(repr, _METHODS))}; got {method!r}.")
+    if method == "few-shot":
+        raise ValidationError(
+            "method='few-shot' (the default) needs vector optimization, which this version doesn't have yet: "
+            "pass method='caa', which works now."
+        )
+
+
+if TYPE_CHECKING:
+    from .client import default_client
+
+    _default = default_client().steering
+    generate_vectors = _default.generate_vectors
+    generate_from_jsonl = _default.generate_from_jsonl
+    get_vectors = _default.get_vectors
+    save_vectors = _default.save_vectors
+    load_vectors = _default.load_vectors
+else:
+
+    def __getattr__(name: str) -> Any:
+        return default_attribute("steering", name)
