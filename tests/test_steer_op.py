@@ -340,3 +340,22 @@ def test_every_instruction_set_matches_the_oracle(level: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif("native" not in AVAILABLE, reason="no native module")
+@pytest.mark.parametrize("rank", [0, 1, 4, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [47, 123, 256])
+def test_a_row_comes_out_the_same_whatever_its_neighbours_are(
+    rank: int, dtype: torch.dtype, width: int
+) -> None:
+    """Bit for bit: a request that is batched with others must not notice them."""
+    hidden = torch.randn(13, width).to(dtype)
+    rows = torch.tensor([0, 0, 0, 0, 0, 1, 1, -1, 0, 1, 1, 1, 1], dtype=torch.int32)
+    bias, left, right = torch.randn(2, width), torch.randn(2, rank, width), torch.randn(2, rank, width)
+    tables = (bias, left, right) if rank else (bias,)
+    together = steer(hidden, rows, *tables, backend="native")
+    for t in range(13):
+        assert torch.equal(
+            steer(hidden[t : t + 1], rows[t : t + 1], *tables, backend="native")[0], together[t]
+        )

@@ -8,67 +8,86 @@ using namespace mechanex;
 
 namespace {
 
-// Coordinates of one row along J directions: a row of x is read once for all of them.
-template <class E, class Table, int J>
-MX_INLINE void project(const typename E::Stored* x, const typename E::Scalar* directions, int64_t d,
-                       typename E::Scalar* out) {
+// Rows of one edit that are computed together, so that its table is read once for all of them.
+#if MX_BYTES == 64
+enum : int { kTogether = 4 };
+#else
+enum : int { kTogether = 2 };  // 16 registers hold no more sums
+#endif
+
+// Coordinates of M rows along J directions: out[m][j] = x[m] . directions[j].
+template <class E, class Table, int M, int J>
+MX_INLINE void project(const typename E::Stored* const* x, const typename E::Scalar* directions, int64_t d,
+                       typename E::Scalar (*out)[kMaxRank]) {
   using V = typename E::Vector;
   using S = typename E::Scalar;
   constexpr int64_t kWidth = sizeof(V) / sizeof(S);
-  // Enough independent sums to hide the latency of a multiply-add.
-  constexpr int kUnroll = J == 1 ? 4 : 2;
-  V sums[J][kUnroll] = {};
+  // Independent sums hide the latency of a multiply-add. How a row is summed must not depend on M: its result would
+  // change with its neighbours.
+  constexpr int kUnroll = J == 1 ? 4 : 1;
+  V sums[M][J][kUnroll] = {};
   int64_t c = 0;
   for (; c + kUnroll * kWidth <= d; c += kUnroll * kWidth) {
     for (int u = 0; u < kUnroll; ++u) {
-      const V value = E::load(x + c + u * kWidth);
-      for (int j = 0; j < J; ++j) sums[j][u] += value * Table::load(directions + j * d + c + u * kWidth);
+      V values[M];
+      for (int m = 0; m < M; ++m) values[m] = E::load(x[m] + c + u * kWidth);
+      for (int j = 0; j < J; ++j) {
+        const V direction = Table::load(directions + j * d + c + u * kWidth);
+        for (int m = 0; m < M; ++m) sums[m][j][u] += values[m] * direction;
+      }
     }
   }
-  for (; c + kWidth <= d; c += kWidth) {
-    const V value = E::load(x + c);
-    for (int j = 0; j < J; ++j) sums[j][0] += value * Table::load(directions + j * d + c);
+  for (; c < d; c += kWidth) {
+    const int64_t n = d - c < kWidth ? d - c : kWidth;
+    for (int m = 0; m < M; ++m) {
+      const V value = load_part<E>(x[m] + c, n);
+      for (int j = 0; j < J; ++j) sums[m][j][0] += value * load_part<Table>(directions + j * d + c, n);
+    }
   }
-  if (c < d) {
-    const V value = load_part<E>(x + c, d - c);
-    for (int j = 0; j < J; ++j) sums[j][0] += value * load_part<Table>(directions + j * d + c, d - c);
-  }
-  for (int j = 0; j < J; ++j) {
-    V total = sums[j][0];
-    for (int u = 1; u < kUnroll; ++u) total += sums[j][u];
-    out[j] = sum<V, S>(total);
+  for (int m = 0; m < M; ++m) {
+    for (int j = 0; j < J; ++j) {
+      V total = sums[m][j][0];
+      for (int u = 1; u < kUnroll; ++u) total += sums[m][j][u];
+      out[m][j] = sum<V, S>(total);
+    }
   }
 }
 
-// The edit's change of columns c to c + width: the bias plus the coordinates times their left vectors.
-template <class Table, bool Part>
-MX_INLINE typename Table::Vector change(const typename Table::Scalar* bias, const typename Table::Scalar* left,
-                                        const typename Table::Scalar* coordinates, int64_t rank, int64_t d, int64_t c) {
-  using V = typename Table::Vector;
-  V total = {};
-  if (bias != nullptr) total = Part ? load_part<Table>(bias + c, d - c) : Table::load(bias + c);
-  for (int64_t j = 0; j < rank; ++j) {
-    const typename Table::Scalar* p = left + j * d + c;
-    total += coordinates[j] * (Part ? load_part<Table>(p, d - c) : Table::load(p));
-  }
-  return total;
-}
-
-template <class E, class Table>
-MX_INLINE void edit_row(const typename E::Stored* x, typename E::Stored* y, const typename E::Scalar* bias,
-                        const typename E::Scalar* left, const typename E::Scalar* right, int64_t rank, int64_t d) {
+// y = x + bias + the coordinates times their left vectors, for M rows of one edit.
+template <class E, class Table, int M>
+MX_INLINE void edit_rows(const typename E::Stored* const* x, typename E::Stored* const* y,
+                         const typename E::Scalar* bias, const typename E::Scalar* left,
+                         const typename E::Scalar* right, int64_t rank, int64_t d) {
   using V = typename E::Vector;
   constexpr int64_t kWidth = sizeof(V) / sizeof(typename E::Scalar);
-  typename E::Scalar coordinates[kMaxRank];
+  typename E::Scalar coordinates[M][kMaxRank];
   int64_t j = 0;
-  for (; j + 4 <= rank; j += 4) project<E, Table, 4>(x, right + j * d, d, coordinates + j);
-  for (; j < rank; ++j) project<E, Table, 1>(x, right + j * d, d, coordinates + j);
+  for (; j + 4 <= rank; j += 4) {
+    project<E, Table, M, 4>(x, right + j * d, d, (typename E::Scalar(*)[kMaxRank]) & coordinates[0][j]);
+  }
+  for (; j < rank; ++j) {
+    project<E, Table, M, 1>(x, right + j * d, d, (typename E::Scalar(*)[kMaxRank]) & coordinates[0][j]);
+  }
   int64_t c = 0;
-  for (; c + kWidth <= d; c += kWidth)
-    E::store(y + c, E::load(x + c) + change<Table, false>(bias, left, coordinates, rank, d, c));
+  for (; c + kWidth <= d; c += kWidth) {
+    V start = {};
+    if (bias != nullptr) start = Table::load(bias + c);
+    V changes[M];
+    for (int m = 0; m < M; ++m) changes[m] = start;
+    for (int64_t i = 0; i < rank; ++i) {
+      const V direction = Table::load(left + i * d + c);
+      for (int m = 0; m < M; ++m) changes[m] += coordinates[m][i] * direction;
+    }
+    for (int m = 0; m < M; ++m) E::store(y[m] + c, E::load(x[m] + c) + changes[m]);
+  }
   if (c < d) {
-    const V value = load_part<E>(x + c, d - c);
-    store_part<E>(y + c, value + change<Table, true>(bias, left, coordinates, rank, d, c), d - c);
+    const int64_t n = d - c;
+    for (int m = 0; m < M; ++m) {
+      V change = {};
+      if (bias != nullptr) change = load_part<Table>(bias + c, n);
+      for (int64_t i = 0; i < rank; ++i) change += coordinates[m][i] * load_part<Table>(left + i * d + c, n);
+      store_part<E>(y[m] + c, load_part<E>(x[m] + c, n) + change, n);
+    }
   }
 }
 
@@ -78,19 +97,32 @@ void steer(const SteerArgs* args, int64_t begin, int64_t end) {
   using Scalar = typename E::Scalar;
   const int64_t d = args->d;
   const int64_t rank = args->rank;
-  const Scalar* bias = (const Scalar*)args->bias;
   const Scalar* left = (const Scalar*)args->left;
   const Scalar* right = (const Scalar*)args->right;
-  for (int64_t t = begin; t < end; ++t) {
-    const Stored* x = (const Stored*)args->x + t * args->x_stride;
-    Stored* y = (Stored*)args->y + t * args->y_stride;
+  int64_t t = begin;
+  while (t < end) {
     const int64_t k = args->rows == nullptr ? 0 : args->rows[t * args->rows_stride];
+    const Stored* x[kTogether];
+    Stored* y[kTogether];
+    int n = 0;
+    do {
+      x[n] = (const Stored*)args->x + (t + n) * args->x_stride;
+      y[n] = (Stored*)args->y + (t + n) * args->y_stride;
+      ++n;
+    } while (n < kTogether && t + n < end && (args->rows == nullptr || args->rows[(t + n) * args->rows_stride] == k));
     if (k < 0 || k >= args->n_edits) {
-      __builtin_memcpy(y, x, d * sizeof(Stored));
-      continue;
+      for (int m = 0; m < n; ++m) __builtin_memcpy(y[m], x[m], d * sizeof(Stored));
+    } else {
+      const Scalar* bias = args->bias == nullptr ? nullptr : (const Scalar*)args->bias + k * d;
+      const Scalar* l = left + k * rank * d;
+      const Scalar* r = right + k * rank * d;
+      if (n == kTogether && rank > 1) {
+        edit_rows<E, Table, kTogether>(x, y, bias, l, r, rank, d);
+      } else {
+        for (int m = 0; m < n; ++m) edit_rows<E, Table, 1>(x + m, y + m, bias, l, r, rank, d);
+      }
     }
-    edit_row<E, Table>(x, y, bias == nullptr ? nullptr : bias + k * d, left + k * rank * d, right + k * rank * d, rank,
-                       d);
+    t += n;
   }
 }
 

@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from ..bundled import tone_words
 from ..engine.generate import generate_batch
 from ..engine.models.resolve import LoadedModel
-from ..engine.text import encode_pair
+from ..engine.score import perplexity
 from ..engine.vectors import SteeringVector
 
 __all__ = ["MAX_TOKENS", "Measurement", "count_words", "measure", "tone_of"]
@@ -85,26 +82,12 @@ def count_words(text: str, tone: str) -> int:
     return sum(_tone_by_word().get(word) == tone for word in _words(text))
 
 
-@torch.no_grad()
 def _perplexity(loaded: LoadedModel, prompts: Sequence[str], completions: Sequence[str]) -> float:
-    pairs = [
-        encode_pair(loaded.tokenizer, prompt, completion)
-        for prompt, completion in zip(prompts, completions, strict=True)
-        if completion.strip()
-    ]
-    if not pairs:
+    written = [pair for pair in zip(prompts, completions, strict=True) if pair[1].strip()]
+    if not written:
         return math.nan
-    longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
-    ids = torch.zeros(len(pairs), longest, dtype=torch.long)
-    scored = torch.zeros(len(pairs), longest, dtype=torch.bool)
-    for i, (prompt, completion) in enumerate(pairs):
-        end = len(prompt) + len(completion)
-        ids[i, :end] = torch.tensor(prompt + completion)
-        scored[i, len(prompt) : end] = True
-    # Padding on the right is never seen by what comes before it.
-    logits: Tensor = loaded.model(input_ids=ids, use_cache=False).logits[:, :-1]
-    losses = nn.functional.cross_entropy(logits.transpose(1, 2).float(), ids[:, 1:], reduction="none")
-    return math.exp(float(losses[scored[:, 1:]].mean()))
+    asked, answers = zip(*written, strict=True)
+    return perplexity(loaded.model, asked, answers, loaded.tokenizer)
 
 
 @cache

@@ -1,0 +1,45 @@
+// The Python door of the CUDA kernels: raw addresses and a raw stream in, nothing of torch included or linked.
+#include <pybind11/pybind11.h>
+
+#include "launch.h"
+
+namespace py = pybind11;
+
+namespace mechanex {
+namespace {
+
+void steer(int dtype, int table_dtype, int64_t n_rows, int64_t d, uintptr_t x, int64_t x_stride, uintptr_t y,
+           int64_t y_stride, uintptr_t rows, int64_t rows_stride, uintptr_t bias, uintptr_t left, uintptr_t right,
+           int64_t n_edits, int64_t rank, int device, uintptr_t stream) {
+  if (rank < 0 || rank > kMaxRank) throw py::value_error("rank must be from 0 to 64, got " + std::to_string(rank));
+  const SteerArgs args = {reinterpret_cast<const void*>(x),
+                          x_stride,
+                          reinterpret_cast<void*>(y),
+                          y_stride,
+                          reinterpret_cast<const int32_t*>(rows),
+                          rows_stride,
+                          reinterpret_cast<const void*>(bias),
+                          reinterpret_cast<const void*>(left),
+                          reinterpret_cast<const void*>(right),
+                          n_edits,
+                          rank,
+                          d};
+  // A launch waits while the device's queue is full.
+  py::gil_scoped_release release;
+  launch_steer(dtype, table_dtype, args, n_rows, device, reinterpret_cast<void*>(stream));
+}
+
+}  // namespace
+}  // namespace mechanex
+
+PYBIND11_MODULE(_native_cuda, m, py::mod_gil_not_used()) {
+  using namespace mechanex;
+  m.doc() = "Compiled CUDA kernels of mechanex; use them through mechanex.backends.";
+  m.attr("__version__") = MECHANEX_VERSION;
+  m.attr("max_rank") = static_cast<int64_t>(kMaxRank);
+  m.attr("architectures") = MECHANEX_CUDA_BUILT;
+  m.def("runtime_version", &runtime_version, "Version of the CUDA runtime inside, as 1000 * major + 10 * minor.");
+  m.def("driver_version", &driver_version, "Version that the driver serves, likewise; 0 without a driver.");
+  m.def("check_device", &check_device, "Raise RuntimeError unless the kernels can run on this device.");
+  m.def("steer", &steer, "Put one steer call on a stream, by raw addresses; see csrc/cuda/launch.h.");
+}

@@ -1,0 +1,23 @@
+// The CUDA kernels as the bindings see them: no Python and no kernel code.
+#pragma once
+
+#include <string>
+
+#include "../steer.h"
+
+namespace mechanex {
+
+// Throws std::runtime_error with the runtime's words unless this build's kernels can run on the device.
+void check_device(int device);
+
+// Puts one steer call on a stream of the device and returns without waiting. SteerArgs as in steer.h, with addresses of
+// the device; the edits' dtype is the rows' own, or float32 for rows of a half type. A row whose index is outside the
+// table becomes NaN. Throws std::invalid_argument for dtypes that don't go together, std::runtime_error for what the
+// runtime refuses; errors of a kernel that already runs show up where the stream is next waited for.
+void launch_steer(int row_dtype, int table_dtype, SteerArgs args, int64_t n_rows, int device, void* stream);
+
+// Versions of the runtime in this build and of the one that the driver serves, as 1000 * major + 10 * minor.
+int runtime_version();
+int driver_version();
+
+}  // namespace mechanex

@@ -1,0 +1,112 @@
+// Which kernel serves a call, and with how many threads.
+#pragma once
+
+#include <stddef.h>
+
+#include "steer.cuh"
+
+namespace mechanex {
+
+using SteerKernel = void (*)(const SteerArgs args, const int64_t n_rows);
+
+struct Plan {
+  SteerKernel kernel;
+  int layout;
+  int threads;
+  int rows;       // in a block
+  size_t shared;  // bytes in a block
+};
+
+// The ways to lay rows out, widest first: many rows of one edit; a row in few registers; a row in many; anything.
+enum Layout : int { kTile = 0, kRow = 1, kWide = 2, kAny = 3, kLayouts = 4 };
+
+struct LayoutShape {
+  int vectors;  // 16-byte accesses of a thread in a row
+  int rows;     // in a block
+  int threads;  // at most
+  int blocks;   // on a multiprocessor, at least: with fewer, all wait for memory at the same time
+};
+
+constexpr LayoutShape kShapes[kAny] = {{1, 4, 512, 2}, {1, 1, 1024, 1}, {4, 1, 1024, 1}};
+
+// Vectors of an edit that are in registers at once.
+constexpr int kRanksAtOnce[kLayouts] = {2, 4, 2, kAnyRanks};
+
+// Blocks of kTile for each multiprocessor from which on reading an edit less often beats spreading the rows.
+enum : int { kTilesPerProcessor = 4 };
+
+template <class Row, class Table, int kLayout, int kRanks>
+SteerKernel tile_kernel() {
+  constexpr LayoutShape shape = kShapes[kLayout];
+  return &steer_tile<Row, Table, kRanks, shape.vectors, shape.rows, shape.threads, shape.blocks>;
+}
+
+template <class Row, class Table>
+SteerKernel kernel_of(int layout, int64_t rank) {
+  static const SteerKernel kernels[kAny][3] = {
+      {tile_kernel<Row, Table, kTile, 0>(), tile_kernel<Row, Table, kTile, 1>(),
+       tile_kernel<Row, Table, kTile, kRanksAtOnce[kTile]>()},
+      {tile_kernel<Row, Table, kRow, 0>(), tile_kernel<Row, Table, kRow, 1>(),
+       tile_kernel<Row, Table, kRow, kRanksAtOnce[kRow]>()},
+      {tile_kernel<Row, Table, kWide, 0>(), tile_kernel<Row, Table, kWide, 1>(),
+       tile_kernel<Row, Table, kWide, kRanksAtOnce[kWide]>()},
+  };
+  return layout == kAny ? &steer_any<Row, Table> : kernels[layout][rank < 2 ? rank : 2];
+}
+
+inline int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// Whether every row and every vector of the edits starts on 16 bytes and ends there.
+inline bool takes_wide_accesses(const SteerArgs& args, int64_t n_rows, int64_t row_bytes, int64_t table_bytes) {
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  return aligned(args.x) && aligned(args.y) && aligned(args.bias) && aligned(args.left) && aligned(args.right) &&
+         args.d * row_bytes % 16 == 0 && args.d * table_bytes % 16 == 0 &&
+         (n_rows == 1 || (args.x_stride * row_bytes % 16 == 0 && args.y_stride * row_bytes % 16 == 0));
+}
+
+template <class Row, class Table>
+Plan plan_for(const SteerArgs& args, int64_t n_rows, int processors) {
+  constexpr int64_t kRowBytes = sizeof(typename Row::Stored);
+  const int64_t vectors = args.d * kRowBytes / 16;
+  const auto fits = [vectors](int layout) { return vectors <= kShapes[layout].vectors * kShapes[layout].threads; };
+  int layout = kAny;
+  if (takes_wide_accesses(args, n_rows, kRowBytes, sizeof(typename Table::Stored))) {
+    if (fits(kTile) && n_rows >= int64_t{kTilesPerProcessor} * processors * kShapes[kTile].rows)
+      layout = kTile;
+    else if (fits(kRow))
+      layout = kRow;
+    else if (fits(kWide))
+      layout = kWide;
+  }
+  const bool any = layout == kAny;
+  const int64_t wanted = any ? (args.d < kAnyThreads ? args.d : int64_t{kAnyThreads})
+                             : divided_up(vectors, kShapes[layout].vectors);
+  const int threads = static_cast<int>(divided_up(wanted, kWarp) * kWarp);
+  const int rows = any ? 1 : kShapes[layout].rows;
+  const int64_t ranks = !any && args.rank == 1 ? 1 : kRanksAtOnce[layout];
+  const int64_t sums = divided_up(args.rank, ranks) * ranks * rows * (threads / kWarp);
+  return {kernel_of<Row, Table>(layout, args.rank), layout, threads, rows,
+          static_cast<size_t>(sums) * sizeof(typename Row::Scalar)};
+}
+
+// The plan of rows and edits of these dtypes; a plan without a kernel where they don't go together.
+inline Plan plan(int row_dtype, int table_dtype, const SteerArgs& args, int64_t n_rows, int processors) {
+  switch (row_dtype * kDTypes + table_dtype) {
+    case kFloat32 * kDTypes + kFloat32:
+      return plan_for<Float32, Float32>(args, n_rows, processors);
+    case kFloat64 * kDTypes + kFloat64:
+      return plan_for<Float64, Float64>(args, n_rows, processors);
+    case kBFloat16 * kDTypes + kFloat32:
+      return plan_for<BFloat16, Float32>(args, n_rows, processors);
+    case kBFloat16 * kDTypes + kBFloat16:
+      return plan_for<BFloat16, BFloat16>(args, n_rows, processors);
+    case kFloat16 * kDTypes + kFloat32:
+      return plan_for<Float16, Float32>(args, n_rows, processors);
+    case kFloat16 * kDTypes + kFloat16:
+      return plan_for<Float16, Float16>(args, n_rows, processors);
+    default:
+      return {nullptr, kAny, 0, 0, 0};
+  }
+}
+
+}  // namespace mechanex

@@ -1,0 +1,315 @@
+// The steer kernels. `steer_tile` keeps its rows in registers, so that each is read from memory once, and reads an edit
+// once for several rows that share it; `steer_any` serves what 16-byte accesses can't.
+#pragma once
+
+#include <stdint.h>
+
+#include "../steer.h"
+#ifdef __CUDACC__
+#include "device.cuh"
+#endif
+#include "elements.cuh"
+
+namespace mechanex {
+
+enum : int { kWarp = 32 };
+
+// What happens to a row, where it is not an index into the table.
+enum : int32_t { kKeep = -1, kOutside = -2, kAbsent = -3 };
+
+MX_DEVICE int32_t edit_of(const SteerArgs& args, int64_t row, int64_t n_rows) {
+  if (row >= n_rows) return kAbsent;
+  if (args.rows == nullptr) return 0;
+  const int32_t k = args.rows[row * args.rows_stride];
+  return k == -1 ? kKeep : k < 0 || k >= args.n_edits ? kOutside : k;
+}
+
+// Sums N values over a warp. Half of what a lane holds goes to its partner in each step, so that it takes N shuffles,
+// not 5 N; lane l ends with the sum of value l / (32 / N) in values[0].
+template <int N, class S>
+MX_DEVICE void sum_over_warp(S* values, int lane, int difference = kWarp / 2) {
+  if constexpr (N > 1) {
+    const bool upper = (lane & difference) != 0;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      const S sent = upper ? values[i] : values[i + N / 2];
+      const S kept = upper ? values[i + N / 2] : values[i];
+      values[i] = kept + from_lane(sent, difference);
+    }
+    sum_over_warp<N / 2>(values, lane, difference / 2);
+  } else {
+    for (; difference > 0; difference /= 2) values[0] += from_lane(values[0], difference);
+  }
+}
+
+// Sums each column of [warps][n] into the first row, and clears those from `used` on: zero times an infinite element left
+// a NaN there. A thread owns a column, so it may overwrite it.
+template <class S>
+MX_DEVICE void sum_over_block(S* partial, int n, int used) {
+  __syncthreads();
+  const int warps = blockDim.x / kWarp;
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    S total = partial[i];
+    for (int w = 1; w < warps; ++w) total += partial[w * n + i];
+    partial[i] = i < used ? total : S(0);
+  }
+  __syncthreads();
+}
+
+// Rows in registers: kVectors times 16 bytes of each in a thread, every blockDim.x-th of the row's.
+template <class Row, int kVectors>
+struct Columns {
+  using Stored = typename Row::Stored;
+  static constexpr int kWidth = 16 / sizeof(Stored);
+
+  int count;  // 16-byte vectors in a row
+
+  explicit MX_DEVICE Columns(int64_t d) : count(static_cast<int>(d / kWidth)) {}
+  MX_DEVICE int at(int v) const { return v * blockDim.x + threadIdx.x; }
+
+  MX_DEVICE void read(Words* x, const Stored* row) const {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (at(v) >= count) break;
+      const uint4 raw = load_once(reinterpret_cast<const uint4*>(row) + at(v));
+      x[v] = {{raw.x, raw.y, raw.z, raw.w}};
+    }
+  }
+
+  MX_DEVICE void write(Stored* row, int v, const Words& out) const {
+    reinterpret_cast<uint4*>(row)[at(v)] = make_uint4(out.at[0], out.at[1], out.at[2], out.at[3]);
+  }
+
+  // The elements of an edit that stand beside vector v of a row.
+  template <class Table>
+  MX_DEVICE void beside(typename Row::Scalar* out, const typename Table::Stored* edit, int v) const {
+    constexpr int kEach = 16 / sizeof(typename Table::Stored);
+    static_assert(kWidth % kEach == 0, "an edit's elements are no smaller than a row's");
+    const auto* p = reinterpret_cast<const uint4*>(edit + static_cast<int64_t>(at(v)) * kWidth);
+#pragma unroll
+    for (int part = 0; part < kWidth / kEach; ++part) {
+      const uint4 raw = load_kept(p + part);
+      const Words words = {{raw.x, raw.y, raw.z, raw.w}};
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) out[part * kEach + i] = Table::get(words, i);
+    }
+  }
+
+  // The same of kRanks vectors from j on, d apart; those past the rank are zero.
+  template <class Table, int kRanks>
+  MX_DEVICE void beside(typename Row::Scalar (*out)[kWidth], const typename Table::Stored* vectors, int64_t d, int j,
+                        int rank, int v) const {
+#pragma unroll
+    for (int i = 0; i < kRanks; ++i) {
+      if (j + i < rank) {
+        beside<Table>(out[i], vectors + (j + i) * d, v);
+      } else {
+#pragma unroll
+        for (int w = 0; w < kWidth; ++w) out[i][w] = 0;
+      }
+    }
+  }
+};
+
+// A tile is kRows rows in one block. A group is kGroup rows of it with one edit, whose elements are loaded once for all
+// of them, kRanks vectors at a time (1: the rank is 1).
+
+// This warp's share of a group's coordinates: that of row r along vector j goes to partial[j * kRows + r].
+template <class Row, class Table, int kRanks, int kVectors, int kRows, int kGroup>
+MX_DEVICE void project(const SteerArgs& args, int32_t edit, const Words (*x)[kVectors],
+                       typename Row::Scalar* partial) {
+  using S = typename Row::Scalar;
+  const Columns<Row, kVectors> columns(args.d);
+  constexpr int kWidth = columns.kWidth;
+  const int rank = kRanks == 1 ? 1 : static_cast<int>(args.rank);
+  const auto* right = static_cast<const typename Table::Stored*>(args.right) + edit * args.rank * args.d;
+#pragma unroll 1
+  for (int j = 0; j < rank; j += kRanks) {
+    S sums[kRanks * kGroup] = {};
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (columns.at(v) >= columns.count) break;
+      S direction[kRanks][kWidth];
+      columns.template beside<Table, kRanks>(direction, right, args.d, j, rank, v);
+#pragma unroll
+      for (int r = 0; r < kGroup; ++r) {
+#pragma unroll
+        for (int w = 0; w < kWidth; ++w) {
+          const S value = Row::get(x[r][v], w);
+#pragma unroll
+          for (int i = 0; i < kRanks; ++i) sums[i * kGroup + r] += value * direction[i][w];
+        }
+      }
+    }
+    const int lane = threadIdx.x % kWarp;
+    constexpr int kLanes = kWarp / (kRanks * kGroup);
+    sum_over_warp<kRanks * kGroup>(sums, lane);
+    const int sum = lane / kLanes;
+    if (lane % kLanes == 0) partial[(j + sum / kGroup) * kRows + sum % kGroup] = sums[0];
+  }
+}
+
+// Writes a group's rows: x plus the bias plus the coordinates times their left vectors.
+template <class Row, class Table, int kRanks, int kVectors, int kRows, int kGroup>
+MX_DEVICE void write_edited(const SteerArgs& args, int64_t first, int32_t edit, const Words (*x)[kVectors],
+                            const typename Row::Scalar* coordinates) {
+  using S = typename Row::Scalar;
+  const Columns<Row, kVectors> columns(args.d);
+  constexpr int kWidth = columns.kWidth;
+  const int rank = kRanks < 2 ? kRanks : static_cast<int>(args.rank);
+  const auto* bias = static_cast<const typename Table::Stored*>(args.bias) + edit * args.d;
+  const auto* left = static_cast<const typename Table::Stored*>(args.left) + edit * args.rank * args.d;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    if (columns.at(v) >= columns.count) break;
+    S y[kGroup][kWidth];
+#pragma unroll
+    for (int r = 0; r < kGroup; ++r) {
+#pragma unroll
+      for (int w = 0; w < kWidth; ++w) y[r][w] = Row::get(x[r][v], w);
+    }
+    if (args.bias != nullptr) {
+      S shift[kWidth];
+      columns.template beside<Table>(shift, bias, v);
+#pragma unroll
+      for (int r = 0; r < kGroup; ++r) {
+#pragma unroll
+        for (int w = 0; w < kWidth; ++w) y[r][w] += shift[w];
+      }
+    }
+    if constexpr (kRanks > 0) {
+#pragma unroll 1
+      for (int j = 0; j < rank; j += kRanks) {
+        S direction[kRanks][kWidth];
+        columns.template beside<Table, kRanks>(direction, left, args.d, j, rank, v);
+#pragma unroll
+        for (int i = 0; i < kRanks; ++i) {
+#pragma unroll
+          for (int r = 0; r < kGroup; ++r) {
+            const S coordinate = coordinates[(j + i) * kRows + r];
+#pragma unroll
+            for (int w = 0; w < kWidth; ++w) y[r][w] += coordinate * direction[i][w];
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kGroup; ++r) {
+      Words out;
+      Row::put(out, y[r]);
+      columns.write(static_cast<typename Row::Stored*>(args.y) + (first + r) * args.y_stride, v, out);
+    }
+  }
+}
+
+// Writes a row that has no edit: as it was, or NaN.
+template <class Row, int kVectors>
+MX_DEVICE void write_unedited(const SteerArgs& args, int64_t row, int32_t edit, const Words* x) {
+  const Columns<Row, kVectors> columns(args.d);
+  typename Row::Scalar nan[columns.kWidth];
+#pragma unroll
+  for (int w = 0; w < columns.kWidth; ++w) nan[w] = not_a_number<typename Row::Scalar>();
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    if (columns.at(v) >= columns.count) break;
+    Words out = x[v];
+    if (edit == kOutside) Row::put(out, nan);
+    columns.write(static_cast<typename Row::Stored*>(args.y) + row * args.y_stride, v, out);
+  }
+}
+
+template <class Row, class Table, int kRanks, int kVectors, int kRows, int kMaxThreads, int kMinBlocks>
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks) steer_tile(const SteerArgs args, const int64_t n_rows) {
+  using S = typename Row::Scalar;
+  MX_DYNAMIC_SHARED(memory);
+  S* shared = reinterpret_cast<S*>(memory);  // [warps][coordinates][kRows]
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
+  const Columns<Row, kVectors> columns(args.d);
+  Words x[kRows][kVectors];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (first + r < n_rows)
+      columns.read(x[r], static_cast<const typename Row::Stored*>(args.x) + (first + r) * args.x_stride);
+  }
+  int32_t edit[kRows];
+  bool together = true;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    edit[r] = edit_of(args, first + r, n_rows);
+    together = together && edit[r] >= 0 && edit[r] == edit[0];
+  }
+  const int rank = static_cast<int>(args.rank);
+  int sums = 0;
+  if constexpr (kRanks > 0) sums = (rank + kRanks - 1) / kRanks * kRanks * kRows;
+  S* partial = shared + threadIdx.x / kWarp * sums;
+
+  if (together) {
+    if constexpr (kRanks > 0) {
+      project<Row, Table, kRanks, kVectors, kRows, kRows>(args, edit[0], x, partial);
+      sum_over_block(shared, sums, rank * kRows);
+    }
+    write_edited<Row, Table, kRanks, kVectors, kRows, kRows>(args, first, edit[0], x, shared);
+    return;
+  }
+  if constexpr (kRanks > 0 && kRows > 1) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      if (edit[r] >= 0) project<Row, Table, kRanks, kVectors, kRows, 1>(args, edit[r], x + r, partial + r);
+    sum_over_block(shared, sums, rank * kRows);
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (edit[r] >= 0)
+      write_edited<Row, Table, kRanks, kVectors, kRows, 1>(args, first + r, edit[r], x + r, shared + r);
+    else if (edit[r] != kAbsent)
+      write_unedited<Row, kVectors>(args, first + r, edit[r], x[r]);
+  }
+}
+
+// One row in a block, element by element: any width, any alignment. A row is read once more for each kAnyRanks of rank.
+enum : int { kAnyRanks = 4, kAnyThreads = 256 };
+
+template <class Row, class Table>
+__global__ void __launch_bounds__(kAnyThreads) steer_any(const SteerArgs args, const int64_t n_rows) {
+  using S = typename Row::Scalar;
+  MX_DYNAMIC_SHARED(memory);
+  S* shared = reinterpret_cast<S*>(memory);
+  const int64_t d = args.d;
+  const int rank = static_cast<int>(args.rank);
+  const int64_t t = blockIdx.x;
+  const int64_t edit = edit_of(args, t, n_rows);
+  const auto* x = static_cast<const typename Row::Stored*>(args.x) + t * args.x_stride;
+  auto* y = static_cast<typename Row::Stored*>(args.y) + t * args.y_stride;
+  if (edit < 0) {
+    const typename Row::Stored nan = Row::narrow(not_a_number<S>());
+    for (int64_t c = threadIdx.x; c < d; c += blockDim.x) y[c] = edit == kKeep ? x[c] : nan;
+    return;
+  }
+  const auto* bias = static_cast<const typename Table::Stored*>(args.bias);
+  const auto* left = static_cast<const typename Table::Stored*>(args.left) + edit * rank * d;
+  const auto* right = static_cast<const typename Table::Stored*>(args.right) + edit * rank * d;
+  const int coordinates = (rank + kAnyRanks - 1) / kAnyRanks * kAnyRanks;
+  const int lane = threadIdx.x % kWarp;
+  S* partial = shared + threadIdx.x / kWarp * coordinates;
+  for (int j = 0; j < rank; j += kAnyRanks) {
+    S sums[kAnyRanks] = {};
+    for (int64_t c = threadIdx.x; c < d; c += blockDim.x) {
+      const S value = Row::widen(x[c]);
+#pragma unroll
+      for (int i = 0; i < kAnyRanks; ++i)
+        if (j + i < rank) sums[i] += value * Table::widen(right[(j + i) * d + c]);
+    }
+    sum_over_warp<kAnyRanks>(sums, lane);
+    constexpr int kLanesPerSum = kWarp / kAnyRanks;
+    if (lane % kLanesPerSum == 0) partial[j + lane / kLanesPerSum] = sums[0];
+  }
+  if (rank > 0) sum_over_block(shared, coordinates, rank);
+  for (int64_t c = threadIdx.x; c < d; c += blockDim.x) {
+    S value = Row::widen(x[c]);
+    if (bias != nullptr) value += Table::widen(bias[edit * d + c]);
+    for (int j = 0; j < rank; ++j) value += shared[j] * Table::widen(left[j * d + c]);
+    y[c] = Row::narrow(value);
+  }
+}
+
+}  // namespace mechanex
