@@ -1,0 +1,32 @@
+// The CUDA steer kernels as a library for the CPU, with the plan that a launch would take.
+#include "cuda_on_host.h"
+
+#include <stdio.h>
+
+#include "../../csrc/cuda/plan.cuh"
+
+using namespace mechanex;
+
+// The layout that was taken, or -1 with a line on stderr.
+extern "C" int steer_on_host(int dtype, int table_dtype, int64_t n_rows, int64_t d, const void* x, int64_t x_stride,
+                             void* y, int64_t y_stride, const int32_t* rows, int64_t rows_stride, const void* bias,
+                             const void* left, const void* right, int64_t n_edits, int64_t rank, int processors,
+                             unsigned seed) {
+  const SteerArgs args = {x, x_stride, y, y_stride, rows, rows_stride, bias, left, right, n_edits, rank, d};
+  if (n_rows == 0 || d == 0) return kAny;
+  const Plan chosen = plan(dtype, table_dtype, args, n_rows, processors);
+  if (chosen.kernel == nullptr || chosen.threads > 1024 || chosen.shared > 48 * 1024) {
+    fprintf(stderr, "no launch: %d threads, %zu bytes shared\n", chosen.threads, chosen.shared);
+    return -1;
+  }
+  std::mt19937 order(seed);
+  try {
+    for (int64_t b = 0; b < divided_up(n_rows, chosen.rows); ++b)
+      cuda_on_host::run_block(static_cast<unsigned>(b), chosen.threads, chosen.shared, order,
+                              [&] { chosen.kernel(args, n_rows); });
+  } catch (const std::exception& error) {
+    fprintf(stderr, "%s\n", error.what());
+    return -1;
+  }
+  return chosen.layout;
+}

@@ -1,0 +1,196 @@
+"""The CUDA kernels' own source, run on the CPU over the op table: right indices, barriers and layouts without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from optable import CASES, DTYPES, SteerCase
+from test_steer_op import poison, widened
+from tolerances import assert_within
+
+from mechanex.backends import native_cuda, reference
+
+HERE = Path(__file__).resolve().parent
+COMPILER = shutil.which("g++")
+TILE, ROW, WIDE, ANY = range(4)
+
+pytestmark = pytest.mark.skipif(
+    COMPILER is None or not (HERE.parent / "csrc").is_dir(), reason="needs g++ and the source tree"
+)
+
+# Shapes that the op table need not have: a tile that isn't full, rows of a tile that differ, rows in many registers.
+LAYOUTS = (
+    SteerCase(5, 256, rank=1),
+    SteerCase(9, 512, n_edits=2, rank=4, rows="mixed"),
+    SteerCase(8, 64, n_edits=2, rank=5, rows="mixed"),
+    SteerCase(2, 16384, rank=3),
+    SteerCase(2, 16384, n_edits=2, rank=1, rows="mixed"),
+    SteerCase(1, 40000, rank=1),
+)
+
+
+class Kernels:
+    """Stands in for ``mechanex._native_cuda``; ``processors`` of 0 makes every call look like one of many rows."""
+
+    def __init__(self, library: Path) -> None:
+        self._steer = ctypes.CDLL(str(library)).steer_on_host
+        long, address = ctypes.c_int64, ctypes.c_void_p
+        self._steer.argtypes = [
+            *(ctypes.c_int, ctypes.c_int, long, long, address, long, address, long, address, long),
+            *(address, address, address, long, long, ctypes.c_int, ctypes.c_uint),
+        ]
+        self.processors = 0
+        self.seed = 0
+        self.layouts: list[int] = []
+
+    def steer(self, *args: int) -> None:
+        *arguments, _device, _stream = args
+        self.layouts.append(self._steer(*arguments, self.processors, self.seed))
+        assert self.layouts[-1] >= 0, "the kernel failed; see stderr"
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    built = tmp_path_factory.mktemp("cuda") / "steer.so"
+    source = HERE / "cuda_on_host" / "steer.cpp"
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
+    done = subprocess.run(
+        [str(COMPILER), *flags, "-Werror", "-o", str(built), str(source)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return built
+
+
+@pytest.fixture
+def kernels(library: Path, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    found = Kernels(library)
+    monkeypatch.setattr(native_cuda, "_module", lambda: found)
+    monkeypatch.setattr(native_cuda, "_stream_getter", lambda: lambda device: 0)
+    return found
+
+
+@pytest.mark.parametrize("processors", [0, 132])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", (*CASES, *LAYOUTS), ids=str)
+def test_matches_the_oracle(case: SteerCase, dtype: torch.dtype, processors: int, kernels: Kernels) -> None:
+    kernels.processors, kernels.seed = processors, 7
+    args = case.make(dtype)
+    poison(args[0])
+    out = native_cuda.steer(*args)
+    assert out.dtype == dtype
+    truth, scale = reference.steer(*widened(args)), reference.steer(*widened(args, magnitude=True))
+    assert_within(out, truth, scale, case.width)
+    assert len(kernels.layouts) == 1
+
+
+@pytest.mark.parametrize(
+    ("case", "processors", "layout"),
+    [
+        (SteerCase(64, 512), 0, TILE),
+        (SteerCase(64, 512), 132, ROW),
+        (SteerCase(4, 8192, rank=1), 0, WIDE),
+        (SteerCase(1, 8192, rank=1), 132, WIDE),
+        (SteerCase(4, 47), 0, ANY),
+        (SteerCase(4, 64, layout="offset"), 0, ANY),
+        (SteerCase(4, 64, layout="sliced"), 0, ANY),
+        (SteerCase(4, 64, layout="skipping"), 0, TILE),
+        (SteerCase(1, 40000), 0, ANY),
+    ],
+    ids=str,
+)
+def test_the_layout_fits_the_call(case: SteerCase, processors: int, layout: int, kernels: Kernels) -> None:
+    kernels.processors = processors
+    native_cuda.steer(*case.make(torch.float32))
+    assert kernels.layouts == [layout]
+
+
+@pytest.mark.parametrize("processors", [0, 132])
+@pytest.mark.parametrize("width", [64, 47])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unedited_rows_keep_their_bits_and_bad_indices_give_nan(
+    dtype: torch.dtype, width: int, processors: int, kernels: Kernels
+) -> None:
+    kernels.processors = processors
+    hidden, rows, *tables = SteerCase(33, width, n_edits=3, rank=2, rows="mixed").make(dtype)
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    # A signalling NaN too: its bits must survive.
+    hidden.view(integer)[0, :3] = torch.tensor([-1, 1, torch.iinfo(integer).min], dtype=integer)
+    rows[0] = -1
+    bad = torch.tensor([-2, 3, 2**31 - 1, -(2**31)], dtype=torch.int32)
+    rows[5:9] = bad
+    out = native_cuda.steer(hidden, rows, *tables)
+    assert torch.equal(out.view(integer)[rows == -1], hidden.view(integer)[rows == -1])
+    assert out[5:9].isnan().all()
+    rows[5:9] = -1
+    again = native_cuda.steer(hidden, rows, *tables)
+    others = [i for i in range(33) if not 5 <= i < 9]
+    assert torch.equal(out.view(integer)[others], again.view(integer)[others])
+
+
+@pytest.mark.parametrize("processors", [0, 132])
+def test_an_infinite_element_stays_in_its_column(processors: int, kernels: Kernels) -> None:
+    kernels.processors = processors
+    hidden, _, bias, left, right = SteerCase(8, 64, rank=3).make(torch.float32)
+    hidden[:, 5] = float("inf")
+    right[:, :, 5] = right[:, :, 5].abs()
+    left[:] = 0.5
+    out = native_cuda.steer(hidden, None, bias, left, right)
+    assert out.isposinf().all()
+
+
+@pytest.mark.parametrize("processors", [0, 132])
+def test_the_order_of_threads_changes_no_bit(processors: int, kernels: Kernels) -> None:
+    kernels.processors = processors
+    args = SteerCase(9, 512, n_edits=2, rank=4, rows="mixed").make(torch.float32)
+    first = native_cuda.steer(*args)
+    for seed in (1, 2):
+        kernels.seed = seed
+        assert torch.equal(native_cuda.steer(*args), first)
+
+
+def test_half_types_round_to_nearest_even(kernels: Kernels) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(64, 1024)
+        shift = torch.full((1, 1024), 0.00137)
+        want = (every.float() + shift).to(dtype)
+        got = native_cuda.steer(every, None, shift, None, None)
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(got.nan_to_num(0.0), want.nan_to_num(0.0))
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (RuntimeError("cudaGetDeviceCount: CUDA driver version is insufficient"), "update the driver"),
+        (RuntimeError("cudaFuncGetAttributes: no kernel image"), "MECHANEX_CUDA_ARCHITECTURES=native"),
+    ],
+    ids=["driver", "architecture"],
+)
+def test_a_device_that_cannot_serve_is_explained(
+    broken: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check_device(device: int) -> None:
+        raise broken
+
+    module = SimpleNamespace(
+        check_device=check_device,
+        architectures="sm_80",
+        runtime_version=lambda: 13000,
+        driver_version=lambda: 12040,
+    )
+    monkeypatch.setattr(native_cuda, "_load", lambda: (module, None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    reason = native_cuda.missing.__wrapped__()
+    assert reason is not None
+    assert str(broken) in reason and message in reason
+    assert "built with CUDA 13.0 for sm_80, the driver serves 12.4" in reason
