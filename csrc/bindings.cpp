@@ -71,17 +71,34 @@ void check_rows(const SteerArgs& args, int64_t n_rows) {
   }
 }
 
+// Rows sorted by edit, in their order otherwise. Empty where it would not pay: a table of rank 1 or less is small, and
+// rows that already stand together share its reading as they are.
+std::vector<int64_t> order_by_edit(const SteerArgs& args, int64_t n_rows) {
+  if (args.rows == nullptr || args.rank < 2) return {};
+  const auto edit = [&](int64_t t) { return args.rows[t * args.rows_stride]; };
+  int64_t changes = 0;
+  for (int64_t t = 1; t < n_rows; ++t) changes += edit(t) != edit(t - 1);
+  if (2 * changes < n_rows) return {};
+  std::vector<int64_t> next(args.n_edits + 2, 0), order(n_rows);
+  for (int64_t t = 0; t < n_rows; ++t) ++next[edit(t) + 2];
+  for (size_t k = 1; k < next.size(); ++k) next[k] += next[k - 1];
+  for (int64_t t = 0; t < n_rows; ++t) order[next[edit(t) + 1]++] = t;
+  return order;
+}
+
 void steer(int dtype, int64_t n_rows, int64_t d, uintptr_t x, int64_t x_stride, uintptr_t y, int64_t y_stride,
            uintptr_t rows, int64_t rows_stride, uintptr_t bias, uintptr_t left, uintptr_t right, int64_t n_edits,
            int64_t rank) {
   if (dtype < 0 || dtype >= kDTypes) throw py::value_error("unknown dtype code " + std::to_string(dtype));
   if (rank < 0 || rank > kMaxRank) throw py::value_error("rank must be from 0 to 64, got " + std::to_string(rank));
   if (n_rows <= 0 || d <= 0) return;
-  const Job job = {kernels.load()->steer[dtype],
-                   {reinterpret_cast<const void*>(x), x_stride, reinterpret_cast<void*>(y), y_stride,
-                    reinterpret_cast<const int32_t*>(rows), rows_stride, reinterpret_cast<const void*>(bias),
-                    reinterpret_cast<const void*>(left), reinterpret_cast<const void*>(right), n_edits, rank, d}};
+  Job job = {kernels.load()->steer[dtype],
+             {reinterpret_cast<const void*>(x), x_stride, reinterpret_cast<void*>(y), y_stride,
+              reinterpret_cast<const int32_t*>(rows), rows_stride, nullptr, reinterpret_cast<const void*>(bias),
+              reinterpret_cast<const void*>(left), reinterpret_cast<const void*>(right), n_edits, rank, d}};
   if (job.args.rows != nullptr) check_rows(job.args, n_rows);
+  const std::vector<int64_t> order = order_by_edit(job.args, n_rows);
+  if (!order.empty()) job.args.order = order.data();
   if (n_rows * d <= kKeepInterpreter) {
     job.run(&job.args, 0, n_rows);
     return;
@@ -89,8 +106,7 @@ void steer(int dtype, int64_t n_rows, int64_t d, uintptr_t x, int64_t x_stride, 
   py::gil_scoped_release release;
   const int64_t grain = kGrain / d > 1 ? kGrain / d : 1;
   const ParallelFor share = parallel_for.load();
-  if (share == nullptr || share(0, n_rows, grain, run_piece, const_cast<Job*>(&job)) != 0)
-    job.run(&job.args, 0, n_rows);
+  if (share == nullptr || share(0, n_rows, grain, run_piece, &job) != 0) job.run(&job.args, 0, n_rows);
 }
 
 }  // namespace

@@ -20,9 +20,10 @@ struct SteerArgs {
   int64_t y_stride;
   const int32_t* rows;  // null: edit 0 for every row
   int64_t rows_stride;
-  const void* bias;   // [n_edits, d], or null
-  const void* left;   // [n_edits, rank, d], or null
-  const void* right;  // [n_edits, rank, d], or null
+  const int64_t* order;  // the order to visit rows in, so that those of one edit follow each other; null: as they come
+  const void* bias;      // [n_edits, d], or null
+  const void* left;      // [n_edits, rank, d], or null
+  const void* right;     // [n_edits, rank, d], or null
   int64_t n_edits;
   int64_t rank;
   int64_t d;

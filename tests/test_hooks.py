@@ -401,3 +401,13 @@ def test_positions_hold_when_a_sliding_cache_has_dropped_tokens(name):
                 )
             )
     assert torch.equal(*out)
+
+
+@pytest.mark.parametrize("matrix", [None, 0.5])
+@pytest.mark.parametrize("grad", [False, True])
+def test_compiling_a_steered_layer_breaks_no_graph(matrix, grad):
+    layer = torch.nn.Linear(8, 8)
+    layer.register_forward_pre_hook(make_steering_hook_hf(torch.arange(8.0), matrix), with_kwargs=True)
+    x = torch.randn(1, 3, 8, requires_grad=grad)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))

@@ -1,30 +1,50 @@
 #!/usr/bin/env bash
 # Build, test and time the ops on a machine with a GPU, without a network, from what such a machine usually has: torch, pytest,
-# pybind11, scikit-build-core and, for CUDA sources, nvcc. Usage: benchmarks/gpu/run.sh [RESULT.json]
+# pybind11, cmake and, for the CUDA sources, nvcc. Under nine minutes. Usage: benchmarks/gpu/run.sh [RESULT.json or folder]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD
-result=$(realpath -m "${1:-build/gpu.json}")
-python=${PYTHON:-python3}
-site=$(mktemp -d)
-trap 'rm -rf "$site"' EXIT
+result=${1:-benchmarks/results}
+case $result in *.json) mkdir -p "$(dirname "$result")" ;; *) mkdir -p "$result" ;; esac
+result=$(realpath "$result")
+export PYTHON=${PYTHON:-python3}
+case $PYTHON in */*) PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON") ;; esac
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
+step "build"
 command -v nvcc >/dev/null || [ ! -x /usr/local/cuda/bin/nvcc ] || export PATH=/usr/local/cuda/bin:$PATH
-if command -v nvcc >/dev/null; then nvcc --version | tail -n 2; else echo "no nvcc: built without CUDA sources"; fi
+options=()
+if command -v nvcc >/dev/null; then
+  nvcc --version | tail -n 2
+  # Code for the GPU at hand; without one, the list of a build from source.
+  if command -v nvidia-smi >/dev/null; then
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .) || capability=
+    [[ ! $capability =~ ^[0-9]+$ ]] || options+=("-DMECHANEX_CUDA_ARCHITECTURES=$capability")
+  fi
+else
+  echo "no nvcc: built without the CUDA kernels"
+fi
+JOBS=${JOBS:-$(nproc)} scripts/stage.sh "$work/site" "${options[@]}" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
 
-"$python" -m pip install -q --no-deps --no-build-isolation --no-index --target "$site" .
-export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
-export HF_HUB_OFFLINE=1
+# From another folder: the source tree, which has no compiled modules, would come before the staged package.
+export PYTHONPATH=$work/site HF_HUB_OFFLINE=1 MECHANEX_HOME=$work/home PYTHONDONTWRITEBYTECODE=1
+cd "$work"
+"$PYTHON" -m mechanex
 
-# From another folder: the source tree, which has no compiled modules, would come before the installed package.
-cd "$site"
-"$python" -m mechanex
+step "test"
+workers=()
+if "$PYTHON" -c "import xdist" 2>/dev/null; then workers=(-n "${WORKERS:-4}"); fi
+tests=("$root/tests/test_steer_op.py" "$root/tests/test_steer_gpu.py" "$root/tests/test_backends.py")
+for more in "$root"/tests/test_triton*.py; do [ ! -e "$more" ] || tests+=("$more"); done
 status=0
-"$python" -m pytest -q -p no:cacheprovider "$root/tests/test_steer_op.py" "$root/tests/test_backends.py" || status=$?
-mkdir -p "$(dirname "$result")"
+timeout 360 "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" "${tests[@]}" || status=$?
 if [ "$status" -ne 0 ]; then
-  echo '{"tests": "failed"}' >"$result"
-  echo "tests failed: no timings" >&2
+  echo "tests failed ($status): no timings" >&2
   exit "$status"
 fi
-"$python" "$root/benchmarks/gpu/steer.py" "$result"
+
+step "time"
+timeout 120 "$PYTHON" "$root/benchmarks/gpu/timings.py" "$result"
+step "done"

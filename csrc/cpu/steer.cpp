@@ -101,15 +101,18 @@ void steer(const SteerArgs* args, int64_t begin, int64_t end) {
   const Scalar* right = (const Scalar*)args->right;
   int64_t t = begin;
   while (t < end) {
-    const int64_t k = args->rows == nullptr ? 0 : args->rows[t * args->rows_stride];
     const Stored* x[kTogether];
     Stored* y[kTogether];
+    int64_t k = 0;
     int n = 0;
-    do {
-      x[n] = (const Stored*)args->x + (t + n) * args->x_stride;
-      y[n] = (Stored*)args->y + (t + n) * args->y_stride;
-      ++n;
-    } while (n < kTogether && t + n < end && (args->rows == nullptr || args->rows[(t + n) * args->rows_stride] == k));
+    for (; n < kTogether && t + n < end; ++n) {
+      const int64_t row = args->order == nullptr ? t + n : args->order[t + n];
+      const int64_t found = args->rows == nullptr ? 0 : args->rows[row * args->rows_stride];
+      if (n == 0) k = found;
+      if (found != k) break;
+      x[n] = (const Stored*)args->x + row * args->x_stride;
+      y[n] = (Stored*)args->y + row * args->y_stride;
+    }
     if (k < 0 || k >= args->n_edits) {
       for (int m = 0; m < n; ++m) __builtin_memcpy(y[m], x[m], d * sizeof(Stored));
     } else {

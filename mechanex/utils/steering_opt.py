@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..backends import prefers_torch
 from ..engine.hooks import Handle, selected
 from ..engine.intervention import Edit, EditTable, compute_dtype
 from ..engine.models import adapter_for
@@ -144,12 +145,24 @@ class _Steer:
 
 
 class _SteeringHookHF(_Steer):
+    def __init__(self, vector: Any, matrix: Any, token: int | slice | None) -> None:
+        super().__init__(vector, matrix, token)
+        plain = matrix is None and token is None and isinstance(vector, Tensor) and vector.ndim == 1
+        self._plain: Tensor | None = vector if plain and vector.numel() > 1 else None
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        hidden = self.steer(hidden_argument(args, kwargs or {}))
-        new_args = (hidden, *args[1:]) if args else args
+        hidden = hidden_argument(args, kwargs or {})
+        steered = None
+        # Decoding makes this call once a layer and token: a vector of the stream's own dtype goes straight to torch, as
+        # the op would send it. What doesn't fit is told, or moved, below.
+        if self._plain is not None and self._plain.dtype is hidden.dtype and prefers_torch():
+            with suppress(RuntimeError):
+                steered = hidden + self._plain
+        if steered is None:
+            steered = self.steer(hidden)
         if kwargs is None:
-            return new_args
-        return new_args, kwargs if args else {**kwargs, "hidden_states": hidden}
+            return (steered, *args[1:])
+        return ((steered, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": steered})
 
 
 class _SteeringHookTL(_Steer):
