@@ -181,9 +181,11 @@ def test_prompts_may_be_token_ids_or_chat_messages(client: Mechanex) -> None:
     tokenizer = client.tokenizer
     ids = tokenizer(PROMPT).input_ids
     assert generate(client, ids).removeprefix(tokenizer.decode(ids)) == generate(client)[len(PROMPT) :]
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    )
     text = generate(client, [{"role": "user", "content": "Who are you?"}])
-    assert text == generate(client, "user: Who are you?\nassistant:")
+    assert text == tokenizer.bos_token + generate(client, "user: Who are you?\nassistant:")
 
 
 @pytest.mark.parametrize(

@@ -411,3 +411,30 @@ def test_compiling_a_steered_layer_breaks_no_graph(matrix, grad):
     x = torch.randn(1, 3, 8, requires_grad=grad)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_hooks_may_come_from_an_iterator():
+    model = build("llama")
+    hooks = [make_steering_hook_hf(vector()), make_steering_hook_hf(vector(1), token=slice(1, None))]
+    expected = residual(model, list(zip((0, 1), hooks, strict=True)))
+    seen = []
+    with hf_hooks_contextmanager(model, zip((0, 1, LAYER), [*hooks, make_activs_hook_hf(seen)], strict=True)):
+        logits(model)
+    assert torch.equal(seen[0], expected)
+
+
+def test_a_default_argument_of_a_users_hook_is_left_alone():
+    model = build("llama")
+    hooks = [(LAYER, lambda module, args, v=v: (args[0] + v, *args[1:])) for v in (1.0, 2.0)]
+    torch.testing.assert_close(residual(model, hooks), residual(model) + 3)
+
+
+def test_make_abl_mat_of_a_long_half_precision_vector():
+    v = (100 * torch.randn(512, generator=torch.Generator().manual_seed(0))).half()
+    torch.testing.assert_close(make_abl_mat(v), make_abl_mat(v.float()).half())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), torch.tensor([1.0, torch.inf]), "x", torch.ones(24, 2)])
+def test_a_vector_that_is_none_is_an_error(bad):
+    with pytest.raises(ValidationError):
+        steered_logits(build("llama"), bad)

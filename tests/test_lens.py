@@ -343,7 +343,7 @@ def test_scores_of_a_hooked_transformer_come_from_padded_rows(hooked):
 
 def test_a_hooked_transformer_says_what_it_can_not_do(hooked):
     inner = adapter_for(hooked).hf_model
-    with pytest.raises(ValidationError, match="position_ids"):
+    with pytest.raises(TypeError, match="position_ids"):
         inner(IDS, position_ids=IDS)
     with pytest.raises(ValidationError, match=r"model\.generate"):
         inner.generate(IDS)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import io
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from families import D_MODEL, FAMILIES, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import StaticCache
 
 from mechanex.engine.hooks import Intervention, SteeringPlan, positions
 from mechanex.engine.intervention import Edit, EditTable
+from mechanex.engine.models import adapter_for
 from mechanex.errors import ValidationError
 from mechanex.utils.steering_opt import make_steering_hook_tflens
 
@@ -238,3 +244,134 @@ def test_the_positions_context_serves_hooks_attached_by_other_means():
         )
     handle.remove()
     assert seen == [False, False, True, False]
+
+
+def test_a_model_that_was_compiled_before_is_steered():
+    model = FAMILIES["llama"]()
+    compiled = torch.compile(model, backend="eager")
+    plain = logits(compiled)
+    with SteeringPlan([Intervention(1, Edit.add(draw(D_MODEL)))]).apply(compiled):
+        steered = logits(compiled)
+        torch.testing.assert_close(steered, logits(model))
+    assert not torch.allclose(steered, plain, atol=1e-2)
+    torch.testing.assert_close(logits(compiled), plain)
+
+
+def generate(model, ids, **options):
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=4,
+        min_new_tokens=4,
+        do_sample=False,
+        **options,
+    )
+
+
+def test_a_second_turn_in_one_context_has_its_own_prompt_end():
+    model = build("llama")
+    plan = SteeringPlan([Intervention(1, Edit.add(4 * draw(D_MODEL)), tokens=slice(-1, None))])
+    with plan.apply(model):
+        first = generate(model, IDS[:1])
+        second_prompt = torch.cat([first, IDS[1:2]], 1)
+        together = generate(model, second_prompt)
+    with plan.apply(model):
+        assert torch.equal(generate(model, second_prompt), together)
+
+
+def test_contexts_that_overlap_share_what_they_saw():
+    model = build("llama")
+    late = SteeringPlan([Intervention(2, Edit.add(draw(D_MODEL)), tokens=slice(-1, None))])
+    with SteeringPlan([Intervention(1, Edit.add(draw(D_MODEL)), tokens=0)]).apply(model), torch.no_grad():
+        out = model(input_ids=IDS, use_cache=True)
+        unsteered = model(input_ids=IDS[:, :1], past_key_values=copy.deepcopy(out.past_key_values)).logits
+        with late.apply(model):
+            steered = model(input_ids=IDS[:, :1], past_key_values=out.past_key_values).logits
+    assert not torch.allclose(steered, unsteered, atol=1e-3)
+
+
+def test_threads_do_not_mix_their_prompts_up():
+    model = build("llama")
+    starts = [0, 1, 2, 3]
+    with SteeringPlan([Intervention(1, Edit.add(4 * draw(D_MODEL)), tokens=-2)]).apply(model):
+        alone = [logits(model, IDS[:, n:]) for n in starts]
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(10):
+                for expected, found in zip(
+                    alone, pool.map(lambda n: logits(model, IDS[:, n:]), starts), strict=True
+                ):
+                    torch.testing.assert_close(found, expected)
+
+
+def test_a_mask_of_the_caches_full_length_is_read_up_to_the_call():
+    model = build("llama")
+    mask = torch.zeros(3, 32, dtype=torch.long)
+    mask[:, :5] = 1
+    plan = SteeringPlan([Intervention(1, Edit.add(draw(D_MODEL)), tokens=slice(1, 3))])
+    with plan.apply(model), torch.no_grad():
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        found = model(input_ids=IDS, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(found, logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_learned_vectors_keep_their_gradients_and_their_latest_values():
+    model = build("gpt2")
+    p = draw(D_MODEL).float().requires_grad_()
+    plan = [
+        Intervention(1, Edit.add(p), rows=[0]),
+        Intervention(1, Edit.ablate(draw(D_MODEL).float()), rows=[0, 1]),
+    ]
+    with SteeringPlan(plan).apply(model):
+        before = logits(model)
+        for _ in range(2):
+            (gradient,) = torch.autograd.grad(model(input_ids=IDS).logits.sum(), p)
+            assert gradient.abs().sum() > 0
+        with torch.no_grad():
+            p += 1
+        assert not torch.allclose(logits(model)[0], before[0], atol=1e-3)
+
+
+def test_replaced_layers_are_the_ones_that_are_steered():
+    model = FAMILIES["llama"]()
+    plan = SteeringPlan([Intervention(-1, Edit.add(draw(D_MODEL)))])
+    plan.apply(model).remove()
+    model.model.layers = model.model.layers[:2]
+    plain = logits(model)
+    with plan.apply(model):
+        assert not torch.allclose(logits(model), plain, atol=1e-3)
+    with pytest.raises(ValidationError, match="has 2 layers"):
+        SteeringPlan([Intervention(3, Edit.add(draw(D_MODEL)))]).apply(model)
+
+
+def test_a_steered_model_pickles_and_copies_without_the_library():
+    model = FAMILIES["llama"]()
+    adapter_for(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert b"mechanex." not in file.getvalue()
+    for other in (copy.deepcopy(model), copy.copy(model)):
+        assert adapter_for(other).model is other
+
+
+def test_naming_the_layers_keeps_the_tokenizer_of_a_model():
+    model = FAMILIES["llama"]()
+    adapter_for(model).tokenizer = "mine"
+    assert adapter_for(model, layers="model.layers").tokenizer == "mine"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"mask": torch.ones(3, 5, dtype=torch.long)},
+        {"tokens": True},
+        {"tokens": "1"},
+        {"tokens": slice(None, None, -1)},
+        {"rows": "0"},
+        {"rows": [True]},
+        {"edit": Edit.add(torch.full((D_MODEL,), torch.nan))},
+    ],
+    ids=str,
+)
+def test_an_intervention_says_at_once_what_is_wrong_with_it(arguments):
+    with pytest.raises(ValidationError):
+        Intervention(**({"layer": 0, "edit": Edit.add(torch.ones(D_MODEL))} | arguments))

@@ -6,8 +6,11 @@ import math
 
 import pytest
 import torch
-from families import build, tiny_tokenizer
+from families import FAMILIES, build, tiny_tokenizer
 
+from mechanex.engine.hooks import Intervention, SteeringPlan
+from mechanex.engine.intervention import Edit
+from mechanex.engine.models import adapter_for
 from mechanex.engine.score import perplexity
 from mechanex.engine.text import encode_pair
 from mechanex.errors import ValidationError
@@ -38,3 +41,28 @@ def test_wrong_input_is_an_error():
         perplexity(build("llama"), ["a"], ["b", "c"], tiny_tokenizer())
     with pytest.raises(ValidationError, match="no tokens"):
         perplexity(build("llama"), ["a"], [""], tiny_tokenizer())
+
+
+@pytest.mark.parametrize("tokens", [None, slice(None, -1), slice(-2, None), 1], ids=str)
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_steered_by_position_batched_equals_one_by_one(name, tokens):
+    model, tokenizer = build(name), tiny_tokenizer()
+    vector = 3 * torch.randn(48, generator=torch.Generator().manual_seed(0))
+    with SteeringPlan([Intervention(1, Edit.add(vector), tokens=tokens)]).apply(model):
+        together = math.log(perplexity(model, PROMPTS, COMPLETIONS, tokenizer))
+        alone = [
+            math.log(perplexity(model, [p], [c], tokenizer))
+            for p, c in zip(PROMPTS, COMPLETIONS, strict=True)
+        ]
+    sizes = [len(encode_pair(tokenizer, p, c)[1]) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    expected = sum(a * n for a, n in zip(alone, sizes, strict=True)) / sum(sizes)
+    assert together == pytest.approx(expected, rel=1e-4)
+
+
+def test_rows_of_a_batch_mean_nothing_to_the_engines_own_batches():
+    model = FAMILIES["llama"]()
+    plan = SteeringPlan([Intervention(1, Edit.add(torch.ones(48)), rows=[1])])
+    with plan.apply(model), pytest.raises(ValidationError, match="lays out its own batches"):
+        perplexity(model, PROMPTS, COMPLETIONS, tiny_tokenizer())
+    assert perplexity(model, PROMPTS, COMPLETIONS, tiny_tokenizer()) > 1
+    assert adapter_for(model).findings["form"] == "plain"

@@ -126,3 +126,19 @@ def test_what_is_no_prompt_is_an_error(prompt):
 def test_text_without_a_tokenizer_is_an_error():
     with pytest.raises(ValidationError, match="tokenizer"):
         encode_prompt(None, "text")
+
+
+def test_a_template_alone_decides_on_special_tokens():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    ids = encode_prompt(tokenizer, [{"role": "user", "content": "The"}])
+    assert ids == tokenizer("The", add_special_tokens=False)["input_ids"]
+
+
+def test_an_eos_that_was_written_stays_and_an_appended_one_goes():
+    tokenizer, eos = Wrapped(TOKENIZER), TOKENIZER.eos_token_id
+    assert encode_prompt(tokenizer, "The" + TOKENIZER.eos_token)[-2:] == [
+        encode_prompt(tokenizer, "The")[-1],
+        eos,
+    ]
+    assert encode_pair(tokenizer, "The", " cold" + TOKENIZER.eos_token)[1].count(eos) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..errors import ValidationError
 from .forward import packs_for, visit_residuals
 from .intervention import compute_dtype
 from .models import adapter_for
-from .models.adapter import ModelAdapter, undisturbed
+from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import BATCH_TOKENS, ROW_TOKENS, Pack
 from .text import Prompt, encode_pair
 from .vectors import SteeringVector
@@ -66,6 +66,8 @@ def caa_vectors(
             result that is zero or not finite.
     """
     adapter = adapter_for(model)
+    if any(isinstance(texts, str) for texts in (prompts, positive_answers, negative_answers)):
+        raise ValidationError("prompts and answers are lists, one entry per example; got a single text.")
     n = len(prompts)
     if not n == len(positive_answers) == len(negative_answers):
         raise ValidationError(
@@ -74,8 +76,11 @@ def caa_vectors(
         )
     if n == 0:
         raise ValidationError("There are no examples: prompts and answers are empty.")
-    wanted = [default_layer(adapter.n_layers)] if layers is None else layers
-    indices = sorted({adapter.layer_index(layer) for layer in wanted})
+    if layers is None:
+        layers = [default_layer(adapter.n_layers)]
+    elif not isinstance(layers, Iterable):
+        raise ValidationError(f"layers is a list of layers; got {layers!r}: write [{layers!r}].")
+    indices = sorted({adapter.layer_index(layer) for layer in layers})
     if not indices:
         raise ValidationError("There are no layers: layer_idxs is empty; leave it out for the default layer.")
     tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
@@ -98,8 +103,8 @@ def caa_vectors(
 
         return read
 
-    packs = packs_for(adapter, pairs, row_tokens=row_tokens, batch_tokens=batch_tokens)
-    with torch.no_grad(), undisturbed(adapter.hf_model):
+    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
+        packs = packs_for(adapter, pairs, row_tokens=row_tokens, batch_tokens=batch_tokens)
         for pack in tqdm(packs, desc="CAA", unit="batch", disable=not progress):
             weight = weights.to(pack.pair.device)[pack.pair]
             visit_residuals(adapter, pack, {layer: reader(layer, pack, weight) for layer in indices})

@@ -179,7 +179,7 @@ def _write_safetensors(path: Path, layers: Mapping[int, Tensor], fields: Mapping
 
 
 def _read_json(path: Path) -> tuple[Layers, Fields]:
-    found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
     if not isinstance(found, dict):
         raise ValueError(f"the top level is a {type(found).__name__}, and {{layer: [numbers]}} is expected")
     return {_layer_number(key): _json_vector(key, values) for key, values in found.items()}, {}

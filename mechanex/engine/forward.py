@@ -14,6 +14,7 @@ from . import selfcheck
 from .hooks import attach
 from .models.adapter import Handles, ModelAdapter
 from .pack import BATCH_TOKENS, ROW_TOKENS, Pack, Pair, build_packs
+from .positions import pack_positions
 
 __all__ = ["Resumed", "final_hidden", "packs_for", "scored_logits", "visit_residuals"]
 
@@ -43,6 +44,7 @@ def packs_for(
         raise ValidationError("There is nothing to run: no (prompt, completion) pairs were given.")
     longest = max(len(p) + len(c) for p, c in pairs)
     _check_length(adapter, longest)
+    _check_vocabulary(adapter, pairs)
     form = selfcheck.packing_form(adapter, longest)
     window = selfcheck.window_of(adapter)
     if window is not None and longest <= window:
@@ -73,8 +75,19 @@ def _check_length(adapter: ModelAdapter, longest: int) -> None:
         )
 
 
+def _check_vocabulary(adapter: ModelAdapter, pairs: Sequence[Pair]) -> None:
+    size = getattr(adapter.config, "vocab_size", None)
+    largest = max((token for pair in pairs for ids in pair for token in ids), default=0)
+    if isinstance(size, int) and largest >= size:
+        raise ValidationError(
+            f"Token id {largest} is outside the vocabulary of {adapter.model_id} ({size} tokens); "
+            "use the model's own tokenizer."
+        )
+
+
 def _call(adapter: ModelAdapter, pack: Pack) -> Any:
-    return adapter.call(**selfcheck.model_inputs(adapter, pack))
+    with pack_positions(pack.positions):
+        return adapter.call(**selfcheck.model_inputs(adapter, pack))
 
 
 def _until(
@@ -213,7 +226,8 @@ class Resumed:
         if self.residual is None:
             return final_hidden(adapter, lambda: _call(adapter, pack))[pack.row, pack.predictor]
         hidden = self.residual
-        for block, (args, kwargs) in zip(adapter.layers[self._layer :], self._arguments, strict=True):
-            out = block(hidden, *args, **kwargs)
-            hidden = out[0] if isinstance(out, tuple) else out
+        with pack_positions(pack.positions):
+            for block, (args, kwargs) in zip(adapter.layers[self._layer :], self._arguments, strict=True):
+                out = block(hidden, *args, **kwargs)
+                hidden = out[0] if isinstance(out, tuple) else out
         return adapter.finish(hidden[pack.row, pack.predictor])

@@ -7,7 +7,6 @@ import contextvars
 import logging
 import queue
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import ValidationError
 from .detokenize import Continuation
 from .models import adapter_for
-from .models.adapter import ModelAdapter, undisturbed
+from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .sampling import Draw, Sampling
 from .text import Prompt, encode_prompt, prompt_text
 
@@ -28,10 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["Options", "generate", "generate_batch", "stream"]
 
 _logger = logging.getLogger(__name__)
-
-# Steering lives on the model: two calls that steer it differently must not overlap.
-_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_locks_guard = threading.Lock()
 
 
 def generate(model: nn.Module | ModelAdapter, tokenizer: Any, prompt: Prompt, **options: Any) -> str:
@@ -203,7 +198,7 @@ class _Run:
             eos_token_id=ends or None,
             pad_token_id=padding,
         )
-        with _lock_of(self.adapter.model), undisturbed(hf), self._steering():
+        with exclusive(self.adapter), undisturbed(hf), self._steering():
             hf.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -268,11 +263,6 @@ class _Reader:
                 self._done[i] = token in self._ends or self._rows[i].stopped
         closed = self._watch()
         return torch.tensor([closed or done for done in self._done], device=input_ids.device)
-
-
-def _lock_of(model: nn.Module) -> threading.RLock:
-    with _locks_guard:
-        return _locks.setdefault(model, threading.RLock())
 
 
 def _left_padded(

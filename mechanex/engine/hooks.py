@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import operator
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +15,11 @@ from ..errors import ValidationError
 from .intervention import Edit, EditTable
 from .models import adapter_for
 from .models.adapter import Handles, ModelAdapter, ResidualHook
-from .positions import TokenSelector, current_positions, token_mask
+from .positions import TokenSelector, check_tokens, current_positions, running_pack, token_mask
+
+_log = logging.getLogger(__name__)
+
+_Chains = tuple[tuple[int, ...], ...]
 
 __all__ = ["Handle", "Intervention", "SteeringPlan", "positions"]
 
@@ -25,12 +32,15 @@ class Intervention:
 
     Args:
         layer: the block whose incoming residual stream is edited; negatives count from the end.
-        edit: what is done.
-        tokens: an int or slice of absolute positions in the sequence (negatives from the end of the
-            prompt), None for
-            every token. Counted from the first real token of a left-padded row, also under a cache.
-        rows: indices of the batch rows that are edited, None for all.
+        edit: what is done; its tensors are finite.
+        tokens: an int or slice of absolute positions in the sequence, None for every token. Negatives count from the
+            end of the prompt; positions from the first real token of a left-padded row, also under a cache.
+        rows: indices of the rows of the batch that the model is called with, None for all. Beam search and several
+            sequences per prompt make more rows than there are prompts.
         mask: [B, T] bool for exactly one shape of call, instead of ``tokens`` and ``rows``.
+
+    Raises:
+        ValidationError: one of these is of another kind, or the edit holds NaN or infinite numbers.
     """
 
     layer: int
@@ -40,10 +50,17 @@ class Intervention:
     mask: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.mask is not None and (self.tokens is not None or self.rows is not None):
-            raise ValidationError("An intervention takes a mask, or tokens and rows; got both.")
-        if self.rows is not None and any(isinstance(r, bool) or r < 0 for r in self.rows):
-            raise ValidationError(f"rows are batch indices of 0 or more; got {list(self.rows)}.")
+        if self.mask is not None:
+            if self.tokens is not None or self.rows is not None:
+                raise ValidationError("An intervention takes a mask, or tokens and rows; got both.")
+            if self.mask.dtype != torch.bool or self.mask.ndim != 2:
+                raise ValidationError(
+                    f"A mask is [batch, tokens] of bool; got {list(self.mask.shape)} of {self.mask.dtype}."
+                )
+        check_tokens(self.tokens)
+        if self.rows is not None:
+            object.__setattr__(self, "rows", _row_indices(self.rows))
+        self.edit.check_finite()
 
     @property
     def everywhere(self) -> bool:
@@ -64,6 +81,11 @@ class Intervention:
             return self.mask.to(device)
         chosen = torch.ones(batch, length, dtype=torch.bool, device=device)
         if self.rows is not None:
+            if running_pack():
+                raise ValidationError(
+                    "An intervention names rows of a batch, but here the engine lays out its own batches; "
+                    "steer by tokens, or remove the plan around this call."
+                )
             if self.rows and max(self.rows) >= batch:
                 raise ValidationError(
                     f"Row {max(self.rows)} was to be edited, but the batch has {batch} rows."
@@ -74,7 +96,22 @@ class Intervention:
         return chosen if self.tokens is None else chosen & selected(self.tokens, batch, length).to(device)
 
 
+def _row_indices(rows: Sequence[int]) -> tuple[int, ...]:
+    try:
+        found = tuple(operator.index(row) for row in rows)
+    except TypeError:
+        found = (-1,)
+    if any(row < 0 for row in found) or any(isinstance(row, bool) for row in rows):
+        raise ValidationError(f"rows are batch indices of 0 or more; got {rows!r}.")
+    return found
+
+
 def selected(tokens: int | slice, batch: int, length: int) -> Tensor:
+    """[B, T] bool: the tokens of the running call at these absolute positions.
+
+    Raises:
+        ValidationError: nothing follows the model's calls, or the layer was given another shape than the model.
+    """
     seen = current_positions()
     if seen is None:
         raise ValidationError(
@@ -93,29 +130,24 @@ class _LayerEdits:
 
     def __init__(self, interventions: list[Intervention]) -> None:
         self._interventions = interventions
-        self._together: EditTable | None = None
-        if all(i.everywhere for i in interventions):
-            edit = interventions[0].edit
-            for following in interventions[1:]:
-                edit = edit.then(following.edit)
-            self._together = EditTable([edit])
+        self._everywhere = all(i.everywhere for i in interventions)
         self._changes_with_position = any(i.tokens is not None for i in interventions)
-        self._tables: dict[tuple[tuple[int, ...], ...], EditTable] = {}
-        self._known: tuple[tuple[int, int, torch.device], EditTable | None, Tensor] | None = None
+        self._by_batch_row = any(i.rows is not None for i in interventions)
+        self._tables: dict[_Chains, tuple[tuple[int, ...], EditTable]] = {}
+        self._known: tuple[tuple[int, int, torch.device], _Chains, Tensor] | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor | None:
-        if self._together is not None:
-            return self._together.apply(hidden)
-        batch, length = hidden.shape[:2]
-        table, index = self._table(batch, length, hidden.device)
-        return None if table is None else table.apply(hidden, index)
+        if self._everywhere:
+            return self._composed((tuple(range(len(self._interventions))),)).apply(hidden)
+        chains, index = self._chains(hidden.shape[0], hidden.shape[1], hidden.device)
+        return self._composed(chains).apply(hidden, index) if chains else None
 
-    def _table(self, batch: int, length: int, device: torch.device) -> tuple[EditTable | None, Tensor]:
+    def _chains(self, batch: int, length: int, device: torch.device) -> tuple[_Chains, Tensor]:
+        """The chains of interventions that meet on some row, and [B, T] int32 which of them, or -1."""
         key = (batch, length, device)
-        if self._known is not None and self._known[0] == key:
+        if self._known is not None and self._known[0] == key and not (self._by_batch_row and running_pack()):
             return self._known[1], self._known[2]
-        # Edit k of the table is a chain of interventions; a row moves to a longer chain each time one more
-        # applies.
+        # A row moves to a longer chain each time one more intervention applies to it.
         chains: dict[tuple[int, ...], int] = {}
         index = torch.full((batch, length), -1, dtype=torch.int32, device=device)
         for i, intervention in enumerate(self._interventions):
@@ -126,17 +158,20 @@ class _LayerEdits:
                 before = known[k] if k >= 0 else ()
                 moved[active & (index == k)] = chains.setdefault((*before, i), len(chains))
             index = moved
-        table = self._composed(tuple(chains))
         if not self._changes_with_position:
-            self._known = (key, table, index)
-        return table, index
+            self._known = (key, tuple(chains), index)
+        return tuple(chains), index
 
-    def _composed(self, chains: tuple[tuple[int, ...], ...]) -> EditTable | None:
-        if not chains:
-            return None
-        if chains not in self._tables:
-            self._tables[chains] = EditTable([self._compose(chain) for chain in chains])
-        return self._tables[chains]
+    def _composed(self, chains: _Chains) -> EditTable:
+        """The table of these chains; kept while no tensor of an edit changes and none needs gradients."""
+        versions = tuple(v for i in self._interventions for v in i.edit.versions())
+        known = self._tables.get(chains)
+        if known is not None and known[0] == versions:
+            return known[1]
+        table = EditTable([self._compose(chain) for chain in chains])
+        if not any(i.edit.requires_grad for i in self._interventions):
+            self._tables[chains] = (versions, table)
+        return table
 
     def _compose(self, chain: tuple[int, ...]) -> Edit:
         edit = self._interventions[chain[0]].edit
@@ -187,6 +222,7 @@ def attach(
     """Registers residual hooks, all or none; ``follow`` lets them ask for token positions."""
     handles = Handles()
     try:
+        handles.add(recompiling())
         if follow:
             handles.add(adapter.track_positions())
         for layer, fn in hooks:
@@ -195,6 +231,25 @@ def attach(
         handles.remove()
         raise
     return handles
+
+
+class recompiling:
+    """Drops torch's compiled code now and when removed: it doesn't notice that hooks came or went.
+
+    Nothing happens where nothing was compiled.
+    """
+
+    def __init__(self) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Drops what is compiled now."""
+        dynamo = sys.modules.get("torch._dynamo")
+        if dynamo is not None and dynamo.utils.counters["frames"]["total"]:
+            _log.info(
+                "Hooks of a model changed: torch's compiled code is dropped and made again when called."
+            )
+            dynamo.reset()
 
 
 def positions(model: nn.Module | ModelAdapter) -> Handle:

@@ -165,6 +165,25 @@ class Edit:
             return self.bias.new_zeros(self.width, self.width)
         return self.left.T @ self.right
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The bias and whichever of the others there are."""
+        return tuple(t for t in (self.bias, self.left, self.right, self.matrix) if t is not None)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients flow to one of its tensors."""
+        return any(t.requires_grad for t in self.tensors)
+
+    def versions(self) -> tuple[int, ...]:
+        """Counts that change when a tensor of the edit is written to."""
+        return tuple(0 if t.is_inference() else t._version for t in self.tensors)
+
+    def check_finite(self) -> None:
+        """Raises a ValidationError when the edit holds NaN or infinite numbers."""
+        if not all(bool(torch.isfinite(t).all()) for t in self.tensors):
+            raise ValidationError("The edit holds NaN or infinite numbers; check how its vector was made.")
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Edit:
         """The same edit on another device and in another floating dtype; itself when nothing changes."""
         if self.bias.device == device and self.bias.dtype == dtype:
@@ -179,6 +198,8 @@ class Edit:
 
 class EditTable:
     """Edits stacked for the ``steer`` op; factors of lower rank are filled up with zero rows.
+
+    The stack is kept from call to call unless gradients are needed: make a new table when a tensor was written to.
 
     Args:
         edits: at least one; all of one width. Dense matrices are applied one after another.
@@ -202,7 +223,7 @@ class EditTable:
             left = torch.stack([_filled(e.left, rank, e.bias) for e in edits])
             right = torch.stack([_filled(e.right, rank, e.bias) for e in edits])
         stacked = (bias, left, right)
-        if not any(t is not None and t.requires_grad for t in stacked):
+        if not any(e.requires_grad for e in self.edits):
             self._stacked = stacked
         return stacked
 

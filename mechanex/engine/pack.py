@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ValidationError
+from .positions import PackPositions
 
 __all__ = ["Layout", "Pack", "build_packs"]
 
@@ -46,6 +47,7 @@ class Pack:
         segment: [B, T] int64, number of the prompt or completion within the row; -1 for padding.
         parent: [B, T] int64, segment of the prompt that a completion's token continues; -1 in prompts and
             padding.
+        prompt_length: [B, T] int64, tokens of the prompt that a token belongs to or continues; 0 for padding.
         source: [B, T] int64, group of the pair(s) that a token belongs to, as given to :func:`build_packs`;
         -1 for padding. row, column: [N] int64, where each completion token stands.
         predictor: [N] int64, column whose hidden state predicts it.
@@ -58,6 +60,7 @@ class Pack:
     position_ids: Tensor
     segment: Tensor
     parent: Tensor
+    prompt_length: Tensor
     source: Tensor
     row: Tensor
     column: Tensor
@@ -69,6 +72,11 @@ class Pack:
     def longest(self) -> int:
         """Tokens on the longest path from a prompt's start to a completion's end."""
         return int(self.position_ids.max()) + 1
+
+    @property
+    def positions(self) -> PackPositions:
+        """Where each token stands on its own path, for edits that name token positions."""
+        return PackPositions(self.position_ids.masked_fill(self.segment < 0, -1), self.prompt_length)
 
     @property
     def in_prompt(self) -> Tensor:
@@ -188,29 +196,34 @@ class _Row:
         self.places: list[int] = []
         self.segments: list[int] = []
         self.parents: list[int] = []
+        self.prompt_lengths: list[int] = []
         self.sources: list[int] = []
         self._n_segments = 0
 
     def write(self, tokens: Sequence[int], place: int, parent: int, source: int) -> int:
-        """Appends one prompt or completion that starts at position ``place``; returns its segment."""
+        """Appends a prompt (``place`` 0) or a completion after ``place`` prompt tokens; returns its segment."""
         n, segment = len(tokens), self._n_segments
         self._n_segments += 1
         self.ids += tokens
         self.places += range(place, place + n)
         self.segments += [segment] * n
         self.parents += [parent] * n
+        self.prompt_lengths += [place or n] * n
         self.sources += [source] * n
         return segment
 
     def padded(self, width: int, pad_id: int) -> tuple[list[int], ...]:
-        """input_ids, position_ids, segment, parent and source, each ``width`` long."""
+        """input_ids, position_ids, segment, parent, prompt_length and source, each ``width`` long."""
         missing = width - len(self.ids)
-        marked = (self.segments, self.parents, self.sources)
-        return (
-            self.ids + [pad_id] * missing,
-            self.places + [0] * missing,
-            *(column + [-1] * missing for column in marked),
+        columns = (
+            (self.ids, pad_id),
+            (self.places, 0),
+            (self.segments, -1),
+            (self.parents, -1),
+            (self.prompt_lengths, 0),
+            (self.sources, -1),
         )
+        return tuple(column + [filler] * missing for column, filler in columns)
 
 
 def _lay_out(
@@ -235,8 +248,6 @@ def _lay_out(
                 )
     width = max(len(row.ids) for row in rows)
     columns = zip(*(row.padded(width, pad_id) for row in rows), strict=True)
-    input_ids, position_ids, segment, parent, origin = (torch.tensor(c, dtype=torch.int64) for c in columns)
-    row_, column, predictor, target, pair = torch.tensor(scored, dtype=torch.int64).T
-    return Pack(
-        layout, input_ids, position_ids, segment, parent, origin, row_, column, predictor, target, pair
-    )
+    by_token = (torch.tensor(c, dtype=torch.int64) for c in columns)
+    by_target = torch.tensor(scored, dtype=torch.int64).T
+    return Pack(layout, *by_token, *by_target)

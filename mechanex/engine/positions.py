@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
@@ -13,11 +16,15 @@ from torch import Tensor, nn
 from ..errors import ValidationError
 
 __all__ = [
+    "PackPositions",
     "PositionTracker",
     "Positions",
     "TokenSelector",
+    "check_tokens",
     "current_positions",
+    "pack_positions",
     "read_call",
+    "running_pack",
     "token_mask",
     "whole_pass",
 ]
@@ -37,10 +44,11 @@ class Positions:
 
     Args:
         inputs: the call's ``input_ids`` [B, T] or ``inputs_embeds`` [B, T, d].
-        attention_mask: [B, past + T] with 0 for padding, or None, or a 4-D mask (then unused).
+        attention_mask: [B, past + T] with 0 for padding (longer where the cache has a fixed size), a 4-D mask, or None.
         position_ids: [B or 1, T], used where there is no 2-D mask.
         past: number of cached positions before this call, padding included; None when unknown.
         tracker: who remembers the prompt's lengths between calls.
+        cached: whether the call has a cache, be it empty.
     """
 
     def __init__(
@@ -50,7 +58,9 @@ class Positions:
         position_ids: Tensor | None,
         past: int | None,
         tracker: PositionTracker,
+        cached: bool = False,
     ) -> None:
+        self.cached = cached
         self._inputs, self._mask, self._ids = inputs, attention_mask, position_ids
         self.tracker = tracker
         self.past = past
@@ -74,49 +84,103 @@ class Positions:
                 "The model's cache doesn't tell how many tokens it holds, and steering began after it was filled; "
                 "attach it before the prompt's pass."
             )
-        mask = self._mask
-        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == batch and mask.shape[1] >= length:
-            real = (mask != 0).to(device)
-            index = (real.cumsum(1) - 1).masked_fill(~real, -1)[:, -length:]
-            behind = self.past + length - mask.shape[1]
-            return torch.where(index >= 0, index + behind, index) if behind > 0 else index
+        real = self._real_tokens()
+        if real is not None:
+            index = (real.cumsum(1) - 1).masked_fill(~real, -1)
+            missing = self.past + length - real.shape[1]
+            if missing <= 0:
+                return index[:, self.past : self.past + length]
+            return torch.where(index >= 0, index + missing, index)[:, -length:]
         if isinstance(self._ids, Tensor) and self._ids.shape[-1] == length:
             return self._ids.reshape(-1, length).to(device).expand(batch, length)
         index = torch.arange(self.past, self.past + length, device=device).expand(batch, length)
         return index - self.tracker.padding(self) if self.past else index
 
+    def _real_tokens(self) -> Tensor | None:
+        """[B, past + T or more] bool: which columns hold tokens; None where the call's mask doesn't tell."""
+        mask, (batch, length) = self._mask, self.shape
+        if not isinstance(mask, Tensor) or mask.shape[0] != batch or mask.shape[-1] < length:
+            return None
+        if mask.ndim == 2:
+            return (mask != 0).to(self._inputs.device)
+        if mask.ndim == 4 and self._ids is None and mask.shape[-2] == length:
+            # The last token sees every token before it, and no padding.
+            last = mask[:, 0, -1].to(self._inputs.device)
+            return last if last.dtype == torch.bool else last == 0
+        return None
+
     @cached_property
     def prompt_lengths(self) -> Tensor:
-        """[B] int64: length of each row's prompt, which is what the first pass without a cache was given."""
-        return self.tracker.prompt_lengths(self)
+        """[B, 1] or [B, T] int64: length of each token's prompt, which the first pass without a cache was given."""
+        return self.tracker.prompt_lengths(self)[:, None]
 
-    def continues(self, other: Positions) -> bool:
-        """Whether this call repeats the other's tokens and goes on, as decoding without a cache does."""
-        old, new = other._inputs, self._inputs
+    def continues(self, last: Positions) -> bool:
+        """Whether this call repeats the last one's tokens and one more, as decoding without a cache does."""
+        old, new = last._inputs, self._inputs
         return (
-            old.dtype == new.dtype
+            not self.cached
+            and old.dtype == new.dtype
             and old.shape[0] == new.shape[0]
-            and old.shape[1] < new.shape[1]
-            and bool(torch.equal(old, new[:, : old.shape[1]]))
+            and old.shape[1] + 1 == new.shape[1]
+            and bool(torch.equal(old, new[:, :-1]))
         )
+
+
+class PackPositions(Positions):
+    """Positions of a pack's tokens: each on the path of its own prompt and completion.
+
+    Args:
+        index: [B, T] int64 place on the path, -1 for padding.
+        prompt_lengths: [B, T] int64 tokens of the prompt that each token belongs to.
+    """
+
+    def __init__(self, index: Tensor, prompt_lengths: Tensor) -> None:
+        super().__init__(index, None, None, 0, PositionTracker())
+        self.index = index
+        self.prompt_lengths = prompt_lengths
+
+
+_pack: ContextVar[PackPositions | None] = ContextVar("mechanex_pack", default=None)
+
+
+def running_pack() -> bool:
+    """Whether the call that is running is the engine's own, over packed rows."""
+    return _pack.get() is not None
+
+
+@contextmanager
+def pack_positions(positions: PackPositions) -> Iterator[None]:
+    """Runs a block in which these are the positions of the model's calls, whatever their arguments say."""
+    pack, current = _pack.set(positions), _current.set(positions)
+    try:
+        yield
+    finally:
+        _pack.reset(pack)
+        _current.reset(current)
+
+
+def check_tokens(tokens: object) -> None:
+    """Raises a ValidationError unless this selects tokens: None, an int, or a slice with a step of 1 or more."""
+    if tokens is None or (isinstance(tokens, int) and not isinstance(tokens, bool)):
+        return
+    if not isinstance(tokens, slice):
+        raise ValidationError(f"token must be an int, a slice or None; got {tokens!r}.")
+    for part in (tokens.start, tokens.stop, tokens.step):
+        if part is not None and (isinstance(part, bool) or not isinstance(part, int)):
+            raise ValidationError(f"A token slice is made of ints; got {tokens!r}.")
+    if tokens.step is not None and tokens.step < 1:
+        raise ValidationError(f"A token slice needs a step of 1 or more; got {tokens.step}.")
 
 
 def token_mask(token: int | slice, positions: Positions) -> Tensor:
     """[B, T] bool: the tokens that ``token`` selects by absolute position.
 
     Negatives count from the end of the prompt; an open stop has no end; padding is never selected.
-
-    Raises:
-        ValidationError: a slice with a step below 1, or a selector that is neither int nor slice.
     """
     index = positions.index
     if isinstance(token, int):
         return (index == _absolute(token, positions)) & (index >= 0)
-    if not isinstance(token, slice):
-        raise ValidationError(f"token must be an int, a slice or None; got {type(token).__name__}.")
     step = 1 if token.step is None else token.step
-    if step < 1:
-        raise ValidationError(f"A token slice needs a step of 1 or more; got {step}.")
     chosen = index >= 0
     start: int | Tensor = 0
     if token.start is not None:
@@ -129,17 +193,18 @@ def token_mask(token: int | slice, positions: Positions) -> Tensor:
 
 
 def _absolute(place: int, positions: Positions) -> int | Tensor:
-    return place if place >= 0 else positions.prompt_lengths[:, None] + place
+    return place if place >= 0 else positions.prompt_lengths + place
 
 
-class PositionTracker:
-    """Follows the calls of one model so that edits know the absolute position of every token.
+class PositionTracker(threading.local):
+    """Follows the calls of one model so that edits know the absolute position of every token; each thread's on its own.
 
-    Register :meth:`before` and :meth:`after` around the model's forward (adapters' ``on_call``).
+    Register :meth:`before` and :meth:`after` around the model's forward (adapters' ``track_positions``).
     """
 
     def __init__(self) -> None:
         self._first: Positions | None = None
+        self._last: Positions | None = None
         self._lengths: Tensor | None = None
         self._outer: list[Positions | None] = []
         self.seen: int | None = None  # tokens since the last pass without a cache
@@ -147,13 +212,16 @@ class PositionTracker:
     def before(self, positions: Positions | None) -> None:
         """Notes a call that begins."""
         self._outer.append(_current.get())
-        _current.set(positions)
-        if positions is None:
+        packed = _pack.get()
+        _current.set(positions if packed is None else packed)
+        if positions is None or packed is not None:
             return
         if positions.past is not None:
             self.seen = positions.past + positions.shape[1]
-        if positions.past == 0 and (self._first is None or not positions.continues(self._first)):
-            self._first, self._lengths = positions, None
+        if positions.past == 0 and positions is not self._last:
+            if self._first is None or self._last is None or not positions.continues(self._last):
+                self._first, self._lengths = positions, None
+            self._last = positions
 
     def after(self) -> None:
         """Notes that the call ended, also by an exception."""
@@ -183,8 +251,7 @@ class PositionTracker:
                 "was already in the cache; attach it before the prompt's pass or use positions counted from the start."
             )
         if self._lengths is None:
-            index = self._first.index
-            self._lengths = index.max(1).values + 1
+            self._lengths = self._first.index.max(1).values + 1
         if self._lengths.shape[0] != positions.shape[0]:
             raise ValidationError(
                 f"The prompt's pass had {self._lengths.shape[0]} rows and this one has {positions.shape[0]}; "
@@ -204,7 +271,8 @@ def read_call(
         return None
     mask, ids = call.get("attention_mask"), call.get("position_ids")
     past = _past_length(call, inputs.shape[1], tracker)
-    return Positions(inputs, mask, ids, past, tracker)
+    cached = call.get("past_key_values") is not None or call.get("cache_params") is not None
+    return Positions(inputs, mask, ids, past, tracker, cached)
 
 
 def _parameter_names(module: nn.Module) -> list[str]:

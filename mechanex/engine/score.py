@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import ValidationError
 from .forward import packs_for, scored_logits
 from .models import adapter_for
-from .models.adapter import ModelAdapter, undisturbed
+from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import BATCH_TOKENS
 from .text import Prompt, encode_pair
 
@@ -42,14 +42,19 @@ def perplexity(
     Raises:
         ValidationError: lists of unequal length or empty, or an empty completion.
     """
+    if isinstance(prompts, str) or isinstance(completions, str):
+        raise ValidationError(
+            "prompts and completions are lists, one prompt per completion; got a single text."
+        )
     if len(prompts) != len(completions):
         raise ValidationError(f"There are {len(prompts)} prompts but {len(completions)} completions.")
     adapter = adapter_for(model)
     tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
     pairs = [encode_pair(tokenizer, p, c) for p, c in zip(prompts, completions, strict=True)]
     total = 0.0
-    with torch.no_grad(), undisturbed(adapter.hf_model):
+    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
         for pack in packs_for(adapter, pairs, batch_tokens=batch_tokens):
             log_probs = scored_logits(adapter, pack).float().log_softmax(-1)
             total -= float(log_probs.gather(1, pack.target[:, None]).double().sum())
-    return math.exp(total / sum(len(completion) for _, completion in pairs))
+    mean = total / sum(len(completion) for _, completion in pairs)
+    return math.exp(mean) if mean < 700 else math.inf

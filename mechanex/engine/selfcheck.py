@@ -13,8 +13,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from ..errors import MechanexError
 from .models.adapter import ModelAdapter, undisturbed
 from .pack import Pack, build_packs
+from .positions import pack_positions
 
 __all__ = ["Form", "model_inputs", "packing_form", "replay_agrees", "unembedding_agrees", "window_of"]
 
@@ -72,16 +74,14 @@ def _probe_forms(adapter: ModelAdapter, window: int | None) -> Form:
     with torch.no_grad(), undisturbed(adapter.hf_model):
         try:
             alone = [
-                _hidden(adapter, {"input_ids": _ids(adapter, [*p, *c])})[0, len(p) - 1 : -1] for p, c in pairs
+                _scored(adapter, build_packs([pair], layout="padded")[0].to(adapter.device)) for pair in pairs
             ]
+        except MechanexError:
+            raise
         except (
             Exception
         ) as error:  # a model's own code may raise anything, here at a probe past its last position
-            _log.info(
-                "%s could not run the probe (%s); it runs one padded sequence per row.",
-                adapter.model_id,
-                error,
-            )
+            _log.info("%s could not run the probe (%s); it runs padded rows.", adapter.model_id, error)
             return "padded"
         (pack,) = build_packs(pairs, row_tokens=sum(len(p) + len(c) for p, c in pairs), batch_tokens=1)
         pack = pack.to(adapter.device)
@@ -89,7 +89,9 @@ def _probe_forms(adapter: ModelAdapter, window: int | None) -> Form:
             if form == "window" and window is None:
                 continue
             try:
-                packed = _hidden(adapter, model_inputs(adapter, pack, form))[pack.row, pack.predictor]
+                packed = _scored(adapter, pack, form)
+            except MechanexError:
+                raise
             except Exception as error:  # as above
                 _log.debug("%s does not take the packed form %r: %s", adapter.model_id, form, error)
                 continue
@@ -112,14 +114,13 @@ def _probe(adapter: ModelAdapter, window: int | None) -> list[tuple[list[int], l
     return [(first, draw(3)), (first, draw(5)), (second, draw(2)), (third, draw(4)), (third, draw(1))]
 
 
-def _ids(adapter: ModelAdapter, ids: list[int]) -> Tensor:
-    return torch.tensor([ids], device=adapter.device)
-
-
-def _hidden(adapter: ModelAdapter, inputs: dict[str, Any]) -> Tensor:
+def _scored(adapter: ModelAdapter, pack: Pack, form: Form | None = None) -> Tensor:
+    """[N, d_model] final hidden states that predict the pack's completion tokens."""
     from .forward import final_hidden
 
-    return final_hidden(adapter, lambda: adapter.call(**inputs))
+    inputs = model_inputs(adapter, pack, form)
+    with pack_positions(pack.positions):
+        return final_hidden(adapter, lambda: adapter.call(**inputs))[pack.row, pack.predictor]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -131,11 +132,18 @@ def _close(a: Tensor, b: Tensor) -> bool:
 def unembedding_agrees(adapter: ModelAdapter) -> bool:
     """Whether the adapter's unembedding of hidden states gives the model's own logits; checked once."""
     if "unembedding" not in adapter.findings:
-        (prompt, completion), *_ = _probe(adapter, None)
-        inputs = {"input_ids": _ids(adapter, prompt + completion)}
-        with torch.no_grad(), undisturbed(adapter.hf_model):
-            ours = adapter.unembedding.logits(_hidden(adapter, inputs))
-            agrees = _close(ours, adapter.call(**inputs).logits.to(ours.dtype))
+        (pack,) = build_packs(_probe(adapter, None)[:1], layout="padded")
+        pack = pack.to(adapter.device)
+        try:
+            with torch.no_grad(), undisturbed(adapter.hf_model), pack_positions(pack.positions):
+                ours = adapter.unembedding.logits(_scored(adapter, pack))
+                theirs = adapter.call(**model_inputs(adapter, pack)).logits[pack.row, pack.predictor]
+                agrees = _close(ours, theirs.to(ours.dtype))
+        except MechanexError:
+            raise
+        except Exception as error:  # weights that are elsewhere between calls, say
+            _log.debug("%s does not unembed by itself: %s", adapter.model_id, error)
+            agrees = False
         if not agrees:
             _log.info(
                 "%s has an unembedding of its own kind; logits come from whole passes.", adapter.model_id
@@ -150,6 +158,9 @@ def replay_agrees(adapter: ModelAdapter) -> bool:
         adapter.findings["replay"] = True  # lets the probe itself replay
         try:
             agrees = _probe_replay(adapter)
+        except MechanexError:
+            del adapter.findings["replay"]
+            raise
         except Exception as error:  # as above
             _log.debug("%s can't be replayed: %s", adapter.model_id, error)
             agrees = False
@@ -177,8 +188,7 @@ def _probe_replay(adapter: ModelAdapter) -> bool:
 
         handle = adapter.on_residual(layer, edit)
         try:
-            replayed = resumed.scored()
-            whole = _hidden(adapter, model_inputs(adapter, pack))[pack.row, pack.predictor]
+            replayed, whole = resumed.scored(), _scored(adapter, pack)
         finally:
             handle.remove()
     return _close(replayed, whole)

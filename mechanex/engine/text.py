@@ -28,7 +28,7 @@ def prompt_text(tokenizer: Any, prompt: Prompt) -> str:
     """
     if isinstance(prompt, str):
         return prompt
-    if not isinstance(prompt, Sequence):
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise ValidationError(f"A prompt is text, token ids or chat messages; got {type(prompt).__name__}.")
     if _is_chat(prompt):
         if getattr(tokenizer, "chat_template", None) is None:
@@ -40,21 +40,28 @@ def prompt_text(tokenizer: Any, prompt: Prompt) -> str:
 
 
 def _ids(prompt: Sequence[Any]) -> list[int]:
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise ValidationError(f"Expected text or a list of token ids; got {type(prompt).__name__}.")
     for token in prompt:
         if isinstance(token, bool) or not isinstance(token, int) or token < 0:
             raise ValidationError(f"A prompt given as token ids must hold ints of 0 or more; got {token!r}.")
     return list(prompt)
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids with the tokenizer's own special tokens, but never a second BOS, and no EOS at the end."""
-    ids = list(tokenizer(text, return_attention_mask=False)["input_ids"])
+def _encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+    """Token ids, with the tokenizer's own special tokens but never a second BOS, and no EOS that it appended."""
+    ids = list(tokenizer(text, add_special_tokens=special, return_attention_mask=False)["input_ids"])
     bos, eos = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
-    while len(ids) > 1 and ids[0] == bos and ids[1] == bos:
+    while special and len(ids) > 1 and ids[0] == bos and ids[1] == bos:
         del ids[0]
-    written = text.endswith(getattr(tokenizer, "eos_token", None) or "\0")
+    if eos is None:
+        return ids
+    written, mark = text, getattr(tokenizer, "eos_token", None)
+    ends = 0
+    while mark and written.endswith(mark):
+        written, ends = written[: -len(mark)], ends + 1
     # With one token for both ends, a single one is the BOS of an empty text and stays.
-    if ids and ids[-1] == eos and not written and (len(ids) > 1 or eos != bos):
+    if ids[-1 - ends :] == [eos] * (ends + 1) and (len(ids) > 1 or eos != bos):
         del ids[-1]
     return ids
 
@@ -71,7 +78,8 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """
     if not isinstance(prompt, str) and isinstance(prompt, Sequence) and not _is_chat(prompt):
         return _ids(prompt)
-    return _encode(_needed(tokenizer), prompt_text(tokenizer, prompt))
+    # A chat template writes the special tokens that it wants.
+    return _encode(_needed(tokenizer), prompt_text(tokenizer, prompt), not _is_chat(prompt))
 
 
 def _needed(tokenizer: Any) -> Any:
@@ -107,7 +115,8 @@ def encode_pair(
     elif not isinstance(prompt, str) and isinstance(prompt, Sequence) and not _is_chat(prompt):
         ids, answer = _ids(prompt), _continuation(_needed(tokenizer), completion)
     else:
-        ids, answer = _encode_texts(_needed(tokenizer), prompt_text(tokenizer, prompt), completion)
+        text, special = prompt_text(_needed(tokenizer), prompt), not _is_chat(prompt)
+        ids, answer = _encode_texts(tokenizer, text, completion, special)
     if not answer:
         raise ValidationError(f"The completion {completion!r} has no tokens; give at least one.")
     if not ids:
@@ -118,12 +127,13 @@ def encode_pair(
     return ids, answer
 
 
-def _encode_texts(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+def _encode_texts(tokenizer: Any, prompt: str, completion: str, special: bool) -> tuple[list[int], list[int]]:
     if not completion:
-        return _encode(tokenizer, prompt), []
+        return _encode(tokenizer, prompt, special), []
     bare = prompt.rstrip(" ")
     completion, prompt = prompt[len(bare) :] + completion, bare
-    ids, whole = _encode(tokenizer, prompt), _encode(tokenizer, prompt + completion)
+    ids = _encode(tokenizer, prompt, special)
+    whole = _encode(tokenizer, prompt + completion, special)
     if whole[: len(ids)] == ids and len(whole) > len(ids):
         return ids, whole[len(ids) :]
     name = getattr(tokenizer, "name_or_path", "")

@@ -100,7 +100,7 @@ class VectorStore:
                 "steering_vector is an id, {layer: tensor}, a SteeringVector or a path; "
                 f"got {type(source).__name__}."
             )
-        if isinstance(source, os.PathLike) or Path(source).suffix in FORMATS or os.sep in source:
+        if isinstance(source, os.PathLike) or Path(source).suffix.lower() in FORMATS or os.sep in source:
             return SteeringVector.load(source)
         raise NotFoundError(
             f"{source!r} is neither the id of a stored vector nor a vector file ({', '.join(FORMATS)}): "

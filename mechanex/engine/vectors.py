@@ -191,7 +191,7 @@ class SteeringVector(Mapping[int, Tensor]):
 
     def norms(self) -> dict[int, float]:
         """Euclidean norm of each layer's direction."""
-        return {layer: float(tensor.norm()) for layer, tensor in self._layers.items()}
+        return {layer: float(tensor.double().norm()) for layer, tensor in self._layers.items()}
 
     def norm(self) -> float:
         """Euclidean norm over all layers together; the norm of the direction when there is one layer."""
@@ -204,7 +204,7 @@ class SteeringVector(Mapping[int, Tensor]):
             ValidationError: a layer is zero and has no direction.
         """
         self._check_nonzero("normalized")
-        return self._like({layer: tensor / tensor.norm() for layer, tensor in self._layers.items()})
+        return self._like({n: (t.double() / t.double().norm()).to(t.dtype) for n, t in self._layers.items()})
 
     def cosine_similarity(self, other: SteeringVector) -> dict[int, float]:
         """Cosine of the angle between the two, for each layer that both have.

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import prefers_torch
-from ..engine.hooks import Handle, selected
+from ..engine.hooks import Handle, recompiling, selected
 from ..engine.intervention import Edit, EditTable, compute_dtype
 from ..engine.models import adapter_for
 from ..engine.models.huggingface import hidden_argument
-from ..engine.positions import current_positions, token_mask, whole_pass
+from ..engine.positions import check_tokens, current_positions, token_mask, whole_pass
 from ..errors import ValidationError
 
 __all__ = [
@@ -56,8 +56,10 @@ def hf_hooks_contextmanager(
             tokens = model.generate(**tokenizer("Hello, world.", return_tensors="pt"), max_new_tokens=10)
     """
     adapter = adapter_for(model, layers=layers)
+    hook_infos = list(hook_infos)
     handles = Handle()
     try:
+        handles.add(recompiling())
         if any(getattr(hook, "token", None) is not None for _, hook in hook_infos):
             handles.add(adapter.track_positions())
         for layer, hook in hook_infos:
@@ -69,12 +71,14 @@ def hf_hooks_contextmanager(
 
 
 def _takes_kwargs(hook: Callable[..., Any]) -> bool:
-    parameters = inspect.signature(hook).parameters.values()
-    kinds = [p.kind for p in parameters]
-    positional = sum(
-        k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in kinds
-    )
-    return positional >= 3 or inspect.Parameter.VAR_POSITIONAL in kinds
+    """Whether a pre-hook is ``(module, args, kwargs)``; a third parameter with a default of its own is not that."""
+    parameters = list(inspect.signature(hook).parameters.values())
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return True
+    third = parameters[2] if len(parameters) > 2 else None
+    if third is None or third.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
+        return False
+    return third.name == "kwargs" or third.default is inspect.Parameter.empty
 
 
 def make_abl_mat(v: Tensor) -> Tensor:
@@ -96,21 +100,31 @@ def make_abl_mat(v: Tensor) -> Tensor:
     """
     if v.ndim != 1:
         raise ValidationError(f"v must be one vector of shape [d_model]; got shape {list(v.shape)}.")
-    square = v @ v
+    wide = v.to(compute_dtype(v.dtype))
+    square = wide @ wide
     if not bool(torch.isfinite(square)) or bool(square == 0):
         raise ValidationError(
             f"A direction can't be ablated along a vector whose squared norm is {float(square)}; "
             "pass a finite vector that isn't zero."
         )
-    return -torch.outer(v, v) / square
+    matrix: Tensor = -torch.outer(wide, wide) / square
+    return matrix.to(v.dtype)
 
 
 class _Steer:
     """x ← x + v + Mx, where v and M may be numbers, tensors, or tensors that require gradients."""
 
     def __init__(self, vector: Any, matrix: Any, token: int | slice | None) -> None:
-        if token is not None and (isinstance(token, bool) or not isinstance(token, int | slice)):
-            raise ValidationError(f"token must be an int, a slice or None; got {token!r}.")
+        check_tokens(token)
+        for name, value in (("vector", vector), ("matrix", matrix)):
+            if name == "matrix" and value is None:
+                continue
+            try:
+                finite = bool(torch.isfinite(torch.as_tensor(value)).all())
+            except (TypeError, ValueError, RuntimeError):
+                raise ValidationError(f"The {name} must be a number or a tensor; got {value!r}.") from None
+            if not finite:
+                raise ValidationError(f"The {name} holds NaN or infinite numbers; check how it was made.")
         self.vector = vector
         self.matrix = matrix
         self.token = token
@@ -119,7 +133,7 @@ class _Steer:
         """The edit for a residual stream of ``hidden``'s width, device and dtype."""
         width, device, dtype = hidden.shape[-1], hidden.device, compute_dtype(hidden.dtype)
         vector = torch.as_tensor(self.vector).to(device, dtype)
-        if vector.numel() not in (1, width):
+        if vector.numel() != 1 and (vector.numel() != width or vector.shape[-1] != width):
             raise ValidationError(
                 f"The steering vector has shape {list(vector.shape)}, but the residual stream is {width} wide; "
                 "it was made for another model."

@@ -32,11 +32,15 @@ def adapter_for(model: nn.Module | ModelAdapter, *, layers: str | None = None) -
             "Load one by name with mechanex.load(name)."
         )
     known = model.__dict__.get(_KEY)
-    if isinstance(known, ModelAdapter) and layers is None:
+    if not isinstance(known, ModelAdapter) or known.model is not model:
+        known = None
+    if known is not None and layers is None and known.is_current():
         return known
     from .transformer_lens import TransformerLensAdapter, is_transformer_lens
 
-    lens = is_transformer_lens(model)
-    adapter = TransformerLensAdapter(model) if lens else HuggingFaceAdapter(model, layers=layers)
+    lens, override = is_transformer_lens(model), getattr(known, "override", None)
+    adapter = TransformerLensAdapter(model) if lens else HuggingFaceAdapter(model, layers=layers or override)
+    if known is not None:
+        adapter.tokenizer, adapter.model_id = known.tokenizer, known.model_id
     model.__dict__[_KEY] = adapter
     return adapter

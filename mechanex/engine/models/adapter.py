@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from ...errors import ValidationError
 from ..positions import PositionTracker, read_call
 
-__all__ = ["Handles", "ModelAdapter", "ResidualHook", "Unembedding"]
+__all__ = ["Handles", "ModelAdapter", "ResidualHook", "Unembedding", "exclusive", "undisturbed"]
 
 ResidualHook = Callable[[Tensor], "Tensor | None"]
 
@@ -85,6 +88,11 @@ class ModelAdapter(ABC):
     model_id: str
     d_model: int
     findings: dict[str, Any]
+    _following: _Following | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Kept on the model, and made again when asked for: a pickled or copied model goes without it.
+        return (type(None), ())
 
     @property
     def n_layers(self) -> int:
@@ -118,14 +126,23 @@ class ModelAdapter(ABC):
         part = get() if callable(get) else None
         return part if isinstance(part, nn.Module) else None
 
+    def is_current(self) -> bool:
+        """Whether the model still has the layers that this adapter knows."""
+        return True
+
     def layer_index(self, layer: int) -> int:
         """The layer as 0 … n_layers - 1; negatives count from the end.
 
         Raises:
             ValidationError: there is no such layer.
         """
-        if isinstance(layer, bool) or not isinstance(layer, int):
+        try:
+            index = operator.index(layer)
+        except TypeError:
+            index = None
+        if index is None or isinstance(layer, bool):
             raise ValidationError(f"A layer is an int; got {layer!r}.")
+        layer = index
         if not -self.n_layers <= layer < self.n_layers:
             raise ValidationError(
                 f"Layer {layer} does not exist: {self.model_id} has {self.n_layers} layers, "
@@ -158,10 +175,28 @@ class ModelAdapter(ABC):
         """Runs the transformers model without a cache."""
         return self.hf_model(**inputs, use_cache=False, return_dict=True)
 
+    @property
+    def trunk(self) -> nn.Module:
+        """The module that owns the decoder layers: its calls are seen whatever wraps the model."""
+        return self.hf_model
+
     def track_positions(self) -> Handles:
-        """Follows the model's calls so that token selectors know absolute positions. Returns the registrations."""
+        """Follows the model's calls, so that token selectors know absolute positions, until the handle is removed.
+
+        Contexts that overlap share one tracker: a later one knows the prompt that an earlier one saw.
+        """
+        if self._following is None or not self._following.users:
+            self._following = _Following(self.trunk)
+        return self._following.join()
+
+
+class _Following:
+    """The hooks that follow a model, for as long as someone uses them."""
+
+    def __init__(self, trunk: nn.Module) -> None:
         tracker = PositionTracker()
-        handles = Handles()
+        self.users = 0
+        self._handles = Handles()
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tracker.before(read_call(module, args, kwargs, tracker))
@@ -169,10 +204,43 @@ class ModelAdapter(ABC):
         def after(*_: Any) -> None:
             tracker.after()
 
-        handles.add(tracker)
-        handles.add(self.hf_model.register_forward_pre_hook(before, with_kwargs=True))
-        handles.add(self.hf_model.register_forward_hook(after, always_call=True))
-        return handles
+        self._handles.add(tracker)
+        self._handles.add(trunk.register_forward_pre_hook(before, with_kwargs=True))
+        self._handles.add(trunk.register_forward_hook(after, always_call=True))
+
+    def join(self) -> Handles:
+        """A handle for one more user; the last one's removal removes the hooks."""
+        self.users += 1
+        handle = Handles()
+        handle.add(_Leave(self))
+        return handle
+
+    def leave(self) -> None:
+        """One user less."""
+        self.users -= 1
+        if not self.users:
+            self._handles.remove()
+
+
+@dataclass(frozen=True)
+class _Leave:
+    following: _Following
+
+    def remove(self) -> None:
+        self.following.leave()
+
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_locks_guard = threading.Lock()
+
+
+@contextmanager
+def exclusive(adapter: ModelAdapter) -> Iterator[None]:
+    """Runs a block alone on a model: steering lives on it, so calls that steer it differently must not overlap."""
+    with _locks_guard:
+        lock = _locks.setdefault(adapter.hf_model, threading.RLock())
+    with lock:
+        yield
 
 
 @contextmanager

@@ -128,13 +128,22 @@ class HuggingFaceAdapter(ModelAdapter):
         self.tokenizer = getattr(model, "tokenizer", None)
 
     def _locate(self, layers: str | None) -> None:
-        path, found = find_layers(self.hf_model, layers)
+        self.override = layers
+        self._path, found = find_layers(self.hf_model, layers)
         self.layers = list(found)
-        parent, _, _ = path.rpartition(".")
+        parent, _, _ = self._path.rpartition(".")
         self._trunk: nn.Module = _descend(self.hf_model, parent) if parent else self.hf_model
         config = self.config
         self.d_model = _width(config, self._part("get_input_embeddings"))
         self.model_id = getattr(self.hf_model, "name_or_path", "") or type(self.hf_model).__name__
+
+    @property
+    def trunk(self) -> nn.Module:
+        return self._trunk
+
+    def is_current(self) -> bool:
+        found = _descend(self.hf_model, self._path)
+        return isinstance(found, nn.ModuleList) and list(found) == self.layers
 
     def on_residual(self, layer: int, fn: ResidualHook) -> Any:
         block = self.layers[self.layer_index(layer)]

@@ -152,7 +152,7 @@ class _AsTransformers(nn.Module):
         ):
             unknown.append("a mask of another shape")
         if unknown:
-            raise ValidationError(
+            raise TypeError(
                 f"A HookedTransformer takes token ids and a [batch, length] mask; got {', '.join(unknown)}."
             )
         logits = self.hooked(input_ids, attention_mask=attention_mask, return_type="logits")
