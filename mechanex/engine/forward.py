@@ -176,10 +176,8 @@ def scored_logits(adapter: ModelAdapter, pack: Pack, hidden: Tensor | None = Non
 class Resumed:
     """A pack whose layers below ``layer`` have run once; :meth:`scored` runs the rest as often as wanted.
 
-    Edits at ``layer`` and above are made by whatever is attached to the model at the time
-    (:class:`SteeringPlan` with
-    masks over the pack), and gradients flow through them. A model that can't be replayed is run whole each
-    time.
+    Edits at ``layer`` and above are made by whatever is attached to the model at the time (a plan with masks over the
+    pack, say), and gradients flow through them. A model that can't be replayed is run whole each time.
 
     Args:
         adapter: the model.

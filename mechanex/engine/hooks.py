@@ -185,8 +185,8 @@ class SteeringPlan:
 
     Several interventions on one row of one layer run in the order given. Example::
 
-        plan = SteeringPlan([Intervention(3, Edit.add(v)), Intervention(5, Edit.ablate(w), tokens=slice(-1,
-        None))]) with plan.apply(model):
+        plan = SteeringPlan([Intervention(3, Edit.add(v)), Intervention(5, Edit.ablate(w), tokens=slice(-1, None))])
+        with plan.apply(model):
             model.generate(...)
     """
 

@@ -48,8 +48,8 @@ class Pack:
         parent: [B, T] int64, segment of the prompt that a completion's token continues; -1 in prompts and
             padding.
         prompt_length: [B, T] int64, tokens of the prompt that a token belongs to or continues; 0 for padding.
-        source: [B, T] int64, group of the pair(s) that a token belongs to, as given to :func:`build_packs`;
-        -1 for padding. row, column: [N] int64, where each completion token stands.
+        source: [B, T] int64, group of the pair(s) that a token belongs to; -1 for padding.
+        row, column: [N] int64, where each completion token stands.
         predictor: [N] int64, column whose hidden state predicts it.
         target: [N] int64, its token id.
         pair: [N] int64, index of its (prompt, completion) pair in the input; tokens of one pair are in order.

@@ -1,8 +1,7 @@
 """What a model can do, found by trying it once: which packed form it takes, whether its layers can be replayed.
 
 Families differ in how they take masks and positions, and lists of names age. So a small probe is run in
-each way and compared
-with the plain way, one sequence at a time; the first way that agrees is kept for that model.
+each way and compared with the plain way, one sequence at a time; the first way that agrees is kept for that model.
 """
 
 from __future__ import annotations

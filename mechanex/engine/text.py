@@ -96,8 +96,7 @@ def encode_pair(
     """Token ids of a prompt and of its completion.
 
     Both are encoded together and split where the prompt's tokens end. Where a token would span the join,
-    they are
-    encoded apart, which is logged once per tokenizer. Spaces that end the prompt go to the completion.
+    they are encoded apart, which is logged once per tokenizer. Spaces that end the prompt go to the completion.
 
     Args:
         tokenizer: a transformers tokenizer.

@@ -42,8 +42,7 @@ def hf_hooks_contextmanager(
     Args:
         model: a causal model of any architecture with decoder layers.
         hook_infos: pairs (layer, hook). Negative layers count from the end. A hook is one that the
-            functions of this
-            module make, or any forward pre-hook ``(module, args)`` or ``(module, args, kwargs)``.
+            functions of this module make, or any forward pre-hook ``(module, args)`` or ``(module, args, kwargs)``.
         layers: dotted path of the list of decoder layers, where it isn't found by itself.
 
     Raises:
@@ -84,10 +83,9 @@ def _takes_kwargs(hook: Callable[..., Any]) -> bool:
 def make_abl_mat(v: Tensor) -> Tensor:
     """The matrix M = −v vᵀ/‖v‖², so that x + Mx is x without its component along v.
 
-    For ablation and clamp steering (arXiv:2411.09003, section 2): ``make_steering_hook_hf(5 * v,
-    make_abl_mat(v))``
-    sets the component along v to 5‖v‖. :meth:`mechanex.engine.intervention.Edit.clamp` does the same in
-    rank one, without a [d, d] matrix.
+    For ablation and clamp steering (arXiv:2411.09003, section 2): ``make_steering_hook_hf(5 * v, make_abl_mat(v))`` sets
+    the component along v to 5‖v‖. :meth:`mechanex.engine.intervention.Edit.clamp` does the same in rank one, without a
+    [d, d] matrix.
 
     Args:
         v: [d_model]; may require gradients, which also flow through its norm.
