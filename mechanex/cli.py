@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ class _Group(click.Group):
     """Turns the library's errors, and those of files, into one line on stderr and exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(
+                stream, io.TextIOWrapper
+            ):  # text that the terminal's encoding lacks is no reason to fail
+                stream.reconfigure(errors="replace")
         try:
             return super().invoke(ctx)
         except MechanexError as error:

@@ -259,3 +259,27 @@ def test_the_demo_shows_that_steering_works(tmp_path: Path) -> None:
         assert most["share"] > 0.9 or most["share"] - plain["share"] >= 0.5
         assert by_strength[-2.0]["share"] < plain["share"] < most["share"]
         assert most["perplexity"] <= 2 * plain["perplexity"]
+
+
+def test_text_that_the_terminal_lacks_does_not_stop_it(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "from mechanex.cli import main; main()",
+        "steer",
+        "mx-tiny",
+        "--prompt",
+        "Café ☕",
+    ]
+    options = ["--data", "calm_angry", "--layer", "3", "--max-tokens", "2"]
+    done = subprocess.run(
+        command + options, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_an_unknown_suffix_is_told_before_anything_is_computed() -> None:
+    done = CliRunner().invoke(
+        main, ["steer", "no-such-model", "--data", "calm_angry", "--prompt", "x", "--save", "a.txt"]
+    )
+    assert done.exit_code == 1 and "'.txt'" in done.output

@@ -13,6 +13,7 @@ from rich.table import Table
 from ..bundled import data_path
 from ..engine.caa import caa_vectors
 from ..engine.datasets import read_pairs
+from ..engine.formats import format_of
 from ..engine.generate import Options, generate_batch
 from ..engine.models.resolve import LoadedModel, load
 from ..engine.vectors import SteeringVector
@@ -47,6 +48,8 @@ def run_steer(
         MechanexError: whatever the engine finds wrong with the model, the data, the vector or the settings.
     """
     # Checked before the model is loaded, which may take minutes.
+    if save is not None:
+        format_of(save)
     settings = Options(
         max_tokens=max_tokens, sampling_method=sampling_method, temperature=temperature, seed=seed
     )

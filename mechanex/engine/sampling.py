@@ -52,9 +52,9 @@ class Sampling:
             share = getattr(self, name)
             if not _is_number(share) or not 0 < share <= 1:
                 raise ValidationError(f"{name} is above 0 and at most 1; got {share!r}.")
-        if not _is_number(self.temperature) or not 0 < self.temperature < math.inf:
+        if not _is_number(self.temperature) or not 1e-6 <= self.temperature < math.inf:
             raise ValidationError(
-                f"temperature is a finite number above 0; got {self.temperature!r}. "
+                f"temperature is a finite number of 1e-6 or more; got {self.temperature!r}. "
                 "For the likeliest token each time, use sampling_method='greedy'."
             )
 

@@ -83,9 +83,9 @@ def _takes_kwargs(hook: Callable[..., Any]) -> bool:
 def make_abl_mat(v: Tensor) -> Tensor:
     """The matrix M = −v vᵀ/‖v‖², so that x + Mx is x without its component along v.
 
-    For ablation and clamp steering (arXiv:2411.09003, section 2): ``make_steering_hook_hf(5 * v, make_abl_mat(v))`` sets
-    the component along v to 5‖v‖. :meth:`mechanex.engine.intervention.Edit.clamp` does the same in rank one, without a
-    [d, d] matrix.
+    For ablation and clamp steering (arXiv:2411.09003, section 2). The hook
+    ``make_steering_hook_hf(5 * v, make_abl_mat(v))`` sets the component along v to 5‖v‖;
+    :meth:`mechanex.engine.intervention.Edit.clamp` does the same in rank one.
 
     Args:
         v: [d_model]; may require gradients, which also flow through its norm.

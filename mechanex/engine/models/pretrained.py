@@ -65,6 +65,8 @@ def place(device: str | torch.device | None, kwargs: dict[str, Any]) -> torch.de
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
         raise ValidationError(f"Unknown device {device!r}; for example 'cpu', 'cuda' or 'cuda:1'.") from None
+    if chosen.type == "meta":
+        raise ValidationError("A model on the meta device has no weights to run; use 'cpu' or 'cuda'.")
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not here.get(chosen.type, True):
         raise ValidationError(f"This torch has no {chosen.type} device here; use device='cpu', or none.")
