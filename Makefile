@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What an editable install bakes in; Python files it reads from the tree.
 BAKED := pyproject.toml constraints.txt CMakeLists.txt mechanex/_version.py $(shell find csrc -type f)
-SOURCES := csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp
+SOURCES := csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/cuda_on_host/*
 
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 

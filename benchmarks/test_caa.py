@@ -69,7 +69,7 @@ def test_caa_256_pairs(examples, benchmark):
         ways[f"packed {n}, 64 pairs"] = lambda n=n: caa_vectors(model, *few, layers=layers, row_tokens=n)
     ways["padded, 64 pairs"] = lambda: padded_means(model, *few)
     ways["padded"] = lambda: padded_means(model, *examples)
-    found = medians(ways, rounds=3)
+    found = medians(ways, rounds=2)
     for name, median in found.items():
         padded = found["padded, 64 pairs" if "64" in name else "padded"]
         print(f"  CAA {name:>20}: {median:6.2f} s, padded / this = {padded / median:.2f}")

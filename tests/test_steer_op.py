@@ -21,14 +21,14 @@ from mechanex.backends import native, reference
 from mechanex.errors import ValidationError
 from mechanex.ops.steer import steer
 
-AVAILABLE = [b.name for b in backends.backends() if "steer" in b.ops and b.missing() is None]
+AVAILABLE = [b.name for b in backends.backends() if "steer" in b.ops and b.lacks("cpu") is None]
 FAST = [name for name in AVAILABLE if name != "reference"]
 # Each backend on each device that it serves and this machine has.
 PLACES = [
-    pytest.param(name, device, id=f"{name}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else [])
-    for name in AVAILABLE
+    pytest.param(b.name, device, id=f"{b.name}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else [])
+    for b in backends.backends()
     for device in (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-    if not backends.get(name).devices or device in backends.get(name).devices
+    if "steer" in b.ops and b.lacks(device) is None
 ]
 
 

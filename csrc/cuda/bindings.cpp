@@ -12,18 +12,19 @@ void steer(int dtype, int table_dtype, int64_t n_rows, int64_t d, uintptr_t x, i
            int64_t y_stride, uintptr_t rows, int64_t rows_stride, uintptr_t bias, uintptr_t left, uintptr_t right,
            int64_t n_edits, int64_t rank, int device, uintptr_t stream) {
   if (rank < 0 || rank > kMaxRank) throw py::value_error("rank must be from 0 to 64, got " + std::to_string(rank));
-  const SteerArgs args = {reinterpret_cast<const void*>(x),
-                          x_stride,
-                          reinterpret_cast<void*>(y),
-                          y_stride,
-                          reinterpret_cast<const int32_t*>(rows),
-                          rows_stride,
-                          reinterpret_cast<const void*>(bias),
-                          reinterpret_cast<const void*>(left),
-                          reinterpret_cast<const void*>(right),
-                          n_edits,
-                          rank,
-                          d};
+  SteerArgs args = {};
+  args.x = reinterpret_cast<const void*>(x);
+  args.x_stride = x_stride;
+  args.y = reinterpret_cast<void*>(y);
+  args.y_stride = y_stride;
+  args.rows = reinterpret_cast<const int32_t*>(rows);
+  args.rows_stride = rows_stride;
+  args.bias = reinterpret_cast<const void*>(bias);
+  args.left = reinterpret_cast<const void*>(left);
+  args.right = reinterpret_cast<const void*>(right);
+  args.n_edits = n_edits;
+  args.rank = rank;
+  args.d = d;
   // A launch waits while the device's queue is full.
   py::gil_scoped_release release;
   launch_steer(dtype, table_dtype, args, n_rows, device, reinterpret_cast<void*>(stream));

@@ -16,13 +16,16 @@ MX_DEVICE uint4 load_once(const uint4* p) {
   uint4 v;
   // volatile: it must not sink below the wait for the row index.
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(p));
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
   return v;
 }
 
 // 16 bytes of an edit, which the next rows read too.
 MX_DEVICE uint4 load_kept(const uint4* p) { return __ldg(p); }
+
+// Keeps what follows from a value out of registers until here.
+MX_DEVICE void compute_late(int64_t& value) { asm volatile("" : "+l"(value)); }
 
 MX_DEVICE float float_of(uint32_t word) { return __uint_as_float(word); }
 MX_DEVICE uint32_t word_of(float value) { return __float_as_uint(value); }

@@ -1,10 +1,9 @@
-#include "launch.h"
-
 #include <cuda_runtime_api.h>
 
 #include <atomic>
 #include <stdexcept>
 
+#include "launch.h"
 #include "plan.cuh"
 
 namespace mechanex {

@@ -29,9 +29,6 @@ struct LayoutShape {
 
 constexpr LayoutShape kShapes[kAny] = {{1, 4, 512, 2}, {1, 1, 1024, 1}, {4, 1, 1024, 1}};
 
-// Vectors of an edit that are in registers at once.
-constexpr int kRanksAtOnce[kLayouts] = {2, 4, 2, kAnyRanks};
-
 // Blocks of kTile for each multiprocessor from which on reading an edit less often beats spreading the rows.
 enum : int { kTilesPerProcessor = 4 };
 
@@ -43,15 +40,13 @@ SteerKernel tile_kernel() {
 
 template <class Row, class Table>
 SteerKernel kernel_of(int layout, int64_t rank) {
+  // Vectors of an edit that are in registers at once: they divide the rank.
   static const SteerKernel kernels[kAny][3] = {
-      {tile_kernel<Row, Table, kTile, 0>(), tile_kernel<Row, Table, kTile, 1>(),
-       tile_kernel<Row, Table, kTile, kRanksAtOnce[kTile]>()},
-      {tile_kernel<Row, Table, kRow, 0>(), tile_kernel<Row, Table, kRow, 1>(),
-       tile_kernel<Row, Table, kRow, kRanksAtOnce[kRow]>()},
-      {tile_kernel<Row, Table, kWide, 0>(), tile_kernel<Row, Table, kWide, 1>(),
-       tile_kernel<Row, Table, kWide, kRanksAtOnce[kWide]>()},
+      {tile_kernel<Row, Table, kTile, 0>(), tile_kernel<Row, Table, kTile, 1>(), tile_kernel<Row, Table, kTile, 2>()},
+      {tile_kernel<Row, Table, kRow, 0>(), tile_kernel<Row, Table, kRow, 1>(), tile_kernel<Row, Table, kRow, 2>()},
+      {tile_kernel<Row, Table, kWide, 0>(), tile_kernel<Row, Table, kWide, 1>(), tile_kernel<Row, Table, kWide, 2>()},
   };
-  return layout == kAny ? &steer_any<Row, Table> : kernels[layout][rank < 2 ? rank : 2];
+  return layout == kAny ? &steer_any<Row, Table> : kernels[layout][rank == 0 ? 0 : 2 - rank % 2];
 }
 
 inline int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -71,20 +66,21 @@ Plan plan_for(const SteerArgs& args, int64_t n_rows, int processors) {
   const auto fits = [vectors](int layout) { return vectors <= kShapes[layout].vectors * kShapes[layout].threads; };
   int layout = kAny;
   if (takes_wide_accesses(args, n_rows, kRowBytes, sizeof(typename Table::Stored))) {
-    if (fits(kTile) && n_rows >= int64_t{kTilesPerProcessor} * processors * kShapes[kTile].rows)
+    const bool many = n_rows >= int64_t{kTilesPerProcessor} * processors * kShapes[kTile].rows;
+    if (many && fits(kTile))
       layout = kTile;
-    else if (fits(kRow))
+    else if (!many && fits(kRow))
       layout = kRow;
     else if (fits(kWide))
       layout = kWide;
   }
   const bool any = layout == kAny;
-  const int64_t wanted = any ? (args.d < kAnyThreads ? args.d : int64_t{kAnyThreads})
-                             : divided_up(vectors, kShapes[layout].vectors);
+  const int64_t wanted =
+      any ? (args.d < kAnyThreads ? args.d : int64_t{kAnyThreads}) : divided_up(vectors, kShapes[layout].vectors);
   const int threads = static_cast<int>(divided_up(wanted, kWarp) * kWarp);
   const int rows = any ? 1 : kShapes[layout].rows;
-  const int64_t ranks = !any && args.rank == 1 ? 1 : kRanksAtOnce[layout];
-  const int64_t sums = divided_up(args.rank, ranks) * ranks * rows * (threads / kWarp);
+  const int64_t ranks = any ? divided_up(args.rank, kAnyRanks) * kAnyRanks : args.rank;
+  const int64_t sums = ranks * rows * (threads / kWarp);
   return {kernel_of<Row, Table>(layout, args.rank), layout, threads, rows,
           static_cast<size_t>(sums) * sizeof(typename Row::Scalar)};
 }
@@ -92,17 +88,17 @@ Plan plan_for(const SteerArgs& args, int64_t n_rows, int processors) {
 // The plan of rows and edits of these dtypes; a plan without a kernel where they don't go together.
 inline Plan plan(int row_dtype, int table_dtype, const SteerArgs& args, int64_t n_rows, int processors) {
   switch (row_dtype * kDTypes + table_dtype) {
-    case kFloat32 * kDTypes + kFloat32:
+    case kFloat32* kDTypes + kFloat32:
       return plan_for<Float32, Float32>(args, n_rows, processors);
-    case kFloat64 * kDTypes + kFloat64:
+    case kFloat64* kDTypes + kFloat64:
       return plan_for<Float64, Float64>(args, n_rows, processors);
-    case kBFloat16 * kDTypes + kFloat32:
+    case kBFloat16* kDTypes + kFloat32:
       return plan_for<BFloat16, Float32>(args, n_rows, processors);
-    case kBFloat16 * kDTypes + kBFloat16:
+    case kBFloat16* kDTypes + kBFloat16:
       return plan_for<BFloat16, BFloat16>(args, n_rows, processors);
-    case kFloat16 * kDTypes + kFloat32:
+    case kFloat16* kDTypes + kFloat32:
       return plan_for<Float16, Float32>(args, n_rows, processors);
-    case kFloat16 * kDTypes + kFloat16:
+    case kFloat16* kDTypes + kFloat16:
       return plan_for<Float16, Float16>(args, n_rows, processors);
     default:
       return {nullptr, kAny, 0, 0, 0};

@@ -7,6 +7,8 @@
 #include "../steer.h"
 #ifdef __CUDACC__
 #include "device.cuh"
+#else
+#include "cuda_on_host.h"
 #endif
 #include "elements.cuh"
 
@@ -17,11 +19,19 @@ enum : int { kWarp = 32 };
 // What happens to a row, where it is not an index into the table.
 enum : int32_t { kKeep = -1, kOutside = -2, kAbsent = -3 };
 
-MX_DEVICE int32_t edit_of(const SteerArgs& args, int64_t row, int64_t n_rows) {
-  if (row >= n_rows) return kAbsent;
-  if (args.rows == nullptr) return 0;
-  const int32_t k = args.rows[row * args.rows_stride];
-  return k == -1 ? kKeep : k < 0 || k >= args.n_edits ? kOutside : k;
+// The edits of kRows rows from `first` on. All indices are asked for before the first is looked at.
+template <int kRows>
+MX_DEVICE void edits_of(int32_t* edit, const SteerArgs& args, int64_t first, int64_t n_rows) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t row = first + r < n_rows ? first + r : n_rows - 1;
+    edit[r] = args.rows == nullptr ? 0 : args.rows[row * args.rows_stride];
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int32_t k = edit[r];
+    edit[r] = first + r >= n_rows ? kAbsent : k == -1 ? kKeep : k < 0 || k >= args.n_edits ? kOutside : k;
+  }
 }
 
 // Sums N values over a warp. Half of what a lane holds goes to its partner in each step, so that it takes N shuffles,
@@ -42,16 +52,16 @@ MX_DEVICE void sum_over_warp(S* values, int lane, int difference = kWarp / 2) {
   }
 }
 
-// Sums each column of [warps][n] into the first row, and clears those from `used` on: zero times an infinite element left
-// a NaN there. A thread owns a column, so it may overwrite it.
+// Sums each column of [warps][n] into the first row. A thread owns a column, so it may overwrite it.
 template <class S>
-MX_DEVICE void sum_over_block(S* partial, int n, int used) {
+MX_DEVICE void sum_over_block(S* partial, int n) {
   __syncthreads();
   const int warps = blockDim.x / kWarp;
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
     S total = partial[i];
+#pragma unroll 4
     for (int w = 1; w < warps; ++w) total += partial[w * n + i];
-    partial[i] = i < used ? total : S(0);
+    partial[i] = total;
   }
   __syncthreads();
 }
@@ -95,33 +105,25 @@ struct Columns {
     }
   }
 
-  // The same of kRanks vectors from j on, d apart; those past the rank are zero.
+  // The same of kRanks vectors, d apart.
   template <class Table, int kRanks>
-  MX_DEVICE void beside(typename Row::Scalar (*out)[kWidth], const typename Table::Stored* vectors, int64_t d, int j,
-                        int rank, int v) const {
+  MX_DEVICE void beside(typename Row::Scalar (*out)[kWidth], const typename Table::Stored* vectors, int64_t d,
+                        int v) const {
 #pragma unroll
-    for (int i = 0; i < kRanks; ++i) {
-      if (j + i < rank) {
-        beside<Table>(out[i], vectors + (j + i) * d, v);
-      } else {
-#pragma unroll
-        for (int w = 0; w < kWidth; ++w) out[i][w] = 0;
-      }
-    }
+    for (int i = 0; i < kRanks; ++i) beside<Table>(out[i], vectors + i * d, v);
   }
 };
 
 // A tile is kRows rows in one block. A group is kGroup rows of it with one edit, whose elements are loaded once for all
-// of them, kRanks vectors at a time (1: the rank is 1).
+// of them, kRanks vectors at a time, which divides the rank.
 
 // This warp's share of a group's coordinates: that of row r along vector j goes to partial[j * kRows + r].
 template <class Row, class Table, int kRanks, int kVectors, int kRows, int kGroup>
-MX_DEVICE void project(const SteerArgs& args, int32_t edit, const Words (*x)[kVectors],
-                       typename Row::Scalar* partial) {
+MX_DEVICE void project(const SteerArgs& args, int32_t edit, const Words (*x)[kVectors], typename Row::Scalar* partial) {
   using S = typename Row::Scalar;
   const Columns<Row, kVectors> columns(args.d);
   constexpr int kWidth = columns.kWidth;
-  const int rank = kRanks == 1 ? 1 : static_cast<int>(args.rank);
+  const int rank = static_cast<int>(args.rank);
   const auto* right = static_cast<const typename Table::Stored*>(args.right) + edit * args.rank * args.d;
 #pragma unroll 1
   for (int j = 0; j < rank; j += kRanks) {
@@ -130,7 +132,7 @@ MX_DEVICE void project(const SteerArgs& args, int32_t edit, const Words (*x)[kVe
     for (int v = 0; v < kVectors; ++v) {
       if (columns.at(v) >= columns.count) break;
       S direction[kRanks][kWidth];
-      columns.template beside<Table, kRanks>(direction, right, args.d, j, rank, v);
+      columns.template beside<Table, kRanks>(direction, right + j * args.d, args.d, v);
 #pragma unroll
       for (int r = 0; r < kGroup; ++r) {
 #pragma unroll
@@ -156,7 +158,7 @@ MX_DEVICE void write_edited(const SteerArgs& args, int64_t first, int32_t edit, 
   using S = typename Row::Scalar;
   const Columns<Row, kVectors> columns(args.d);
   constexpr int kWidth = columns.kWidth;
-  const int rank = kRanks < 2 ? kRanks : static_cast<int>(args.rank);
+  const int rank = static_cast<int>(args.rank);
   const auto* bias = static_cast<const typename Table::Stored*>(args.bias) + edit * args.d;
   const auto* left = static_cast<const typename Table::Stored*>(args.left) + edit * args.rank * args.d;
 #pragma unroll
@@ -181,7 +183,7 @@ MX_DEVICE void write_edited(const SteerArgs& args, int64_t first, int32_t edit, 
 #pragma unroll 1
       for (int j = 0; j < rank; j += kRanks) {
         S direction[kRanks][kWidth];
-        columns.template beside<Table, kRanks>(direction, left, args.d, j, rank, v);
+        columns.template beside<Table, kRanks>(direction, left + j * args.d, args.d, v);
 #pragma unroll
         for (int i = 0; i < kRanks; ++i) {
 #pragma unroll
@@ -222,7 +224,7 @@ template <class Row, class Table, int kRanks, int kVectors, int kRows, int kMaxT
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) steer_tile(const SteerArgs args, const int64_t n_rows) {
   using S = typename Row::Scalar;
   MX_DYNAMIC_SHARED(memory);
-  S* shared = reinterpret_cast<S*>(memory);  // [warps][coordinates][kRows]
+  S* shared = reinterpret_cast<S*>(memory);  // [warps][rank][kRows]
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
   const Columns<Row, kVectors> columns(args.d);
   Words x[kRows][kVectors];
@@ -232,21 +234,17 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) steer_tile(const Stee
       columns.read(x[r], static_cast<const typename Row::Stored*>(args.x) + (first + r) * args.x_stride);
   }
   int32_t edit[kRows];
+  edits_of<kRows>(edit, args, first, n_rows);
   bool together = true;
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    edit[r] = edit_of(args, first + r, n_rows);
-    together = together && edit[r] >= 0 && edit[r] == edit[0];
-  }
-  const int rank = static_cast<int>(args.rank);
-  int sums = 0;
-  if constexpr (kRanks > 0) sums = (rank + kRanks - 1) / kRanks * kRanks * kRows;
+  for (int r = 0; r < kRows; ++r) together = together && edit[r] >= 0 && edit[r] == edit[0];
+  const int sums = static_cast<int>(args.rank) * kRows;
   S* partial = shared + threadIdx.x / kWarp * sums;
 
   if (together) {
     if constexpr (kRanks > 0) {
       project<Row, Table, kRanks, kVectors, kRows, kRows>(args, edit[0], x, partial);
-      sum_over_block(shared, sums, rank * kRows);
+      sum_over_block(shared, sums);
     }
     write_edited<Row, Table, kRanks, kVectors, kRows, kRows>(args, first, edit[0], x, shared);
     return;
@@ -255,14 +253,16 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) steer_tile(const Stee
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
       if (edit[r] >= 0) project<Row, Table, kRanks, kVectors, kRows, 1>(args, edit[r], x + r, partial + r);
-    sum_over_block(shared, sums, rank * kRows);
+    sum_over_block(shared, sums);
   }
+  int64_t row = first;
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kRows; ++r, ++row) {
+    compute_late(row);
     if (edit[r] >= 0)
-      write_edited<Row, Table, kRanks, kVectors, kRows, 1>(args, first + r, edit[r], x + r, shared + r);
+      write_edited<Row, Table, kRanks, kVectors, kRows, 1>(args, row, edit[r], x + r, shared + r);
     else if (edit[r] != kAbsent)
-      write_unedited<Row, kVectors>(args, first + r, edit[r], x[r]);
+      write_unedited<Row, kVectors>(args, row, edit[r], x[r]);
   }
 }
 
@@ -277,7 +277,8 @@ __global__ void __launch_bounds__(kAnyThreads) steer_any(const SteerArgs args, c
   const int64_t d = args.d;
   const int rank = static_cast<int>(args.rank);
   const int64_t t = blockIdx.x;
-  const int64_t edit = edit_of(args, t, n_rows);
+  int32_t edit;
+  edits_of<1>(&edit, args, t, n_rows);
   const auto* x = static_cast<const typename Row::Stored*>(args.x) + t * args.x_stride;
   auto* y = static_cast<typename Row::Stored*>(args.y) + t * args.y_stride;
   if (edit < 0) {
@@ -286,8 +287,8 @@ __global__ void __launch_bounds__(kAnyThreads) steer_any(const SteerArgs args, c
     return;
   }
   const auto* bias = static_cast<const typename Table::Stored*>(args.bias);
-  const auto* left = static_cast<const typename Table::Stored*>(args.left) + edit * rank * d;
-  const auto* right = static_cast<const typename Table::Stored*>(args.right) + edit * rank * d;
+  const auto* left = static_cast<const typename Table::Stored*>(args.left) + edit * args.rank * d;
+  const auto* right = static_cast<const typename Table::Stored*>(args.right) + edit * args.rank * d;
   const int coordinates = (rank + kAnyRanks - 1) / kAnyRanks * kAnyRanks;
   const int lane = threadIdx.x % kWarp;
   S* partial = shared + threadIdx.x / kWarp * coordinates;
@@ -303,7 +304,7 @@ __global__ void __launch_bounds__(kAnyThreads) steer_any(const SteerArgs args, c
     constexpr int kLanesPerSum = kWarp / kAnyRanks;
     if (lane % kLanesPerSum == 0) partial[j + lane / kLanesPerSum] = sums[0];
   }
-  if (rank > 0) sum_over_block(shared, coordinates, rank);
+  if (rank > 0) sum_over_block(shared, coordinates);
   for (int64_t c = threadIdx.x; c < d; c += blockDim.x) {
     S value = Row::widen(x[c]);
     if (bias != nullptr) value += Table::widen(bias[edit * d + c]);

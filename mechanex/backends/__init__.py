@@ -11,16 +11,16 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from torch import Tensor
 
 from mechanex.errors import MechanexError, ValidationError
 
-from . import eager, native, reference, triton
+from . import eager, native, native_cuda, reference, triton
 
-__all__ = ["Backend", "Kernel", "active", "backends", "get", "kernel", "prefers_torch", "use"]
+__all__ = ["Backend", "Kernel", "active", "backends", "get", "gradients", "kernel", "prefers_torch", "use"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,11 +37,13 @@ class Kernel:
         run: computes the op; its arguments are the op's, already checked.
         refuses: why it can't serve these arguments, or None.
         declines: why it leaves these arguments to plain torch under ``auto`` (torch is faster), or None.
+        gradients: computes gradients that ``run`` itself can't give, or None where plain torch does.
     """
 
     run: Callable[..., Tensor]
     refuses: Callable[..., str | None] = _never
     declines: Callable[..., str | None] = _never
+    gradients: Callable[..., tuple[Tensor | None, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Backend:
         ops: op name to kernel.
         missing: what it lacks on this machine and how to get it, or None when it runs.
         describe: what it found here, for people.
+        missing_on: device type to what it lacks for that one device, where it may run without it.
     """
 
     name: str
@@ -63,6 +66,13 @@ class Backend:
     ops: Mapping[str, Kernel]
     missing: Callable[[], str | None] = _never
     describe: Callable[[], str] | None = None
+    missing_on: Mapping[str, Callable[[], str | None]] = field(default_factory=dict)
+
+    def lacks(self, device: str) -> str | None:
+        """What it lacks to serve tensors on ``device``, a torch device type, or None."""
+        if self.devices and device not in self.devices:
+            return f"it serves tensors on {', '.join(self.devices)}"
+        return self.missing() or self.missing_on.get(device, _never)()
 
 
 _REGISTRY = {
@@ -72,18 +82,30 @@ _REGISTRY = {
         Backend("eager", "plain torch", (), {"steer": Kernel(eager.steer)}),
         Backend(
             "native",
-            "compiled kernels for the CPU",
-            ("cpu",),
+            "compiled kernels",
+            ("cpu", "cuda"),
             {"steer": Kernel(native.steer, native.refuses_steer, native.declines_steer)},
             native.missing,
             native.describe,
+            {"cuda": native_cuda.missing},
         ),
-        Backend("triton", "Triton kernels for GPUs", ("cuda",), {}, triton.missing),
+        Backend(
+            "triton",
+            "Triton kernels for GPUs",
+            triton.devices(),
+            {
+                "steer": Kernel(
+                    triton.steer, triton.refuses_steer, triton.declines_steer, triton.steer_gradients
+                )
+            },
+            triton.missing,
+            triton.describe,
+        ),
     )
 }
 
 # What `auto` tries on a device, first to last; eager ends every list.
-_AUTO = {"cpu": ("native", "eager")}
+_AUTO = {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")}
 
 _setting: str | None = None
 
@@ -169,12 +191,26 @@ def kernel(op: str, name: str | None, tensor: Tensor, *rest: Tensor | None) -> C
         ValidationError: no such backend, or an explicitly chosen one that does not serve these arguments.
         MechanexError: an explicitly chosen backend can't run here.
     """
+    return _select(op, name, tensor, *rest).run
+
+
+def gradients(
+    op: str, name: str | None, tensor: Tensor, *rest: Tensor | None
+) -> Callable[..., tuple[Tensor | None, ...]] | None:
+    """What computes the gradients of ``op`` on the backend of these arguments; None: plain torch.
+
+    Args and raises as for :func:`kernel`.
+    """
+    return _select(op, name, tensor, *rest).gradients
+
+
+def _select(op: str, name: str | None, tensor: Tensor, *rest: Tensor | None) -> Kernel:
     chosen = name or _setting or active()
     if chosen == "auto":
         for candidate in _candidates(op, tensor.device.type):
             if candidate.refuses(tensor, *rest) is None and candidate.declines(tensor, *rest) is None:
-                return candidate.run
-        return _REGISTRY["eager"].ops[op].run
+                return candidate
+        return _REGISTRY["eager"].ops[op]
     backend = get(chosen)
     _require(backend)
     if op not in backend.ops:
@@ -185,23 +221,32 @@ def kernel(op: str, name: str | None, tensor: Tensor, *rest: Tensor | None) -> C
             f"backend {chosen!r} serves tensors on {', '.join(backend.devices)}, got one on {device}: "
             "move the tensor, or choose auto or eager"
         )
+    reason = backend.lacks(device)
+    if reason is not None:
+        raise MechanexError(f"backend {chosen!r} can't run on {device} here: {reason}")
     found = backend.ops[op]
     reason = found.refuses(tensor, *rest)
     if reason is not None:
         raise ValidationError(f"backend {chosen!r} can't compute this {op}: {reason}; choose auto or eager")
-    return found.run
+    return found
 
 
 @functools.cache
 def _candidates(op: str, device: str) -> tuple[Kernel, ...]:
-    found = []
+    found: list[Kernel] = []
+    reasons: list[str] = []
+    first = "plain torch"
     for name in _AUTO.get(device, ("eager",)):
         backend = _REGISTRY[name]
-        reason = backend.missing()
-        if reason is None:
-            found.append(backend.ops[op])
-        else:
-            _LOG.warning("%s on %s falls back to plain torch: %s", op, device, reason)
+        reason = backend.lacks(device)
+        if reason is not None:
+            reasons += [] if found else [reason]
+            continue
+        if not found and name != "eager":
+            first = name
+        found.append(backend.ops[op])
+    if reasons:
+        _LOG.warning("%s on %s falls back to %s: %s", op, device, first, "; ".join(reasons))
     return tuple(found)
 
 

@@ -1,4 +1,7 @@
-"""The compiled CPU kernels (`csrc/`), called with raw pointers; threads are borrowed from torch."""
+"""The compiled kernels (`csrc/`), called with raw pointers; on the CPU, threads are borrowed from torch.
+
+The CUDA ones are a module of their own: :mod:`mechanex.backends.native_cuda`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from torch import Tensor
 from mechanex._version import __version__
 from mechanex.errors import ValidationError
 
+from . import native_cuda
 from .eager import compute_dtype
 
 __all__ = ["declines_steer", "describe", "levels", "missing", "refuses_steer", "steer"]
@@ -90,9 +94,11 @@ def levels() -> tuple[str, ...]:
 
 
 def describe() -> str:
-    """Instruction set in use, those available, and where the threads come from."""
+    """Instruction set in use, those available, where the threads come from, and the CUDA part or its lack."""
     threads = "torch's threads" if _parallel_for_address() else "one thread (torch before 2.10 lends none)"
-    return f"{_module().level()} of {', '.join(levels())}; {threads}"
+    cuda = native_cuda.missing()
+    gpu = f"not on GPUs: {cuda}" if cuda else native_cuda.describe()
+    return f"{_module().level()} of {', '.join(levels())}; {threads}; {gpu}"
 
 
 def refuses_steer(
@@ -128,8 +134,10 @@ def steer(
     """``y = x + b + Lᵀ(R x)`` per row; shapes and meaning as in :func:`mechanex.backends.reference.steer`.
 
     Raises:
-        ValidationError: a row index is out of range.
+        ValidationError: a row index is out of range (CPU; on a GPU that row becomes NaN).
     """
+    if hidden.is_cuda:
+        return native_cuda.steer(hidden, rows, bias, left, right)
     dtype = hidden.dtype
     wide = compute_dtype(hidden, bias, left, right)
     x = hidden if wide is torch.float32 else hidden.to(wide)

@@ -1,12 +1,185 @@
-"""The place of the Triton kernels; none is built in this version."""
+"""The Triton kernels (`kernels/`): the usual way on a GPU; under ``TRITON_INTERPRET=1`` also on the CPU.
+
+Triton is imported when a tensor needs it, not before. The kernels lie beside the package in a source tree and
+inside it in an installed one; either way they become the modules ``mechanex.kernels.*``.
+"""
 
 from __future__ import annotations
 
-__all__ = ["missing"]
+import functools
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mechanex.errors import MechanexError
+
+from . import eager
+
+__all__ = [
+    "declines_steer",
+    "describe",
+    "devices",
+    "interpreted",
+    "missing",
+    "refuses_steer",
+    "steer",
+    "steer_gradients",
+]
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Compute capability that Triton supports.
+_CAPABILITY = (8, 0)
+# Each may import those before it.
+_FILES = ("convert", "launch", "steer", "steer_gradients")
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def interpreted() -> bool:
+    """Whether ``TRITON_INTERPRET`` asks for the interpreter, which runs kernels on the CPU, slowly."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def devices() -> tuple[str, ...]:
+    """Device types that the kernels serve."""
+    return ("cuda", "cpu") if interpreted() else ("cuda",)
 
 
 def missing() -> str | None:
-    """Why the backend can't run: this version has no Triton kernels."""
-    return (
-        "the Triton kernels are not built yet in this version; choose auto or eager (plain torch, on any GPU)"
+    """Why the backend can't run here and what to do about it, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install triton` (Linux), or choose auto or eager"
+    if interpreted():
+        return _trial("cpu")
+    if not torch.cuda.is_available():
+        return (
+            "torch sees no CUDA device; choose auto, eager or native, or set TRITON_INTERPRET=1 to run the "
+            "kernels slowly on the CPU"
+        )
+    return _trial("cuda")
+
+
+def describe() -> str:
+    """Triton's version and how the kernels run."""
+    import triton
+
+    return f"triton {triton.__version__}, {'interpreted on the CPU' if interpreted() else 'compiled'}"
+
+
+@functools.cache
+def _trial(device: str) -> str | None:
+    """What goes wrong when the smallest steer runs: no compiler for the launcher, an old GPU, a broken install."""
+    if device == "cuda" and torch.version.hip is None:
+        oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+        if oldest < _CAPABILITY:
+            return (
+                f"Triton needs compute capability {'.'.join(map(str, _CAPABILITY))}, this machine has "
+                f"{'.'.join(map(str, oldest))}; choose auto or eager"
+            )
+    try:
+        ones = torch.ones(1, 1, device=device)
+        _kernel("steer").steer(ones, None, ones, None, None)
+    except Exception as error:  # whatever a compiler may raise is a reason to fall back
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"a trial kernel did not run ({type(error).__name__}: {first}); choose auto or eager"
+    return None
+
+
+@functools.cache
+def _kernel(stem: str) -> ModuleType:
+    """``kernels/<stem>.py`` as the module ``mechanex.kernels.<stem>``, after those that it may import.
+
+    Not by ``import``, which in an editable install would find the old copy that the installation left behind.
+    """
+    before = _FILES[: _FILES.index(stem)]
+    if before:
+        _kernel(before[-1])
+    name = f"mechanex.kernels.{stem}"
+    spec = importlib.util.spec_from_file_location(name, _source(f"{stem}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _source(name: str) -> Path:
+    """The file ``kernels/<name>``: beside the package in a source tree, in it when installed."""
+    installed = _PACKAGE / "kernels" / name
+    tree = _PACKAGE.parent / "kernels" / name
+    if installed.is_file():
+        return installed
+    # Beside an installed package, a folder `kernels` is another project's.
+    if tree.is_file() and (_PACKAGE.parent / "pyproject.toml").is_file():
+        return tree
+    raise MechanexError(f"the kernel source {installed} is missing: reinstall mechanex")
+
+
+def refuses_steer(
+    hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
+) -> str | None:
+    """Why the kernels can't take these arguments, or None."""
+    limits = _kernel("launch")
+    for tensor in (hidden, bias, left, right):
+        if tensor is None:
+            continue
+        if tensor.dtype not in _DTYPES:
+            return f"a dtype is {tensor.dtype}, the kernels take float32, float64, bfloat16 and float16"
+        if tensor.is_neg():
+            return "an argument is a lazily negated view, whose memory holds other values: call resolve_neg()"
+    if left is not None and left.shape[1] > limits.MAX_RANK:
+        return f"the rank is {left.shape[1]}, the kernels take at most {limits.MAX_RANK}"
+    if left is not None and left.shape[2] > limits.MAX_WIDTH:
+        return (
+            f"the width is {left.shape[2]}, edits with a rank may be at most {limits.MAX_WIDTH} wide: "
+            "a program holds a whole row"
+        )
+    return None
+
+
+def declines_steer(
+    hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
+) -> str | None:
+    """Why ``auto`` leaves these arguments to plain torch, or None."""
+    if rows is None and left is None and bias is not None and bias.dtype is hidden.dtype:
+        return "one vector added to every row is a plain addition"
+    return None
+
+
+def steer(
+    hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
+) -> Tensor:
+    """``y = x + b + Lᵀ(R x)`` per row; shapes and meaning as in :func:`mechanex.backends.reference.steer`.
+
+    Raises:
+        ValidationError: a row index is out of range (interpreter; a GPU gives NaN rows).
+    """
+    table = bias if bias is not None else left
+    if rows is not None and table is not None and rows.device.type == "cpu":
+        eager.check_rows(rows, table.shape[0])
+    out: Tensor = _kernel("steer").steer(hidden, rows, bias, left, right)
+    return out
+
+
+def steer_gradients(
+    grad: Tensor,
+    hidden: Tensor | None,
+    rows: Tensor | None,
+    bias: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients for ``bias``, ``left`` and ``right``, each where ``needed``; twice the same bits."""
+    found: tuple[Tensor | None, Tensor | None, Tensor | None] = _kernel("steer_gradients").gradients(
+        grad, hidden, rows, bias, left, right, needed
     )
+    return found

@@ -126,11 +126,28 @@ def _gradients(
     if needed[0]:
         # The edit's transpose is an edit too: no bias, left and right exchanged.
         d_hidden = grad if left is None else _dispatch(grad, rows, None, right, left, backend)
+    if any(needed[1:]) and _is_final(grad, hidden, rows, bias, left, right):
+        run = backends.gradients("steer", backend, grad, rows, bias, left, right)
+        if run is not None:
+            d_bias, d_left, d_right = run(grad, hidden, rows, bias, left, right, needed[1:])
+            return d_hidden, d_bias, d_left, d_right
     if needed[1] and bias is not None:
         d_bias = eager.bias_gradient(rows, grad, bias)
     if (needed[2] or needed[3]) and left is not None and right is not None:
         d_left, d_right = eager.table_gradients(hidden, rows, left, right, grad)
     return d_hidden, d_bias, d_left if needed[2] else None, d_right if needed[3] else None
+
+
+def _is_final(*tensors: Tensor | None) -> bool:
+    """Whether nothing will differentiate, trace or transform what is computed of these tensors."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or any(type(t) not in _PLAIN for t in tensors)
+    )
 
 
 class _Steer(torch.autograd.Function):

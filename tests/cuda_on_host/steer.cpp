@@ -1,6 +1,4 @@
 // The CUDA steer kernels as a library for the CPU, with the plan that a launch would take.
-#include "cuda_on_host.h"
-
 #include <stdio.h>
 
 #include "../../csrc/cuda/plan.cuh"
@@ -12,7 +10,19 @@ extern "C" int steer_on_host(int dtype, int table_dtype, int64_t n_rows, int64_t
                              void* y, int64_t y_stride, const int32_t* rows, int64_t rows_stride, const void* bias,
                              const void* left, const void* right, int64_t n_edits, int64_t rank, int processors,
                              unsigned seed) {
-  const SteerArgs args = {x, x_stride, y, y_stride, rows, rows_stride, bias, left, right, n_edits, rank, d};
+  SteerArgs args = {};
+  args.x = x;
+  args.x_stride = x_stride;
+  args.y = y;
+  args.y_stride = y_stride;
+  args.rows = rows;
+  args.rows_stride = rows_stride;
+  args.bias = bias;
+  args.left = left;
+  args.right = right;
+  args.n_edits = n_edits;
+  args.rank = rank;
+  args.d = d;
   if (n_rows == 0 || d == 0) return kAny;
   const Plan chosen = plan(dtype, table_dtype, args, n_rows, processors);
   if (chosen.kernel == nullptr || chosen.threads > 1024 || chosen.shared > 48 * 1024) {

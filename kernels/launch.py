@@ -1,0 +1,97 @@
+"""What every launch decides: how much one program works on, in which dtype, on which device."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = [
+    "IN_TRITON",
+    "MAX_RANK",
+    "MAX_WIDTH",
+    "OPTIONS",
+    "Block",
+    "adjacent",
+    "block_for",
+    "contiguous",
+    "current",
+]
+
+# The dtype of the arithmetic, as torch and as Triton name it.
+IN_TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+# Beyond this rank, matrix products are faster.
+MAX_RANK = 64
+# Said outright, because the default differs between versions of Triton.
+OPTIONS = {"enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one program works on.
+
+    Attributes:
+        rows: rows at a time, a power of two.
+        columns: columns at a time, a power of two; all of them when the edit has a rank.
+        warps: warps that share the work.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+
+
+# Edits with a rank: widest row served, rows per program where there are many, warps. At most 16,384 float32
+# elements up to 16 warps: the row and its edited copy take 64 registers of each thread.
+_ROW_BLOCKS = (
+    (128, 16, 4),
+    (256, 16, 4),
+    (512, 16, 8),
+    (1024, 8, 8),
+    (2048, 4, 8),
+    (4096, 4, 16),
+    (8192, 2, 16),
+    (16384, 1, 16),
+    (32768, 1, 16),
+)
+# Edits that only add: nothing ties the columns of a row together.
+_ADD_BLOCK = (1024, 4, 4)
+# From here on, one row per program fills any GPU several times over.
+_MANY_ROWS = 1024
+
+MAX_WIDTH = _ROW_BLOCKS[-1][0]
+
+
+def block_for(n_rows: int, width: int, rank: int, wide: torch.dtype) -> Block:
+    """The entry of the table for these sizes; float64 takes two registers, so half the rows."""
+    many = n_rows >= _MANY_ROWS
+    if rank == 0:
+        columns, rows, warps = _ADD_BLOCK
+        columns = min(triton.next_power_of_2(width), columns)
+    else:
+        most, rows, warps = next(entry for entry in _ROW_BLOCKS if width <= entry[0])
+        columns = min(triton.next_power_of_2(width), most)
+    if wide is torch.float64:
+        rows = max(1, rows // 2)
+    return Block(rows if many else 1, columns, warps)
+
+
+def adjacent(rows: Tensor) -> Tensor:
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def contiguous(table: Tensor | None) -> Tensor | None:
+    return None if table is None else table.contiguous()
+
+
+def current(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it the tensor's."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)

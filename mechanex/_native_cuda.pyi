@@ -1,0 +1,29 @@
+"""The compiled CUDA module (`csrc/cuda/bindings.cpp`)."""
+
+__version__: str
+max_rank: int
+architectures: str
+
+def runtime_version() -> int: ...
+def driver_version() -> int: ...
+def check_device(device: int, /) -> None: ...
+def steer(
+    dtype: int,
+    table_dtype: int,
+    n_rows: int,
+    d: int,
+    x: int,
+    x_stride: int,
+    y: int,
+    y_stride: int,
+    rows: int,
+    rows_stride: int,
+    bias: int,
+    left: int,
+    right: int,
+    n_edits: int,
+    rank: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
