@@ -21,8 +21,8 @@ help:
 	@echo "make demo   steer the bundled model: table, picture, figures"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff, mypy --strict, clang-format"
-	@echo "make bench  run the benchmarks"
-	@echo "make wheel  build a wheel into dist/"
+	@echo "make bench  run the benchmarks, write benchmarks/RESULTS.md; BENCH_ARGS=\"--compare FILE.json\""
+	@echo "make wheel  build a wheel into dist/ and try it in a fresh environment"
 
 demo: $(VENV)/.demo
 	$(BIN)/mechanex demo
@@ -37,12 +37,13 @@ lint: $(VENV)/.dev
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest -q benchmarks $(BENCH_ARGS)
+	$(BIN)/python -m pytest -q benchmarks --write-results $(BENCH_ARGS)
 
 wheel: $(VENV)/.venv
 	rm -rf dist
 	MECHANEX_REQUIRE_NATIVE=1 $(PIP) wheel -q --no-deps --build-constraint constraints.txt -w dist .
 	@ls -l dist
+	PYTHON=$(PYTHON) TORCH="$(TORCH)" scripts/check_wheel.sh
 
 clean:
 	rm -rf build dist

@@ -1,6 +1,6 @@
 """Greedy decoding with a KV cache, with a steering vector at no layer, at one and at all.
 
-pytest -s benchmarks/test_decode.py
+pytest benchmarks/test_decode.py
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def tiny():
 @pytest.mark.parametrize(
     ("name", "make"), [("mx-tiny", tiny), ("llama 110 M", llama_110m)], ids=lambda x: str(x)
 )
-def test_decode(benchmark, name, make):
+def test_decode(report, benchmark, name, make):
     model = make()
     adapter = adapter_for(model)
     ids = torch.randint(3, 500, (1, 16), generator=torch.Generator().manual_seed(0))
@@ -45,10 +45,6 @@ def test_decode(benchmark, name, make):
     every = range(adapter.n_layers)
     ways = {"none": [], "one": [adapter.n_layers // 2], "all": every}
     found = medians({way: (lambda layers=layers: decode(layers)) for way, layers in ways.items()}, rounds=7)
-    for way, seconds in found.items():
-        rate = N_TOKENS / seconds
-        print(
-            f"  decode {name}, steered at {way:>4}: {rate:7.1f} tokens/s, {found['none'] / seconds:.3f} of unsteered"
-        )
-    benchmark.extra_info |= {"tokens_per_s": {way: N_TOKENS / s for way, s in found.items()}}
+    rates = {way: f"{N_TOKENS / seconds:.1f} tokens/s" for way, seconds in found.items()}
+    report.add(f"decoding {N_TOKENS} tokens, {name}, by layers steered", found, "none", notes=rates)
     benchmark.pedantic(lambda: decode(every), rounds=1)

@@ -1,6 +1,6 @@
 """The steer op against the best plain-torch forms, and against a copy of the same bytes, in one run.
 
-pytest -s benchmarks/test_ratios.py
+pytest benchmarks/test_ratios.py
 """
 
 from __future__ import annotations
@@ -14,21 +14,8 @@ from mechanex.ops.steer import steer
 ROUNDS = 41
 
 
-def show(title, found, base, benchmark, n_bytes):
-    for name, seconds in found.items():
-        rate = n_bytes / seconds / 1e9
-        print(
-            f"  {title} {name:>22}: {seconds * 1e6:9.1f} us, {rate:6.1f} GB/s, {seconds / found[base]:6.2f} of {base}"
-        )
-    benchmark.extra_info |= {
-        "title": title,
-        "us": {name: s * 1e6 for name, s in found.items()},
-        "bytes": n_bytes,
-    }
-
-
 @torch.no_grad()
-def test_large_batch(benchmark):
+def test_large_batch(report, benchmark):
     """[2048, 2048] float32: clamp and rank 4 against torch's rank forms, the dense matrix and a copy."""
     n = d = 2048
     x, v = torch.randn(n, d), torch.randn(d)
@@ -50,13 +37,13 @@ def test_large_batch(benchmark):
     torch.testing.assert_close(ways["clamp"](), ways["clamp by a dense matrix"](), rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(ways["rank 4"](), ways["rank 4 by torch.addmm"](), rtol=1e-4, atol=1e-4)
     found = medians(ways, ROUNDS)
-    show("[2048, 2048]", found, "copy (torch.clone)", benchmark, 2 * x.nbytes)
+    report.add("steer [2048, 2048] float32", found, "copy (torch.clone)", n_bytes=2 * x.nbytes)
     benchmark.pedantic(ways["rank 4"], rounds=3)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("rank", [0, 1, 4])
-def test_mixed_batch(benchmark, rank):
+def test_mixed_batch(report, benchmark, rank):
     """[64, 2048] float32, a decode step of 64 requests: 16 different edits against one for all rows."""
     x, rows = torch.randn(64, 2048), torch.randint(0, 16, (64,), dtype=torch.int32)
     tables = [torch.randn(16, 2048)] + [torch.randn(16, rank, 2048) / 50 for _ in range(2) if rank]
@@ -70,5 +57,7 @@ def test_mixed_batch(benchmark, rank):
         "16 edits": repeat(lambda: steer(x, rows, *tables)),
     }
     found = {name: seconds / 100 for name, seconds in medians(ways, ROUNDS).items()}
-    show(f"[64, 2048] rank {rank}", found, "one edit", benchmark, 2 * x.nbytes)
+    report.add(
+        f"steer [64, 2048] float32, rank {rank}, edits by row", found, "one edit", n_bytes=2 * x.nbytes
+    )
     benchmark.pedantic(ways["16 edits"], rounds=3)

@@ -16,12 +16,12 @@ DTYPES = (torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("name", ["copy", *NAMES])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", BENCHMARK_CASES, ids=str)
-def test_steer(benchmark, case: SteerCase, dtype: torch.dtype, name: str) -> None:  # type: ignore[no-untyped-def]
-    """Median of one call; ``extra_info`` holds the bytes of hidden read and written."""
+def test_steer(report, benchmark, case: SteerCase, dtype: torch.dtype, name: str) -> None:  # type: ignore[no-untyped-def]
+    """Median of one call; the bytes are those of hidden, read and written."""
     args = case.make(dtype)
-    benchmark.group = f"{case} {dtype}"
-    benchmark.extra_info["bytes"] = 2 * args[0].numel() * args[0].itemsize
+    benchmark.group = title = f"steer op, {case} {dtype}"
     if name == "copy":
         benchmark(args[0].clone)
     else:
         benchmark(steer, *args, backend=name)
+    report.add(title, {name: benchmark.stats.stats.median}, "copy", n_bytes=2 * args[0].nbytes)

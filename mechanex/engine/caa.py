@@ -15,7 +15,7 @@ from .forward import packs_for, visit_residuals
 from .intervention import compute_dtype
 from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
-from .pack import BATCH_TOKENS, ROW_TOKENS, Pack
+from .pack import ROW_TOKENS, Pack
 from .text import Prompt, encode_pair
 from .vectors import SteeringVector
 
@@ -39,7 +39,7 @@ def caa_vectors(
     tokenizer: Any = None,
     *,
     row_tokens: int = ROW_TOKENS,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: bool = False,
 ) -> SteeringVector:
     """One vector per layer: the mean over examples of (mean over the positive answer's tokens − the negative answer's).
@@ -55,7 +55,7 @@ def caa_vectors(
         layers: layers to read, negatives from the end; None for one, two thirds of the way up.
         tokenizer: needed for text when the model carries none.
         row_tokens: packed rows are filled up to this length.
-        batch_tokens: most tokens in one pass.
+        batch_tokens: most tokens in one pass; None for what suits the device.
         progress: show a progress bar.
 
     Returns:

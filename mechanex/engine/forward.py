@@ -13,7 +13,7 @@ from ..errors import ValidationError
 from . import selfcheck
 from .hooks import attach
 from .models.adapter import Handles, ModelAdapter
-from .pack import BATCH_TOKENS, ROW_TOKENS, Pack, Pair, build_packs
+from .pack import BATCH_TOKENS, BATCH_TOKENS_GPU, ROW_TOKENS, Pack, Pair, build_packs
 from .positions import pack_positions
 
 __all__ = ["Resumed", "final_hidden", "packs_for", "scored_logits", "visit_residuals"]
@@ -31,7 +31,7 @@ def packs_for(
     *,
     groups: Sequence[Any] | None = None,
     row_tokens: int = ROW_TOKENS,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
 ) -> list[Pack]:
     """Packs for this model: trees where it can take them, padded rows where not; on the model's device.
 
@@ -42,6 +42,8 @@ def packs_for(
     """
     if not pairs:
         raise ValidationError("There is nothing to run: no (prompt, completion) pairs were given.")
+    if batch_tokens is None:
+        batch_tokens = BATCH_TOKENS if adapter.device.type == "cpu" else BATCH_TOKENS_GPU
     longest = max(len(p) + len(c) for p, c in pairs)
     _check_length(adapter, longest)
     _check_vocabulary(adapter, pairs)

@@ -23,10 +23,12 @@ __all__ = ["Layout", "Pack", "build_packs"]
 Layout = Literal["tree", "padded"]
 Pair = tuple[Sequence[int], Sequence[int]]
 
-# Measured on two CPU cores with a 110 M Llama (benchmarks/test_caa.py prints them): wider rows spend more
-# on attention between trees that don't see each other, narrower ones more on padding.
-ROW_TOKENS = 256
-BATCH_TOKENS = 2048
+# Measured on two CPU cores with a 110 M Llama (benchmarks/test_caa.py): wider rows spend more on attention between
+# trees that don't see each other, narrower ones more on padding; larger batches leave the caches.
+ROW_TOKENS = 192
+BATCH_TOKENS = 1024
+# Enough to fill a GPU; not measured.
+BATCH_TOKENS_GPU = 8192
 
 
 @dataclass

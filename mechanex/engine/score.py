@@ -13,7 +13,6 @@ from ..errors import ValidationError
 from .forward import packs_for, scored_logits
 from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
-from .pack import BATCH_TOKENS
 from .text import Prompt, encode_pair
 
 __all__ = ["perplexity"]
@@ -25,7 +24,7 @@ def perplexity(
     completions: Sequence[str],
     tokenizer: Any = None,
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
 ) -> float:
     """The perplexity of completions after their prompts: exp of the mean negative log-probability of their tokens.
 
@@ -34,7 +33,7 @@ def perplexity(
         prompts: text, token ids or chat messages, one per completion.
         completions: texts, none of them empty.
         tokenizer: needed for text when the model carries none.
-        batch_tokens: most tokens in one pass.
+        batch_tokens: most tokens in one pass; None for what suits the device.
 
     Returns:
         1 or more; the mean is over tokens, not over completions.
