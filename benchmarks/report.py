@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from mechanex import backends
 from mechanex._version import __version__
 from mechanex.doctor import examine
 
@@ -127,6 +128,12 @@ class Report:
             "",
             "```text",
             str(examine()),
+            "```",
+            "",
+            "What `auto` takes, first to last:",
+            "",
+            "```text",
+            backends.selection(),
             "```",
             "",
             self.tables(markdown=True),

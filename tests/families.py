@@ -253,3 +253,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=MAX_POSITIONS,
         clean_up_tokenization_spaces=False,
     )
+
+
+def n_hooks(model: torch.nn.Module) -> int:
+    """How many hooks a model has; transformers leaves some of its own once hidden states were asked for."""
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from families import FAMILIES, SLIDING, build, sliding_family
+from families import FAMILIES, SLIDING, build, n_hooks, sliding_family
 
 from mechanex.engine import selfcheck
 from mechanex.engine.forward import Resumed, packs_for, scored_logits, visit_residuals
@@ -172,7 +172,7 @@ def test_a_pass_leaves_flags_mode_and_hooks_alone():
     selfcheck.packing_form(adapter_for(model), 5)
     selfcheck.replay_agrees(adapter_for(model))
     assert before == ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()])
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert n_hooks(model) == 0
 
 
 def test_text_longer_than_the_position_table_is_an_error():

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from families import D_MODEL, FAMILIES, build
+from families import D_MODEL, FAMILIES, build, n_hooks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import StaticCache
@@ -169,7 +169,7 @@ def test_gradients_reach_every_parameter_of_every_edit():
 
 def test_the_handle_is_removable_twice_and_a_context_manager():
     model = build("llama")
-    plain = logits(model)
+    plain, before = logits(model), n_hooks(model)
     handle = SteeringPlan([Intervention(0, Edit.add(torch.ones(D_MODEL)))]).apply(model)
     assert not torch.equal(logits(model), plain)
     handle.remove()
@@ -180,7 +180,7 @@ def test_the_handle_is_removable_twice_and_a_context_manager():
         SteeringPlan([Intervention(0, Edit.add(torch.ones(D_MODEL)), tokens=0)]).apply(model),
     ):
         raise KeyError
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert n_hooks(model) == before
 
 
 def test_an_empty_plan_changes_nothing():
@@ -210,9 +210,10 @@ def test_an_empty_plan_changes_nothing():
 )
 def test_wrong_plans_are_refused_and_leave_nothing(interventions, message):
     model = build("llama")
+    before = n_hooks(model)
     with pytest.raises(ValidationError, match=message):
         SteeringPlan([Intervention(0, Edit.add(torch.ones(D_MODEL))), *interventions()]).apply(model)
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert n_hooks(model) == before
 
 
 def test_rows_and_masks_that_the_call_does_not_have_are_errors():

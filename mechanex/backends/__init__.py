@@ -20,7 +20,18 @@ from mechanex.errors import MechanexError, ValidationError
 
 from . import eager, native, native_cuda, reference, triton
 
-__all__ = ["Backend", "Kernel", "active", "backends", "get", "gradients", "kernel", "prefers_torch", "use"]
+__all__ = [
+    "Backend",
+    "Kernel",
+    "active",
+    "backends",
+    "get",
+    "gradients",
+    "kernel",
+    "prefers_torch",
+    "selection",
+    "use",
+]
 
 _LOG = logging.getLogger(__name__)
 
@@ -171,6 +182,16 @@ class use:
     ) -> None:
         global _setting
         _setting = self._former
+
+
+def selection() -> str:
+    """What ``auto`` takes on each device, first to last, and what it leaves to plain torch; for people."""
+    lines = [f"{device}: {', '.join(names)}" for device, names in _AUTO.items()]
+    lines += [
+        "other devices: eager",
+        "one vector for every row, in hidden's own dtype: a plain torch addition",
+    ]
+    return "\n".join(lines)
 
 
 def prefers_torch() -> bool:
