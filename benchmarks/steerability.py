@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from mechanex.engine.caa import caa_vectors
 from mechanex.engine.datasets import read_pairs
 from mechanex.engine.generate import generate_batch
 from mechanex.engine.models.resolve import LoadedModel, load
-from mechanex.engine.text import encode_pair
+from mechanex.engine.score import perplexity
 from mechanex.engine.vectors import SteeringVector
 
 PAIRS = ("calm_angry", "kind_rude", "hopeful_gloomy")
@@ -76,29 +75,6 @@ class Figures:
         return rises and self.ratio <= MOST_PERPLEXITY
 
 
-@torch.no_grad()
-def perplexity(loaded: LoadedModel, prompts: Sequence[str], completions: Sequence[str]) -> float:
-    """Returns the perplexity per token of completions after their prompts, under the model as it is."""
-    pairs = [
-        encode_pair(loaded.tokenizer, p, c) for p, c in zip(prompts, completions, strict=True) if c.strip()
-    ]
-    total, count = 0.0, 0
-    for start in range(0, len(pairs), 64):
-        part = pairs[start : start + 64]
-        width = max(len(prompt) + len(completion) for prompt, completion in part)
-        ids = torch.full((len(part), width), loaded.tokenizer.pad_token_id)
-        targets = torch.full_like(ids, -100)
-        for i, (prompt, completion) in enumerate(part):
-            ids[i, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
-            targets[i, len(prompt) : len(prompt) + len(completion)] = torch.tensor(completion)
-        # Padding on the right comes after every scored token, so that causal attention needs no mask for it.
-        logits = loaded.model(ids, use_cache=False).logits[:, :-1].float()
-        targets = targets[:, 1:]
-        total += float(torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="sum"))
-        count += int((targets != -100).sum())
-    return math.exp(total / count)
-
-
 def sample(
     loaded: LoadedModel,
     prompts: Sequence[str],
@@ -120,7 +96,9 @@ def sample(
         strength=strength,
     )
     completions = [text[len(prompt) :] for text, prompt in zip(texts, repeated, strict=True)]
-    return Texts(completions, perplexity(loaded, repeated, completions))
+    written = [pair for pair in zip(repeated, completions, strict=True) if pair[1].strip()]
+    asked, answers = zip(*written, strict=True)
+    return Texts(completions, perplexity(loaded.model, asked, answers, loaded.tokenizer))
 
 
 def choose(

@@ -399,3 +399,8 @@ def test_other_options_reach_transformers(saved, monkeypatch):
     assert given["quantization_config"] is quantized and given["trust_remote_code"] is False
     assert loaded.model.config._attn_implementation == "eager"
     assert loaded.model.config.max_position_embeddings == 99
+
+
+def test_a_device_without_memory_is_refused(folder):
+    with pytest.raises(ValidationError, match="meta device"):
+        load(folder, backend="transformers", device="meta")

@@ -66,3 +66,9 @@ def test_rows_of_a_batch_mean_nothing_to_the_engines_own_batches():
         perplexity(model, PROMPTS, COMPLETIONS, tiny_tokenizer())
     assert perplexity(model, PROMPTS, COMPLETIONS, tiny_tokenizer()) > 1
     assert adapter_for(model).findings["form"] == "plain"
+
+
+def test_a_text_that_could_not_be_less_likely_is_infinite_not_an_error():
+    model = FAMILIES["llama"]()
+    model.lm_head.weight.data *= 1e4
+    assert perplexity(model, PROMPTS, COMPLETIONS, tiny_tokenizer()) == math.inf

@@ -46,7 +46,7 @@ def packs_for(
         batch_tokens = BATCH_TOKENS if adapter.device.type == "cpu" else BATCH_TOKENS_GPU
     longest = max(len(p) + len(c) for p, c in pairs)
     _check_length(adapter, longest)
-    _check_vocabulary(adapter, pairs)
+    adapter.check_token_ids(token for pair in pairs for ids in pair for token in ids)
     form = selfcheck.packing_form(adapter, longest)
     window = selfcheck.window_of(adapter)
     if window is not None and longest <= window:
@@ -74,16 +74,6 @@ def _check_length(adapter: ModelAdapter, longest: int) -> None:
         raise ValidationError(
             f"The longest prompt and completion have {longest} tokens, but {adapter.model_id} has {limit} positions; "
             "shorten them."
-        )
-
-
-def _check_vocabulary(adapter: ModelAdapter, pairs: Sequence[Pair]) -> None:
-    size = getattr(adapter.config, "vocab_size", None)
-    largest = max((token for pair in pairs for ids in pair for token in ids), default=0)
-    if isinstance(size, int) and largest >= size:
-        raise ValidationError(
-            f"Token id {largest} is outside the vocabulary of {adapter.model_id} ({size} tokens); "
-            "use the model's own tokenizer."
         )
 
 

@@ -218,12 +218,7 @@ class _Run:
             raise ValidationError(
                 "the prompt is empty and the tokenizer adds no BOS: give at least one token."
             )
-        size = getattr(self.adapter.config, "vocab_size", None)
-        if isinstance(size, int) and max(ids) >= size:
-            raise ValidationError(
-                f"token id {max(ids)} is outside the vocabulary of {self.adapter.model_id} ({size} tokens): "
-                "use the model's own tokenizer."
-            )
+        self.adapter.check_token_ids(ids)
         return ids
 
     def _room(self, max_tokens: int) -> int:

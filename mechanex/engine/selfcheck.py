@@ -134,9 +134,10 @@ def unembedding_agrees(adapter: ModelAdapter) -> bool:
         (pack,) = build_packs(_probe(adapter, None)[:1], layout="padded")
         pack = pack.to(adapter.device)
         try:
-            with torch.no_grad(), undisturbed(adapter.hf_model), pack_positions(pack.positions):
+            with torch.no_grad(), undisturbed(adapter.hf_model):
                 ours = adapter.unembedding.logits(_scored(adapter, pack))
-                theirs = adapter.call(**model_inputs(adapter, pack)).logits[pack.row, pack.predictor]
+                with pack_positions(pack.positions):
+                    theirs = adapter.call(**model_inputs(adapter, pack)).logits[pack.row, pack.predictor]
                 agrees = _close(ours, theirs.to(ours.dtype))
         except MechanexError:
             raise

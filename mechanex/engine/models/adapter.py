@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -149,6 +149,15 @@ class ModelAdapter(ABC):
                 f"0 to {self.n_layers - 1} (negatives count from the end)."
             )
         return layer % self.n_layers
+
+    def check_token_ids(self, ids: Iterable[int]) -> None:
+        """Raises a ValidationError for a token id that is outside the model's vocabulary."""
+        size, largest = getattr(self.config, "vocab_size", None), max(ids, default=0)
+        if isinstance(size, int) and largest >= size:
+            raise ValidationError(
+                f"Token id {largest} is outside the vocabulary of {self.model_id} ({size} tokens); "
+                "use the model's own tokenizer."
+            )
 
     @abstractmethod
     def on_residual(self, layer: int, fn: ResidualHook) -> Any:
