@@ -18,10 +18,11 @@ namespace {
 using ParallelFor = int32_t (*)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
 
 std::atomic<ParallelFor> parallel_for{nullptr};
-std::atomic<const CpuKernels*> kernels{nullptr};
+std::atomic<const CpuLevel*> in_use{nullptr};
 
 // Rows are shared out in pieces of at least this many elements: less is not worth waking a thread.
-constexpr int64_t kGrain = 1 << 15;
+constexpr int64_t kSteerGrain = 1 << 15;
+constexpr int64_t kReduceGrain = 1 << 13;  // an exponential costs several times as much as an edit
 
 // Below this many elements the call is shorter than handing the interpreter over.
 constexpr int64_t kKeepInterpreter = 1 << 13;
@@ -34,12 +35,12 @@ std::vector<std::string> runnable_levels() {
 }
 
 void select_level(const std::string& name) {
-  const CpuKernels* found = nullptr;
+  const CpuLevel* found = nullptr;
   bool known = name.empty();
   for (int i = 0; i < kCpuLevels; ++i) {
     const CpuLevel& level = cpu_levels()[i];
     if (name == level.name) known = true;
-    if (level.runs_here && (name.empty() || name == level.name)) found = level.kernels;
+    if (level.runs_here && (name.empty() || name == level.name)) found = &level;
   }
   if (!known) throw py::value_error("unknown instruction set '" + name + "': choose generic, avx2 or avx512");
   if (found == nullptr) {
@@ -47,19 +48,34 @@ void select_level(const std::string& name) {
     for (const std::string& level : runnable_levels()) message += " " + level;
     throw py::value_error(message);
   }
-  kernels = found;
+  in_use = found;
 }
 
-std::string level() { return kernels.load()->name; }
+std::string level() { return in_use.load()->name; }
 
+template <class Args>
 struct Job {
-  SteerFn run;
-  SteerArgs args;
+  void (*run)(const Args* args, int64_t begin, int64_t end);
+  Args args;
 };
 
+template <class Args>
 void run_piece(int64_t begin, int64_t end, void* job) {
-  const Job* self = static_cast<const Job*>(job);
+  const Job<Args>* self = static_cast<const Job<Args>*>(job);
   self->run(&self->args, begin, end);
+}
+
+// Runs the job over its rows of n elements each, on torch's threads where there is enough to do.
+template <class Args>
+void run_rows(Job<Args>& job, int64_t n_rows, int64_t n, int64_t grain) {
+  if (n_rows * n <= kKeepInterpreter) {
+    job.run(&job.args, 0, n_rows);
+    return;
+  }
+  py::gil_scoped_release release;
+  const int64_t rows = grain / n > 1 ? grain / n : 1;
+  const ParallelFor share = parallel_for.load();
+  if (share == nullptr || share(0, n_rows, rows, run_piece<Args>, &job) != 0) job.run(&job.args, 0, n_rows);
 }
 
 void check_rows(const SteerArgs& args, int64_t n_rows) {
@@ -92,21 +108,30 @@ void steer(int dtype, int64_t n_rows, int64_t d, uintptr_t x, int64_t x_stride, 
   if (dtype < 0 || dtype >= kDTypes) throw py::value_error("unknown dtype code " + std::to_string(dtype));
   if (rank < 0 || rank > kMaxRank) throw py::value_error("rank must be from 0 to 64, got " + std::to_string(rank));
   if (n_rows <= 0 || d <= 0) return;
-  Job job = {kernels.load()->steer[dtype],
-             {reinterpret_cast<const void*>(x), x_stride, reinterpret_cast<void*>(y), y_stride,
-              reinterpret_cast<const int32_t*>(rows), rows_stride, nullptr, reinterpret_cast<const void*>(bias),
-              reinterpret_cast<const void*>(left), reinterpret_cast<const void*>(right), n_edits, rank, d}};
+  Job<SteerArgs> job = {
+      in_use.load()->kernels->steer[dtype],
+      {reinterpret_cast<const void*>(x), x_stride, reinterpret_cast<void*>(y), y_stride,
+       reinterpret_cast<const int32_t*>(rows), rows_stride, nullptr, reinterpret_cast<const void*>(bias),
+       reinterpret_cast<const void*>(left), reinterpret_cast<const void*>(right), n_edits, rank, d}};
   if (job.args.rows != nullptr) check_rows(job.args, n_rows);
   const std::vector<int64_t> order = order_by_edit(job.args, n_rows);
   if (!order.empty()) job.args.order = order.data();
-  if (n_rows * d <= kKeepInterpreter) {
-    job.run(&job.args, 0, n_rows);
-    return;
-  }
-  py::gil_scoped_release release;
-  const int64_t grain = kGrain / d > 1 ? kGrain / d : 1;
-  const ParallelFor share = parallel_for.load();
-  if (share == nullptr || share(0, n_rows, grain, run_piece, &job) != 0) job.run(&job.args, 0, n_rows);
+  run_rows(job, n_rows, d, kSteerGrain);
+}
+
+void reduce(int dtype, int64_t n_rows, int64_t n_columns, uintptr_t products, uintptr_t bias, uintptr_t target,
+            int64_t target_stride, int64_t first, double scale, double softcap, double coldness, uintptr_t maximum,
+            uintptr_t total, uintptr_t factor) {
+  if (dtype < 0 || dtype >= kDTypes) throw py::value_error("unknown dtype code " + std::to_string(dtype));
+  const ReduceFn run = in_use.load()->logprob->reduce[dtype];
+  if (run == nullptr) throw py::value_error("no reduction for dtype code " + std::to_string(dtype));
+  if (n_rows <= 0 || n_columns <= 0) return;
+  Job<ReduceArgs> job = {
+      run,
+      {reinterpret_cast<void*>(products), n_columns, reinterpret_cast<const void*>(bias),
+       reinterpret_cast<const int64_t*>(target), target_stride, first, scale, softcap, coldness,
+       reinterpret_cast<void*>(maximum), reinterpret_cast<void*>(total), reinterpret_cast<void*>(factor)}};
+  run_rows(job, n_rows, n_columns, kReduceGrain);
 }
 
 }  // namespace
@@ -124,5 +149,6 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
       "set_parallel_for", [](uintptr_t address) { parallel_for = reinterpret_cast<ParallelFor>(address); },
       "Address of torch's torch_parallel_for, or 0 to run on the caller's thread.");
   m.def("steer", &steer, "One steer call over raw addresses; see csrc/steer.h.");
+  m.def("reduce", &reduce, "One chunk of completion_logprob over raw addresses; see csrc/logprob.h.");
   select_level("");
 }

@@ -24,3 +24,20 @@ def steer(
     rank: int,
     /,
 ) -> None: ...
+def reduce(
+    dtype: int,
+    n_rows: int,
+    n_columns: int,
+    products: int,
+    bias: int,
+    target: int,
+    target_stride: int,
+    first: int,
+    scale: float,
+    softcap: float,
+    coldness: float,
+    maximum: int,
+    total: int,
+    factor: int,
+    /,
+) -> None: ...

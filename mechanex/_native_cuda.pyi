@@ -27,3 +27,22 @@ def steer(
     stream: int,
     /,
 ) -> None: ...
+def reduce(
+    dtype: int,
+    n_rows: int,
+    n_columns: int,
+    products: int,
+    bias: int,
+    target: int,
+    target_stride: int,
+    first: int,
+    scale: float,
+    softcap: float,
+    coldness: float,
+    maximum: int,
+    total: int,
+    factor: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...

@@ -1,4 +1,4 @@
-"""The one table of steer cases; tests and benchmarks both read it."""
+"""The one table of op cases; tests and benchmarks both read it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 Args = tuple[Tensor, "Tensor | None", Tensor, "Tensor | None", "Tensor | None"]
+LogprobArgs = tuple[Tensor, Tensor, Tensor, "Tensor | None", float, "float | None", float]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -124,4 +125,96 @@ BENCHMARK_CASES = (
     SteerCase(2048, 2048, rank=1),
     SteerCase(2048, 2048, rank=4),
     SteerCase(2048, 2048, n_edits=16, rank=1, rows="mixed"),
+)
+
+
+@dataclass(frozen=True)
+class LogprobCase:
+    """Shapes, numbers and layout of one call of ``completion_logprob``.
+
+    Attributes:
+        n_rows, width, n_vocab: N, d and V.
+        bias: whether there is one.
+        scale, softcap, coldness: the op's arguments.
+        layout: ``"plain"``; hidden may be part of a wider tensor (``"sliced"``) or every other row
+            (``"skipping"``), the weight's columns adjacent (``"transposed"``), or nothing contiguous (``"strided"``).
+    """
+
+    n_rows: int
+    width: int
+    n_vocab: int
+    bias: bool = False
+    scale: float = 1.0
+    softcap: float | None = None
+    coldness: float = 1.0
+    layout: str = "plain"
+
+    def __str__(self) -> str:
+        numbers = [f"s{self.scale}", f"cap{self.softcap}", f"c{self.coldness}"]
+        plain = ["s1.0", "capNone", "c1.0"]
+        parts = [f"{self.n_rows}x{self.width}x{self.n_vocab}", *(n for n in numbers if n not in plain)]
+        return "-".join([*parts, *(["bias"] if self.bias else []), self.layout])
+
+    def make(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> LogprobArgs:
+        """Arguments of ``completion_logprob`` for this case, drawn from ``seed``; products have a deviation of 3."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        hidden = draw(self.n_rows, self.width).to(device, dtype)
+        weight = (3 * draw(self.n_vocab, self.width) / max(self.width, 1) ** 0.5).to(device, dtype)
+        bias = draw(self.n_vocab).to(device, dtype) if self.bias else None
+        target = torch.randint(0, max(self.n_vocab, 1), (self.n_rows,), generator=generator).to(device)
+        if self.layout in ("sliced", "skipping"):
+            hidden = SteerCase(self.n_rows, self.width, layout=self.layout)._lay_out(hidden)
+        if self.layout in ("transposed", "strided"):
+            weight = weight.T.contiguous().T
+        if self.layout == "strided":
+            hidden = hidden.T.contiguous().T
+            bias = None if bias is None else torch.stack([bias, bias * torch.nan], 1)[:, 0]
+            target = torch.stack([target, target - 1000], 1)[:, 0]
+        return hidden, weight, target, bias, self.scale, self.softcap, self.coldness
+
+
+# Nothing, one row, odd shapes, one token, a chunk's end and a block's; every number that changes the curve.
+LOGPROB_CASES = (
+    *(LogprobCase(n, d, v) for n in (0, 1, 4, 47) for d, v in ((31, 47), (123, 1000), (64, 64), (64, 1))),
+    *(
+        LogprobCase(4, 31, 1000, bias, scale, softcap, coldness)
+        for bias in (False, True)
+        for scale, softcap, coldness in (
+            (0.25, None, 1.0),
+            (1.0, 5.0, 1.0),
+            (1.0, None, 3.0),
+            (2.0, 4.0, 2.5),
+            (-1.5, 30.0, -0.5),
+            (1.0, None, -1.0),
+        )
+    ),
+    LogprobCase(4, 31, 47, bias=True),
+    LogprobCase(4, 31, 47, bias=True, softcap=5.0, coldness=0.0),
+    LogprobCase(4, 31, 47, coldness=0.0),
+    LogprobCase(2, 31, 8193, bias=True),
+    LogprobCase(3, 64, 50257, softcap=30.0),
+    LogprobCase(1030, 5, 47, bias=True),
+    LogprobCase(3, 0, 5, bias=True),
+    *(
+        LogprobCase(6, 47, 123, True, 1.0, 5.0, layout=layout)
+        for layout in ("sliced", "skipping", "transposed", "strided")
+    ),
+)
+
+# Small enough for finite differences.
+LOGPROB_GRADIENT_CASES = (
+    LogprobCase(3, 4, 7),
+    LogprobCase(3, 4, 150, bias=True),
+    LogprobCase(5, 3, 150, True, 0.5, 4.0, 2.0),
+    LogprobCase(2, 4, 7, softcap=2.0, coldness=-1.5),
+    LogprobCase(2, 3, 1),
+)
+
+# Tens to thousands of scored tokens, a small vocabulary and a large one.
+LOGPROB_BENCHMARK_CASES = tuple(
+    LogprobCase(n_rows, 512, n_vocab) for n_vocab in (1 << 14, 1 << 17) for n_rows in (16, 64, 256, 1024)
 )

@@ -144,6 +144,26 @@ def test_auto_takes_native_on_the_cpu_but_leaves_additions_to_torch(recorded: li
     assert recorded == ["native", "eager"]
 
 
+@pytest.mark.skipif(native.missing() is not None, reason="no native module")
+@pytest.mark.parametrize(
+    ("n_rows", "width", "n_edits", "rank", "expected"),
+    [
+        (8, 16, 1, 48, "native"),
+        (8, 16, 1, 49, "eager"),
+        (8, 16, 2, 49, "native"),
+        (1, 8192, 1, 16, "native"),
+        (1, 8192, 1, 17, "eager"),
+        (2, 8192, 1, 17, "native"),
+    ],
+)
+def test_auto_leaves_single_edits_of_high_rank_to_torch(
+    recorded: list[str], n_rows: int, width: int, n_edits: int, rank: int, expected: str
+) -> None:
+    case = SteerCase(n_rows, width, n_edits=n_edits, rank=rank, rows="none" if n_edits == 1 else "mixed")
+    steer(*case.make(torch.float32))
+    assert recorded == [expected]
+
+
 @pytest.mark.usefixtures("without_native")
 def test_without_the_compiled_module_auto_falls_back_and_says_so_once(
     caplog: pytest.LogCaptureFixture,

@@ -8,6 +8,7 @@ can lose: a sum of ``width`` terms loses about ``sqrt(width)`` units of the sum 
 
 from __future__ import annotations
 
+import optable
 import torch
 from torch import Tensor
 
@@ -41,3 +42,55 @@ def assert_within(actual: Tensor, truth: Tensor, scale: Tensor, width: int) -> N
         raise AssertionError(
             f"{int(wrong.sum())} of {wrong.numel()} elements are off, the worst {worst:.3g} times the bound"
         )
+
+
+def logprob_bounds(
+    args: optable.LogprobArgs, truth: Tensor, gradient: Tensor | None = None, cotangent: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Largest allowed distances of ``completion_logprob`` and of its gradient from the truth.
+
+    A product of float32 sums loses about ``sqrt(d)`` units of the sum of magnitudes; one that a processor returns in
+    bfloat16 loses half a unit of that type more. An error e of the logits moves log p by 2e and every other token's
+    share of the gradient by the factor exp(2e).
+
+    Args:
+        args: the op's arguments, hidden in the dtype that is judged.
+        truth: log-probabilities, float64.
+        gradient: the gradient for hidden, float64, for ``cotangent``.
+    """
+    hidden, weight, target, bias, scale, _, coldness = args
+    dtype = hidden.dtype
+    h, w = hidden.double(), weight.double()
+    size = h.abs() @ w.abs().T + (0 if bias is None else bias.double().abs())
+    size = (size.amax(1) if size.numel() else truth * 0) * abs(scale * coldness)
+    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    loss = eps * (8 + hidden.shape[1] ** 0.5) * (1 + size)
+    if dtype == torch.bfloat16:
+        largest = (h @ w.T).abs()
+        loss = loss + 2**-8 * (largest.amax(1) if size.numel() else truth * 0) * abs(scale * coldness)
+    allowed = 2 * loss + eps * truth.abs()
+    if gradient is None or cotangent is None:
+        return allowed, None
+    z, bend = logits(args)
+    p = torch.softmax(z, 1)
+    magnitude = (p * bend) @ w.abs() + w.abs()[target] * (1 - truth.exp()).unsqueeze(1)
+    magnitude = magnitude * cotangent.double().abs().unsqueeze(1) * abs(scale * coldness)
+    unit = 2**-7 if dtype == torch.bfloat16 else 0.0
+    # The derivative of a cap is 1 − tanh², which is right to a unit of 1, not of itself.
+    unit_of_one = 8 * eps * (p @ w.abs() + w.abs()[target]) * abs(scale * coldness)
+    rounding = 0.505 * torch.finfo(
+        dtype
+    ).eps * gradient.abs() + unit_of_one * cotangent.double().abs().unsqueeze(1)
+    rounding = rounding + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return allowed, rounding + magnitude * (torch.expm1(2 * loss) + unit).unsqueeze(1)
+
+
+def logits(args: optable.LogprobArgs) -> tuple[Tensor, Tensor]:
+    """The compared logits in float64, and the derivative that the softcap adds."""
+    hidden, weight, _, bias, scale, softcap, coldness = args
+    z = hidden.double() @ weight.double().T
+    z = scale * (z if bias is None else z + bias.double())
+    if softcap is None:
+        return coldness * z, torch.ones_like(z)
+    bounded = torch.tanh(z / softcap)
+    return coldness * softcap * bounded, 1 - bounded**2

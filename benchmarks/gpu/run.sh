@@ -35,8 +35,8 @@ cd "$work"
 
 step "test"
 workers=()
-if "$PYTHON" -c "import xdist" 2>/dev/null; then workers=(-n "${WORKERS:-4}"); fi
-tests=("$root/tests/test_steer_op.py" "$root/tests/test_steer_gpu.py" "$root/tests/test_backends.py")
+if "$PYTHON" -c "import xdist" 2>/dev/null; then workers=(-n "${WORKERS:-8}"); fi
+tests=("$root"/tests/test_{steer_op,steer_gpu,logprob_op,logprob_gpu,backends}.py)
 for more in "$root"/tests/test_triton*.py; do [ ! -e "$more" ] || tests+=("$more"); done
 status=0
 timeout 360 "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" "${tests[@]}" || status=$?

@@ -1,4 +1,6 @@
-"""Times the steer op on the GPU, beside a copy of the same bytes, prints a table and writes JSON. Run by ``run.sh``.
+"""Times the ops on the GPU, prints tables and writes JSON. Run by ``run.sh``.
+
+The steer op is timed beside a copy of the same bytes; completion_logprob (in its own file) beside its product alone.
 
 Device times are of CUDA graphs of many calls over inputs that together exceed the caches, the ways taking turns;
 launch costs are what the calling thread spends on one call.
@@ -12,11 +14,9 @@ import importlib.metadata
 import json
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,15 +24,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
+import completion_logprob
+from clock import Call, Row, device_seconds, launch_seconds
 from optable import SteerCase
 
 import mechanex
 from mechanex import backends
 from mechanex.backends import native_cuda
 from mechanex.ops.steer import steer
-
-Call = Callable[[], object]
-Row = dict[str, object]
 
 ADD, CLAMP, AFFINE = (SteerCase(8192, 4096, rank=rank) for rank in (0, 1, 4))
 # The library's own hooks keep edits in float32, whatever the model's dtype.
@@ -49,52 +48,6 @@ ROUND_BYTES = 1 << 29
 MOST_INPUTS = 64
 SHARE_OF_COPY = 0.85
 MIXED_RATIO = 1.3
-
-
-def graph_of(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    """All the calls as one graph; each has run before, so that nothing is compiled inside."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
-
-
-def device_seconds(ways: dict[str, Sequence[Call]], rounds: int = 25) -> dict[str, float]:
-    """Median seconds on the device of one call of each way."""
-    graphs = {name: graph_of(calls) for name, calls in ways.items()}
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for n in range(rounds + 3):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if n >= 3:
-                times[name].append(start.elapsed_time(end) / 1e3 / len(ways[name]))
-    return {name: statistics.median(found) for name, found in times.items()}
-
-
-def launch_seconds(ways: dict[str, Call], rounds: int = 15, calls: int = 200) -> dict[str, float]:
-    """Median seconds that the calling thread spends on one call of each way; the queue never fills."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for n in range(rounds + 2):
-        for name, call in ways.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            if n >= 2:
-                times[name].append((time.perf_counter() - start) / calls)
-    torch.cuda.synchronize()
-    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def on_device(case: SteerCase, dtype: torch.dtype, names: Sequence[str]) -> list[Row]:
@@ -211,12 +164,14 @@ def main() -> int:
     with torch.no_grad():
         results = [row for case, dtype in CASES for row in on_device(case, dtype, names)]
         launch = launches(names)
+    scored = completion_logprob.rows()
     report = {
         "machine": about,
         "tests": "passed",
-        "goals": goals(results, launch, names),
+        "goals": goals(results, launch, names) | {"completion_logprob": completion_logprob.goals(scored)},
         "results": results,
         "launch": launch,
+        "completion_logprob": scored,
     }
     for r in results:
         sys.stdout.write(
@@ -227,6 +182,7 @@ def main() -> int:
         sys.stdout.write(
             f"launch: {r['call']!s:<16} {r['microseconds']:>7} µs {r['times_torch_add']:>6} of torch's add\n"
         )
+    sys.stdout.write(completion_logprob.table(scored))
     sys.stdout.write(json.dumps(report["goals"], indent=2) + "\n")
     if path.is_dir():
         device = "-".join(str(about["device"]).lower().split())

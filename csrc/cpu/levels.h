@@ -1,6 +1,7 @@
 // The compiled instruction-set levels and the one in use.
 #pragma once
 
+#include "../logprob.h"
 #include "../steer.h"
 
 namespace mechanex {
@@ -9,6 +10,7 @@ namespace mechanex {
 struct CpuLevel {
   const char* name;
   const CpuKernels* kernels;
+  const LogprobKernels* logprob;
   bool runs_here;
 };
 

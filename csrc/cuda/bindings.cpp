@@ -30,6 +30,26 @@ void steer(int dtype, int table_dtype, int64_t n_rows, int64_t d, uintptr_t x, i
   launch_steer(dtype, table_dtype, args, n_rows, device, reinterpret_cast<void*>(stream));
 }
 
+void reduce(int dtype, int64_t n_rows, int64_t n_columns, uintptr_t products, uintptr_t bias, uintptr_t target,
+            int64_t target_stride, int64_t first, double scale, double softcap, double coldness, uintptr_t maximum,
+            uintptr_t total, uintptr_t factor, int device, uintptr_t stream) {
+  ReduceArgs args = {};
+  args.products = reinterpret_cast<void*>(products);
+  args.n_columns = n_columns;
+  args.bias = reinterpret_cast<const void*>(bias);
+  args.target = reinterpret_cast<const int64_t*>(target);
+  args.target_stride = target_stride;
+  args.first = first;
+  args.scale = scale;
+  args.softcap = softcap;
+  args.coldness = coldness;
+  args.maximum = reinterpret_cast<void*>(maximum);
+  args.total = reinterpret_cast<void*>(total);
+  args.factor = reinterpret_cast<void*>(factor);
+  py::gil_scoped_release release;
+  launch_reduce(dtype, args, n_rows, device, reinterpret_cast<void*>(stream));
+}
+
 }  // namespace
 }  // namespace mechanex
 
@@ -43,4 +63,5 @@ PYBIND11_MODULE(_native_cuda, m, py::mod_gil_not_used()) {
   m.def("driver_version", &driver_version, "Version that the driver serves, likewise; 0 without a driver.");
   m.def("check_device", &check_device, "Raise RuntimeError unless the kernels can run on this device.");
   m.def("steer", &steer, "Put one steer call on a stream, by raw addresses; see csrc/cuda/launch.h.");
+  m.def("reduce", &reduce, "Put one chunk of completion_logprob on a stream, likewise.");
 }

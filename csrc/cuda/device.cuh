@@ -24,6 +24,9 @@ MX_DEVICE uint4 load_once(const uint4* p) {
 // 16 bytes of an edit, which the next rows read too.
 MX_DEVICE uint4 load_kept(const uint4* p) { return __ldg(p); }
 
+// 16 bytes that the same thread may write later.
+MX_DEVICE uint4 load_again(const uint4* p) { return *p; }
+
 // Keeps what follows from a value out of registers until here.
 MX_DEVICE void compute_late(int64_t& value) { asm volatile("" : "+l"(value)); }
 
@@ -47,6 +50,11 @@ MX_DEVICE uint32_t bfloats_of(float first, float second) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
   return static_cast<uint32_t>(__bfloat16_as_ushort(pair.y)) << 16 | __bfloat16_as_ushort(pair.x);
 }
+
+MX_DEVICE float exponential(float value) { return expf(value); }
+MX_DEVICE double exponential(double value) { return exp(value); }
+MX_DEVICE float hyperbolic_tangent(float value) { return tanhf(value); }
+MX_DEVICE double hyperbolic_tangent(double value) { return tanh(value); }
 
 template <class S>
 MX_DEVICE S from_lane(S value, int difference) {

@@ -75,4 +75,15 @@ MX_DEVICE double not_a_number<double>() {
   return double_of(0u, 0x7ff80000u);
 }
 
+template <class S>
+MX_DEVICE S minus_infinity();
+template <>
+MX_DEVICE float minus_infinity<float>() {
+  return float_of(0xff800000u);
+}
+template <>
+MX_DEVICE double minus_infinity<double>() {
+  return double_of(0u, 0xfff00000u);
+}
+
 }  // namespace mechanex

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "../logprob.h"
 #include "../steer.h"
 
 namespace mechanex {
@@ -15,6 +16,9 @@ void check_device(int device);
 // table becomes NaN. Throws std::invalid_argument for dtypes that don't go together, std::runtime_error for what the
 // runtime refuses; errors of a kernel that already runs show up where the stream is next waited for.
 void launch_steer(int row_dtype, int table_dtype, SteerArgs args, int64_t n_rows, int device, void* stream);
+
+// Likewise folds one chunk of products of this dtype into what is kept of each row; ReduceArgs as in logprob.h.
+void launch_reduce(int dtype, ReduceArgs args, int64_t n_rows, int device, void* stream);
 
 // Versions of the runtime in this build and of the one that the driver serves, as 1000 * major + 10 * minor.
 int runtime_version();

@@ -13,12 +13,13 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 from torch import Tensor
 
 from mechanex.errors import MechanexError, ValidationError
 
-from . import eager, native, native_cuda, reference, triton
+from . import eager, eager_logprob, native, native_cuda, native_logprob, reference, triton, triton_logprob
 
 __all__ = [
     "Backend",
@@ -29,6 +30,7 @@ __all__ = [
     "gradients",
     "kernel",
     "prefers_torch",
+    "select",
     "selection",
     "use",
 ]
@@ -36,7 +38,7 @@ __all__ = [
 _LOG = logging.getLogger(__name__)
 
 
-def _never(*args: Tensor | None) -> str | None:
+def _never(*args: Any) -> str | None:
     return None
 
 
@@ -49,12 +51,14 @@ class Kernel:
         refuses: why it can't serve these arguments, or None.
         declines: why it leaves these arguments to plain torch under ``auto`` (torch is faster), or None.
         gradients: computes gradients that ``run`` itself can't give, or None where plain torch does.
+        with_slope: as ``run``, with one more result from which a gradient is a multiplication; None: there is none.
     """
 
-    run: Callable[..., Tensor]
+    run: Callable[..., Any]
     refuses: Callable[..., str | None] = _never
     declines: Callable[..., str | None] = _never
-    gradients: Callable[..., tuple[Tensor | None, ...]] | None = None
+    gradients: Callable[..., Any] | None = None
+    with_slope: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,42 @@ class Backend:
 _REGISTRY = {
     backend.name: backend
     for backend in (
-        Backend("reference", "the oracle of the tests; slow", (), {"steer": Kernel(reference.steer)}),
-        Backend("eager", "plain torch", (), {"steer": Kernel(eager.steer)}),
+        Backend(
+            "reference",
+            "the oracle of the tests; slow",
+            (),
+            {
+                "steer": Kernel(reference.steer),
+                "completion_logprob": Kernel(
+                    reference.completion_logprob, gradients=reference.completion_logprob_gradients
+                ),
+            },
+        ),
+        Backend(
+            "eager",
+            "plain torch",
+            (),
+            {
+                "steer": Kernel(eager.steer),
+                "completion_logprob": Kernel(
+                    eager_logprob.OP.run,
+                    gradients=eager_logprob.OP.gradients,
+                    with_slope=eager_logprob.OP.with_slope,
+                ),
+            },
+        ),
         Backend(
             "native",
             "compiled kernels",
             ("cpu", "cuda"),
-            {"steer": Kernel(native.steer, native.refuses_steer, native.declines_steer)},
+            {
+                "steer": Kernel(native.steer, native.refuses_steer, native.declines_steer),
+                "completion_logprob": Kernel(
+                    native_logprob.OP.run,
+                    gradients=native_logprob.OP.gradients,
+                    with_slope=native_logprob.OP.with_slope,
+                ),
+            },
             native.missing,
             native.describe,
             {"cuda": native_cuda.missing},
@@ -107,7 +140,13 @@ _REGISTRY = {
             {
                 "steer": Kernel(
                     triton.steer, triton.refuses_steer, triton.declines_steer, triton.steer_gradients
-                )
+                ),
+                "completion_logprob": Kernel(
+                    triton_logprob.completion_logprob,
+                    triton_logprob.refuses_completion_logprob,
+                    gradients=triton_logprob.OP.gradients,
+                    with_slope=triton_logprob.OP.with_slope,
+                ),
             },
             triton.missing,
             triton.describe,
@@ -190,6 +229,10 @@ def selection() -> str:
     lines += [
         "other devices: eager",
         "one vector for every row, in hidden's own dtype: a plain torch addition",
+        f"one edit on a CPU, of rank above {native.TORCH_RANK}, or on one row with factors of more than "
+        f"{native.TORCH_TABLE} numbers: eager",
+        "completion_logprob: no size is left to eager; whole logits and torch.log_softmax save tens of microseconds a "
+        "call up to about 2^18 logits, and lose the digits of 1 − p",
     ]
     return "\n".join(lines)
 
@@ -199,8 +242,23 @@ def prefers_torch() -> bool:
     return (_setting or active()) in ("auto", "eager")
 
 
-def kernel(op: str, name: str | None, tensor: Tensor, *rest: Tensor | None) -> Callable[..., Tensor]:
-    """The function that computes ``op`` for these arguments.
+def kernel(op: str, name: str | None, tensor: Tensor, *rest: Any) -> Callable[..., Tensor]:
+    """The function that computes ``op``, one with a single result: ``run`` of what :func:`select` gives."""
+    return select(op, name, tensor, *rest).run
+
+
+def gradients(
+    op: str, name: str | None, tensor: Tensor, *rest: Any
+) -> Callable[..., tuple[Tensor | None, ...]] | None:
+    """What computes the gradients of ``op`` on the backend of these arguments; None: plain torch.
+
+    Args and raises as for :func:`select`.
+    """
+    return select(op, name, tensor, *rest).gradients
+
+
+def select(op: str, name: str | None, tensor: Tensor, *rest: Any) -> Kernel:
+    """The kernel of ``op`` for these arguments.
 
     Args:
         op: name of the op.
@@ -212,20 +270,6 @@ def kernel(op: str, name: str | None, tensor: Tensor, *rest: Tensor | None) -> C
         ValidationError: no such backend, or an explicitly chosen one that does not serve these arguments.
         MechanexError: an explicitly chosen backend can't run here.
     """
-    return _select(op, name, tensor, *rest).run
-
-
-def gradients(
-    op: str, name: str | None, tensor: Tensor, *rest: Tensor | None
-) -> Callable[..., tuple[Tensor | None, ...]] | None:
-    """What computes the gradients of ``op`` on the backend of these arguments; None: plain torch.
-
-    Args and raises as for :func:`kernel`.
-    """
-    return _select(op, name, tensor, *rest).gradients
-
-
-def _select(op: str, name: str | None, tensor: Tensor, *rest: Tensor | None) -> Kernel:
     chosen = name or _setting or active()
     if chosen == "auto":
         for candidate in _candidates(op, tensor.device.type):
@@ -262,6 +306,8 @@ def _candidates(op: str, device: str) -> tuple[Kernel, ...]:
         reason = backend.lacks(device)
         if reason is not None:
             reasons += [] if found else [reason]
+            continue
+        if op not in backend.ops:
             continue
         if not found and name != "eager":
             first = name

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mechanex.errors import ValidationError
 
-__all__ = ["bias_gradient", "check_rows", "compute_dtype", "steer", "table_gradients"]
+__all__ = ["bias_gradient", "check_rows", "compute_dtype", "steer", "table_gradients", "without_autocast"]
 
 # Up to this many edits, one matrix product with all of them beats reading a gathered table.
 _MASKED_MAX = 32
@@ -27,7 +27,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """Keep autocast from turning the float32 products of ``function`` into half precision."""
 
     @functools.wraps(function)
@@ -60,7 +60,7 @@ def check_rows(rows: Tensor, n_edits: int) -> None:
         )
 
 
-@_without_autocast
+@without_autocast
 def steer(
     hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
 ) -> Tensor:
@@ -103,7 +103,7 @@ def steer(
     return edited.masked_fill(outside, float("nan"))
 
 
-@_without_autocast
+@without_autocast
 def bias_gradient(rows: Tensor | None, grad: Tensor, bias: Tensor) -> Tensor:
     """Gradient of :func:`steer` with respect to ``bias``: the sum of each edit's rows.
 
@@ -125,7 +125,7 @@ def bias_gradient(rows: Tensor | None, grad: Tensor, bias: Tensor) -> Tensor:
     )
 
 
-@_without_autocast
+@without_autocast
 def table_gradients(
     hidden: Tensor, rows: Tensor | None, left: Tensor, right: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:

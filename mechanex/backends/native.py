@@ -24,6 +24,10 @@ __all__ = ["declines_steer", "describe", "levels", "missing", "refuses_steer", "
 
 # The kernel keeps a row's coordinates on its stack; beyond this, matrix products are faster anyway.
 _MAX_RANK = 64
+# Measured against plain torch on two CPU cores with AVX-512 (benchmarks/test_steer.py, the crossings): one edit of a higher
+# rank is faster as matrix products, and on a single row so is one whose factors hold more numbers than this.
+TORCH_RANK = 48
+TORCH_TABLE = 1 << 17
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _HOW = (
     "install a C++17 compiler (gcc or clang) and run `pip install --force-reinstall --no-deps .` in a source "
@@ -125,6 +129,10 @@ def declines_steer(
     """Why ``auto`` leaves these arguments to plain torch, or None."""
     if rows is None and left is None and bias is not None and bias.dtype is hidden.dtype:
         return "one vector added to every row is a plain addition"
+    if left is not None and left.shape[0] == 1:
+        rank, width = left.shape[1:]
+        if rank > TORCH_RANK or (hidden.shape[0] == 1 and rank * width > TORCH_TABLE):
+            return "one edit of high rank is two matrix products"
     return None
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mechanex.errors import ValidationError
 
-__all__ = ["steer"]
+__all__ = ["completion_logprob", "completion_logprob_gradients", "steer"]
 
 
 def steer(
@@ -46,3 +46,67 @@ def steer(
             y += left[k].to(wide).T @ (right[k].to(wide) @ x)
         out[t] = y.to(hidden.dtype)
     return out
+
+
+def completion_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    coldness: float,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each row's target: ``z_t − log Σ_v exp z_v`` with ``z = coldness·cap(scale·(Wh + bias))``.
+
+    Args:
+        hidden: ``[N, d]``.
+        weight: ``[V, d]``.
+        target: ``[N]`` int64.
+        bias: ``[V]`` or None.
+        scale: multiplies the products.
+        softcap: ``cap(z) = softcap·tanh(z/softcap)``; None: no cap.
+        coldness: multiplies the logits last.
+
+    Returns:
+        The log-probabilities and the log-sum-exps, ``[N]`` each, float32 (float64 for float64).
+
+    Raises:
+        ValidationError: a target is outside ``[0, V)``.
+    """
+    for n, t in enumerate(target.tolist()):
+        if not 0 <= t < weight.shape[0]:
+            raise ValidationError(f"target[{n}] is {t}, but the vocabulary holds {weight.shape[0]} token(s)")
+    z, _ = _logits(hidden, weight, bias, scale, softcap, coldness)
+    return torch.log_softmax(z, 1).gather(1, target.unsqueeze(1)).squeeze(1), torch.logsumexp(z, 1)
+
+
+def completion_logprob_gradients(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    scale: float,
+    softcap: float | None,
+    coldness: float,
+) -> Tensor:
+    """Gradient of :func:`completion_logprob` for ``hidden``: ``onehot − p`` through the logits' derivatives."""
+    z, slope = _logits(hidden, weight, bias, scale, softcap, coldness)
+    d_z = torch.nn.functional.one_hot(target, weight.shape[0]) - torch.softmax(z, 1)
+    return ((grad.unsqueeze(1) * d_z * slope) @ weight.to(z.dtype)).to(hidden.dtype)
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, coldness: float
+) -> tuple[Tensor, Tensor]:
+    """The logits that are compared, ``[N, V]``, and their derivatives for the products ``Wh``."""
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    z = hidden.to(wide) @ weight.to(wide).T
+    if bias is not None:
+        z = z + bias.to(wide)
+    z = scale * z
+    if softcap is None:
+        return coldness * z, torch.full_like(z, scale * coldness)
+    return coldness * softcap * torch.tanh(z / softcap), scale * coldness * (1 - torch.tanh(z / softcap) ** 2)

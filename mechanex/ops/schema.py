@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mechanex import backends
 
-__all__ = ["steer"]
+__all__ = ["completion_logprob", "steer"]
 
 
 @torch.library.custom_op("mechanex::steer", mutates_args=())
@@ -70,3 +70,102 @@ def steer(
 ) -> Tensor:
     """The library op ``mechanex::steer``; for arguments that are checked already."""
     return torch.ops.mechanex.steer(hidden, rows, bias, left, right, backend)  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("mechanex::completion_logprob", mutates_args=())
+def _completion_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    coldness: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    args = (hidden, weight, target, bias, scale, softcap, coldness)
+    logprob, lse = backends.select("completion_logprob", backend, *args).run(*args)
+    return logprob, lse
+
+
+@_completion_logprob.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    coldness: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if hidden.dtype is torch.float64 else torch.float32
+    return hidden.new_empty(hidden.shape[0], dtype=wide), hidden.new_empty(hidden.shape[0], dtype=wide)
+
+
+# An op of its own, so that compilers see one call, and a second derivative is an error instead of wrong.
+@torch.library.custom_op("mechanex::completion_logprob_backward", mutates_args=())
+def _completion_logprob_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    scale: float,
+    softcap: float | None,
+    coldness: float,
+    backend: str | None,
+) -> Tensor:
+    args = (hidden, weight, target, bias, scale, softcap, coldness)
+    gradients = backends.select("completion_logprob", backend, *args).gradients
+    assert gradients is not None, "every backend of this op has its gradients"
+    d_hidden: Tensor = gradients(grad, hidden, weight, target, bias, lse, scale, softcap, coldness)
+    return d_hidden
+
+
+@_completion_logprob_backward.register_fake
+def _(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    scale: float,
+    softcap: float | None,
+    coldness: float,
+    backend: str | None,
+) -> Tensor:
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+def _completion_logprob_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden, weight, target, bias, *ctx.rest = inputs
+    ctx.save_for_backward(hidden, weight, target, bias, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _completion_logprob_gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    d_hidden = torch.ops.mechanex.completion_logprob_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return d_hidden, *(None,) * 7
+
+
+_completion_logprob.register_autograd(_completion_logprob_gradient, setup_context=_completion_logprob_setup)
+
+
+def completion_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    coldness: float,
+    backend: str | None,
+) -> Tensor:
+    """The library op ``mechanex::completion_logprob``; for arguments that are checked already."""
+    logprob: Tensor = torch.ops.mechanex.completion_logprob(
+        hidden, weight, target, bias, scale, softcap, coldness, backend
+    )[0]
+    return logprob

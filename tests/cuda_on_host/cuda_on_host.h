@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <exception>
 #include <functional>
 #include <random>
@@ -142,6 +143,7 @@ inline uint4 load_once(const uint4* p) {
 }
 
 inline uint4 load_kept(const uint4* p) { return load_once(p); }
+inline uint4 load_again(const uint4* p) { return load_once(p); }
 
 inline void compute_late(int64_t&) {}
 
@@ -168,6 +170,11 @@ inline uint16_t bfloat_of(float value) {
 }
 inline uint32_t halves_of(float first, float second) { return uint32_t{half_of(second)} << 16 | half_of(first); }
 inline uint32_t bfloats_of(float first, float second) { return uint32_t{bfloat_of(second)} << 16 | bfloat_of(first); }
+
+inline float exponential(float value) { return std::exp(value); }
+inline double exponential(double value) { return std::exp(value); }
+inline float hyperbolic_tangent(float value) { return std::tanh(value); }
+inline double hyperbolic_tangent(double value) { return std::tanh(value); }
 
 template <class S>
 inline S from_lane(S value, int difference) {

@@ -1,0 +1,278 @@
+"""The Triton kernels of completion_logprob: what they must do beyond the op's own tests, and that they compile.
+
+As in ``test_triton.py``, one test runs this file again under the interpreter; the tests of `PLACES` need either that or
+a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from optable import DTYPES, LOGPROB_CASES, LogprobArgs, LogprobCase
+from test_logprob_op import assert_close, assert_matches_oracle, both, wide
+from test_triton import on_each_device, outside_the_interpreter, python
+from tolerances import logprob_bounds
+from torch import Tensor
+
+from mechanex.backends import reference, triton, triton_logprob
+from mechanex.errors import ValidationError
+from mechanex.ops.logprob import completion_logprob
+
+pytest.importorskip("triton")
+
+HALF = (torch.bfloat16, torch.float16)
+FUSED = (torch.float32, *HALF)
+SMALL = [case for case in LOGPROB_CASES if case.n_rows * case.n_vocab <= 4000 and case.n_rows < 40]
+
+
+@pytest.fixture
+def kernels() -> SimpleNamespace:
+    """What the files in `kernels/` offer."""
+    module = triton._kernel("logprob")
+    return SimpleNamespace(module=module, logprob=module.logprob, Tile=module.Tile)
+
+
+def assert_forward(got: tuple[Tensor, Tensor], args: LogprobArgs) -> None:
+    truth, lse = reference.completion_logprob(*wide(args))
+    allowed, _ = logprob_bounds(args, truth)
+    assert_close(got[0], truth, allowed)
+    assert_close(got[1], lse, allowed)
+
+
+@pytest.mark.slow
+@outside_the_interpreter
+def test_under_the_interpreter() -> None:
+    arguments = "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "test_triton_logprob.py"
+    done = python("-m", "pytest", *arguments, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed[1]) > 150, done.stdout[-1000:]
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_values_and_gradients_match_the_oracle(case: LogprobCase, dtype: torch.dtype, device: str) -> None:
+    assert_matches_oracle(case, dtype, "triton", device)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", FUSED, ids=str)
+@pytest.mark.parametrize("programs", [1, 9, 1024])
+@pytest.mark.parametrize(
+    "case",
+    [
+        LogprobCase(37, 47, 123, True, 0.5, 5.0, 2.0),
+        LogprobCase(16, 16, 16),
+        LogprobCase(17, 33, 161, True, coldness=-1.5, layout="strided"),
+        LogprobCase(1, 1, 40, softcap=30.0),
+        LogprobCase(3, 20, 1),
+    ],
+    ids=str,
+)
+def test_blocks_of_every_kind_and_any_stretch_of_the_vocabulary(
+    kernels: SimpleNamespace,
+    case: LogprobCase,
+    programs: int,
+    dtype: torch.dtype,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Last blocks not full in rows, columns and width; all blocks in one stretch, several in each, one in each."""
+    monkeypatch.setattr(kernels.module, "_PROGRAMS", programs)
+    args = case.make(dtype, device)
+    assert_forward(kernels.logprob(*args, tile=kernels.Tile(16, 16, 16, 4, 2)), args)
+
+
+@on_each_device
+def test_every_row_of_many_groups_is_computed_once(kernels: SimpleNamespace, device: str) -> None:
+    n_rows = 16 * (2 * kernels.module._GROUP + 3) + 5
+    args = LogprobCase(n_rows, 3, 33, True).make(torch.float32, device)
+    assert_forward(kernels.logprob(*args, tile=kernels.Tile(16, 16, 16, 4, 1)), args)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", FUSED, ids=str)
+def test_every_tile_of_the_table(kernels: SimpleNamespace, dtype: torch.dtype, device: str) -> None:
+    for n_rows in (3, 17, 33, 65):
+        args = LogprobCase(n_rows, 70, 150, True, softcap=10.0).make(dtype, device)
+        assert_forward(kernels.logprob(*args), args)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", FUSED, ids=str)
+def test_targets_outside_the_vocabulary_are_nan_and_touch_no_other_row(
+    kernels: SimpleNamespace, dtype: torch.dtype, device: str
+) -> None:
+    hidden, weight, target, *rest = LogprobCase(7, 16, 40, True, softcap=9.0).make(dtype, device)
+    want = kernels.logprob(hidden, weight, target, *rest)
+    target = target.clone()
+    target[1:5] = torch.tensor([-1, 40, 2**40 + 3, -(2**62)], device=device)
+    inside = torch.tensor([True, False, False, False, False, True, True], device=device)
+    for got, good in zip(kernels.logprob(hidden, weight, target, *rest), want, strict=True):
+        assert got[~inside].isnan().all()
+        assert torch.equal(got[inside], good[inside])
+
+
+@on_each_device
+@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize("dtype", FUSED, ids=str)
+def test_digits_survive_where_a_token_is_certain_or_impossible(
+    dtype: torch.dtype, with_gradient: bool, device: str
+) -> None:
+    for lead in (17.0, 40.0, 80.0, -80.0, -200.0):
+        weight = torch.zeros(33, 16, dtype=dtype, device=device)
+        weight[20, 3] = lead
+        hidden = torch.zeros(2, 16, dtype=dtype, device=device)
+        hidden[:, 3] = 1
+        target = torch.tensor([20, 5], device=device)
+        odds = lead - torch.tensor(32.0, dtype=torch.float64).log()
+        others = torch.nn.functional.logsigmoid(-odds) - torch.tensor(32.0, dtype=torch.float64).log()
+        want = torch.stack([torch.nn.functional.logsigmoid(odds), others])
+        hidden.requires_grad_(with_gradient)
+        out = completion_logprob(hidden, weight, target, backend="triton")
+        torch.testing.assert_close(out.detach().cpu().double(), want, rtol=2e-6, atol=0)
+
+
+@on_each_device
+@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tokens_ruled_out_by_their_bias(dtype: torch.dtype, with_gradient: bool, device: str) -> None:
+    """Whole blocks of minus infinity before and after the others; a target among them is impossible."""
+    hidden, weight, _, _, *rest = LogprobCase(3, 16, 500).make(dtype, device)
+    bias = torch.full((500,), -torch.inf, dtype=dtype, device=device)
+    bias[200:205] = 0
+    hidden.requires_grad_(with_gradient)
+    target = torch.tensor([202, 3, 499], device=device)
+    out = completion_logprob(hidden, weight, target, bias, *rest, backend="triton").detach()
+    kept = torch.arange(200, 205, device=device)
+    few = wide((hidden.detach()[:1], weight[kept], target[:1] - 200, None, *rest))
+    close = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(
+        out[:1].double(), reference.completion_logprob(*few)[0], rtol=close, atol=close
+    )
+    assert out[1:].tolist() == [-torch.inf] * 2
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", FUSED, ids=str)
+def test_what_is_not_finite_is_nan_and_alone(
+    kernels: SimpleNamespace, dtype: torch.dtype, device: str
+) -> None:
+    hidden, weight, target, *rest = LogprobCase(4, 16, 40).make(dtype, device)
+    # Rows 1 to 3: NaN itself, an infinite logit of another token, one of the target.
+    hidden[1, 3] = torch.nan
+    hidden[2:, 5], weight[:, 5] = torch.inf, 0
+    weight[7, 5] = weight[9, 5] = 1
+    target[2], target[3] = 8, 9
+    out, _ = kernels.logprob(hidden, weight, target, *rest)
+    assert out.isnan().tolist() == [False, True, True, True]
+
+
+@on_each_device
+def test_results_fill_all_of_their_memory_and_are_the_same_bits_twice(device: str) -> None:
+    # Deterministic mode fills new memory with NaN and refuses torch operations that are not reproducible.
+    for dtype in DTYPES:
+        args = LogprobCase(20, 47, 300, True, softcap=5.0).make(dtype, device)
+        cotangent = torch.randn(20).to(device)
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert torch.empty_like(cotangent).isnan().all()
+            first, second = (
+                [completion_logprob(*args, backend="triton"), *both(args, cotangent, "triton")]
+                for _ in range(2)
+            )
+        finally:
+            torch.use_deterministic_algorithms(False)
+        for one, other in zip(first, second, strict=True):
+            assert not one.isnan().any()
+            assert torch.equal(one, other)
+
+
+@on_each_device
+def test_a_lazily_negated_view_is_refused(device: str) -> None:
+    hidden, weight, target, *_ = LogprobCase(2, 8, 9).make(torch.float32, device)
+    for args in ((torch._neg_view(hidden), weight), (hidden, torch._neg_view(weight))):
+        with pytest.raises(ValidationError, match="lazily negated view"):
+            completion_logprob(*args, target, backend="triton")
+
+
+@on_each_device
+def test_one_kernel_multiplies_and_reduces_where_that_pays(device: str) -> None:
+    few, many = triton_logprob._FLOAT_ROWS, triton_logprob._FLOAT_ROWS + 1
+    for n_rows, dtype, fused in (
+        *((many, dtype, True) for dtype in HALF),
+        (few, torch.float32, True),
+        (many, torch.float32, False),
+        (few, torch.float64, False),
+    ):
+        assert triton_logprob.fuses(torch.zeros(n_rows, 4, dtype=dtype, device=device)) is fused
+
+
+@on_each_device
+def test_stages_give_way_to_a_small_shared_memory(
+    kernels: SimpleNamespace, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tile = kernels.Tile(64, 128, 64, 4, 4)
+    tensor = SimpleNamespace(device=torch.device("cuda", 0), element_size=lambda: 2)
+    for limit, stages in ((227, 4), (99, 4), (95, 3), (64, 2), (48, 2), (8, 1)):
+        properties = SimpleNamespace(shared_memory_per_block_optin=limit * 1024)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        assert kernels.module._stages_for(tile, tensor) == stages
+
+
+# As in test_triton_setup.py; 99 KiB is the least shared memory that a GPU from capability 8.0 on lends to a block.
+COMPILE = """
+import sys, torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", int(sys.argv[1]), 32)
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device):
+        return 0
+
+driver.set_active(Driver())
+compiled, shared, run = {}, [0], JITFunction.run
+
+def compile_only(self, *args, grid, warmup, **options):
+    kernel = run(self, *args, grid=grid, warmup=True, **options)
+    compiled.setdefault(self.__name__, []).append("cubin" in kernel.asm)
+    shared.append(kernel.metadata.shared)
+
+JITFunction.run = compile_only
+from mechanex.backends import triton
+from optable import LogprobCase
+logprob, reduce = triton._kernel("logprob").logprob, triton._kernel("logprob_reduce").reduce
+for name in sys.argv[2:]:
+    dtype = getattr(torch, name)
+    for case in (
+        LogprobCase(1, 1, 1, True), LogprobCase(1, 64, 256), LogprobCase(20, 47, 123, True, softcap=5.0),
+        LogprobCase(64, 64, 64, softcap=5.0), LogprobCase(200, 256, 512, True, layout="transposed"),
+    ):
+        hidden, weight, target, bias, *numbers = case.make(dtype)
+        if dtype is not torch.float64:
+            logprob(hidden, weight, target, bias, *numbers)
+        kept = [torch.zeros(case.n_rows, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2)]
+        for with_slope in (False, True):
+            columns = 1 if case.n_vocab == 1 else 300
+            reduce(weight[:, :1].expand(-1, columns).contiguous(), bias if bias is None else bias[:1].expand(columns),
+                   0, target, *kept, *numbers, with_slope)
+print(sorted(compiled), all(all(found) for found in compiled.values()), max(shared) <= 99 * 1024)
+"""
+
+
+@pytest.mark.slow
+@outside_the_interpreter
+@pytest.mark.parametrize("target", [("80", "bfloat16", "float64"), ("90", "float16", "float32")], ids=str)
+def test_every_kernel_compiles_for_a_gpu_that_is_not_there(target: tuple[str, ...], tmp_path: Path) -> None:
+    done = python("-c", COMPILE, *target, TRITON_CACHE_DIR=str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    names = "_join_kernel", "_logprob_kernel", "_reduce_kernel"
+    assert done.stdout.strip() == f"{list(names)} True True", done.stderr[-3000:]
