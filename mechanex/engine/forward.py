@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,15 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ValidationError
+from ..ops.logprob import completion_logprob
 from . import selfcheck
 from .hooks import attach
+from .intervention import compute_dtype
 from .models.adapter import Handles, ModelAdapter
 from .pack import BATCH_TOKENS, BATCH_TOKENS_GPU, ROW_TOKENS, Pack, Pair, build_packs
 from .positions import pack_positions
 
-__all__ = ["Resumed", "final_hidden", "packs_for", "scored_logits", "visit_residuals"]
+__all__ = [
+    "Resumed",
+    "check_length",
+    "final_hidden",
+    "packs_for",
+    "scored_hidden",
+    "scored_logits",
+    "scored_logprobs",
+    "visit_residuals",
+]
 
 _log = logging.getLogger(__name__)
+
+# How long a tree may become, in prompts, before the prompt is run once more in another: a fifth more work at most, and
+# the mask, which grows with the square of the row, stays small. On a CPU 3 to 10 are equally fast.
+TREE_PROMPTS = 6
 
 
 class _Enough(Exception):
@@ -32,10 +48,17 @@ def packs_for(
     groups: Sequence[Any] | None = None,
     row_tokens: int = ROW_TOKENS,
     batch_tokens: int | None = None,
+    scoring: bool = False,
 ) -> list[Pack]:
     """Packs for this model: trees where it can take them, padded rows where not; on the model's device.
 
     The first call for a model checks that packed results equal one-by-one results (see :mod:`.selfcheck`).
+
+    Args:
+        adapter: the model.
+        pairs, groups, row_tokens: as in :func:`.pack.build_packs`.
+        batch_tokens: most tokens of a pack; None for what suits the device.
+        scoring: lay out only what completions are scored from, and let the completions of a long prompt stay together.
 
     Raises:
         ValidationError: no pairs, or an empty prompt or completion.
@@ -44,13 +67,18 @@ def packs_for(
         raise ValidationError("There is nothing to run: no (prompt, completion) pairs were given.")
     if batch_tokens is None:
         batch_tokens = BATCH_TOKENS if adapter.device.type == "cpu" else BATCH_TOKENS_GPU
-    longest = max(len(p) + len(c) for p, c in pairs)
-    _check_length(adapter, longest)
+    longest = max(len(p) + len(c) for p, c in pairs) - int(scoring)
+    check_length(adapter, longest)
     adapter.check_token_ids(token for pair in pairs for ids in pair for token in ids)
-    form = selfcheck.packing_form(adapter, longest)
+    # A pair that is alone needs no tree mask.
+    form = "padded" if len(pairs) == 1 else selfcheck.packing_form(adapter, longest)
     window = selfcheck.window_of(adapter)
-    if window is not None and longest <= window:
-        row_tokens = min(row_tokens, window)
+    widest = window if window is not None and longest <= window else sys.maxsize
+    row_tokens = min(row_tokens, widest)
+
+    def tree_tokens(prompt_tokens: int) -> int:
+        return min(max(row_tokens, TREE_PROMPTS * prompt_tokens), widest) if scoring else row_tokens
+
     return [
         pack.to(adapter.device)
         for pack in build_packs(
@@ -59,27 +87,29 @@ def packs_for(
             groups=groups,
             row_tokens=row_tokens,
             batch_tokens=batch_tokens,
+            tree_tokens=tree_tokens,
+            last_tokens=not scoring,
         )
     ]
 
 
-def _check_length(adapter: ModelAdapter, longest: int) -> None:
+def check_length(adapter: ModelAdapter, longest: int) -> None:
     """Refuses text past the end of a table of positions; rotary models can go on, with quality as their makers say."""
     config = adapter.config
     limit = getattr(config, "max_position_embeddings", None)
     rotary = any(
         getattr(config, name, None) for name in ("rope_parameters", "rope_theta", "rope_scaling", "alibi")
     )
-    if isinstance(limit, int) and longest > limit and not rotary:
+    if isinstance(limit, int) and 0 < limit < longest and not rotary:
         raise ValidationError(
             f"The longest prompt and completion have {longest} tokens, but {adapter.model_id} has {limit} positions; "
             "shorten them."
         )
 
 
-def _call(adapter: ModelAdapter, pack: Pack) -> Any:
+def _call(adapter: ModelAdapter, pack: Pack, **extra: Any) -> Any:
     with pack_positions(pack.positions):
-        return adapter.call(**selfcheck.model_inputs(adapter, pack))
+        return adapter.call(**selfcheck.model_inputs(adapter, pack), **extra)
 
 
 def _until(
@@ -149,20 +179,69 @@ def final_hidden(adapter: ModelAdapter, run: Callable[[], Any]) -> Tensor:
     raise ValidationError(f"The pass through {adapter.model_id} never reached its language head.")
 
 
-def scored_logits(adapter: ModelAdapter, pack: Pack, hidden: Tensor | None = None) -> Tensor:
+def scored_hidden(adapter: ModelAdapter, pack: Pack, **extra: Any) -> Tensor:
+    """[N, d_model] normed hidden states that predict the pack's completion tokens, in the pack's order.
+
+    Args:
+        adapter: the model.
+        pack: what to run.
+        extra: further keyword arguments of the model's call.
+    """
+    hidden = final_hidden(adapter, lambda: _call(adapter, pack, **extra))
+    return hidden[pack.row.to(hidden.device), pack.predictor.to(hidden.device)]
+
+
+def scored_logits(adapter: ModelAdapter, pack: Pack, hidden: Tensor | None = None, **extra: Any) -> Tensor:
     """[N, n_vocab] logits that predict the pack's completion tokens, in the pack's order.
 
     Args:
         adapter: the model.
         pack: what to run.
         hidden: [N, d_model] from :class:`Resumed`, to unembed instead of running the pack.
+        extra: further keyword arguments of the model's call.
     """
     if hidden is None:
         if not selfcheck.unembedding_agrees(adapter):
-            logits: Tensor = _call(adapter, pack).logits
-            return logits[pack.row, pack.predictor]
-        hidden = final_hidden(adapter, lambda: _call(adapter, pack))[pack.row, pack.predictor]
+            logits: Tensor = _call(adapter, pack, **extra).logits
+            return logits[pack.row.to(logits.device), pack.predictor.to(logits.device)]
+        hidden = scored_hidden(adapter, pack, **extra)
     return adapter.unembedding.logits(hidden)
+
+
+def scored_logprobs(
+    adapter: ModelAdapter, pack: Pack, hidden: Tensor | None = None, *, coldness: float = 1.0, **extra: Any
+) -> Tensor:
+    """[N] natural log-probabilities of the pack's completion tokens, in the pack's order, float32 or float64.
+
+    No logits are stored where the adapter's unembedding is the model's own and needs no gradient.
+
+    Args:
+        adapter: the model.
+        pack: what to run.
+        hidden: [N, d_model] from :class:`Resumed`, to score instead of running the pack.
+        coldness: multiplies the logits.
+        extra: further keyword arguments of the model's call.
+    """
+    if hidden is None:
+        if adapter.findings.get("unembedding") is None and pack.input_ids.shape[0] == 1:
+            logits = selfcheck.watch_unembedding(adapter, pack, lambda: _call(adapter, pack, **extra))
+            return chosen_logprobs(logits, pack.target, coldness)
+        if not selfcheck.unembedding_agrees(adapter):
+            return chosen_logprobs(scored_logits(adapter, pack, **extra), pack.target, coldness)
+        hidden = scored_hidden(adapter, pack, **extra)
+    head, target = adapter.unembedding, pack.target.to(hidden.device)
+    learns = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    if (learns and torch.is_grad_enabled()) or head.weight.dtype != hidden.dtype:
+        return chosen_logprobs(head.logits(hidden), target, coldness)
+    return completion_logprob(
+        hidden, head.weight, target, head.bias, head.scale, head.softcap, coldness=coldness
+    )
+
+
+def chosen_logprobs(logits: Tensor, target: Tensor, coldness: float = 1.0) -> Tensor:
+    """[N] log-probabilities of ``target`` under ``logits`` [N, n_vocab], float32 or float64."""
+    wide = logits.to(compute_dtype(logits.dtype)) * coldness
+    return wide.log_softmax(-1).gather(1, target.to(wide.device)[:, None])[:, 0]
 
 
 class Resumed:
@@ -175,28 +254,36 @@ class Resumed:
         adapter: the model.
         pack: what to run.
         layer: lowest layer that will be edited, 0 to n_layers - 1.
+        also: higher layers whose residual is kept too.
 
     Attributes:
         residual: [B, T, d_model] entering ``layer``, without gradient; None when the model is run whole.
+        residuals: the same by layer, for ``layer`` and ``also``.
+        arguments: what each layer from ``layer`` up was called with, beside the residual.
     """
 
-    def __init__(self, adapter: ModelAdapter, pack: Pack, layer: int) -> None:
+    def __init__(self, adapter: ModelAdapter, pack: Pack, layer: int, also: Sequence[int] = ()) -> None:
         self._adapter, self._pack, self._layer = adapter, pack, layer
-        self.residual: Tensor | None = None
-        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._keep = {layer, *also}
+        self.residuals: dict[int, Tensor] = {}
+        self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         if selfcheck.replay_agrees(adapter):
             self._record()
+
+    @property
+    def residual(self) -> Tensor | None:
+        return self.residuals.get(self._layer)
 
     def _record(self) -> None:
         """One whole pass that notes what every layer from here up is called with."""
         handles = Handles()
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if self.residual is None:
-                self.residual = hidden.detach()
-            self._arguments.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
-            if len(self._arguments) == self._adapter.n_layers - self._layer:
+            layer = self._layer + len(self.arguments)
+            if layer in self._keep:
+                self.residuals[layer] = (args[0] if args else kwargs["hidden_states"]).detach()
+            self.arguments.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+            if layer == self._adapter.n_layers - 1:
                 raise _Enough
 
         try:
@@ -217,7 +304,7 @@ class Resumed:
             return final_hidden(adapter, lambda: _call(adapter, pack))[pack.row, pack.predictor]
         hidden = self.residual
         with pack_positions(pack.positions):
-            for block, (args, kwargs) in zip(adapter.layers[self._layer :], self._arguments, strict=True):
+            for block, (args, kwargs) in zip(adapter.layers[self._layer :], self.arguments, strict=True):
                 out = block(hidden, *args, **kwargs)
                 hidden = out[0] if isinstance(out, tuple) else out
         return adapter.finish(hidden[pack.row, pack.predictor])

@@ -7,7 +7,7 @@ its own prompt and itself only, and position ids are those that the tokens would
 from __future__ import annotations
 
 import bisect
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Literal
@@ -31,6 +31,9 @@ BATCH_TOKENS = 1024
 BATCH_TOKENS_GPU = 8192
 
 
+_BY_TOKEN = ("input_ids", "position_ids", "segment", "parent", "prompt_length", "source")
+
+
 @dataclass
 class _Tree:
     prompt: tuple[int, ...]
@@ -51,7 +54,7 @@ class Pack:
             padding.
         prompt_length: [B, T] int64, tokens of the prompt that a token belongs to or continues; 0 for padding.
         source: [B, T] int64, group of the pair(s) that a token belongs to; -1 for padding.
-        row, column: [N] int64, where each completion token stands.
+        row, column: [N] int64, where each completion token stands; column -1 for one that was left out.
         predictor: [N] int64, column whose hidden state predicts it.
         target: [N] int64, its token id.
         pair: [N] int64, index of its (prompt, completion) pair in the input; tokens of one pair are in order.
@@ -90,6 +93,24 @@ class Pack:
         tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "layout"}
         return replace(self, **tensors)
 
+    def repeated(self, copies: int) -> Pack:
+        """The rows ``copies`` times over, for as many batches at once; ``pair`` keeps its numbers in every copy."""
+        if copies == 1:
+            return self
+        by_token = {name: getattr(self, name).repeat(copies, 1) for name in _BY_TOKEN}
+        scored = {name: getattr(self, name).repeat(copies) for name in ("column", "predictor", "target", "pair")}
+        first = torch.arange(copies, device=self.row.device)[:, None] * self.input_ids.shape[0]
+        return replace(self, **by_token, **scored, row=(first + self.row).flatten())
+
+    def selected(self, rows: Tensor) -> Pack:
+        """Some of the rows [n], none twice, and what is scored in them; pairs keep their numbers."""
+        place = torch.full_like(self.input_ids[:, 0], -1)
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        kept = (place[self.row] >= 0).nonzero()[:, 0]
+        by_token = {name: getattr(self, name)[rows] for name in _BY_TOKEN}
+        scored = {name: getattr(self, name)[kept] for name in ("column", "predictor", "target", "pair")}
+        return replace(self, **by_token, **scored, row=place[self.row[kept]])
+
     def visible(self, window: int | None = None) -> Tensor:
         """[B, T, T] bool: which token (last axis) each token sees.
 
@@ -121,6 +142,8 @@ def build_packs(
     groups: Sequence[Hashable] | None = None,
     row_tokens: int = ROW_TOKENS,
     batch_tokens: int = BATCH_TOKENS,
+    tree_tokens: Callable[[int], int] | None = None,
+    last_tokens: bool = True,
     pad_id: int = 0,
 ) -> list[Pack]:
     """Lays out (prompt ids, completion ids) pairs, longest first, so that no batch mixes long rows with short ones.
@@ -133,7 +156,10 @@ def build_packs(
             they can't). ``Pack.source`` numbers the keys in order of first appearance. Default: one group
             for all.
         row_tokens: rows are filled up to this many tokens; a longer tree gets a row of its own.
+        tree_tokens: from a prompt's length, how long its tree may become before it goes on in another, with the
+            prompt again. Default: ``row_tokens``.
         batch_tokens: most tokens of a pack, padding included, unless one row alone is longer.
+        last_tokens: lay out each completion's last token too. It predicts nothing that is scored.
         pad_id: id that fills the rows' ends.
 
     Raises:
@@ -149,24 +175,28 @@ def build_packs(
             raise ValidationError(f"Pair {i} has an empty {'prompt' if not len(prompt) else 'completion'}.")
     numbers = {key: n for n, key in enumerate(dict.fromkeys(keys))}
     source = [numbers[key] for key in keys]
-    rows = _fill_rows(_trees(pairs, source, layout, row_tokens), row_tokens if layout == "tree" else 0)
+    inputs = pairs if last_tokens else [(prompt, completion[:-1]) for prompt, completion in pairs]
+    trees = _trees(inputs, source, layout, tree_tokens or (lambda _: row_tokens))
+    rows = _fill_rows(trees, row_tokens if layout == "tree" else 0)
     packs: list[Pack] = []
     while rows:
         width = sum(t.size for t in rows[0])
         count = max(1, batch_tokens // width)
-        packs.append(_lay_out(rows[:count], pairs, source, layout, pad_id))
+        packs.append(_lay_out(rows[:count], pairs, source, layout, last_tokens, pad_id))
         rows = rows[count:]
     return packs
 
 
-def _trees(pairs: Sequence[Pair], source: list[int], layout: Layout, row_tokens: int) -> list[_Tree]:
-    """Pairs grouped by prompt; a tree that outgrows a row goes on in another with the prompt again."""
+def _trees(
+    pairs: Sequence[Pair], source: list[int], layout: Layout, tree_tokens: Callable[[int], int]
+) -> list[_Tree]:
+    """Pairs grouped by prompt; a tree that outgrows its room goes on in another with the prompt again."""
     trees: list[_Tree] = []
     growing: dict[Hashable, _Tree] = {}
     for i, (prompt, completion) in enumerate(pairs):
         key: Hashable = i if layout == "padded" else (source[i], tuple(prompt))
         tree = growing.get(key)
-        if tree is None or tree.size + len(completion) > row_tokens:
+        if tree is None or tree.size + len(completion) > tree_tokens(len(prompt)):
             tree = growing[key] = _Tree(tuple(prompt), size=len(prompt))
             trees.append(tree)
         tree.pairs.append(i)
@@ -229,7 +259,12 @@ class _Row:
 
 
 def _lay_out(
-    trees_by_row: list[list[_Tree]], pairs: Sequence[Pair], source: list[int], layout: Layout, pad_id: int
+    trees_by_row: list[list[_Tree]],
+    pairs: Sequence[Pair],
+    source: list[int],
+    layout: Layout,
+    last_tokens: bool,
+    pad_id: int,
 ) -> Pack:
     rows: list[_Row] = []
     scored: list[tuple[int, int, int, int, int]] = []
@@ -242,10 +277,11 @@ def _lay_out(
             prompt_end = len(row.ids) - 1
             for i in tree.pairs:
                 first, completion = len(row.ids), pairs[i][1]
-                row.write(completion, len(tree.prompt), prompt, group)
+                written = completion if last_tokens else completion[:-1]
+                row.write(written, len(tree.prompt), prompt, group)
                 predictors = [prompt_end, *range(first, first + len(completion) - 1)]
                 scored += (
-                    (r, first + k, before, token, i)
+                    (r, first + k if k < len(written) else -1, before, token, i)
                     for k, (before, token) in enumerate(zip(predictors, completion, strict=True))
                 )
     width = max(len(row.ids) for row in rows)

@@ -7,6 +7,7 @@ each way and compared with the plain way, one sequence at a time; the first way 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
@@ -17,7 +18,16 @@ from .models.adapter import ModelAdapter, undisturbed
 from .pack import Pack, build_packs
 from .positions import pack_positions
 
-__all__ = ["Form", "model_inputs", "packing_form", "replay_agrees", "unembedding_agrees", "window_of"]
+__all__ = [
+    "Form",
+    "close",
+    "model_inputs",
+    "packing_form",
+    "replay_agrees",
+    "unembedding_agrees",
+    "watch_unembedding",
+    "window_of",
+]
 
 Form = Literal["plain", "window", "dict", "padded"]
 FORMS: tuple[Form, ...] = ("plain", "window", "dict")
@@ -94,7 +104,7 @@ def _probe_forms(adapter: ModelAdapter, window: int | None) -> Form:
             except Exception as error:  # as above
                 _log.debug("%s does not take the packed form %r: %s", adapter.model_id, form, error)
                 continue
-            if all(_close(packed[pack.pair == i], truth) for i, truth in enumerate(alone)):
+            if all(close(packed[pack.pair == i], truth) for i, truth in enumerate(alone)):
                 _log.debug("%s takes the packed form %r", adapter.model_id, form)
                 return form
     _log.info("%s can't take a tree mask; it runs one padded sequence per row.", adapter.model_id)
@@ -122,7 +132,7 @@ def _scored(adapter: ModelAdapter, pack: Pack, form: Form | None = None) -> Tens
         return final_hidden(adapter, lambda: adapter.call(**inputs))[pack.row, pack.predictor]
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def close(a: Tensor, b: Tensor) -> bool:
     """Whether every row agrees to rounding of the dtype; never for NaN."""
     difference = (a - b).double().norm(dim=-1) / b.double().norm(dim=-1).clamp_min(1e-12)
     return bool((difference <= TOLERANCE.get(b.dtype, 1e-4)).all())
@@ -138,7 +148,7 @@ def unembedding_agrees(adapter: ModelAdapter) -> bool:
                 ours = adapter.unembedding.logits(_scored(adapter, pack))
                 with pack_positions(pack.positions):
                     theirs = adapter.call(**model_inputs(adapter, pack)).logits[pack.row, pack.predictor]
-                agrees = _close(ours, theirs.to(ours.dtype))
+                agrees = close(ours, theirs.to(ours.dtype))
         except MechanexError:
             raise
         except Exception as error:  # weights that are elsewhere between calls, say
@@ -150,6 +160,33 @@ def unembedding_agrees(adapter: ModelAdapter) -> bool:
             )
         adapter.findings["unembedding"] = agrees
     return bool(adapter.findings["unembedding"])
+
+
+def watch_unembedding(adapter: ModelAdapter, pack: Pack, run: Callable[[], Any]) -> Tensor:
+    """[N, n_vocab] logits for the pack's completion tokens from the model's own pass, which serves as the probe too.
+
+    So what is attached to the model sees one pass, the one that was asked for.
+
+    Args:
+        adapter: the model.
+        pack: what is run.
+        run: calls the model.
+    """
+    seen: list[Tensor] = []
+    head = adapter.head
+    handle = None if head is None else head.register_forward_pre_hook(lambda _, args: seen.extend(args[:1]))
+    try:
+        logits: Tensor = run().logits
+    finally:
+        if handle is not None:
+            handle.remove()
+    theirs = logits[pack.row.to(logits.device), pack.predictor.to(logits.device)]
+    with torch.no_grad():
+        if seen and bool(theirs.isfinite().all()):
+            hidden = seen[0][pack.row.to(seen[0].device), pack.predictor.to(seen[0].device)]
+            ours = adapter.unembedding.logits(hidden)
+            adapter.findings["unembedding"] = close(ours, theirs.to(ours))
+    return theirs
 
 
 def replay_agrees(adapter: ModelAdapter) -> bool:
@@ -191,4 +228,4 @@ def _probe_replay(adapter: ModelAdapter) -> bool:
             replayed, whole = resumed.scored(), _scored(adapter, pack)
         finally:
             handle.remove()
-    return _close(replayed, whole)
+    return close(replayed, whole)

@@ -253,10 +253,15 @@ def exclusive(adapter: ModelAdapter) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Runs a block with the model in eval mode and without weight gradients; everything is put back afterwards."""
+def undisturbed(model: nn.Module, *, freeze: bool = True) -> Iterator[None]:
+    """Runs a block with the model in eval mode and without weight gradients; everything is put back afterwards.
+
+    Args:
+        model: a module.
+        freeze: False leaves the weights' ``requires_grad`` as it is.
+    """
     training = [m for m in model.modules() if m.training]
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if freeze and p.requires_grad]
     try:
         for module in training:
             module.training = False
