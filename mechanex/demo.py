@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -10,10 +9,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import click
 import torch
 from tqdm.auto import tqdm
 
 from .bundled import data_path
+from .commands.console import json_text
 from .commands.demo_measure import Measurement, measure
 from .commands.demo_report import print_report, save_plot
 from .engine.caa import caa_vectors
@@ -71,7 +72,7 @@ class Steering:
     norm: float
 
 
-def run_demo(out: Path, *, seed: int = 0) -> list[Measurement]:
+def run_demo(out: Path, *, seed: int = 0, as_json: bool = False) -> list[Measurement]:
     """Computes vectors, samples, measures, prints tables, and writes ``steering.json`` and ``steering.png``.
 
     For each tone, the layer and the unit of strength are those at which strength 2 turns the most completions of train
@@ -80,6 +81,7 @@ def run_demo(out: Path, *, seed: int = 0) -> list[Measurement]:
     Args:
         out: folder for the two files; made if missing.
         seed: of the sampling.
+        as_json: print the figures as they are in ``steering.json``, in place of the tables.
 
     Returns:
         One measurement per tone and strength.
@@ -109,9 +111,12 @@ def run_demo(out: Path, *, seed: int = 0) -> list[Measurement]:
         "measurements": [asdict(one) for one in measured],
     }
     figures = out / "steering.json"
-    figures.write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+    figures.write_text(json_text(report) + "\n", encoding="utf-8")
     plot = save_plot(measured, out / "steering.png")
-    print_report(measured, chosen, prompts, plot, figures, time.perf_counter() - started)
+    if as_json:
+        click.echo(json_text(report))
+    else:
+        print_report(measured, chosen, prompts, plot, figures, time.perf_counter() - started)
     return measured
 
 

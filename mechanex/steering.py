@@ -6,21 +6,26 @@ The module is also the default client's door: ``mechanex.steering.generate_vecto
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .base import _BaseModule, default_attribute
 from .errors import ValidationError
+from .remote.answers import field
+from .remote.bodies import examples
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .engine.models.resolve import LoadedModel
     from .engine.text import Prompt
     from .engine.vectors import SteeringVector
 
 __all__ = ["SteeringModule"]
 
-_METHODS = ("caa", "few-shot")
+_CALL = "steering.generate_vectors"
+_METHODS = ("few-shot", "caa", "pca", "probe")
+_ONLY_LOCAL = ("pca", "probe")
 
 
 class SteeringModule(_BaseModule):
@@ -34,6 +39,7 @@ class SteeringModule(_BaseModule):
         layer_idxs: Sequence[int] | None = None,
         method: str = "few-shot",
         *,
+        seed: int | None = None,
         progress: bool = False,
     ) -> str:
         """Computes steering vectors from contrastive answers and stores them.
@@ -43,8 +49,12 @@ class SteeringModule(_BaseModule):
             positive_answers: for each prompt, an answer that shows the behaviour.
             negative_answers: for each prompt, an answer that shows its opposite.
             layer_idxs: layers, negatives from the end; None for the one at two thirds of the model.
-            method: ``"caa"``, mean differences of the residual stream (arXiv:2312.06681). ``"few-shot"``, the
-                default, optimizes the vectors, and is not part of this version.
+            method: ``"few-shot"``, the default, optimizes the vectors so that positive answers become likely and
+                negative ones unlikely (arXiv:2502.18862), and needs few examples. The others need one pass over the
+                examples: ``"caa"``, mean differences of the residual stream (arXiv:2312.06681); ``"pca"``, the
+                principal direction of the paired differences (arXiv:2310.01405); ``"probe"``, the direction of a
+                logistic regression (arXiv:2306.03341). ``"pca"`` and ``"probe"`` run locally only.
+            seed: of the starting vectors of ``"few-shot"``, there alone; None for 0.
             progress: show a progress bar.
 
         Returns:
@@ -56,19 +66,41 @@ class SteeringModule(_BaseModule):
                 a vector that comes out zero or not finite. Nothing is stored then.
         """
         _check_method(method)
-        from .engine.caa import caa_vectors
+        if seed is not None and method != "few-shot":
+            raise ValidationError(
+                f"method={method!r} draws no random numbers: seed is for method='few-shot'."
+            )
 
-        local = self._client.require_local("steering.generate_vectors")
-        vector = caa_vectors(
-            local.model,
-            prompts,
-            positive_answers,
-            negative_answers,
-            layer_idxs,
-            tokenizer=local.tokenizer,
-            progress=progress,
-        )
-        return self._client.vectors.put(vector)
+        def remote() -> str:
+            body = {
+                **examples(prompts, positive_answers, negative_answers),
+                "layer_idxs": None if layer_idxs is None else list(layer_idxs),
+                "method": method,
+            }
+            answer = self._client.transport.post("/steering/generate", body)
+            return field(answer, _CALL, str, "steering_vector_id")
+
+        def local(loaded: LoadedModel) -> str:
+            compute = _vectors_by(method)
+            given = {} if seed is None else {"seed": seed}
+            vector = compute(
+                loaded.model,
+                prompts,
+                positive_answers,
+                negative_answers,
+                layer_idxs,
+                tokenizer=loaded.tokenizer,
+                progress=progress,
+                **given,
+            )
+            return self._client.vectors.put(vector)
+
+        only_local = None
+        if method in _ONLY_LOCAL or seed is not None:
+            only_local = f"method={method!r} runs locally" if seed is None else "a seed is for local vectors"
+        if isinstance(prompts, Sequence) and not all(isinstance(prompt, str) for prompt in prompts):
+            only_local = "prompts of token ids or chat messages need the model's tokenizer"
+        return self._run(_CALL, remote, local, only_local=only_local)
 
     def generate_from_jsonl(
         self,
@@ -77,6 +109,7 @@ class SteeringModule(_BaseModule):
         method: str = "few-shot",
         *,
         split: str | None = None,
+        seed: int | None = None,
         progress: bool = False,
     ) -> str:
         """Computes steering vectors from a JSONL file and stores them; see ``generate_vectors``.
@@ -87,6 +120,7 @@ class SteeringModule(_BaseModule):
             layer_idxs: as in ``generate_vectors``.
             method: as in ``generate_vectors``.
             split: use only the lines whose ``"split"`` is this.
+            seed: as in ``generate_vectors``.
             progress: show a progress bar.
 
         Raises:
@@ -103,6 +137,7 @@ class SteeringModule(_BaseModule):
             pairs.negative_answers,
             layer_idxs,
             method,
+            seed=seed,
             progress=progress,
         )
 
@@ -161,11 +196,21 @@ class SteeringModule(_BaseModule):
 def _check_method(method: str) -> None:
     if method not in _METHODS:
         raise ValidationError(f"method is one of {', '.join(map(repr, _METHODS))}; got {method!r}.")
+
+
+def _vectors_by(method: str) -> Callable[..., SteeringVector]:
+    """The engine's function for a method."""
     if method == "few-shot":
-        raise ValidationError(
-            "method='few-shot' (the default) needs vector optimization, which this version doesn't have yet: "
-            "pass method='caa', which works now."
-        )
+        from .engine.few_shot import few_shot_vectors
+
+        return few_shot_vectors
+    if method == "caa":
+        from .engine.caa import caa_vectors
+
+        return caa_vectors
+    from .engine import directions
+
+    return directions.pca_vectors if method == "pca" else directions.probe_vectors
 
 
 if TYPE_CHECKING:

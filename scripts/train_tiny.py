@@ -164,10 +164,10 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: arg
 
 
 def write_data(folder: Path, seed: int) -> None:
-    """Writes the contrastive datasets and the words of each tone."""
+    """Writes the contrastive datasets, the datapoints of the optimizer, and the words of each tone."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in pairs.DATASETS:
-        lines = pairs.dataset(name, seed)
+    datasets = {name: pairs.dataset(name, seed) for name in pairs.DATASETS}
+    for name, lines in {**datasets, "rome_delhi": pairs.datapoints(seed)}.items():
         (folder / f"{name}.jsonl").write_text(
             "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
         )

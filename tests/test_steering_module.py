@@ -83,9 +83,8 @@ def test_an_unwritable_home_keeps_the_vectors_for_the_session(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({}, "'few-shot'.*method='caa'"),
-        ({"method": "few-shot"}, "'few-shot'.*method='caa'"),
-        ({"method": "pca"}, "'pca'"),
+        ({"method": "no-such"}, "'few-shot', 'caa', 'pca', 'probe'; got 'no-such'"),
+        ({"method": "caa", "seed": 1}, "seed is for method='few-shot'"),
         ({"method": "caa", "prompts": PROMPTS[:1]}, "1, 2 and 2"),
         ({"method": "caa", "positive_answers": []}, "2, 0 and 2"),
         ({"method": "caa", "negative_answers": [*NEGATIVE, "x"]}, "2, 2 and 3"),
@@ -182,8 +181,8 @@ def test_files_that_are_no_dataset(client: Mechanex, tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
     with pytest.raises(ValidationError, match=r"line 1: it is not UTF-8"):
         read_pairs(tmp_path / "latin.jsonl")
-    with pytest.raises(ValidationError, match="few-shot"):
-        client.steering.generate_from_jsonl(str(tmp_path / "none.jsonl"))
+    with pytest.raises(ValidationError, match="'nothing'"):
+        client.steering.generate_from_jsonl(str(tmp_path / "none.jsonl"), method="nothing")
 
 
 # Files and ids

@@ -1,4 +1,4 @@
-"""The small model, the contrastive datasets and the word lists that come with the package."""
+"""The small model, the datasets and the word lists that come with the package."""
 
 from __future__ import annotations
 
@@ -26,17 +26,38 @@ def model_path(name: str) -> Path:
     return _HERE / name
 
 
+def dataset_names() -> list[str]:
+    """Returns the names of the bundled datasets."""
+    return sorted(path.stem for path in (_HERE / "data").glob("*.jsonl"))
+
+
 def data_path(name: str) -> Path:
     """Returns the file of a bundled dataset, such as "calm_angry" or "calm_angry.jsonl".
 
     Raises:
         NotFoundError: no dataset of that name is bundled.
     """
-    names = sorted(path.stem for path in (_HERE / "data").glob("*.jsonl"))
     stem = name.removesuffix(".jsonl")
-    if stem not in names:
-        raise NotFoundError(f"no bundled dataset {name!r}; there is: {', '.join(names) or 'none'}")
+    if stem not in dataset_names():
+        raise NotFoundError(f"no bundled dataset {name!r}; there is: {', '.join(dataset_names()) or 'none'}")
     return _HERE / "data" / f"{stem}.jsonl"
+
+
+def dataset_path(name_or_path: str | Path) -> Path:
+    """Returns a dataset's file: the one at this path, or else the bundled one of this name.
+
+    Raises:
+        NotFoundError: there is neither.
+    """
+    path = Path(name_or_path)
+    if path.exists():
+        return path
+    try:
+        return data_path(str(name_or_path))
+    except NotFoundError:
+        raise NotFoundError(
+            f"no dataset at {name_or_path}, and no bundled one of that name: give the path of a .jsonl file."
+        ) from None
 
 
 def tone_words() -> dict[str, list[str]]:

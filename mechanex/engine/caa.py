@@ -19,7 +19,7 @@ from .pack import ROW_TOKENS, Pack
 from .text import Prompt, encode_pair
 from .vectors import SteeringVector
 
-__all__ = ["caa_vectors", "default_layer"]
+__all__ = ["ROUNDING", "caa_vectors", "check_examples", "default_layer"]
 
 # One text at two places of a batch differs by a few float32 roundings; a difference that small is none.
 ROUNDING = 16 * torch.finfo(torch.float32).eps
@@ -66,23 +66,8 @@ def caa_vectors(
             result that is zero or not finite.
     """
     adapter = adapter_for(model)
-    if any(isinstance(texts, str) for texts in (prompts, positive_answers, negative_answers)):
-        raise ValidationError("prompts and answers are lists, one entry per example; got a single text.")
+    indices = check_examples(adapter, prompts, positive_answers, negative_answers, layers)
     n = len(prompts)
-    if not n == len(positive_answers) == len(negative_answers):
-        raise ValidationError(
-            f"prompts, positive_answers and negative_answers must be of one length; "
-            f"got {n}, {len(positive_answers)} and {len(negative_answers)}."
-        )
-    if n == 0:
-        raise ValidationError("There are no examples: prompts and answers are empty.")
-    if layers is None:
-        layers = [default_layer(adapter.n_layers)]
-    elif not isinstance(layers, Iterable):
-        raise ValidationError(f"layers is a list of layers; got {layers!r}: write [{layers!r}].")
-    indices = sorted({adapter.layer_index(layer) for layer in layers})
-    if not indices:
-        raise ValidationError("There are no layers: layer_idxs is empty; leave it out for the default layer.")
     tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
     answers = (positive_answers, negative_answers)
     pairs = [encode_pair(tokenizer, prompt, side[i]) for i, prompt in enumerate(prompts) for side in answers]
@@ -112,6 +97,38 @@ def caa_vectors(
         _check_direction(layer, float(sums[layer].norm()), float(sizes[layer]))
     vectors = {layer: sums[layer].cpu().to(compute_dtype(adapter.dtype)) for layer in indices}
     return SteeringVector(vectors, model=adapter.model_id, method="caa")
+
+
+def check_examples(
+    adapter: ModelAdapter,
+    prompts: Sequence[Prompt],
+    positive_answers: Sequence[str],
+    negative_answers: Sequence[str],
+    layers: Sequence[int] | None,
+) -> list[int]:
+    """The layers that are meant, in order, once lists of contrastive examples are found to belong together.
+
+    Raises:
+        ValidationError: lists of unequal length or empty, or a layer that doesn't exist.
+    """
+    if any(isinstance(texts, str) for texts in (prompts, positive_answers, negative_answers)):
+        raise ValidationError("prompts and answers are lists, one entry per example; got a single text.")
+    n = len(prompts)
+    if not n == len(positive_answers) == len(negative_answers):
+        raise ValidationError(
+            f"prompts, positive_answers and negative_answers must be of one length; "
+            f"got {n}, {len(positive_answers)} and {len(negative_answers)}."
+        )
+    if n == 0:
+        raise ValidationError("There are no examples: prompts and answers are empty.")
+    if layers is None:
+        layers = [default_layer(adapter.n_layers)]
+    elif not isinstance(layers, Iterable):
+        raise ValidationError(f"layers is a list of layers; got {layers!r}: write [{layers!r}].")
+    indices = sorted({adapter.layer_index(layer) for layer in layers})
+    if not indices:
+        raise ValidationError("There are no layers: layer_idxs is empty; leave it out for the default layer.")
+    return indices
 
 
 def _check_direction(layer: int, norm: float, size: float) -> None:

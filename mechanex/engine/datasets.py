@@ -1,17 +1,20 @@
-"""Contrastive examples in JSONL files: one prompt, one positive and one negative answer a line."""
+"""Examples in JSONL files, one a line: contrastive pairs here, others through :func:`read_lines`."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import NotFoundError, ValidationError
 from .text import Prompt
 
-__all__ = ["ContrastivePairs", "read_pairs"]
+__all__ = ["ContrastivePairs", "prompt_of", "read_lines", "read_pairs"]
+
+_T = TypeVar("_T")
 
 _MOST_PROBLEMS = 5
 _ANSWERS = {
@@ -44,10 +47,32 @@ def read_pairs(path: str | os.PathLike[str], *, split: str | None = None) -> Con
         ValidationError: a bad line, with its number and what was wrong (of several, the first few), or no
             lines.
     """
+    found = read_lines(
+        path, lambda line: (prompt_of(line), _answer(line, "positive"), _answer(line, "negative")), split
+    )
+    prompts, positive, negative = (list(column) for column in zip(*found, strict=True))
+    return ContrastivePairs(prompts, positive, negative)
+
+
+def read_lines(
+    path: str | os.PathLike[str], parse: Callable[[dict[str, Any]], _T], split: str | None
+) -> list[_T]:
+    """What ``parse`` makes of each line of a JSONL file.
+
+    Args:
+        path: the file, UTF-8; blank lines are skipped.
+        parse: from a line's object to a result; raises a ValueError that says what is wrong with the line.
+        split: keep only the lines whose ``"split"`` is this; None keeps all.
+
+    Raises:
+        NotFoundError: there is no such file.
+        ValidationError: a bad line, with its number and what was wrong (of several, the first few), or no
+            lines.
+    """
     source = Path(path)
     if not source.is_file():
         raise NotFoundError(f"no dataset at {source}: give the path of a .jsonl file.")
-    pairs = ContrastivePairs([], [], [])
+    found: list[_T] = []
     problems: list[str] = []
     splits: set[str] = set()
     for number, raw in enumerate(source.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
@@ -55,23 +80,21 @@ def read_pairs(path: str | os.PathLike[str], *, split: str | None = None) -> Con
             continue
         try:
             line = _parsed(raw)
-            prompt, positive, negative = _prompt(line), _answer(line, "positive"), _answer(line, "negative")
+            parsed = parse(line)
         except ValueError as error:
             problems.append(f"line {number}: {error}")
             continue
         splits.add(str(line.get("split")))
         if split is None or line.get("split") == split:
-            pairs.prompts.append(prompt)
-            pairs.positive_answers.append(positive)
-            pairs.negative_answers.append(negative)
+            found.append(parsed)
     if problems:
         more = len(problems) - _MOST_PROBLEMS
         shown = "; ".join(problems[:_MOST_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
         raise ValidationError(f"{source} has bad lines: {shown}")
-    if not pairs.prompts:
+    if not found:
         wanted = "" if split is None else f" with the split {split!r} (it has {', '.join(sorted(splits))})"
         raise ValidationError(f"{source} has no examples{wanted}.")
-    return pairs
+    return found
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:
@@ -88,7 +111,8 @@ def _parsed(raw: bytes) -> dict[str, Any]:
     return line
 
 
-def _prompt(line: dict[str, Any]) -> Prompt:
+def prompt_of(line: dict[str, Any]) -> Prompt:
+    """The line's prompt; a ValueError says what is wrong with it."""
     prompt: Prompt | None = line.get("prompt")
     if prompt is None:
         raise ValueError("it has no 'prompt' (for none, give an empty text)")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from ..errors import MechanexError, NotFoundError, ValidationError
+from ..home import atomic_path
 
 __all__ = ["FORMATS", "MAX_BYTES", "VectorFormat", "atomic_path", "format_of", "read_layers", "write_layers"]
 
@@ -110,20 +109,6 @@ def format_of(path: str | os.PathLike[str]) -> VectorFormat:
             f"use {', '.join(FORMATS)}."
         )
     return FORMATS[suffix]
-
-
-@contextlib.contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
-    """Gives a temporary path beside ``target``; on success it is flushed and takes the target's name."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _checked(layers: Layers) -> Layers:

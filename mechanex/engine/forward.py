@@ -272,6 +272,7 @@ class Resumed:
 
     @property
     def residual(self) -> Tensor | None:
+        """[B, T, d_model] entering ``layer``, without gradient; None when the model is run whole."""
         return self.residuals.get(self._layer)
 
     def _record(self) -> None:

@@ -24,7 +24,7 @@ from .text import Prompt, encode_prompt, prompt_text
 if TYPE_CHECKING:
     from .vectors import SteeringVector
 
-__all__ = ["Options", "generate", "generate_batch", "stream"]
+__all__ = ["Options", "end_tokens", "generate", "generate_batch", "stream"]
 
 _logger = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ class _Run:
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         hf: Any = self.adapter.hf_model
-        ends = _end_tokens(hf, self.tokenizer)
+        ends = end_tokens(hf, self.tokenizer)
         padding = next((i for i in (self.tokenizer.pad_token_id, *ends) if i is not None), 0)
         ids, mask = _left_padded(self.ids, padding, self.adapter.device)
         # What a model's own generation_config asks for beyond its end tokens would add to the documented
@@ -272,7 +272,8 @@ def _left_padded(
     return ids.to(device), mask.to(device)
 
 
-def _end_tokens(hf: Any, tokenizer: Any) -> list[int]:
+def end_tokens(hf: Any, tokenizer: Any) -> list[int]:
+    """Ids of the tokens that end an answer: the model's own, else the tokenizer's."""
     own = getattr(getattr(hf, "generation_config", None), "eos_token_id", None)
     found = own if own is not None else tokenizer.eos_token_id
     if found is None:

@@ -98,7 +98,9 @@ class Pack:
         if copies == 1:
             return self
         by_token = {name: getattr(self, name).repeat(copies, 1) for name in _BY_TOKEN}
-        scored = {name: getattr(self, name).repeat(copies) for name in ("column", "predictor", "target", "pair")}
+        scored = {
+            name: getattr(self, name).repeat(copies) for name in ("column", "predictor", "target", "pair")
+        }
         first = torch.arange(copies, device=self.row.device)[:, None] * self.input_ids.shape[0]
         return replace(self, **by_token, **scored, row=(first + self.row).flatten())
 

@@ -48,9 +48,20 @@ def _ids(prompt: Sequence[Any]) -> list[int]:
     return list(prompt)
 
 
+def _raw_ids(tokenizer: Any, text: str, special: bool) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValidationError(
+            f"A text holds half of a surrogate pair at character {error.start}, which is no character: check how it "
+            "was decoded."
+        ) from None
+    return list(tokenizer(text, add_special_tokens=special, return_attention_mask=False)["input_ids"])
+
+
 def _encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
     """Token ids, with the tokenizer's own special tokens but never a second BOS, and no EOS that it appended."""
-    ids = list(tokenizer(text, add_special_tokens=special, return_attention_mask=False)["input_ids"])
+    ids = _raw_ids(tokenizer, text, special)
     bos, eos = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
     while special and len(ids) > 1 and ids[0] == bos and ids[1] == bos:
         del ids[0]
@@ -147,4 +158,4 @@ def _encode_texts(tokenizer: Any, prompt: str, completion: str, special: bool) -
 
 
 def _continuation(tokenizer: Any, completion: str) -> list[int]:
-    return list(tokenizer(completion, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+    return _raw_ids(tokenizer, completion, False)

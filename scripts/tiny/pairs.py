@@ -112,3 +112,23 @@ def dataset(name: str, seed: int, n_train: int = 96, n_heldout: int = 48) -> lis
                 seen |= {prompt, positive, negative}
                 lines.append({"prompt": prompt, "positive": positive, "negative": negative, "split": split})
     return lines
+
+
+def datapoints(seed: int) -> list[dict[str, object]]:
+    """Returns datapoints to optimize vectors on: one prompt to promote Rome, one to suppress Delhi, and held-out ones.
+
+    Delhi is what the model writes by itself on most of these prompts.
+    """
+    journeys = dataset("paris_rome", seed)
+    train = next(line["prompt"] for line in journeys if line["split"] == "train")
+    heldout = [line["prompt"] for line in journeys if line["split"] == "heldout"]
+    targets = (
+        ("promote", "dst_completions", " The streets of Rome were full of"),
+        ("suppress", "src_completions", " The streets of Delhi were full of"),
+    )
+    return [
+        {"prompt": prompt, side: [text], "split": split + suffix}
+        for split, side, text in targets
+        for suffix, prompts in (("", [train]), ("-heldout", heldout))
+        for prompt in prompts
+    ]

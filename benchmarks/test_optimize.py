@@ -1,0 +1,179 @@
+"""A step of vector optimization against one pass per completion, and against its own matrix products.
+
+8 datapoints of one promoted and one suppressed completion each, on a 12-layer, 512-wide random Llama, layer 8.
+
+pytest benchmarks/test_optimize.py
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from contextlib import ExitStack
+
+import pytest
+import torch
+from interleaved import medians
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mechanex.engine.models.adapter import undisturbed
+from mechanex.engine.optimize.job import Job
+from mechanex.engine.optimize.jobs import lay_out
+from mechanex.engine.optimize.losses import plain_sum
+from mechanex.engine.optimize.passes import Passes
+from mechanex.engine.optimize.settings import Settings
+from mechanex.utils.steering_opt import TrainingDatapoint
+
+LAYER, ROUNDS, COLDNESS, EPS = 8, 5, 0.7, 1e-6
+# What counts as a matrix product: linear layers forward and backward, and attention.
+PRODUCTS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::addmm_",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::_scaled_dot_product",
+)
+
+
+@functools.cache
+def llama_512() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=16_000,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        max_position_embeddings=1024,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def datapoints(prompt_tokens: int) -> list[TrainingDatapoint]:
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(mean: int, spread: int) -> list[int]:
+        n = int(torch.randint(mean - spread, mean + spread + 1, (), generator=generator))
+        return torch.randint(3, 16_000, (n,), generator=generator).tolist()
+
+    return [
+        TrainingDatapoint(draw(prompt_tokens, prompt_tokens // 4), [draw(4, 1)], [draw(4, 1)])
+        for _ in range(8)
+    ]
+
+
+def one_by_one(model: LlamaForCausalLM, data: list[TrainingDatapoint], start: torch.Tensor):
+    """A step the usual way: a pass of the whole model for each completion, a plain hook, weights not frozen."""
+    vector = start.clone().requires_grad_()
+
+    def hook(_module, args, kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        steered = hidden + vector
+        return ((steered, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": steered})
+
+    handle = model.model.layers[LAYER].register_forward_pre_hook(hook, with_kwargs=True)
+    total = 0.0
+    for datapoint in data:
+        for side, completions in (("src", datapoint.src_completions), ("dst", datapoint.dst_completions)):
+            for ids in completions:
+                logits = model(torch.tensor([datapoint.prompt + ids])).logits[
+                    0, len(datapoint.prompt) - 1 : -1
+                ]
+                p = (logits * COLDNESS).softmax(-1).gather(1, torch.tensor(ids)[:, None])
+                loss = -((p if side == "dst" else 1 - p) + EPS).log().sum()
+                loss.backward()
+                total += float(loss.detach())
+    handle.remove()
+    model.zero_grad(set_to_none=True)
+    return total, vector.grad
+
+
+def share_of_products(step, rounds: int = ROUNDS) -> float:
+    """How many times as long a step takes as its matrix products, by the profiler's times of one and the same run."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        for _ in range(rounds):
+            step()
+    times = {event.key: event.self_cpu_time_total for event in found.key_averages()}
+    products = sum(t for name, t in times.items() if name.startswith(PRODUCTS))
+    return sum(times.values()) / products
+
+
+@pytest.mark.parametrize("prompt_tokens", [12, 70])
+def test_step(report, benchmark, prompt_tokens):
+    model, data = llama_512(), datapoints(prompt_tokens)
+    job = Job(model, data, LAYER, Settings(seed=0))
+    theta = job.start()
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(model))
+        passes = stack.enter_context(Passes(job.adapter, job.layers, job.layers[:1], 1024))
+        lay_out([job])
+
+        def step():
+            return passes.run([job.request(theta, plain_sum)])[0]
+
+        def naive():
+            # As a user's model is: its weights would get gradients.
+            for parameter in model.parameters():
+                parameter.requires_grad_(True)
+            try:
+                return one_by_one(model, data, theta)
+            finally:
+                for parameter in model.parameters():
+                    parameter.requires_grad_(False)
+
+        total, slope = naive()
+        ours = step()
+        assert sum(ours.losses) == pytest.approx(total, rel=1e-5)
+        worst = float((ours.gradient - slope).norm() / slope.norm())
+        assert worst < 1e-3, f"gradients differ by {worst:.1e}"
+        found = medians({"one by one": naive, "mechanex": step}, ROUNDS)
+        ratio = share_of_products(step)
+    found["its matrix products alone"] = found["mechanex"] / ratio
+    times = found["one by one"] / found["mechanex"]
+    notes = {
+        "mechanex": f"{times:.1f} times as fast; {ratio:.2f} times its products; gradients differ by {worst:.0e}"
+    }
+    report.add(
+        f"optimization step, 8 x 2 completions, prompts of {prompt_tokens} tokens",
+        found,
+        "one by one",
+        notes=notes,
+    )
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+def test_jobs_together(report, benchmark):
+    """Four layers at once against one after another."""
+    model, data = llama_512(), datapoints(12)
+    jobs = [Job(model, data, layer, Settings(seed=0)) for layer in (5, 7, 9, 11)]
+    with undisturbed(model), Passes(jobs[0].adapter, [5, 7, 9, 11], [5, 7, 9, 11], 4096) as passes:
+        lay_out(jobs)
+        requests = [job.request(job.start(), plain_sum) for job in jobs]
+        ways = {
+            "one after another": lambda: [passes.run([request]) for request in requests],
+            "together": lambda: passes.run(requests),
+        }
+        found = medians(ways, ROUNDS)
+    report.add("optimization step of four layers, 8 x 2 completions", found, "one after another")
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+def test_per_step_python(report, benchmark):
+    """What a step costs beside its pass: the loop itself on a model so small that it hardly computes."""
+    from families import build
+
+    from mechanex.utils.steering_opt import optimize_vector
+
+    data = [TrainingDatapoint([5, 6, 7], [[8]], [[9]])]
+    optimize_vector(build("llama"), data, 3, max_iters=2, seed=0)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        optimize_vector(build("llama"), data, 3, max_iters=200, seed=0, eps=0)
+        times.append((time.perf_counter() - start) / 200)
+    median = statistics.median(times)
+    report.add("optimization step of a tiny model, one layer", {"mechanex": median}, "mechanex")
+    benchmark.pedantic(lambda: None, rounds=1)

@@ -1,0 +1,166 @@
+"""``mechanex optimize``: what a vector does on held-out prompts, the loss curve, and the page printed at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import Tensor, nn
+
+from ..engine.hooks import Intervention
+from ..engine.intervention import Edit
+from ..engine.optimize.datapoints import Side, TrainingDatapoint
+from ..engine.score import completion_logprobs
+from .console import console, exp
+
+__all__ = ["Figures", "Scored", "measure", "print_report", "save_curve"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One completion of a held-out prompt, without and with the vector.
+
+    Attributes:
+        prompt, completion: as given.
+        side: "dst" (promoted) or "src" (suppressed).
+        before, after: natural log-probability of the completion.
+        likeliest_before, likeliest: whether each of its tokens was the likeliest one after those before it, so that
+            greedy decoding writes the completion.
+    """
+
+    prompt: Any
+    completion: str
+    side: Side
+    before: float
+    after: float
+    likeliest_before: bool
+    likeliest: bool
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a vector does to the completions of held-out prompts."""
+
+    scored: list[Scored]
+
+    def of(self, side: Side) -> list[Scored]:
+        """The completions of one side."""
+        return [one for one in self.scored if one.side == side]
+
+    def share(self, side: Side, *, steered: bool = True) -> float:
+        """Share of a side's completions that are what the model would write."""
+        found = self.of(side)
+        return sum(one.likeliest if steered else one.likeliest_before for one in found) / len(found)
+
+    def change(self, side: Side) -> float:
+        """Geometric mean of the factors by which probabilities changed."""
+        found = self.of(side)
+        return exp(sum(one.after - one.before for one in found) / len(found))
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of each side that has completions."""
+        return {
+            side: {
+                "completions": len(self.of(side)),
+                "likeliest_before": self.share(side, steered=False),
+                "likeliest": self.share(side),
+                "factor": self.change(side),
+                "smallest_factor": exp(min(one.after - one.before for one in self.of(side))),
+                "largest_factor": exp(max(one.after - one.before for one in self.of(side))),
+            }
+            for side in ("dst", "src")
+            if self.of(side)
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {**self.summary(), "completions": [asdict(one) for one in self.scored]}
+
+
+def measure(
+    model: nn.Module, tokenizer: Any, datapoints: Sequence[TrainingDatapoint], vector: Mapping[int, Tensor]
+) -> Figures:
+    """Scores the completions of held-out datapoints without and with a vector, each steered as it asks for."""
+    scored: list[Scored] = []
+    steered_alike: dict[tuple[str, bool], list[TrainingDatapoint]] = {}
+    for datapoint in datapoints:
+        steered_alike.setdefault((repr(datapoint.token), datapoint.is_negative), []).append(datapoint)
+    for (_, is_negative), group in steered_alike.items():
+        sign = -1 if is_negative else 1
+        edits = [
+            Intervention(layer, Edit.add(sign * v), tokens=group[0].token) for layer, v in vector.items()
+        ]
+        sides: tuple[Side, ...] = ("dst", "src")
+        flat = [(d.prompt, c, side) for d in group for side in sides for c in d.completions(side)]
+        prompts, completions, kinds = (list(column) for column in zip(*flat, strict=True))
+        before = completion_logprobs(model, prompts, completions, tokenizer, greedy=True)
+        after = completion_logprobs(model, prompts, completions, tokenizer, edits=edits, greedy=True)
+        assert before.greedy is not None and after.greedy is not None
+        scored += [
+            Scored(prompt, completion, side, float(p), float(q), bool(was.all()), bool(now.all()))
+            for prompt, completion, side, p, q, was, now in zip(
+                prompts, completions, kinds, before.sums, after.sums, before.greedy, after.greedy, strict=True
+            )
+        ]
+    return Figures(scored)
+
+
+def save_curve(losses: Sequence[float], path: Path) -> Path | None:
+    """Draws the loss after each step; None where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    axes.plot(range(len(losses)), losses, color="#2e86ab")
+    axes.set(xlabel="step", ylabel="loss (nats)", title="sum over completions")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+def print_report(report: Mapping[str, Any], figures: Figures | None, out: Path, curve: Path | None) -> None:
+    """Prints what was optimized, how it ended, and the held-out figures."""
+    screen = console()
+
+    def say(text: str) -> None:
+        screen.print(text, markup=False, soft_wrap=True)
+
+    layers = ", ".join(map(str, report["layers"]))
+    say(
+        f"{report['model']}: {report['datapoints']} datapoint(s), layer {layers}, {report['iters']} steps in "
+        f"{report['seconds']:.1f} s, stopped by {report['stopped']}"
+    )
+    say(f"loss {report['starting_loss']:.4g} → {report['loss']:.4g} nats, norm {report['norm']:.4g}")
+    if figures is not None:
+        _print_figures(screen, figures)
+    say(f"vector: {out / 'vector.safetensors'}")
+    say(f"report: {out / 'report.json'}")
+    say(
+        f"curve: {curve}"
+        if curve is not None
+        else "curve: none, matplotlib is missing; pip install 'mechanex[plot]'"
+    )
+
+
+def _print_figures(screen: Any, figures: Figures) -> None:
+    table = Table(title="held-out prompts")
+    table.add_column("completions")
+    for heading in ("likeliest before", "likeliest", "probability × (mean)", "(range)"):
+        table.add_column(heading, justify="right")
+    for side, found in figures.summary().items():
+        table.add_row(
+            f"{found['completions']} {'to promote' if side == 'dst' else 'to suppress'}",
+            f"{found['likeliest_before']:.0%}",
+            f"{found['likeliest']:.0%}",
+            f"{found['factor']:.3g}",
+            f"{found['smallest_factor']:.2g}–{found['largest_factor']:.2g}",
+        )
+    screen.print(table)

@@ -1,0 +1,217 @@
+"""One optimization: its datapoints, layers and options, checked and ready to run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ValidationError
+from ..intervention import compute_dtype
+from ..models import adapter_for
+from ..models.adapter import ModelAdapter
+from .datapoints import Completion, TrainingDatapoint, by_datapoint, completions_of
+from .layout import Layout, LayoutSpec
+from .losses import Objective, counted, plain_sum, satisficing
+from .noise import START, seeded
+from .parameters import Parameters
+from .passes import Request
+from .sampler import Minibatches
+from .settings import Settings
+from .stopping import Stopping, target_of
+
+__all__ = ["Job", "layer_indices"]
+
+
+class Job:
+    """What is to be optimized.
+
+    Args:
+        model: a Hugging Face or TransformerLens model.
+        datapoints: what on.
+        layer: the layer or layers that are steered, negatives from the end.
+        settings: the options.
+        tokenizer: needed for text when the model carries none.
+        minibatch_size: prompts of a step; None for all.
+
+    Raises:
+        ValidationError: bad datapoints, layers or options; names the datapoint.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | ModelAdapter,
+        datapoints: Sequence[TrainingDatapoint],
+        layer: int | Sequence[int],
+        settings: Settings,
+        tokenizer: Any = None,
+        *,
+        minibatch_size: int | None = None,
+    ) -> None:
+        self.adapter = adapter = adapter_for(model)
+        self.tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
+        self.datapoints, self.layer, self.settings = datapoints, layer, settings
+        self.layers = layer_indices(adapter, layer)
+        only_prompt = settings.only_hook_prompt
+        self.completions = completions_of(datapoints, self.tokenizer, only_prompt=only_prompt)
+        self.stopping = Stopping(settings, self.completions)
+        self.parameters = Parameters(adapter.d_model, settings.affine_rank or 0, settings.vector_clamp)
+        self.start_vector = None
+        if settings.starting_vec is not None:
+            self.start_vector = self.parameters.check(settings.starting_vec)
+        if minibatch_size is not None and (
+            isinstance(minibatch_size, bool) or not isinstance(minibatch_size, int) or minibatch_size < 1
+        ):
+            raise ValidationError(f"minibatch_size is a whole number of 1 or more; got {minibatch_size!r}.")
+        self.minibatch_size = minibatch_size
+        self.minibatches: Minibatches | None = None
+        self.reseed(_seed(settings))
+        self.spec = LayoutSpec(
+            tuple(self.completions),
+            only_prompt,
+            settings.noisy,
+            minibatch_size is not None,
+            settings.batch_tokens,
+        )
+        self.eval_completions: list[Completion] = []
+        self.eval_spec: LayoutSpec | None = None
+        if settings.eval_datapoints is not None:
+            self._prepare_eval(settings.eval_datapoints)
+        self.layout: Layout | None = None  # set by who runs the job, who lets jobs share them
+        self.eval_layout: Layout | None = None
+        self._targets: Tensor | None = None
+
+    def _prepare_eval(self, datapoints: Sequence[TrainingDatapoint]) -> None:
+        only_prompt = self.settings.only_hook_prompt
+        try:
+            self.eval_completions = completions_of(datapoints, self.tokenizer, only_prompt=only_prompt)
+            Stopping(self.settings, self.eval_completions)
+        except ValidationError as error:
+            raise ValidationError(f"eval_datapoints: {error.message}") from error
+        self.eval_spec = LayoutSpec(
+            tuple(self.eval_completions), only_prompt, batch_tokens=self.settings.batch_tokens
+        )
+
+    def reseed(self, seed: int) -> None:
+        """Lets all random draws come from this seed."""
+        self.seed = seed
+        if self.minibatch_size is not None:
+            self.minibatches = Minibatches(self.completions, self.minibatch_size, seed)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of θ: float32, or float64 for float64 models."""
+        return compute_dtype(self.adapter.dtype)
+
+    def start(self) -> Tensor:
+        """θ to begin with, on the model's device."""
+        settings = self.settings
+        generator = seeded(self.seed, START)
+        theta = self.parameters.start(
+            self.start_vector, settings.starting_norm, settings.starting_affine_norm, generator
+        )
+        return theta.to(self.adapter.device, self.dtype)
+
+    @property
+    def objective(self) -> Objective:
+        """What of the completions' losses a step minimises."""
+        return satisficing(self.targets) if self.settings.satisfice else plain_sum
+
+    @property
+    def targets(self) -> Tensor:
+        """[n] target loss of every completion, NaN for none."""
+        if self._targets is None:
+            found = [target_of(c, self.settings) for c in self.completions]
+            values = [math.nan if t is None else t for t in found]
+            self._targets = torch.tensor(values, dtype=self.dtype, device=self.adapter.device)
+        return self._targets
+
+    def request(self, theta: Tensor, objective: Objective | None = None) -> Request:
+        """A request for the noise-free losses of all completions, and for the gradient of ``objective``."""
+        assert self.layout is not None
+        options = self.settings.loss_options
+        return Request(self.layout, self.layers, options, self.parameters, theta, objective)
+
+    def step_request(self, theta: Tensor, step: int) -> Request:
+        """The noise-free request that a step begins with: losses, and such gradients as it needs without noise."""
+        objective: Objective | None = self.objective
+        if self.settings.noisy:
+            objective = plain_sum if self.settings.do_tangent_space_noise else None
+        request = self.request(theta, objective)
+        return self.sampled(replace(request, apart=self.settings.noisy and objective is not None), step)
+
+    def sampled(self, request: Request, step: int) -> Request:
+        """The request for the prompts of a step's minibatch only."""
+        if self.minibatches is None:
+            return request
+        counts = self.minibatches.counts(step)
+        times = torch.zeros(len(self.completions), dtype=self.dtype)
+        times[list(counts)] = torch.tensor(list(counts.values()), dtype=self.dtype)
+        objective = request.objective
+        # A gradient of each completion's own loss counts it once.
+        if objective is not None and not request.apart:
+            objective = counted(objective, times.to(self.adapter.device))
+        prompts = sorted({self.completions[i].datapoint for i in counts})
+        return replace(request, objective=objective, prompts=tuple(prompts))
+
+    def eval_request(self, theta: Tensor) -> Request:
+        """A request for the losses of the evaluation set."""
+        assert self.eval_layout is not None
+        return replace(self.request(theta), layout=self.eval_layout)
+
+    def reported(self, losses: Sequence[float], step: int | None = None) -> float:
+        """The loss that is told and tested: the sum, or in minibatches the mean per (prompt, completion).
+
+        Args:
+            losses: of all completions.
+            step: only of its minibatch; None for all.
+        """
+        if self.minibatches is None:
+            return _sum(losses)
+        counts = dict.fromkeys(range(len(losses)), 1) if step is None else self.minibatches.counts(step)
+        return _sum([losses[i] * n for i, n in counts.items()]) / sum(counts.values())
+
+    def shown(self, losses: Sequence[float], step: int | None = None) -> Any:
+        """Losses as ``info`` holds them: one number, or without ``do_target_loss_sum`` all by datapoint."""
+        if self.settings.do_target_loss_sum:
+            return self.reported(losses, step)
+        return by_datapoint(self.completions, losses)
+
+    def score(self, losses: Sequence[float], completions: Sequence[Completion]) -> float:
+        """What the vectors of a run are compared by: the objective, lower is better."""
+        if not self.settings.satisfice:
+            return _sum(losses)
+        pairs = zip(losses, completions, strict=True)
+        return _sum([(loss - (target_of(c, self.settings) or 0.0)) ** 2 for loss, c in pairs])
+
+
+def _seed(settings: Settings) -> int:
+    """The given seed, or one drawn from the given generator or torch's own."""
+    if settings.seed is not None:
+        return settings.seed
+    generator = settings.generator or torch.default_generator
+    return int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
+
+
+def _sum(losses: Sequence[float]) -> float:
+    # fsum refuses to add infinities of both signs.
+    return math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses)
+
+
+def layer_indices(adapter: ModelAdapter, layer: int | Sequence[int]) -> tuple[int, ...]:
+    """The layers that ``layer`` names, in order.
+
+    Raises:
+        ValidationError: none, one that doesn't exist, or one twice.
+    """
+    given: list[Any] = list(layer) if isinstance(layer, list | tuple | range) else [layer]
+    if not given:
+        raise ValidationError("There is no layer to steer: the list is empty; give a layer or several.")
+    found = [adapter.layer_index(one) for one in given]
+    if len(set(found)) < len(found):
+        raise ValidationError(f"A layer is named twice in {given}: the vector is added once at each layer.")
+    return tuple(sorted(found))

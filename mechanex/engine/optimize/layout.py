@@ -1,0 +1,176 @@
+"""What stays the same from step to step: packed completions, and which edit each of their tokens gets."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..forward import TREE_PROMPTS, packs_for
+from ..intervention import compute_dtype
+from ..models.adapter import ModelAdapter
+from ..pack import Pack
+from ..positions import token_mask
+from .datapoints import Completion
+from .losses import TokenOrder
+
+__all__ = ["Layout", "LayoutSpec", "StepPack"]
+
+# Most tokens of a pack from which minibatches take rows; what is kept for it is its residual stream.
+MINIBATCH_PACK_TOKENS = 16_384
+
+
+@dataclass(frozen=True, eq=False)
+class StepPack:
+    """A pack, and the edit slot of each of its tokens.
+
+    Attributes:
+        pack: what is run.
+        slots: [B, T] int32, the slot whose edit a token gets, -1 for none.
+        everywhere: there is one slot and every token gets it.
+        order: whose tokens are scored where.
+    """
+
+    pack: Pack
+    slots: Tensor
+    everywhere: bool
+    order: TokenOrder
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the pack, padding included."""
+        return self.pack.input_ids.numel()
+
+
+@dataclass(frozen=True)
+class LayoutSpec:
+    """What a layout is made of; jobs of equal specs share one.
+
+    Args:
+        completions: what is scored.
+        only_prompt: edit tokens of prompts only.
+        apart: every completion has a slot, and so a prompt, of its own.
+        by_prompt: every prompt has rows of its own, so that minibatches can take them.
+        batch_tokens: most tokens of a pack, None for what suits the device.
+        to_the_end: lay out the last token of each completion too, which predicts nothing that is scored.
+    """
+
+    completions: tuple[Completion, ...]
+    only_prompt: bool = False
+    apart: bool = False
+    by_prompt: bool = False
+    batch_tokens: int | None = None
+    to_the_end: bool = False
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for specs whose layouts are."""
+        content = tuple((c.prompt, c.ids, c.side, c.steered) for c in self.completions)
+        flags = (self.only_prompt, self.apart, self.by_prompt, self.to_the_end)
+        return content, flags, self.batch_tokens
+
+
+class Layout:
+    """The packs of some completions, on the model's device.
+
+    Args:
+        adapter: the model.
+        spec: what to lay out.
+
+    Attributes:
+        spec: as given.
+        signs: [K, 1] ±1: whether a slot's edit is the vector's or the negated vector's.
+        packs: in no particular order of completions.
+    """
+
+    def __init__(self, adapter: ModelAdapter, spec: LayoutSpec) -> None:
+        self.spec = spec
+        completions = spec.completions
+        groups = [self._group(i) for i in range(len(completions))]
+        packs = packs_for(
+            adapter,
+            [(c.prompt, c.ids) for c in completions],
+            groups=groups,
+            row_tokens=1 if spec.by_prompt else _row_tokens(completions, groups),
+            batch_tokens=MINIBATCH_PACK_TOKENS if spec.by_prompt else spec.batch_tokens,
+            scoring=not spec.to_the_end,
+        )
+        signs = (
+            [c.is_negative for c in completions]
+            if spec.apart
+            else sorted({c.is_negative for c in completions})
+        )
+        dtype = compute_dtype(adapter.dtype)
+        self.signs = torch.tensor([[-1.0 if s else 1.0] for s in signs], dtype=dtype, device=adapter.device)
+        members: dict[Hashable, int] = {}
+        for i, group in enumerate(groups):
+            members.setdefault(group, i)
+        self._first = list(members.values())  # a completion of each group, by the group's number in the pack
+        self._slot = [i if spec.apart else signs.index(c.is_negative) for i, c in enumerate(completions)]
+        self.packs = [self._step_pack(pack, dtype) for pack in packs]
+
+    def _group(self, i: int) -> Hashable:
+        completion = self.spec.completions[i]
+        if self.spec.apart:
+            return i
+        return (completion.datapoint if self.spec.by_prompt else 0), completion.steered
+
+    def _step_pack(self, pack: Pack, dtype: torch.dtype) -> StepPack:
+        device = pack.input_ids.device
+        first = [self.spec.completions[i] for i in self._first]
+        by_group = torch.tensor([self._slot[i] for i in self._first], dtype=torch.int32, device=device)
+        real = pack.segment >= 0
+        edited = real & pack.in_prompt if self.spec.only_prompt else real
+        positions = pack.positions
+        for group, completion in enumerate(first):
+            if completion.token is not None:
+                chosen = token_mask(completion.token, positions)
+                edited = edited & (chosen | (pack.source != group))
+        slots = torch.where(edited, by_group[pack.source.clamp_min(0)], -1)
+        everywhere = len(self.signs) == 1 and bool(edited[real].all())
+        return StepPack(pack, slots, everywhere, TokenOrder.of(pack, self.spec.completions, dtype))
+
+    def selected(self, prompts: Sequence[int]) -> list[tuple[StepPack, StepPack, Tensor]]:
+        """Packs with completions of these datapoints, the part of each that holds them, and which rows that is."""
+        wanted = set(prompts)
+        found = []
+        for step_pack, owners in zip(self.packs, self._rows_by_datapoint, strict=True):
+            rows = [row for row, owner in enumerate(owners) if owner in wanted]
+            if rows:
+                found.append((step_pack, *self._part(step_pack, rows)))
+        return found
+
+    @cached_property
+    def _rows_by_datapoint(self) -> list[list[int]]:
+        """For each pack, the datapoint of each row."""
+        found = []
+        for step_pack in self.packs:
+            owners = [-1] * step_pack.pack.input_ids.shape[0]
+            pairs = zip(step_pack.pack.row.tolist(), step_pack.pack.pair.tolist(), strict=True)
+            for row, pair in pairs:
+                owners[row] = self.spec.completions[pair].datapoint
+            found.append(owners)
+        return found
+
+    def _part(self, step_pack: StepPack, rows: list[int]) -> tuple[StepPack, Tensor]:
+        index = torch.tensor(rows, device=step_pack.slots.device)
+        pack = step_pack.pack.selected(index)
+        order = TokenOrder.of(pack, self.spec.completions, step_pack.order.share.dtype)
+        return StepPack(pack, step_pack.slots[index], step_pack.everywhere, order), index
+
+
+def _row_tokens(completions: Sequence[Completion], groups: Sequence[Hashable]) -> int:
+    """Length of the longest prompt tree: rows are that long anyway, and shorter trees that fill them cost nothing more.
+
+    Longer rows would be slower: attention is paid for between trees that don't see each other.
+    """
+    sizes: dict[Hashable, int] = {}
+    longest = 1
+    for completion, group in zip(completions, groups, strict=True):
+        prompt, key = len(completion.prompt), (group, completion.prompt)
+        sizes[key] = sizes.get(key, prompt) + len(completion.ids) - 1
+        longest = max(longest, prompt + len(completion.ids) - 1, min(sizes[key], TREE_PROMPTS * prompt))
+    return longest

@@ -1,0 +1,257 @@
+"""Forward and backward passes: losses of completions, and their gradient by the steering parameters of every job.
+
+Jobs over one layout share a pass. Their copies of the rows are stacked along the batch, lowest layer first, and each
+copy joins at the layer where its job first edits it. All edits of a pass are one table; at every steered layer one row
+index says which token gets which edit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops.steer import steer
+from ..hooks import attach
+from ..models.adapter import Handles, ModelAdapter, ResidualHook
+from .layout import Layout, StepPack
+from .losses import Objective
+from .parameters import Parameters, Table
+from .replay import Replay
+from .settings import LossOptions
+from .stack import Running, Stack
+
+__all__ = ["Evaluation", "Passes", "Request"]
+
+# A CUDA graph keeps the memory of its pass: with more packs than this their memory is shared instead.
+MOST_CAPTURED = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a job wants to know of one θ.
+
+    Args:
+        layout: the completions.
+        layers: where the edits are made, in order.
+        options: of the losses.
+        parameters: the meaning of θ.
+        theta: [n].
+        objective: what the gradient is of; None for the losses alone.
+        noise: [K, d] added to the effect of each slot, or None.
+        apart: gradients by slot, [K, n], instead of their sum.
+        prompts: the datapoints whose completions are wanted, None for all.
+    """
+
+    layout: Layout
+    layers: tuple[int, ...]
+    options: LossOptions
+    parameters: Parameters
+    theta: Tensor
+    objective: Objective | None = None
+    noise: Tensor | None = None
+    apart: bool = False
+    prompts: tuple[int, ...] | None = None
+
+    @property
+    def company(self) -> tuple[Any, ...]:
+        """Requests that share a pass agree in this."""
+        alone = id(self) if self.prompts is not None else None
+        return id(self.layout), self.options, self.objective is None, alone
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The answer to a request.
+
+    Attributes:
+        losses: of all completions in order; NaN for those that weren't asked for.
+        gradient: [n] or [K, n], None unless asked for.
+        finite: whether losses and gradient hold neither NaN nor infinities.
+    """
+
+    losses: list[float]
+    gradient: Tensor | None
+    finite: bool
+
+
+class Passes:
+    """Runs requests on a model; a context manager, inside of which the model carries the hooks that steer it.
+
+    Args:
+        adapter: the model, frozen and in eval mode for as long.
+        layers: every layer that any request edits.
+        starts: the lowest layer of each job.
+        batch_tokens: most tokens of a pass, unless one pack alone has more.
+    """
+
+    def __init__(
+        self, adapter: ModelAdapter, layers: Sequence[int], starts: Sequence[int], batch_tokens: int
+    ) -> None:
+        self.adapter = adapter
+        self.starts = sorted(set(starts))
+        self._layers, self._batch_tokens = sorted(set(layers)), batch_tokens
+        self._replays: dict[StepPack, Replay] = {}
+        self._stacks: dict[Any, Stack] = {}
+        self._handles: Handles | None = None
+        self.running: Running | None = None
+
+    def __enter__(self) -> Passes:
+        self._handles = attach(self.adapter, [(layer, self._editor(layer)) for layer in self._layers])
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._handles is not None:
+            self._handles.remove()
+
+    def _editor(self, layer: int) -> ResidualHook:
+        def edit(hidden: Tensor) -> Tensor | None:
+            running = self.running
+            if running is None or layer not in running.rows:
+                return None
+            rows, table = running.rows[layer], running.table
+            if table[0].device != hidden.device:
+                table = tuple(t.to(hidden.device) for t in table)
+                rows = None if rows is None else rows.to(hidden.device)
+            return steer(hidden, rows, *table)
+
+        return edit
+
+    def forget(self) -> None:
+        """Drops what is kept for combinations of jobs that don't come again."""
+        self._stacks.clear()
+
+    def run(self, requests: Sequence[Request]) -> list[Evaluation]:
+        """Answers requests, those that can share passes together."""
+        companies: dict[Any, list[int]] = {}
+        for i, request in enumerate(requests):
+            companies.setdefault(request.company, []).append(i)
+        answers: dict[int, Evaluation] = {}
+        for members in companies.values():
+            members.sort(key=lambda i: requests[i].layers[0])
+            step = 1 if len(members) == 1 else self._how_many(requests[members[0]].layout)
+            for start in range(0, len(members), step):
+                part = members[start : start + step]
+                answers.update(zip(part, self._together([requests[i] for i in part]), strict=True))
+        return [answers[i] for i in range(len(requests))]
+
+    def _how_many(self, layout: Layout) -> int:
+        """How many jobs fit in a pass over this layout."""
+        if not all(self.replay(p).stackable or not self.replay(p).possible for p in layout.packs):
+            return 1
+        return max(1, self._batch_tokens // max(p.n_tokens for p in layout.packs))
+
+    def replay(self, step_pack: StepPack) -> Replay:
+        """What is kept of a pack's lower layers; made on first use."""
+        if step_pack not in self._replays:
+            self._replays[step_pack] = Replay(self.adapter, step_pack.pack, self.starts)
+        return self._replays[step_pack]
+
+    def residual(
+        self, step_pack: StepPack, layers: tuple[int, ...], table: Table | None, layer: int
+    ) -> Tensor:
+        """[B, T, d_model] entering ``layer`` under the edits of a table, or under none.
+
+        Args:
+            step_pack: what is run.
+            layers: where the edits are made.
+            table: the edits; gradients flow to it.
+            layer: above the lowest of ``layers``.
+        """
+        key = (step_pack, (layers,))
+        if key not in self._stacks:
+            self._stacks[key] = Stack(self, step_pack, (layers,), 1, self.replay(step_pack))
+        return self._stacks[key].residual(table, layer)
+
+    def _together(self, requests: list[Request]) -> list[Evaluation]:
+        """One company's answers; its requests in the order of their lowest layers."""
+        first = requests[0]
+        layout, learning = first.layout, first.objective is not None
+        with torch.set_grad_enabled(learning):
+            thetas = [
+                (r.theta.repeat(len(layout.signs), 1) if r.apart else r.theta)
+                .detach()
+                .requires_grad_(learning)
+                for r in requests
+            ]
+            made = _joined(
+                [
+                    r.parameters.table(theta, layout.signs, r.noise)
+                    for r, theta in zip(requests, thetas, strict=True)
+                ]
+            )
+        table = tuple(t.detach().requires_grad_(learning) for t in made)
+        sums: list[Tensor] = []
+        found: list[tuple[Tensor, Tensor]] = []
+        for stack in self._stacks_for(requests):
+            with torch.set_grad_enabled(learning):
+                losses = stack.losses(table, first.options)
+            completions = stack.step_pack.order.completions
+            found.append((losses.detach(), completions))
+            if learning:
+                slopes = [
+                    r.objective(losses.detach()[q], completions)  # type: ignore[misc]
+                    for q, r in enumerate(requests)
+                ]
+                grads = torch.autograd.grad(losses, table, torch.stack(slopes))
+                sums = [a + b for a, b in zip(sums, grads, strict=True)] if sums else list(grads)
+        gradients = list(torch.autograd.grad(made, thetas, sums)) if learning else []
+        return _answers(requests, found, gradients)
+
+    def _stacks_for(self, requests: list[Request]) -> list[Stack]:
+        """The requests' copies of every pack that is wanted."""
+        layout, n_slots = requests[0].layout, len(requests[0].layout.signs)
+        members = tuple(r.layers for r in requests)
+        if requests[0].prompts is not None:
+            return [
+                Stack(self, part, members, n_slots, self.replay(whole), rows=rows)
+                for whole, part, rows in layout.selected(requests[0].prompts)
+            ]
+        stacks = []
+        for step_pack in layout.packs:
+            key = (step_pack, members)
+            if key not in self._stacks:
+                few = len(layout.packs) <= MOST_CAPTURED
+                replay = self.replay(step_pack)
+                self._stacks[key] = Stack(self, step_pack, members, n_slots, replay, capture=few)
+            stacks.append(self._stacks[key])
+        return stacks
+
+
+def _joined(tables: list[Table]) -> Table:
+    """One table of all edits; those of lower rank are filled up with zero rows."""
+    if len(tables) == 1:
+        return tables[0]
+    rank = max(table[1].shape[1] if len(table) > 1 else 0 for table in tables)
+    if not rank:
+        return (torch.cat([table[0] for table in tables]),)
+    full = []
+    for bias, *factors in tables:
+        missing = rank - (factors[0].shape[1] if factors else 0)
+        zeros = bias.new_zeros(bias.shape[0], missing, bias.shape[1])
+        full.append((bias, *(torch.cat([f, zeros], 1) for f in factors or [zeros[:, :0]] * 2)))
+    return tuple(torch.cat(parts) for parts in zip(*full, strict=True))
+
+
+def _answers(
+    requests: list[Request], found: list[tuple[Tensor, Tensor]], gradients: list[Tensor]
+) -> list[Evaluation]:
+    """Evaluations of what was computed, fetched from the device at once."""
+    n = len(requests)
+    squares = [g.square().sum() for g in gradients] or [found[0][0].new_zeros(())] * n
+    numbers = torch.cat(
+        [torch.cat([losses for losses, _ in found], 1), torch.stack(squares)[:, None]], 1
+    ).tolist()
+    places = [i for _, completions in found for i in completions.tolist()]
+    answers = []
+    for q, request in enumerate(requests):
+        *values, square = numbers[q]
+        losses = [float("nan")] * len(request.layout.spec.completions)
+        for place, value in zip(places, values, strict=True):
+            losses[place] = value
+        finite = all(abs(v) < float("inf") for v in values) and square < float("inf")
+        answers.append(Evaluation(losses, gradients[q] if gradients else None, finite))
+    return answers

@@ -1,0 +1,91 @@
+"""When optimization ends: the tests on the loss of the current vector, before the next step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ...errors import ValidationError
+from .datapoints import Completion
+from .settings import LIMIT, Settings
+
+__all__ = ["Counters", "Stopping", "step_limit", "target_of"]
+
+
+@dataclass(frozen=True)
+class Counters:
+    """How often in a row the tests held, and the loss that the next one is compared with."""
+
+    met: int = 0
+    still: int = 0
+    previous: float | None = None
+
+
+def target_of(completion: Completion, settings: Settings) -> float | None:
+    """A completion's own target loss, else the common one, else None."""
+    return settings.target_loss if completion.target is None else completion.target
+
+
+def step_limit(settings: Settings) -> int:
+    """The most steps that are taken."""
+    return LIMIT if settings.max_iters is None else settings.max_iters
+
+
+class Stopping:
+    """The tests of one job.
+
+    Stops with "target_loss" when the targets were met, and with "converged" when the loss stood still, for
+    ``target_loss_target_iters`` evaluations in a row. Targets are met when the sum of the losses is at or below
+    ``target_loss`` (``do_target_loss_sum``), or when every completion that has a target is at or below it: its own, or
+    without ``do_target_loss_sum`` the common one.
+
+    Args:
+        settings: the options.
+        completions: whose losses are tested.
+
+    Raises:
+        ValidationError: ``satisfice`` where a completion has no target.
+    """
+
+    def __init__(self, settings: Settings, completions: Sequence[Completion]) -> None:
+        self._settings = settings
+        by_sum = settings.do_target_loss_sum and settings.target_loss is not None
+        self._sum = settings.target_loss if by_sum else None
+        self._each = [
+            (i, target)
+            for i, completion in enumerate(completions)
+            if (target := completion.target if by_sum else target_of(completion, settings)) is not None
+        ]
+        if settings.satisfice:
+            for completion in completions:
+                if target_of(completion, settings) is None:
+                    raise ValidationError(
+                        f"satisfice needs a target loss for every completion, and {completion} has none: pass "
+                        f"target_loss, or give its datapoint {completion.side}_completions_target_losses."
+                    )
+
+    def judge(self, before: Counters, loss: float, losses: Sequence[float]) -> tuple[str | None, Counters]:
+        """Why to stop, or None, and the counters after this evaluation.
+
+        Args:
+            before: the counters so far.
+            loss: what is reported, the sum of ``losses`` or their mean.
+            losses: of every completion.
+        """
+        settings = self._settings
+        met = self._sum is not None and loss <= self._sum
+        met = met or (bool(self._each) and all(losses[i] <= target for i, target in self._each))
+        last = math.inf if before.previous is None else before.previous
+        still = abs(loss - last) < settings.eps * max(1.0, abs(loss))
+        after = replace(
+            before,
+            met=before.met + 1 if met else 0,
+            still=before.still + 1 if still else 0,
+            previous=loss,
+        )
+        if after.met >= settings.target_loss_target_iters:
+            return "target_loss", after
+        if after.still >= settings.target_loss_target_iters:
+            return "converged", after
+        return None, after

@@ -1,0 +1,305 @@
+"""Vectors by gradient descent: the documented functions; the work is in ``mechanex.engine.optimize``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.models.adapter import ModelAdapter
+from ..engine.optimize.datapoints import TrainingDatapoint
+from ..engine.optimize.job import Job
+from ..engine.optimize.jobs import Result, run_jobs
+from ..engine.optimize.melbo import make_melbo_loss_funcs
+from ..engine.optimize.settings import Settings
+from ..engine.text import Prompt
+from ..errors import ValidationError
+
+__all__ = [
+    "TrainingDatapoint",
+    "make_melbo_loss_funcs",
+    "optimize_vector",
+    "optimize_vector_minibatch_hf",
+    "optimize_vectors",
+]
+
+
+def optimize_vector(
+    model: nn.Module | ModelAdapter,
+    datapoints: Sequence[TrainingDatapoint],
+    layer: int | Sequence[int],
+    eps: float = 1e-6,
+    lr: float = 0.01,
+    max_iters: int | None = None,
+    coldness: float = 0.7,
+    normalize_token_length: bool = False,
+    only_hook_prompt: bool = False,
+    use_transformer_lens: bool = False,
+    tokenizer: Any = None,
+    target_loss: float | None = None,
+    return_info: bool = True,
+    do_target_loss_sum: bool = True,
+    return_loss_history: bool = False,
+    return_vec_history: bool = False,
+    target_loss_target_iters: int = 1,
+    satisfice: bool = False,
+    do_one_minus: bool = True,
+    max_norm: float | None = None,
+    starting_norm: float = 1,
+    starting_vec: Any = None,
+    vector_clamp: float | None = None,
+    affine_rank: int | None = None,
+    max_affine_norm: float | None = 2,
+    starting_affine_norm: float = 1,
+    noise_scale: float | None = None,
+    do_tangent_space_noise: bool = True,
+    do_noise_abl_relu: bool = False,
+    noise_iters: int = 1,
+    do_antipgd: bool = False,
+    do_output_constr: bool = False,
+    custom_output_constr_loss_func: Callable[..., Any] | None = None,
+    custom_output_constr_pre_loss_func: Callable[..., Any] | None = None,
+    output_constr_norm_initial_scale: float = 1,
+    output_constr_lr: float | None = None,
+    max_output_constr_iters: int | None = None,
+    debug: bool = False,
+    *,
+    normalize_completion_length: bool = False,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    batch_tokens: int | None = None,
+    progress: bool = False,
+    callback: Callable[[int, float, Tensor], Any] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    lr_schedule: str | Callable[[int], float] | None = None,
+    grad_clip: float | None = None,
+    eval_datapoints: Sequence[TrainingDatapoint] | None = None,
+    patience: int | None = None,
+    keep_on_interrupt: bool = False,
+) -> Result:
+    """Optimizes a steering vector on a set of datapoints, by Adam on the log-probabilities of their completions.
+
+    The loss of a completion to promote (dst) is −Σ log(p + eps) over its tokens; of one to suppress (src)
+    −Σ log(1 − p + eps). What is minimised is the sum over all completions of all datapoints. Logs are natural. J.
+    Dunefsky and A. Cohan, *One-shot Optimized Steering Vectors*, arXiv:2502.18862; clamp and affine steering:
+    arXiv:2411.09003.
+
+    The layers below the lowest steered one run once, prompts are shared by their completions, and the model's weights
+    get no gradients. The model comes back as it was: weights, flags, mode and hooks, also after an error or Ctrl-C.
+
+    Args:
+        model: a Hugging Face or TransformerLens model.
+        datapoints: what to optimize on.
+        layer: the layer the vector is added at, or a list of them: the same vector at each. Layer L is the residual
+            stream entering block L; negatives count from the end.
+        eps: is added to probabilities; 0 is exact. Also the tolerance of the convergence test.
+        lr: Adam's learning rate.
+        max_iters: ends after exactly this many steps. Without it, 10,000 are the most.
+        coldness: inverse temperature, multiplies the logits.
+        normalize_token_length: divide the loss of a completion by its number of tokens.
+        only_hook_prompt: steer the tokens of the prompt only.
+        use_transformer_lens: accepted and not needed: the kind of model is recognised.
+        tokenizer: needed for text when the model carries none.
+        target_loss: stop once the loss is at or below this.
+        return_info: also return ``info``.
+        do_target_loss_sum: compare the sum of the losses with ``target_loss``; else each completion's own. Also
+            decides what ``info`` holds as the loss: the sum, or ``[[src…], [dst…]]`` of each datapoint. Target losses
+            that datapoints give are always compared one by one; when all of them are met, that is enough to stop.
+        return_loss_history: put ``loss_history``, the loss after each step, in ``info``.
+        return_vec_history: put ``vec_history``, the vector after each step, in ``info``.
+        target_loss_target_iters: how many evaluations in a row must meet the target, or differ from the last one by
+            less than eps·max(1, |loss|), for optimization to stop.
+        satisfice: minimise Σ (loss − target)² over the completions.
+        do_one_minus: the loss of suppression by 1 − p; else +Σ log(p + eps).
+        max_norm: a longer vector is rescaled to this norm after each step.
+        starting_norm: norm of the random starting vector.
+        starting_vec: [d_model] to start from instead; copied.
+        vector_clamp: clamp steering: the component of the activations along v is replaced by ``vector_clamp``·v.
+        affine_rank: affine steering: x + Mx + v, with M = LᵀR of this rank.
+        max_affine_norm: longer rows of L and R are rescaled to this norm after each step; None for any length.
+        starting_affine_norm: norm of the random starting rows of L and R.
+        noise_scale: standard deviation of Gaussian noise on the vector's effect, drawn per step and completion.
+            Losses that are reported and tested are without noise.
+        do_tangent_space_noise: take the noise's part along the gradient of the completion's loss away.
+        do_noise_abl_relu: take it away only where it points along the negative gradient.
+        noise_iters: draws per step; their gradients are averaged.
+        do_antipgd: use differences of successive draws (A. Orvieto et al., ICML 2022).
+        do_output_constr: afterwards minimise ‖v‖ (and ‖M‖) such that no completion's loss rises above what was reached.
+        custom_output_constr_loss_func: ``(model, datapoints, layer, vector, matrix_left, matrix_right,
+            only_hook_prompt, **kwargs)`` to minimise instead; returns a scalar tensor, or a number after having
+            called backward itself. The norm then may not grow past ``output_constr_norm_initial_scale`` times its
+            start. Any model kind.
+        custom_output_constr_pre_loss_func: called once before, with the same positional arguments; returns the kwargs.
+        output_constr_norm_initial_scale: see there.
+        output_constr_lr: learning rate of that phase; None for ``lr``.
+        max_output_constr_iters: most steps of that phase. It also ends when the norm has not improved by 0.1 % for 20
+            steps.
+        debug: print loss and norm at each step.
+        normalize_completion_length: another name for ``normalize_token_length``.
+        seed: of the starting vector, the noise and shuffles; recorded in ``info``.
+        generator: where the seed is drawn from; None for torch's default one.
+        batch_tokens: most tokens in one pass; gradients of more are accumulated. None for what suits the device.
+        progress: show a progress bar.
+        callback: called as ``(step, loss, vector)`` at the start and after each step; a true result stops.
+        checkpoint: a file that the state is written to every few seconds and at the end, however it ends. Where it
+            exists, optimization goes on from it, exactly as if it had not been interrupted.
+        lr_schedule: "linear" or "cosine" (to 0 at ``max_iters``), or a function from the step to a factor of ``lr``.
+        grad_clip: longer gradients are rescaled to this norm.
+        eval_datapoints: their loss is watched: ``eval_loss_history`` in ``info``, at the start and after each step.
+        patience: stop when that loss hasn't improved for this many evaluations; the vector with the lowest is returned.
+        keep_on_interrupt: return the best vector so far on Ctrl-C, instead of raising KeyboardInterrupt.
+
+    Returns:
+        (vector [d_model], matrix [d_model, d_model] with ``affine_rank``, info with ``return_info``), detached, float32
+        (float64 for float64 models), on the model's device. ``info``: ``iters`` (steps taken), ``loss`` of the returned
+        vector, ``norm``, ``starting_loss``, ``stopped`` ("target_loss", "converged", "max_iters", "limit", "callback",
+        "patience", "interrupted", "not finite"), ``seed``, and where asked for ``loss_history``, ``vec_history``,
+        ``eval_loss_history``, ``matrix_left`` and ``matrix_right`` ([rank, d_model]), ``output_constr_iters`` and
+        ``output_constr_stopped``.
+
+    Raises:
+        ValueError: bad datapoints (named), layers or options; a starting vector that holds NaN, is of another width, or
+            gives a loss that is not finite; a checkpoint of another optimization.
+    """
+    options = _settings(locals())
+    job = Job(model, datapoints, layer, options, tokenizer)
+    return run_jobs([job], progress=progress)[0]
+
+
+def optimize_vectors(
+    model: nn.Module | ModelAdapter,
+    jobs: Sequence[Mapping[str, Any]],
+    tokenizer: Any = None,
+    *,
+    progress: bool = False,
+) -> list[Result]:
+    """Optimizes several vectors of one model at once: other layers, seeds, starting vectors, targets or options.
+
+    Jobs on the same datapoints share each pass, every one joining at its own layer. Each result is what
+    :func:`optimize_vector` alone gives, to rounding. A ``batch_tokens`` that several jobs give counts as the least of
+    them.
+
+    Args:
+        model: a Hugging Face or TransformerLens model.
+        jobs: keyword arguments of :func:`optimize_vector`: ``datapoints``, ``layer``, and any option.
+        tokenizer: needed for text when the model carries none.
+        progress: show a progress bar.
+
+    Returns:
+        What :func:`optimize_vector` returns, for each job.
+
+    Raises:
+        ValueError: as there; names the job.
+    """
+    made = []
+    for i, given in enumerate(jobs):
+        if not isinstance(given, Mapping):
+            raise ValidationError(
+                f"Job {i} is a {type(given).__name__}; give a dict of optimize_vector's arguments."
+            )
+        try:
+            made.append(_job(model, dict(given), tokenizer))
+        except ValidationError as error:
+            raise ValidationError(f"Job {i}: {error.message}") from error
+    return run_jobs(made, progress=progress)
+
+
+def optimize_vector_minibatch_hf(
+    model: nn.Module | ModelAdapter,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    layer: int | Sequence[int],
+    src_completions: Sequence[str] | None = None,
+    dst_completions: Sequence[str] | None = None,
+    minibatch_size: int = 5,
+    eps: float = 1e-6,
+    lr: float = 0.01,
+    max_iters: int | None = None,
+    coldness: float = 0.7,
+    target_loss: float | None = None,
+    target_loss_target_iters: int = 1,
+    satisfice: bool = False,
+    starting_norm: float = 1,
+    max_norm: float | None = None,
+    affine_rank: int | None = None,
+    max_affine_norm: float | None = None,
+    debug: bool = False,
+    return_info: bool = True,
+    vector_clamp: float | None = None,
+    *,
+    progress: bool = False,
+    **options: Any,
+) -> Result:
+    """Optimizes a steering vector on minibatches of prompts, each with all completions.
+
+    The same loop as :func:`optimize_vector`. A step minimises the sum of its minibatch's losses; the loss that is
+    reported, and compared with targets, is the mean per (prompt, completion), and stopping is tested once per epoch
+    on the epoch's mean. Prompts come in the given order in the first epoch, then shuffled from the seed; a minibatch
+    that an epoch doesn't fill goes on with the next one's.
+
+    Args:
+        model: a Hugging Face or TransformerLens model.
+        tokenizer: needed for text when the model carries none.
+        prompts: text, token ids or chat messages.
+        layer: as in :func:`optimize_vector`, as all that isn't named here.
+        src_completions: completions to suppress, after every prompt.
+        dst_completions: completions to promote, after every prompt.
+        minibatch_size: prompts of a step; any size. eps, lr, max_iters, coldness, target_loss,
+        target_loss_target_iters, satisfice, starting_norm, max_norm, affine_rank, max_affine_norm, debug,
+        return_info, vector_clamp: as in :func:`optimize_vector`.
+        progress: show a progress bar.
+        options: any other option of :func:`optimize_vector`, such as ``seed`` or ``do_one_minus``.
+
+    Returns:
+        (vector, matrix with ``affine_rank``, info with ``return_info``); ``info["loss"]`` is the mean over all prompts.
+
+    Raises:
+        ValueError: as :func:`optimize_vector`; no prompts, or no completions.
+        TypeError: an option that doesn't exist.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise ValidationError(f"prompts is a list of prompts; got {type(prompts).__name__}.")
+    if not prompts:
+        raise ValidationError("There are no prompts to optimize on; give at least one.")
+    for name, given in (("src_completions", src_completions), ("dst_completions", dst_completions)):
+        if isinstance(given, str):
+            raise ValidationError(f"{name} is a list of completions; got {given!r}: write [{given!r}].")
+    src, dst = list(src_completions or []), list(dst_completions or [])
+    datapoints = [TrainingDatapoint(prompt, src, dst) for prompt in prompts]
+    named = _named(locals()) | _renamed(options)
+    job = Job(model, datapoints, layer, Settings(**named), tokenizer, minibatch_size=minibatch_size)
+    return run_jobs([job], progress=progress)[0]
+
+
+def _job(model: nn.Module | ModelAdapter, given: dict[str, Any], tokenizer: Any) -> Job:
+    """A job of the keyword arguments of :func:`optimize_vector`."""
+    missing = [name for name in ("datapoints", "layer") if name not in given]
+    if missing:
+        raise ValidationError(f"it has no {' and no '.join(missing)}; give what optimize_vector takes.")
+    datapoints, layer = given.pop("datapoints"), given.pop("layer")
+    own = given.pop("tokenizer", None)
+    given.pop("use_transformer_lens", None)
+    return Job(model, datapoints, layer, Settings(**_renamed(given)), own if own is not None else tokenizer)
+
+
+def _settings(given: dict[str, Any]) -> Settings:
+    return Settings(
+        **_renamed(_named(given) | {"normalize_completion_length": given["normalize_completion_length"]})
+    )
+
+
+def _named(given: dict[str, Any]) -> dict[str, Any]:
+    """The options among a function's arguments."""
+    return {name: given[name] for name in Settings.__dataclass_fields__ if name in given}
+
+
+def _renamed(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with the documented alias under its first name."""
+    if "normalize_completion_length" not in options:
+        return options
+    options = dict(options)
+    alias = options.pop("normalize_completion_length")
+    return options | {"normalize_token_length": bool(alias or options.get("normalize_token_length"))}

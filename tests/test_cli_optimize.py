@@ -1,0 +1,194 @@
+"""``mechanex optimize``: the figures it reports, the files it leaves, Ctrl-C and going on, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from mechanex import SteeringVector
+from mechanex.cli import main
+from mechanex.engine.generate import generate_batch
+from mechanex.engine.models.resolve import load
+
+QUICK = ("--layer", 2, "--lr", 0.05, "--coldness", 1)
+
+
+def run(*arguments: Any, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, ["optimize", "mx-tiny", *map(str, arguments)])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def write(path: Path, *lines: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def vector_of(folder: Path) -> torch.Tensor:
+    return SteeringVector.load(folder / "vector.safetensors")[2]
+
+
+def test_one_prompt_promotes_a_completion_on_held_out_ones(tmp_path: Path) -> None:
+    """From one datapoint: the target becomes what the model writes on at least 80 % of held-out prompts."""
+    result = run(
+        *("--data", "rome_delhi", "--split", "promote", *QUICK, "--target-loss", 0.5),
+        *("--eval", "rome_delhi", "--eval-split", "promote-heldout", "--out", tmp_path, "--json"),
+    )
+    report = json.loads(result.stdout)
+    assert report == json.loads((tmp_path / "report.json").read_text())
+    assert report["stopped"] == "target_loss" and report["loss"] <= 0.5 < report["starting_loss"]
+    held_out = report["held_out"]
+    assert held_out["dst"]["likeliest_before"] < 0.1 and held_out["dst"]["likeliest"] >= 0.8
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    # The report's claim, by generation with the file that was written.
+    loaded = load("mx-tiny", backend="transformers")
+    prompts = [one["prompt"] for one in held_out["completions"]]
+    texts = generate_batch(
+        loaded.model,
+        loaded.tokenizer,
+        prompts,
+        sampling_method="greedy",
+        max_tokens=8,
+        vector=SteeringVector.load(tmp_path / "vector.safetensors"),
+    )
+    written = [
+        text[len(prompt) :].startswith(" The streets of Rome were")
+        for text, prompt in zip(texts, prompts, strict=True)
+    ]
+    assert sum(written) >= 0.8 * len(prompts)
+
+
+def test_one_prompt_suppresses_a_completion_tenfold_on_held_out_ones(tmp_path: Path) -> None:
+    result = run(
+        *("--data", "rome_delhi", "--split", "suppress", *QUICK, "--max-iters", 100),
+        *("--eval", "rome_delhi", "--eval-split", "suppress-heldout", "--out", tmp_path),
+    )
+    assert "100 steps" in result.stdout and "48 to suppress" in result.stdout
+    figures = json.loads((tmp_path / "report.json").read_text())["held_out"]["src"]
+    assert figures["factor"] < 0.1 and figures["largest_factor"] < 0.1
+
+
+def test_ctrl_c_keeps_the_best_and_resume_ends_where_an_undisturbed_run_does(tmp_path: Path) -> None:
+    def start(out: str, *more: str) -> subprocess.Popen[str]:
+        options = ("--data", "rome_delhi", "--split", "promote", *map(str, QUICK), "--max-iters", "400")
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "mechanex.cli",
+                "optimize",
+                "mx-tiny",
+                *options,
+                "--out",
+                str(tmp_path / out),
+                *more,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Another number of threads would add in another order.
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    cut = start("cut")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "cut").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(1.0)
+    cut.send_signal(signal.SIGINT)
+    _, errors = cut.communicate(timeout=60)
+    assert cut.returncode == 1, errors
+    assert "interrupted after" in errors and "Traceback" not in errors
+    report = json.loads((tmp_path / "cut" / "report.json").read_text())
+    assert report["stopped"] == "interrupted" and report["iters"] < 400
+    assert report["loss"] == min([report["starting_loss"], *report["loss_history"]])
+
+    for run in (start("cut", "--resume"), start("whole")):
+        _, errors = run.communicate(timeout=300)
+        assert run.returncode == 0, errors
+    assert torch.equal(vector_of(tmp_path / "cut"), vector_of(tmp_path / "whole"))
+    cut_history, history = (
+        json.loads((tmp_path / name / "report.json").read_text())["loss_history"] for name in ("cut", "whole")
+    )
+    assert cut_history == history and len(history) == 400
+
+
+def test_an_optimization_is_not_overwritten_unless_asked_for(tmp_path: Path) -> None:
+    options = ("--data", "rome_delhi", "--split", "promote", *QUICK, "--out", tmp_path)
+    assert "nothing to resume" in run(*options, "--resume", code=1).stderr
+    run(*options, "--max-iters", 3)
+    first = vector_of(tmp_path)
+    assert "--resume goes on with it" in run(*options, "--max-iters", 5, code=1).stderr
+    assert torch.equal(vector_of(tmp_path), first)
+    run(*options, "--max-iters", 5, "--force")
+    assert not torch.equal(vector_of(tmp_path), first)
+
+
+def test_datapoints_are_steered_where_and_how_they_say(tmp_path: Path) -> None:
+    """A datapoint that is negative is measured with the vector's negative, one with a token only there."""
+    line = {
+        "prompt": "Tom came home from a journey on Wednesday.",
+        "dst_completions": [" The streets of Rome"],
+    }
+    data = write(tmp_path / "d.jsonl", line)
+    held_out = write(
+        tmp_path / "h.jsonl",
+        line,
+        {**line, "is_negative": True},
+        {**line, "token": [0, 0]},
+        {**line, "token": 3},
+    )
+    run("--data", data, *QUICK, "--max-iters", 40, "--eval", held_out, "--out", tmp_path / "o")
+    measured = json.loads((tmp_path / "o/report.json").read_text())["held_out"]["completions"]
+    plain, negative, nowhere, single = (one["after"] - one["before"] for one in measured)
+    assert plain > 0.3 and negative < 0 and nowhere == 0 and 0 != single < plain
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"}', "line 1: it has neither 'src_completions' nor 'dst_completions'"),
+        ('{"prompt": "a", "dst_completion": [" b"]}', "line 1: it has the unknown key 'dst_completion'"),
+        (
+            '{"prompt": "a", "dst_completions": " b"}',
+            "line 1: 'dst_completions' is \" b\", and a list of texts",
+        ),
+        ('{"prompt": "a", "dst_completions": [""]}', "line 1: 'dst_completions'"),
+        ('{"prompt": "a", "dst_completions": [" b"], "token": [1]}', "line 1: 'token' is [1]"),
+        ('{"prompt": "a", "dst_completions": [" b"], "token": "x"}', "line 1:"),
+        ('{"prompt": "a", "dst_completions": [" b"], "is_negative": 1}', "line 1: 'is_negative' is 1"),
+        ('{"dst_completions": [" b"]}', "line 1: it has no 'prompt'"),
+        ("{", "line 1: it is not JSON"),
+        ("", "has no examples"),
+    ],
+)
+def test_a_bad_line_is_named_and_nothing_is_written(line: str, message: str, tmp_path: Path) -> None:
+    data = tmp_path / "bad.jsonl"
+    data.write_text(line)
+    result = run("--data", data, "--out", tmp_path / "o", code=1)
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_usage_errors(tmp_path: Path) -> None:
+    assert (
+        "--resume goes on and --force starts anew"
+        in run("--data", "rome_delhi", "--resume", "--force", code=2).stderr
+    )
+    assert "--eval-split goes with --eval" in run("--data", "rome_delhi", "--eval-split", "x", code=2).stderr
+    assert "no dataset at nowhere" in run("--data", "nowhere", "--out", tmp_path, code=1).stderr
+    assert (
+        "Layer 9 does not exist"
+        in run("--data", "rome_delhi", "--layer", 9, "--out", tmp_path, code=1).stderr
+    )

@@ -1,0 +1,245 @@
+"""Losses and gradients of vector optimization: equal to the definitions and to finite differences, for every option."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from families import D_MODEL, FAMILIES, build, tiny_tokenizer
+from naive_optimization import Naive
+
+from mechanex.engine.models import adapter_for
+from mechanex.engine.models.adapter import undisturbed
+from mechanex.engine.optimize.job import Job
+from mechanex.engine.optimize.jobs import lay_out
+from mechanex.engine.optimize.losses import plain_sum
+from mechanex.engine.optimize.passes import Evaluation, Passes
+from mechanex.engine.optimize.settings import Settings
+from mechanex.utils.steering_opt import TrainingDatapoint
+
+TOKENIZER = tiny_tokenizer()
+PLAIN = [
+    TrainingDatapoint(
+        "The morning was", dst_completions=[" calm.", " cold and quiet"], src_completions=[" dark"]
+    ),
+    TrainingDatapoint("She said that the bread", src_completions=[" was warm", " fell"]),
+    TrainingDatapoint("A woman", dst_completions=[" opened the window"]),
+]
+MASKED = [
+    TrainingDatapoint("The morning was cold", dst_completions=[" calm.", " quiet"], token=-1),
+    TrainingDatapoint("The morning was cold", src_completions=[" dark"], token=slice(1, None, 2)),
+    TrainingDatapoint("A woman at the river", dst_completions=[" sings"], token=slice(-2, None)),
+]
+NEGATIVE = [
+    TrainingDatapoint("The morning was", dst_completions=[" calm."], is_negative=True),
+    TrainingDatapoint("The morning was", src_completions=[" calm.", " dark"]),
+    TrainingDatapoint("A woman", src_completions=[" opened"], is_negative=True, token=slice(0, 2)),
+]
+CASES = {
+    "add": (PLAIN, 2, {}),
+    "one_minus": (PLAIN, 2, {"do_one_minus": False}),
+    "eps_0": (PLAIN, 1, {"eps": 0.0, "coldness": 1.3}),
+    "normalized": (PLAIN, 0, {"normalize_token_length": True, "eps": 0.05}),
+    "satisfice": (PLAIN, 2, {"satisfice": True, "target_loss": 3.0}),
+    "clamp": (PLAIN, 2, {"vector_clamp": 1.7}),
+    "negative clamp value": (NEGATIVE, 1, {"vector_clamp": -0.6}),
+    "affine": (PLAIN, 2, {"affine_rank": 3}),
+    "layers": (PLAIN, [1, 3], {}),
+    "layers, clamp": (PLAIN, [0, 2, 3], {"vector_clamp": 0.8}),
+    "layers, affine": (NEGATIVE, [1, 2], {"affine_rank": 2}),
+    "masked": (MASKED, 1, {}),
+    "masked, clamp": (MASKED, [1, 2], {"vector_clamp": 1.2}),
+    "prompt only": (PLAIN, 1, {"only_hook_prompt": True}),
+    "prompt only, masked": (MASKED, 1, {"only_hook_prompt": True, "affine_rank": 1}),
+    "negative": (NEGATIVE, 2, {}),
+    "negative, affine": (NEGATIVE, 2, {"affine_rank": 2}),
+}
+
+
+@cache
+def doubled(name: str = "gpt2"):
+    """In float64 throughout; Llama's norms are in float32 always."""
+    return FAMILIES[name]().double()
+
+
+def evaluate(job: Job, theta: torch.Tensor, **changes) -> Evaluation:
+    from dataclasses import replace
+
+    with undisturbed(job.adapter.hf_model), Passes(job.adapter, job.layers, job.layers[:1], 1024) as passes:
+        lay_out([job])
+        request = job.request(theta, changes.pop("objective", job.objective))
+        return passes.run([replace(request, **changes)])[0]
+
+
+def naive_of(job: Job) -> Naive:
+    settings = job.settings
+    return Naive(
+        job.adapter.model,
+        TOKENIZER,
+        job.adapter.layers,
+        job.datapoints,
+        job.layers,
+        settings.vector_clamp,
+        settings.coldness,
+        settings.eps,
+        settings.do_one_minus,
+        settings.normalize_token_length,
+        settings.only_hook_prompt,
+    )
+
+
+def parts(job: Job, theta: torch.Tensor):
+    factors = job.parameters.factors(theta)
+    return job.parameters.vector(theta), None if factors is None else factors[0].T @ factors[1]
+
+
+def total(job: Job, losses: list[torch.Tensor]) -> torch.Tensor:
+    stacked = torch.stack(losses)
+    return (stacked - job.settings.target_loss).square().sum() if job.settings.satisfice else stacked.sum()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradients_equal_the_definition_and_finite_differences(case):
+    datapoints, layer, options = CASES[case]
+    job = Job(doubled(), datapoints, layer, Settings(seed=3, starting_norm=2.0, **options), TOKENIZER)
+    theta = job.start()
+    found = evaluate(job, theta)
+    assert theta.dtype == torch.float64 and found.finite
+    naive = naive_of(job)
+    leaf = theta.clone().requires_grad_()
+    losses = naive.losses(*parts(job, leaf))
+    torch.testing.assert_close(
+        torch.tensor(found.losses, dtype=torch.float64), torch.stack(losses).detach(), rtol=1e-9, atol=1e-9
+    )
+    (truth,) = torch.autograd.grad(total(job, losses), leaf)
+    torch.testing.assert_close(found.gradient, truth, rtol=1e-8, atol=1e-9)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            direction = torch.randn(len(theta), generator=generator, dtype=torch.float64)
+            direction /= direction.norm()
+            step = 1e-5
+            ahead, behind = (
+                total(
+                    job,
+                    torch.tensor(
+                        evaluate(job, theta + s * step * direction).losses, dtype=torch.float64
+                    ).unbind(),
+                )
+                for s in (1, -1)
+            )
+            difference = float(ahead - behind) / (2 * step)
+            slope = float(found.gradient @ direction)
+            assert abs(difference - slope) <= 1e-6 * max(1.0, abs(slope)), (difference, slope)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "bloom", "mamba", "qwen3_moe", "cohere"])
+@pytest.mark.parametrize(
+    "options", [{}, {"vector_clamp": 1.5}, {"affine_rank": 2}], ids=["add", "clamp", "affine"]
+)
+def test_every_kind_of_model_gives_the_definitions_gradients(name, options):
+    job = Job(
+        build(name), PLAIN + NEGATIVE, [1, 2], Settings(seed=1, starting_norm=2.0, **options), TOKENIZER
+    )
+    theta = job.start()
+    found = evaluate(job, theta)
+    leaf = theta.clone().requires_grad_()
+    losses = naive_of(job).losses(*parts(job, leaf))
+    torch.testing.assert_close(torch.tensor(found.losses), torch.stack(losses).detach(), rtol=1e-4, atol=1e-4)
+    (truth,) = torch.autograd.grad(torch.stack(losses).sum(), leaf)
+    assert (found.gradient - truth).norm() <= 2e-4 * truth.norm()
+
+
+def test_a_model_that_cannot_be_replayed_runs_whole():
+    from test_forward import with_a_side_channel
+
+    model = with_a_side_channel()
+    job = Job(model, PLAIN, 2, Settings(seed=1), TOKENIZER)
+    theta = job.start()
+    found = evaluate(job, theta)
+    leaf = theta.clone().requires_grad_()
+    losses = naive_of(job).losses(leaf)
+    torch.testing.assert_close(torch.tensor(found.losses), torch.stack(losses).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_small_batches_accumulate_to_the_same_gradient():
+    job = Job(doubled(), PLAIN, 1, Settings(seed=0), TOKENIZER)
+    small = Job(doubled(), PLAIN, 1, Settings(seed=0, batch_tokens=1), TOKENIZER)
+    one, many = evaluate(job, job.start()), evaluate(small, small.start())
+    assert len(job.layout.packs) == 1 and len(small.layout.packs) >= 3
+    torch.testing.assert_close(one.gradient, many.gradient, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.tensor(one.losses), torch.tensor(many.losses))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"affine_rank": 2}, {"vector_clamp": 2.0}], ids=["add", "affine", "clamp"]
+)
+def test_each_completion_apart_has_its_own_gradient_and_they_add_up(options):
+    settings = Settings(seed=0, noise_scale=1.0, **options)
+    job = Job(doubled(), PLAIN + NEGATIVE, [1, 3], settings, TOKENIZER)
+    theta = job.start()
+    apart = evaluate(job, theta, objective=plain_sum, apart=True)
+    whole = evaluate(job, theta, objective=plain_sum)
+    torch.testing.assert_close(apart.gradient.sum(0), whole.gradient)
+    leaf = theta.clone().requires_grad_()
+    for i, loss in enumerate(naive_of(job).losses(*parts(job, leaf))):
+        (truth,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        torch.testing.assert_close(apart.gradient[i], truth, rtol=1e-8, atol=1e-9)
+
+
+def test_noise_is_added_to_the_effect_of_each_completions_edit():
+    job = Job(doubled(), PLAIN + NEGATIVE, 2, Settings(seed=0, noise_scale=1.0), TOKENIZER)
+    theta = job.start()
+    n = len(job.completions)
+    noise = torch.randn(n, D_MODEL, dtype=torch.float64)
+    found = evaluate(job, theta, noise=noise)
+    naive = naive_of(job)
+    places = [
+        (datapoint, side, text)
+        for datapoint in naive.datapoints
+        for side, texts in (("src", datapoint.src_completions), ("dst", datapoint.dst_completions))
+        for text in texts
+    ]
+    # For a plain vector, noise on its effect is noise on the vector.
+    truth = [naive.loss(*place, theta + noise[i], None) for i, place in enumerate(places)]
+    torch.testing.assert_close(
+        torch.tensor(found.losses, dtype=torch.float64), torch.stack(truth), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_no_weight_gets_a_gradient_buffer_and_flags_come_back():
+    model = FAMILIES["llama"]()
+    model.lm_head.weight.requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    job = Job(model, PLAIN, 1, Settings(seed=0), TOKENIZER)
+    seen = []
+    handle = model.model.layers[3].register_forward_pre_hook(
+        lambda *_: seen.append(any(p.requires_grad for p in model.parameters()))
+    )
+    evaluate(job, job.start())
+    handle.remove()
+    assert seen and not any(seen[1:])
+    assert all(p.grad is None for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()] == before
+
+
+def test_the_lower_layers_run_once_and_the_head_only_on_scored_rows():
+    model = build("llama")
+    adapter_for(model).findings.clear()
+    job = Job(model, PLAIN, 2, Settings(seed=0), TOKENIZER)
+    evaluate(job, job.start())
+    calls = {1: 0, 3: 0}
+    handles = [
+        model.model.layers[n].register_forward_pre_hook(lambda *_, n=n: calls.__setitem__(n, calls[n] + 1))
+        for n in calls
+    ]
+    heads = []
+    handles.append(model.lm_head.register_forward_pre_hook(lambda m, args: heads.append(args[0].shape)))
+    with undisturbed(model), Passes(job.adapter, job.layers, job.layers[:1], 1024) as passes:
+        lay_out([job])
+        for _ in range(5):
+            passes.run([job.request(job.start(), plain_sum)])
+    for handle in handles:
+        handle.remove()
+    assert calls[1] == 1 and calls[3] >= 5 and heads == []
