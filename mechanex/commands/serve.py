@@ -1,0 +1,37 @@
+"""``mechanex serve``: a model as a server."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+from ..engine.models.resolve import load
+from ..serving import serve
+
+__all__ = ["run_serve"]
+
+
+def run_serve(*, model: str, device: str | None, dtype: str | None, log_level: str, **options: Any) -> None:
+    """Loads the model and serves it; the log goes to stderr, one JSON object a line.
+
+    Raises:
+        MechanexError: whatever is wrong with the model, the settings or the address.
+    """
+    _log_json(log_level)
+    given = {name: value for name, value in options.items() if value is not None}
+    if options["use_vllm"]:
+        from ..server.serve import check_vllm
+
+        check_vllm()  # before the model is loaded, which may take minutes
+    serve(load(model, backend="transformers", device=device, dtype=dtype), **given)
+
+
+def _log_json(level: str) -> None:
+    from ..server.serve import JsonLines
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for noisy in ("httpx", "httpcore", "urllib3", "filelock", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

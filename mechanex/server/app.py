@@ -1,0 +1,146 @@
+"""The application: what its requests share, its routers, its errors."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from .. import __version__
+from .auth import Principal, principal
+from .axionic import axionic_router
+from .engine import ServingEngine
+from .http_errors import add_handlers
+from .middleware import RequestMiddleware
+from .openai import openai_router
+from .settings import Settings
+from .store import open_store
+
+if TYPE_CHECKING:
+    from ..engine.models.resolve import LoadedModel
+    from ..engine.vector_store import VectorStore
+
+__all__ = ["OPEN_PATHS", "create_app"]
+
+_logger = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/auth/signup", "/auth/login", "/auth/refresh"})
+"""What needs no key: probes, and what brings its own credentials or checks them itself."""
+
+
+def create_app(
+    settings: Settings, loaded_model: LoadedModel, *, vectors: VectorStore | None = None
+) -> FastAPI:
+    """The server's application; the model's thread runs while the application does.
+
+    ``app.state`` holds what handlers share:
+
+    * ``settings``: the :class:`Settings`.
+    * ``engine``: the :class:`~mechanex.server.engine.ServingEngine`: ``await engine.submit(request)`` for text,
+      ``await engine.run(fn)`` for any other work on the model (``fn(adapter)`` runs alone on it, in its thread).
+    * ``store``: accounts, their vectors and behaviors; see :class:`~mechanex.server.auth.Accounts`.
+    * ``server_key``: the key that opens the whole server, or None on a loopback address without one.
+    * ``started``: seconds since 1970.
+
+    Handlers learn the sender from :func:`mechanex.server.auth.principal`. They raise the library's errors, which
+    become ``{"detail": …}`` with the status of the wire contract, and OpenAI's envelope under ``/v1``.
+
+    Args:
+        settings: how to serve.
+        loaded_model: the model, with a tokenizer.
+        vectors: the operator's stored vectors; by default those under ``MECHANEX_HOME``.
+
+    Raises:
+        ValidationError: settings that don't fit the model, or an address that others reach and no key for them.
+        MechanexError: a database, folder or file that can't be used.
+    """
+    key = settings.server_key()
+    if key is None and not settings.is_loopback:
+        raise _needs_key(settings.host)
+    store = open_store(settings)
+    try:
+        engine = ServingEngine(settings, loaded_model, store, vectors)
+    except BaseException:
+        store.close()
+        raise
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.scheduler.start()
+        try:
+            yield
+        finally:
+            await engine.scheduler.drain(settings.shutdown_grace)
+            store.close()
+
+    app = FastAPI(
+        title="Mechanex",
+        version=__version__,
+        description="An OpenAI-compatible server that steers each request its own way, and the Axionic API.",
+        lifespan=lifespan,
+        dependencies=[Depends(_let_in)],
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
+    app.state.settings, app.state.engine, app.state.store = settings, engine, store
+    app.state.server_key, app.state.started = key, time.time()
+    add_handlers(app)
+    app.include_router(openai_router())
+    app.include_router(axionic_router())
+    _add_operation(app)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-api-key", "x-request-id"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(RequestMiddleware, metrics=engine.metrics, max_body_bytes=settings.max_body_bytes)
+    return app
+
+
+def _needs_key(host: str) -> Exception:
+    from ..errors import ValidationError
+
+    return ValidationError(
+        f"a server at {host} is reached by other machines and needs a key: set MECHANEX_SERVER_KEY or key=…, or "
+        "bind 127.0.0.1."
+    )
+
+
+async def _let_in(request: Request) -> None:
+    """Nothing but ``OPEN_PATHS`` answers a sender that ``principal`` doesn't know."""
+    if request.url.path not in OPEN_PATHS:
+        await principal(request)
+
+
+def _add_operation(app: FastAPI) -> None:
+    @app.get("/health", tags=["operation"])
+    async def health() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "ok", "version": __version__}
+
+    @app.get("/ready", tags=["operation"], responses={503: {"description": "Not yet, or no longer."}})
+    async def ready(request: Request) -> Response:
+        """Whether requests for text are taken."""
+        is_ready = request.app.state.engine.scheduler.ready
+        body = {"status": "ready" if is_ready else "not ready"}
+        return JSONResponse(body, status_code=200 if is_ready else 503)
+
+    @app.get("/metrics", tags=["operation"], response_class=Response)
+    async def metrics(request: Request, who: Annotated[Principal, Depends(principal)]) -> Response:
+        """Counters in Prometheus' text format."""
+        return Response(request.app.state.engine.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def document(request: Request) -> dict[str, Any]:
+        return dict(request.app.openapi())

@@ -1,0 +1,214 @@
+"""A key-value cache whose rows come and go: transformers' own cache layers, kept in buffers with room to spare.
+
+Rows are right-aligned: a row's newest token is in the last column, and what stands left of its first token is
+padding that the attention mask hides. A step writes one column; nothing is copied until a buffer is full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..errors import ValidationError
+
+__all__ = ["RollingCache", "Unmergeable", "fresh_cache"]
+
+_SPARE = 64  # columns that a new buffer has beyond what it holds, at least
+
+
+class Unmergeable(ValidationError):
+    """The model keeps something else than keys and values by column, so that rows can't be put together."""
+
+
+def fresh_cache(config: Any) -> DynamicCache:
+    """An empty cache as ``generate`` would make it, for reading prompts."""
+    return DynamicCache(config=config)
+
+
+class _Buffer:
+    """[rows, heads, columns, width] with a window [:n, :, start:end] in use; what it shows is never stale."""
+
+    def __init__(self) -> None:
+        self._data: Tensor | None = None
+        self.n = self.start = self.end = 0
+
+    @property
+    def view(self) -> Tensor:
+        assert self._data is not None
+        return self._data[: self.n, :, self.start : self.end]
+
+    def push(self, column: Tensor) -> None:
+        """Appends [n, heads, q, width] on the right."""
+        self._reserve(column, self.n, 0, column.shape[2])
+        assert self._data is not None
+        end = self.end + column.shape[2]
+        self._data[: self.n, :, self.end : end] = column
+        self.end = end
+
+    def admit(self, rows: Tensor) -> None:
+        """Adds [m, heads, t, width] below, right-aligned with the rows that are there."""
+        more = max(rows.shape[2] - (self.end - self.start), 0)
+        self._reserve(rows, self.n + rows.shape[0], more, 0)
+        assert self._data is not None
+        # Masked columns weigh nothing, but nothing times NaN is NaN: whatever was there before is wiped.
+        self._data[: self.n, :, self.start - more : self.start] = 0
+        self.start -= more
+        there = self._data[self.n : self.n + rows.shape[0], :, self.start : self.end]
+        there[:, :, : there.shape[2] - rows.shape[2]] = 0
+        there[:, :, there.shape[2] - rows.shape[2] :] = rows
+        self.n += rows.shape[0]
+
+    def drop(self, row: int) -> None:
+        """Removes a row; the last one takes its place."""
+        assert self._data is not None
+        self.n -= 1
+        if row != self.n:
+            self._data[row, :, self.start : self.end] = self._data[self.n, :, self.start : self.end]
+
+    def _reserve(self, like: Tensor, rows: int, left: int, right: int) -> None:
+        data, width = self._data, self.end - self.start
+        if (
+            data is not None
+            and rows <= data.shape[0]
+            and left <= self.start
+            and self.end + right <= data.shape[2]
+        ):
+            return
+        held = 0 if data is None else data.shape[0]
+        n_rows = held if rows <= held else max(rows, held + held // 4)
+        columns = left + width + max(right, _SPARE, (left + width) // 4)
+        moved = like.new_zeros(n_rows, like.shape[1], columns, like.shape[3])
+        if data is not None:
+            moved[: self.n, :, left : left + width] = data[: self.n, :, self.start : self.end]
+        self._data, self.start, self.end = moved, left, left + width
+
+
+class _Rolling:
+    """What both kinds of layer share; mixed in before transformers' own class."""
+
+    keys: Tensor | None
+    values: Tensor | None
+    is_initialized: bool
+    window: int | None = None
+
+    def start_empty(self) -> None:
+        self._kept = (_Buffer(), _Buffer())
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Appends a step's keys and values [B, heads, q, width] and gives all that the step may look at."""
+        for buffer, states in zip(self._kept, (key_states, value_states), strict=True):
+            buffer.push(states)
+        shown = self._show(key_states.shape[2])
+        for buffer in self._kept:
+            if self.window is not None:
+                buffer.start = max(buffer.start, buffer.end - (self.window - 1))
+        self._show(0)
+        return shown
+
+    def admit(self, source: DynamicLayer, rows: Tensor | None, length: int, columns: int) -> None:
+        for buffer, states in zip(self._kept, (source.keys, source.values), strict=True):
+            assert states is not None
+            chosen = states if rows is None else states.index_select(0, rows.to(states.device))
+            buffer.admit(chosen[:, :, -min(columns, chosen.shape[2]) :])
+        self.is_initialized = True
+        self._show(0)
+        self.lengthen(length)
+
+    def drop(self, row: int) -> None:
+        for buffer in self._kept:
+            buffer.drop(row)
+        self._show(0)
+
+    def trim(self, length: int) -> None:
+        for buffer in self._kept:
+            buffer.start = max(buffer.start, buffer.end - length)
+        self._show(0)
+        self.lengthen(length)
+
+    def lengthen(self, length: int) -> None:
+        """Notes the columns that the whole batch has had."""
+
+    def _show(self, new: int) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (buffer.view for buffer in self._kept)
+        return self.keys, self.values
+
+
+class _RollingLayer(_Rolling, DynamicLayer):  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.start_empty()
+
+
+class _RollingSlidingLayer(_Rolling, DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
+    def __init__(self, window: int) -> None:
+        super().__init__(sliding_window=window)
+        self.window = window
+        self.start_empty()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.cumulative_length += key_states.shape[2]
+        return super().update(key_states, value_states)
+
+    def lengthen(self, length: int) -> None:
+        self.cumulative_length = length
+
+
+class RollingCache(Cache):
+    """The cache of a batch whose rows come and go. Give it to the model as ``past_key_values``.
+
+    Args:
+        like: a filled cache of the same model; only its kinds of layers are read.
+
+    Raises:
+        Unmergeable: a layer of another kind than transformers' plain and sliding-window ones.
+    """
+
+    def __init__(self, like: Cache) -> None:
+        layers: list[Any] = []
+        for layer in like.layers:
+            if type(layer) is DynamicLayer:
+                layers.append(_RollingLayer())
+            elif type(layer) is DynamicSlidingWindowLayer:
+                layers.append(_RollingSlidingLayer(int(layer.sliding_window)))
+            else:
+                raise Unmergeable(f"the model's cache has layers of the kind {type(layer).__name__}.")
+        super().__init__(layers=layers)
+
+    def admit(
+        self, source: Cache, length: int, rows: Sequence[int] | None = None, columns: int | None = None
+    ) -> None:
+        """Adds rows of another cache below.
+
+        Args:
+            source: a cache of the same model, its rows right-aligned; left alone.
+            length: columns of the batch once they are in it.
+            rows: which of its rows; None for all.
+            columns: how many of its last columns matter; None for all.
+        """
+        chosen = None if rows is None else torch.tensor(list(rows))
+        wanted = length if columns is None else columns
+        pairs: list[tuple[Any, Any]] = list(zip(self.layers, source.layers, strict=True))
+        for own, other in pairs:
+            if other.is_initialized:
+                if other.keys.ndim != 4 or other.values.ndim != 4:
+                    raise Unmergeable("the model's cache isn't [rows, heads, columns, width].")
+                own.admit(other, chosen, length, wanted)
+
+    def drop(self, row: int) -> None:
+        """Removes a row; the last row takes its place."""
+        for layer in self._filled():
+            layer.drop(row)
+
+    def trim(self, length: int) -> None:
+        """Forgets all but the last ``length`` columns, once no row is longer."""
+        for layer in self._filled():
+            layer.trim(length)
+
+    def _filled(self) -> list[Any]:
+        layers: list[Any] = self.layers
+        return [layer for layer in layers if layer.is_initialized]

@@ -1,0 +1,68 @@
+"""From prompts to token ids, off the model's thread, and refusing what can't fit before the work is done."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from ..engine.text import Prompt, encode_prompt
+from ..errors import MechanexError, ValidationError
+
+__all__ = ["Encoder"]
+
+
+class Encoder:
+    """Encodes and decodes; its methods block, and may be called from any thread.
+
+    Args:
+        tokenizer: a copy is used, since a tokenizer changes while it encodes.
+        context: tokens that the model takes, or None.
+        model_name: for messages.
+    """
+
+    def __init__(self, tokenizer: Any, context: int | None, model_name: str) -> None:
+        self._tokenizer, self._lock = copy.deepcopy(tokenizer), threading.Lock()
+        self._context, self._model_name = context, model_name
+        # The most characters that one token can stand for.
+        self._longest = max((len(text) for text in self._tokenizer.get_vocab()), default=1)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; ValidationError as :func:`mechanex.engine.text.encode_prompt`, or a text too long."""
+        if isinstance(prompt, str):
+            self._check_size(prompt)
+        with self._lock:
+            return encode_prompt(self._tokenizer, prompt)
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of chat messages: by the model's template, or as lines of roles where it has none.
+
+        Raises:
+            ValidationError: messages that the template refuses.
+        """
+        self._check_size("".join(message["content"] for message in messages))
+        with self._lock:
+            if getattr(self._tokenizer, "chat_template", None) is None:
+                lines = [f"{message['role'].capitalize()}: {message['content']}\n" for message in messages]
+                return encode_prompt(self._tokenizer, "".join(lines) + "Assistant:")
+            try:
+                return encode_prompt(self._tokenizer, messages)
+            except MechanexError:
+                raise
+            except Exception as error:  # a template may raise anything, for roles in an order it doesn't know
+                raise ValidationError(f"the model's chat template refuses these messages: {error}") from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        with self._lock:
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _check_size(self, text: str) -> None:
+        """Refuses a text that can't fit before it is encoded, which may take seconds."""
+        if self._context is not None and len(text) > (self._context + 1) * self._longest:
+            raise ValidationError(
+                f"the prompt has {len(text)} characters, more than the {self._context} tokens of "
+                f"{self._model_name}'s context can hold: shorten the prompt.",
+                details={"code": "context_length_exceeded"},
+            )

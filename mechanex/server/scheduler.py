@@ -1,0 +1,148 @@
+"""Who is let in: requests are queued for the model's thread, refused when too many wait, and ended at shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ..engine.models.adapter import ModelAdapter
+from ..errors import APIError, RateLimitError, ValidationError
+from .metrics import Metrics
+from .request import Generation, Request
+from .row import Row
+from .settings import Settings
+from .worker import Worker
+
+__all__ = ["Scheduler"]
+
+T = TypeVar("T")
+_MOST_JOBS = 64
+
+
+class Scheduler:
+    """Runs requests on a model; its methods are for the event loop's thread.
+
+    Args:
+        adapter: the model.
+        tokenizer: decodes tokens; nobody else's.
+        ends: ids of the tokens that end an answer.
+        settings: the limits.
+        metrics: what is counted.
+    """
+
+    def __init__(
+        self, adapter: ModelAdapter, tokenizer: Any, ends: list[int], settings: Settings, metrics: Metrics
+    ) -> None:
+        self._adapter, self._tokenizer, self._ends = adapter, tokenizer, ends
+        self._settings, self._metrics = settings, metrics
+        context = getattr(adapter.config, "max_position_embeddings", None)
+        self.context: int | None = context if isinstance(context, int) and context > 0 else None
+        self._accepting = False
+        self._worker: Worker | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        worker = self._worker
+        return worker is not None and worker.ready.is_set() and self._accepting and worker.failure is None
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests that wait for a place."""
+        return 0 if self._worker is None else len(self._worker.waiting)
+
+    @property
+    def n_running(self) -> int:
+        """Requests that are read or decoded now."""
+        return 0 if self._worker is None else self._worker.n_running
+
+    def start(self) -> None:
+        """Starts the model's thread; call it on the event loop's thread."""
+        pad = getattr(self._tokenizer, "pad_token_id", None)
+        padding = int(pad) if pad is not None else (self._ends[0] if self._ends else 0)
+        loop = asyncio.get_running_loop()
+        self._worker = Worker(self._adapter, padding, self._settings, self._metrics, loop)
+        self._accepting = True
+        self._thread = threading.Thread(target=self._worker.run, name="mechanex-model", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> Generation:
+        """Queues a request; errors as :meth:`mechanex.server.engine.ServingEngine.submit`."""
+        worker = self._open()
+        n_ids = len(request.ids)
+        if self.context is not None and n_ids + min(request.max_tokens, 1) > self.context:
+            raise ValidationError(
+                f"the prompt has {n_ids} tokens and the context of {self._adapter.model_id} is "
+                f"{self.context}: shorten the prompt.",
+                details={"code": "context_length_exceeded"},
+            )
+        self._check_room(len(worker.waiting), self._settings.max_waiting)
+        generation = Generation(request)
+        seconds = self._settings.request_timeout if request.timeout is None else request.timeout
+        row = Row(generation, self._tokenizer, self._ends, self.context, time.monotonic() + seconds)
+        with worker.changed:
+            worker.waiting.append(row)
+            worker.changed.notify()
+        return generation
+
+    async def run(self, fn: Callable[[ModelAdapter], T], timeout: float | None) -> T:
+        """Runs a function alone on the model; as :meth:`mechanex.server.engine.ServingEngine.run`."""
+        worker = self._open()
+        self._check_room(len(worker.jobs), _MOST_JOBS)
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        with worker.changed:
+            worker.jobs.append((future, fn))
+            worker.changed.notify()
+        try:
+            return await asyncio.wait_for(
+                asyncio.wrap_future(future), self._settings.request_timeout if timeout is None else timeout
+            )
+        except asyncio.TimeoutError:
+            raise APIError("The work took longer than the server allows; ask for less.", 504) from None
+
+    def stop_accepting(self) -> None:
+        """From now on requests are refused; those that are here go on."""
+        self._accepting = False
+
+    async def drain(self, seconds: float) -> None:
+        """Waits for what runs, at most so long, then ends the rest with an error, and the thread."""
+        self.stop_accepting()
+        worker = self._worker
+        if worker is None:
+            return
+        end = time.monotonic() + seconds
+        while (
+            (worker.waiting or worker.n_running or worker.jobs) and time.monotonic() < end and self._alive()
+        ):
+            await asyncio.sleep(0.02)
+        with worker.changed:
+            worker.closing = True
+            worker.changed.notify()
+        end = time.monotonic() + 2
+        while self._alive() and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
+
+    def _alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _open(self) -> Worker:
+        worker = self._worker
+        if worker is not None and worker.failure is not None:
+            raise APIError("The server's model thread has failed; restart the server.", 503)
+        if worker is None or not self._accepting:
+            raise APIError("The server is shutting down; try another one.", 503)
+        return worker
+
+    def _check_room(self, n: int, most: int) -> None:
+        if n >= most:
+            raise RateLimitError(
+                f"{n} requests wait already, as many as this server lets wait; try again later.",
+                429,
+                retry_after=float(min(30, 1 + n // max(self._settings.max_batch, 1))),
+            )

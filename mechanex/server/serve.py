@@ -1,0 +1,149 @@
+"""Running the application: the port, the key, the logs, and an end that lets answers finish."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import gc
+import json
+import logging
+import secrets
+import socket
+import sys
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import click
+import uvicorn
+
+from ..errors import MechanexError, ValidationError
+from .app import create_app
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from ..engine.models.resolve import LoadedModel
+    from ..engine.vector_store import VectorStore
+
+__all__ = ["check_vllm", "serve_loaded"]
+
+_logger = logging.getLogger(__name__)
+_SWITCH_SECONDS = (
+    0.0005  # between the model's thread and the event loop, so that neither waits long for the other
+)
+
+
+def serve_loaded(settings: Settings, loaded: LoadedModel, vectors: VectorStore | None = None) -> None:
+    """Serves a model until SIGINT or SIGTERM.
+
+    A server that other machines reach and that was given no key makes one and prints it, once.
+
+    Args:
+        settings: how to serve.
+        loaded: the model.
+        vectors: the operator's stored vectors.
+
+    Raises:
+        ValidationError: settings that don't fit the model.
+        MechanexError: the address is taken or isn't this machine's, or a file can't be used.
+    """
+    made: str | None = None
+    if settings.server_key() is None and not settings.is_loopback:
+        made = f"mx-{secrets.token_urlsafe(32)}"
+        settings = dataclasses.replace(settings, key=made)
+    listening = _listen(settings)
+    try:
+        app = create_app(settings, loaded, vectors=vectors)
+        host, port = listening.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        click.echo(
+            f"Serving {app.state.engine.model_name} at http://{shown}:{port} (OpenAI: http://{shown}:{port}/v1)"
+        )
+        if made is not None:
+            click.echo(f"Key for every client, shown this once (or set MECHANEX_SERVER_KEY): {made}")
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=3,
+            timeout_keep_alive=30,
+            server_header=False,
+            lifespan="on",
+        )
+        _Server(config, settings.shutdown_grace).run(sockets=[listening])
+    finally:
+        listening.close()
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn's server, which lets running answers finish before it closes connections."""
+
+    def __init__(self, config: uvicorn.Config, grace: float) -> None:
+        super().__init__(config)
+        self._grace = grace
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        # What is loaded now stays; looking through it again and again would only hold up answers, and the end.
+        gc.freeze()
+        try:
+            super().run(sockets)
+        finally:
+            sys.setswitchinterval(interval)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        scheduler = self.config.app.state.engine.scheduler  # type: ignore[union-attr]
+        _logger.info("shutting down: %d answers run", scheduler.n_running)
+        await scheduler.drain(self._grace)
+        await asyncio.sleep(0.05)  # the last events go out
+        await super().shutdown(sockets)
+        # Uvicorn raises the signal again once it has ended, which would make a clean end look like a failure.
+        self._captured_signals.clear()
+
+
+def check_vllm() -> None:
+    """Raises a ValidationError that says what ``use_vllm`` lacks."""
+    if find_spec("vllm") is None:
+        raise ValidationError(
+            "use_vllm=True needs vLLM, which isn't installed: pip install vllm (Linux, a GPU), or leave use_vllm "
+            "at False: the server batches by itself."
+        )
+    raise ValidationError(
+        "use_vllm=True needs mechanex's vLLM plugin, which is not part of this version: leave use_vllm at False."
+    )
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line; a message that is one already gives its fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+        }
+        message = record.getMessage()
+        if record.name == "mechanex.server.access":
+            line |= json.loads(message)
+        else:
+            line["message"] = message
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((settings.host.strip("[]"), settings.port))
+        listening.listen(1024)
+    except OSError as error:
+        listening.close()
+        reason = error.strerror or str(error)
+        raise MechanexError(
+            f"can't listen at {settings.host}:{settings.port} ({reason}): choose another host or port."
+        ) from error
+    listening.setblocking(False)
+    return listening

@@ -1,0 +1,121 @@
+"""Everything that a server can be told, checked once when it starts."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import ValidationError
+
+__all__ = ["Settings"]
+
+KEY_VARIABLE = "MECHANEX_SERVER_KEY"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server listens, whom it lets in, and how much it takes on.
+
+    Args:
+        host: address to bind. Anything but a loopback address needs a key from every client.
+        port: TCP port; 0 lets the system choose a free one.
+        key: the key that opens the whole server; None for ``MECHANEX_SERVER_KEY``. Where that is missing too and
+            one is needed, ``start`` makes one and prints it.
+        database: SQLAlchemy URL of the accounts; None for ``server.sqlite`` under ``MECHANEX_HOME``.
+        vectors: folder of vector files that every client may use; a file's name without suffix is its id.
+        behaviors: files of behaviors that every client may use.
+        corrected_behaviors: names of behaviors that every answer of the OpenAI API is steered by, unless its request
+            names behaviors itself.
+        model_name: the name that clients see; None for the loaded model's.
+        max_batch: most requests that are decoded together.
+        max_waiting: most requests that wait for a place; a later one gets 429.
+        max_cache_tokens: most positions that the rows of the batch may come to hold together, padding included; a
+            request that needs more by itself runs alone.
+        prefill_tokens: most prompt tokens (padding included) that are read between two decoding steps.
+        max_body_bytes: largest request body.
+        max_choices: most answers that one request may ask for (prompts times ``n``).
+        request_timeout: seconds from a request's arrival to its last token.
+        shutdown_grace: seconds that running answers get to finish after SIGTERM.
+        cors_origins: origins that browsers may call from; empty for none.
+        rate_limit: requests per minute of one client to the account endpoints; none where only this machine connects.
+        api_rate_limit: requests per minute of one account (or the server's key) to the Axionic API, likewise.
+        open_signup: whether anyone may make an account on a server that other machines reach; else it takes the
+            server's key.
+        access_token_minutes: lifetime of an access token.
+        refresh_token_days: lifetime of a refresh token.
+        log_prompts: whether the log has the prompts of the OpenAI API.
+
+    Raises:
+        ValidationError: a value out of its range.
+    """
+
+    host: str = "0.0.0.0"
+    port: int = 8000
+    key: str | None = field(default=None, repr=False)
+    database: str | None = field(default=None, repr=False)
+    vectors: Path | None = None
+    behaviors: tuple[Path, ...] = ()
+    corrected_behaviors: tuple[str, ...] = ()
+    model_name: str | None = None
+    max_batch: int = 64
+    max_waiting: int = 512
+    max_cache_tokens: int = 262144
+    prefill_tokens: int = 4096
+    max_body_bytes: int = 4 * 2**20
+    max_choices: int = 128
+    request_timeout: float = 600.0
+    shutdown_grace: float = 4.0
+    cors_origins: tuple[str, ...] = ()
+    rate_limit: int = 60
+    api_rate_limit: int = 1200
+    open_signup: bool = False
+    access_token_minutes: float = 15.0
+    refresh_token_days: float = 30.0
+    log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.host, str) or not self.host:
+            raise ValidationError(f"host is an address such as 127.0.0.1 or 0.0.0.0; got {self.host!r}.")
+        if not _whole(self.port) or not 0 <= self.port <= 65535:
+            raise ValidationError(f"port is a number from 0 to 65535; got {self.port!r}.")
+        if self.key is not None and (
+            not isinstance(self.key, str) or not self.key.isascii() or not self.key.strip()
+        ):
+            raise ValidationError("the server's key is a text of printable ASCII characters, not empty.")
+        counts = (
+            "max_batch",
+            "max_waiting",
+            "max_cache_tokens",
+            "prefill_tokens",
+            "max_body_bytes",
+            "max_choices",
+        )
+        for name in (*counts, "rate_limit", "api_rate_limit"):
+            if not _whole(getattr(self, name)) or getattr(self, name) < 1:
+                raise ValidationError(f"{name} is a whole number of 1 or more; got {getattr(self, name)!r}.")
+        for name in ("request_timeout", "shutdown_grace", "access_token_minutes", "refresh_token_days"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValidationError(f"{name} is a finite number above 0; got {value!r}.")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the bound address; the peer's address never decides."""
+        if self.host.lower() == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return False
+
+    def server_key(self, environ: Mapping[str, str] | None = None) -> str | None:
+        """The key that opens the whole server: ``key``, or ``MECHANEX_SERVER_KEY``, or None."""
+        return self.key or (os.environ if environ is None else environ).get(KEY_VARIABLE) or None
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

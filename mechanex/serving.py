@@ -1,0 +1,84 @@
+"""Turning a model into a server, with OpenAI's API under /v1 and the Axionic API beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import MechanexError, ValidationError
+
+if TYPE_CHECKING:
+    from .client import Mechanex
+    from .engine.models.resolve import LoadedModel
+    from .engine.vector_store import VectorStore
+
+__all__ = ["serve"]
+
+
+def serve(
+    loaded: LoadedModel,
+    *,
+    host: str = "0.0.0.0",
+    port: int = 8000,
+    use_vllm: bool = False,
+    corrected_behaviors: Sequence[str] | None = None,
+    vectors: str | os.PathLike[str] | None = None,
+    behaviors: Sequence[str | os.PathLike[str]] = (),
+    stored: VectorStore | None = None,
+    **settings: Any,
+) -> None:
+    """Serves a loaded model until SIGINT or SIGTERM.
+
+    Args:
+        loaded: the model, as ``mechanex.engine.models.resolve.load`` gives it.
+        host, port, use_vllm, corrected_behaviors, vectors, behaviors, settings: as ``Mechanex.serve`` takes them.
+        stored: the operator's vectors by id; by default those under ``MECHANEX_HOME``.
+
+    Raises:
+        ValidationError: a setting out of its range or unknown, ``use_vllm`` without vLLM, or behaviors that aren't
+            known.
+        NotFoundError: a file that isn't there.
+        MechanexError: the ``serve`` extra is missing, or the address is taken.
+    """
+    try:
+        from .server.serve import check_vllm, serve_loaded
+        from .server.settings import Settings
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("mechanex"):
+            raise
+        raise MechanexError(
+            f"serving needs {error.name}, which isn't installed: pip install 'mechanex[serve]'."
+        ) from error
+    if use_vllm:
+        check_vllm()
+    for name, given in (("corrected_behaviors", corrected_behaviors), ("behaviors", behaviors)):
+        if isinstance(given, str):
+            raise ValidationError(f"{name} is a list of texts; got the text {given!r}.")
+    try:
+        found = Settings(
+            host=host,
+            port=port,
+            corrected_behaviors=tuple(corrected_behaviors or ()),
+            vectors=None if vectors is None else Path(vectors),
+            behaviors=tuple(Path(source) for source in behaviors),
+            **settings,
+        )
+    except TypeError as error:
+        raise ValidationError(f"a server has no such setting: {error}.") from error
+    serve_loaded(found, loaded, stored)
+
+
+def serve_client(client: Mechanex, model: Any, **options: Any) -> None:
+    """``Mechanex.serve``: finds the model that is meant, and serves it."""
+    if isinstance(model, str | os.PathLike):
+        client.load_model(os.fspath(model))
+    elif model is not None:
+        client.set_local_model(model)
+    loaded = client._loaded
+    if loaded is None:
+        raise MechanexError(
+            "serve needs a model: serve('mx-tiny'), serve(model), or load one first with load(…)."
+        )
+    serve(loaded, stored=client.vectors, **options)

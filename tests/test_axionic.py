@@ -1,0 +1,507 @@
+"""The Axionic API over the real application and mx-tiny: every row of its contract, ownership, accounts, bad bodies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from argon2 import PasswordHasher
+from fastapi.testclient import TestClient
+
+from mechanex import Mechanex
+from mechanex.engine.models.resolve import LoadedModel, load
+from mechanex.server.app import create_app
+from mechanex.server.passwords import Passwords
+from mechanex.server.settings import Settings
+from mechanex.server.store import open_store
+
+EXAMPLES: dict[str, Any] = {
+    "prompts": ["The man said", "The woman said"],
+    "positive_answers": [" he was happy", " she was glad"],
+    "negative_answers": [" he was angry", " she was sad"],
+}
+ANN = {"email": "ann@example.org", "password": "correct horse"}
+BOB = {"email": "bob@example.org", "password": "battery staple"}
+SERVER_KEY = "the-operators-key"
+
+Connect = Callable[..., TestClient]
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return load("mx-tiny", backend="transformers")
+
+
+@pytest.fixture
+def connect(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Connect]:
+    """Makes a running application of its own for each test, with passwords that are hashed quickly."""
+    cheap = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
+    monkeypatch.setattr("mechanex.server.store.Passwords", lambda: Passwords(cheap))
+    with ExitStack() as stack:
+
+        def start(host: str = "127.0.0.1", **settings: Any) -> TestClient:
+            app = create_app(Settings(host=host, **settings), model)
+            return stack.enter_context(TestClient(app, raise_server_exceptions=False))
+
+        yield start
+
+
+@pytest.fixture
+def client(connect: Connect) -> TestClient:
+    return connect()
+
+
+@pytest.fixture(scope="module")
+def shared(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """An application for tests that leave nothing behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MECHANEX_HOME", str(tmp_path_factory.mktemp("shared")))
+        app = create_app(Settings(host="127.0.0.1"), model)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"}
+
+
+def signed_up(client: TestClient, who: dict[str, str], **headers: str) -> dict[str, str]:
+    """Headers of a new account's session."""
+    answer = client.post("/auth/signup", json=who, headers=headers)
+    assert answer.status_code == 200, answer.text
+    return bearer(answer.json()["session"]["access_token"])
+
+
+def refused(answer: Any, status: int) -> str:
+    """The reason that an answer gives."""
+    assert answer.status_code == status, answer.text
+    assert set(answer.json()) == {"detail"}
+    detail = answer.json()["detail"]
+    assert detail and isinstance(detail, (str, list))
+    return detail if isinstance(detail, str) else json.dumps(detail)
+
+
+# Accounts
+
+
+def test_the_whole_life_of_an_account(client: TestClient) -> None:
+    answer = client.post("/auth/signup", json=ANN).json()
+    assert answer["user"]["email"] == ANN["email"] and answer["user"]["id"]
+    assert {"access_token", "refresh_token"} <= set(answer["session"])
+    session = client.post("/auth/login", json=ANN).json()["session"]
+    who = client.get("/auth/whoami", headers=bearer(session["access_token"])).json()
+    assert who["id"] == answer["user"]["id"] and who["email"] == ANN["email"]
+    newer = client.post("/auth/refresh", json={"refresh_token": session["refresh_token"]}).json()["session"]
+    headers = bearer(newer["access_token"])
+    made = client.post("/auth/api-keys", json={"name": "laptop"}, headers=headers).json()
+    key = made["key"]
+    for header in ({"x-api-key": key}, bearer(key)):
+        assert client.get("/auth/whoami", headers=header).json()["email"] == ANN["email"]
+    (listed,) = client.get("/auth/api-keys", headers={"x-api-key": key}).json()["keys"]
+    assert listed["name"] == "laptop" and listed["created_at"] <= listed["last_used"]
+    assert key not in json.dumps(listed) and listed["key"] == f"{key[:8]}…"
+    chosen = client.post("/auth/api-keys/set-model", json={"model_name": "mx-tiny"}, headers=headers)
+    assert chosen.status_code == 200
+    assert client.get("/auth/whoami", headers=headers).json()["model_name"] == "mx-tiny"
+    assert client.delete(f"/auth/api-keys/{listed['id']}", headers=headers).status_code == 204
+    assert client.get("/auth/api-keys", headers=headers).json() == {"keys": []}
+    refused(client.delete(f"/auth/api-keys/{listed['id']}", headers=headers), 404)
+
+
+def test_a_key_without_a_name_gets_one(client: TestClient) -> None:
+    headers = signed_up(client, ANN)
+    assert client.post("/auth/api-keys", json={}, headers=headers).json()["name"] == "Default Key"
+
+
+def test_what_accounts_refuse(client: TestClient) -> None:
+    headers = signed_up(client, ANN)
+    assert "has an account already" in refused(client.post("/auth/signup", json=ANN), 400)
+    assert "no email address" in refused(client.post("/auth/signup", json=ANN | {"email": "ann"}), 400)
+    assert "8 to 1024" in refused(client.post("/auth/signup", json=BOB | {"password": "short"}), 400)
+    wrong = [ANN | {"password": "wrong horse"}, BOB]
+    assert len({refused(client.post("/auth/login", json=body), 401) for body in wrong}) == 1
+    refused(client.post("/auth/refresh", json={"refresh_token": "mxr-nothing"}), 401)
+    reason = refused(
+        client.post("/auth/api-keys/set-model", json={"model_name": "gpt-9"}, headers=headers), 404
+    )
+    assert "'gpt-9'" in reason and "mx-tiny" in reason
+
+
+def test_a_used_refresh_token_ends_the_session(client: TestClient) -> None:
+    session = client.post("/auth/signup", json=ANN).json()["session"]
+    body = {"refresh_token": session["refresh_token"]}
+    newer = client.post("/auth/refresh", json=body).json()["session"]
+    refused(client.post("/auth/refresh", json=body), 401)
+    refused(client.get("/auth/whoami", headers=bearer(newer["access_token"])), 401)
+    refused(client.post("/auth/refresh", json={"refresh_token": newer["refresh_token"]}), 401)
+
+
+def test_an_expired_token_is_told_so_even_where_no_account_is_needed(client: TestClient) -> None:
+    now = [1_700_000_000.0]
+    app: Any = client.app
+    app.state.store.close()
+    app.state.store = open_store(Settings(), clock=lambda: now[0])
+    headers = signed_up(client, ANN)
+    now[0] += 15 * 60
+    for path in ("/auth/whoami", "/models", "/behaviors"):
+        assert "expired" in refused(client.get(path, headers=headers), 401)
+    assert client.get("/models").status_code == 200
+
+
+def test_without_an_account_requests_on_loopback_share_one(client: TestClient) -> None:
+    for headers in ({}, {"x-api-key": "anything"}, bearer("sk-anything"), bearer("a.b.c")):
+        who = client.get("/auth/whoami", headers=headers).json()
+        assert who["id"] == "local" and who["email"] is None
+        for call in (client.get, client.post):
+            body = {"json": {"name": "key"}} if call == client.post else {}
+            assert "log in" in refused(call("/auth/api-keys", headers=headers, **body), 401)
+    vector_id = client.post("/steering/generate", json=EXAMPLES | {"method": "caa"}).json()[
+        "steering_vector_id"
+    ]
+    body = {"prompt": "The", "max_tokens": 2, "steering_vector_id": vector_id, "steering_strength": 1}
+    assert client.post("/generate", json=body, headers=bearer("another")).status_code == 200
+    refused(client.post("/generate", json=body, headers=signed_up(client, ANN)), 404)
+
+
+# Who may come in
+
+
+def test_a_server_on_the_network_needs_a_key_from_everyone(connect: Connect) -> None:
+    client = connect("0.0.0.0", key=SERVER_KEY)
+    calls = [
+        ("GET", path)
+        for path in ("/models", "/behaviors", "/graph", "/paths", "/auth/whoami", "/auth/api-keys")
+    ]
+    calls += [
+        ("POST", path) for path in ("/generate", "/steering/generate", "/auth/signup", "/auth/api-keys")
+    ]
+    for method, path in calls:
+        body = ANN if path == "/auth/signup" else EXAMPLES | {"method": "caa"}
+        body = (
+            {"prompt": "The"} if path == "/generate" else {"name": "k"} if path == "/auth/api-keys" else body
+        )
+        for headers in ({}, {"x-api-key": "wrong"}, bearer("a.b.c"), {"authorization": "Basic eDp5"}):
+            reason = refused(client.request(method, path, json=body, headers=headers), 401)
+            assert "key" in reason
+    operator = {"x-api-key": SERVER_KEY}
+    assert client.get("/auth/whoami", headers=operator).json()["id"] == "local"
+    ann = signed_up(client, ANN, **operator)
+    assert client.get("/auth/whoami", headers=ann).json()["email"] == ANN["email"]
+    assert "server's key" in refused(client.post("/auth/signup", json=BOB, headers=ann), 403)
+    assert client.post("/auth/login", json=ANN).status_code == 200
+    key = client.post("/auth/api-keys", json={"name": "k"}, headers=ann).json()["key"]
+    assert client.get("/models", headers={"x-api-key": key}).json() == {"models": [{"name": "mx-tiny"}]}
+
+
+def test_sign_up_can_be_open_to_all(connect: Connect) -> None:
+    signed_up(connect("0.0.0.0", key=SERVER_KEY, open_signup=True), ANN)
+
+
+def test_addresses_and_accounts_are_limited_on_the_network_only(connect: Connect) -> None:
+    client = connect("0.0.0.0", key=SERVER_KEY, rate_limit=4, api_rate_limit=3)
+    operator = {"x-api-key": SERVER_KEY}
+    ann = signed_up(client, ANN, **operator)
+    for _ in range(3):
+        assert client.get("/models", headers=ann).status_code == 200
+    answer = client.get("/models", headers=ann)
+    assert "at most 3 a minute" in refused(answer, 429)
+    assert 1 <= int(answer.headers["retry-after"]) <= 20
+    assert client.get("/models", headers=operator).status_code == 200
+    for _ in range(3):
+        refused(client.post("/auth/refresh", json={"refresh_token": "x"}), 401)
+    answer = client.post("/auth/login", json=ANN)
+    assert "this address" in refused(answer, 429) and 1 <= int(answer.headers["retry-after"]) <= 15
+    local = connect(rate_limit=1, api_rate_limit=1)
+    for _ in range(5):
+        assert local.get("/models").status_code == local.get("/auth/whoami").status_code == 200
+
+
+def test_wrong_passwords_are_limited_everywhere_and_right_ones_are_not(client: TestClient) -> None:
+    signed_up(client, ANN)
+    for _ in range(15):
+        assert client.post("/auth/login", json=ANN).status_code == 200
+    for _ in range(10):
+        refused(client.post("/auth/login", json=ANN | {"password": "wrong horse"}), 401)
+    answer = client.post("/auth/login", json=ANN | {"email": " ANN@example.org"})
+    assert "attempts to log in" in refused(answer, 429) and int(answer.headers["retry-after"]) >= 1
+    refused(client.post("/auth/login", json=BOB), 401)
+
+
+# The model
+
+
+def test_generate_answers_what_the_local_client_does(client: TestClient, model: LoadedModel) -> None:
+    local = Mechanex().set_local_model(model.model, model.tokenizer)
+    vector_id = client.post("/steering/generate", json=EXAMPLES | {"method": "caa"}).json()[
+        "steering_vector_id"
+    ]
+    local_id = local.steering.generate_vectors(*EXAMPLES.values(), method="caa")
+    kept = local.steering.get_vectors(local_id)
+    outputs = []
+    for strength, vector in ((0, None), (4, "caa"), (-4, "caa"), (0, "caa")):
+        body = {
+            "prompt": "The man said that",
+            "sampling_method": "greedy",
+            "max_tokens": 16,
+            "top_k": 50,
+            "top_p": 0.9,
+            "steering_vector_id": vector and vector_id,
+            "steering_strength": strength,
+        }
+        output = client.post("/generate", json=body).json()["output"]
+        assert output == local.generation.generate(
+            "The man said that", 16, "greedy", steering_strength=strength, steering_vector=vector and kept
+        )
+        outputs.append(output)
+    assert len(set(outputs)) == 3 and outputs[0] == outputs[3]
+
+
+def test_generate_takes_the_other_forms_and_settings(shared: TestClient, model: LoadedModel) -> None:
+    ids = model.tokenizer("The man said")["input_ids"]
+    greedy = {"sampling_method": "greedy", "max_tokens": 12}
+    text = shared.post("/generate", json={"prompt": "The man said", **greedy}).json()["output"]
+    from_ids = shared.post("/generate", json={"prompt": ids, **greedy}).json()["output"]
+    assert from_ids.removeprefix(model.tokenizer.bos_token or "").strip() == text
+    stop = text[len("The man said") :].split()[1]
+    cut = shared.post("/generate", json={"prompt": "The man said", **greedy, "stop": [stop]}).json()["output"]
+    assert text.startswith(cut) and stop not in cut[len("The man said") :]
+    for settings in (
+        {"seed": 3},
+        {"seed": 3, "temperature": 0.7, "sampling_method": "top-p", "top_p": 0.8},
+        {"seed": 3, "sampling_method": "min-p", "min_p": 0.2},
+        {"seed": 3, "sampling_method": "typical"},
+        {"seed": 3, "top_k": 1, "stop": None},
+    ):
+        body = {"prompt": "The man said", "max_tokens": 8, **settings}
+        first, second = (shared.post("/generate", json=body).json()["output"] for _ in range(2))
+        assert first == second and first.startswith("The man said")
+
+
+@pytest.mark.parametrize(
+    "body, reason",
+    [
+        ({"steering_strength": 2}, "no steering_vector_id"),
+        ({"sampling_method": "best"}, "greedy, top-k"),
+        ({"temperature": 1e-9}, "temperature"),
+        ({"stop": ["a", ""]}, "stop"),
+        ({"prompt": []}, "empty"),
+        ({"prompt": "word " * 5000}, "context"),
+        ({"prompt": [10**9]}, "token"),
+    ],
+)
+def test_generate_says_what_was_wrong(shared: TestClient, body: dict[str, Any], reason: str) -> None:
+    assert reason in refused(shared.post("/generate", json={"prompt": "The", **body}), 400)
+
+
+def test_a_vector_that_nobody_made_is_not_found(client: TestClient) -> None:
+    for vector_id, status in (("f" * 32, 404), ("nothing", 404), ("../secret", 400), ("/etc/passwd", 400)):
+        body = {"prompt": "The", "steering_vector_id": vector_id, "steering_strength": 1}
+        assert vector_id in refused(client.post("/generate", json=body), status)
+        headers = signed_up(
+            client, {"email": f"{status}{len(vector_id)}@example.org", "password": "correct horse"}
+        )
+        refused(client.post("/generate", json=body, headers=headers), 404)
+
+
+@pytest.mark.parametrize(
+    "body, reason",
+    [
+        ({"negative_answers": [" b"]}, "one length"),
+        ({"prompts": [], "positive_answers": [], "negative_answers": []}, "no examples"),
+        ({"layer_idxs": [99]}, "99"),
+        ({"layer_idxs": []}, "no layers"),
+        ({"method": "magic"}, "'magic'"),
+        ({"positive_answers": ["", ""]}, "no tokens"),
+        ({"negative_answers": EXAMPLES["positive_answers"]}, "zero"),
+    ],
+)
+def test_steering_says_what_was_wrong_and_keeps_nothing(
+    client: TestClient, mechanex_home: Path, body: dict[str, Any], reason: str
+) -> None:
+    assert reason in refused(client.post("/steering/generate", json=EXAMPLES | {"method": "caa"} | body), 400)
+    assert not list((mechanex_home / "server").glob("vectors/*"))
+
+
+def test_behaviors_are_computed_listed_and_used(client: TestClient, model: LoadedModel) -> None:
+    ann, bob = signed_up(client, ANN), signed_up(client, BOB)
+    body = EXAMPLES | {"behavior_name": "cheerful", "description": "is happy"}
+    made = client.post("/behaviors/create", json=body, headers=ann).json()
+    assert (
+        made["behavior_name"] == "cheerful" and made["description"] == "is happy" and made["n_examples"] == 2
+    )
+    assert client.get("/behaviors", headers=ann).json() == [made]
+    assert client.get("/behaviors", headers=bob).json() == client.get("/behaviors").json() == []
+    steered = {
+        "prompt": "The man said that",
+        "sampling_method": "greedy",
+        "max_tokens": 16,
+        "steering_vector_id": made["steering_vector_id"],
+        "steering_strength": 4,
+    }
+    local = Mechanex().set_local_model(model.model, model.tokenizer)
+    local_id = local.steering.generate_vectors(*EXAMPLES.values(), method="caa")
+    assert client.post("/generate", json=steered, headers=ann).json()["output"] == local.generation.generate(
+        "The man said that", 16, "greedy", steering_strength=4, steering_vector=local_id
+    )
+    assert "already" in refused(client.post("/behaviors/create", json=body, headers=ann), 400)
+    again = body | {"steering_vector_id": made["steering_vector_id"]}
+    refused(client.post("/generate", json=steered, headers=bob), 404)
+    refused(client.post("/behaviors/create", json=again, headers=bob), 404)
+    named = client.post("/behaviors/create", json=again | {"behavior_name": "glad"}, headers=ann).json()
+    assert named["steering_vector_id"] == made["steering_vector_id"]
+    assert [found["behavior_name"] for found in client.get("/behaviors", headers=ann).json()] == [
+        "cheerful",
+        "glad",
+    ]
+
+
+def test_an_account_that_chose_another_model_is_told(client: TestClient) -> None:
+    ann = signed_up(client, ANN)
+    account = client.get("/auth/whoami", headers=ann).json()["id"]
+    app: Any = client.app
+    app.state.store.accounts.set_model(account, "yesterdays-model")
+    reason = refused(client.post("/generate", json={"prompt": "The", "max_tokens": 2}, headers=ann), 400)
+    assert "yesterdays-model" in reason and "set-model" in reason
+    client.post("/auth/api-keys/set-model", json={"model_name": "mx-tiny"}, headers=ann)
+    assert client.post("/generate", json={"prompt": "The", "max_tokens": 2}, headers=ann).status_code == 200
+
+
+def test_generate_corrects_what_the_server_was_told_to(
+    connect: Connect, model: LoadedModel, tmp_path: Path
+) -> None:
+    lines = [
+        {"prompt": prompt, "positive": positive, "negative": negative}
+        for prompt, positive, negative in zip(*EXAMPLES.values(), strict=True)
+    ]
+    file = tmp_path / "cheerful.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    client = connect(behaviors=(file,), corrected_behaviors=("cheerful",))
+    local = Mechanex().set_local_model(model.model, model.tokenizer)
+    local_id = local.steering.generate_vectors(*EXAMPLES.values(), method="caa")
+    body = {"prompt": "The man said that", "sampling_method": "greedy", "max_tokens": 16}
+    for headers in ({}, signed_up(client, ANN)):
+        assert client.post("/generate", json=body, headers=headers).json()[
+            "output"
+        ] == local.generation.generate(
+            "The man said that", 16, "greedy", steering_strength=1, steering_vector=local_id
+        )
+
+
+def test_a_damaged_vector_file_is_the_servers_error(client: TestClient, mechanex_home: Path) -> None:
+    vector_id = client.post("/steering/generate", json=EXAMPLES | {"method": "caa"}).json()[
+        "steering_vector_id"
+    ]
+    app: Any = client.app
+    app.state.store.library._cache.clear()
+    (mechanex_home / "server" / "vectors" / f"{vector_id}.safetensors").write_bytes(b"\xff" * 64)
+    body = {"prompt": "The", "steering_vector_id": vector_id, "steering_strength": 1, "max_tokens": 2}
+    assert "is damaged on the server" in refused(client.post("/generate", json=body), 500)
+    assert client.post("/generate", json={"prompt": "The", "max_tokens": 2}).status_code == 200
+
+
+def test_accounts_work_at_once(client: TestClient) -> None:
+    def work(number: int) -> tuple[str, set[str]]:
+        who = {"email": f"user{number}@example.org", "password": "correct horse"}
+        session = client.post("/auth/signup", json=who).json()["session"]
+        keys = set()
+        for _ in range(3):
+            session = client.post("/auth/refresh", json={"refresh_token": session["refresh_token"]}).json()[
+                "session"
+            ]
+            headers = bearer(session["access_token"])
+            keys.add(client.post("/auth/api-keys", json={"name": "k"}, headers=headers).json()["key"])
+        body = EXAMPLES | {"behavior_name": "cheerful"}
+        made = client.post("/behaviors/create", json=body, headers={"x-api-key": keys.pop()}).json()
+        listed = client.get("/behaviors", headers={"x-api-key": keys.pop()}).json()
+        return made["steering_vector_id"], {found["steering_vector_id"] for found in listed}
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(work, range(8)))
+    assert len({made for made, _ in results}) == 8 and all(listed == {made} for made, listed in results)
+
+
+# What isn't there yet, and what never will be
+
+LATER: list[tuple[str, str, Any]] = [
+    (
+        "POST",
+        "/sae/generate",
+        {"prompt": "The", "max_new_tokens": 5, "behavior_names": ["a"], "force_steering": None},
+    ),
+    ("GET", "/graph", None),
+    ("GET", "/paths", None),
+    ("POST", "/attribution-patching/scores", {"clean_prompt": "a", "corrupted_prompt": "b"}),
+    ("POST", "/raag/generate", {"qa_entries": [{"question": "Why?"}], "docs": [{"text": "Because."}]}),
+]
+
+
+@pytest.mark.parametrize("method, path, body", LATER)
+def test_what_comes_later_says_so(shared: TestClient, method: str, path: str, body: Any) -> None:
+    assert "not part of this version" in refused(shared.request(method, path, json=body), 501)
+
+
+GOOD: dict[str, Any] = {
+    "/auth/signup": ANN,
+    "/auth/login": ANN,
+    "/auth/refresh": {"refresh_token": "x"},
+    "/auth/api-keys": {"name": "k"},
+    "/auth/api-keys/set-model": {"model_name": "mx-tiny"},
+    "/generate": {
+        "prompt": "The",
+        "max_tokens": 1,
+        "top_k": 5,
+        "top_p": 0.5,
+        "stop": ["x"],
+        "seed": 1,
+        "min_p": 0.1,
+    },
+    "/steering/generate": EXAMPLES | {"method": "caa", "layer_idxs": [1]},
+    "/behaviors/create": EXAMPLES | {"behavior_name": "b", "description": ""},
+    **{path: body for _, path, body in LATER if body},
+}
+HOSTILE: list[Any] = [None, True, -1, 1.5, 10**30, -(10**30), 1e308, float("nan"), float("inf"), "", "\x00", "\ud800",
+                      "x" * 100_000, [], {}, [[[]]], [None], ["\ud800"], [{}], {"a": {"b": []}}]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", GOOD)
+def test_no_wrong_field_crashes_a_call(shared: TestClient, path: str) -> None:
+    client, headers = shared, signed_up(shared, {"email": f"{path}@example.org", "password": "correct horse"})
+    for name in GOOD[path]:
+        for value in HOSTILE:
+            body = json.dumps(GOOD[path] | {name: value})
+            answer = client.post(path, content=body, headers=headers | {"content-type": "application/json"})
+            assert answer.status_code in (200, 400, 401, 404, 422, 429, 501), (name, value, answer.text)
+            assert "detail" in answer.json() or answer.status_code == 200
+    for missing in (dict(list(GOOD[path].items())[1:]), GOOD[path] | {"misspelt": 1}):
+        if path not in ("/auth/api-keys",) or "misspelt" in missing:
+            refused(client.post(path, json=missing, headers=headers), 422)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000, b"null", b"[]", b'"text"', b"1e999", b"\x00",
+     b'{"prompt": NaN}'],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/generate", "/auth/login", "/raag/generate"])
+def test_no_garbage_crashes_a_call(shared: TestClient, path: str, content: bytes) -> None:
+    answer = shared.post(path, content=content, headers={"content-type": "application/json"})
+    refused(answer, answer.status_code)
+    assert answer.status_code in (400, 413, 422)
+
+
+def test_a_refused_body_does_not_repeat_the_password(shared: TestClient) -> None:
+    body = {"email": "ann@example.org", "password": "hunter2" * 200, "extra": 1}
+    assert "hunter2" not in shared.post("/auth/login", json=body).text
+
+
+def test_the_description_of_the_api_covers_the_contract(shared: TestClient) -> None:
+    paths = shared.get("/openapi.json").json()["paths"]
+    wanted = {(method, path) for method, path, _ in LATER} | {("POST", path) for path in GOOD}
+    wanted |= {("GET", path) for path in ("/auth/whoami", "/auth/api-keys", "/models", "/behaviors")}
+    there = {(method.upper(), path) for path, calls in paths.items() for method in calls}
+    assert wanted <= there

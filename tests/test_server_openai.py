@@ -1,0 +1,409 @@
+"""OpenAI's own Python client against a real server process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+import torch
+from openai import OpenAI
+from server_process import ServerProcess, serving
+from serving_data import tone_vectors
+
+from mechanex.engine.generate import generate
+from mechanex.engine.models.resolve import load
+from mechanex.engine.text import encode_prompt
+from mechanex.engine.vectors import SteeringVector
+
+PROMPT = "Anna went to the market on Friday."
+OTHER = "The food in Rome"
+CHAT: list[Any] = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "What is the capital of France?"},
+]
+
+
+@pytest.fixture(scope="module")
+def local() -> Any:
+    return load("mx-tiny", backend="transformers")
+
+
+@pytest.fixture(scope="module")
+def vectors(local: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("vectors")
+    SteeringVector({4: torch.full((128,), 1e38)}).save(folder / "huge.safetensors")
+    return folder, tone_vectors(local.model, local.tokenizer, folder)
+
+
+@pytest.fixture(scope="module")
+def server(vectors: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with serving(
+        "--vectors", str(vectors[0]), "--behaviors", "calm_angry", home=tmp_path_factory.mktemp("home")
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="any key does here", max_retries=0)
+
+
+def expected(local: Any, prompt: Any, n: int, vector: Any = None, strength: float = 1.0) -> str:
+    steered = {} if vector is None else {"vector": vector, "strength": strength}
+    ids = encode_prompt(local.tokenizer, prompt)
+    text = local.tokenizer.decode(ids)
+    whole = generate(local.model, local.tokenizer, ids, max_tokens=n, sampling_method="greedy", **steered)
+    return whole[len(text) :]
+
+
+def test_models(client: OpenAI) -> None:
+    (model,) = client.models.list().data
+    assert model.id == "mx-tiny"
+    assert client.models.retrieve("mx-tiny").owned_by == "mechanex"
+    with pytest.raises(openai.NotFoundError, match="gpt-4"):
+        client.models.retrieve("gpt-4")
+
+
+def test_completion(client: OpenAI, local: Any) -> None:
+    answer = client.completions.create(model="mx-tiny", prompt=PROMPT, max_tokens=20, temperature=0)
+    assert answer.object == "text_completion"
+    assert answer.choices[0].text == expected(local, PROMPT, 20)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.choices[0].logprobs is None
+    n_ids = len(encode_prompt(local.tokenizer, PROMPT))
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (n_ids, 20)
+    assert answer.usage.total_tokens == n_ids + 20
+    assert answer._request_id
+
+
+def test_prompts_of_every_kind(client: OpenAI, local: Any) -> None:
+    ids = encode_prompt(local.tokenizer, PROMPT), encode_prompt(local.tokenizer, OTHER)
+    truth = expected(local, PROMPT, 8), expected(local, OTHER, 8)
+    prompts: list[Any] = [[PROMPT, OTHER], ids[0], [ids[0], ids[1]]]
+    for prompt, texts in zip(prompts, (truth, truth[:1], truth), strict=True):
+        answer = client.completions.create(model="mx-tiny", prompt=prompt, max_tokens=8, temperature=0)
+        assert [choice.text for choice in answer.choices] == list(texts)
+        assert [choice.index for choice in answer.choices] == list(range(len(texts)))
+    both = client.completions.create(
+        model="mx-tiny", prompt=[PROMPT, OTHER], n=2, max_tokens=8, temperature=0
+    )
+    assert [choice.text for choice in both.choices] == [truth[0], truth[0], truth[1], truth[1]]
+    assert both.usage is not None
+    assert both.usage.prompt_tokens == len(ids[0]) + len(ids[1])
+    assert both.usage.completion_tokens == 32
+
+
+def test_seeds_repeat_and_n_answers_differ(client: OpenAI) -> None:
+    def ask(seed: int | None, n: int = 3) -> list[str]:
+        answer = client.completions.create(model="mx-tiny", prompt=PROMPT, max_tokens=12, seed=seed, n=n)
+        return [choice.text for choice in answer.choices]
+
+    first = ask(5)
+    assert len(set(first)) == 3
+    assert ask(5) == first
+    assert ask(6, 2) == first[1:]  # answer i has the seed + i
+    assert ask(None) != ask(None)
+    assert ask(-3) == ask(-3)
+
+
+def test_top_p_and_temperature_narrow_the_choice(client: OpenAI, local: Any) -> None:
+    greedy = expected(local, PROMPT, 12)
+    settings: list[dict[str, Any]] = [
+        {"top_p": 1e-6},
+        {"temperature": 1e-3},
+        {"temperature": 0},
+        {"top_p": 0},
+    ]
+    for narrow in settings:
+        answer = client.completions.create(model="mx-tiny", prompt=PROMPT, max_tokens=12, **narrow)
+        assert answer.choices[0].text == greedy
+
+
+def test_stop_texts_and_the_end(client: OpenAI, local: Any) -> None:
+    whole = expected(local, PROMPT, 40)
+    word = whole.split()[4]
+    cut = client.completions.create(
+        model="mx-tiny", prompt=PROMPT, max_tokens=40, temperature=0, stop=["never", word]
+    )
+    assert cut.choices[0].text == whole[: whole.index(word)]
+    assert cut.choices[0].finish_reason == "stop"
+    ended = client.chat.completions.create(model="mx-tiny", messages=CHAT, temperature=0)
+    assert ended.choices[0].finish_reason == "stop"
+
+
+def test_echo_and_logprobs(client: OpenAI, local: Any) -> None:
+    ids = encode_prompt(local.tokenizer, PROMPT)
+    answer = client.completions.create(
+        model="mx-tiny", prompt=PROMPT, max_tokens=5, temperature=0, echo=True, logprobs=2
+    )
+    choice = answer.choices[0]
+    assert choice.text == PROMPT + expected(local, PROMPT, 5)
+    found = choice.logprobs
+    assert found is not None
+    assert found.tokens is not None and found.token_logprobs is not None
+    assert found.top_logprobs is not None and found.text_offset is not None
+    assert len(found.tokens) == len(ids) + 5 == len(found.token_logprobs) == len(found.top_logprobs)
+    assert found.token_logprobs[0] is None
+    for token, offset in zip(found.tokens[1:], found.text_offset[1:], strict=True):
+        assert choice.text[offset : offset + len(token)] == token
+    assert "".join(found.tokens[len(ids) :]) == choice.text[len(PROMPT) :]
+    with torch.no_grad():
+        shares = local.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    for i in range(1, len(ids)):
+        assert found.token_logprobs[i] == pytest.approx(float(shares[i - 1, ids[i]]), abs=1e-4)
+        assert max(found.top_logprobs[i].values()) == pytest.approx(float(shares[i - 1].max()), abs=1e-4)
+    scored = client.completions.create(model="mx-tiny", prompt=ids, max_tokens=0, echo=True, logprobs=0)
+    assert scored.choices[0].logprobs is not None
+    assert scored.choices[0].logprobs.token_logprobs == found.token_logprobs[: len(ids)]
+    assert scored.usage is not None
+    assert scored.usage.completion_tokens == 0
+
+
+def test_streamed_completion(client: OpenAI, local: Any) -> None:
+    chunks = list(
+        client.completions.create(
+            model="mx-tiny",
+            prompt=[PROMPT, OTHER],
+            max_tokens=12,
+            temperature=0,
+            logprobs=1,
+            echo=True,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 24
+    for i, prompt in enumerate((PROMPT, OTHER)):
+        own = [c for chunk in chunks[:-1] for c in chunk.choices if c.index == i]
+        assert "".join(c.text for c in own) == prompt + expected(local, prompt, 12)
+        assert [c.finish_reason for c in own if c.finish_reason] == ["length"]
+        tokens = [t for c in own if c.logprobs for t in c.logprobs.tokens or ()]
+        assert len(tokens) == len(encode_prompt(local.tokenizer, prompt)) + 12
+        offsets = [t for c in own if c.logprobs for t in c.logprobs.text_offset or ()]
+        assert offsets == sorted(offsets)
+
+
+def test_chat(client: OpenAI, local: Any) -> None:
+    answer = client.chat.completions.create(
+        model="mx-tiny", messages=CHAT, max_completion_tokens=8, temperature=0, logprobs=True, top_logprobs=2
+    )
+    (choice,) = answer.choices
+    assert choice.message.role == "assistant"
+    assert choice.message.content == expected(local, CHAT, 8)
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    assert "".join(one.token for one in choice.logprobs.content) == choice.message.content
+    for one in choice.logprobs.content:
+        assert one.token == one.top_logprobs[0].token  # greedy
+        assert one.top_logprobs[0].logprob >= one.top_logprobs[1].logprob
+        assert bytes(one.bytes or ()).decode() == one.token
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(encode_prompt(local.tokenizer, CHAT))
+    parts = [
+        {"role": "developer", "content": "Be kind."},
+        {**CHAT[1], "content": [{"type": "text", "text": CHAT[1]["content"]}]},
+    ]
+    same = client.chat.completions.create(model="mx-tiny", messages=parts, max_tokens=8, temperature=0)
+    assert same.choices[0].message.content == choice.message.content
+    again = [*CHAT, choice.message, {"role": "user", "content": "And of Italy?"}]
+    assert client.chat.completions.create(
+        model="mx-tiny", messages=again, max_tokens=4, temperature=0
+    ).choices
+
+
+def test_streamed_chat(client: OpenAI, local: Any) -> None:
+    with client.chat.completions.create(
+        model="mx-tiny", messages=CHAT, max_tokens=10, temperature=0, stream=True, n=2
+    ) as stream:
+        chunks = list(stream)
+    for i in range(2):
+        own = [c for chunk in chunks for c in chunk.choices if c.index == i]
+        assert own[0].delta.role == "assistant"
+        assert "".join(c.delta.content or "" for c in own) == expected(local, CHAT, 10)
+        assert own[-1].finish_reason == "length"
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_async_client(server: ServerProcess, local: Any) -> None:
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0) as client:
+
+            async def whole(prompt: str) -> str:
+                answer = await client.completions.create(
+                    model="mx-tiny", prompt=prompt, max_tokens=10, temperature=0
+                )
+                return answer.choices[0].text
+
+            async def streamed(messages: Any) -> str:
+                stream = await client.chat.completions.create(
+                    model="mx-tiny", messages=messages, max_tokens=10, temperature=0, stream=True
+                )
+                return "".join([c.choices[0].delta.content or "" async for c in stream])
+
+            return list(await asyncio.gather(whole(PROMPT), streamed(CHAT), whole(OTHER), streamed(CHAT)))
+
+    chat = expected(local, CHAT, 10)
+    assert asyncio.run(ask()) == [expected(local, PROMPT, 10), chat, expected(local, OTHER, 10), chat]
+
+
+def test_steering_by_vector(client: OpenAI, local: Any, vectors: Any) -> None:
+    vector = vectors[1]["calm_angry"]
+    plain, steered = expected(local, PROMPT, 20), expected(local, PROMPT, 20, vector, -2.0)
+    assert plain != steered
+    spelled: list[dict[str, Any]] = [
+        {"steering_vector": "calm_angry", "steering_strength": -2},
+        {"steering_vector_id": "calm_angry", "steering_strength": -2.0},
+        {"steering": [{"vector": "calm_angry", "strength": -2}]},
+        {"steering": [{"vector": "calm_angry", "strength": -2, "layers": [4], "tokens": [0, None]}]},
+        {"steering": [{"vector": "calm_angry", "strength": -1}, {"vector": "calm_angry", "strength": -1}]},
+        {"behavior_names": ["calm_angry"], "steering_strength": -2},
+        {"force_steering": ["calm_angry"], "steering_strength": -2},
+    ]
+    for extra in spelled:
+        answer = client.completions.create(
+            model="mx-tiny", prompt=PROMPT, max_tokens=20, temperature=0, extra_body=extra
+        )
+        assert answer.choices[0].text == steered, extra
+    chat = client.chat.completions.create(
+        model="mx-tiny", messages=CHAT, max_tokens=8, temperature=0, extra_body=spelled[0]
+    )
+    assert chat.choices[0].message.content == expected(local, CHAT, 8, vector, -2.0)
+    unsteered: list[dict[str, Any]] = [
+        {"steering_vector": "calm_angry", "steering_strength": 0},
+        {"steering": [{"vector": "calm_angry", "strength": -2, "tokens": [400, None]}]},
+        {"steering": []},
+        {"steering_vector": None, "steering_strength": 0, "behavior_names": []},
+    ]
+    for extra in unsteered:
+        answer = client.completions.create(
+            model="mx-tiny", prompt=PROMPT, max_tokens=20, temperature=0, extra_body=extra
+        )
+        assert answer.choices[0].text == plain, extra
+
+
+WRONG: list[tuple[dict[str, Any], str | None, str]] = [
+    ({"steering_vector": "nope"}, "steering_vector", "nope"),
+    ({"steering_vector": "../../etc/passwd"}, "steering_vector", "id"),
+    ({"steering": [{"vector": "nope"}]}, "steering", "nope"),
+    ({"steering": [{"vector": "calm_angry", "layers": [1]}]}, "steering", "layers"),
+    ({"steering": [{"vector": "calm_angry", "layers": [99]}]}, "steering", "99"),
+    ({"steering": [{"vector": "calm_angry", "tokens": [0, 5, 0]}]}, "steering", "step"),
+    ({"steering": [{"vector": "calm_angry", "tokens": [1]}]}, "steering", "range"),
+    ({"steering": [{"strength": 1}]}, "steering", "vector"),
+    ({"steering_strength": 2}, "steering_strength", "nothing to steer with"),
+    ({"steering_vector": "calm_angry", "steering_strength": "2"}, "steering_strength", "number"),
+    ({"steering_vector": "calm_angry", "steering_vector_id": "kind_rude"}, None, "different vectors"),
+    ({"behavior_names": ["nope"]}, "behavior_names", "nope"),
+    ({"force_steering": ["nope"]}, "behavior_names", "nope"),
+    ({"top_k": 3}, "top_k", "Unrecognized request argument"),
+    ({"temperature": 3}, "temperature", "less than or equal to 2"),
+    ({"max_tokens": -1}, "max_tokens", "greater"),
+    ({"max_tokens": 1.5}, "max_tokens", "integer"),
+    ({"max_tokens": 600}, "max_tokens", "maximum context length is 512"),
+    ({"max_tokens": 0}, None, "echo"),
+    ({"n": 0}, "n", "greater"),
+    ({"n": True}, "n", "integer"),
+    ({"best_of": 5}, None, "best_of"),
+    ({"stop": ""}, "stop", "at least 1"),
+    ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
+    ({"logit_bias": {"99999": 1}}, "logit_bias", "vocabulary"),
+    ({"logit_bias": {"5": 500}}, "logit_bias", "100"),
+    ({"stream_options": {"include_usage": True}}, None, "stream"),
+    ({"prompt": []}, "prompt", "empty"),
+    ({"prompt": [[]]}, None, "at least one token"),
+    ({"prompt": [99999]}, None, "vocabulary"),
+    ({"prompt": [-1]}, None, "0 or more"),
+    ({"prompt": [10**40]}, None, ""),
+    ({"prompt": {"a": 1}}, "prompt", "string"),
+    ({"prompt": "\ud800"}, None, ""),
+]
+
+
+@pytest.mark.parametrize(
+    "body, param, text", WRONG, ids=[str(b)[:60].encode("ascii", "replace").decode() for b, _, _ in WRONG]
+)
+def test_wrong_requests_are_named(
+    server: ServerProcess, body: dict[str, Any], param: str | None, text: str
+) -> None:
+    raw = json.dumps({"model": "mx-tiny", "prompt": PROMPT, **body}).encode()
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions", raw, {"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=30)
+    assert caught.value.code == 400
+    error = json.loads(caught.value.read())["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert text in error["message"]
+    assert param is None or error["param"] == param
+
+
+def test_errors_are_the_sdks_own(client: OpenAI, server: ServerProcess) -> None:
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.completions.create(model="mx-tiny", prompt=PROMPT, extra_body={"steering_vector": "nope"})
+    assert bad.value.param == "steering_vector"
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="gpt-4", messages=CHAT)
+    assert missing.value.code == "model_not_found"
+    long = "and so on " * 600
+    with pytest.raises(openai.BadRequestError) as full:
+        client.completions.create(model="mx-tiny", prompt=long)
+    assert full.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as tools:
+        client.chat.completions.create(
+            model="mx-tiny", messages=CHAT, tools=[{"type": "function", "function": {"name": "f"}}]
+        )
+    assert tools.value.param == "tools"
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="mx-tiny", messages=[])
+    with pytest.raises(openai.NotFoundError):
+        OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0).embeddings.create(
+            model="mx-tiny", input="a"
+        )
+
+
+def test_a_failure_in_the_middle_of_a_stream_is_an_error_of_the_sdk(client: OpenAI) -> None:
+    # Each is a legal vector at a legal strength; together, from the 20th token on, they overflow.
+    item = {"vector": "huge", "strength": 3, "tokens": [20, None]}
+    stream = client.completions.create(
+        model="mx-tiny",
+        prompt=PROMPT,
+        max_tokens=60,
+        temperature=0,
+        stream=True,
+        logit_bias={"1": -100, "5": -100},
+        extra_body={"steering": [item, item]},
+    )
+    text = ""
+    with pytest.raises(openai.APIError, match="not finite"):
+        for chunk in stream:
+            text += chunk.choices[0].text
+    assert text
+    assert client.completions.create(model="mx-tiny", prompt=PROMPT, max_tokens=1).choices
+
+
+def test_fields_that_change_nothing_are_taken(client: OpenAI) -> None:
+    """What clients commonly send and what changes nothing is taken."""
+    answer = client.chat.completions.create(
+        model="mx-tiny",
+        messages=[{"role": "user", "content": "Hello", "name": "anna"}],
+        max_tokens=2,
+        user="u-1",
+        metadata={"a": "b"},
+        store=False,
+        service_tier="auto",
+        response_format={"type": "text"},
+        tools=[],
+        parallel_tool_calls=True,
+    )
+    assert answer.choices[0].message.content

@@ -1,0 +1,101 @@
+"""A server from its start to its end: steering for all, files that come later, signals, and the Python call."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from server_calls import ENDLESS, PROMPT, call, streaming, until
+from server_process import serving
+
+from mechanex.engine.vectors import SteeringVector
+
+
+def test_sigterm_under_load_ends_streams_within_ten_seconds(tmp_path: Path) -> None:
+    with serving(home=tmp_path) as running:
+        ends: list[bytes] = []
+
+        def follow() -> None:
+            with streaming(running, ENDLESS) as client:
+                seen = b""
+                while piece := client.recv(65536):
+                    seen = (seen + piece)[-4000:]
+                ends.append(seen)
+
+        clients = [threading.Thread(target=follow) for _ in range(12)]
+        for client in clients:
+            client.start()
+        until(lambda: running.metric("mechanex_running_requests") == 12)
+        begun = time.monotonic()
+        assert running.stop(signal.SIGTERM, timeout=15) == 0
+        assert time.monotonic() - begun < 10
+        for client in clients:
+            client.join(10)
+        assert len(ends) == 12
+        for end in ends:
+            assert end.endswith(b"data: [DONE]\n\n")  # finished, or an error event before it
+            assert b'"finish_reason":"length"' in end or b"shutting down" in end
+        assert "Traceback" not in running.output()
+
+
+def test_a_damaged_vector_that_comes_later_is_an_error_with_a_reason(tmp_path: Path) -> None:
+    folder = tmp_path / "vectors"
+    folder.mkdir()
+    with serving(
+        "--vectors",
+        str(folder),
+        "--behaviors",
+        "kind_rude",
+        "--corrected-behavior",
+        "kind_rude",
+        "--log-prompts",
+        home=tmp_path,
+    ) as running:
+        good = SteeringVector({4: torch.ones(128)})
+        good.save(folder / "good.safetensors")
+        (folder / "bad.safetensors").write_bytes(b"no vector")
+
+        def ask(vector: str) -> tuple[int, dict[str, Any]]:
+            body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, "steering_vector": vector}
+            status, _, answer = call(running, "POST", "/v1/completions", body)
+            return status, json.loads(answer)
+
+        assert ask("good")[0] == 200
+        status, answer = ask("bad")
+        assert status == 500
+        assert "bad.safetensors" in answer["error"]["message"]
+        assert str(folder) not in answer["error"]["message"]
+        # Every answer is steered by the corrected behavior unless its request names others.
+        texts = [
+            json.loads(
+                call(running, "POST", "/v1/completions", {"prompt": PROMPT, "temperature": 0, **extra})[2]
+            )
+            for extra in (
+                {},
+                {"behavior_names": ["kind_rude"]},
+                {"behavior_names": ["kind_rude"], "steering_strength": -4},
+            )
+        ]
+        assert (
+            texts[0]["choices"][0]["text"] == texts[1]["choices"][0]["text"] != texts[2]["choices"][0]["text"]
+        )
+        until(lambda: f'"prompt": "{PROMPT}"' in running.output())  # asked for with --log-prompts
+
+
+def test_serve_of_a_client(tmp_path: Path) -> None:
+    program = (
+        "import mechanex, sys\n"
+        "mx = mechanex.Mechanex()\n"
+        "mx.serve('mx-tiny', host='127.0.0.1', port=int(sys.argv[2]), max_batch=3)\n"
+        "print('served', mx.model_name)\n"
+    )
+    with serving(home=tmp_path, command=[sys.executable, "-c", program]) as running:
+        assert json.loads(running.get("/v1/models"))["data"][0]["id"] == "mx-tiny"
+        assert running.stop(signal.SIGINT) == 0
+        assert "served mx-tiny" in running.output()

@@ -1,0 +1,618 @@
+"""The server's accounts, keys and vectors: what is kept, what isn't, who may see it, and what a bad disk says."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from argon2 import PasswordHasher
+from sqlalchemy.dialects import mysql, postgresql
+from sqlalchemy.schema import CreateTable
+
+from mechanex import AuthenticationError, NotFoundError, SteeringVector, ValidationError
+from mechanex.server.limits import RateLimit, client_address
+from mechanex.server.passwords import Passwords
+from mechanex.server.schema import VERSION, metadata
+from mechanex.server.settings import Settings
+from mechanex.server.store import StorageError, Store, open_store
+from mechanex.server.tokens import SECRET_VARIABLE
+
+DAY = 86_400.0
+CHEAP = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
+VECTOR = SteeringVector({2: torch.tensor([1.0, -2.0, 0.5])}, model="m", method="caa")
+EXAMPLES = {"prompts": ["a"], "positive_answers": ["b"], "negative_answers": ["c"]}
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def opened(database: str | Path | None = None, clock: Callable[[], float] = time.time) -> Store:
+    settings = Settings(database=None if database is None else str(database))
+    return open_store(settings, clock=clock, passwords=Passwords(CHEAP))
+
+
+@pytest.fixture(autouse=True)
+def _own_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SECRET_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(clock: Clock) -> Iterator[Store]:
+    store = opened(clock=clock)
+    yield store
+    store.close()
+
+
+# Accounts
+
+
+def test_sign_up_log_in_and_again_after_a_restart(store: Store, clock: Clock) -> None:
+    account, session = store.accounts.sign_up("Ann@Example.org ", "correct horse")
+    assert account.email == "ann@example.org" and account.created_at == clock.now
+    assert store.account_for_token(session.access_token) == account.id
+    store.close()
+    again = opened(clock=clock)
+    assert again.account_for_token(session.access_token) == account.id
+    later = again.accounts.log_in("ann@example.ORG", "correct horse")
+    assert again.account_for_token(later.access_token) == account.id
+    assert again.accounts.get(account.id) == account
+    again.close()
+
+
+def test_a_wrong_password_and_an_unknown_address_are_one_error(store: Store) -> None:
+    store.accounts.sign_up("ann@example.org", "correct horse")
+    told = []
+    for email, password in (
+        ("ann@example.org", "wrong horse"),
+        ("bob@example.org", "correct horse"),
+        ("no address", "correct horse"),
+        ("ann@example.org", "correct horse" + "x" * 100_000),
+        ("", ""),
+        ("\ud800@example.org", "\ud800"),
+    ):
+        with pytest.raises(AuthenticationError) as error:
+            store.accounts.log_in(email, password)
+        told.append(str(error.value))
+    assert len(set(told)) == 1 and told[0].startswith("[401]")
+
+
+def test_an_unknown_address_takes_as_long_as_a_wrong_password(clock: Clock) -> None:
+    slow = Passwords(PasswordHasher(time_cost=2, memory_cost=8192, parallelism=1))
+    store = open_store(Settings(), clock=clock, passwords=slow)
+    store.accounts.sign_up("ann@example.org", "correct horse")
+    spent: dict[str, list[float]] = {"ann@example.org": [], "bob@example.org": []}
+    for _ in range(7):
+        for email, times in spent.items():
+            start = time.perf_counter()
+            with pytest.raises(AuthenticationError):
+                store.accounts.log_in(email, "wrong horse")
+            times.append(time.perf_counter() - start)
+    known, unknown = (min(times) for times in spent.values())
+    # Without the hash, an unknown address would be told fifty times sooner.
+    assert 0.5 < unknown / known < 2
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "email",
+    ["", "ann", "ann@", "@example.org", "a b@example.org", "ann@@example.org", "ann@.org", "ann@example.org\n.x",
+     "ann@example..org", "x" * 65 + "@example.org", "ann@" + "example." * 40 + "org",
+     "a\x00@example.org", "\ud800@b.c"],
+)  # fmt: skip
+def test_sign_up_takes_email_addresses_only(store: Store, email: str) -> None:
+    with pytest.raises(ValidationError, match="is no email address: write"):
+        store.accounts.sign_up(email, "correct horse")
+
+
+def test_sign_up_says_what_else_is_wrong(store: Store) -> None:
+    for password in ("short", "x" * 1025):
+        with pytest.raises(ValidationError, match=f"8 to 1024 characters; this one has {len(password)}"):
+            store.accounts.sign_up("ann@example.org", password)
+    store.accounts.sign_up("ann@example.org", "x" * 1024)
+    with pytest.raises(ValidationError, match="has an account already"):
+        store.accounts.sign_up("ANN@example.org", "correct horse")
+
+
+def test_a_password_moves_to_new_costs_at_the_next_log_in(store: Store, clock: Clock) -> None:
+    store.accounts.sign_up("ann@example.org", "correct horse")
+    store.close()
+    dearer = Passwords(PasswordHasher(time_cost=2, memory_cost=16, parallelism=1))
+    again = open_store(Settings(), clock=clock, passwords=dearer)
+    again.accounts.log_in("ann@example.org", "correct horse")
+    again.close()
+    assert b"$m=16,t=2,p=1$" in database_bytes()
+    last = open_store(Settings(), clock=clock, passwords=dearer)
+    last.accounts.log_in("ann@example.org", "correct horse")
+    last.close()
+
+
+# Access tokens
+
+
+def test_an_access_token_ends_after_its_minutes(store: Store, clock: Clock) -> None:
+    account, session = store.accounts.sign_up("ann@example.org", "correct horse")
+    clock.pass_by(15 * 60 - 1)
+    assert store.account_for_token(session.access_token) == account.id
+    clock.pass_by(1)
+    with pytest.raises(AuthenticationError, match=r"\[401\] The access token has expired: .* /auth/refresh"):
+        store.account_for_token(session.access_token)
+
+
+def test_texts_that_the_server_did_not_sign_are_no_tokens(store: Store) -> None:
+    _, session = store.accounts.sign_up("ann@example.org", "correct horse")
+    head, payload, signature = session.access_token.split(".")
+    none = base64.urlsafe_b64encode(b'{"alg":"none","typ":"JWT"}').rstrip(b"=").decode()
+    claims = json.loads(base64.urlsafe_b64decode(payload + "=="))
+    other = base64.urlsafe_b64encode(json.dumps(claims | {"sub": "local"}).encode()).rstrip(b"=").decode()
+    last = "A" if signature[0] != "A" else "B"
+    for forged in (
+        "",
+        "sk-anything",
+        "a.b.c",
+        f"{none}.{payload}.",
+        f"{head}.{other}.{signature}",
+        f"{head}.{payload}.{last}{signature[1:]}",
+        f"{head}.{payload}",
+        session.refresh_token,
+        "é.ü.\x00",
+    ):
+        assert store.account_for_token(forged) is None, forged
+
+
+def test_tokens_of_another_secret_are_not_ours(
+    store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, session = store.accounts.sign_up("ann@example.org", "correct horse")
+    monkeypatch.setenv(SECRET_VARIABLE, "s" * 32)
+    other = opened(clock=clock)
+    assert other.account_for_token(session.access_token) is None
+    other.close()
+    monkeypatch.setenv(SECRET_VARIABLE, "s" * 31)
+    with pytest.raises(ValidationError, match=r"has 31 characters and needs 32: take one from python -c"):
+        opened(clock=clock)
+
+
+def test_a_damaged_secret_says_what_to_do(store: Store, mechanex_home: Path) -> None:
+    (mechanex_home / "server" / "secret").write_text("")
+    with pytest.raises(ValidationError, match="holds no signing secret: delete it"):
+        opened()
+
+
+# Refresh tokens
+
+
+def test_refresh_tokens_rotate(store: Store, clock: Clock) -> None:
+    account, session = store.accounts.sign_up("ann@example.org", "correct horse")
+    seen = {session.refresh_token}
+    for _ in range(4):
+        clock.pass_by(29 * DAY)
+        session = store.accounts.refresh(session.refresh_token)
+        assert store.account_for_token(session.access_token) == account.id
+        seen.add(session.refresh_token)
+    assert len(seen) == 5
+
+
+def test_a_refresh_token_that_comes_twice_ends_its_session_and_no_other(store: Store) -> None:
+    account, stolen = store.accounts.sign_up("ann@example.org", "correct horse")
+    elsewhere = store.accounts.log_in("ann@example.org", "correct horse")
+    newer = store.accounts.refresh(stolen.refresh_token)
+    newest = store.accounts.refresh(newer.refresh_token)
+    with pytest.raises(AuthenticationError, match="used before: log in again"):
+        store.accounts.refresh(stolen.refresh_token)
+    with pytest.raises(AuthenticationError):
+        store.accounts.refresh(newest.refresh_token)
+    for session in (stolen, newer, newest):
+        with pytest.raises(AuthenticationError, match="session has ended"):
+            store.account_for_token(session.access_token)
+    assert store.account_for_token(elsewhere.access_token) == account.id
+    assert store.accounts.refresh(elsewhere.refresh_token)
+
+
+def test_a_refresh_token_ends_after_its_days(store: Store, clock: Clock) -> None:
+    _, session = store.accounts.sign_up("ann@example.org", "correct horse")
+    clock.pass_by(30 * DAY)
+    for token in (session.refresh_token, session.access_token, "", "mxr-unknown", "\ud800"):
+        with pytest.raises(AuthenticationError, match=r"\[401\]"):
+            store.accounts.refresh(token)
+
+
+# API keys
+
+
+def test_a_key_is_shown_once_and_works_until_it_is_deleted(store: Store, clock: Clock) -> None:
+    ann, _ = store.accounts.sign_up("ann@example.org", "correct horse")
+    bob, _ = store.accounts.sign_up("bob@example.org", "correct horse")
+    key = store.keys.create(ann.id, "laptop")
+    clock.pass_by(1)
+    store.keys.create(ann.id, "laptop")
+    (listed, _) = store.keys.all(ann.id)
+    assert listed.name == "laptop" and listed.last_used is None
+    assert key.startswith(listed.shown) and len(listed.shown) == 8
+    assert store.account_for_key(key) == ann.id
+    assert store.keys.all(ann.id)[0].last_used == clock.now
+    assert store.keys.all(bob.id) == []
+    for account, key_id in ((bob.id, listed.id), (ann.id, "f" * 32), (ann.id, "\x00"), (ann.id, "\ud800")):
+        with pytest.raises(NotFoundError, match="no API key of this account"):
+            store.keys.delete(account, key_id)
+    assert store.account_for_key(key) == ann.id
+    store.keys.delete(ann.id, listed.id)
+    assert store.account_for_key(key) is None
+    for other in ("", "mx-", key[:-1], key + "x", key.upper(), f" {key}", "mx-\ud800"):
+        assert store.account_for_key(other) is None
+
+
+def test_the_last_use_is_noted_once_a_minute(store: Store, clock: Clock) -> None:
+    ann, _ = store.accounts.sign_up("ann@example.org", "correct horse")
+    key = store.keys.create(ann.id, "laptop")
+    first = clock.now
+    for step, noted in ((0, first), (59, first), (1, first + 60)):
+        clock.pass_by(step)
+        store.account_for_key(key)
+        assert store.keys.all(ann.id)[0].last_used == noted
+
+
+def test_the_database_holds_no_secret_that_opens_anything(store: Store, mechanex_home: Path) -> None:
+    ann, session = store.accounts.sign_up("ann@example.org", "correct horse battery")
+    key = store.keys.create(ann.id, "laptop")
+    newer = store.accounts.refresh(session.refresh_token)
+    held = b"".join(path.read_bytes() for path in mechanex_home.glob("server.sqlite*"))
+    assert b"ann@example.org" in held and b"$argon2id$" in held
+    secret = (mechanex_home / "server" / "secret").read_text()
+    for text in (
+        "correct horse",
+        key[8:],
+        session.refresh_token[4:],
+        newer.refresh_token[4:],
+        session.access_token.split(".")[2],
+        secret,
+    ):
+        assert text.encode() not in held
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
+def test_only_the_owner_can_read_the_files(store: Store, mechanex_home: Path) -> None:
+    store.accounts.sign_up("ann@example.org", "correct horse")
+    files = [*mechanex_home.glob("server.sqlite*"), mechanex_home / "server" / "secret"]
+    assert len(files) >= 3  # the log of SQLite too
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+
+
+# Vectors and behaviors
+
+
+def test_vectors_and_behaviors_belong_to_their_account(store: Store) -> None:
+    ann, _ = store.accounts.sign_up("ann@example.org", "correct horse")
+    bob, _ = store.accounts.sign_up("bob@example.org", "correct horse")
+    for owner in (ann.id, None):
+        vector_id = store.library.add_vector(owner, VECTOR)
+        made = store.library.add_behavior(owner, "kind", "is kind", EXAMPLES, vector_id)
+        assert store.behavior(owner, "kind") == made and made.steering_vector_id == vector_id
+        assert store.library.behaviors(owner) == [made]
+        for other in {ann.id, bob.id, None} - {owner}:
+            assert store.vector(other, vector_id) is None
+            with pytest.raises(NotFoundError, match="no steering vector has the id"):
+                store.library.add_behavior(other, "mine", "", EXAMPLES, vector_id)
+            assert store.behavior(other, "mine") is None
+        assert store.vector(owner, vector_id) == VECTOR
+    assert store.behavior(bob.id, "kind") is None and store.library.behaviors(bob.id) == []
+    for unknown in ("", "f" * 32, "../secret", "\x00", "\ud800"):
+        assert store.vector(ann.id, unknown) is None
+
+
+def test_what_was_kept_is_there_after_a_restart(store: Store, clock: Clock) -> None:
+    ann, _ = store.accounts.sign_up("ann@example.org", "correct horse")
+    vector_id = store.library.add_vector(ann.id, VECTOR)
+    made = store.library.add_behavior(ann.id, "kind", "", EXAMPLES | {"prompts": [[1, 2]]}, 2 * VECTOR)
+    store.accounts.set_model(ann.id, "mx-tiny")
+    store.close()
+    again = opened(clock=clock)
+    assert again.vector(ann.id, vector_id) == VECTOR
+    assert again.behavior(ann.id, "kind") == made
+    assert again.vector(ann.id, made.steering_vector_id) == 2 * VECTOR
+    assert again.accounts.get(ann.id).model_name == "mx-tiny"
+    again.close()
+
+
+def test_a_behaviors_name_is_taken_once_per_account(store: Store, mechanex_home: Path) -> None:
+    ann, _ = store.accounts.sign_up("ann@example.org", "correct horse")
+    made = store.library.add_behavior(ann.id, "kind", "", EXAMPLES, VECTOR)
+    files = set((mechanex_home / "server" / "vectors").iterdir())
+    for vector in (VECTOR, made.steering_vector_id):
+        with pytest.raises(ValidationError, match="a behavior named 'kind' already"):
+            store.library.add_behavior(ann.id, "kind", "", EXAMPLES, vector)
+    assert set((mechanex_home / "server" / "vectors").iterdir()) == files
+    assert store.library.behaviors(ann.id) == [made]
+    store.library.add_behavior(None, "kind", "", EXAMPLES, VECTOR)
+
+
+@pytest.mark.parametrize("harm, said", [("delete", "missing"), ("garble", "damaged"), ("folder", "damaged")])
+def test_an_unreadable_vector_file_is_an_error_with_a_reason(
+    store: Store, clock: Clock, mechanex_home: Path, harm: str, said: str
+) -> None:
+    vector_id = store.library.add_vector(None, VECTOR)
+    whole = store.library.add_vector(None, VECTOR)
+    store.close()
+    file = mechanex_home / "server" / "vectors" / f"{vector_id}.safetensors"
+    if harm == "garble":
+        file.write_bytes(b"\xff" * 40)
+    else:
+        file.unlink()
+    if harm == "folder":
+        file.mkdir()
+    again = opened(clock=clock)
+    with pytest.raises(
+        StorageError, match=f"{vector_id}' is {said} on the server: make the vector again"
+    ) as error:
+        again.vector(None, vector_id)
+    assert error.value.status_code == 500 and str(mechanex_home) not in str(error.value)
+    assert again.vector(None, whole) == VECTOR
+    again.close()
+
+
+# The database
+
+
+def test_opening_refuses_what_is_not_ours(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.sqlite"
+    with sqlite3.connect(foreign) as connection:
+        connection.execute("CREATE TABLE mechanex_users (id INTEGER)")
+    with pytest.raises(StorageError, match="tables named mechanex_users and no version"):
+        opened(foreign)
+    garbage = tmp_path / "garbage.sqlite"
+    garbage.write_bytes(b"not a database, but long enough to be looked at" * 30)
+    before = garbage.read_bytes()
+    with pytest.raises(StorageError, match="file is not a database"):
+        opened(garbage)
+    assert garbage.read_bytes() == before
+    with pytest.raises(StorageError, match=r"can't be opened \(Is a directory\): name another one"):
+        opened(tmp_path)
+    for memory in ("sqlite://", "sqlite:///:memory:", ":memory:"):
+        with pytest.raises(ValidationError, match="SQLite without a file"):
+            opened(memory)
+    with pytest.raises(ValidationError, match="needs a driver that isn't installed"):
+        opened("nosuchdatabase://host/name")
+    with pytest.raises(ValidationError, match="--database is a URL such as") as error:
+        opened("postgresql://ann:hidden@host:port:port/name")
+    assert "hidden" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "version, way", [(VERSION + 1, "update mechanex"), (VERSION - 1, "version that made it")]
+)
+def test_another_schema_version_is_refused_and_left_alone(
+    store: Store, mechanex_home: Path, version: int, way: str
+) -> None:
+    store.accounts.sign_up("ann@example.org", "correct horse")
+    store.close()
+    file = mechanex_home / "server.sqlite"
+    with sqlite3.connect(file) as connection:
+        connection.execute("UPDATE mechanex_schema SET version = ?", (version,))
+    with pytest.raises(
+        StorageError, match=f"schema version {version}, and this version .* reads {VERSION}: .*{way}"
+    ):
+        opened()
+    with sqlite3.connect(file) as connection:
+        assert connection.execute("SELECT version FROM mechanex_schema").fetchall() == [(version,)]
+        assert connection.execute("SELECT count(*) FROM mechanex_users").fetchone() == (2,)
+
+
+def test_a_new_database_can_be_opened_by_many_at_once(tmp_path: Path) -> None:
+    code = (
+        "import sys; from mechanex.server.database import Database\n"
+        "sys.stdin.read(1); Database(sys.argv[1]).close(); print('opened')"
+    )
+    starting = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "new.sqlite")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    for process in starting:
+        assert process.stdin is not None
+        process.stdin.write("x")
+        process.stdin.flush()
+    for process in starting:
+        out, err = process.communicate(timeout=60)
+        assert out == "opened\n", err
+
+
+def test_several_servers_can_share_a_database() -> None:
+    store = opened()
+    code = (
+        "import sys; from mechanex.server.settings import Settings; from mechanex.server.store import open_store\n"
+        "store, token = open_store(Settings()), sys.argv[1]\n"
+        "print('ready', flush=True); sys.stdin.read(1)\n"
+        "for _ in range(60): token = store.accounts.refresh(token).refresh_token\n"
+        "print(token)"
+    )
+    tokens = [store.accounts.sign_up(f"{i}@example.org", "correct horse")[1].refresh_token for i in range(3)]
+    servers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, token],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for token in tokens
+    ]
+    for server in servers:
+        assert server.stdout is not None and server.stdout.readline() == "ready\n"
+    for server in servers:
+        assert server.stdin is not None
+        server.stdin.write("x")
+        server.stdin.flush()
+    for server in servers:
+        out, err = server.communicate(timeout=60)
+        assert server.returncode == 0, err
+        assert store.accounts.refresh(out.strip())
+    store.close()
+
+
+def test_writing_while_another_process_holds_the_database_waits_or_says_so(
+    store: Store, mechanex_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = sqlite3.connect(mechanex_home / "server.sqlite", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    threading.Timer(0.3, other.execute, ["COMMIT"]).start()
+    ann, _ = store.accounts.sign_up("ann@example.org", "correct horse")
+    assert store.accounts.get(ann.id) == ann
+    store.close()
+    monkeypatch.setattr("mechanex.server.database.BUSY_MS", 50)
+    impatient = opened()
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StorageError, match=r"\[503\] .*busy or away \(database is locked\): try again"):
+        impatient.keys.create(ann.id, "laptop")
+    assert impatient.accounts.get(ann.id) == ann  # readers don't wait for a writer
+    other.execute("COMMIT")
+    assert impatient.account_for_key(impatient.keys.create(ann.id, "laptop")) == ann.id
+    other.close()
+    impatient.close()
+
+
+@pytest.mark.parametrize("dialect", [postgresql.dialect(), mysql.dialect()], ids=["postgresql", "mysql"])
+def test_other_databases_can_hold_the_tables(dialect: Any) -> None:
+    for table in metadata.sorted_tables:
+        assert f"CREATE TABLE {table.name}" in str(CreateTable(table).compile(dialect=dialect))
+
+
+# Many at once
+
+
+def test_eight_threads_refresh_and_make_keys(store: Store) -> None:
+    def work(number: int) -> tuple[str, set[str]]:
+        account, session = store.accounts.sign_up(f"user{number}@example.org", "correct horse")
+        keys = set()
+        for _ in range(10):
+            session = store.accounts.refresh(session.refresh_token)
+            keys.add(store.keys.create(account.id, "k"))
+            assert store.account_for_token(session.access_token) == account.id
+        return account.id, keys
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(work, range(8)))
+    for account_id, keys in results:
+        assert len(store.keys.all(account_id)) == 10
+        assert {store.account_for_key(key) for key in keys} == {account_id}
+
+
+def test_of_eight_threads_with_one_refresh_token_at_most_one_gets_another(store: Store) -> None:
+    account, session = store.accounts.sign_up("ann@example.org", "correct horse")
+    barrier = threading.Barrier(8)
+
+    def work(_: int) -> bool:
+        barrier.wait()
+        try:
+            store.accounts.refresh(session.refresh_token)
+        except AuthenticationError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(work, range(8))) == 1
+    with pytest.raises(AuthenticationError, match="session has ended"):
+        store.account_for_token(session.access_token)
+    assert store.accounts.get(account.id) == account
+
+
+def test_of_eight_threads_with_one_address_one_signs_up(store: Store) -> None:
+    def work(_: int) -> bool:
+        try:
+            store.accounts.sign_up("ann@example.org", "correct horse")
+        except ValidationError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(work, range(8))) == 1
+
+
+# Rates
+
+
+def test_a_client_may_ask_so_often_a_minute_and_is_told_when_again(clock: Clock) -> None:
+    from mechanex import RateLimitError
+
+    limit = RateLimit("requests", 6, clock=clock)
+    for _ in range(6):
+        limit.take("a")
+    with pytest.raises(
+        RateLimitError, match=r"\[429\] Too many requests: at most 6 a minute.* in 10 s"
+    ) as error:
+        limit.take("a")
+    assert error.value.retry_after == 10
+    limit.take("b")
+    clock.pass_by(9.5)
+    with pytest.raises(RateLimitError) as error:
+        limit.take("a")
+    assert error.value.retry_after == 1
+    clock.pass_by(0.5)
+    limit.take("a")
+    limit.give_back("a")
+    limit.take("a")
+    with pytest.raises(RateLimitError):
+        limit.take("a")
+    clock.pass_by(3600)
+    for _ in range(6):
+        limit.take("a")
+    with pytest.raises(RateLimitError):
+        limit.take("a")
+
+
+def test_a_crowd_of_clients_does_not_fill_the_memory_nor_free_the_busy_one(clock: Clock) -> None:
+    from mechanex import RateLimitError
+
+    limit = RateLimit("requests", 2, clock=clock, clients=10)
+    refused = 0
+    for stranger in range(1000):
+        limit.take(str(stranger))
+        try:
+            limit.take("busy")
+        except RateLimitError:
+            refused += 1
+    assert refused == 998 and len(limit._buckets) <= 10
+
+
+def test_one_client_is_an_ipv4_address_or_a_network_of_ipv6() -> None:
+    assert client_address("10.0.0.1") == "10.0.0.1" != client_address("10.0.0.2")
+    assert client_address("2001:db8::1") == client_address("2001:db8::ffff:2")
+    assert client_address("2001:db8::1") != client_address("2001:db8:0:1::1")
+    assert client_address("::ffff:10.0.0.1") == "10.0.0.1"
+    assert client_address(None) == client_address("") == "?"
+
+
+def database_bytes() -> bytes:
+    from mechanex.home import mechanex_home
+
+    return b"".join(path.read_bytes() for path in mechanex_home().glob("server.sqlite*"))
