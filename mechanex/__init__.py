@@ -12,7 +12,23 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 _SUBMODULES = frozenset(
-    {"backends", "bundled", "client", "engine", "errors", "generation", "ops", "steering", "utils"}
+    {
+        "attribution",
+        "backends",
+        "bundled",
+        "client",
+        "engine",
+        "errors",
+        "eval",
+        "generation",
+        "model",
+        "ops",
+        "raag",
+        "sae",
+        "serving",
+        "steering",
+        "utils",
+    }
 )
 _NAMES = {
     "Mechanex": "client",
@@ -25,11 +41,44 @@ _NAMES = {
     "ValidationError": "errors",
 }
 _CLIENT_METHODS = frozenset(
-    {"load", "load_model", "set_execution_mode", "set_local_model", "unload", "unload_model"}
+    {
+        "create_api_key",
+        "get_huggingface_models",
+        "list_api_keys",
+        "load",
+        "load_model",
+        "login",
+        "logout",
+        "serve",
+        "set_execution_mode",
+        "set_key",
+        "set_local_model",
+        "set_model",
+        "set_token",
+        "signup",
+        "unload",
+        "unload_model",
+        "whoami",
+    }
 )
 
 if TYPE_CHECKING:
-    from . import backends, bundled, client, engine, errors, generation, ops, steering, utils
+    from . import (
+        attribution,
+        backends,
+        bundled,
+        client,
+        engine,
+        errors,
+        generation,
+        model,
+        ops,
+        raag,
+        sae,
+        serving,
+        steering,
+        utils,
+    )
     from .client import Mechanex
     from .engine.vectors import SteeringVector
     from .errors import (
@@ -42,12 +91,23 @@ if TYPE_CHECKING:
     )
 
     _default = client.default_client()
+    create_api_key = _default.create_api_key
+    get_huggingface_models = _default.get_huggingface_models
+    list_api_keys = _default.list_api_keys
     load = _default.load
     load_model = _default.load_model
+    login = _default.login
+    logout = _default.logout
+    serve = _default.serve
     set_execution_mode = _default.set_execution_mode
+    set_key = _default.set_key
     set_local_model = _default.set_local_model
+    set_model = _default.set_model
+    set_token = _default.set_token
+    signup = _default.signup
     unload = _default.unload
     unload_model = _default.unload_model
+    whoami = _default.whoami
 else:
 
     def __getattr__(name: str) -> Any:
@@ -72,21 +132,37 @@ __all__ = [
     "SteeringVector",
     "ValidationError",
     "__version__",
+    "attribution",
     "backends",
     "bundled",
     "client",
+    "create_api_key",
     "engine",
     "errors",
     "generation",
+    "get_huggingface_models",
+    "list_api_keys",
     "load",
     "load_model",
+    "login",
+    "logout",
+    "model",
     "ops",
+    "raag",
+    "sae",
+    "serve",
+    "serving",
     "set_execution_mode",
+    "set_key",
     "set_local_model",
+    "set_model",
+    "set_token",
+    "signup",
     "steering",
     "unload",
     "unload_model",
     "utils",
+    "whoami",
 ]
 
 

@@ -1,17 +1,29 @@
-"""What the modules of a client share, and how a module's name stands for the default client's module."""
+"""What the modules of a client share: where a call runs, and how a module's name stands for the default client's."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .errors import APIError, AuthenticationError, MechanexError, ValidationError
 
 if TYPE_CHECKING:
     from .client import Mechanex
+    from .engine.models.resolve import LoadedModel
 
 __all__ = ["default_attribute"]
 
+_logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_NO_ENGINE = "The local engine of this module is not there yet."
+_OR_HERE = "Or load a model and call set_execution_mode('local')."
+
 
 class _BaseModule:
-    """A base class for API modules: holds the client, whose model and stored vectors they use.
+    """A base class for API modules: holds the client, whose server, model and stored vectors they use.
 
     Args:
         client: the main client instance.
@@ -19,6 +31,63 @@ class _BaseModule:
 
     def __init__(self, client: Mechanex) -> None:
         self._client = client
+
+    def _run(
+        self,
+        caller: str,
+        remote: Callable[[], T],
+        local: Callable[[LoadedModel], T] | None,
+        *,
+        only_local: str | None = None,
+    ) -> T:
+        """Runs a call on the server or here, as the execution mode says; every documented call goes through this.
+
+        In ``auto`` mode the server comes first where there are credentials. When it can't be reached, refuses
+        them or fails (5xx), and a model is loaded, one warning tells why and the call runs here. Whatever else
+        the server says is raised.
+
+        Args:
+            caller: the call's documented name, for messages.
+            remote: makes the call on the server.
+            local: makes it on the loaded model; None where this version has no local engine for it.
+            only_local: why this call can't be sent to a server, if it can't.
+
+        Raises:
+            MechanexError: there is neither a server to ask nor a model; names the ways out.
+            ValidationError: the mode is ``remote`` and the call can't be sent.
+        """
+        client = self._client
+        mode = client.execution_mode
+        if mode == "local" and local is None:
+            raise MechanexError(
+                f"{caller} runs on a server only, its local engine is not there yet: call "
+                "set_execution_mode('auto'), with a key or a server of your own."
+            )
+        if mode == "remote" and only_local is not None:
+            raise ValidationError(
+                f"{caller} can't run on the server: {only_local}. Load a model here and call "
+                "set_execution_mode('auto') or ('local')."
+            )
+        if local is not None and (mode == "local" or only_local is not None):
+            return local(client.require_local(caller))
+        if mode == "remote" or local is None:
+            client.require_remote(caller, _NO_ENGINE if local is None else _OR_HERE)
+            return remote()
+        if not client.is_remote and (client.local_model is not None or not client.transport.address.chosen):
+            return local(client.require_local(caller))
+        try:
+            return remote()
+        except (AuthenticationError, APIError) as error:
+            if client.local_model is None or not _may_run_elsewhere(error):
+                raise
+            reason = str(error)
+        _logger.warning("%s runs on the local model: the server did not do it (%s)", caller, reason)
+        return local(client.require_local(caller))
+
+
+def _may_run_elsewhere(error: MechanexError) -> bool:
+    status = error.status_code
+    return isinstance(error, AuthenticationError) or status is None or not 400 <= status < 500
 
 
 def default_attribute(module: str, name: str) -> Any:

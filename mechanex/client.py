@@ -8,8 +8,18 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
+from .attribution import AttributionModule
 from .errors import MechanexError, ValidationError
 from .generation import GenerationModule
+from .home import vectors_folder
+from .model import ModelModule
+from .raag import RAAGModule
+from .remote.account import Account
+from .remote.address import Address
+from .remote.answers import names
+from .remote.credentials import CredentialStore
+from .remote.transport import Transport
+from .sae import SAEModule
 from .steering import SteeringModule
 
 if TYPE_CHECKING:
@@ -25,17 +35,46 @@ _logger = logging.getLogger(__name__)
 EXECUTION_MODES = ("auto", "remote", "local")
 
 
-class Mechanex:
-    """A client for steering language models on this machine.
+class Mechanex(Account):
+    """A client for interacting with the Axionic API, and for steering language models on this machine.
+
+    Making one does no I/O. Local work needs no key; ``set_execution_mode`` says where calls run.
+
+    Args:
+        base_url: the server; ``MECHANEX_BASE_URL`` goes before it, and the public backend is the default.
+        api_key: goes before ``MECHANEX_API_KEY``, which goes before the file of stored credentials
+            (``MECHANEX_CONFIG``, or ``~/.mechanex/config.json``).
+        timeout: seconds that any call to the server may take; by default 30, and 600 for those that run a model.
+        allow_http: send credentials over plain http to other machines (``MECHANEX_ALLOW_HTTP=1`` does too).
 
     Attributes:
         generation: text generation.
         steering: steering vectors.
+        sae: behaviors, watched and corrected through sparse autoencoders.
+        attribution: attribution patching.
+        model: the model's structure.
+        raag: retrieval-augmented answers.
+        transport: the HTTP calls.
+
+    Raises:
+        ValidationError: an ``api_key`` that can't be one, or a timeout that isn't above 0.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout: float | None = None,
+        allow_http: bool = False,
+    ) -> None:
         self.generation: GenerationModule = GenerationModule(self)
         self.steering: SteeringModule = SteeringModule(self)
+        self.sae: SAEModule = SAEModule(self)
+        self.attribution: AttributionModule = AttributionModule(self)
+        self.model: ModelModule = ModelModule(self)
+        self.raag: RAAGModule = RAAGModule(self)
+        self.transport = Transport(CredentialStore(api_key), base_url, timeout=timeout, allow_http=allow_http)
         self._loaded: LoadedModel | None = None
         self._vectors: VectorStore | None = None
         self._execution_mode = "auto"
@@ -140,10 +179,66 @@ class Mechanex:
         self._loaded = LoadedModel(adapter.model, adapter.tokenizer, adapter.model_id, backend)
         return self
 
+    @staticmethod
+    def get_huggingface_models(host: str = "127.0.0.1", port: int = 8000) -> list[str]:
+        """Fetches the list of available public models from the server at this host and port.
+
+        This is a static method and does not require a model to be loaded; it sends no credentials.
+
+        Raises:
+            APIError: no server there, or one that answers something else.
+        """
+        where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        transport = Transport(CredentialStore(), Address(where, where, True))
+        try:
+            return names(transport.call("GET", "/models", signed="no"), "get_huggingface_models")
+        finally:
+            transport.close()
+
+    def serve(
+        self,
+        model: Any = None,
+        host: str = "0.0.0.0",
+        port: int = 8000,
+        use_vllm: bool = False,
+        corrected_behaviors: list[str] | None = None,
+        **settings: Any,
+    ) -> None:
+        """Turns the model into an OpenAI-compatible endpoint, with the Axionic API beside it, until it is stopped.
+
+        Blocks until SIGINT (Ctrl-C) or SIGTERM. An address that other machines reach needs a key from every client:
+        ``MECHANEX_SERVER_KEY``, an account's, or one that is made and printed when there is none.
+
+        Args:
+            model: a name to load, or a model; None for the loaded one. It stays this client's model.
+            host: address to bind; ``127.0.0.1`` for this machine only.
+            port: TCP port.
+            use_vllm: run the model in vLLM.
+            corrected_behaviors: names of behaviors that every answer is steered by, unless its request names others.
+            settings: ``vectors`` (a folder of vector files for every client), ``behaviors`` (contrastive examples),
+                ``database``, ``key`` and the limits of ``mechanex.server.settings.Settings``.
+
+        Raises:
+            MechanexError: no model, the ``serve`` extra is missing, or the address is taken.
+            ValidationError: a setting out of its range, ``use_vllm`` without vLLM, or a behavior that isn't known.
+        """
+        from .serving import serve_client
+
+        serve_client(
+            self,
+            model,
+            host=host,
+            port=port,
+            use_vllm=use_vllm,
+            corrected_behaviors=corrected_behaviors,
+            **settings,
+        )
+
     def set_execution_mode(self, mode: str) -> Mechanex:
         """Chooses where calls run: ``"auto"``, ``"remote"`` or ``"local"``.
 
-        This version runs everything here; in ``"remote"`` mode calls raise an error.
+        ``auto``, the default, asks the server first where there is a key or token, and runs on the loaded
+        model, with a warning, when the server can't be reached, refuses the credentials or fails.
 
         Raises:
             ValidationError: an unknown mode.
@@ -152,6 +247,12 @@ class Mechanex:
             raise ValidationError(f"the execution mode is one of {', '.join(EXECUTION_MODES)}; got {mode!r}.")
         self._execution_mode = mode
         return self
+
+    def has_vector(self, vector_id: str) -> bool:
+        """Whether vectors with this id are stored on this machine; told without importing torch where they aren't."""
+        if self._vectors is None and not (vectors_folder() / f"{vector_id}.safetensors").exists():
+            return False
+        return vector_id in self.vectors
 
     def require_local(self, caller: str) -> LoadedModel:
         """The loaded model, for a call that needs one.
@@ -164,13 +265,17 @@ class Mechanex:
         """
         if self._execution_mode == "remote":
             raise MechanexError(
-                f"{caller} was asked to run remotely, and this version has no HTTP client yet: load a "
-                "model and call set_execution_mode('local'), or wait for the version that runs remotely."
+                f"{caller} runs on a local model only, and the mode is 'remote': load a model and call "
+                "set_execution_mode('local') or ('auto')."
             )
         if self._loaded is None:
+            or_ask = (
+                " Or ask a server: login(email, password), set_key(key) or MECHANEX_API_KEY, and "
+                "MECHANEX_BASE_URL for one of your own."
+            )
             raise MechanexError(
                 f"{caller} needs a model: load one with load('mx-tiny'), load('<Hugging Face name>') or "
-                "set_local_model(model, tokenizer). The HTTP client, the other way, comes in a later version."
+                f"set_local_model(model, tokenizer).{'' if self._execution_mode == 'local' else or_ask}"
             )
         return self._loaded
 

@@ -21,13 +21,22 @@ class MechanexError(Exception):
         message: what was wrong, what was got, and what to do about it.
         status_code: HTTP status, when the error came over HTTP.
         details: the decoded body of the answer, or other machine-readable context.
+        request_id: names the call in the server's log, when the error came over HTTP.
     """
 
-    def __init__(self, message: str, status_code: int | None = None, details: Any = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        status_code: int | None = None,
+        details: Any = None,
+        *,
+        request_id: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.status_code = status_code
         self.details = details
+        self.request_id = request_id
 
     def __str__(self) -> str:
         return self.message if self.status_code is None else f"[{self.status_code}] {self.message}"
@@ -58,8 +67,10 @@ class RateLimitError(MechanexError):
         status_code: int | None = None,
         details: Any = None,
         retry_after: float | None = None,
+        *,
+        request_id: str | None = None,
     ) -> None:
-        super().__init__(message, status_code, details)
+        super().__init__(message, status_code, details, request_id=request_id)
         self.retry_after = retry_after
 
 

@@ -5,22 +5,31 @@ The module is also the default client's door: ``mechanex.generation.generate(...
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from .base import _BaseModule, default_attribute
-from .errors import ValidationError
+from .errors import NotFoundError, ValidationError
+from .remote.answers import field
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .engine.models.resolve import LoadedModel
     from .engine.text import Prompt
     from .engine.vectors import SteeringVector
 
     VectorSource = str | os.PathLike[str] | Mapping[int, Tensor] | SteeringVector
 
 __all__ = ["GenerationModule"]
+
+_logger = logging.getLogger(__name__)
+
+_CALL = "generation.generate"
+_MIN_P, _TYPICAL_P, _TEMPERATURE = 0.05, 0.95, 1.0
+_VECTOR_SUFFIXES = (".safetensors", ".json", ".gguf")
 
 
 class GenerationModule(_BaseModule):
@@ -37,9 +46,9 @@ class GenerationModule(_BaseModule):
         steering_strength: float = 0,
         steering_vector: VectorSource | None = None,
         *,
-        min_p: float = 0.05,
-        typical_p: float = 0.95,
-        temperature: float = 1.0,
+        min_p: float = _MIN_P,
+        typical_p: float = _TYPICAL_P,
+        temperature: float = _TEMPERATURE,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stream: Literal[False] = False,
@@ -56,9 +65,9 @@ class GenerationModule(_BaseModule):
         steering_strength: float = 0,
         steering_vector: VectorSource | None = None,
         *,
-        min_p: float = 0.05,
-        typical_p: float = 0.95,
-        temperature: float = 1.0,
+        min_p: float = _MIN_P,
+        typical_p: float = _TYPICAL_P,
+        temperature: float = _TEMPERATURE,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stream: Literal[True],
@@ -74,14 +83,14 @@ class GenerationModule(_BaseModule):
         steering_strength: float = 0,
         steering_vector: VectorSource | None = None,
         *,
-        min_p: float = 0.05,
-        typical_p: float = 0.95,
-        temperature: float = 1.0,
+        min_p: float = _MIN_P,
+        typical_p: float = _TYPICAL_P,
+        temperature: float = _TEMPERATURE,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stream: bool = False,
     ) -> str | Iterator[str]:
-        """Runs a standard generation on the local model.
+        """Runs a standard generation, on the server or on the local model as the execution mode says.
 
         Args:
             prompt: text, token ids or chat messages (rendered by the tokenizer's template).
@@ -99,45 +108,111 @@ class GenerationModule(_BaseModule):
             seed: makes the draws repeatable; torch's global random state is left alone.
             stop: a text or texts that end the continuation and are cut off.
             stream: give an iterator of text; its first piece is the prompt, and joined they are the whole
-                result.
+                result. A server's text comes in one piece.
 
         Returns:
             The prompt followed by its continuation.
 
-        Raises:
-            MechanexError: no model is loaded.
-            NotFoundError: the vector is neither a stored id nor a file.
-            ValidationError: an argument out of its range, or a vector of another width or with layers that
-                the model doesn't have.
-        """
-        local = self._client.require_local("generation.generate")
-        from .engine import generate as engine
+        A server takes text prompts and vectors by id; other prompts and vectors, and another ``typical_p`` than the
+        default, run on the local model only.
 
-        vector = None
-        if steering_vector is not None:
-            vector = self._client.vectors.resolve(steering_vector, local.model)
-        elif steering_strength != 0:
+        Raises:
+            MechanexError: neither a model nor a server, and whatever ``transport.call`` raises.
+            NotFoundError: the vector is neither a stored id nor a file.
+            ValidationError: an argument out of its range, a vector of another width or with layers that the
+                model doesn't have, or, in remote mode, what can't be sent.
+        """
+        if steering_vector is None and steering_strength != 0:
             raise ValidationError(
                 f"steering_strength is {steering_strength} and there is no steering_vector: give one (an id, "
                 "{layer: tensor}, a SteeringVector or a path), or leave the strength at 0."
             )
-        run = engine.stream if stream else engine.generate
-        return run(
-            local.model,
-            local.tokenizer,
-            prompt,
-            max_tokens=max_tokens,
-            sampling_method=sampling_method,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            typical_p=typical_p,
-            temperature=temperature,
-            seed=seed,
-            stop=stop,
-            vector=vector,
-            strength=steering_strength,
+
+        def remote() -> str | Iterator[str]:
+            body: dict[str, Any] = {
+                "prompt": prompt,
+                "sampling_method": sampling_method,
+                "max_tokens": max_tokens,
+                "top_k": top_k,
+                "top_p": top_p,
+                "steering_vector_id": steering_vector,
+                "steering_strength": steering_strength,
+            }
+            optional = {
+                "seed": seed,
+                "temperature": None if temperature == _TEMPERATURE else temperature,
+                "min_p": None if min_p == _MIN_P else min_p,
+                "stop": stop if stop is None or isinstance(stop, str) else list(stop),
+            }
+            body.update({name: value for name, value in optional.items() if value is not None})
+            text = self._remote_text(body)
+            return _pieces(str(prompt), text) if stream else text
+
+        def local(loaded: LoadedModel) -> str | Iterator[str]:
+            from .engine import generate as engine
+
+            vector = None
+            if steering_vector is not None:
+                vector = self._client.vectors.resolve(steering_vector, loaded.model)
+            run = engine.stream if stream else engine.generate
+            return run(
+                loaded.model,
+                loaded.tokenizer,
+                prompt,
+                max_tokens=max_tokens,
+                sampling_method=sampling_method,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                typical_p=typical_p,
+                temperature=temperature,
+                seed=seed,
+                stop=stop,
+                vector=vector,
+                strength=steering_strength,
+            )
+
+        only_local = None
+        if not isinstance(prompt, str):
+            only_local = "a prompt of token ids or chat messages needs the model's tokenizer"
+        elif typical_p != _TYPICAL_P:
+            only_local = "typical_p can't be sent"
+        elif steering_vector is not None:
+            only_local = self._only_local(steering_vector)
+        return self._run(_CALL, remote, local, only_local=only_local)
+
+    def _only_local(self, vector: VectorSource) -> str | None:
+        """Why this vector can't be sent, if it can't: a server knows vectors by their ids."""
+        if not isinstance(vector, str):
+            return "steering_vector is not the id of a vector that the server stores"
+        if os.sep in vector or os.path.splitext(vector)[1].lower() in _VECTOR_SUFFIXES:
+            return "steering_vector is a file on this machine"
+        client = self._client
+        if client.execution_mode != "remote" and client.local_model is not None and client.has_vector(vector):
+            return "the vector is stored on this machine"
+        return None
+
+    def _remote_text(self, body: dict[str, Any]) -> str:
+        vector_id = body["steering_vector_id"]
+        if vector_id is not None and body["steering_strength"] == 0:
+            _logger.warning("steering_strength is 0: the vector %s steers nothing", vector_id)
+        try:
+            return field(self._client.transport.post("/generate", body), _CALL, str, "output")
+        except NotFoundError:
+            if vector_id is None or not self._client.has_vector(vector_id):
+                raise
+        raise ValidationError(
+            f"the steering vector {vector_id!r} is stored on this machine only, and the server has none with this "
+            "id: load a model here and call set_execution_mode('auto') or ('local')."
         )
+
+
+def _pieces(prompt: str, text: str) -> Iterator[str]:
+    if text.startswith(prompt):
+        yield prompt
+        text = text[len(prompt) :]
+    if text:
+        yield text
 
 
 if TYPE_CHECKING:

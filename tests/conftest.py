@@ -8,7 +8,16 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-for _name in ("MECHANEX_BACKEND", "MECHANEX_CPU_ISA", "MECHANEX_API_KEY"):
+for _name in (
+    "MECHANEX_ALLOW_HTTP",
+    "MECHANEX_API_KEY",
+    "MECHANEX_BACKEND",
+    "MECHANEX_BASE_URL",
+    "MECHANEX_CPU_ISA",
+    "MECHANEX_EMAIL",
+    "MECHANEX_PASSWORD",
+    "MECHANEX_SERVER_KEY",
+):
     os.environ.pop(_name, None)
 
 from pathlib import Path  # noqa: E402
@@ -39,15 +48,17 @@ def _threads() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _session_home(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A user folder for fixtures that live longer than a test."""
+    """A user folder, and a place for credentials, for fixtures that live longer than a test."""
     os.environ["MECHANEX_HOME"] = str(tmp_path_factory.mktemp("mechanex-home"))
+    os.environ["MECHANEX_CONFIG"] = str(tmp_path_factory.mktemp("mechanex-config") / "config.json")
 
 
 @pytest.fixture(autouse=True)
 def mechanex_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The test's own user folder, empty."""
+    """The test's own user folder, empty, and no credentials."""
     home = tmp_path / "home"
     monkeypatch.setenv("MECHANEX_HOME", str(home))
+    monkeypatch.setenv("MECHANEX_CONFIG", str(tmp_path / "credentials" / "config.json"))
     return home
 
 

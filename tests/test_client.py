@@ -14,7 +14,7 @@ import pytest
 from families import FAMILIES, tiny_tokenizer
 
 import mechanex
-from mechanex import Mechanex, MechanexError, NotFoundError, ValidationError
+from mechanex import AuthenticationError, Mechanex, MechanexError, NotFoundError, ValidationError
 
 
 def python(code: str) -> str:
@@ -125,13 +125,16 @@ def test_set_local_model_takes_a_transformer_lens_model_without_a_tokenizer(save
 
 
 def test_without_a_model_the_error_names_both_ways_out() -> None:
-    with pytest.raises(MechanexError, match=r"load\('mx-tiny'\).*set_local_model.*HTTP client"):
+    with pytest.raises(MechanexError, match=r"load\('mx-tiny'\).*set_local_model.*login.*MECHANEX_API_KEY"):
         Mechanex().generation.generate("The")
+    with pytest.raises(MechanexError, match=r"load\('mx-tiny'\).*set_local_model") as raised:
+        Mechanex().set_execution_mode("local").generation.generate("The")
+    assert "login" not in str(raised.value)
 
 
-def test_remote_mode_says_that_it_is_not_there_yet(saved_model: str) -> None:
+def test_remote_mode_without_credentials_names_the_ways_out(saved_model: str) -> None:
     client = Mechanex().load(saved_model, backend="transformers").set_execution_mode("remote")
-    with pytest.raises(MechanexError, match=r"generation\.generate.*no HTTP client.*'local'"):
+    with pytest.raises(AuthenticationError, match=r"generation\.generate.*login.*MECHANEX_BASE_URL.*'local'"):
         client.generation.generate("The")
     assert client.set_execution_mode("local").generation.generate("The", 1)
     assert client.set_execution_mode("auto").generation.generate("The", 1)
@@ -192,7 +195,7 @@ except mechanex.MechanexError:
     assert out.startswith("The")
 
 
-@pytest.mark.parametrize("name", ["nothing", "login", "_private", "__wrapped__"])
+@pytest.mark.parametrize("name", ["nothing", "log_in", "_private", "__wrapped__"])
 def test_unknown_names_are_attribute_errors(name: str) -> None:
     for module in (mechanex, mechanex.steering, mechanex.generation):
         with pytest.raises(AttributeError, match=name):

@@ -24,8 +24,8 @@ __all__ = ["declines_steer", "describe", "levels", "missing", "refuses_steer", "
 
 # The kernel keeps a row's coordinates on its stack; beyond this, matrix products are faster anyway.
 _MAX_RANK = 64
-# Measured against plain torch on two CPU cores with AVX-512 (benchmarks/test_steer.py, the crossings): one edit of a higher
-# rank is faster as matrix products, and on a single row so is one whose factors hold more numbers than this.
+# Measured against plain torch on two CPU cores with AVX-512 (benchmarks/test_steer.py, the crossings): one edit of a
+# higher rank is faster as matrix products, and on a single row so is one whose factors hold more numbers than this.
 TORCH_RANK = 48
 TORCH_TABLE = 1 << 17
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +9,15 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from ..bundled import data_path
+from ..bundled import dataset_path
 from ..engine.caa import caa_vectors
 from ..engine.datasets import read_pairs
 from ..engine.formats import format_of
 from ..engine.generate import Options, generate_batch
 from ..engine.models.resolve import LoadedModel, load
 from ..engine.vectors import SteeringVector
-from ..errors import NotFoundError
-from .console import console, model_text
+from .console import console, json_text, model_text
+from .vectors import find_vector
 
 __all__ = ["run_steer"]
 
@@ -29,7 +28,7 @@ def run_steer(
     prompts: Sequence[str],
     data: str | None,
     split: str | None,
-    vector: Path | None,
+    vector: str | None,
     layers: Sequence[int],
     method: str,
     strength: float,
@@ -53,8 +52,8 @@ def run_steer(
     settings = Options(
         max_tokens=max_tokens, sampling_method=sampling_method, temperature=temperature, seed=seed
     )
-    found = SteeringVector.load(vector) if vector is not None else None
-    pairs = None if data is None else read_pairs(_dataset(data), split=split)
+    found = None if vector is None else find_vector(vector)
+    pairs = None if data is None else read_pairs(dataset_path(data), split=split)
     loaded = load(model, backend="transformers", device=device, dtype=dtype)
     if pairs is not None:
         found = caa_vectors(
@@ -71,7 +70,7 @@ def run_steer(
         found.save(save)
     unsteered = _continue(loaded, prompts, settings)
     steered = _continue(loaded, prompts, settings, found, strength)
-    origin = f"{method} from {len(pairs)} pairs" if pairs is not None else str(vector)
+    origin = f"{method} from {len(pairs)} pairs" if pairs is not None else vector
     if as_json:
         rows = [
             {"prompt": prompt, "unsteered": before, "steered": after}
@@ -86,7 +85,7 @@ def run_steer(
             "seed": seed,
             "results": rows,
         }
-        click.echo(json.dumps(report, ensure_ascii=False, indent=2))
+        click.echo(json_text(report))
         return
     norms = ", ".join(f"layer {layer} (norm {norm:.3g})" for layer, norm in found.norms().items())
     screen = console()
@@ -98,17 +97,6 @@ def run_steer(
     for row in zip(prompts, unsteered, steered, strict=True):
         table.add_row(*map(model_text, row))
     screen.print(table)
-
-
-def _dataset(data: str) -> Path:
-    if Path(data).exists():
-        return Path(data)
-    try:
-        return data_path(data)
-    except NotFoundError:
-        raise NotFoundError(
-            f"no dataset at {data}, and no bundled one of that name: give the path of a .jsonl file."
-        ) from None
 
 
 def _continue(

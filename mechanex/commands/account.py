@@ -1,0 +1,119 @@
+"""The account commands: sign up, log in and out, API keys. No password, token or stored key is ever printed."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+from rich.table import Table
+
+from ..client import Mechanex
+from ..errors import AuthenticationError, MechanexError
+from .console import console, json_text, model_text
+
+__all__ = [
+    "run_create_api_key",
+    "run_list_api_keys",
+    "run_login",
+    "run_logout",
+    "run_signup",
+    "run_whoami",
+]
+
+
+def run_signup(client: Mechanex | None, email: str, password: str) -> None:
+    """Signs up, logs in, and makes and stores an API key.
+
+    Raises:
+        MechanexError: whatever the server or the file of credentials objects to; says how far it came.
+    """
+    client = client or Mechanex()
+    if not client.signup(email, password).get("session"):
+        try:
+            client.login(email, password)
+        except AuthenticationError:
+            click.echo(
+                f"Signed up as {email}. Confirm the address as the server's mail says, then run: mechanex login"
+            )
+            return
+    try:
+        client.create_api_key(persist=True)
+    except MechanexError as error:
+        raise MechanexError(
+            f"{email} is signed up and logged in, but has no API key yet ({error}): run mechanex create-api-key "
+            "--save."
+        ) from error
+    click.echo(f"Signed up and logged in as {email}. An API key is stored in {_path(client)}.")
+    _mind_the_environment()
+
+
+def run_login(client: Mechanex | None, email: str, password: str) -> None:
+    """Logs in and stores the tokens."""
+    client = client or Mechanex()
+    client.login(email, password)
+    click.echo(f"Logged in as {email}. The credentials are stored in {_path(client)}.")
+    _mind_the_environment()
+
+
+def run_list_api_keys(client: Mechanex | None, as_json: bool) -> None:
+    """Prints the account's keys, of which the server shows no more than their beginning."""
+    keys = (client or Mechanex()).list_api_keys()
+    if as_json:
+        click.echo(json_text(keys))
+        return
+    if not keys:
+        click.echo("There are no API keys. To make one: mechanex create-api-key")
+        return
+    table = Table()
+    columns = ("name", "key", "created_at", "last_used", "id")
+    for column in columns:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    for key in keys:
+        table.add_row(*(model_text(_shown(key.get(column))) for column in columns))
+    console().print(table)
+
+
+def run_create_api_key(client: Mechanex | None, name: str, save: bool, as_json: bool) -> None:
+    """Makes a key and prints it: alone on stdout, so that it can be piped."""
+    client = client or Mechanex()
+    made = client.create_api_key(name, persist=save)
+    where = f" It is stored in {_path(client)}." if save else ""
+    click.echo(f"A new API key, {name!r}, which is shown this once.{where}", err=True)
+    click.echo(json_text(made) if as_json else model_text(made["key"]).plain)
+
+
+def run_whoami(client: Mechanex | None, as_json: bool) -> None:
+    """Prints what the server tells about the account."""
+    user = (client or Mechanex()).whoami()
+    if as_json:
+        click.echo(json_text(user))
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, value in user.items():
+        table.add_row(model_text(name, "bold"), model_text(_shown(value)))
+    console().print(table)
+
+
+def run_logout(client: Mechanex | None) -> None:
+    """Removes the stored credentials of every server."""
+    client = client or Mechanex()
+    if client.logout():
+        click.echo(f"Logged out: the credentials in {_path(client)} are removed.")
+    else:
+        click.echo("There were no stored credentials.")
+    if os.environ.get("MECHANEX_API_KEY"):
+        click.echo("MECHANEX_API_KEY is still set, and is used.", err=True)
+
+
+def _path(client: Mechanex) -> str:
+    return str(client.transport.credentials.file.path)
+
+
+def _mind_the_environment() -> None:
+    if os.environ.get("MECHANEX_API_KEY"):
+        click.echo("MECHANEX_API_KEY is set, and goes before the stored credentials.", err=True)
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else value if isinstance(value, str) else json_text(value)

@@ -1,0 +1,48 @@
+"""The group that holds every command, and how each ends: 0, or one line on stderr with 2 (wrong usage) or 1."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import Any
+
+import click
+
+from ..errors import MechanexError
+
+__all__ = ["Group"]
+
+
+class Group(click.Group):
+    """Ends every failure with one line on stderr and exit code 1, where click itself knows wrong usage only.
+
+    Ctrl-C, a full disk and a pipe that is closed early are failures like any other. ``MECHANEX_TRACEBACK=1`` shows
+    where an error comes from.
+    """
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """As ``click.Command.main``; with ``standalone_mode=False`` errors reach the caller as they are."""
+        if not options.get("standalone_mode", True):
+            return super().main(*args, **options)
+        for stream in (sys.stdout, sys.stderr):
+            # Text that the terminal's encoding lacks is no reason to fail.
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        try:
+            return super().main(*args, **options)
+        except Exception as error:
+            if os.environ.get("MECHANEX_TRACEBACK") == "1":
+                raise
+            click.echo(f"Error: {_told(error)}", err=True)
+            sys.exit(1)
+
+
+def _told(error: Exception) -> str:
+    """What happened, on one line, without the control characters that a server may have put there."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif not isinstance(error, (MechanexError, OSError)):
+        text = f"{type(error).__name__}: {text} (MECHANEX_TRACEBACK=1 shows where)"
+    return "".join(char if char.isprintable() else "\ufffd" for char in " ".join(text.split()))

@@ -1,0 +1,91 @@
+"""The commands that look at what there is: models, stored vectors, and the state of the installation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import json_option
+
+__all__ = ["doctor", "models", "vectors"]
+
+
+@click.command()
+@click.option("--local", is_flag=True, help="Ask no server.")
+@json_option
+@click.pass_obj
+def models(obj: Any, *, local: bool, as_json: bool) -> None:
+    """List the bundled models and the server's.
+
+    A server is asked where one was chosen (MECHANEX_BASE_URL) or there are credentials for one.
+    """
+    from .models import run_models
+
+    run_models(obj, local, as_json)
+
+
+@click.group()
+def vectors() -> None:
+    """List, show, export and import stored vectors."""
+
+
+@vectors.command("list")
+@json_option
+def list_vectors(*, as_json: bool) -> None:
+    """List the stored vectors, the newest first."""
+    from .vectors import run_list
+
+    run_list(as_json)
+
+
+@vectors.command()
+@click.argument("vector", type=click.Path())
+@json_option
+def show(vector: str, *, as_json: bool) -> None:
+    """Show a vector's origin, layers and norms. VECTOR is an id or a file."""
+    from .vectors import run_show
+
+    run_show(vector, as_json)
+
+
+@vectors.command("export")
+@click.argument("vector", type=click.Path())
+@click.argument("path", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--force", is_flag=True, help="Replace the file if it is there.")
+def export_vector(vector: str, path: Path, *, force: bool) -> None:
+    """Write VECTOR, an id or a file, to PATH.
+
+    The suffix of PATH chooses the format: .safetensors, .json or .gguf.
+    """
+    if path.exists() and not force:
+        raise click.UsageError(f"{path} is there already: pass --force to replace it.")
+    from .vectors import run_export
+
+    run_export(vector, path)
+
+
+@vectors.command("import")
+@click.argument("path", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@json_option
+def import_vector(path: Path, *, as_json: bool) -> None:
+    """Store the vector in PATH, and print its new id."""
+    from .vectors import run_import
+
+    run_import(path, as_json)
+
+
+@click.command()
+@click.option("--offline", is_flag=True, help="Ask no server.")
+@json_option
+@click.pass_obj
+def doctor(obj: Any, *, offline: bool, as_json: bool) -> None:
+    """Report installation, credentials and server.
+
+    Versions, which backends run here and why the others don't, which credentials there are (by name), and
+    whether the server answers. What doesn't work is part of the report: the exit code is 0.
+    """
+    from .doctor import run_doctor
+
+    run_doctor(obj, offline, as_json)

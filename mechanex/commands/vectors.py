@@ -1,0 +1,121 @@
+"""``mechanex vectors``: the steering vectors that are stored on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from ..engine.vector_store import VectorStore
+from ..engine.vectors import SteeringVector
+from ..errors import MechanexError
+from ..home import vectors_folder
+from .console import console, json_text, model_text
+
+__all__ = ["find_vector", "run_export", "run_import", "run_list", "run_show"]
+
+_logger = logging.getLogger(__name__)
+
+
+def run_list(as_json: bool) -> None:
+    """Prints the stored vectors, the newest first; a file that can't be read is left out with a warning."""
+    found = []
+    for path in sorted(vectors_folder().glob("*.safetensors"), key=lambda path: -path.stat().st_mtime):
+        try:
+            found.append(_described(path.stem, SteeringVector.load(path), path))
+        except (MechanexError, OSError) as error:
+            _logger.warning("%s is left out: %s", path, error)
+    if as_json:
+        click.echo(json_text(found))
+        return
+    if not found:
+        click.echo(f"There are no vectors in {vectors_folder()}.")
+        return
+    table = Table()
+    columns = ("id", "model", "method", "layers", "width", "stored")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for one in found:
+        table.add_row(*(model_text(_shown(one[column])) for column in columns))
+    console().print(table)
+
+
+def run_show(vector: str, as_json: bool) -> None:
+    """Prints all that is known of a vector.
+
+    Raises:
+        MechanexError: there is none with this id or path, or its file is damaged.
+    """
+    one = _described(vector, find_vector(vector))
+    if as_json:
+        click.echo(json_text(one))
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, value in one.items():
+        table.add_row(model_text(name, "bold"), model_text(_shown(value)))
+    console().print(table)
+
+
+def run_export(vector: str, path: Path) -> None:
+    """Writes a vector to a file in the format of its suffix.
+
+    Raises:
+        MechanexError: no such vector, or one that the format can't hold.
+    """
+    find_vector(vector).save(path)
+    click.echo(f"Written to {path}.")
+
+
+def run_import(path: Path, as_json: bool) -> None:
+    """Stores a file's vector under a new id, which it prints alone on stdout.
+
+    Raises:
+        MechanexError: not a sound vector file, or the folder of stored vectors can't be written.
+    """
+    vector_id = VectorStore().put(SteeringVector.load(path))
+    if not (vectors_folder() / f"{vector_id}.safetensors").exists():
+        raise MechanexError(f"{vectors_folder()} can't be written: set MECHANEX_HOME to a folder that can.")
+    click.echo(json_text({"id": vector_id}) if as_json else vector_id)
+
+
+def find_vector(vector: str) -> SteeringVector:
+    """The vector that a user means by a stored vector's id or a file's path.
+
+    Raises:
+        MechanexError: there is none, or its file is damaged.
+    """
+    store = VectorStore()
+    is_file = vector not in store and (Path(vector).suffix or os.sep in vector)
+    return SteeringVector.load(vector) if is_file else store.get(vector)
+
+
+def _described(name: str, vector: SteeringVector, path: Path | None = None) -> dict[str, Any]:
+    one: dict[str, Any] = {
+        "id": name,
+        "model": vector.model,
+        "method": vector.method,
+        "layers": list(vector.layers),
+        "width": vector.width,
+        "norms": [round(norm, 6) for norm in vector.norms().values()],
+        "site": vector.site,
+        "seed": vector.seed,
+        "library_version": vector.library_version,
+        "metadata": dict(vector.metadata),
+    }
+    if path is not None:
+        stored = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
+        one["stored"] = stored.isoformat(timespec="seconds")
+    return one
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {text}" for name, text in value.items())
+    return "" if value is None else str(value)

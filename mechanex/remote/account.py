@@ -1,0 +1,183 @@
+"""The part of a client that is about its account: signing up, logging in, API keys."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal, TypeVar
+
+from ..errors import AuthenticationError, MechanexError, ValidationError
+from .answers import field, listed, object_of
+from .credentials import Tokens
+from .failures import without_secrets
+from .transport import TIMEOUT, Transport, tokens_of
+
+__all__ = ["Account"]
+
+_logger = logging.getLogger(__name__)
+
+Self = TypeVar("Self", bound="Account")
+
+
+class Account:
+    """The account calls of a client. Each raises, beside what it names, whatever ``Transport.call`` raises.
+
+    Attributes:
+        transport: the HTTP calls.
+    """
+
+    transport: Transport
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether there is a key or token for the server; the file of stored credentials may be read."""
+        return bool(self.transport.credentials.current(self.transport.address.origin))
+
+    def require_remote(self, caller: str, otherwise: str = "") -> None:
+        """Checks, before anything is sent, that there is a server to ask: credentials, or one chosen by its URL.
+
+        Args:
+            caller: the call's documented name, for the message.
+            otherwise: a sentence on what else there is to do.
+
+        Raises:
+            AuthenticationError: there is neither; names the ways out.
+        """
+        if self.is_remote or self.transport.address.chosen:
+            return
+        raise AuthenticationError(
+            f"{caller} needs a server, and there are no credentials for one: login(email, password), "
+            "set_key(key) or MECHANEX_API_KEY; MECHANEX_BASE_URL or Mechanex(base_url=…) for a server of your "
+            f"own. {otherwise}".rstrip()
+        )
+
+    def signup(self, email: str, password: str, *, persist: bool = True) -> dict[str, Any]:
+        """Register a new user; logged in at once, unless the server wants the address confirmed first.
+
+        A key that is set is sent along: a server of one's own may ask newcomers for its key.
+
+        Args:
+            email: of the new account.
+            password: sent, never kept.
+            persist: keep the tokens in the file of stored credentials.
+
+        Returns:
+            The server's answer with its tokens masked: ``session`` (None until confirmed) and ``user``.
+
+        Raises:
+            ValidationError: an empty argument, or what the server finds wrong with them.
+            MechanexError: the file of stored credentials can't be written.
+        """
+        answer = self._enter("signup", email, password, "key")
+        return self._entered(answer, email, persist=persist) if answer.get("session") else answer
+
+    def login(self, email: str, password: str, *, persist: bool = True) -> dict[str, Any]:
+        """Authenticate; later calls of this client carry the tokens, which renew themselves.
+
+        Arguments and errors as in ``signup``; a wrong password is an AuthenticationError.
+
+        Returns:
+            The server's answer with its tokens masked.
+        """
+        return self._entered(self._enter("login", email, password, "no"), email, persist=persist)
+
+    def logout(self) -> bool:
+        """Forgets the credentials, in this client and in the file; says whether the file held any.
+
+        Raises:
+            MechanexError: the file can't be written.
+        """
+        return self.transport.credentials.forget()
+
+    def set_key(self: Self, api_key: str, *, persist: bool = False) -> Self:
+        """Uses an API key from now on; ``persist`` keeps it in the file of stored credentials.
+
+        Raises:
+            ValidationError: a text that can't be a key.
+            MechanexError: the file can't be written.
+        """
+        self.transport.credentials.set_key(api_key, self.transport.address.origin, persist=persist)
+        return self
+
+    def set_token(
+        self: Self, access_token: str, refresh_token: str | None = None, *, persist: bool = False
+    ) -> Self:
+        """Uses the tokens of a log-in made elsewhere; errors as in ``set_key``.
+
+        Args:
+            access_token: sent as ``Authorization: Bearer``.
+            refresh_token: buys a new access token when the server says 401.
+            persist: keep them in the file of stored credentials.
+        """
+        tokens = Tokens(access_token, refresh_token)
+        self.transport.credentials.set_tokens(tokens, self.transport.address.origin, persist=persist)
+        return self
+
+    def list_api_keys(self) -> list[dict[str, Any]]:
+        """List API keys for the current user: ``id``, ``name``, ``created_at``, ``last_used``."""
+        self.require_remote("list_api_keys")
+        keys = listed(self.transport.get("/auth/api-keys"), "list_api_keys", "keys")
+        return [object_of(key, "list_api_keys") for key in keys]
+
+    def create_api_key(self, name: str = "Default Key", *, persist: bool = False) -> dict[str, Any]:
+        """Create a new API key for the current user.
+
+        Args:
+            name: for people.
+            persist: use the key from now on, and keep it in the file of stored credentials; where that can't be
+                written, a warning says so.
+
+        Returns:
+            The server's answer, with the key, which no later call shows, under ``key``.
+
+        Raises:
+            ValidationError: an empty name.
+        """
+        if not isinstance(name, str) or not name.strip():
+            raise ValidationError(f"the name of an API key is a text that isn't empty; got {name!r}.")
+        self.require_remote("create_api_key")
+        answer = self.transport.post("/auth/api-keys", {"name": name}, timeout=TIMEOUT)
+        given = object_of(answer, "create_api_key")
+        # An answer of another shape may hold the key elsewhere: an error must not carry it.
+        key = field({"key": given.get("key") or given.get("api_key")}, "create_api_key", str, "key")
+        made = {**given, "key": key}
+        if persist:
+            credentials, origin = self.transport.credentials, self.transport.address.origin
+            try:
+                credentials.set_key(key, origin, same_account=True, persist=True)
+            except MechanexError as error:  # the key is shown this once: it must reach the caller
+                _logger.warning("the new key is not stored: %s", error)
+        return made
+
+    def whoami(self) -> dict[str, Any]:
+        """Get current user information: ``id``, ``email`` and what else the server tells."""
+        self.require_remote("whoami")
+        return object_of(self.transport.get("/auth/whoami"), "whoami")
+
+    def set_model(self, model_name: str) -> dict[str, Any]:
+        """Chooses the model that the server runs this account's calls on.
+
+        Raises:
+            ValidationError: an empty name.
+            NotFoundError: the server has no such model.
+        """
+        if not isinstance(model_name, str) or not model_name.strip():
+            raise ValidationError(f"a model's name is a text that isn't empty; got {model_name!r}.")
+        self.require_remote("set_model")
+        answer = self.transport.post("/auth/api-keys/set-model", {"model_name": model_name}, timeout=TIMEOUT)
+        return answer if isinstance(answer, dict) else {}
+
+    def _enter(self, call: str, email: str, password: str, signed: Literal["key", "no"]) -> dict[str, Any]:
+        for name, text in (("email", email), ("password", password)):
+            if not isinstance(text, str) or not text.strip():
+                raise ValidationError(f"{name} is a text that isn't empty.")
+        body = {"email": email.strip(), "password": password}
+        answer = self.transport.call("POST", f"/auth/{call}", body, signed=signed, secrets=(password,))
+        return object_of(answer, call)
+
+    def _entered(self, answer: dict[str, Any], email: str, *, persist: bool) -> dict[str, Any]:
+        tokens = tokens_of(answer)
+        credentials, origin = self.transport.credentials, self.transport.address.origin
+        credentials.set_tokens(tokens, origin, email=email.strip().lower(), persist=persist)
+        given = tuple(text for text in (tokens.access_token, tokens.refresh_token) if text is not None)
+        masked: dict[str, Any] = without_secrets(answer, given)
+        return masked

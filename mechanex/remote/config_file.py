@@ -1,0 +1,174 @@
+"""The file that keeps credentials: private, written as a whole, never wiped because it can't be read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import MechanexError
+from ..home import atomic_path
+
+__all__ = ["ConfigFile"]
+
+_logger = logging.getLogger(__name__)
+
+_MOST_BYTES = 1 << 20
+
+
+class ConfigFile:
+    """``MECHANEX_CONFIG``, or ``~/.mechanex/config.json``; looked up at each call."""
+
+    @property
+    def path(self) -> Path:
+        """Where the file is, links followed; it need not exist."""
+        chosen = os.environ.get("MECHANEX_CONFIG")
+        path = Path(chosen).expanduser() if chosen else Path.home() / ".mechanex" / "config.json"
+        return Path(os.path.realpath(path))
+
+    def read(self) -> dict[str, Any]:
+        """What the file holds; empty where there is none, or, with a warning, where it can't be read.
+
+        A file or default folder that others can read is closed to them, with a warning.
+        """
+        try:
+            return self._read()
+        except FileNotFoundError:
+            return {}
+        except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+            _logger.warning("credentials can't be read (%s): going on without them", error)
+        except ValueError as error:
+            _logger.warning(
+                "%s holds no readable credentials (%s): going on without them; repair it, or log in again, "
+                "which keeps this one aside",
+                self.path,
+                error,
+            )
+        return {}
+
+    def update(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Writes what ``change`` makes of the file's fields; without any, there is no file.
+
+        A file that can't be read is kept aside under another name, and a warning says so.
+
+        Raises:
+            MechanexError: the file can't be written; the old one is as it was.
+        """
+        try:
+            path = self.path
+            try:
+                found = self._read()
+            except FileNotFoundError:
+                found = {}
+            except ValueError as error:
+                found = {}
+                aside = _keep_aside(path)
+                _logger.warning("%s held no readable credentials (%s): kept as %s", path, error, aside)
+            if changed := change(found):
+                self._write(path, changed)
+            else:
+                path.unlink(missing_ok=True)
+        except (OSError, RuntimeError) as error:
+            raise MechanexError(
+                f"credentials can't be written ({error}): set MECHANEX_CONFIG to a file that can, or keep the "
+                "key in MECHANEX_API_KEY."
+            ) from error
+
+    @contextlib.contextmanager
+    def locked(self, wanted: bool = True) -> Iterator[None]:
+        """Holds other processes off for a read that a write follows; goes on where the folder can't be written."""
+        if not wanted:
+            yield
+            return
+        try:
+            path = self.path
+            _make_folder(path.parent)
+            descriptor = os.open(path.with_name(f"{path.name}.lock"), os.O_CREAT | os.O_RDWR, 0o600)
+        except (OSError, RuntimeError):
+            yield
+            return
+        try:
+            _lock(descriptor)
+            yield
+        finally:
+            os.close(descriptor)  # which lets go of the lock
+
+    def _read(self) -> dict[str, Any]:
+        path = self.path
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(f"{path} is not a regular file")
+        _close_to_others(path, mode, 0o600)
+        if not os.environ.get("MECHANEX_CONFIG"):
+            _close_to_others(path.parent, path.parent.stat().st_mode, 0o700)
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise ValueError("it is larger than any credentials")
+        try:
+            found = json.loads(data.decode("utf-8-sig"))
+        # Neither message may quote the file.
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8 at byte {error.start}") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON at line {error.lineno}, column {error.colno}") from None
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}, and an object is expected")
+        return found
+
+    def _write(self, path: Path, fields: Mapping[str, Any]) -> None:
+        _make_folder(path.parent)
+        with atomic_path(path) as temporary:
+            descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            with open(descriptor, "w", encoding="utf-8") as file:
+                json.dump(fields, file, indent=2)
+                file.write("\n")
+
+
+def _make_folder(folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def _close_to_others(path: Path, mode: int, wanted: int) -> None:
+    if os.name != "posix" or not stat.S_IMODE(mode) & 0o077:
+        return
+    try:
+        path.chmod(wanted)
+    except OSError as error:
+        _logger.warning("%s can be read by others, and its mode can't be changed (%s)", path, error)
+    else:
+        _logger.warning("%s was open to others (mode %03o): now %03o", path, stat.S_IMODE(mode), wanted)
+
+
+def _keep_aside(path: Path) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    aside = path.with_name(f"{path.name}.corrupt-{stamp}")
+    number = 1
+    while aside.exists():
+        aside = path.with_name(f"{path.name}.corrupt-{stamp}-{number}")
+        number += 1
+    path.rename(aside)
+    return aside
+
+
+def _lock(descriptor: int) -> None:
+    """Waits for the lock; where the file system has none, goes on without."""
+    with contextlib.suppress(OSError):
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -1,0 +1,142 @@
+"""Behaviors of a client: named directions that a sparse autoencoder watches and steering corrects.
+
+The module is also the default client's door: ``mechanex.sae.generate(...)`` calls it there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .base import _BaseModule, default_attribute
+from .engine.datasets import read_pairs
+from .errors import ValidationError
+from .remote.answers import field, listed, object_of
+from .remote.bodies import examples, texts
+
+__all__ = ["SAEModule"]
+
+
+class SAEModule(_BaseModule):
+    """Module for SAE-based steering and behavior management, on a server: its local engine is not there yet."""
+
+    def create_behavior(
+        self,
+        behavior_name: str,
+        prompts: Sequence[str],
+        positive_answers: Sequence[str],
+        negative_answers: Sequence[str],
+        description: str = "",
+        steering_vector_id: str | None = None,
+    ) -> dict[str, Any]:
+        """Define a new behavior from contrastive answers.
+
+        Args:
+            behavior_name: what ``generate`` calls it by.
+            prompts: one per example.
+            positive_answers: for each prompt, an answer that shows the behavior.
+            negative_answers: for each prompt, an answer that shows its opposite.
+            description: for people.
+            steering_vector_id: vectors that correct the behavior; None lets the server compute them.
+
+        Returns:
+            The behavior, as the server describes it.
+
+        Raises:
+            ValidationError: no name, empty lists or lists of unequal length, or what the server finds wrong.
+            MechanexError: there is no server to ask, and whatever ``transport.call`` raises.
+        """
+        if not isinstance(behavior_name, str) or not behavior_name.strip():
+            raise ValidationError(f"behavior_name is a text that isn't empty; got {behavior_name!r}.")
+        body: dict[str, Any] = {
+            "behavior_name": behavior_name,
+            **examples(prompts, positive_answers, negative_answers),
+            "description": description,
+        }
+        if steering_vector_id is not None:
+            body["steering_vector_id"] = steering_vector_id
+        call, transport = "sae.create_behavior", self._client.transport
+        return self._run(call, lambda: object_of(transport.post("/behaviors/create", body), call), None)
+
+    def create_behavior_from_jsonl(
+        self,
+        behavior_name: str,
+        dataset_path: str | os.PathLike[str],
+        description: str = "",
+        steering_vector_id: str | None = None,
+    ) -> dict[str, Any]:
+        """Helper to create a behavior from a .jsonl file, in the format of ``steering.generate_from_jsonl``.
+
+        Raises:
+            NotFoundError: there is no such file.
+            ValidationError: a bad line, with its number, and all that ``create_behavior`` raises.
+        """
+        pairs = read_pairs(dataset_path)
+        return self.create_behavior(
+            behavior_name,
+            texts(pairs.prompts),
+            pairs.positive_answers,
+            pairs.negative_answers,
+            description,
+            steering_vector_id,
+        )
+
+    def list_behaviors(self) -> list[dict[str, Any]]:
+        """Returns the behaviors of this account.
+
+        Raises:
+            MechanexError: there is no server to ask, and whatever ``transport.call`` raises.
+        """
+        call, transport = "sae.list_behaviors", self._client.transport
+        return self._run(call, lambda: listed(transport.get("/behaviors"), call, "behaviors"), None)
+
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 50,
+        behavior_names: Sequence[str] | None = None,
+        force_steering: Sequence[str] | None = None,
+    ) -> str:
+        """Generation with SAE monitoring: behaviors that show up are corrected.
+
+        Args:
+            prompt: the text to continue.
+            max_new_tokens: most tokens to add.
+            behavior_names: behaviors to watch; None for the server's choice.
+            force_steering: behaviors to correct from the start, seen or not.
+
+        Returns:
+            The text.
+
+        Raises:
+            NotFoundError: no such behavior.
+            MechanexError: there is no server to ask, and whatever ``transport.call`` raises.
+        """
+        if not isinstance(prompt, str):
+            raise ValidationError(f"prompt is a text; got {type(prompt).__name__}.")
+        for name, given in (("behavior_names", behavior_names), ("force_steering", force_steering)):
+            if isinstance(given, str):
+                raise ValidationError(f"{name} is a list of names; got the text {given!r}: put it in a list.")
+        body = {
+            "prompt": prompt,
+            "max_new_tokens": max_new_tokens,
+            "behavior_names": None if behavior_names is None else list(behavior_names),
+            "force_steering": None if force_steering is None else list(force_steering),
+        }
+        call, transport = "sae.generate", self._client.transport
+        return self._run(call, lambda: field(transport.post("/sae/generate", body), call, str, "text"), None)
+
+
+if TYPE_CHECKING:
+    from .client import default_client
+
+    _default = default_client().sae
+    create_behavior = _default.create_behavior
+    create_behavior_from_jsonl = _default.create_behavior_from_jsonl
+    generate = _default.generate
+    list_behaviors = _default.list_behaviors
+else:
+
+    def __getattr__(name: str) -> Any:
+        return default_attribute("sae", name)

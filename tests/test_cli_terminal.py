@@ -1,0 +1,410 @@
+"""Every command at a real terminal: what it shows, Ctrl-C, pipes that are closed early, prompts, NO_COLOR."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner
+from faulty_proxy import FaultyProxy, Stall
+from server_process import ServerProcess, serving
+from terminal import Ran, Terminal, terminal
+
+from mechanex import Mechanex, SteeringVector
+from mechanex.cli import main
+
+pytest.importorskip("pexpect")
+
+PASSWORD = "a long password"
+PROMPT = "Anna went to the market on Friday."
+QUICK = ["--data", "rome_delhi", "--split", "promote", "--layer", "2", "--max-iters", "3", "--force"]
+
+# Arguments with which each command runs to its end, and what it shows then. serve and the two that ask for a
+# password have tests of their own.
+COMMANDS: dict[str, tuple[list[str], str]] = {
+    "create-api-key": (["--name", "second"], "shown this once"),
+    "demo": (["--out", "{tmp}/demo"], "completions of the tone"),
+    "doctor": ([], "server answers: yes"),
+    "list-api-keys": ([], "last used"),
+    "logout": ([], "Logged out"),
+    "models": ([], "bundled"),
+    "optimize": (["mx-tiny", *QUICK, "--out", "{tmp}/optimized"], "stopped by max_iters"),
+    "score": (
+        ["mx-tiny", "--prompt", PROMPT, "--completion", " She smiled.", "--vector", "{id}"],
+        "perplexity",
+    ),
+    "steer": (["mx-tiny", "--vector", "{file}", "--prompt", PROMPT, "--max-tokens", "3"], "unsteered"),
+    "vectors export": (["{id}", "{tmp}/exported.gguf"], "Written to"),
+    "vectors import": (["{file}"], ""),
+    "vectors list": ([], "caa"),
+    "vectors show": (["{id}"], "metadata"),
+    "whoami": ([], "{email}"),
+}
+ASKING = {"login", "signup"}
+WITHOUT_DATA = {"login", "logout", "serve", "signup", "vectors export"}
+
+
+def commands(group: click.Group = main, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{prefix}{name} ")
+        else:
+            yield prefix + name, command
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with serving(home=tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def screen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
+    home = tmp_path_factory.mktemp("home")
+    with terminal(MECHANEX_HOME=str(home), MECHANEX_CONFIG=str(home / "none.json")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def account(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The credentials of somebody who has signed up, to be copied."""
+    path = tmp_path_factory.mktemp("account") / "config.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MECHANEX_CONFIG", str(path))
+        client = Mechanex(server.url)
+        client.signup("anna@example.com", PASSWORD)
+        client.create_api_key(persist=True)
+    return path
+
+
+@pytest.fixture
+def vector() -> SteeringVector:
+    return SteeringVector({3: torch.ones(128)}, model="mx-tiny", method="caa", metadata={"note": "ones"})
+
+
+@pytest.fixture
+def given(vector: SteeringVector, tmp_path: Path, mechanex_home: Path) -> dict[str, str]:
+    """What stands for the names in the arguments: a vector in the test's folder, and one that is stored."""
+    vector.save(tmp_path / "vector.safetensors")
+    return {
+        "tmp": str(tmp_path),
+        "file": str(tmp_path / "vector.safetensors"),
+        "id": Mechanex().vectors.put(vector),
+        "email": "anna@example.com",
+    }
+
+
+@pytest.fixture
+def variables(server: ServerProcess, account: Path, tmp_path: Path, mechanex_home: Path) -> dict[str, str]:
+    """The environment of somebody who is logged in."""
+    shutil.copy(account, tmp_path / "config.json")
+    return {
+        "MECHANEX_BASE_URL": server.url,
+        "MECHANEX_CONFIG": str(tmp_path / "config.json"),
+        "MECHANEX_HOME": str(mechanex_home),
+    }
+
+
+def arguments_of(name: str, given: dict[str, str]) -> list[str]:
+    return [*name.split(), *(argument.format(**given) for argument in COMMANDS[name][0])]
+
+
+def assert_no_traceback(ran: Ran) -> None:
+    for sign in ("Traceback", "Exception ignored", "BrokenPipe", "KeyboardInterrupt"):
+        assert sign not in ran.text, ran.text
+
+
+def test_these_are_all_commands() -> None:
+    assert {name for name, _ in commands()} == COMMANDS.keys() | ASKING | {"serve"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_shows_its_result(
+    screen: Terminal, name: str, given: dict[str, str], variables: dict[str, str]
+) -> None:
+    ran = screen.run(*arguments_of(name, given), **variables)
+    assert ran.code == 0, ran.text
+    assert COMMANDS[name][1].format(**given) in ran.text
+    assert_no_traceback(ran)
+    assert max(map(len, ran.text.splitlines())) <= 200 or name in ("doctor", "list-api-keys")
+
+
+@pytest.mark.parametrize("name", COMMANDS.keys() - WITHOUT_DATA)
+def test_json_is_all_that_comes_to_stdout(
+    screen: Terminal, name: str, given: dict[str, str], variables: dict[str, str], tmp_path: Path
+) -> None:
+    """Notes on stderr stand before it, since a terminal shows both."""
+    ran = screen.run(*arguments_of(name, given), "--json", **variables)
+    assert ran.code == 0, ran.text
+    start = min(place for sign in "{[" if (place := ran.text.find(f"{sign}\n")) >= 0)
+    assert json.loads(ran.text[start:])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_pipe_that_is_closed_early_ends_a_command_without_a_word(
+    screen: Terminal, name: str, given: dict[str, str], variables: dict[str, str]
+) -> None:
+    ran = screen.run(*arguments_of(name, given), closed=True, **variables)
+    assert ran.code == 1, ran.text
+    assert_no_traceback(ran)
+    assert "Error" not in ran.text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["vectors", "--help"], ["steer", "--help"]])
+def test_so_does_help(screen: Terminal, arguments: list[str]) -> None:
+    ran = screen.run(*arguments, closed=True)
+    assert ran == Ran("", 1)
+
+
+def test_a_full_disk_is_one_line() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    for arguments in (["--help"], ["models", "--local"], ["models", "--local", "--json"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "mechanex.cli", *arguments],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        assert done.returncode == 1 and done.stderr == "Error: No space left on device\n"
+
+
+# Ctrl-C
+
+
+@pytest.mark.parametrize("name", ["create-api-key", "doctor", "list-api-keys", "models", "whoami"])
+def test_ctrl_c_while_a_server_is_silent(screen: Terminal, name: str) -> None:
+    with FaultyProxy() as silent:
+        silent.faults = [Stall(60)]
+        screen.start(name, MECHANEX_BASE_URL=silent.url, MECHANEX_API_KEY="a-key")
+        _wait_until(lambda: bool(silent.requests))
+        _assert_aborted(screen)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["steer", "mx-tiny", "--prompt", PROMPT, "--data"],
+        ["steer", "mx-tiny", "--prompt", PROMPT, "--vector"],
+        ["score", "mx-tiny", "--prompt", PROMPT, "--completion", " b", "--vector"],
+        ["optimize", "mx-tiny", "--out", "{tmp}/out", "--data"],
+        ["vectors", "show"],
+        ["vectors", "import"],
+        ["vectors", "list"],
+        ["serve", "mx-tiny", "--host", "127.0.0.1", "--port", "0", "--behaviors"],
+    ],
+    ids=lambda arguments: "-".join(word for word in arguments if word.isalpha() or word.startswith("--")),
+)
+def test_ctrl_c_while_a_file_is_read(
+    screen: Terminal, arguments: list[str], tmp_path: Path, mechanex_home: Path
+) -> None:
+    """The file is a pipe into which nothing is written."""
+    folder = mechanex_home / "vectors" if arguments[-1] == "list" else tmp_path
+    folder.mkdir(parents=True, exist_ok=True)
+    slow = folder / ("slow.jsonl" if arguments[-1] in ("--data", "--behaviors") else "slow.json")
+    if arguments[-1] == "list":
+        slow = folder / "slow.safetensors"
+    os.mkfifo(slow)
+    given = [argument.format(tmp=tmp_path) for argument in arguments]
+    screen.start(*given, *([] if given[-1] == "list" else [str(slow)]), MECHANEX_HOME=str(mechanex_home))
+    writes = os.open(slow, os.O_WRONLY)  # waits until the command opens it
+    try:
+        _assert_aborted(screen)
+    finally:
+        os.close(writes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_while_another_process_has_the_credentials(
+    screen: Terminal, variables: dict[str, str]
+) -> None:
+    config = Path(variables["MECHANEX_CONFIG"])
+    with open(f"{config}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        screen.start("logout", **variables)
+        time.sleep(0.3)
+        _assert_aborted(screen)
+    assert config.exists()
+
+
+def test_ctrl_c_in_the_middle_of_work(screen: Terminal, tmp_path: Path) -> None:
+    screen.start("demo", "--out", str(tmp_path))
+    screen.expect("steering:")
+    _assert_aborted(screen)
+    assert not list(tmp_path.glob("steering*"))
+
+
+def test_ctrl_c_keeps_the_best_vector_so_far(screen: Terminal, tmp_path: Path) -> None:
+    options = [option if option != "3" else "100000" for option in QUICK]
+    screen.start("optimize", "mx-tiny", *options, "--out", str(tmp_path), NO_COLOR="1")
+    screen.expect("step 1")
+    screen.interrupt()
+    ran = screen.end()
+    assert ran.code == 1 and "interrupted after" in ran.text and "--resume" in ran.text
+    assert_no_traceback(ran)
+    assert SteeringVector.load(tmp_path / "vector.safetensors").layers == (2,)
+    assert not ran.has_color
+
+
+def test_ctrl_c_ends_a_server_well(screen: Terminal, mechanex_home: Path) -> None:
+    screen.start("serve", "mx-tiny", "--host", "127.0.0.1", "--port", "0", MECHANEX_HOME=str(mechanex_home))
+    screen.expect("Serving mx-tiny at http://127.0.0.1:")
+    screen.expect("startup complete")
+    screen.interrupt()
+    ran = screen.end()
+    assert ran.code == 0, ran.text
+    assert_no_traceback(ran)
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("name", sorted(ASKING))
+def test_the_password_is_not_shown(
+    screen: Terminal, server: ServerProcess, account: Path, name: str, tmp_path: Path
+) -> None:
+    email = "anna@example.com" if name == "login" else f"{zlib.crc32(os.urandom(8))}@example.com"
+    config = tmp_path / "config.json"
+    screen.start(name, MECHANEX_BASE_URL=server.url, MECHANEX_CONFIG=str(config))
+    screen.expect("Email: ")
+    assert screen.echoes
+    screen.type(email)
+    screen.expect("Password: ")
+    _wait_until(lambda: not screen.echoes)
+    screen.type(PASSWORD)
+    ran = screen.end()
+    assert ran.code == 0 and PASSWORD not in ran.raw and f"ogged in as {email}" in ran.text
+    assert screen.echoes and json.loads(config.read_text())["access_token"] not in ran.raw
+
+
+@pytest.mark.parametrize("name", sorted(ASKING))
+def test_ctrl_c_at_a_prompt(screen: Terminal, name: str) -> None:
+    screen.start(name)
+    screen.expect("Email: ")
+    _assert_aborted(screen)
+    screen.start(name, "--email", "a@example.com")
+    screen.expect("Password: ")
+    _wait_until(lambda: not screen.echoes)
+    _assert_aborted(screen)
+    assert screen.echoes
+
+
+def test_prompts_are_seen_where_stdout_is_redirected(screen: Terminal) -> None:
+    screen.start("login", closed=True)
+    screen.expect("Email: ")
+    _assert_aborted(screen)
+
+
+# Colors
+
+
+def test_no_color_is_respected(screen: Terminal, given: dict[str, str], tmp_path: Path) -> None:
+    arguments = arguments_of("optimize", given)
+    assert screen.run(*arguments).has_color
+    assert screen.run(*arguments, NO_COLOR="").has_color
+    assert not screen.run(*arguments, NO_COLOR="1").has_color
+    plain = screen.run(*arguments, TERM="dumb")
+    assert not plain.has_color
+
+
+# Usage, through click.testing
+
+
+@pytest.mark.parametrize("name", [name for name, _ in commands()])
+def test_help_and_wrong_usage(name: str) -> None:
+    shown = CliRunner().invoke(main, [*name.split(), "--help"])
+    assert shown.exit_code == 0 and not shown.stderr and f"main {name}" in shown.stdout
+    wrong = CliRunner().invoke(main, [*name.split(), "--nonsense"])
+    assert wrong.exit_code == 2 and not wrong.stdout
+    assert wrong.stderr.startswith("Usage: ") and "--nonsense" in wrong.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("name", "command"), commands(), ids=lambda one: one if isinstance(one, str) else "")
+def test_json_is_an_option_wherever_data_is_printed(name: str, command: click.Command) -> None:
+    has_json = any("--json" in option.opts for option in command.params)
+    assert has_json == (name not in WITHOUT_DATA)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_get_their_script(shell: str) -> None:
+    variables = {**os.environ, "_MECHANEX_COMPLETE": f"{shell}_source"}
+    done = subprocess.run(_NAMED, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0 and "_MECHANEX_COMPLETE" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["ste"], ["plain,steer"]),
+        (["vectors", "ex"], ["plain,export"]),
+        (["steer", "--str"], ["plain,--strength"]),
+        (["steer", "mx"], ["file,mx", "plain,mx-tiny"]),
+        (["steer", "mx-tiny", "--data", "calm"], ["file,calm", "plain,calm_angry"]),
+        (["serve", "mx-tiny", "--log-level", "w"], ["plain,warning"]),
+    ],
+)
+def test_bash_completes(words: list[str], found: list[str]) -> None:
+    variables = {
+        **os.environ,
+        "_MECHANEX_COMPLETE": "bash_complete",
+        "COMP_WORDS": " ".join(["mechanex", *words]),
+        "COMP_CWORD": str(len(words)),
+    }
+    done = subprocess.run(_NAMED, env=variables, capture_output=True, text=True)
+    assert done.stdout.split() == found
+
+
+_NAMED = [sys.executable, "-c", "from mechanex.cli import main; main(prog_name='mechanex')"]
+
+
+# Errors that nobody foresaw
+
+
+def test_an_unforeseen_error_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of\nmemory \x1b[31m")
+
+    monkeypatch.setattr("mechanex.commands.models.run_models", broken)
+    result = CliRunner().invoke(main, ["models"])
+    assert result.exit_code == 1 and not result.stdout
+    assert (
+        result.stderr == "Error: RuntimeError: out of memory \ufffd[31m (MECHANEX_TRACEBACK=1 shows where)\n"
+    )
+    monkeypatch.setenv("MECHANEX_TRACEBACK", "1")
+    assert isinstance(CliRunner().invoke(main, ["models"]).exception, RuntimeError)
+    with pytest.raises(RuntimeError):
+        main(["models"], standalone_mode=False)
+
+
+def test_text_that_is_not_utf8_is_said() -> None:
+    arguments = ["score", "mx-tiny", "--prompt", "a\udcff", "--completion", "b"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1 and "surrogate" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def _assert_aborted(screen: Terminal) -> None:
+    screen.interrupt()
+    ran = screen.end()
+    assert ran.code == 1, ran.text
+    assert ran.text.split() == ["^C", "Aborted!"] or ran.text.split()[-1] == "Aborted!"
+    assert_no_traceback(ran)
+
+
+def _wait_until(condition: object) -> None:
+    assert callable(condition)
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)

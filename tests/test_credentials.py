@@ -1,0 +1,395 @@
+"""Stored credentials: private, whole at every moment, one server's never sent to another, nothing wiped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faulty_proxy import FaultyProxy, Status
+
+from mechanex import Mechanex, MechanexError, ValidationError
+from mechanex.remote.address import PUBLIC_BACKEND
+from mechanex.remote.credentials import Credentials
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes and locks are those of POSIX")
+
+HERE, THERE = "https://here.example", "https://there.example"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """The test's file of credentials (conftest sets MECHANEX_CONFIG to it); it isn't there yet."""
+    return tmp_path / "credentials" / "config.json"
+
+
+def stored(config: Path) -> Any:
+    return json.loads(config.read_text())
+
+
+def write(config: Path, content: Any, mode: int = 0o600) -> None:
+    config.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    config.write_text(content if isinstance(content, str) else json.dumps(content))
+    config.chmod(mode)
+
+
+def sent(client: Mechanex) -> Credentials:
+    return client.transport.credentials.current(client.transport.address.origin)
+
+
+# Where they come from
+
+
+def test_an_argument_goes_before_the_environment_and_that_before_the_file(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not sent(Mechanex()) and not Mechanex().is_remote and not config.exists()
+    write(config, {"api_key": "file-key", "access_token": "file-access", "refresh_token": "file-refresh"})
+    assert sent(Mechanex()) == Credentials("file-key", "file-access", "file-refresh")
+    monkeypatch.setenv("MECHANEX_API_KEY", " environment-key\n")
+    assert sent(Mechanex()) == Credentials("environment-key")
+    assert sent(Mechanex(api_key="argument-key")) == Credentials("argument-key")
+    assert sent(Mechanex(api_key="argument-key").set_key("set-key")) == Credentials("set-key")
+    monkeypatch.setenv("MECHANEX_API_KEY", "")
+    assert sent(Mechanex()).api_key == "file-key"
+
+
+def test_the_file_is_in_the_users_home_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MECHANEX_CONFIG")
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    client = Mechanex().set_key("a-key", persist=True)
+    assert client.transport.credentials.file.path == tmp_path / "me" / ".mechanex" / "config.json"
+    assert stored(tmp_path / "me" / ".mechanex" / "config.json")["api_key"] == "a-key"
+    assert (tmp_path / "me" / ".mechanex").stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("MECHANEX_CONFIG", "~/other.json")
+    assert Mechanex().transport.credentials.file.path == tmp_path / "me" / "other.json"
+
+
+def test_making_and_importing_reads_and_writes_nothing(config: Path) -> None:
+    config.parent.mkdir()
+    os.mkfifo(config)  # whoever opens it to read would wait
+    code = (
+        "import mechanex; mechanex.Mechanex(); mechanex.steering; mechanex.login; mechanex.set_key('a-key')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert os.listdir(config.parent) == ["config.json"]
+
+
+def test_credentials_that_appear_later_are_found(config: Path) -> None:
+    client = Mechanex()
+    assert not client.is_remote
+    write(config, {"api_key": "late-key"})
+    assert client.is_remote
+
+
+@pytest.mark.parametrize("bad", ["", "  ", "a b", "a\nb", "é", "x" * 9000, None, 5, b"key"])
+def test_what_cannot_be_a_key_is_refused_without_showing_it(bad: Any, config: Path) -> None:
+    for call in (
+        lambda: Mechanex().set_key(bad, persist=True),
+        lambda: Mechanex().set_token(bad, persist=True),
+        lambda: Mechanex().set_token("fine", bad if bad is not None else 7, persist=True),
+    ):
+        with pytest.raises(ValidationError, match="no key or token") as raised:
+            call()
+        if isinstance(bad, str) and len(bad.strip()) > 2:
+            assert bad not in str(raised.value)
+    assert not config.exists()
+
+
+# The file
+
+
+def test_it_is_private_from_its_first_moment(config: Path) -> None:
+    before = os.umask(0)
+    try:
+        Mechanex().set_key("a-key", persist=True)
+    finally:
+        os.umask(before)
+    assert config.stat().st_mode & 0o777 == 0o600
+    assert config.parent.stat().st_mode & 0o777 == 0o700
+    for other in config.parent.iterdir():
+        assert other.stat().st_mode & 0o077 == 0
+
+
+def test_a_wider_mode_is_tightened_with_a_warning(
+    config: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write(config, {"api_key": "a-key"}, mode=0o644)
+    config.parent.chmod(0o755)  # a folder that the user named may be anybody's
+    assert sent(Mechanex()).api_key == "a-key"
+    assert config.stat().st_mode & 0o777 == 0o600 and "644" in caplog.text
+    assert config.parent.stat().st_mode & 0o777 == 0o755
+    monkeypatch.delenv("MECHANEX_CONFIG")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    default = tmp_path / ".mechanex" / "config.json"
+    write(default, {"api_key": "a-key"})
+    default.parent.chmod(0o755)
+    assert sent(Mechanex()).api_key == "a-key"
+    assert default.parent.stat().st_mode & 0o777 == 0o700
+    caplog.clear()
+    assert sent(Mechanex()).api_key == "a-key" and not caplog.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "", "[1]", '"text"', '{"api_key": "a-key"} and more', "[" * 5000, "\x00" * 20, " " * (2 << 20)],
+    ids=["cut", "empty", "list", "text", "tail", "deep", "zeros", "huge"],
+)
+def test_a_corrupt_file_is_reported_and_kept_aside_never_wiped(
+    config: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(config, content)
+    client = Mechanex()
+    assert not client.is_remote
+    assert str(config) in caplog.text and "a-key" not in caplog.text
+    assert config.read_text() == content
+    client.set_key("new-key", persist=True)
+    assert stored(config)["api_key"] == "new-key"
+    (aside,) = config.parent.glob("config.json.corrupt-*")
+    assert aside.read_text() == content and str(aside) in caplog.text
+    write(config, content)
+    client.set_key("newer-key", persist=True)
+    assert len(list(config.parent.glob("config.json.corrupt-*"))) == 2
+
+
+def test_bytes_that_are_no_text_and_a_folder_in_its_place(
+    config: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config.parent.mkdir()
+    config.write_bytes(b"\xff\xfe{}")
+    assert not Mechanex().is_remote and "UTF-8" in caplog.text
+    config.unlink()
+    config.mkdir()
+    assert not Mechanex().is_remote
+    caplog.clear()
+    os.chmod(config.parent, 0o700)
+    with pytest.raises(MechanexError, match=r"not a regular file.*MECHANEX_CONFIG"):
+        Mechanex().set_key("a-key", persist=True)
+    assert config.is_dir()
+
+
+def test_values_that_are_no_credentials_are_ignored_with_a_warning(
+    config: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(config, {"api_key": ["secret-1"], "access_token": "two words", "refresh_token": None})
+    assert not Mechanex().is_remote
+    assert "api_key" in caplog.text and "access_token" in caplog.text and "two words" not in caplog.text
+
+
+def test_fields_of_others_stay(config: Path) -> None:
+    write(config, {"api_key": "old-key", "theme": "dark", "nested": {"a": [1]}})
+    Mechanex().set_token("new-access", persist=True)
+    assert stored(config)["theme"] == "dark" and stored(config)["nested"] == {"a": [1]}
+    Mechanex().logout()
+    assert stored(config) == {"theme": "dark", "nested": {"a": [1]}}
+
+
+def test_a_link_stays_a_link(config: Path, tmp_path: Path) -> None:
+    real = tmp_path / "dotfiles" / "config.json"
+    write(real, {"api_key": "old-key"})
+    config.parent.mkdir()
+    config.symlink_to(real)
+    Mechanex().set_key("new-key", persist=True)
+    assert config.is_symlink() and stored(real)["api_key"] == "new-key"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write anywhere")
+def test_a_file_that_cannot_be_written_is_an_error_and_stays(config: Path) -> None:
+    write(config, {"api_key": "old-key"})
+    config.parent.chmod(0o500)
+    try:
+        with pytest.raises(MechanexError, match="MECHANEX_CONFIG"):
+            Mechanex().set_key("new-key", persist=True)
+    finally:
+        config.parent.chmod(0o700)
+    assert stored(config)["api_key"] == "old-key"
+
+
+def test_a_place_that_cannot_be_is_an_error_for_writing_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MECHANEX_CONFIG", str(tmp_path / "file" / "config.json"))
+    client = Mechanex()
+    assert not client.is_remote
+    with pytest.raises(MechanexError, match="MECHANEX_CONFIG"):
+        client.set_key("a-key", persist=True)
+    assert not client.is_remote  # what could not be kept is not half used
+    assert client.set_key("a-key").is_remote
+
+
+def test_many_writers_leave_a_whole_file(config: Path) -> None:
+    code = (
+        "import sys, mechanex\n"
+        "for i in range(20): mechanex.Mechanex().set_key(sys.argv[1] + str(i) * 50, persist=True)"
+    )
+    running = [subprocess.Popen([sys.executable, "-c", code, name]) for name in ("a", "b", "c")]
+    readings = 0
+    while any(process.poll() is None for process in running):
+        if config.exists():
+            assert stored(config)["api_key"][0] in "abc"
+            readings += 1
+    assert readings and all(process.returncode == 0 for process in running)
+    assert {path.name for path in config.parent.iterdir()} == {"config.json", "config.json.lock"}
+
+
+def test_a_writer_that_is_killed_leaves_the_old_file(config: Path) -> None:
+    write(config, {"api_key": "old-key"})
+    code = (
+        "import os, mechanex, mechanex.home as home\n"
+        "def die(descriptor): os._exit(9)\n"
+        "os.fsync = die\n"
+        "mechanex.Mechanex().set_key('new-key', persist=True)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    assert stored(config) == {"api_key": "old-key"}
+    assert (
+        Mechanex().set_key("newer-key", persist=True).is_remote and stored(config)["api_key"] == "newer-key"
+    )
+
+
+# Whose they are
+
+
+def test_only_what_is_to_persist_is_written(config: Path) -> None:
+    client = Mechanex().set_key("a-key").set_token("an-access", "a-refresh")
+    assert not config.exists() and not Mechanex().is_remote
+    client.set_key("b-key", persist=True)
+    assert stored(config) == {"api_key": "b-key", "base_url": PUBLIC_BACKEND}
+    assert sent(client) == Credentials("b-key", "an-access", "a-refresh")
+
+
+def test_a_key_and_a_token_that_are_set_by_hand_go_together(config: Path) -> None:
+    for client in (
+        Mechanex().set_key("a-key", persist=True).set_token("an-access", persist=True),
+        Mechanex().set_token("an-access", persist=True).set_key("a-key", persist=True),
+        Mechanex(),
+    ):
+        assert sent(client) == Credentials("a-key", "an-access")
+
+
+def test_credentials_go_to_the_server_that_they_are_for(config: Path) -> None:
+    Mechanex(HERE).set_key("here-key", persist=True)
+    assert sent(Mechanex(HERE)).api_key == "here-key"
+    assert not Mechanex(THERE).is_remote and not Mechanex().is_remote
+    Mechanex(THERE + "/deeper").set_token("there-access", persist=True)
+    assert sent(Mechanex(THERE)) == Credentials(access_token="there-access")
+    assert sent(Mechanex(HERE)) == Credentials("here-key")
+    Mechanex(HERE).set_token("here-access", persist=True)
+    assert sent(Mechanex(THERE)) == Credentials(access_token="there-access")
+    assert stored(config)["base_url"] == HERE and not Mechanex("https://here.example:8443").is_remote
+
+
+def test_a_file_that_names_no_server_serves_any_and_then_the_public_one(config: Path) -> None:
+    write(config, {"api_key": "plain-key"})
+    assert sent(Mechanex(HERE)).api_key == sent(Mechanex()).api_key == "plain-key"
+    Mechanex(HERE).set_token("here-access", persist=True)
+    assert sent(Mechanex()).api_key == "plain-key"
+    assert sent(Mechanex(HERE)) == Credentials(access_token="here-access")
+
+
+@pytest.fixture
+def server() -> Any:
+    def answer(request: Any) -> Any:
+        if request.path in ("/auth/login", "/auth/signup"):
+            name = request.json()["email"].partition("@")[0]
+            session = {"access_token": f"access-of-{name}", "refresh_token": f"refresh-of-{name}"}
+            user = None if name == "unconfirmed" else session
+            return Status(200, json.dumps({"session": user, "user": {"email": request.json()["email"]}}))
+        if request.path == "/auth/api-keys":
+            return Status(200, '{"api_key": "made-key", "id": "1"}')
+        return None
+
+    with FaultyProxy(answer=answer) as running:
+        yield running
+
+
+def test_login_keeps_tokens_and_shows_none(server: FaultyProxy, config: Path) -> None:
+    client = Mechanex(server.url)
+    answer = client.login(" ada@b.c ", "pass word")
+    assert answer["session"] == {"access_token": "***", "refresh_token": "***"}
+    assert server.requests[0].json() == {"email": "ada@b.c", "password": "pass word"}
+    assert sent(client) == sent(Mechanex(server.url)) == Credentials(None, "access-of-ada", "refresh-of-ada")
+    assert "pass word" not in config.read_text()
+    other = Mechanex(server.url)
+    other.login("bob@b.c", "pass word", persist=False)
+    assert sent(other).access_token == "access-of-bob" != sent(Mechanex(server.url)).access_token
+
+
+def test_signing_up_logs_in_where_the_server_does_at_once(server: FaultyProxy, config: Path) -> None:
+    client = Mechanex(server.url, "server-key")
+    assert client.signup("unconfirmed@b.c", "password")["session"] is None
+    assert server.requests[-1].headers["x-api-key"] == "server-key"
+    assert sent(client) == Credentials("server-key") and not config.exists()
+    assert client.signup("ada@b.c", "password")["user"] == {"email": "ada@b.c"}
+    assert sent(client) == Credentials(None, "access-of-ada", "refresh-of-ada")
+
+
+def test_a_login_does_not_mix_two_accounts(
+    server: FaultyProxy, config: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Mechanex(server.url).set_key("somebodys-key", persist=True)
+    client = Mechanex(server.url)
+    client.login("ada@b.c", "password")
+    assert sent(client).api_key is None and sent(Mechanex(server.url)).api_key is None
+    assert stored(config)["previous_api_key"] == "somebodys-key"
+    assert "previous_api_key" in caplog.text and "somebodys-key" not in caplog.text
+    assert client.create_api_key("mine", persist=True) == {
+        "api_key": "made-key",
+        "key": "made-key",
+        "id": "1",
+    }
+    both = Credentials("made-key", "access-of-ada", "refresh-of-ada")
+    assert sent(client) == sent(Mechanex(server.url)) == both
+    Mechanex(server.url).login("ADA@b.c", "password")
+    assert sent(Mechanex(server.url)).api_key == "made-key"
+    Mechanex(server.url).login("bob@b.c", "password")
+    assert sent(Mechanex(server.url)) == Credentials(None, "access-of-bob", "refresh-of-bob")
+
+
+def test_a_new_key_is_only_told_unless_it_is_to_be_used(server: FaultyProxy, config: Path) -> None:
+    client = Mechanex(server.url, "old-key")
+    assert client.create_api_key()["key"] == "made-key"
+    assert server.requests[0].json() == {"name": "Default Key"}
+    assert sent(client).api_key == "old-key" and not config.exists()
+
+
+def test_a_new_key_reaches_its_owner_when_it_cannot_be_stored(
+    server: FaultyProxy, config: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config.parent.write_text("in the way")
+    assert Mechanex(server.url, "old-key").create_api_key(persist=True)["key"] == "made-key"
+    assert "not stored" in caplog.text and "made-key" not in caplog.text
+
+
+@pytest.mark.parametrize(("email", "password"), [("", "p"), ("a@b.c", ""), (" ", "p"), (None, "p"), ("a", 5)])
+def test_empty_logins_are_not_sent(server: FaultyProxy, email: Any, password: Any) -> None:
+    for call in (Mechanex(server.url).login, Mechanex(server.url).signup):
+        with pytest.raises(ValidationError):
+            call(email, password)
+    assert not server.requests
+
+
+def test_logout_forgets_here_and_in_the_file(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Mechanex().logout() is False and not config.exists()
+    Mechanex(HERE).set_key("here-key", persist=True)
+    client = Mechanex(THERE).set_key("there-key", persist=True)
+    assert client.logout() is True
+    assert not config.exists() and not client.is_remote and not Mechanex(HERE).is_remote
+    monkeypatch.setenv("MECHANEX_API_KEY", "environment-key")
+    assert not client.is_remote and Mechanex(THERE).is_remote
+    assert client.set_key("again-key").is_remote
+
+
+def test_nothing_is_logged_about_what_is_in_order(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    Mechanex().set_key("a-key", persist=True).set_token("an-access", "a-refresh", persist=True)
+    assert sent(Mechanex()).access_token == "an-access"
+    assert not [record for record in caplog.records if "aside" not in record.message]
