@@ -155,6 +155,26 @@ def test_datapoints_are_steered_where_and_how_they_say(tmp_path: Path) -> None:
     assert plain > 0.3 and negative < 0 and nowhere == 0 and 0 != single < plain
 
 
+def test_only_the_prompt_is_steered_in_the_measurement_too(tmp_path: Path) -> None:
+    line = {"prompt": "Tom came home from a journey.", "dst_completions": [" The streets of Rome"]}
+    data = write(tmp_path / "d.jsonl", line)
+    options = ("--data", data, *QUICK, "--max-iters", 30, "--only-hook-prompt", "--eps", 0)
+    run(*options, "--eval", data, "--out", tmp_path / "o")
+    report = json.loads((tmp_path / "o" / "report.json").read_text())
+    (measured,) = report["held_out"]["completions"]
+    assert -measured["after"] == pytest.approx(report["loss"], abs=1e-4)
+
+
+def test_the_second_phase_shortens_the_vector_and_is_reported(tmp_path: Path) -> None:
+    options = ("--data", "rome_delhi", "--split", "promote", *QUICK, "--max-iters", 60)
+    run(*options, "--out", tmp_path / "long")
+    shown = run(*options, "--minimize-norm", "--out", tmp_path / "short").stdout
+    long, short = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("long", "short"))
+    assert (
+        short["norm"] < long["norm"] and f"then {short['output_constr_iters']} steps to shorten it" in shown
+    )
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

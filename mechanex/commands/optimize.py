@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,11 @@ def run_optimize(
     loaded = load(model, backend="transformers", device=device, dtype=dtype)
     adapter = adapter_for(loaded.model)
     chosen = sorted({adapter.layer_index(n) for n in layers or [default_layer(adapter.n_layers)]})
-    out.mkdir(parents=True, exist_ok=True)
     if force:
         checkpoint.unlink(missing_ok=True)
 
     start = time.perf_counter()
-    with _Live(options["max_iters"]) as live:
+    with _folder(out), _Live(options["max_iters"]) as live:
         vector, info = optimize_vector(
             loaded.model,
             datapoints,
@@ -93,7 +93,9 @@ def run_optimize(
     curve = save_curve([info["starting_loss"], *info["loss_history"]], out / "loss.png")
     figures = None
     if held is not None:
-        figures = measure(loaded.model, loaded.tokenizer, held, steering)
+        figures = measure(
+            loaded.model, loaded.tokenizer, held, steering, only_prompt=options["only_hook_prompt"]
+        )
     report = {
         "version": __version__,
         "model": adapter.model_id,
@@ -112,13 +114,26 @@ def run_optimize(
         click.echo(text)
     else:
         print_report(report, figures, out, curve)
-    if info["stopped"] != "interrupted":
+    if "interrupted" not in (info["stopped"], info.get("output_constr_stopped")):
         return 0
+    steps = info["iters"] + info.get("output_constr_iters", 0)
     click.echo(
-        f"interrupted after {info['iters']} steps: the best vector so far was written, and --resume goes on",
+        f"interrupted after {steps} steps: the best vector so far was written, and --resume goes on",
         err=True,
     )
     return 1
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Makes a folder for what the block writes; goes again if the block fails and left nothing in it."""
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            path.rmdir()
+        raise
 
 
 class _Live:

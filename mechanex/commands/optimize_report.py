@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ..engine.hooks import Intervention
 from ..engine.intervention import Edit
 from ..engine.optimize.datapoints import Side, TrainingDatapoint
+from ..engine.positions import TokenSelector
 from ..engine.score import completion_logprobs
+from ..engine.text import encode_pair
 from .console import console, exp
 
 __all__ = ["Figures", "Scored", "measure", "print_report", "save_curve"]
@@ -81,21 +83,37 @@ class Figures:
 
 
 def measure(
-    model: nn.Module, tokenizer: Any, datapoints: Sequence[TrainingDatapoint], vector: Mapping[int, Tensor]
+    model: nn.Module,
+    tokenizer: Any,
+    datapoints: Sequence[TrainingDatapoint],
+    vector: Mapping[int, Tensor],
+    *,
+    only_prompt: bool = False,
 ) -> Figures:
-    """Scores the completions of held-out datapoints without and with a vector, each steered as it asks for."""
-    scored: list[Scored] = []
-    steered_alike: dict[tuple[str, bool], list[TrainingDatapoint]] = {}
+    """Scores the completions of held-out datapoints without and with a vector, each steered as it asks for.
+
+    Args:
+        model: a Hugging Face model.
+        tokenizer: its tokenizer.
+        datapoints: prompts with completions.
+        vector: ``{layer: [d_model]}``, added there.
+        only_prompt: steer the prompts' tokens only.
+    """
+    sides: tuple[Side, ...] = ("dst", "src")
+    steered_alike: dict[tuple[str, bool], list[tuple[TokenSelector, Any, str, Side]]] = {}
     for datapoint in datapoints:
-        steered_alike.setdefault((repr(datapoint.token), datapoint.is_negative), []).append(datapoint)
+        for side in sides:
+            for text in datapoint.completions(side):
+                tokens = datapoint.token
+                if only_prompt:
+                    tokens = _within(tokens, len(encode_pair(tokenizer, datapoint.prompt, text)[0]))
+                key = (repr(tokens), datapoint.is_negative)
+                steered_alike.setdefault(key, []).append((tokens, datapoint.prompt, text, side))
+    scored: list[Scored] = []
     for (_, is_negative), group in steered_alike.items():
         sign = -1 if is_negative else 1
-        edits = [
-            Intervention(layer, Edit.add(sign * v), tokens=group[0].token) for layer, v in vector.items()
-        ]
-        sides: tuple[Side, ...] = ("dst", "src")
-        flat = [(d.prompt, c, side) for d in group for side in sides for c in d.completions(side)]
-        prompts, completions, kinds = (list(column) for column in zip(*flat, strict=True))
+        edits = [Intervention(layer, Edit.add(sign * v), tokens=group[0][0]) for layer, v in vector.items()]
+        _, prompts, completions, kinds = (list(column) for column in zip(*group, strict=True))
         before = completion_logprobs(model, prompts, completions, tokenizer, greedy=True)
         after = completion_logprobs(model, prompts, completions, tokenizer, edits=edits, greedy=True)
         assert before.greedy is not None and after.greedy is not None
@@ -106,6 +124,16 @@ def measure(
             )
         ]
     return Figures(scored)
+
+
+def _within(tokens: TokenSelector, n_prompt: int) -> TokenSelector:
+    """The selected positions that lie in a prompt of ``n_prompt`` tokens."""
+    if tokens is None:
+        return slice(0, n_prompt)
+    if isinstance(tokens, slice):
+        return slice(*tokens.indices(n_prompt))
+    position = tokens if tokens >= 0 else n_prompt + tokens
+    return position if 0 <= position < n_prompt else slice(0, 0)
 
 
 def save_curve(losses: Sequence[float], path: Path) -> Path | None:
@@ -138,6 +166,10 @@ def print_report(report: Mapping[str, Any], figures: Figures | None, out: Path, 
         f"{report['model']}: {report['datapoints']} datapoint(s), layer {layers}, {report['iters']} steps in "
         f"{report['seconds']:.1f} s, stopped by {report['stopped']}"
     )
+    if "output_constr_iters" in report:
+        say(
+            f"then {report['output_constr_iters']} steps to shorten it, stopped by {report['output_constr_stopped']}"
+        )
     say(f"loss {report['starting_loss']:.4g} → {report['loss']:.4g} nats, norm {report['norm']:.4g}")
     if figures is not None:
         _print_figures(screen, figures)
