@@ -183,9 +183,11 @@ class Mechanex(Account):
     def get_huggingface_models(host: str = "127.0.0.1", port: int = 8000) -> list[str]:
         """Fetches the list of available public models from the server at this host and port.
 
-        This is a static method and does not require a model to be loaded; it sends no credentials.
+        This is a static method and does not require a model to be loaded. It sends no credentials, so
+        a server that asks every client for a key, as one bound to more than loopback does, answers 401.
 
         Raises:
+            AuthenticationError: the server wants a key; ``Mechanex(base_url, api_key)`` sends one.
             APIError: no server there, or one that answers something else.
         """
         where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

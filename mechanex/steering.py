@@ -65,7 +65,7 @@ class SteeringModule(_BaseModule):
             ValidationError: another method, lists of unequal length or empty, a layer that doesn't exist, or
                 a vector that comes out zero or not finite. Nothing is stored then.
         """
-        _check_method(method)
+        check_method(method)
         if seed is not None and method != "few-shot":
             raise ValidationError(
                 f"method={method!r} draws no random numbers: seed is for method='few-shot'."
@@ -81,7 +81,7 @@ class SteeringModule(_BaseModule):
             return field(answer, _CALL, str, "steering_vector_id")
 
         def local(loaded: LoadedModel) -> str:
-            compute = _vectors_by(method)
+            compute = vectors_by(method)
             given = {} if seed is None else {"seed": seed}
             vector = compute(
                 loaded.model,
@@ -127,7 +127,7 @@ class SteeringModule(_BaseModule):
             NotFoundError: there is no such file.
             ValidationError: a bad line, with its number, and all that ``generate_vectors`` raises.
         """
-        _check_method(method)
+        check_method(method)
         from .engine.datasets import read_pairs
 
         pairs = read_pairs(dataset_path, split=split)
@@ -193,12 +193,13 @@ class SteeringModule(_BaseModule):
         return dict(SteeringVector.load(path))
 
 
-def _check_method(method: str) -> None:
+def check_method(method: str) -> None:
+    """Raises a ValidationError for a method that ``generate_vectors`` doesn't know."""
     if method not in _METHODS:
         raise ValidationError(f"method is one of {', '.join(map(repr, _METHODS))}; got {method!r}.")
 
 
-def _vectors_by(method: str) -> Callable[..., SteeringVector]:
+def vectors_by(method: str) -> Callable[..., SteeringVector]:
     """The engine's function for a method."""
     if method == "few-shot":
         from .engine.few_shot import few_shot_vectors

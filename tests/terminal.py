@@ -18,13 +18,42 @@ from typing import Any
 __all__ = ["Ran", "Terminal", "terminal"]
 
 _SHELL = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 from mechanex import demo
 from mechanex.cli import main
 from mechanex.commands import account, demo_measure, doctor, models, optimize, score, serve, steer, vectors
 from mechanex.server import serve
 
+# Much of transformers is imported when a model first runs.
+arguments = ["score", "mx-tiny", "--prompt", "a", "--completion", " b", "--completion", " c"]
+main(arguments, standalone_mode=False)
 demo.TONES, demo.CANDIDATES, demo.N_TRAIN_PROMPTS, demo_measure.MAX_TOKENS = demo.TONES[:1], (1.0,), 2, 2
+
+
+def pause_at(path):
+    def hook(event, found):
+        if path in map(str, found):
+            print("<paused>", file=sys.stderr, flush=True)
+            time.sleep(60)
+
+    return hook
+
+
+def end(arguments):
+    # As the interpreter ends, less the second or two in which it takes torch apart.
+    try:
+        main(arguments, prog_name="mechanex")
+    except SystemExit as error:
+        code = error.code or 0
+    for stream in (sys.stderr, sys.stdout):
+        try:
+            stream.flush()
+        except OSError:
+            print("Exception ignored", file=sys.stderr)
+            code = 120
+    os._exit(code)
+
+
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 while True:
     print("<ready>", flush=True)
@@ -37,8 +66,10 @@ while True:
             reads, writes = os.pipe()
             os.close(reads)
             os.dup2(writes, 1)
+        if given["pause"]:
+            sys.addaudithook(pause_at(given["pause"]))
         print("<begin>", end="", file=sys.stderr, flush=True)
-        main(given["arguments"], prog_name="mechanex")
+        end(given["arguments"])
     print(f"<exit {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}>", flush=True)
 """
 
@@ -78,11 +109,11 @@ class Terminal:
         self.start(*arguments, closed=closed, **environment)
         return self.end()
 
-    def start(self, *arguments: str, closed: bool = False, **environment: str) -> None:
-        """Starts a command."""
-        given = {"arguments": arguments, "environment": environment, "closed": closed}
+    def start(self, *arguments: str, closed: bool = False, pause: str = "", **environment: str) -> None:
+        """Starts a command; ``pause``: waits until it is about to open this file or folder, where it stays."""
+        given = {"arguments": arguments, "environment": environment, "closed": closed, "pause": pause}
         self._child.sendline(json.dumps(given))
-        self._child.expect_exact("<begin>")
+        self._child.expect_exact("<paused>" if pause else "<begin>")
 
     def expect(self, text: str) -> None:
         """Waits until the command has shown this."""
@@ -92,13 +123,27 @@ class Terminal:
         """Types a line."""
         self._child.sendline(line)
 
-    def interrupt(self) -> None:
-        """Presses Ctrl-C."""
-        self._child.sendintr()
+    def interrupt(self, patience: float = 20.0) -> Ran:
+        """Presses Ctrl-C until the command ends: again after so many seconds in which nothing came of it.
+
+        Python misses a Ctrl-C that comes between a prompt and the call that reads the line.
+        """
+        import pexpect
+
+        for _ in range(20):
+            self._child.sendintr()
+            if not self._child.expect([r"<exit (-?\d+)>", pexpect.TIMEOUT], timeout=patience):
+                return self._ended()
+            if self._child.before.replace("^C", "").strip():  # it is ending
+                return self.end()
+        raise AssertionError("Ctrl-C does not end it")
 
     def end(self) -> Ran:
         """Waits for the command's end; what it showed since the last text that was expected, and its exit code."""
         self._child.expect(r"<exit (-?\d+)>")
+        return self._ended()
+
+    def _ended(self) -> Ran:
         raw, code = self._child.before, int(self._child.match[1])
         self._child.expect_exact("<ready>")
         return Ran(raw, code)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -15,6 +17,7 @@ from fastapi.testclient import TestClient
 
 from mechanex import Mechanex
 from mechanex.engine.models.resolve import LoadedModel, load
+from mechanex.errors import ValidationError
 from mechanex.server.app import create_app
 from mechanex.server.passwords import Passwords
 from mechanex.server.settings import Settings
@@ -26,6 +29,7 @@ EXAMPLES: dict[str, Any] = {
     "negative_answers": [" he was angry", " she was sad"],
 }
 ANN = {"email": "ann@example.org", "password": "correct horse"}
+CHAT = {"role": "user"}
 BOB = {"email": "bob@example.org", "password": "battery staple"}
 SERVER_KEY = "the-operators-key"
 
@@ -46,7 +50,7 @@ def connect(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Con
 
         def start(host: str = "127.0.0.1", **settings: Any) -> TestClient:
             app = create_app(Settings(host=host, **settings), model)
-            return stack.enter_context(TestClient(app, raise_server_exceptions=False))
+            return stack.enter_context(TestClient(app, "http://localhost", raise_server_exceptions=False))
 
         yield start
 
@@ -62,7 +66,7 @@ def shared(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MECHANEX_HOME", str(tmp_path_factory.mktemp("shared")))
         app = create_app(Settings(host="127.0.0.1"), model)
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, "http://localhost", raise_server_exceptions=False) as client:
         yield client
 
 
@@ -198,6 +202,67 @@ def test_a_server_on_the_network_needs_a_key_from_everyone(connect: Connect) -> 
     assert client.get("/models", headers={"x-api-key": key}).json() == {"models": [{"name": "mx-tiny"}]}
 
 
+def test_a_key_that_was_given_is_asked_for_on_a_loopback_address_too(connect: Connect) -> None:
+    client = connect(key=f" {SERVER_KEY}\n", rate_limit=3)
+    for headers in ({}, {"x-api-key": "wrong"}):
+        for path in ("/models", "/v1/models", "/metrics"):
+            assert client.get(path, headers=headers).status_code == 401
+        assert "key" in refused(client.post("/auth/signup", json=ANN, headers=headers), 401)
+    operator = {"x-api-key": SERVER_KEY, "host": "proxy.example.org"}
+    assert client.get("/v1/models", headers=operator).status_code == 200
+    ann = signed_up(client, ANN, **operator)
+    assert client.get("/models", headers=ann).status_code == 200
+    assert "account requests" in refused(client.post("/auth/login", json=ANN), 429)
+
+
+def test_an_open_server_answers_at_this_machines_names_only(client: TestClient) -> None:
+    for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:80", "127.8.9.1", "[::1]:8000", "mx.localhost:1"):
+        assert client.get("/models", headers={"host": host}).status_code == 200, host
+    for host in (
+        "evil.example",
+        "127.0.0.1.evil.example:8000",
+        "127.evil.example",
+        "localhost.evil",
+        "[::2]",
+        "",
+    ):
+        for path in ("/models", "/v1/models"):
+            assert client.get(path, headers={"host": host}).status_code == 403, host
+        assert "MECHANEX_SERVER_KEY" in refused(
+            client.post("/auth/signup", json=ANN, headers={"host": host}), 403
+        )
+    assert client.get("/health", headers={"host": "evil.example"}).status_code == 200
+
+
+def test_wrong_keys_are_counted_by_address(connect: Connect) -> None:
+    client = connect("0.0.0.0", key=SERVER_KEY)
+    for _ in range(70):
+        assert client.get("/models").status_code == 401  # without any it is no guess
+        assert client.get("/models", headers={"x-api-key": SERVER_KEY}).status_code == 200
+    found = [client.get("/models", headers={"x-api-key": f"guess-{i}"}).status_code for i in range(62)]
+    assert found[:60] == [401] * 60 and found[-1] == 429
+    answer = client.get("/models", headers={"x-api-key": SERVER_KEY})
+    assert "wrong keys" in refused(answer, 429) and int(answer.headers["retry-after"]) == 1
+    app: Any = client.app
+    with TestClient(app, "http://localhost", client=("127.0.0.1", 1)) as proxied:
+        found = [proxied.get("/models", headers={"x-api-key": f"guess-{i}"}).status_code for i in range(62)]
+        assert found[-1] == 429
+        assert proxied.get("/models", headers={"x-api-key": SERVER_KEY}).status_code == 200
+
+
+def test_a_short_key_is_warned_of_and_an_impossible_one_refused(
+    connect: Connect, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MECHANEX_SERVER_KEY", " s3cret\n")
+    client = connect("0.0.0.0")
+    assert client.get("/models", headers={"x-api-key": "s3cret"}).status_code == 200
+    assert "6 characters" in caplog.text and "s3cret" not in caplog.text
+    for given in (" ", "kéy", "a\x00b"):
+        monkeypatch.setenv("MECHANEX_SERVER_KEY", given) if "\x00" not in given else None
+        with pytest.raises(ValidationError, match="MECHANEX_SERVER_KEY"):
+            Settings(key=given) if "\x00" in given else connect("0.0.0.0")
+
+
 def test_sign_up_can_be_open_to_all(connect: Connect) -> None:
     signed_up(connect("0.0.0.0", key=SERVER_KEY, open_signup=True), ANN)
 
@@ -230,6 +295,9 @@ def test_wrong_passwords_are_limited_everywhere_and_right_ones_are_not(client: T
     answer = client.post("/auth/login", json=ANN | {"email": " ANN@example.org"})
     assert "attempts to log in" in refused(answer, 429) and int(answer.headers["retry-after"]) >= 1
     refused(client.post("/auth/login", json=BOB), 401)
+    # Whoever guesses locks out nobody elsewhere.
+    app: Any = client.app
+    assert TestClient(app, "http://localhost", client=("9.9.9.9", 1)).post("/auth/login", json=ANN).is_success
 
 
 # The model
@@ -380,11 +448,17 @@ def test_generate_corrects_what_the_server_was_told_to(
     ]
     file = tmp_path / "cheerful.jsonl"
     file.write_text("\n".join(json.dumps(line) for line in lines))
+    # Whoever was here before the operator named the behavior does not decide what every answer is steered by.
+    own = EXAMPLES | {"behavior_name": "cheerful", "positive_answers": EXAMPLES["negative_answers"]}
+    own["negative_answers"] = EXAMPLES["positive_answers"]
+    assert connect().post("/behaviors/create", json=own).status_code == 200
     client = connect(behaviors=(file,), corrected_behaviors=("cheerful",))
+    ann = signed_up(client, ANN)
+    assert "the server's own" in refused(client.post("/behaviors/create", json=own, headers=ann), 400)
     local = Mechanex().set_local_model(model.model, model.tokenizer)
     local_id = local.steering.generate_vectors(*EXAMPLES.values(), method="caa")
     body = {"prompt": "The man said that", "sampling_method": "greedy", "max_tokens": 16}
-    for headers in ({}, signed_up(client, ANN)):
+    for headers in ({}, ann):
         assert client.post("/generate", json=body, headers=headers).json()[
             "output"
         ] == local.generation.generate(
@@ -423,6 +497,92 @@ def test_accounts_work_at_once(client: TestClient) -> None:
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(work, range(8)))
     assert len({made for made, _ in results}) == 8 and all(listed == {made} for made, listed in results)
+
+
+# What is too much
+
+
+@pytest.mark.parametrize(
+    "path, body, reason",
+    [
+        ("/steering/generate", {name: texts * 129 for name, texts in EXAMPLES.items()}, "258 examples"),
+        ("/steering/generate", EXAMPLES | {"layer_idxs": [1] * 17}, "17 layers"),
+        ("/steering/generate", EXAMPLES | {"positive_answers": ["a " * 100_000, "b"]}, "shorten"),
+        ("/steering/generate", EXAMPLES | {"prompts": [[10**9], "b"]}, "token"),
+        (
+            "/steering/generate",
+            EXAMPLES | {"prompts": [[CHAT | {"content": "a " * 100_000}], "b"]},
+            "shorten",
+        ),
+        (
+            "/behaviors/create",
+            {name: texts * 129 for name, texts in EXAMPLES.items()} | {"behavior_name": "b"},
+            "258 examples",
+        ),
+        ("/generate", {"prompt": [CHAT | {"content": "a " * 100_000}]}, "shorten"),
+    ],
+)
+def test_what_would_hold_the_model_for_long_is_refused(
+    shared: TestClient, path: str, body: dict[str, Any], reason: str
+) -> None:
+    app: Any = shared.app
+    before = app.state.engine.metrics.text()
+    assert reason in refused(shared.post(path, json=body), 400)
+    work = [line for line in before.decode().splitlines() if 'model_seconds_total{kind="other"}' in line]
+    assert all(line in app.state.engine.metrics.text().decode() for line in work)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"stop": ["x"] * 17}, {"stop": "x" * 1001}, {"stop": ["x" * 1001]}, {f"f{i}": 1 for i in range(256)}],
+)
+def test_generate_bounds_what_it_reads(shared: TestClient, extra: dict[str, Any]) -> None:
+    reason = refused(shared.post("/generate", json={"prompt": "The", **extra}), 422)
+    assert "stop" in extra or reason.count("256 are more than enough") == 1
+    body = {"prompt": "The", "max_tokens": 1, "stop": ["x" * 1000] * 16}
+    assert shared.post("/generate", json=body).status_code == 200
+
+
+def test_an_account_computes_one_vector_at_a_time(client: TestClient) -> None:
+    ann, bob = signed_up(client, ANN), signed_up(client, BOB)
+    app: Any = client.app
+    begun, release = threading.Event(), threading.Event()
+
+    def hold(adapter: Any) -> None:
+        begun.set()
+        release.wait(20)
+
+    portal: Any = client.portal
+    held = portal.start_task_soon(app.state.engine.run, hold)
+    assert begun.wait(20)
+    body = EXAMPLES | {"method": "caa"}
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [
+            pool.submit(client.post, "/steering/generate", json=body, headers=who) for who in (ann, bob)
+        ]
+        while len(app.state.engine.scheduler._worker.jobs) < 2:
+            time.sleep(0.01)
+        answer = client.post("/steering/generate", json=body, headers=ann)
+        release.set()
+        assert "being computed" in refused(answer, 429) and answer.headers["retry-after"] == "5"
+        assert [one.result().status_code for one in waiting] == [200, 200]
+    held.result()
+    assert client.post("/steering/generate", json=body, headers=ann).status_code == 200
+
+
+def test_an_optimization_stops_when_nobody_waits_for_it(connect: Connect, mechanex_home: Path) -> None:
+    client = connect(request_timeout=0.3)
+    many = {name: texts * 60 for name, texts in EXAMPLES.items()}
+    begun = time.monotonic()
+    assert "longer than" in refused(
+        client.post("/steering/generate", json=many | {"layer_idxs": [1, 2, 3]}), 504
+    )
+    app: Any = client.app
+    while app.state.engine.scheduler._worker.job is not None:
+        assert time.monotonic() - begun < 20
+        time.sleep(0.01)
+    assert not list((mechanex_home / "server").glob("vectors/*"))
+    assert client.get("/metrics").text.count('model_seconds_total{kind="other"}') == 1
 
 
 # What isn't there yet, and what never will be

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,23 @@ def test_split_and_bundled_data_sets(model: str, data: str) -> None:
         "steer", model, "--data", "calm_angry", "--split", "heldout", "--prompt", "I", "--max-tokens", 1
     ).stdout
     assert re.search(r"caa from \d\d+ pairs", out)
+
+
+def test_data_may_come_through_a_pipe(model: str, data: str, tmp_path: Path) -> None:
+    """As shells give it: --data <(…) or /dev/stdin."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as threads:
+        written = threads.submit(pipe.write_bytes, Path(data).read_bytes())
+        out = run("steer", model, "--data", pipe, "--prompt", "I", "--max-tokens", 1).stdout
+        assert "caa from 2 pairs" in out and written.result()
+
+
+def test_a_stored_vector_goes_by_its_id(model: str) -> None:
+    stored = mechanex.Mechanex().vectors.put(SteeringVector({1: torch.ones(D_MODEL)}))
+    out = run("steer", model, "--vector", stored, "--prompt", "I", "--max-tokens", 1, "--json").stdout
+    report = json.loads(out)
+    assert report["vector"] == stored and report["layers"] == [1]
 
 
 @pytest.mark.parametrize(

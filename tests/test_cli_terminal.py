@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,10 +135,9 @@ def test_a_command_shows_its_result(
     assert ran.code == 0, ran.text
     assert COMMANDS[name][1].format(**given) in ran.text
     assert_no_traceback(ran)
-    assert max(map(len, ran.text.splitlines())) <= 200 or name in ("doctor", "list-api-keys")
 
 
-@pytest.mark.parametrize("name", COMMANDS.keys() - WITHOUT_DATA)
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - WITHOUT_DATA))
 def test_json_is_all_that_comes_to_stdout(
     screen: Terminal, name: str, given: dict[str, str], variables: dict[str, str], tmp_path: Path
 ) -> None:
@@ -165,6 +162,13 @@ def test_a_pipe_that_is_closed_early_ends_a_command_without_a_word(
 def test_so_does_help(screen: Terminal, arguments: list[str]) -> None:
     ran = screen.run(*arguments, closed=True)
     assert ran == Ran("", 1)
+
+
+@pytest.mark.parametrize("arguments", ["--help", "models --local", "models --local --json"])
+def test_nor_does_a_process_of_its_own_complain(arguments: str) -> None:
+    command = f"'{sys.executable}' -m mechanex.cli {arguments} | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_full_disk_is_one_line() -> None:
@@ -194,49 +198,42 @@ def test_ctrl_c_while_a_server_is_silent(screen: Terminal, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "at"),
     [
-        ["steer", "mx-tiny", "--prompt", PROMPT, "--data"],
-        ["steer", "mx-tiny", "--prompt", PROMPT, "--vector"],
-        ["score", "mx-tiny", "--prompt", PROMPT, "--completion", " b", "--vector"],
-        ["optimize", "mx-tiny", "--out", "{tmp}/out", "--data"],
-        ["vectors", "show"],
-        ["vectors", "import"],
-        ["vectors", "list"],
-        ["serve", "mx-tiny", "--host", "127.0.0.1", "--port", "0", "--behaviors"],
+        (["steer", "mx-tiny", "--prompt", PROMPT, "--data", "{tmp}/data.jsonl"], "{tmp}/data.jsonl"),
+        (
+            ["score", "mx-tiny", "--prompt", "a", "--completion", "b", "--vector", "{tmp}/v.json"],
+            "{tmp}/v.json",
+        ),
+        (["optimize", "mx-tiny", "--data", "{tmp}/data.jsonl", "--out", "{tmp}/new"], "{tmp}/data.jsonl"),
+        (["vectors", "show", "{tmp}/v.json"], "{tmp}/v.json"),
+        (["vectors", "export", "{tmp}/v.json", "{tmp}/new"], "{tmp}/v.json"),
+        (["vectors", "import", "{tmp}/v.json"], "{tmp}/v.json"),
+        (["vectors", "list"], "{home}/vectors"),
+        (["demo", "--out", "{tmp}/new"], "{tmp}/new"),
+        (["serve", "mx-tiny", "--port", "0", "--behaviors", "{tmp}/data.jsonl"], "{tmp}/data.jsonl"),
+        (["logout"], "{tmp}/config.json.lock"),
     ],
-    ids=lambda arguments: "-".join(word for word in arguments if word.isalpha() or word.startswith("--")),
+    ids=lambda one: " ".join(one[:2]) if isinstance(one, list) else "",
 )
-def test_ctrl_c_while_a_file_is_read(
-    screen: Terminal, arguments: list[str], tmp_path: Path, mechanex_home: Path
+def test_ctrl_c_while_a_file_is_opened(
+    screen: Terminal,
+    arguments: list[str],
+    at: str,
+    vector: SteeringVector,
+    variables: dict[str, str],
+    tmp_path: Path,
+    mechanex_home: Path,
 ) -> None:
-    """The file is a pipe into which nothing is written."""
-    folder = mechanex_home / "vectors" if arguments[-1] == "list" else tmp_path
-    folder.mkdir(parents=True, exist_ok=True)
-    slow = folder / ("slow.jsonl" if arguments[-1] in ("--data", "--behaviors") else "slow.json")
-    if arguments[-1] == "list":
-        slow = folder / "slow.safetensors"
-    os.mkfifo(slow)
-    given = [argument.format(tmp=tmp_path) for argument in arguments]
-    screen.start(*given, *([] if given[-1] == "list" else [str(slow)]), MECHANEX_HOME=str(mechanex_home))
-    writes = os.open(slow, os.O_WRONLY)  # waits until the command opens it
-    try:
-        _assert_aborted(screen)
-    finally:
-        os.close(writes)
-    assert not (tmp_path / "out").exists()
-
-
-def test_ctrl_c_while_another_process_has_the_credentials(
-    screen: Terminal, variables: dict[str, str]
-) -> None:
-    config = Path(variables["MECHANEX_CONFIG"])
-    with open(f"{config}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        screen.start("logout", **variables)
-        time.sleep(0.3)
-        _assert_aborted(screen)
-    assert config.exists()
+    (tmp_path / "data.jsonl").write_text("{}")
+    vector.save(tmp_path / "v.json")
+    (mechanex_home / "vectors").mkdir(parents=True)
+    names = {"tmp": tmp_path, "home": mechanex_home}
+    given = [argument.format(**names) for argument in arguments]
+    screen.start(*given, pause=at.format(**names), **variables)
+    _assert_aborted(screen)
+    assert not (tmp_path / "new").exists() and not any((mechanex_home / "vectors").iterdir())
+    assert (tmp_path / "config.json").exists()
 
 
 def test_ctrl_c_in_the_middle_of_work(screen: Terminal, tmp_path: Path) -> None:
@@ -250,8 +247,7 @@ def test_ctrl_c_keeps_the_best_vector_so_far(screen: Terminal, tmp_path: Path) -
     options = [option if option != "3" else "100000" for option in QUICK]
     screen.start("optimize", "mx-tiny", *options, "--out", str(tmp_path), NO_COLOR="1")
     screen.expect("step 1")
-    screen.interrupt()
-    ran = screen.end()
+    ran = screen.interrupt()
     assert ran.code == 1 and "interrupted after" in ran.text and "--resume" in ran.text
     assert_no_traceback(ran)
     assert SteeringVector.load(tmp_path / "vector.safetensors").layers == (2,)
@@ -262,8 +258,7 @@ def test_ctrl_c_ends_a_server_well(screen: Terminal, mechanex_home: Path) -> Non
     screen.start("serve", "mx-tiny", "--host", "127.0.0.1", "--port", "0", MECHANEX_HOME=str(mechanex_home))
     screen.expect("Serving mx-tiny at http://127.0.0.1:")
     screen.expect("startup complete")
-    screen.interrupt()
-    ran = screen.end()
+    ran = screen.interrupt()
     assert ran.code == 0, ran.text
     assert_no_traceback(ran)
 
@@ -275,7 +270,7 @@ def test_ctrl_c_ends_a_server_well(screen: Terminal, mechanex_home: Path) -> Non
 def test_the_password_is_not_shown(
     screen: Terminal, server: ServerProcess, account: Path, name: str, tmp_path: Path
 ) -> None:
-    email = "anna@example.com" if name == "login" else f"{zlib.crc32(os.urandom(8))}@example.com"
+    email = "anna@example.com" if name == "login" else "new@example.com"
     config = tmp_path / "config.json"
     screen.start(name, MECHANEX_BASE_URL=server.url, MECHANEX_CONFIG=str(config))
     screen.expect("Email: ")
@@ -293,18 +288,18 @@ def test_the_password_is_not_shown(
 def test_ctrl_c_at_a_prompt(screen: Terminal, name: str) -> None:
     screen.start(name)
     screen.expect("Email: ")
-    _assert_aborted(screen)
+    _assert_aborted(screen, 0.5)
     screen.start(name, "--email", "a@example.com")
     screen.expect("Password: ")
     _wait_until(lambda: not screen.echoes)
-    _assert_aborted(screen)
+    _assert_aborted(screen, 0.5)
     assert screen.echoes
 
 
 def test_prompts_are_seen_where_stdout_is_redirected(screen: Terminal) -> None:
     screen.start("login", closed=True)
     screen.expect("Email: ")
-    _assert_aborted(screen)
+    _assert_aborted(screen, 0.5)
 
 
 # Colors
@@ -331,7 +326,9 @@ def test_help_and_wrong_usage(name: str) -> None:
     assert wrong.stderr.startswith("Usage: ") and "--nonsense" in wrong.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("name", "command"), commands(), ids=lambda one: one if isinstance(one, str) else "")
+@pytest.mark.parametrize(
+    ("name", "command"), list(commands()), ids=lambda one: one if isinstance(one, str) else ""
+)
 def test_json_is_an_option_wherever_data_is_printed(name: str, command: click.Command) -> None:
     has_json = any("--json" in option.opts for option in command.params)
     assert has_json == (name not in WITHOUT_DATA)
@@ -388,17 +385,21 @@ def test_an_unforeseen_error_is_one_line_too(monkeypatch: pytest.MonkeyPatch) ->
         main(["models"], standalone_mode=False)
 
 
-def test_text_that_is_not_utf8_is_said() -> None:
-    arguments = ["score", "mx-tiny", "--prompt", "a\udcff", "--completion", "b"]
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 1 and "surrogate" in result.stderr and len(result.stderr.splitlines()) == 1
+def test_text_that_is_not_utf8_is_said(screen: Terminal, given: dict[str, str]) -> None:
+    for arguments in (
+        ["score", "mx-tiny", "--prompt", "a\udcff", "--completion", "b"],
+        ["score", "mx-tiny", "--prompt", "a", "--completion", "\udcff"],
+        ["steer", "mx-tiny", "--prompt", "a\udcff", "--vector", given["file"]],
+    ):
+        ran = screen.run(*arguments)
+        assert ran.code == 1 and ran.text.startswith("Error: A text holds half of a surrogate pair")
+        assert len(ran.text.splitlines()) == 1
 
 
-def _assert_aborted(screen: Terminal) -> None:
-    screen.interrupt()
-    ran = screen.end()
+def _assert_aborted(screen: Terminal, patience: float = 20.0) -> None:
+    ran = screen.interrupt(patience)
     assert ran.code == 1, ran.text
-    assert ran.text.split() == ["^C", "Aborted!"] or ran.text.split()[-1] == "Aborted!"
+    assert ran.text.split()[-1] == "Aborted!"
     assert_no_traceback(ran)
 
 

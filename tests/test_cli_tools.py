@@ -202,19 +202,3 @@ def test_help_comes_at_once(command: list[str]) -> None:
         [sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=True
     )
     assert "Usage" in done.stdout and done.stdout.endswith("[]\n")
-
-
-@pytest.mark.parametrize("command", [["models"], ["vectors", "list"], ["doctor", "--offline"]])
-def test_at_a_terminal_and_into_a_pipe_that_closes_early(command: list[str]) -> None:
-    pexpect = pytest.importorskip("pexpect")
-    program = [sys.executable, "-c", "from mechanex.cli import main; main()", *command]
-    child = pexpect.spawn(program[0], program[1:], encoding="utf-8", timeout=60)
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0 and "Traceback" not in child.before
-    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.close()
-    error = process.stderr.read()
-    process.stderr.close()
-    assert process.wait(60) in (0, 1) and "Traceback" not in error

@@ -7,15 +7,19 @@ import logging
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from faulty_proxy import FaultyProxy, Status
 
-from mechanex import Mechanex, MechanexError, ValidationError
+from mechanex import APIError, Mechanex, MechanexError, ValidationError
+from mechanex.remote import config_file
 from mechanex.remote.address import PUBLIC_BACKEND
-from mechanex.remote.credentials import Credentials
+from mechanex.remote.identity import Credentials
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes and locks are those of POSIX")
 
@@ -255,6 +259,54 @@ def test_a_writer_that_is_killed_leaves_the_old_file(config: Path) -> None:
     )
 
 
+@contextmanager
+def held_by_another_process(config: Path) -> Iterator[None]:
+    config.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    code = (
+        "import fcntl, sys\n"
+        "lock = open(sys.argv[1], 'a')\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, f"{config}.lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        yield
+    finally:
+        holder.communicate(timeout=30)
+
+
+def test_a_call_waits_for_a_process_that_hangs_no_longer_than_its_timeout(config: Path) -> None:
+    with FaultyProxy(answer=lambda request: Status(401)) as server:
+        client = Mechanex(server.url, timeout=0.5).set_token("an-access", "a-refresh", persist=True)
+        with held_by_another_process(config):
+            begin = time.monotonic()
+            with pytest.raises(APIError, match=r"json\.lock is held by another process"):
+                client.transport.get("/models")
+            assert time.monotonic() - begin < 5
+        assert server.paths() == ["/models"] and stored(config)["refresh_token"] == "a-refresh"
+
+
+def test_a_log_in_goes_on_beside_a_process_that_hangs(
+    server: FaultyProxy, config: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(config_file, "_PATIENCE", 0.1)
+    with held_by_another_process(config):
+        client = Mechanex(server.url)
+        client.login("ada@b.c", "password")
+        assert "held by another process" in caplog.text
+        assert (
+            sent(client) == sent(Mechanex(server.url)) == Credentials(None, "access-of-ada", "refresh-of-ada")
+        )
+        assert client.logout() and not config.exists()
+
+
 # Whose they are
 
 
@@ -293,6 +345,34 @@ def test_a_file_that_names_no_server_serves_any_and_then_the_public_one(config: 
     Mechanex(HERE).set_token("here-access", persist=True)
     assert sent(Mechanex()).api_key == "plain-key"
     assert sent(Mechanex(HERE)) == Credentials(access_token="here-access")
+
+
+def test_a_file_that_names_no_server_is_never_sent_over_plain_http(
+    config: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(config, {"api_key": "plain-key"})
+    monkeypatch.setenv("MECHANEX_ALLOW_HTTP", "1")
+    client = Mechanex("http://192.0.2.1:8000", allow_http=True)
+    assert not client.is_remote and not sent(client)
+    assert len(caplog.records) == 1 and "set_key" in caplog.text and "plain-key" not in caplog.text
+    assert sent(Mechanex("http://127.0.0.1:8000")).api_key == "plain-key"
+    client.set_key("lan-key", persist=True)
+    assert sent(Mechanex("http://192.0.2.1:8000")).api_key == "lan-key"
+    assert sent(Mechanex()).api_key == "plain-key"
+
+
+def test_the_server_that_renews_the_tokens_of_a_file_is_the_one_it_is_for(config: Path) -> None:
+    def answer(request: Any) -> Any:
+        if request.path == "/auth/refresh":
+            return Status(200, '{"session": {"access_token": "access-2", "refresh_token": "refresh-2"}}')
+        return None if "access-2" in request.headers["authorization"] else Status(401)
+
+    write(config, {"api_key": "plain-key", "access_token": "access-1", "refresh_token": "refresh-1"})
+    with FaultyProxy(answer=answer) as server:
+        assert Mechanex(server.url).transport.get("/models")["ok"]
+        renewed = {"api_key": "plain-key", "access_token": "access-2", "refresh_token": "refresh-2"}
+        assert stored(config) == {**renewed, "base_url": server.url}
+        assert not Mechanex().is_remote
 
 
 @pytest.fixture

@@ -161,6 +161,21 @@ def test_few_shot_gives_the_same_vector_each_time_and_another_for_another_seed()
         few_shot_vectors(build("llama"), *EXAMPLES, [1], TOKENIZER, no_such=1)
 
 
+def test_few_shot_refuses_what_would_store_a_random_or_a_wrong_vector():
+    model = build("llama")
+    with pytest.raises(ValidationError, match="the same for positive and negative"):
+        few_shot_vectors(model, PROMPTS, POSITIVE, POSITIVE, [1], TOKENIZER)
+    with pytest.raises(ValidationError, match="the same for positive and negative"):
+        few_shot_vectors(model, ["A", "A"], [" b", " c"], [" c", " b"], [1], TOKENIZER)
+    for options in ({"affine_rank": 1}, {"vector_clamp": 1.0}):
+        with pytest.raises(ValidationError, match=f"{next(iter(options))} makes steering"):
+            few_shot_vectors(model, *EXAMPLES, [1], TOKENIZER, **options)
+    deaf = FAMILIES["llama"]()
+    deaf.lm_head.weight.data.zero_()
+    with pytest.raises(ValidationError, match="stayed where it started"):
+        few_shot_vectors(deaf, *EXAMPLES, [1], TOKENIZER, max_iters=3)
+
+
 # The bundled model
 
 

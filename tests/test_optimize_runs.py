@@ -192,14 +192,45 @@ def test_a_checkpoint_keeps_the_seed_and_is_refused_elsewhere(tmp_path):
         {"data": DATA[:1]},
         {"seed": 12345},
         {"starting_vec": torch.ones(D_MODEL)},
+        {"return_loss_history": True},
+        {"return_vec_history": True},
+        {"eval_datapoints": DATA[:1]},
+        {"lr_schedule": lambda step: 1.0},
     ):
         with pytest.raises(ValidationError, match="another optimization"):
             optimize(**({"seed": None, "max_iters": 6, "checkpoint": path} | other))
+    other = FAMILIES["llama"]()
+    other.model.layers[3].mlp.down_proj.weight.data *= 1.01
+    with pytest.raises(ValidationError, match="another optimization"):
+        optimize(other, seed=None, max_iters=6, checkpoint=path)
+    with pytest.raises(ValidationError, match="is a folder; name a file"):
+        optimize(max_iters=1, checkpoint=tmp_path)
     with pytest.raises(ValidationError, match="can't be written"):
         optimize(max_iters=1, checkpoint=path / "below a file")
     path.write_bytes(b"nonsense")
     with pytest.raises(ValidationError, match="not a readable checkpoint"):
         optimize(max_iters=1, checkpoint=path)
+
+
+def test_functions_are_told_apart_by_their_code(tmp_path):
+    def half(step):
+        return 0.5
+
+    def full(step):
+        return 1.0
+
+    options = {"max_iters": 2, "checkpoint": tmp_path / "run"}
+    optimize(lr_schedule=half, **options)
+    full.__qualname__ = half.__qualname__
+    with pytest.raises(ValidationError, match="another optimization"):
+        optimize(lr_schedule=full, **options)
+    optimize(lr_schedule=half, **options)
+
+
+def test_more_steps_of_the_first_phase_go_on_before_the_second(tmp_path):
+    options = {"lr": 0.05, "do_output_constr": True, "max_output_constr_iters": 4}
+    optimize(max_iters=5, checkpoint=tmp_path / "run", **options)
+    same(optimize(max_iters=9, checkpoint=tmp_path / "run", **options), optimize(max_iters=9, **options))
 
 
 # Several jobs at once
@@ -280,12 +311,16 @@ def test_ctrl_c_ends_all_jobs_and_keeps_what_they_have():
 
 
 def test_bad_jobs_are_named():
+    one = {"datapoints": DATA, "layer": 1}
     with pytest.raises(ValidationError, match=r"Job 1: it has no layer"):
         optimize_vectors(build("llama"), [{"datapoints": DATA, "layer": 1}, {"datapoints": DATA}], TOKENIZER)
     with pytest.raises(ValidationError, match=r"Job 0: Layer 9"):
         optimize_vectors(build("llama"), [{"datapoints": DATA, "layer": 9}], TOKENIZER)
-    with pytest.raises(TypeError, match="lrr"):
-        optimize_vectors(build("llama"), [{"datapoints": DATA, "layer": 1, "lrr": 1}], TOKENIZER)
+    with pytest.raises(TypeError, match=r"Job 1: There is no option 'lrr'. Did you mean 'lr'\?"):
+        optimize_vectors(build("llama"), [one, one | {"lrr": 1}], TOKENIZER)
+    with pytest.raises(ValidationError, match="Job 0 and job 2 have one checkpoint"):
+        shared = one | {"checkpoint": "run"}
+        optimize_vectors(build("llama"), [shared, one, one | {"checkpoint": "./run"}], TOKENIZER)
     with pytest.raises(ValidationError, match="Job 0 is a str"):
         optimize_vectors(build("llama"), "ab", TOKENIZER)
     with pytest.raises(ValidationError, match="nothing to optimize"):

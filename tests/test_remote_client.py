@@ -347,6 +347,15 @@ def test_an_answer_without_what_it_promises_is_an_error(answer: str) -> None:
             client.login("a@b.c", "password")
 
 
+@pytest.mark.parametrize("answer", ['"mxk-made"', '["mxk-made"]', '{"key": {"secret": "mxk-made"}}'])
+def test_a_new_key_in_an_unexpected_place_is_in_no_error(answer: str) -> None:
+    with FaultyProxy() as server:
+        server.faults = [Status(200, answer)]
+        with pytest.raises(APIError, match="create_api_key") as raised:
+            Mechanex(server.url, "a-key").create_api_key()
+        assert "mxk-made" not in repr((raised.value.args, vars(raised.value)))
+
+
 # Where a call runs
 
 FALLS_BACK = {
@@ -418,6 +427,19 @@ def test_remote_mode_and_a_client_without_a_model_raise_every_error(
         proxy.faults = [fault]
         with pytest.raises((APIError, AuthenticationError)):
             client.generation.generate(PROMPT, 4)
+
+
+def test_auto_says_at_every_call_that_the_session_has_ended(
+    model: Mechanex, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FaultyProxy(answer=lambda request: Status(401)) as server:
+        client = Mechanex(server.url).set_token("an-access", "a-refresh")
+        client.set_local_model(model.local_model, model.tokenizer)
+        for _ in range(3):
+            caplog.clear()
+            assert client.generation.generate(PROMPT, 2, seed=1)
+            warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+            assert len(warnings) == 1 and "session has ended" in warnings[0].getMessage()
 
 
 def test_local_mode_and_auto_without_a_key_ask_no_server(

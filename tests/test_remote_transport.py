@@ -27,7 +27,8 @@ from mechanex import (
 )
 from mechanex.remote import connections
 from mechanex.remote.address import PUBLIC_BACKEND, address
-from mechanex.remote.credentials import Credentials, CredentialStore
+from mechanex.remote.credentials import CredentialStore
+from mechanex.remote.identity import Credentials, Tokens
 from mechanex.remote.transport import Transport
 
 KEY = "mxk-secret-key-0123456789"
@@ -76,8 +77,6 @@ def test_a_call_carries_its_credentials_and_gives_json(proxy: FaultyProxy) -> No
     assert told["headers"]["x-api-key"] == KEY and "authorization" not in told["headers"]
     assert told["headers"]["user-agent"].startswith("mechanex/") and told["headers"]["x-request-id"]
     store = CredentialStore()
-    from mechanex.remote.credentials import Tokens
-
     store.set_tokens(Tokens(ACCESS), address(proxy.url).origin, persist=False)
     told = Transport(store, proxy.url).post("/generate", {"prompt": "é\ud800"})
     assert told["headers"]["authorization"] == f"Bearer {ACCESS}" and "x-api-key" not in told["headers"]
@@ -424,6 +423,60 @@ def test_eight_threads_with_one_expired_token_renew_it_once() -> None:
         assert sorted(done) == sorted(map(str, range(8)))
 
 
+def test_another_threads_renewal_costs_a_call_no_more_than_its_timeout() -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def exchange(token: str) -> Tokens:
+        asked.set()
+        assert go_on.wait(30)
+        return Tokens("access-2", "refresh-2")
+
+    store, origin = CredentialStore(), "https://here.example"
+    store.set_tokens(Tokens(ACCESS, REFRESH), origin, persist=False)
+    used = store.current(origin)
+    with ThreadPoolExecutor(1) as pool:
+        renewal = pool.submit(store.refresh, used, origin, exchange, time.monotonic() + 60)
+        try:
+            assert asked.wait(30)
+            assert store.current(origin) == used  # and nobody waits to read
+            begin = time.monotonic()
+            with pytest.raises(APIError, match="another thread"):
+                store.refresh(used, origin, exchange, begin + 0.2)
+            assert time.monotonic() - begin < 5
+            store.set_key(KEY, origin, same_account=True, persist=False)
+        finally:
+            go_on.set()
+        both = Credentials(KEY, "access-2", "refresh-2")
+        assert renewal.result(30) == store.current(origin) == both
+
+
+def test_a_log_out_during_a_renewal_holds() -> None:
+    store, origin = CredentialStore(), "https://here.example"
+    store.set_tokens(Tokens(ACCESS, REFRESH), origin, persist=False)
+
+    def exchange(token: str) -> Tokens:
+        store.forget()
+        return Tokens("access-2", "refresh-2")
+
+    used = store.current(origin)
+    assert store.refresh(used, origin, exchange, time.monotonic() + 60) == used
+    assert not store.current(origin)
+
+
+def test_a_key_set_during_a_renewal_does_not_cost_the_file_its_session() -> None:
+    origin = "https://here.example"
+    CredentialStore().set_tokens(Tokens(ACCESS, REFRESH), origin, persist=True)
+    store = CredentialStore()
+
+    def exchange(token: str) -> Tokens:
+        store.set_key(KEY, origin, persist=False)
+        return Tokens("access-2", "refresh-2")
+
+    used = store.current(origin)
+    assert store.refresh(used, origin, exchange, time.monotonic() + 60) == Credentials(KEY)
+    assert CredentialStore().current(origin) == Credentials(None, "access-2", "refresh-2")
+
+
 def test_two_clients_with_one_file_renew_the_token_once_between_them() -> None:
     with tokens_server(set(), fresh=["access-2", "access-3"]) as server:
         one = Mechanex(server.url).set_token(ACCESS, REFRESH, persist=True)
@@ -462,6 +515,24 @@ def test_a_session_that_has_ended_is_an_authentication_error_and_is_not_asked_fo
         with pytest.raises(AuthenticationError):
             client.transport.get("/models")
         assert server.paths().count("/auth/refresh") == 1
+
+
+@pytest.mark.parametrize("logs_in", [True, False], ids=["logged in itself", "read the file"])
+def test_a_session_that_has_ended_is_made_good_by_a_log_in_elsewhere(logs_in: bool) -> None:
+    valid: set[str] = set()
+    with tokens_server(valid, fresh=[], refuse=True) as server:
+        first = Mechanex(server.url).set_token(ACCESS, REFRESH, persist=True)
+        client = first if logs_in else Mechanex(server.url)
+        for _ in range(2):
+            with pytest.raises(AuthenticationError, match="session has ended: login"):
+                client.transport.get("/models")
+            assert client.is_remote
+        valid.add("access-9")
+        Mechanex(server.url).set_token("access-9", "refresh-9", persist=True)
+        asked = len(server.requests)
+        assert client.transport.get("/models")["ok"] and len(server.requests) == asked + 1
+        client.logout()
+        assert not client.is_remote
 
 
 def test_a_session_that_has_ended_leaves_the_key_its_use() -> None:

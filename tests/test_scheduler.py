@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -126,6 +127,7 @@ def test_greedy_answers_are_those_of_each_request_alone(tiny: Any) -> None:
 def test_every_family_answers_as_alone(family: str) -> None:
     name, _, windowed = family.partition(" ")
     model = sliding_family(name, 8) if windowed else build(name)
+    hooks = n_hooks(model)  # transformers may have left some
     tokenizer = tiny_tokenizer()
     loaded = type("Loaded", (), {"model": model, "tokenizer": tokenizer})
     adapter = adapter_for(model)
@@ -144,7 +146,7 @@ def test_every_family_answers_as_alone(family: str) -> None:
     for i, ((text, n), result) in enumerate(zip(asked, results, strict=True)):
         whole = alone(loaded, text, found if i else None, 1.0, sampling_method="greedy", max_tokens=n)
         assert result.text == whole
-    assert n_hooks(model) == 0
+    assert n_hooks(model) == hooks
 
 
 @pytest.mark.parametrize("name", ["llama", "mamba"])
@@ -481,6 +483,30 @@ def test_shutdown_ends_what_it_cant_finish(tiny: Any) -> None:
         assert isinstance(error, APIError)
         assert error.status_code == 503
     assert n_hooks(tiny.model) == 0
+
+
+def test_shutdown_waits_for_other_work_and_then_gives_it_up(tiny: Any) -> None:
+    release = threading.Event()
+
+    async def end() -> None:
+        async with scheduled(tiny.model, tiny.tokenizer) as running:
+            short = asyncio.create_task(running.run(lambda adapter: time.sleep(0.2), None))
+            await asyncio.sleep(0.05)
+            await running.drain(20)
+            assert await short is None
+        async with scheduled(tiny.model, tiny.tokenizer) as running:
+            gone = threading.Event()
+            long = asyncio.create_task(running.run(lambda adapter: release.wait(20), None, gone))
+            await asyncio.sleep(0.05)
+            draining = asyncio.create_task(running.drain(0.05))
+            with pytest.raises(APIError, match="shutting down") as error:
+                await long
+            assert error.value.status_code == 503 and gone.is_set() and running.alive
+            release.set()
+            await draining
+            assert not running.alive
+
+    asyncio.run(end())
 
 
 def test_the_batch_holds_no_more_positions_than_allowed(tiny: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
@@ -27,6 +28,7 @@ from mechanex.cli import main
 from mechanex.engine.models.resolve import load
 from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import MechanexError, NotFoundError, ValidationError
+from mechanex.server.serve import _listen
 from mechanex.server.settings import Settings
 
 
@@ -190,7 +192,7 @@ def test_clients_that_vanish_free_their_places(server: ServerProcess, stream: bo
             assert server.metric("mechanex_running_requests") > 0
     else:
         raw = json.dumps({**ENDLESS, "n": 3}).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(raw)}"
         with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
             client.sendall(head.encode() + b"\r\n\r\n" + raw)
@@ -275,6 +277,25 @@ def test_what_serve_refuses(never: None) -> None:
         client.serve(host="127.0.0.1", port=0, corrected_behaviors=["unheard_of"])
     with pytest.raises(NotFoundError):
         client.serve(host="127.0.0.1", port=0, vectors="/nowhere/at/all")
+
+
+def test_answers_are_sent_at_once() -> None:
+    async def accepted() -> int:
+        options: list[int] = []
+
+        def note(_: Any, writer: asyncio.StreamWriter) -> None:
+            options.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with _listen(Settings(host="127.0.0.1", port=0)) as listening:
+            async with await asyncio.start_server(note, sock=listening):
+                _, writer = await asyncio.open_connection(*listening.getsockname())
+                while not options:
+                    await asyncio.sleep(0.01)
+                writer.close()
+        return options[0]
+
+    assert asyncio.run(accepted()) != 0
 
 
 def test_help_names_the_key(tmp_path: Path) -> None:

@@ -44,6 +44,36 @@ def test_sigterm_under_load_ends_streams_within_ten_seconds(tmp_path: Path) -> N
         assert "Traceback" not in running.output()
 
 
+def test_sigterm_during_work_that_cant_be_stopped_is_a_clean_end(tmp_path: Path) -> None:
+    program = (
+        "import mechanex, sys\n"
+        "mx = mechanex.Mechanex()\n"
+        "mx.serve('mx-tiny', host='127.0.0.1', port=int(sys.argv[2]), shutdown_grace=0.2, max_examples=4096)\n"
+    )
+    words = "the man and the woman went to the market and " * 40
+    body = {
+        "prompts": [f"{i} {words}" for i in range(1024)],
+        "positive_answers": [" yes"] * 1024,
+        "negative_answers": [" no"] * 1024,
+        "method": "caa",
+    }
+    with serving(home=tmp_path, command=[sys.executable, "-c", program]) as running:
+        answers: list[Any] = []
+        asking = threading.Thread(
+            target=lambda: answers.append(call(running, "POST", "/steering/generate", body))
+        )
+        asking.start()
+        time.sleep(3)  # its examples are read, and the model has begun
+        begun = time.monotonic()
+        assert running.stop(signal.SIGTERM, timeout=30) == 0, running.output()
+        assert time.monotonic() - begun < 10
+        asking.join(10)
+        status, _, answer = answers[0]
+        assert status == 503 and b"shutting down" in answer
+        assert "the process ends without it" in running.output()
+        assert "Traceback" not in running.output()
+
+
 def test_a_damaged_vector_that_comes_later_is_an_error_with_a_reason(tmp_path: Path) -> None:
     folder = tmp_path / "vectors"
     folder.mkdir()

@@ -313,13 +313,14 @@ def test_vectors_and_behaviors_belong_to_their_account(store: Store) -> None:
     for owner in (ann.id, None):
         vector_id = store.library.add_vector(owner, VECTOR)
         made = store.library.add_behavior(owner, "kind", "is kind", EXAMPLES, vector_id)
+        assert store.behavior_vector_id(owner, "kind") == vector_id
         assert store.behavior(owner, "kind") == made and made.steering_vector_id == vector_id
         assert store.library.behaviors(owner) == [made]
         for other in {ann.id, bob.id, None} - {owner}:
             assert store.vector(other, vector_id) is None
             with pytest.raises(NotFoundError, match="no steering vector has the id"):
                 store.library.add_behavior(other, "mine", "", EXAMPLES, vector_id)
-            assert store.behavior(other, "mine") is None
+            assert store.behavior(other, "mine") is store.behavior_vector_id(other, "mine") is None
         assert store.vector(owner, vector_id) == VECTOR
     assert store.behavior(bob.id, "kind") is None and store.library.behaviors(bob.id) == []
     for unknown in ("", "f" * 32, "../secret", "\x00", "\ud800"):

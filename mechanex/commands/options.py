@@ -37,7 +37,12 @@ class Asked(click.Option):
 
     def prompt_for_value(self, ctx: click.Context) -> Any:
         if sys.stdin is not None and sys.stdin.isatty():
-            return click.prompt(str(self.prompt), type=self.type, hide_input=self.hide_input, err=True)
+            try:
+                return click.prompt(str(self.prompt), type=self.type, hide_input=self.hide_input, err=True)
+            except click.Abort:
+                if not self.hide_input:
+                    click.echo(err=True)  # "Aborted!" gets a line of its own
+                raise
         line = sys.stdin.readline().rstrip("\r\n") if sys.stdin is not None else ""
         if not line:
             raise click.UsageError(f"{self.opts[0]} is missing, and there is no terminal to ask for it.", ctx)

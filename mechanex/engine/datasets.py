@@ -70,7 +70,7 @@ def read_lines(
             lines.
     """
     source = Path(path)
-    if not source.is_file():
+    if not source.exists() or source.is_dir():  # a pipe will do
         raise NotFoundError(f"no dataset at {source}: give the path of a .jsonl file.")
     found: list[_T] = []
     problems: list[str] = []

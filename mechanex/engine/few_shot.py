@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +18,8 @@ from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .optimize.datapoints import TrainingDatapoint
 from .optimize.job import Job
 from .optimize.jobs import run_jobs
-from .optimize.settings import Settings
-from .text import Prompt, encode_prompt
+from .optimize.settings import settings_of
+from .text import Prompt, encode_pair, encode_prompt
 from .vectors import SteeringVector
 
 __all__ = ["few_shot_vectors"]
@@ -57,18 +58,26 @@ def few_shot_vectors(
         tokenizer: needed for text when the model carries none.
         seed: of the starting vectors; it is recorded.
         progress: show a progress bar.
-        options: of ``optimize_vector``, in place of those above.
+        options: of ``optimize_vector``, in place of those above; not ``affine_rank`` and ``vector_clamp``, whose
+            steering is more than a vector.
 
     Returns:
         Vectors in float32 (float64 for float64 models) on the CPU.
 
     Raises:
-        ValidationError: lists of unequal length or empty, an empty answer, a layer that doesn't exist, a bad option.
+        ValidationError: lists of unequal length or empty, an empty answer, a layer that doesn't exist, a bad option;
+            answers that do not differ, or whose probabilities do not depend on the layer.
         TypeError: an option that doesn't exist.
     """
     adapter = adapter_for(model)
     indices = check_examples(adapter, prompts, positive_answers, negative_answers, layers)
     tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
+    for name in ("affine_rank", "vector_clamp"):
+        if options.get(name) is not None:
+            raise ValidationError(
+                f"{name} makes steering that a vector per layer can't hold; use optimize_vector for it."
+            )
+    _check_answers(tokenizer, prompts, positive_answers, negative_answers)
     datapoints = [
         TrainingDatapoint(prompt, [negative], [positive])
         for prompt, positive, negative in zip(prompts, positive_answers, negative_answers, strict=True)
@@ -83,11 +92,35 @@ def few_shot_vectors(
             "lr": STEP * norms[layer] / math.sqrt(adapter.d_model),
             "max_norm": LONGEST * norms[layer],
         }
-        settings = Settings(**(usual | {"seed": seed, "return_info": False} | options))
+        settings = settings_of(usual | {"seed": seed} | options | {"return_info": True})
         jobs.append(Job(adapter, datapoints, layer, settings, tokenizer))
     found = run_jobs(jobs, progress=progress)
+    for job, (vector, info) in zip(jobs, found, strict=True):
+        _check_moved(job, vector, info["iters"])
     vectors = {layer: result[0].cpu() for layer, result in zip(indices, found, strict=True)}
     return SteeringVector(vectors, model=adapter.model_id, method="few-shot", seed=seed)
+
+
+def _check_answers(
+    tokenizer: Any, prompts: Sequence[Prompt], positive: Sequence[str], negative: Sequence[str]
+) -> None:
+    """Refuses answers that cancel: then only rounding would say where the vector goes."""
+    sides = []
+    for answers in (positive, negative):
+        pairs = (encode_pair(tokenizer, p, a) for p, a in zip(prompts, answers, strict=True))
+        sides.append(Counter((tuple(prompt), tuple(answer)) for prompt, answer in pairs))
+    if sides[0] == sides[1]:
+        raise ValidationError("The answers are the same for positive and negative; check the examples.")
+
+
+def _check_moved(job: Job, vector: Tensor, steps: int) -> None:
+    """Refuses what is still the random start."""
+    start = job.parameters.project(job.start(), job.settings.max_norm, None)
+    if steps and torch.allclose(vector, start, rtol=1e-6, atol=0):
+        raise ValidationError(
+            f"The vector at layer {job.layers[0]} stayed where it started: the answers' probabilities do not depend "
+            "on it there, or the steps are too small; check the examples, the model and lr."
+        )
 
 
 def _typical_norms(adapter: ModelAdapter, prompts: list[list[int]], layers: list[int]) -> dict[int, float]:

@@ -7,8 +7,8 @@ from typing import Any, Literal, TypeVar
 
 from ..errors import AuthenticationError, MechanexError, ValidationError
 from .answers import field, listed, object_of
-from .credentials import Tokens
 from .failures import without_secrets
+from .identity import Tokens
 from .transport import TIMEOUT, Transport, tokens_of
 
 __all__ = ["Account"]
@@ -29,8 +29,12 @@ class Account:
 
     @property
     def is_remote(self) -> bool:
-        """Whether there is a key or token for the server; the file of stored credentials may be read."""
-        return bool(self.transport.credentials.current(self.transport.address.origin))
+        """Whether there is a key or token for the server; the file of stored credentials may be read.
+
+        It stays true when a session ends, so that calls say so and don't run elsewhere without a word.
+        """
+        credentials, origin = self.transport.credentials, self.transport.address.origin
+        return bool(credentials.current(origin)) or credentials.has_ended(origin)
 
     def require_remote(self, caller: str, otherwise: str = "") -> None:
         """Checks, before anything is sent, that there is a server to ask: credentials, or one chosen by its URL.

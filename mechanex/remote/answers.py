@@ -19,7 +19,8 @@ def object_of(answer: Any, call: str) -> dict[str, Any]:
     """
     if not isinstance(answer, dict):
         raise APIError(
-            f"{call}: the server's answer is {_kind(answer)}, and an object is expected.", details=answer
+            f"{call}: the server's answer is {_kind(answer)}, and an object is expected.",
+            details=_shape(answer),
         )
     return answer
 
@@ -38,7 +39,7 @@ def field(answer: Any, call: str, kind: type[T], *names: str) -> T:
         raise APIError(
             f"{call}: the server's answer has no {wanted} of type {kind.__name__}: is it an Axionic server of "
             "this version?",
-            details=answer,
+            details=_shape(answer),
         )
     return found
 
@@ -58,6 +59,13 @@ def names(answer: Any, call: str) -> list[str]:
         one if isinstance(one, str) else field(one, call, str, "name", "id")
         for one in listed(answer, call, "models")
     ]
+
+
+def _shape(answer: Any) -> Any:
+    """What the answer is made of, without its contents: one of an unexpected shape may hold a key anywhere."""
+    if isinstance(answer, dict):
+        return {name: _kind(value) for name, value in answer.items()}
+    return _kind(answer)
 
 
 def _kind(answer: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import MechanexError
+from ..errors import APIError, MechanexError
 from ..home import atomic_path
 
 __all__ = ["ConfigFile"]
@@ -21,6 +22,12 @@ __all__ = ["ConfigFile"]
 _logger = logging.getLogger(__name__)
 
 _MOST_BYTES = 1 << 20
+# Longer than a process that runs holds the lock: it asks the server for new tokens meanwhile, for at most 30 s.
+_PATIENCE = 35.0
+_PAUSE = 0.02
+_HELD = {errno.EAGAIN, errno.EWOULDBLOCK}
+if sys.platform == "win32":
+    _HELD |= {errno.EACCES, errno.EDEADLK}
 
 
 class ConfigFile:
@@ -82,8 +89,17 @@ class ConfigFile:
             ) from error
 
     @contextlib.contextmanager
-    def locked(self, wanted: bool = True) -> Iterator[None]:
-        """Holds other processes off for a read that a write follows; goes on where the folder can't be written."""
+    def locked(self, wanted: bool = True, deadline: float | None = None) -> Iterator[None]:
+        """Holds other processes off for a read that a write follows; goes on where the folder can't be written.
+
+        Args:
+            wanted: False for no lock at all.
+            deadline: on the monotonic clock, when to give up; None to go on without the lock, with a warning,
+                once it is held for longer than by any process that runs.
+
+        Raises:
+            APIError: the deadline passed.
+        """
         if not wanted:
             yield
             return
@@ -95,7 +111,15 @@ class ConfigFile:
             yield
             return
         try:
-            _lock(descriptor)
+            patience = time.monotonic() + _PATIENCE
+            if not _lock(descriptor, patience if deadline is None else deadline):
+                held = f"{path}.lock is held by another process"
+                if deadline is not None:
+                    raise APIError(
+                        f"the session's tokens can't be renewed in this call's time: {held}. Call again, with a "
+                        "longer timeout, or end that process if it hangs."
+                    )
+                _logger.warning("%s, for more than %.0f s: going on without the lock", held, _PATIENCE)
             yield
         finally:
             os.close(descriptor)  # which lets go of the lock
@@ -161,14 +185,23 @@ def _keep_aside(path: Path) -> Path:
     return aside
 
 
-def _lock(descriptor: int) -> None:
-    """Waits for the lock; where the file system has none, goes on without."""
-    with contextlib.suppress(OSError):
-        if sys.platform == "win32":
-            import msvcrt
+def _lock(descriptor: int, deadline: float) -> bool:
+    """Waits for the lock and says whether it came in time; where the file system has none, goes on without."""
+    while True:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
 
-            msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)
-        else:
-            import fcntl
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
 
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _HELD:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                time.sleep(min(_PAUSE, left))
+                continue
+        return True

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from .._version import __version__
 from .address import Address
-from .credentials import Credentials
 from .failures import Answer
+from .identity import Credentials
 
 if TYPE_CHECKING:
     import requests

@@ -2,61 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeGuard
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
-from ..errors import MechanexError, ValidationError
-from .address import PUBLIC_BACKEND
+from ..errors import APIError, MechanexError, ValidationError
+from .address import PUBLIC_BACKEND, Address
 from .config_file import ConfigFile
+from .identity import NAMES, Credentials, Tokens, checked
 
-__all__ = ["CredentialStore", "Credentials", "Tokens", "is_token"]
+__all__ = ["CredentialStore"]
 
 _logger = logging.getLogger(__name__)
 
-_MOST_CHARACTERS = 8192
-
-
-@dataclass(frozen=True, repr=False)
-class Credentials:
-    """What is sent with a call; its ``repr`` tells what is there, never what it is.
-
-    Attributes:
-        api_key: sent as ``x-api-key``.
-        access_token: sent as ``Authorization: Bearer``.
-        refresh_token: buys a new access token.
-    """
-
-    api_key: str | None = None
-    access_token: str | None = None
-    refresh_token: str | None = None
-
-    def __bool__(self) -> bool:
-        return self.api_key is not None or self.access_token is not None
-
-    def __repr__(self) -> str:
-        there = ", ".join(name for name in _NAMES if getattr(self, name) is not None)
-        return f"<Credentials: {there or 'none'}>"
-
-    def secrets(self) -> tuple[str, ...]:
-        """The texts that must not be shown anywhere."""
-        return tuple(text for name in _NAMES if (text := getattr(self, name)) is not None)
-
-
-_NAMES = tuple(field.name for field in fields(Credentials))
 # What a server's entry in the file may hold.
-_ENTRY = (*_NAMES, "email", "previous_api_key")
-
-
-@dataclass(frozen=True, repr=False)
-class Tokens:
-    """The tokens of a log-in; the server may give no refresh token."""
-
-    access_token: str
-    refresh_token: str | None = None
+_ENTRY = (*NAMES, "email", "previous_api_key")
 
 
 class CredentialStore:
@@ -67,7 +32,9 @@ class CredentialStore:
 
     The file holds the latest server's credentials at its top level (``api_key``, ``access_token``,
     ``refresh_token``, and ``base_url``, which says whose they are) and those of other servers under ``others``.
-    Credentials without a ``base_url`` go to whichever server is asked.
+    Credentials without a ``base_url`` go to whichever server is asked, but never over plain http to another
+    machine, not even where ``allow_http`` is set. The server that renews their tokens is the one they are for;
+    once another server's are stored, they are taken to be the public backend's.
 
     Args:
         api_key: the key given to the client.
@@ -75,24 +42,44 @@ class CredentialStore:
 
     def __init__(self, api_key: str | None = None) -> None:
         self.file = ConfigFile()
+        # Never held while a server or another process is waited for: every call needs it.
         self._lock = threading.RLock()
-        self._session = None if api_key is None else Credentials(_checked(api_key, "api_key"))
+        # Held by the thread that asks for new tokens; taken before the file's lock, and that before the one above.
+        self._renewing = threading.Lock()
+        self._session = None if api_key is None else Credentials(checked(api_key, "api_key"))
         self._session_is_stored = False
         self._email: str | None = None
         # What the file said for an origin: read again while there is nothing, and when a server answers 401.
         self._read: dict[str, Credentials] = {}
         self._refused: set[str] = set()
+        self._kept_from: set[str] = set()
 
     def current(self, origin: str) -> Credentials:
         """What to send to the server at this origin."""
         with self._lock:
-            found = self._session
-            if found is None and (key := os.environ.get("MECHANEX_API_KEY", "").strip()):
-                found = Credentials(_checked(key, "MECHANEX_API_KEY"))
-            if found is None:
-                found = self._read.get(origin) or self._read_file(origin)
+            found = self._known(origin)
+            if found.refresh_token in self._refused:
+                # Its owner may have logged in again elsewhere.
+                if self._session is None:
+                    found = self._read_file(origin)
+                elif self._session_is_stored:
+                    self._adopt(found, origin)
+                    found = self._session
             # A session that has ended must not make a valid key useless.
             return Credentials(found.api_key) if found.refresh_token in self._refused else found
+
+    def has_ended(self, origin: str) -> bool:
+        """Whether all there is for this server is a session that it refused to renew."""
+        with self._lock:
+            return not self.current(origin) and self._known(origin).refresh_token in self._refused
+
+    def _known(self, origin: str) -> Credentials:
+        """What there is, a session that has ended included."""
+        if self._session is not None:
+            return self._session
+        if key := os.environ.get("MECHANEX_API_KEY", "").strip():
+            return Credentials(checked(key, "MECHANEX_API_KEY"))
+        return self._read.get(origin) or self._read_file(origin)
 
     def set_key(self, api_key: str, origin: str, *, same_account: bool = False, persist: bool) -> None:
         """Uses this key from now on, beside the tokens that this session was given.
@@ -103,8 +90,8 @@ class CredentialStore:
             same_account: whether it is known to belong to the account that is logged in.
             persist: whether to store it for other processes.
         """
-        key = _checked(api_key, "api_key")
-        with self._lock, self.file.locked(persist):
+        key = checked(api_key, "api_key")
+        with self.file.locked(persist), self._lock:
             before = self.current(origin) if same_account else self._session or Credentials()
             if self._session is None:
                 self._session_is_stored = same_account
@@ -126,9 +113,9 @@ class CredentialStore:
             email: who logged in; None for tokens that were set by hand, which leave the key.
             persist: whether to store them for other processes.
         """
-        access = _checked(tokens.access_token, "access_token")
-        refresh = None if tokens.refresh_token is None else _checked(tokens.refresh_token, "refresh_token")
-        with self._lock, self.file.locked(persist):
+        access = checked(tokens.access_token, "access_token")
+        refresh = None if tokens.refresh_token is None else checked(tokens.refresh_token, "refresh_token")
+        with self.file.locked(persist), self._lock:
             entry = self._entry(origin)
             same = email is None or email == (self._email or entry.get("email"))
             key = self.current(origin).api_key if same else None
@@ -150,7 +137,7 @@ class CredentialStore:
         Raises:
             MechanexError: the file can't be written.
         """
-        with self._lock, self.file.locked(bool(self.file.read())):
+        with self.file.locked(bool(self.file.read())), self._lock:
             self._session, self._session_is_stored, self._email = Credentials(), False, None
             self._read.clear()
             found = self.file.read()
@@ -161,7 +148,7 @@ class CredentialStore:
             return True
 
     def refresh(
-        self, used: Credentials, origin: str, exchange: Callable[[str], Tokens | None]
+        self, used: Credentials, origin: str, exchange: Callable[[str], Tokens | None], deadline: float
     ) -> Credentials:
         """What to send after the server refused ``used``; of many threads and processes, one asks for new tokens.
 
@@ -169,34 +156,73 @@ class CredentialStore:
             used: what was sent.
             origin: the server's.
             exchange: new tokens for a refresh token, or None where the server refuses it.
+            deadline: on the monotonic clock, how long to wait for another thread or process that renews them.
 
         Returns:
             Other credentials, or ``used`` where there is nothing else to try.
+
+        Raises:
+            APIError: the deadline passed; going on would spend a refresh token twice, which ends the session.
         """
-        stored = self._session is None or self._session_is_stored
-        with self._lock, self.file.locked(stored and used.refresh_token is not None):
-            if stored:
-                self._adopt(used, origin)
-            now = self.current(origin)
-            if now != used:
-                return now if now else used
-            if used.refresh_token is None:
-                return used
-            bought = exchange(used.refresh_token)
-            if bought is None:
-                self._refused.add(used.refresh_token)
-                return self.current(origin) or used
-            new = Credentials(used.api_key, bought.access_token, bought.refresh_token or used.refresh_token)
-            if stored:
-                try:
-                    self._save(origin, {"access_token": new.access_token, "refresh_token": new.refresh_token})
-                except MechanexError as error:
-                    _logger.warning("the new tokens are kept in this session only: %s", error)
-            if self._session is None:
-                self._read[origin] = new
-            else:
-                self._session = new
-            return new
+        renewable = used.refresh_token is not None
+        with self._turn(renewable, deadline):
+            stored = self._session is None or self._session_is_stored
+            with self.file.locked(stored and renewable, deadline):
+                with self._lock:
+                    stored = stored and (self._session is None or self._session_is_stored)
+                    if stored:
+                        self._adopt(used, origin)
+                    now = self.current(origin)
+                if now != used:
+                    return now if now else used
+                if used.refresh_token is None:
+                    return used
+                bought = exchange(used.refresh_token)
+                with self._lock:
+                    if bought is None:
+                        self._refused.add(used.refresh_token)
+                        return self.current(origin) or used
+                    return self._renewed(used, bought, origin, stored)
+
+    @contextlib.contextmanager
+    def _turn(self, wanted: bool, deadline: float) -> Iterator[None]:
+        if not wanted:
+            yield
+            return
+        left = min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+        if not self._renewing.acquire(timeout=left):
+            raise APIError(
+                "another thread was still renewing the session's tokens when this call's time was over: call "
+                "again, or give calls a longer timeout."
+            )
+        try:
+            yield
+        finally:
+            self._renewing.release()
+
+    def _renewed(self, used: Credentials, bought: Tokens, origin: str, stored: bool) -> Credentials:
+        refresh = bought.refresh_token or used.refresh_token
+        now = self.current(origin)
+        # Another account's may be in the file by now.
+        if stored and self._read_file(origin).refresh_token == used.refresh_token:
+            changes = {"access_token": bought.access_token, "refresh_token": refresh}
+            try:
+                self.file.update(
+                    lambda found: _with_entry(
+                        {**found, "base_url": found.get("base_url") or origin}, origin, changes
+                    )
+                )
+                self._read.pop(origin)
+            except MechanexError as error:
+                _logger.warning("the new tokens are kept in this session only: %s", error)
+        if now.refresh_token != used.refresh_token:  # set, or forgotten, while the server was asked
+            return now or used
+        new = replace(now, access_token=bought.access_token, refresh_token=refresh)
+        if self._session is None:
+            self._read[origin] = new
+        else:
+            self._session = new
+        return new
 
     def _adopt(self, used: Credentials, origin: str) -> None:
         """Takes what another process has put into the file meanwhile."""
@@ -212,11 +238,11 @@ class CredentialStore:
     def _read_file(self, origin: str) -> Credentials:
         entry = self._entry(origin)
         given: dict[str, str] = {}
-        for name in _NAMES:
+        for name in NAMES:
             if entry.get(name) is None:
                 continue
             try:
-                given[name] = _checked(entry[name], name)
+                given[name] = checked(entry[name], name)
             except ValidationError as error:
                 _logger.warning("%s: %s", self.file.path, error)
         self._read[origin] = Credentials(**given)
@@ -224,11 +250,27 @@ class CredentialStore:
 
     def _entry(self, origin: str) -> Mapping[str, Any]:
         found = self.file.read()
-        if found.get("base_url") in (None, origin):
+        if found.get("base_url") == origin or (
+            found.get("base_url") is None and self._may_have(origin, found)
+        ):
             return found
         others = found.get("others")
         entry = others.get(origin) if isinstance(others, dict) else None
         return entry if isinstance(entry, dict) else {}
+
+    def _may_have(self, origin: str, nameless: Mapping[str, Any]) -> bool:
+        """Whether credentials that name no server may go to this one."""
+        if origin.startswith("https:") or Address(origin, origin, True).is_loopback:
+            return True
+        if origin not in self._kept_from and not nameless.keys().isdisjoint(NAMES):
+            self._kept_from.add(origin)
+            _logger.warning(
+                "the credentials in %s name no base_url, and are not sent to %s over plain http: log in there, or "
+                "call set_key(key, persist=True)",
+                self.file.path,
+                origin,
+            )
+        return False
 
     def _save(self, origin: str, changes: Mapping[str, str | None]) -> None:
         self.file.update(lambda found: _with_entry(found, origin, changes))
@@ -247,29 +289,3 @@ def _with_entry(found: dict[str, Any], origin: str, changes: Mapping[str, str | 
         found = {**found, **(entry if isinstance(entry, dict) else {}), "others": others or None}
     found = {**found, **changes, "base_url": origin}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def is_token(text: object) -> TypeGuard[str]:
-    """Whether a header can hold it: printable ASCII without spaces, not empty, not endless."""
-    return (
-        isinstance(text, str)
-        and 0 < len(text) <= _MOST_CHARACTERS
-        and text.isascii()
-        and text.isprintable()
-        and " " not in text
-    )
-
-
-def _checked(text: object, name: str) -> str:
-    """The text without spaces around it, if it can be a key or token; it is never shown.
-
-    Raises:
-        ValidationError: it can't.
-    """
-    found = text.strip() if isinstance(text, str) else text
-    if not is_token(found):
-        raise ValidationError(
-            f"{name} is no key or token (it isn't shown here): a text of printable ASCII characters without "
-            f"spaces, at most {_MOST_CHARACTERS:,}; check that it was copied whole."
-        )
-    return found

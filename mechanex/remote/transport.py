@@ -10,11 +10,12 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..errors import APIError, ValidationError
+from ..errors import APIError, AuthenticationError, ValidationError
 from .address import Address, address
 from .connections import ConnectionFailed, Connections
-from .credentials import Credentials, CredentialStore, Tokens, is_token
+from .credentials import CredentialStore
 from .failures import Answer, error_of, json_of, retry_after
+from .identity import Credentials, Tokens, is_token
 
 __all__ = ["COMPUTE_TIMEOUT", "TIMEOUT", "Transport", "tokens_of"]
 
@@ -115,14 +116,22 @@ class Transport:
         answer = self._tried(method, server, path, data, used, deadline)
         if answer.status == 401 and signed == "all":
             new = self.credentials.refresh(
-                used, server.origin, lambda token: self._exchange(token, server, deadline)
+                used, server.origin, lambda token: self._exchange(token, server, deadline), deadline
             )
             if new != used:
                 secrets += used.secrets()
                 used = new
                 answer = self._tried(method, server, path, data, used, deadline)
         if not 200 <= answer.status < 300:
-            raise error_of(answer, secrets + used.secrets())
+            error = error_of(answer, secrets + used.secrets())
+            if answer.status == 401 and signed == "all" and self.credentials.has_ended(server.origin):
+                raise AuthenticationError(
+                    f"{error.message} The session has ended: login(email, password) again.",
+                    401,
+                    error.details,
+                    request_id=error.request_id,
+                )
+            raise error
         return json_of(answer)
 
     def close(self) -> None:

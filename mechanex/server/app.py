@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from .. import __version__
-from .auth import Principal, principal
+from .auth import Principal, check_host, principal
 from .axionic import axionic_router
 from .engine import ServingEngine
 from .http_errors import add_handlers
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["OPEN_PATHS", "create_app"]
 
 _logger = logging.getLogger(__name__)
+
+_SHORT_KEY = 16
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/auth/signup", "/auth/login", "/auth/refresh"})
 """What needs no key: probes, and what brings its own credentials or checks them itself."""
@@ -64,6 +66,8 @@ def create_app(
     key = settings.server_key()
     if key is None and not settings.is_loopback:
         raise _needs_key(settings.host)
+    if key is not None and len(key) < _SHORT_KEY:
+        _logger.warning("the server's key has %d characters: take %d or more", len(key), _SHORT_KEY)
     store = open_store(settings)
     try:
         engine = ServingEngine(settings, loaded_model, store, vectors)
@@ -119,6 +123,8 @@ def _needs_key(host: str) -> Exception:
 
 async def _let_in(request: Request) -> None:
     """Nothing but ``OPEN_PATHS`` answers a sender that ``principal`` doesn't know."""
+    if request.url.path not in ("/health", "/ready"):
+        check_host(request)
     if request.url.path not in OPEN_PATHS:
         await principal(request)
 

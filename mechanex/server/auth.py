@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import hmac
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from ..errors import AuthenticationError
+from .limits import RateLimit, client_address
 
 if TYPE_CHECKING:
     from ..engine.vectors import SteeringVector
-    from .settings import Settings
 
-__all__ = ["Accounts", "Principal", "credentials", "principal"]
+__all__ = ["Accounts", "Principal", "check_host", "credentials", "is_open", "principal"]
+
+WRONG_KEYS_PER_MINUTE = 60
+"""From one address. Where all clients come through a proxy they have one address, and right keys go on there."""
+
+_LOOPBACK = re.compile(r"127(\.\d{1,3}){3}")
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,8 @@ class Principal:
     Args:
         account_id: the account, or None for the operator of the server, who owns what no account made.
         kind: ``"server"`` (the server's key), ``"account"`` (an account's API key), ``"token"`` (an account's
-            access token), or ``"open"`` (a server that only this machine can reach; any key or none).
+            access token), or ``"open"`` (a server that only this machine can reach and that was given no key; any
+            key or none).
     """
 
     account_id: str | None
@@ -48,8 +55,8 @@ class Accounts(Protocol):
     def vector(self, account_id: str | None, vector_id: str) -> SteeringVector | None:
         """The account's stored vector, or None: also for another account's."""
 
-    def behavior(self, account_id: str | None, name: str) -> Any | None:
-        """The account's behavior, or None; its ``steering_vector_id`` is a str or None."""
+    def behavior_vector_id(self, account_id: str | None, name: str) -> str | None:
+        """The id of the vector of the account's behavior, or None."""
 
     def close(self) -> None:
         """Lets go of the database."""
@@ -62,6 +69,31 @@ def credentials(request: Request) -> tuple[str | None, str | None]:
     return key, (bearer.strip() or None) if scheme.lower() == "bearer" else None
 
 
+def is_open(request: Request) -> bool:
+    """Whether the server takes any key or none: bound to a loopback address, and given no key."""
+    state = request.app.state
+    return bool(state.settings.is_loopback) and state.server_key is None
+
+
+def check_host(request: Request) -> None:
+    """Refuses a page of the web whose own name was made to lead to this machine, where nothing else would.
+
+    Raises:
+        AuthenticationError: an open server was called by another name than this machine's (403).
+    """
+    if not is_open(request):
+        return
+    host = request.headers.get("host", "localhost").lower()
+    name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
+    if name in ("localhost", "[::1]") or name.endswith(".localhost") or _LOOPBACK.fullmatch(name):
+        return
+    raise AuthenticationError(
+        f"This server was given no key and so answers at localhost and 127.0.0.1 only, not at {name[:100]!r}: call "
+        "it there, or start it with MECHANEX_SERVER_KEY.",
+        403,
+    )
+
+
 async def principal(request: Request) -> Principal:
     """The sender of a request; a FastAPI dependency: ``who: Annotated[Principal, Depends(principal)]``.
 
@@ -70,10 +102,15 @@ async def principal(request: Request) -> Principal:
     Raises:
         AuthenticationError: no valid credential where one is needed, or an expired token anywhere (so that a
             client refreshes it instead of losing sight of its account).
+        RateLimitError: too many wrong keys came from this address.
     """
-    settings: Settings = request.app.state.settings
     given = [text for text in credentials(request) if text is not None]
     key: str | None = request.app.state.server_key
+    peer = request.client.host if request.client else None
+    client, wrong = client_address(peer), _wrong_keys(request)
+    proxied = peer == "::1" or _LOOPBACK.fullmatch(client) is not None
+    if given and not is_open(request) and not proxied:
+        wrong.check(client)
     for text in given:
         if key is not None and hmac.compare_digest(text.encode(), key.encode()):
             return Principal(None, "server")
@@ -83,8 +120,10 @@ async def principal(request: Request) -> Principal:
             found = await run_in_threadpool(_account, store, text)
             if found is not None:
                 return found
-    if settings.is_loopback:
+    if is_open(request):
         return Principal(None, "open")
+    if given:
+        wrong.take(client)
     raise AuthenticationError(
         "This server needs a key: send 'Authorization: Bearer KEY' or 'x-api-key: KEY' with the server's key, "
         "an account's API key or an access token."
@@ -92,6 +131,14 @@ async def principal(request: Request) -> Principal:
         else "The key or token is not valid here: use the server's key, an account's API key or an access token.",
         401,
     )
+
+
+def _wrong_keys(request: Request) -> RateLimit:
+    state = request.app.state
+    if getattr(state, "wrong_keys", None) is None:
+        state.wrong_keys = RateLimit("wrong keys from this address", WRONG_KEYS_PER_MINUTE)
+    limit: RateLimit = state.wrong_keys
+    return limit
 
 
 def _account(store: Accounts, text: str) -> Principal | None:

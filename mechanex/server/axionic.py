@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,24 +11,22 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from ..engine.sampling import Sampling
-from ..engine.text import prompt_text
-from ..engine.vector_store import VectorStore
-from ..errors import APIError, MechanexError, ValidationError
+from ..errors import APIError, ValidationError
+from ..steering import check_method, vectors_by
 from . import axionic_accounts
 from .auth import Principal
-from .axionic_accounts import limited, store_of, timestamp
+from .axionic_accounts import limited, one_at_a_time, store_of, timestamp
 from .bodies import (
     BehaviorBody,
     GenerateBody,
     Output,
-    Prompt,
     RaagBody,
     Reason,
     SaeBody,
     ScoresBody,
     SteeringBody,
 )
-from .disconnect import results_or_gone
+from .disconnect import done_or_gone, results_or_gone
 from .library import Behavior
 from .request import Request as TextRequest
 
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from .engine import ServingEngine
 
 __all__ = ["axionic_router"]
-
-OPERATOR = Principal(None, "server")
 
 router = APIRouter(tags=["axionic"])
 
@@ -94,9 +91,8 @@ async def generate(body: GenerateBody, request: Request, who: Worker) -> Respons
         **{name: value for name, value in settings.items() if value is not None},
     )
     steering = await engine.steering(who, body.steering_vector_id, body.steering_strength)
-    for name in engine.corrected_behaviors:
-        steering += await engine.behavior_steering(OPERATOR, name)
-    prompt = body.prompt if isinstance(body.prompt, str) else await _rendered(engine, body.prompt)
+    for corrected in engine.corrected_behaviors.values():
+        steering += engine.edits(corrected, 1.0)
     answer = await engine.submit(
         TextRequest(
             await engine.encode(body.prompt),
@@ -110,16 +106,13 @@ async def generate(body: GenerateBody, request: Request, who: Worker) -> Respons
     results = await results_or_gone(request, [answer])
     if results is None:
         return Response(status_code=499)
-    return JSONResponse({"output": prompt + results[0].text})
+    return JSONResponse({"output": await engine.prompt_text(body.prompt) + results[0].text})
 
 
 @router.post("/steering/generate")
 async def generate_vectors(body: SteeringBody, request: Request, who: Worker) -> dict[str, str]:
     """Computes a steering vector from contrastive answers and keeps it for the account."""
-    engine = _engine(request)
-    vector = await engine.run(
-        lambda adapter: _compute(adapter, engine, _examples(body), body.layer_idxs, body.method)
-    )
+    vector = await _computed(request, who, _examples(body), body.layer_idxs, body.method)
     return {
         "steering_vector_id": await run_sync(store_of(request).library.add_vector, who.account_id, vector)
     }
@@ -129,11 +122,16 @@ async def generate_vectors(body: SteeringBody, request: Request, who: Worker) ->
 async def create_behavior(body: BehaviorBody, request: Request, who: Worker) -> dict[str, Any]:
     """Keeps a behavior: a name for a vector, which is computed from the examples where no id of one is given."""
     engine, library = _engine(request), store_of(request).library
+    if body.behavior_name in engine.own_behaviors:
+        raise ValidationError(
+            f"the behavior {body.behavior_name!r} is the server's own, and every client may use it: choose another "
+            "name."
+        )
     await run_sync(library.check_name, who.account_id, body.behavior_name)
     examples = _examples(body)
     vector: SteeringVector | str
     if body.steering_vector_id is None:
-        vector = await engine.run(lambda adapter: _compute(adapter, engine, examples, None, "caa"))
+        vector = await _computed(request, who, examples, None, "caa")
     elif await run_sync(library.vector, who.account_id, body.steering_vector_id) is not None:
         vector = body.steering_vector_id
     else:
@@ -183,51 +181,36 @@ async def raag_generate(body: RaagBody, who: Who) -> None:
     raise _absent("Retrieval-augmented answer generation")
 
 
-class _Handed(VectorStore):
-    """A client's vector store that hands on what it is given, for ``Library`` to keep."""
-
-    vector: SteeringVector
-
-    def put(self, vector: SteeringVector) -> str:
-        self.vector = vector
-        return ""
-
-
-def _compute(
-    adapter: ModelAdapter,
-    engine: ServingEngine,
+async def _computed(
+    request: Request,
+    who: Principal,
     examples: Mapping[str, Sequence[Any]],
     layer_idxs: Sequence[int] | None,
     method: str,
 ) -> SteeringVector:
-    """What ``steering.generate_vectors`` of a local client computes, whatever its methods are."""
-    from ..client import Mechanex
+    """What ``steering.generate_vectors`` of a local client computes, for as long as the sender waits for it."""
+    engine, settings = _engine(request), request.app.state.settings
+    prompts = examples["prompts"]
+    for n, most, what in (
+        (len(prompts), settings.max_examples, "examples"),
+        (len(layer_idxs or ()), settings.max_example_layers, "layers"),
+    ):
+        if n > most:
+            raise ValidationError(
+                f"a vector of {n} {what} was asked for, and this server takes {most} at most."
+            )
+    await engine.check_examples(prompts, [*examples["positive_answers"], *examples["negative_answers"]])
+    check_method(method)
+    compute = vectors_by(method)
+    gone = threading.Event()
+    # An optimization can stop between steps; the other methods pass over the examples once.
+    options = {"callback": lambda *_: gone.is_set()} if method == "few-shot" else {}
 
-    for prompt in examples["prompts"]:
-        _render(adapter, engine, prompt)
-    client = Mechanex().set_local_model(adapter.model, engine.tokenizer)
-    client.set_execution_mode("local")
-    handed = client._vectors = _Handed()
-    client.steering.generate_vectors(
-        examples["prompts"], examples["positive_answers"], examples["negative_answers"], layer_idxs, method
-    )
-    return handed.vector
+    def work(adapter: ModelAdapter) -> SteeringVector:
+        return compute(adapter, *examples.values(), layer_idxs, tokenizer=engine.tokenizer, **options)
 
-
-async def _rendered(engine: ServingEngine, prompt: Prompt) -> str:
-    return await engine.run(lambda adapter: _render(adapter, engine, prompt))
-
-
-def _render(adapter: ModelAdapter, engine: ServingEngine, prompt: Prompt) -> str:
-    """The prompt as text, in the model's thread, which the tokenizer belongs to."""
-    if prompt and isinstance(prompt[0], int):
-        adapter.check_token_ids([token for token in prompt if isinstance(token, int)])
-    try:
-        return prompt_text(engine.tokenizer, prompt)
-    except MechanexError:
-        raise
-    except Exception as error:  # a template may raise anything, for roles in an order that it doesn't know
-        raise ValidationError(f"the model's chat template refuses these messages: {error}") from error
+    with one_at_a_time(request, who):
+        return await done_or_gone(request, engine.run(work, gone=gone))
 
 
 def _engine(request: Request) -> ServingEngine:

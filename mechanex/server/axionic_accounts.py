@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Annotated, Any, TypeVar
@@ -11,18 +12,21 @@ from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Request, Response
 
-from ..errors import APIError, AuthenticationError, NotFoundError
+from ..errors import APIError, AuthenticationError, NotFoundError, RateLimitError
 from .accounts import Account, Session, normalized
-from .auth import Principal, principal
+from .auth import Principal, is_open, principal
 from .bodies import KeyBody, LoginBody, ModelBody, RefreshBody
 from .limits import RateLimit, client_address
 from .store import Store
 
-__all__ = ["limited", "router", "store_of", "timestamp"]
+__all__ = ["limited", "one_at_a_time", "router", "store_of", "timestamp"]
 
 T = TypeVar("T")
 
 LOGINS_PER_MINUTE = 10
+"""Wrong passwords for one email address from one client, so that nobody can lock out others."""
+
+LOGINS_FROM_ALL = 100
 """Wrong passwords for one email address, from wherever they come."""
 
 # A password's hash takes 64 MiB while it is computed.
@@ -36,9 +40,11 @@ class _Guards:
         settings = request.app.state.settings
         self.addresses = RateLimit("account requests from this address", settings.rate_limit)
         self.logins = RateLimit("attempts to log in to this account", LOGINS_PER_MINUTE)
+        self.logins_from_all = RateLimit("attempts to log in to this account", LOGINS_FROM_ALL)
         self.accounts = RateLimit("requests of this account", settings.api_rate_limit)
         self.hashing = CapacityLimiter(HASHES_AT_ONCE)
-        self.on = not settings.is_loopback
+        self.on = not is_open(request)
+        self.busy: set[str] = set()
 
     @staticmethod
     def of(request: Request) -> _Guards:
@@ -50,10 +56,32 @@ class _Guards:
 
 
 async def _counted(request: Request) -> None:
-    """Counts a request of an address; where a proxy stands before a loopback server, all have the same."""
+    """Counts a request of an address; where a proxy stands before the server, all have the same."""
     guards = _Guards.of(request)
     if guards.on:
-        guards.addresses.take(client_address(request.client.host if request.client else None))
+        guards.addresses.take(_address(request))
+
+
+@contextmanager
+def one_at_a_time(request: Request, who: Principal) -> Iterator[None]:
+    """Holds the account's place for work that keeps the model from all others; the operator has as many as it likes.
+
+    Raises:
+        RateLimitError: the account's place is taken.
+    """
+    busy = _Guards.of(request).busy
+    if who.account_id is None:
+        yield
+        return
+    if who.account_id in busy:
+        raise RateLimitError(
+            "A vector of this account is being computed: ask again when it is done.", 429, retry_after=5
+        )
+    busy.add(who.account_id)
+    try:
+        yield
+    finally:
+        busy.discard(who.account_id)
 
 
 async def limited(request: Request, who: Annotated[Principal, Depends(principal)]) -> Principal:
@@ -75,7 +103,7 @@ async def _account(who: Annotated[Principal, Depends(principal)]) -> str:
 
 async def _newcomer(request: Request) -> None:
     settings = request.app.state.settings
-    if settings.is_loopback or settings.open_signup:
+    if is_open(request) or settings.open_signup:
         return
     if (await principal(request)).kind != "server":
         raise AuthenticationError("To sign up here, send the server's key: ask its operator for it.", 403)
@@ -97,11 +125,14 @@ async def sign_up(body: LoginBody, request: Request) -> dict[str, Any]:
 @router.post("/login")
 async def log_in(body: LoginBody, request: Request) -> dict[str, Any]:
     """Begins a session."""
-    accounts, logins = store_of(request).accounts, _Guards.of(request).logins
+    accounts, guards = store_of(request).accounts, _Guards.of(request)
     name = normalized(body.email)
-    logins.take(name)
+    here = f"{_address(request)} {name}"
+    guards.logins.take(here)
+    guards.logins_from_all.take(name)
     session = await _hashing(request, lambda: accounts.log_in(body.email, body.password))
-    logins.give_back(name)
+    guards.logins.give_back(here)
+    guards.logins_from_all.give_back(name)
     return {"session": _session(request, session)}
 
 
@@ -176,6 +207,10 @@ def store_of(request: Request) -> Store:
 def timestamp(seconds: float) -> str:
     """A time of the database as ISO 8601, UTC."""
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
+
+
+def _address(request: Request) -> str:
+    return client_address(request.client.host if request.client else None)
 
 
 async def _hashing(request: Request, work: Callable[[], T]) -> T:

@@ -43,6 +43,8 @@ _Name = Annotated[
     str,
     StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$", strip_whitespace=True),
 ]
+_Stop = Annotated[str, Field(max_length=1000)]
+_MOST_FIELDS = 256
 _VectorId = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -54,6 +56,8 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _whole_characters(cls, body: Any) -> Any:
+        if isinstance(body, dict) and len(body) > _MOST_FIELDS:  # each would be an error of its own
+            raise ValueError(f"it has {len(body)} fields, and {_MOST_FIELDS} are more than enough")
         # JSON can spell half of a character, which no file, tokenizer or answer can hold.
         try:
             json.dumps(body, ensure_ascii=False, default=str).encode()
@@ -102,7 +106,7 @@ class GenerateBody(_Body):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     temperature: Annotated[float, Field(gt=0)] | None = None
     min_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stop: str | list[str] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
 
 
 class SteeringBody(_Body):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..engine.text import Prompt, encode_prompt
+from ..engine.text import Prompt, encode_prompt, prompt_text
 from ..errors import MechanexError, ValidationError
 
 __all__ = ["Encoder"]
@@ -31,9 +31,16 @@ class Encoder:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; ValidationError as :func:`mechanex.engine.text.encode_prompt`, or a text too long."""
         if isinstance(prompt, str):
-            self._check_size(prompt)
+            self.check_size(prompt)
+        elif prompt and isinstance(prompt[0], Mapping):
+            return self._encode_messages([one for one in prompt if isinstance(one, Mapping)])
         with self._lock:
             return encode_prompt(self._tokenizer, prompt)
+
+    def text(self, prompt: Prompt) -> str:
+        """A prompt that ``encode`` took, as text: itself, the template's rendering of messages, or decoded ids."""
+        with self._lock:
+            return prompt_text(self._tokenizer, prompt)
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of chat messages: by the model's template, or as lines of roles where it has none.
@@ -41,11 +48,14 @@ class Encoder:
         Raises:
             ValidationError: messages that the template refuses.
         """
-        self._check_size("".join(message["content"] for message in messages))
+        if getattr(self._tokenizer, "chat_template", None) is not None:
+            return self._encode_messages(messages)
+        lines = [f"{message['role'].capitalize()}: {message['content']}\n" for message in messages]
+        return self.encode("".join(lines) + "Assistant:")
+
+    def _encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        self.check_size("".join(message["content"] for message in messages))
         with self._lock:
-            if getattr(self._tokenizer, "chat_template", None) is None:
-                lines = [f"{message['role'].capitalize()}: {message['content']}\n" for message in messages]
-                return encode_prompt(self._tokenizer, "".join(lines) + "Assistant:")
             try:
                 return encode_prompt(self._tokenizer, messages)
             except MechanexError:
@@ -58,8 +68,8 @@ class Encoder:
         with self._lock:
             return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def _check_size(self, text: str) -> None:
-        """Refuses a text that can't fit before it is encoded, which may take seconds."""
+    def check_size(self, text: str) -> None:
+        """Refuses a text that can't fit before it is encoded, which may take seconds: a ValidationError."""
         if self._context is not None and len(text) > (self._context + 1) * self._longest:
             raise ValidationError(
                 f"the prompt has {len(text)} characters, more than the {self._context} tokens of "

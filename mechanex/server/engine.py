@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -90,7 +91,9 @@ class ServingEngine:
         self._behaviors = make_behaviors(self.adapter, settings.behaviors)
         self.corrected_behaviors: dict[str, SteeringVector] = {}
         for name in settings.corrected_behaviors:
-            corrected = self._behavior_vector(None, name)
+            # The server's own come first: the shared account is every client's on an open server.
+            own = self._behaviors.get(name)
+            corrected = self._behavior_vector(None, name) if own is None else own.vector
             if corrected is None:
                 raise ValidationError(
                     f"the corrected behavior {name!r} is not known: start the server with --behaviors naming its "
@@ -108,6 +111,11 @@ class ServingEngine:
             "waiting_requests", "Requests that wait for a place.", lambda: self.scheduler.n_waiting
         )
         self.metrics.watch("running_requests", "Requests in the model.", lambda: self.scheduler.n_running)
+
+    @property
+    def own_behaviors(self) -> frozenset[str]:
+        """Names of the behaviors that the server was started with, which no client may take."""
+        return frozenset({*self._behaviors, *self.corrected_behaviors})
 
     @property
     def context(self) -> int | None:
@@ -132,16 +140,27 @@ class ServingEngine:
         self.adapter.check_token_ids(request.ids)
         return self.scheduler.submit(request)
 
-    async def run(self, fn: Callable[[ModelAdapter], T], *, timeout: float | None = None) -> T:
+    async def run(
+        self,
+        fn: Callable[[ModelAdapter], T],
+        *,
+        timeout: float | None = None,
+        gone: threading.Event | None = None,
+    ) -> T:
         """Runs ``fn(adapter)`` in the model's thread, alone on the model, between two decoding steps.
 
         For CAA, scores and the like. Decoding waits meanwhile. Errors of ``fn`` are raised here.
+
+        Args:
+            fn: the work.
+            timeout: seconds; None for the server's setting.
+            gone: is set when nobody waits for the result any more, for work that can stop halfway.
 
         Raises:
             RateLimitError: too much waits already.
             APIError: the server is shutting down (503), or no result in time (504).
         """
-        return await self.scheduler.run(fn, timeout)
+        return await self.scheduler.run(fn, timeout, gone)
 
     async def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt (text, ids, chat messages), in a thread; ValidationError as ``encode_prompt``."""
@@ -154,6 +173,25 @@ class ServingEngine:
             ValidationError: messages that the template refuses.
         """
         return await run_sync(self._encoder.encode_chat, messages)
+
+    async def check_examples(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
+        """Refuses what ``encode`` and the model would, before the model's thread has to do with it.
+
+        Raises:
+            ValidationError: a prompt or an answer that is too long, unknown token ids, a chat that can't be rendered.
+        """
+
+        def check() -> None:
+            for prompt in prompts:
+                self.adapter.check_token_ids(self._encoder.encode(prompt))
+            for answer in answers:
+                self._encoder.check_size(answer)
+
+        await run_sync(check)
+
+    async def prompt_text(self, prompt: Prompt) -> str:
+        """A prompt that ``encode`` took, as text."""
+        return await run_sync(self._encoder.text, prompt)
 
     async def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -261,10 +299,10 @@ class ServingEngine:
         return found
 
     def _behavior_vector(self, account_id: str | None, name: str) -> SteeringVector | None:
-        made = self._store.behavior(account_id, name) if self._store is not None else None
-        vector_id = getattr(made, "steering_vector_id", None)
-        if self._store is not None and vector_id is not None:
-            return self._store.vector(account_id, vector_id)
+        if self._store is not None:
+            vector_id = self._store.behavior_vector_id(account_id, name)
+            if vector_id is not None:
+                return self._store.vector(account_id, vector_id)
         shared = self._behaviors.get(name)
         return None if shared is None else shared.vector
 

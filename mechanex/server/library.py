@@ -151,8 +151,17 @@ class Library:
 
     def check_name(self, account_id: str | None, name: str) -> None:
         """Raises a ValidationError where the account has a behavior of this name."""
-        if self.behavior(account_id, name) is not None:
+        if self.behavior_vector_id(account_id, name) is not None:
             raise _taken(name)
+
+    def behavior_vector_id(self, account_id: str | None, name: str) -> str | None:
+        """The id of the vector of the account's behavior, or None; leaves its examples, which may be long, unread."""
+        wanted = select(behaviors.c.vector_id).where(
+            behaviors.c.user_id == (account_id or SHARED_ACCOUNT), behaviors.c.behavior_name == name
+        )
+        with self._database.read() as connection:
+            found: str | None = connection.scalar(wanted)
+        return found
 
     def behavior(self, account_id: str | None, name: str) -> Behavior | None:
         """The account's behavior, or None."""

@@ -52,6 +52,14 @@ class RateLimit:
         Raises:
             RateLimitError: too many; ``retry_after`` is when the next one may come, in whole seconds.
         """
+        self._spend(client, 1)
+
+    def check(self, client: str) -> None:
+        """Raises what ``take`` would, and counts nothing."""
+        if client in self._buckets:
+            self._spend(client, 0)
+
+    def _spend(self, client: str, tokens: int) -> None:
         now, rate = self._clock(), self._size / 60
         with self._lock:
             bucket = self._buckets.setdefault(client, _Bucket(self._size, now))
@@ -61,7 +69,7 @@ class RateLimit:
             bucket.tokens = min(self._size, bucket.tokens + (now - bucket.filled_at) * rate)
             bucket.filled_at = now
             if bucket.tokens >= 1:
-                bucket.tokens -= 1
+                bucket.tokens -= tokens
                 return
             wait = math.ceil((1 - bucket.tokens) / rate)
         raise RateLimitError(

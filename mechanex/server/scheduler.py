@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -90,7 +91,9 @@ class Scheduler:
             worker.changed.notify()
         return generation
 
-    async def run(self, fn: Callable[[ModelAdapter], T], timeout: float | None) -> T:
+    async def run(
+        self, fn: Callable[[ModelAdapter], T], timeout: float | None, gone: threading.Event | None = None
+    ) -> T:
         """Runs a function alone on the model; as :meth:`mechanex.server.engine.ServingEngine.run`."""
         worker = self._open()
         self._check_room(len(worker.jobs), _MOST_JOBS)
@@ -104,6 +107,9 @@ class Scheduler:
             )
         except asyncio.TimeoutError:
             raise APIError("The work took longer than the server allows; ask for less.", 504) from None
+        finally:
+            if gone is not None:
+                gone.set()
 
     def stop_accepting(self) -> None:
         """From now on requests are refused; those that are here go on."""
@@ -117,18 +123,26 @@ class Scheduler:
             return
         end = time.monotonic() + seconds
         while (
-            (worker.waiting or worker.n_running or worker.jobs) and time.monotonic() < end and self._alive()
+            (worker.waiting or worker.n_running or worker.jobs or worker.job)
+            and time.monotonic() < end
+            and self.alive
         ):
             await asyncio.sleep(0.02)
         with worker.changed:
             worker.closing = True
+            job = worker.job
             worker.changed.notify()
+        if job is not None:
+            with contextlib.suppress(concurrent.futures.InvalidStateError):  # it ended just now
+                job[0].set_exception(APIError("The server is shutting down; the work ends here.", 503))
         end = time.monotonic() + 2
-        while self._alive() and time.monotonic() < end:
+        while self.alive and time.monotonic() < end:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0)
 
-    def _alive(self) -> bool:
+    @property
+    def alive(self) -> bool:
+        """Whether the model's thread runs: after ``drain``, only while it does work that can't be stopped."""
         return self._thread is not None and self._thread.is_alive()
 
     def _open(self) -> Worker:

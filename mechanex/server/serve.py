@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import dataclasses
 import gc
 import json
 import logging
+import os
 import secrets
 import socket
 import sys
@@ -23,6 +25,7 @@ from .settings import Settings
 if TYPE_CHECKING:
     from ..engine.models.resolve import LoadedModel
     from ..engine.vector_store import VectorStore
+    from .scheduler import Scheduler
 
 __all__ = ["check_vllm", "serve_loaded"]
 
@@ -70,8 +73,21 @@ def serve_loaded(settings: Settings, loaded: LoadedModel, vectors: VectorStore |
             lifespan="on",
         )
         _Server(config, settings.shutdown_grace).run(sockets=[listening])
+        if app.state.engine.scheduler.alive:
+            atexit.register(_leave, app.state.engine.scheduler)
     finally:
         listening.close()
+
+
+def _leave(scheduler: Scheduler) -> None:
+    """Ends the process while the model's thread is in work that can't be stopped: the interpreter's own end, which
+    takes the thread down in the middle of C++ code, would abort."""
+    if scheduler.alive:
+        _logger.warning("the model is still at work for a request; the process ends without it")
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 class _Server(uvicorn.Server):
@@ -134,7 +150,8 @@ class JsonLines(logging.Formatter):
 
 def _listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    # Without the protocol's name asyncio sets no TCP_NODELAY, and each answer on a kept connection waits 40 ms.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((settings.host.strip("[]"), settings.port))

@@ -24,12 +24,13 @@ class Settings:
         host: address to bind. Anything but a loopback address needs a key from every client.
         port: TCP port; 0 lets the system choose a free one.
         key: the key that opens the whole server; None for ``MECHANEX_SERVER_KEY``. Where that is missing too and
-            one is needed, ``start`` makes one and prints it.
+            one is needed, ``serve_loaded`` makes one and prints it. A key that was given is asked for on a loopback
+            address too.
         database: SQLAlchemy URL of the accounts; None for ``server.sqlite`` under ``MECHANEX_HOME``.
         vectors: folder of vector files that every client may use; a file's name without suffix is its id.
         behaviors: files of behaviors that every client may use.
-        corrected_behaviors: names of behaviors that every answer of the OpenAI API is steered by, unless its request
-            names behaviors itself.
+        corrected_behaviors: names of behaviors that every answer is steered by, but those to requests of the OpenAI
+            API that name behaviors themselves.
         model_name: the name that clients see; None for the loaded model's.
         max_batch: most requests that are decoded together.
         max_waiting: most requests that wait for a place; a later one gets 429.
@@ -38,6 +39,8 @@ class Settings:
         prefill_tokens: most prompt tokens (padding included) that are read between two decoding steps.
         max_body_bytes: largest request body.
         max_choices: most answers that one request may ask for (prompts times ``n``).
+        max_examples: most contrastive examples that one vector is computed from at a client's wish.
+        max_example_layers: most layers that it may have.
         request_timeout: seconds from a request's arrival to its last token.
         shutdown_grace: seconds that running answers get to finish after SIGTERM.
         cors_origins: origins that browsers may call from; empty for none.
@@ -67,6 +70,8 @@ class Settings:
     prefill_tokens: int = 4096
     max_body_bytes: int = 4 * 2**20
     max_choices: int = 128
+    max_examples: int = 256
+    max_example_layers: int = 16
     request_timeout: float = 600.0
     shutdown_grace: float = 4.0
     cors_origins: tuple[str, ...] = ()
@@ -82,10 +87,8 @@ class Settings:
             raise ValidationError(f"host is an address such as 127.0.0.1 or 0.0.0.0; got {self.host!r}.")
         if not _whole(self.port) or not 0 <= self.port <= 65535:
             raise ValidationError(f"port is a number from 0 to 65535; got {self.port!r}.")
-        if self.key is not None and (
-            not isinstance(self.key, str) or not self.key.isascii() or not self.key.strip()
-        ):
-            raise ValidationError("the server's key is a text of printable ASCII characters, not empty.")
+        if self.key is not None:
+            _checked_key(self.key)
         counts = (
             "max_batch",
             "max_waiting",
@@ -93,6 +96,8 @@ class Settings:
             "prefill_tokens",
             "max_body_bytes",
             "max_choices",
+            "max_examples",
+            "max_example_layers",
         )
         for name in (*counts, "rate_limit", "api_rate_limit"):
             if not _whole(getattr(self, name)) or getattr(self, name) < 1:
@@ -113,8 +118,24 @@ class Settings:
             return False
 
     def server_key(self, environ: Mapping[str, str] | None = None) -> str | None:
-        """The key that opens the whole server: ``key``, or ``MECHANEX_SERVER_KEY``, or None."""
-        return self.key or (os.environ if environ is None else environ).get(KEY_VARIABLE) or None
+        """The key that opens the whole server: ``key``, or ``MECHANEX_SERVER_KEY``, or None; spaces around it go.
+
+        Raises:
+            ValidationError: the variable holds what is no key.
+        """
+        if self.key is not None:
+            return _checked_key(self.key)
+        given = (os.environ if environ is None else environ).get(KEY_VARIABLE)
+        return _checked_key(given) if given else None
+
+
+def _checked_key(key: object) -> str:
+    stripped = key.strip() if isinstance(key, str) else ""
+    if not stripped or not stripped.isascii() or not stripped.isprintable():
+        raise ValidationError(
+            f"the server's key (key=… or {KEY_VARIABLE}) is a text of printable ASCII characters, not empty."
+        )
+    return stripped
 
 
 def _whole(value: object) -> bool:

@@ -57,6 +57,10 @@ class Store:
         """
         return self.library.vector(account_id, vector_id)
 
+    def behavior_vector_id(self, account_id: str | None, name: str) -> str | None:
+        """The id of the vector of the account's behavior, or None."""
+        return self.library.behavior_vector_id(account_id, name)
+
     def behavior(self, account_id: str | None, name: str) -> Behavior | None:
         """The account's behavior, or None."""
         return self.library.behavior(account_id, name)

@@ -33,7 +33,8 @@ _PATIENCE = 3  # steps that a few prompts wait for more to be read together with
 
 
 class Worker:
-    """Owns the model; ``run`` is its thread. Others add to ``waiting`` and ``jobs`` while they hold ``changed``.
+    """Owns the model; ``run`` is its thread. Others add to ``waiting`` and ``jobs`` while they hold ``changed``;
+    ``job`` is the one of ``jobs`` that runs.
 
     Args:
         adapter: the model.
@@ -54,6 +55,7 @@ class Worker:
         self.changed = threading.Condition()
         self.waiting: deque[Row] = deque()
         self.jobs: deque[Job] = deque()
+        self.job: Job | None = None
         self.closing = False
         self.ready = threading.Event()
         self.failure: BaseException | None = None
@@ -246,13 +248,22 @@ class Worker:
             if not self.jobs:
                 return
             future, fn = self.jobs.popleft()
-        if not future.set_running_or_notify_cancel():
-            return
+            if not future.set_running_or_notify_cancel():
+                return
+            self.job = future, fn
+        try:
+            self._do(future, fn)
+        finally:
+            self.job = None
+
+    def _do(self, future: concurrent.futures.Future[Any], fn: Callable[[ModelAdapter], Any]) -> None:
         begun = time.perf_counter()
         try:
-            future.set_result(fn(self._adapter))
+            result = fn(self._adapter)
         except BaseException as error:
-            future.set_exception(error)
+            _tell(future.set_exception, error)
+        else:
+            _tell(future.set_result, result)
         self._metrics.model_seconds.labels("other").inc(time.perf_counter() - begun)
 
     def _answer_alone(self) -> None:
@@ -314,6 +325,13 @@ class Worker:
 def _deliver(news: list[_News]) -> None:
     for generation, one in news:
         generation.deliver(one)
+
+
+def _tell(setting: Callable[[Any], None], end: Any) -> None:
+    try:
+        setting(end)
+    except concurrent.futures.InvalidStateError:  # it was given up when the server's time was over
+        _logger.info("work that nobody waits for any more has ended")
 
 
 def _late(row: Row) -> MechanexError:

@@ -14,7 +14,7 @@ from ..engine.optimize.datapoints import TrainingDatapoint
 from ..engine.optimize.job import Job
 from ..engine.optimize.jobs import Result, run_jobs
 from ..engine.optimize.melbo import make_melbo_loss_funcs
-from ..engine.optimize.settings import Settings
+from ..engine.optimize.settings import Settings, settings_of
 from ..engine.text import Prompt
 from ..errors import ValidationError
 
@@ -106,8 +106,9 @@ def optimize_vector(
         target_loss: stop once the loss is at or below this.
         return_info: also return ``info``.
         do_target_loss_sum: compare the sum of the losses with ``target_loss``; else each completion's own. Also
-            decides what ``info`` holds as the loss: the sum, or ``[[src…], [dst…]]`` of each datapoint. Target losses
-            that datapoints give are always compared one by one; when all of them are met, that is enough to stop.
+            decides what ``info`` holds as the loss: the sum, or ``[[src…], [dst…]]`` of each datapoint. Where
+            datapoints give target losses, it is also enough that every completion by itself is at or below its own, or
+            below ``target_loss`` where it has none.
         return_loss_history: put ``loss_history``, the loss after each step, in ``info``.
         return_vec_history: put ``vec_history``, the vector after each step, in ``info``.
         target_loss_target_iters: how many evaluations in a row must meet the target, or differ from the last one by
@@ -136,7 +137,7 @@ def optimize_vector(
         output_constr_norm_initial_scale: see there.
         output_constr_lr: learning rate of that phase; None for ``lr``.
         max_output_constr_iters: most steps of that phase. It also ends when the norm has not improved by 0.1 % for 20
-            steps.
+            steps. Where it finds no better vector it starts again with a quarter of the rate, a few times.
         debug: print loss and norm at each step.
         normalize_completion_length: another name for ``normalize_token_length``.
         seed: of the starting vector, the noise and shuffles; recorded in ``info``.
@@ -192,7 +193,8 @@ def optimize_vectors(
         What :func:`optimize_vector` returns, for each job.
 
     Raises:
-        ValueError: as there; names the job.
+        ValueError: as there, or one checkpoint for several jobs; names the job.
+        TypeError: an option that doesn't exist; names the job.
     """
     made = []
     for i, given in enumerate(jobs):
@@ -204,6 +206,8 @@ def optimize_vectors(
             made.append(_job(model, dict(given), tokenizer))
         except ValidationError as error:
             raise ValidationError(f"Job {i}: {error.message}") from error
+        except TypeError as error:
+            raise TypeError(f"Job {i}: {error}") from error
     return run_jobs(made, progress=progress)
 
 
@@ -270,7 +274,7 @@ def optimize_vector_minibatch_hf(
     src, dst = list(src_completions or []), list(dst_completions or [])
     datapoints = [TrainingDatapoint(prompt, src, dst) for prompt in prompts]
     named = _named(locals()) | _renamed(options)
-    job = Job(model, datapoints, layer, Settings(**named), tokenizer, minibatch_size=minibatch_size)
+    job = Job(model, datapoints, layer, settings_of(named), tokenizer, minibatch_size=minibatch_size)
     return run_jobs([job], progress=progress)[0]
 
 
@@ -282,7 +286,7 @@ def _job(model: nn.Module | ModelAdapter, given: dict[str, Any], tokenizer: Any)
     datapoints, layer = given.pop("datapoints"), given.pop("layer")
     own = given.pop("tokenizer", None)
     given.pop("use_transformer_lens", None)
-    return Job(model, datapoints, layer, Settings(**_renamed(given)), own if own is not None else tokenizer)
+    return Job(model, datapoints, layer, settings_of(_renamed(given)), own if own is not None else tokenizer)
 
 
 def _settings(given: dict[str, Any]) -> Settings:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..._version import __version__
 from ...errors import ValidationError
@@ -23,7 +23,7 @@ from .adam import AdamState
 from .job import Job
 from .sampler import Epoch
 from .state import Best, ConstrainState, Outcome, Run, State
-from .stopping import Counters
+from .stopping import Counters, step_limit
 
 __all__ = ["Checkpoint", "begin"]
 
@@ -31,14 +31,14 @@ _log = logging.getLogger(__name__)
 
 FORMAT = "mechanex optimization 1"
 SECONDS_BETWEEN = 10.0
+# Numbers of each parameter that tell models apart.
+SAMPLE = 64
 
 # Options that a resumed run may change.
 _FREE = [
     "max_iters",
     "max_output_constr_iters",
     "return_info",
-    "return_loss_history",
-    "return_vec_history",
     "debug",
     "batch_tokens",
     "callback",
@@ -47,7 +47,7 @@ _FREE = [
     "patience",
     "generator",
     "seed",
-    "eval_datapoints",
+    "eval_datapoints",  # told as token ids
 ]
 _BY_CONTENT = (
     "starting_vec",
@@ -63,6 +63,7 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self._path = None if path is None else Path(path)
         self._written = time.monotonic()
+        self._fingerprint = ""
 
     def write_sometimes(self, run: Run) -> None:
         """Writes, unless that was done a few seconds ago."""
@@ -90,11 +91,12 @@ class Checkpoint:
     def _write(self, run: Run) -> None:
         if self._path is None:
             return
+        self._fingerprint = self._fingerprint or _fingerprint(run.job)
         tensors: dict[str, Tensor] = {}
         content = {
             "format": FORMAT,
             "version": __version__,
-            "fingerprint": _fingerprint(run.job),
+            "fingerprint": self._fingerprint,
             "seed": run.job.seed,
             "state": _state_out(run.state, tensors),
             "start": run.start,
@@ -118,6 +120,8 @@ def begin(job: Job) -> Run:
     path = job.settings.checkpoint
     if path is None or not Path(path).exists():
         return Run(job, State(AdamState.start(job.start())))
+    if Path(path).is_dir():
+        raise ValidationError(f"The checkpoint {path} is a folder; name a file in it.")
     try:
         with safe_open(path, "pt") as file:
             content = json.loads((file.metadata() or {}).get("mechanex", "{}"))
@@ -130,14 +134,25 @@ def begin(job: Job) -> Run:
         raise ValidationError(f"{path} is not a checkpoint of an optimization; name another file.")
     if content["fingerprint"] != _fingerprint(job) or job.settings.seed not in (None, content["seed"]):
         raise ValidationError(
-            f"{path} is the checkpoint of another optimization: its model, datapoints, layers, seed or options differ. "
+            f"{path} is the checkpoint of another optimization: its model, datapoints, layers, seed or options "
+            "differ. "
             "Give the same ones to go on, or remove the file to start anew."
         )
     job.reseed(content["seed"])
-    run = Run(job, _state_in(content["state"], tensors), start=content["start"], shown=content["shown"])
+    state = _continued(_state_in(content["state"], tensors), job)
+    run = Run(job, state, start=content["start"], shown=content["shown"])
     run.evals = content["evals"]
     run.vectors = list(tensors["vectors"]) if "vectors" in tensors else []
     return run
+
+
+def _continued(state: State, job: Job) -> State:
+    """The state, without its second phase where the first one now has more steps to go."""
+    if state.constrained is None:
+        return state
+    outcome = state.constrained.outcome
+    short = outcome.stopped in ("max_iters", "limit") and outcome.steps < step_limit(job.settings)
+    return replace(state, constrained=None) if short else state
 
 
 def _fingerprint(job: Job) -> str:
@@ -152,13 +167,31 @@ def _fingerprint(job: Job) -> str:
     if isinstance(job.settings.lr_schedule, str):
         settings["max_iters"] = job.settings.max_iters
     adapter, size = job.adapter, job.minibatch_size
-    told = (adapter.model_id, adapter.d_model, str(job.dtype), job.layers, size, job.completions, settings)
+    model = (adapter.model_id, adapter.d_model, str(job.dtype), _weights(adapter.model))
+    told = (model, job.layers, size, job.completions, job.eval_completions, settings)
     return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def _weights(model: nn.Module) -> str:
+    """A hash of some numbers of every parameter: sees another training or a merged adapter, and reads little."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        found.update(name.encode())
+        if parameter.device.type != "meta" and parameter.numel():
+            flat = parameter.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // SAMPLE)].cpu().double()
+            found.update(sample.numpy().tobytes())
+    return found.hexdigest()
 
 
 def _content(value: Any) -> str:
     if callable(value):
-        return "a function"
+        name = getattr(value, "__qualname__", type(value).__qualname__)
+        code = getattr(value, "__code__", None)
+        if code is None:
+            return name
+        plain = [c for c in code.co_consts if isinstance(c, int | float | str)]
+        return f"{name} {hashlib.sha256(code.co_code + repr(plain).encode()).hexdigest()}"
     return hashlib.sha256(torch.as_tensor(value).detach().double().cpu().numpy().tobytes()).hexdigest()
 
 
@@ -176,7 +209,7 @@ def _state_out(state: State, tensors: dict[str, Tensor]) -> dict[str, Any]:
     }
     second = state.constrained
     if second is not None:
-        tensors |= {"outcome": second.outcome.theta, "margins": second.margins}
+        tensors |= {"outcome": second.outcome.theta, "margins": second.margins, "over": second.over}
         if second.multipliers is not None:
             tensors["multipliers"] = second.multipliers
         outcome = second.outcome
@@ -185,8 +218,12 @@ def _state_out(state: State, tensors: dict[str, Tensor]) -> dict[str, Any]:
             "adam": _adam_out("constrained.adam", second.adam, tensors),
             "best": _best_out("constrained.best", second.best, tensors),
             "stiffness": second.stiffness,
+            "began": second.began,
             "mark": second.mark,
             "waited": second.waited,
+            "lr": second.lr,
+            "earlier": second.earlier,
+            "restarts": second.restarts,
         }
     return found
 
@@ -211,10 +248,15 @@ def _state_in(found: dict[str, Any], tensors: dict[str, Tensor]) -> State:
         _adam_in("constrained.adam", second["adam"], tensors),
         None if multipliers is None else multipliers.cpu(),
         tensors["margins"].cpu(),
+        tensors["over"].cpu(),
         second["stiffness"],
         best,
+        second["began"],
         second["mark"],
         second["waited"],
+        second["lr"],
+        second["earlier"],
+        second["restarts"],
     )
     return replace(state, constrained=constrained)
 

@@ -10,6 +10,7 @@ less than its bound, by a margin as wide as it has lately swung: then vectors th
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Generator
 from dataclasses import replace
@@ -27,7 +28,15 @@ from .state import Best, ConstrainState, Outcome, Run
 
 __all__ = ["constrain"]
 
+_log = logging.getLogger(__name__)
+
 PATIENCE = 20
+# A loss that depends little on θ stays above its bound for long: after so many steps its multiplier grows at this rate.
+STREAK = 5
+GROWTH = 1.1
+# Steps too long for the constraints leave the feasible vectors at once: then they are cut to a share, so many times.
+RESTARTS = 4
+SHARE = 0.25
 LEAST_GAIN = 1e-3
 # Per step, of the stiffness: how fast multipliers follow their constraints. Measured on mx-tiny: faster ones swing.
 ASCENT = 0.01
@@ -41,7 +50,6 @@ Cost = Callable[[Tensor], tuple[float, Tensor]]
 def constrain(run: Run, outcome: Outcome, checkpoint: Checkpoint) -> Generator[Request, Evaluation, Outcome]:
     """Starts from the first phase's outcome and returns the best feasible vector, which may be that one."""
     job, settings = run.job, run.job.settings
-    lr = settings.output_constr_lr or settings.lr
     cost, max_norm = _cost(job, outcome)
     bounds = torch.tensor(
         [loss + settings.eps * max(1.0, abs(loss)) for loss in outcome.losses], dtype=torch.float64
@@ -49,15 +57,25 @@ def constrain(run: Run, outcome: Outcome, checkpoint: Checkpoint) -> Generator[R
     if run.state.constrained is None:
         start = Best(math.inf, outcome.theta, 0, outcome.losses)
         began = ConstrainState(
-            outcome, AdamState.start(outcome.theta), None, torch.zeros_like(bounds), 0.0, start, math.inf
+            outcome,
+            AdamState.start(outcome.theta),
+            multipliers=None,
+            margins=torch.zeros_like(bounds),
+            over=torch.zeros_like(bounds),
+            stiffness=0.0,
+            best=start,
+            began=math.inf,
+            mark=math.inf,
+            waited=0,
+            lr=settings.output_constr_lr or settings.lr,
         )
         run.state = replace(run.state, constrained=began)
-    stopped = "max_output_constr_iters"
+    stopped, seen = "max_output_constr_iters", run.state.constrained
     try:
         while True:
             state = run.state.constrained
             assert state is not None
-            theta, step = state.adam.theta, state.adam.step
+            theta = state.adam.theta
             evaluation = yield job.request(theta, _lagrangian(state, bounds))
             value, slope = cost(theta)
             if not evaluation.finite or not math.isfinite(value):
@@ -65,41 +83,58 @@ def constrain(run: Run, outcome: Outcome, checkpoint: Checkpoint) -> Generator[R
                 break
             found = torch.tensor(evaluation.losses, dtype=torch.float64)
             violations = found - bounds
-            state = _compared(state, value, bool((violations <= 0).all()), evaluation.losses)
-            run.state = replace(run.state, constrained=state)
+            feasible = bool((violations <= 0).all())
+            # Only a whole iteration goes into the run's state: what goes on from there evaluates this vector again.
+            seen = state = _compared(state, value, feasible, evaluation.losses)
+            if (
+                settings.max_output_constr_iters is not None
+                and state.step >= settings.max_output_constr_iters
+            ):
+                break
             if state.waited >= PATIENCE:
-                stopped = "converged"
-                break
-            if settings.max_output_constr_iters is not None and step >= settings.max_output_constr_iters:
-                break
+                strayed = not feasible or value > state.best.score
+                if _gained(state) or not strayed or state.restarts >= RESTARTS:
+                    stopped = "converged"
+                    break
+                run.state = replace(run.state, constrained=_restarted(state))
+                continue
             gradient = evaluation.gradient
             assert gradient is not None
             if state.multipliers is None:
-                state = _balanced(state, slope, gradient, lr, len(bounds))
+                state = _balanced(state, slope, gradient, len(bounds))
                 assert state.multipliers is not None
                 gradient = gradient * state.multipliers[0].to(gradient)
             else:
                 aim = violations + state.margins
                 raised = (state.multipliers + ASCENT * state.stiffness * aim).clamp_min(0)
+                over = torch.where(violations > 0, state.over + 1, 0)
+                raised = torch.where(over > STREAK, GROWTH * raised, raised)
                 margins = torch.maximum(aim, FADING * state.margins).clamp_min(0)
-                state = replace(state, multipliers=raised, margins=margins)
-            adam = adam_step(state.adam, clipped(slope + gradient, settings.grad_clip), lr)
+                state = replace(state, multipliers=raised, margins=margins, over=over)
+            adam = adam_step(state.adam, clipped(slope + gradient, settings.grad_clip), state.lr)
             projected = job.parameters.project(adam.theta, max_norm, settings.max_affine_norm)
             run.state = replace(run.state, constrained=replace(state, adam=replace(adam, theta=projected)))
             checkpoint.write_sometimes(run)
     except KeyboardInterrupt:
         if not settings.keep_on_interrupt:
             raise
-        stopped = "interrupted"
-    state = run.state.constrained
-    assert state is not None
-    best = state.best
+        stopped, seen = "interrupted", run.state.constrained
+    assert seen is not None
+    best = seen.best
     assert best.losses is not None
+    if not best.step and seen.step >= PATIENCE and stopped != "interrupted":
+        _log.warning(
+            "The output-constrained phase found no better vector that keeps every loss, in %d steps; what it began "
+            "with is returned. Try a smaller output_constr_lr (it was %g, at the end %.2g) or more steps.",
+            seen.step,
+            settings.output_constr_lr or settings.lr,
+            seen.lr,
+        )
     return replace(
         outcome,
         theta=best.theta,
         losses=best.losses,
-        constrained_steps=state.adam.step,
+        constrained_steps=seen.step,
         constrained_stopped=stopped,
     )
 
@@ -134,7 +169,7 @@ def _lagrangian(state: ConstrainState, bounds: Tensor) -> Objective:
     return weights
 
 
-def _balanced(state: ConstrainState, slope: Tensor, gradient: Tensor, lr: float, n: int) -> ConstrainState:
+def _balanced(state: ConstrainState, slope: Tensor, gradient: Tensor, n: int) -> ConstrainState:
     """Multipliers to begin with, under which the losses' pull best cancels the cost's, and a stiffness to match.
 
     The stiffness is such that a violation as large as one step can make it doubles the losses' pull.
@@ -144,8 +179,30 @@ def _balanced(state: ConstrainState, slope: Tensor, gradient: Tensor, lr: float,
         return replace(state, multipliers=torch.zeros(n, dtype=torch.float64), stiffness=1.0)
     balance = max(0.0, -float(slope @ gradient) / length**2)
     scale = max(balance, float(slope.norm()) / length)
-    stiffness = scale / (lr * math.sqrt(len(slope)) * length)
+    stiffness = scale / (state.lr * math.sqrt(len(slope)) * length)
     return replace(state, multipliers=torch.full((n,), balance, dtype=torch.float64), stiffness=stiffness)
+
+
+def _gained(state: ConstrainState) -> bool:
+    """Whether the best vector is better than the first one by more than hardly."""
+    return state.best.score < state.began - LEAST_GAIN * abs(state.began)
+
+
+def _restarted(state: ConstrainState) -> ConstrainState:
+    """The state back at the best vector, with shorter steps; multipliers that grew far from there are found anew."""
+    return replace(
+        state,
+        adam=AdamState.start(state.best.theta),
+        multipliers=None,
+        margins=torch.zeros_like(state.margins),
+        over=torch.zeros_like(state.over),
+        stiffness=0.0,
+        mark=state.best.score,
+        waited=0,
+        lr=SHARE * state.lr,
+        earlier=state.step,
+        restarts=state.restarts + 1,
+    )
 
 
 def _compared(state: ConstrainState, value: float, feasible: bool, losses: list[float]) -> ConstrainState:
@@ -153,13 +210,13 @@ def _compared(state: ConstrainState, value: float, feasible: bool, losses: list[
 
     Any vector's lower cost is an improvement: the way to a feasible one leads past some that are not.
     """
-    if not state.adam.step:
-        return replace(state, best=replace(state.best, score=value), mark=value)
+    if not state.step:
+        return replace(state, best=replace(state.best, score=value), began=value, mark=value)
     best, waited = state.best, state.waited + 1
     if feasible and value < best.score:
         if value < best.score - LEAST_GAIN * abs(best.score):
             waited = 0
-        best = Best(value, state.adam.theta, state.adam.step, losses)
+        best = Best(value, state.adam.theta, state.step, losses)
     mark = state.mark
     if value < mark - LEAST_GAIN * abs(mark):
         mark, waited = value, 0

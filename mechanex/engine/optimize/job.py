@@ -22,7 +22,7 @@ from .parameters import Parameters
 from .passes import Request
 from .sampler import Minibatches
 from .settings import Settings
-from .stopping import Stopping, target_of
+from .stopping import Stopping, check_satisficing, target_of
 
 __all__ = ["Job", "layer_indices"]
 
@@ -89,7 +89,7 @@ class Job:
         only_prompt = self.settings.only_hook_prompt
         try:
             self.eval_completions = completions_of(datapoints, self.tokenizer, only_prompt=only_prompt)
-            Stopping(self.settings, self.eval_completions)
+            check_satisficing(self.settings, self.eval_completions)
         except ValidationError as error:
             raise ValidationError(f"eval_datapoints: {error.message}") from error
         self.eval_spec = LayoutSpec(

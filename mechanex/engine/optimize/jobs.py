@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,9 +31,13 @@ def run_jobs(jobs: Sequence[Job], *, progress: bool = False) -> list[Result]:
     Args:
         jobs: at least one, all of one model.
         progress: show a progress bar.
+
+    Raises:
+        ValidationError: no jobs, of several models, or with one checkpoint.
     """
     if not jobs:
         raise ValidationError("There is nothing to optimize: no jobs were given.")
+    _check_checkpoints(jobs)
     adapter = jobs[0].adapter
     if any(job.adapter is not adapter for job in jobs):
         raise ValidationError(
@@ -51,6 +56,17 @@ def run_jobs(jobs: Sequence[Job], *, progress: bool = False) -> list[Result]:
         runs = [begin(job) for job in jobs]
         outcomes = _drive(runs, passes, progress)
     return [_result(run, outcome) for run, outcome in zip(runs, outcomes, strict=True)]
+
+
+def _check_checkpoints(jobs: Sequence[Job]) -> None:
+    first: dict[Path, int] = {}
+    for i, job in enumerate(jobs):
+        path = job.settings.checkpoint
+        if path is not None and first.setdefault(Path(path).resolve(), i) != i:
+            raise ValidationError(
+                f"Job {first[Path(path).resolve()]} and job {i} have one checkpoint, {path}, and would overwrite each "
+                "other's; name a file for each."
+            )
 
 
 def lay_out(jobs: Sequence[Job]) -> None:
@@ -126,7 +142,7 @@ def _drive(runs: list[Run], passes: Passes, progress: bool) -> list[Outcome]:
 
 def _show(bar: Any, runs: list[Run]) -> None:
     states = [run.state for run in runs]
-    second = [state.constrained.adam.step for state in states if state.constrained is not None]
+    second = [state.constrained.step for state in states if state.constrained is not None]
     step = max(state.adam.step for state in states) + max(second, default=0)
     shown = [run.loss for run in runs]
     norms = [

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from ...errors import ValidationError
 from .datapoints import TrainingDatapoint
 
-__all__ = ["LIMIT", "LossOptions", "Settings"]
+__all__ = ["LIMIT", "LossOptions", "Settings", "settings_of"]
 
 # Steps after which an optimization that was given no max_iters ends.
 LIMIT = 10_000
@@ -151,11 +152,21 @@ class Settings:
         return bool(self.noise_scale)
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+        """The learning rate of a step, counted from 0.
+
+        Raises:
+            ValidationError: a given schedule returns something else than a finite number of at least 0.
+        """
         if self.lr_schedule is None:
             return self.lr
         if callable(self.lr_schedule):
-            return self.lr * float(self.lr_schedule(step))
+            factor = self.lr_schedule(step)
+            if not _is_finite(factor) or factor < 0:
+                raise ValidationError(
+                    f"lr_schedule gave {factor!r} for step {step}; it returns a finite number of at least 0, "
+                    "which lr is multiplied by."
+                )
+            return self.lr * float(factor)
         share = step / max(self.max_iters or 0, 1)
         return self.lr * (1 - share if self.lr_schedule == "linear" else (1 + math.cos(math.pi * share)) / 2)
 
@@ -198,14 +209,34 @@ _NEEDED = {
 }
 
 
+def settings_of(options: Mapping[str, Any]) -> Settings:
+    """Settings of options that a caller gave.
+
+    Raises:
+        ValidationError: as :class:`Settings`.
+        TypeError: an option that doesn't exist; names it and the nearest one that does.
+    """
+    known = list(Settings.__dataclass_fields__)
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            raise TypeError(f"There is no option {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+    return Settings(**options)
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    return type(value) is not bool and isinstance(value, numbers.Real) and math.isfinite(value)
+
+
 def _number(name: str, value: Any, least: float, strict: bool) -> float | None:
     """The value as a float; a ValidationError unless it is a finite number in its range."""
     if value is None and name not in _NEEDED:
         return None
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    ok = type(value) is not bool and isinstance(value, numbers.Real) and math.isfinite(value)
-    if not ok or value < least or (strict and value == least):
+    if not _is_finite(value) or value < least or (strict and value == least):
         bound = "" if least == -math.inf else f" {'above' if strict else 'of at least'} {least:g}"
         raise ValidationError(f"{name} is a finite number{bound}; got {value!r}.")
     return float(value)

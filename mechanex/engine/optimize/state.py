@@ -65,20 +65,35 @@ class ConstrainState:
         adam: θ and the optimizer's means.
         multipliers: [n] of the constraints; None before the first step.
         margins: [n] how far below its bound each loss is aimed.
+        over: [n] for how many iterations each loss has been above its bound.
         stiffness: of the penalty on violated constraints.
         best: the best feasible vector.
+        began: the cost at the start.
         mark: the value that the next improvement is measured from.
         waited: iterations since the last improvement.
+        lr: the learning rate.
+        earlier: steps taken before the last restart.
+        restarts: with a lower learning rate.
     """
 
     outcome: Outcome
     adam: AdamState
     multipliers: Tensor | None
     margins: Tensor
+    over: Tensor
     stiffness: float
     best: Best
+    began: float
     mark: float
-    waited: int = 0
+    waited: int
+    lr: float
+    earlier: int = 0
+    restarts: int = 0
+
+    @property
+    def step(self) -> int:
+        """Steps taken in this phase."""
+        return self.earlier + self.adam.step
 
 
 @dataclass(frozen=True, eq=False)
