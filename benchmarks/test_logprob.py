@@ -10,14 +10,15 @@ pytest benchmarks/test_logprob.py --benchmark-only
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 
 import pytest
 import torch
 from interleaved import medians
+from llama import llama_46m
 from measure import matmul_share, peak_bytes
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from mechanex.engine.score import completion_logprobs
 from mechanex.ops.logprob import completion_logprob
@@ -26,21 +27,6 @@ ROUNDS = 3
 LAYER = 6
 BATCH = 16
 TOKENS_PER_WORD = 1.3
-
-
-@functools.cache
-def llama_46m() -> LlamaForCausalLM:
-    """A random float32 Llama: 38 M parameters in its layers, 8 M in the unembedding."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=16_000,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        max_position_embeddings=1024,
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +96,7 @@ def ours(model, prompts, completions, vector=None):
 
 @pytest.mark.parametrize("learning", [False, True], ids=["forward", "forward and backward"])
 def test_long_prompts_with_many_completions(examples, report, benchmark, learning):
-    model = llama_46m()
+    model = copy.deepcopy(llama_46m()).requires_grad_(False)
     vector = 0.1 * torch.randn(512, generator=torch.Generator().manual_seed(2)) if learning else None
     if vector is not None:
         vector.requires_grad_()

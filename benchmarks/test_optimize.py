@@ -7,7 +7,6 @@ pytest benchmarks/test_optimize.py
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from contextlib import ExitStack
@@ -15,8 +14,9 @@ from contextlib import ExitStack
 import pytest
 import torch
 from interleaved import medians
+from llama import llama_46m
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from mechanex.engine.models.adapter import undisturbed
 from mechanex.engine.optimize.job import Job
@@ -36,20 +36,6 @@ PRODUCTS = (
     "aten::baddbmm",
     "aten::_scaled_dot_product",
 )
-
-
-@functools.cache
-def llama_512() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=16_000,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        max_position_embeddings=1024,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def datapoints(prompt_tokens: int) -> list[TrainingDatapoint]:
@@ -103,7 +89,7 @@ def share_of_products(step, rounds: int = ROUNDS) -> float:
 
 @pytest.mark.parametrize("prompt_tokens", [12, 70])
 def test_step(report, benchmark, prompt_tokens):
-    model, data = llama_512(), datapoints(prompt_tokens)
+    model, data = llama_46m(), datapoints(prompt_tokens)
     job = Job(model, data, LAYER, Settings(seed=0))
     theta = job.start()
     with ExitStack() as stack:
@@ -147,7 +133,7 @@ def test_step(report, benchmark, prompt_tokens):
 
 def test_jobs_together(report, benchmark):
     """Four layers at once against one after another."""
-    model, data = llama_512(), datapoints(12)
+    model, data = llama_46m(), datapoints(12)
     jobs = [Job(model, data, layer, Settings(seed=0)) for layer in (5, 7, 9, 11)]
     with undisturbed(model), Passes(jobs[0].adapter, [5, 7, 9, 11], [5, 7, 9, 11], 4096) as passes:
         lay_out(jobs)
