@@ -17,6 +17,7 @@ for _name in (
     "MECHANEX_EMAIL",
     "MECHANEX_PASSWORD",
     "MECHANEX_SERVER_KEY",
+    "MECHANEX_TRACEBACK",
 ):
     os.environ.pop(_name, None)
 

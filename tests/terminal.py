@@ -19,11 +19,14 @@ __all__ = ["Ran", "Terminal", "terminal"]
 
 _SHELL = """
 import json, os, signal, sys, time
+from tqdm.std import TqdmDefaultWriteLock
 from mechanex import demo
 from mechanex.cli import main
 from mechanex.commands import account, demo_measure, doctor, models, optimize, score, serve, steer, vectors
 from mechanex.server import serve
 
+# A lock that forked processes share: one that is interrupted while it has it would hold up the next.
+TqdmDefaultWriteLock.mp_lock = None
 # Much of transformers is imported when a model first runs.
 arguments = ["score", "mx-tiny", "--prompt", "a", "--completion", " b", "--completion", " c"]
 main(arguments, standalone_mode=False)
