@@ -43,6 +43,7 @@ _NAMES = {
 _CLIENT_METHODS = frozenset(
     {
         "create_api_key",
+        "delete_api_key",
         "get_huggingface_models",
         "list_api_keys",
         "load",
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
 
     _default = client.default_client()
     create_api_key = _default.create_api_key
+    delete_api_key = _default.delete_api_key
     get_huggingface_models = _default.get_huggingface_models
     list_api_keys = _default.list_api_keys
     load = _default.load
@@ -137,6 +139,7 @@ __all__ = [
     "bundled",
     "client",
     "create_api_key",
+    "delete_api_key",
     "engine",
     "errors",
     "generation",

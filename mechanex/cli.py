@@ -15,7 +15,7 @@ from .commands import tools, with_model
 from .commands.group import Group
 from .commands.options import email_option, json_option, password_option
 
-__all__ = ["create_api_key", "list_api_keys", "login", "logout", "main", "signup", "whoami"]
+__all__ = ["create_api_key", "delete_api_key", "list_api_keys", "login", "logout", "main", "signup", "whoami"]
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,6 +65,15 @@ def create_api_key(name: str, *, save: bool = False, as_json: bool = False) -> N
     from .commands.account import run_create_api_key
 
     run_create_api_key(click.get_current_context().obj, name, save, as_json)
+
+
+@main.command()
+@click.argument("key_id")
+def delete_api_key(key_id: str) -> None:
+    """End an API key at once. KEY_ID is the id that list-api-keys shows."""
+    from .commands.account import run_delete_api_key
+
+    run_delete_api_key(click.get_current_context().obj, key_id)
 
 
 @main.command()

@@ -91,6 +91,16 @@ class SAEModule(_BaseModule):
         call, transport = "sae.list_behaviors", self._client.transport
         return self._run(call, lambda: listed(transport.get("/behaviors"), call, "behaviors"), None)
 
+    def delete_behavior(self, behavior_name: str) -> None:
+        """Deletes a behavior of this account on a server of one's own; its vectors stay.
+
+        Raises:
+            NotFoundError: the account has no behavior of this name.
+            MechanexError: there is no server to ask, and whatever ``transport.call`` raises.
+        """
+        transport = self._client.transport
+        self._run("sae.delete_behavior", lambda: transport.delete("/behaviors/", behavior_name), None)
+
     def generate(
         self,
         prompt: str,
@@ -134,6 +144,7 @@ if TYPE_CHECKING:
     _default = default_client().sae
     create_behavior = _default.create_behavior
     create_behavior_from_jsonl = _default.create_behavior_from_jsonl
+    delete_behavior = _default.delete_behavior
     generate = _default.generate
     list_behaviors = _default.list_behaviors
 else:

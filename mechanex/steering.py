@@ -153,6 +153,25 @@ class SteeringModule(_BaseModule):
         """
         return dict(self._client.vectors.get(vector_id))
 
+    def delete_vectors(self, vector_id: str) -> None:
+        """Deletes stored vectors: those of this machine, or else those of the account on a server of one's own.
+
+        Raises:
+            NotFoundError: no stored vectors have this id.
+            ValidationError: the text can't be an id, or a behavior of the account uses the vectors.
+            MechanexError: the file can't be deleted.
+        """
+        client = self._client
+        here = client.execution_mode != "remote" and client.has_vector(vector_id)
+        if (
+            here
+            or client.execution_mode == "local"
+            or not (client.is_remote or client.transport.address.chosen)
+        ):
+            client.vectors.delete(vector_id)
+        else:
+            client.transport.delete("/steering/vectors/", vector_id)
+
     def save_vectors(
         self, vectors_or_id: str | Mapping[int, Tensor] | SteeringVector, path: str | os.PathLike[str]
     ) -> None:
@@ -221,6 +240,7 @@ if TYPE_CHECKING:
     generate_vectors = _default.generate_vectors
     generate_from_jsonl = _default.generate_from_jsonl
     get_vectors = _default.get_vectors
+    delete_vectors = _default.delete_vectors
     save_vectors = _default.save_vectors
     load_vectors = _default.load_vectors
 else:

@@ -428,6 +428,42 @@ def test_behaviors_are_computed_listed_and_used(client: TestClient, model: Loade
     ]
 
 
+def test_what_an_account_keeps_is_bounded_listed_and_deleted(connect: Connect, mechanex_home: Path) -> None:
+    client = connect(max_vectors=2)
+    ann, bob = signed_up(client, ANN), signed_up(client, BOB)
+    caa = EXAMPLES | {"method": "caa"}
+    first = client.post("/steering/generate", json=caa, headers=ann).json()["steering_vector_id"]
+    client.post("/behaviors/create", json=EXAMPLES | {"behavior_name": "so/so?"}, headers=ann)
+    for path, body in (
+        ("/steering/generate", caa),
+        ("/behaviors/create", EXAMPLES | {"behavior_name": "more"}),
+    ):
+        reason = refused(client.post(path, json=body, headers=ann), 400)
+        assert "may keep 2" in reason and "DELETE /steering/vectors/{id}" in reason
+    kept = client.get("/steering/vectors", headers=ann).json()
+    assert [one["behavior_names"] for one in kept] == [[], ["so/so?"]] and kept[0]["created_at"]
+    assert (
+        kept[0]["steering_vector_id"] == first and client.get("/steering/vectors", headers=bob).json() == []
+    )
+    second = kept[1]["steering_vector_id"]
+    refused(client.delete(f"/steering/vectors/{first}", headers=bob), 404)
+    refused(client.delete("/behaviors/so%2Fso%3F", headers=bob), 404)
+    assert "'so/so?'" in refused(client.delete(f"/steering/vectors/{second}", headers=ann), 400)
+    assert client.delete("/behaviors/so%2Fso%3F", headers=ann).status_code == 204
+    for vector_id in (first, second):
+        assert client.delete(f"/steering/vectors/{vector_id}", headers=ann).status_code == 204
+        refused(client.delete(f"/steering/vectors/{vector_id}", headers=ann), 404)
+        body = {"prompt": "The", "steering_vector_id": vector_id, "steering_strength": 1, "max_tokens": 2}
+        refused(client.post("/generate", json=body, headers=ann), 404)
+    assert (
+        client.get("/steering/vectors", headers=ann).json()
+        == client.get("/behaviors", headers=ann).json()
+        == []
+    )
+    assert not list((mechanex_home / "server" / "vectors").iterdir())
+    assert client.post("/steering/generate", json=caa, headers=ann).status_code == 200
+
+
 def test_an_account_that_chose_another_model_is_told(client: TestClient) -> None:
     ann = signed_up(client, ANN)
     account = client.get("/auth/whoami", headers=ann).json()["id"]
@@ -471,7 +507,7 @@ def test_a_damaged_vector_file_is_the_servers_error(client: TestClient, mechanex
         "steering_vector_id"
     ]
     app: Any = client.app
-    app.state.store.library._cache.clear()
+    app.state.store.library._files._cache.clear()
     (mechanex_home / "server" / "vectors" / f"{vector_id}.safetensors").write_bytes(b"\xff" * 64)
     body = {"prompt": "The", "steering_vector_id": vector_id, "steering_strength": 1, "max_tokens": 2}
     assert "is damaged on the server" in refused(client.post("/generate", json=body), 500)

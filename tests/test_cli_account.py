@@ -87,7 +87,12 @@ def test_from_sign_up_to_log_out(server: ServerProcess, email: str, config: Path
     assert json.loads(config.read_text())["api_key"] == stored["api_key"]
     saved = json.loads(run("create-api-key", "--save", "--json").stdout)
     assert json.loads(config.read_text())["api_key"] == saved["key"]
-    assert len(json.loads(run("list-api-keys", "--json").stdout)) == 3
+    listed = json.loads(run("list-api-keys", "--json").stdout)
+    assert len(listed) == 3
+    assert "is deleted" in run("delete-api-key", listed[2]["id"]).stdout
+    assert json.loads(run("list-api-keys", "--json").stdout) == listed[:2]
+    (line,) = run("delete-api-key", listed[2]["id"], code=1).stderr.splitlines()
+    assert "no API key of this account" in line
 
     assert str(config) in run("logout").stdout and not config.exists()
     assert "no stored credentials" in run("logout").stdout

@@ -96,6 +96,13 @@ def test_vectors_from_import_to_export(vector: SteeringVector, tmp_path: Path) -
     run("vectors", "export", tmp_path / "two.safetensors", out, "--force")
     assert Mechanex().steering.get_vectors(second)[1].equal(vector[1])
 
+    # All that are named, or none.
+    (line,) = run("vectors", "delete", first, "unknown", second, code=1).stderr.splitlines()
+    assert "unknown" in line and len(json.loads(run("vectors", "list", "--json").stdout)) == 2
+    assert run("vectors", "delete", first, second, first).stdout.count("Deleted") == 2
+    assert json.loads(run("vectors", "list", "--json").stdout) == []
+    assert "VECTOR" in run("vectors", "delete", code=2).stderr
+
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
@@ -104,6 +111,7 @@ def test_vectors_from_import_to_export(vector: SteeringVector, tmp_path: Path) -
         (["show", "../x"], "../x"),
         (["show", "nowhere.json"], "nowhere.json"),
         (["export", "unknown", "{tmp}/a.json"], "unknown"),
+        (["delete", "../x"], "../x"),
         (["export", "{tmp}/v.json", "{tmp}/a.pt"], "'.pt'"),
         (["import", "{tmp}/bad.json"], "bad.json"),
     ],
@@ -186,6 +194,12 @@ def test_the_doctor_reports_installation_credentials_and_server(monkeypatch: pyt
         monkeypatch.setenv("MECHANEX_API_KEY", "environment-secret")
         out = run("doctor").stdout
         assert "api_key (from MECHANEX_API_KEY)" in out and "secret" not in out
+        monkeypatch.delenv("MECHANEX_API_KEY")
+        Mechanex().logout()
+        Mechanex().set_token("ended-access", "ended-refresh", persist=True)
+        server.faults = [Status(401), Status(401)]
+        out = run("doctor").stdout
+        assert "credentials: access_token, refresh_token: the session has ended, run mechanex login" in out
     monkeypatch.setenv("MECHANEX_BASE_URL", "https://user:secret@host")
     out = run("doctor").stdout
     assert "unusable" in out and "secret" not in out

@@ -134,3 +134,10 @@ def test_a_loss_that_becomes_nan_ends_with_the_best_vector(caplog):
         and bool(torch.isfinite(vector).all())
         and info["loss"] < info["starting_loss"]
     )
+
+
+@pytest.mark.parametrize("lr", [1e30, 1e300])
+def test_a_vector_that_outgrows_its_numbers_ends_with_the_best_one(lr, caplog):
+    vector, info = optimize(max_iters=50, lr=lr)
+    assert info["stopped"] == "not finite" and "norm is too large" in caplog.text
+    assert math.isfinite(info["norm"]) and bool(torch.isfinite(vector).all())

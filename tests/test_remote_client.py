@@ -152,6 +152,13 @@ def test_an_account_from_its_first_to_its_last_moment(server: ServerProcess) -> 
     assert client.set_model("mx-tiny")["model_name"] == "mx-tiny"
     with pytest.raises(NotFoundError):
         client.set_model("another")
+    client.delete_api_key(listed["id"])
+    assert client.list_api_keys() == []
+    for key_id in (listed["id"], "../api-keys", "a?b#c"):
+        with pytest.raises(NotFoundError, match="no API key of this account"):
+            client.delete_api_key(key_id)
+    with pytest.raises(ValidationError, match="isn't empty"):
+        client.delete_api_key("")
     assert Mechanex(server.url).whoami()["email"] == "first@example.com"  # from the file
     assert client.logout()
     again = Mechanex(server.url)
@@ -175,6 +182,16 @@ def test_behaviors_are_kept_by_the_server(remote: Mechanex, tmp_path: Path) -> N
         "fast", tmp_path / "pairs.jsonl", "running", made["steering_vector_id"]
     )
     assert [one["behavior_name"] for one in remote.sae.list_behaviors()] == ["angry", "fast"]
+    with pytest.raises(ValidationError, match="that of the behavior 'angry', 'fast'"):
+        remote.steering.delete_vectors(made["steering_vector_id"])
+    remote.sae.delete_behavior("angry")
+    with pytest.raises(NotFoundError, match="no behavior of this account"):
+        remote.sae.delete_behavior("angry")
+    remote.sae.delete_behavior("fast")
+    remote.steering.delete_vectors(made["steering_vector_id"])
+    with pytest.raises(NotFoundError):
+        remote.steering.delete_vectors(made["steering_vector_id"])
+    assert remote.sae.list_behaviors() == []
 
 
 def test_models_of_a_server_are_listed_without_a_key(server: ServerProcess) -> None:
@@ -221,6 +238,7 @@ LOCAL_TO_COME = {
     **TO_COME,
     "sae.create_behavior": lambda client: client.sae.create_behavior("angry", **EXAMPLES),
     "sae.list_behaviors": lambda client: client.sae.list_behaviors(),
+    "sae.delete_behavior": lambda client: client.sae.delete_behavior("angry"),
 }
 
 

@@ -116,8 +116,7 @@ def check_all_there(store: Store, acknowledged: list[dict[str, Any]]) -> None:
         elif "key" in entry:
             assert store.account_for_key(entry["key"]) == entry["account"]
         elif "behavior" in entry:
-            kept = store.behavior(entry["account"], "kind")
-            assert kept is not None and kept.steering_vector_id == entry["behavior"]
+            assert store.behavior_vector_id(entry["account"], "kind") == entry["behavior"]
             vector = store.vector(entry["account"], entry["behavior"])
             assert vector is not None and float(vector[0][0]) == entry["value"]
 

@@ -129,3 +129,13 @@ def test_serve_of_a_client(tmp_path: Path) -> None:
         assert json.loads(running.get("/v1/models"))["data"][0]["id"] == "mx-tiny"
         assert running.stop(signal.SIGINT) == 0
         assert "served mx-tiny" in running.output()
+
+
+def test_an_ended_server_leaves_nothing_but_its_log(tmp_path: Path) -> None:
+    with serving(home=tmp_path) as running:
+        assert call(running, "POST", "/v1/completions", {"prompt": PROMPT, "max_tokens": 4})[0] == 200
+        assert running.stop(signal.SIGINT) == 0
+        lines = running.output().splitlines()
+        (told,) = [line for line in lines if not line.startswith("{")]
+        assert told.startswith("Serving mx-tiny at http://127.0.0.1:")
+        assert {json.loads(line)["level"] for line in lines if line != told} == {"info"}

@@ -217,6 +217,16 @@ def test_what_cannot_be_saved_or_found_is_an_error(client: Mechanex, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+def test_deleted_vectors_are_gone_for_good(client: Mechanex) -> None:
+    vector_id = client.steering.generate_vectors(*EXAMPLES, method="caa")
+    client.steering.delete_vectors(vector_id)
+    for one in (client, Mechanex()):
+        with pytest.raises(NotFoundError, match=vector_id):
+            one.steering.get_vectors(vector_id)
+        with pytest.raises(NotFoundError, match=vector_id):
+            one.steering.delete_vectors(vector_id)
+
+
 def test_files_and_ids_need_no_model_but_computing_does(tmp_path: Path) -> None:
     client = Mechanex()
     client.steering.save_vectors({1: torch.ones(2)}, str(tmp_path / "v.json"))

@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 import torch
 from argon2 import PasswordHasher
-from sqlalchemy.dialects import mysql, postgresql
+from postgres_server import Postgres, find_programs, postgres
+from sqlalchemy.dialects import mysql
 from sqlalchemy.schema import CreateTable
 
 from mechanex import AuthenticationError, NotFoundError, SteeringVector, ValidationError
+from mechanex.server.database import Database
 from mechanex.server.limits import RateLimit, client_address
 from mechanex.server.passwords import Passwords
 from mechanex.server.schema import VERSION, metadata
@@ -33,6 +35,9 @@ DAY = 86_400.0
 CHEAP = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 VECTOR = SteeringVector({2: torch.tensor([1.0, -2.0, 0.5])}, model="m", method="caa")
 EXAMPLES = {"prompts": ["a"], "positive_answers": ["b"], "negative_answers": ["c"]}
+
+
+needs_postgresql = pytest.mark.skipif(find_programs() is None, reason="PostgreSQL is not installed")
 
 
 class Clock:
@@ -63,8 +68,30 @@ def clock() -> Clock:
     return Clock()
 
 
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[Postgres]:
+    with postgres() as running:
+        yield running
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=needs_postgresql)])
+def database(request: pytest.FixtureRequest) -> str | None:
+    """An empty database's URL; None for SQLite in its usual place."""
+    if request.param == "sqlite":
+        return None
+    server: Postgres = request.getfixturevalue("postgresql")
+    return server.new_database()
+
+
 @pytest.fixture
-def store(clock: Clock) -> Iterator[Store]:
+def store(database: str | None, clock: Clock) -> Iterator[Store]:
+    store = opened(database, clock)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def sqlite_store(clock: Clock) -> Iterator[Store]:
     store = opened(clock=clock)
     yield store
     store.close()
@@ -73,12 +100,12 @@ def store(clock: Clock) -> Iterator[Store]:
 # Accounts
 
 
-def test_sign_up_log_in_and_again_after_a_restart(store: Store, clock: Clock) -> None:
+def test_sign_up_log_in_and_again_after_a_restart(store: Store, database: str | None, clock: Clock) -> None:
     account, session = store.accounts.sign_up("Ann@Example.org ", "correct horse")
     assert account.email == "ann@example.org" and account.created_at == clock.now
     assert store.account_for_token(session.access_token) == account.id
     store.close()
-    again = opened(clock=clock)
+    again = opened(database, clock)
     assert again.account_for_token(session.access_token) == account.id
     later = again.accounts.log_in("ann@example.ORG", "correct horse")
     assert again.account_for_token(later.access_token) == account.id
@@ -140,9 +167,9 @@ def test_sign_up_says_what_else_is_wrong(store: Store) -> None:
         store.accounts.sign_up("ANN@example.org", "correct horse")
 
 
-def test_a_password_moves_to_new_costs_at_the_next_log_in(store: Store, clock: Clock) -> None:
-    store.accounts.sign_up("ann@example.org", "correct horse")
-    store.close()
+def test_a_password_moves_to_new_costs_at_the_next_log_in(sqlite_store: Store, clock: Clock) -> None:
+    sqlite_store.accounts.sign_up("ann@example.org", "correct horse")
+    sqlite_store.close()
     dearer = Passwords(PasswordHasher(time_cost=2, memory_cost=16, parallelism=1))
     again = open_store(Settings(), clock=clock, passwords=dearer)
     again.accounts.log_in("ann@example.org", "correct horse")
@@ -187,19 +214,19 @@ def test_texts_that_the_server_did_not_sign_are_no_tokens(store: Store) -> None:
 
 
 def test_tokens_of_another_secret_are_not_ours(
-    store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    store: Store, database: str | None, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, session = store.accounts.sign_up("ann@example.org", "correct horse")
     monkeypatch.setenv(SECRET_VARIABLE, "s" * 32)
-    other = opened(clock=clock)
+    other = opened(database, clock)
     assert other.account_for_token(session.access_token) is None
     other.close()
     monkeypatch.setenv(SECRET_VARIABLE, "s" * 31)
     with pytest.raises(ValidationError, match=r"has 31 characters and needs 32: take one from python -c"):
-        opened(clock=clock)
+        opened(database, clock)
 
 
-def test_a_damaged_secret_says_what_to_do(store: Store, mechanex_home: Path) -> None:
+def test_a_damaged_secret_says_what_to_do(sqlite_store: Store, mechanex_home: Path) -> None:
     (mechanex_home / "server" / "secret").write_text("")
     with pytest.raises(ValidationError, match="holds no signing secret: delete it"):
         opened()
@@ -278,10 +305,10 @@ def test_the_last_use_is_noted_once_a_minute(store: Store, clock: Clock) -> None
         assert store.keys.all(ann.id)[0].last_used == noted
 
 
-def test_the_database_holds_no_secret_that_opens_anything(store: Store, mechanex_home: Path) -> None:
-    ann, session = store.accounts.sign_up("ann@example.org", "correct horse battery")
-    key = store.keys.create(ann.id, "laptop")
-    newer = store.accounts.refresh(session.refresh_token)
+def test_the_database_holds_no_secret_that_opens_anything(sqlite_store: Store, mechanex_home: Path) -> None:
+    ann, session = sqlite_store.accounts.sign_up("ann@example.org", "correct horse battery")
+    key = sqlite_store.keys.create(ann.id, "laptop")
+    newer = sqlite_store.accounts.refresh(session.refresh_token)
     held = b"".join(path.read_bytes() for path in mechanex_home.glob("server.sqlite*"))
     assert b"ann@example.org" in held and b"$argon2id$" in held
     secret = (mechanex_home / "server" / "secret").read_text()
@@ -297,8 +324,8 @@ def test_the_database_holds_no_secret_that_opens_anything(store: Store, mechanex
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
-def test_only_the_owner_can_read_the_files(store: Store, mechanex_home: Path) -> None:
-    store.accounts.sign_up("ann@example.org", "correct horse")
+def test_only_the_owner_can_read_the_files(sqlite_store: Store, mechanex_home: Path) -> None:
+    sqlite_store.accounts.sign_up("ann@example.org", "correct horse")
     files = [*mechanex_home.glob("server.sqlite*"), mechanex_home / "server" / "secret"]
     assert len(files) >= 3  # the log of SQLite too
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
@@ -314,28 +341,30 @@ def test_vectors_and_behaviors_belong_to_their_account(store: Store) -> None:
         vector_id = store.library.add_vector(owner, VECTOR)
         made = store.library.add_behavior(owner, "kind", "is kind", EXAMPLES, vector_id)
         assert store.behavior_vector_id(owner, "kind") == vector_id
-        assert store.behavior(owner, "kind") == made and made.steering_vector_id == vector_id
+        assert made.steering_vector_id == vector_id
         assert store.library.behaviors(owner) == [made]
+        assert store.library.examples(owner, "kind") == EXAMPLES
         for other in {ann.id, bob.id, None} - {owner}:
             assert store.vector(other, vector_id) is None
             with pytest.raises(NotFoundError, match="no steering vector has the id"):
                 store.library.add_behavior(other, "mine", "", EXAMPLES, vector_id)
-            assert store.behavior(other, "mine") is store.behavior_vector_id(other, "mine") is None
+            assert store.behavior_vector_id(other, "mine") is store.library.examples(other, "mine") is None
         assert store.vector(owner, vector_id) == VECTOR
-    assert store.behavior(bob.id, "kind") is None and store.library.behaviors(bob.id) == []
+    assert store.behavior_vector_id(bob.id, "kind") is None and store.library.behaviors(bob.id) == []
     for unknown in ("", "f" * 32, "../secret", "\x00", "\ud800"):
         assert store.vector(ann.id, unknown) is None
 
 
-def test_what_was_kept_is_there_after_a_restart(store: Store, clock: Clock) -> None:
+def test_what_was_kept_is_there_after_a_restart(store: Store, database: str | None, clock: Clock) -> None:
     ann, _ = store.accounts.sign_up("ann@example.org", "correct horse")
     vector_id = store.library.add_vector(ann.id, VECTOR)
     made = store.library.add_behavior(ann.id, "kind", "", EXAMPLES | {"prompts": [[1, 2]]}, 2 * VECTOR)
     store.accounts.set_model(ann.id, "mx-tiny")
     store.close()
-    again = opened(clock=clock)
+    again = opened(database, clock)
     assert again.vector(ann.id, vector_id) == VECTOR
-    assert again.behavior(ann.id, "kind") == made
+    assert again.library.behaviors(ann.id) == [made] and made.n_examples == 1
+    assert again.library.examples(ann.id, "kind") == EXAMPLES | {"prompts": [[1, 2]]}
     assert again.vector(ann.id, made.steering_vector_id) == 2 * VECTOR
     assert again.accounts.get(ann.id).model_name == "mx-tiny"
     again.close()
@@ -355,7 +384,7 @@ def test_a_behaviors_name_is_taken_once_per_account(store: Store, mechanex_home:
 
 @pytest.mark.parametrize("harm, said", [("delete", "missing"), ("garble", "damaged"), ("folder", "damaged")])
 def test_an_unreadable_vector_file_is_an_error_with_a_reason(
-    store: Store, clock: Clock, mechanex_home: Path, harm: str, said: str
+    store: Store, database: str | None, clock: Clock, mechanex_home: Path, harm: str, said: str
 ) -> None:
     vector_id = store.library.add_vector(None, VECTOR)
     whole = store.library.add_vector(None, VECTOR)
@@ -367,7 +396,7 @@ def test_an_unreadable_vector_file_is_an_error_with_a_reason(
         file.unlink()
     if harm == "folder":
         file.mkdir()
-    again = opened(clock=clock)
+    again = opened(database, clock)
     with pytest.raises(
         StorageError, match=f"{vector_id}' is {said} on the server: make the vector again"
     ) as error:
@@ -375,6 +404,63 @@ def test_an_unreadable_vector_file_is_an_error_with_a_reason(
     assert error.value.status_code == 500 and str(mechanex_home) not in str(error.value)
     assert again.vector(None, whole) == VECTOR
     again.close()
+
+
+def test_vectors_and_behaviors_can_be_deleted_by_their_account_alone(
+    store: Store, mechanex_home: Path
+) -> None:
+    ann, _ = store.accounts.sign_up("ann@example.org", "correct horse")
+    bob, _ = store.accounts.sign_up("bob@example.org", "correct horse")
+    vector_id = store.library.add_vector(ann.id, VECTOR)
+    store.library.add_behavior(ann.id, "kind", "", EXAMPLES, vector_id)
+    store.library.add_behavior(ann.id, "good", "", EXAMPLES, vector_id)
+    (listed,) = store.library.vectors(ann.id)
+    assert (listed.id, listed.behavior_names) == (vector_id, ("good", "kind"))
+    assert store.library.vectors(bob.id) == store.library.vectors(None) == []
+    for other in (bob.id, None):
+        with pytest.raises(NotFoundError):
+            store.library.delete_vector(other, vector_id)
+        with pytest.raises(NotFoundError):
+            store.library.delete_behavior(other, "kind")
+    with pytest.raises(ValidationError, match="is that of the behavior 'good', 'kind': delete that first"):
+        store.library.delete_vector(ann.id, vector_id)
+    for name in ("unkind", "", "a\x00b"):
+        with pytest.raises(NotFoundError, match="GET /behaviors lists them"):
+            store.library.delete_behavior(ann.id, name)
+    for name in ("kind", "good"):
+        store.library.delete_behavior(ann.id, name)
+    assert store.library.behaviors(ann.id) == [] and store.vector(ann.id, vector_id) == VECTOR
+    file = mechanex_home / "server" / "vectors" / f"{vector_id}.safetensors"
+    assert file.exists()
+    store.library.delete_vector(ann.id, vector_id)
+    assert store.vector(ann.id, vector_id) is None and not file.exists()
+    with pytest.raises(NotFoundError):
+        store.library.delete_vector(ann.id, vector_id)
+
+
+def test_an_account_keeps_so_many_vectors_and_is_told_how_to_make_room(
+    database: str | None, clock: Clock, mechanex_home: Path
+) -> None:
+    store = open_store(Settings(database=database, max_vectors=2), clock=clock, passwords=Passwords(CHEAP))
+    ann, _ = store.accounts.sign_up("ann@example.org", "correct horse")
+    first = store.library.add_vector(ann.id, VECTOR)
+    store.library.check_room(ann.id)
+    store.library.add_behavior(ann.id, "kind", "", EXAMPLES, VECTOR)
+    for attempt in (
+        lambda: store.library.check_room(ann.id),
+        lambda: store.library.add_vector(ann.id, VECTOR),
+        lambda: store.library.add_behavior(ann.id, "good", "", EXAMPLES, VECTOR),
+    ):
+        with pytest.raises(ValidationError, match="keeps 2 steering vectors, and may keep 2: delete one"):
+            attempt()
+    assert len(list((mechanex_home / "server" / "vectors").iterdir())) == 2
+    store.library.add_behavior(ann.id, "good", "", EXAMPLES, first)  # which keeps no other vector
+    for _ in range(3):
+        store.library.add_vector(None, VECTOR)  # the operator's are not counted
+    store.library.delete_behavior(ann.id, "good")
+    store.library.delete_vector(ann.id, first)
+    assert store.library.add_vector(ann.id, VECTOR)
+    store.close()
 
 
 # The database
@@ -408,10 +494,10 @@ def test_opening_refuses_what_is_not_ours(tmp_path: Path) -> None:
     "version, way", [(VERSION + 1, "update mechanex"), (VERSION - 1, "version that made it")]
 )
 def test_another_schema_version_is_refused_and_left_alone(
-    store: Store, mechanex_home: Path, version: int, way: str
+    sqlite_store: Store, mechanex_home: Path, version: int, way: str
 ) -> None:
-    store.accounts.sign_up("ann@example.org", "correct horse")
-    store.close()
+    sqlite_store.accounts.sign_up("ann@example.org", "correct horse")
+    sqlite_store.close()
     file = mechanex_home / "server.sqlite"
     with sqlite3.connect(file) as connection:
         connection.execute("UPDATE mechanex_schema SET version = ?", (version,))
@@ -424,14 +510,14 @@ def test_another_schema_version_is_refused_and_left_alone(
         assert connection.execute("SELECT count(*) FROM mechanex_users").fetchone() == (2,)
 
 
-def test_a_new_database_can_be_opened_by_many_at_once(tmp_path: Path) -> None:
+def test_a_new_database_can_be_opened_by_many_at_once(database: str | None, tmp_path: Path) -> None:
     code = (
         "import sys; from mechanex.server.database import Database\n"
         "sys.stdin.read(1); Database(sys.argv[1]).close(); print('opened')"
     )
     starting = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path / "new.sqlite")],
+            [sys.executable, "-c", code, database or str(tmp_path / "new.sqlite")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -448,11 +534,11 @@ def test_a_new_database_can_be_opened_by_many_at_once(tmp_path: Path) -> None:
         assert out == "opened\n", err
 
 
-def test_several_servers_can_share_a_database() -> None:
-    store = opened()
+def test_several_servers_can_share_a_database(database: str | None) -> None:
+    store = opened(database)
     code = (
         "import sys; from mechanex.server.settings import Settings; from mechanex.server.store import open_store\n"
-        "store, token = open_store(Settings()), sys.argv[1]\n"
+        "store, token = open_store(Settings(database=sys.argv[2] or None)), sys.argv[1]\n"
         "print('ready', flush=True); sys.stdin.read(1)\n"
         "for _ in range(60): token = store.accounts.refresh(token).refresh_token\n"
         "print(token)"
@@ -460,7 +546,7 @@ def test_several_servers_can_share_a_database() -> None:
     tokens = [store.accounts.sign_up(f"{i}@example.org", "correct horse")[1].refresh_token for i in range(3)]
     servers = [
         subprocess.Popen(
-            [sys.executable, "-c", code, token],
+            [sys.executable, "-c", code, token, database or ""],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -482,14 +568,14 @@ def test_several_servers_can_share_a_database() -> None:
 
 
 def test_writing_while_another_process_holds_the_database_waits_or_says_so(
-    store: Store, mechanex_home: Path, monkeypatch: pytest.MonkeyPatch
+    sqlite_store: Store, mechanex_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = sqlite3.connect(mechanex_home / "server.sqlite", isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
     threading.Timer(0.3, other.execute, ["COMMIT"]).start()
-    ann, _ = store.accounts.sign_up("ann@example.org", "correct horse")
-    assert store.accounts.get(ann.id) == ann
-    store.close()
+    ann, _ = sqlite_store.accounts.sign_up("ann@example.org", "correct horse")
+    assert sqlite_store.accounts.get(ann.id) == ann
+    sqlite_store.close()
     monkeypatch.setattr("mechanex.server.database.BUSY_MS", 50)
     impatient = opened()
     other.execute("BEGIN IMMEDIATE")
@@ -502,8 +588,46 @@ def test_writing_while_another_process_holds_the_database_waits_or_says_so(
     impatient.close()
 
 
-@pytest.mark.parametrize("dialect", [postgresql.dialect(), mysql.dialect()], ids=["postgresql", "mysql"])
-def test_other_databases_can_hold_the_tables(dialect: Any) -> None:
+@needs_postgresql
+def test_threads_that_open_a_new_database_find_one(postgresql: Postgres) -> None:
+    for _ in range(8):
+        url, together = postgresql.new_database(), threading.Barrier(6)
+
+        def work(place: int, url: str = url, together: threading.Barrier = together) -> bool:
+            together.wait()
+            time.sleep(
+                place * 0.004
+            )  # so that one looks before another has made the tables, and makes them after
+            Database(url).close()
+            return True
+
+        with ThreadPoolExecutor(6) as pool:
+            assert all(pool.map(work, range(6)))
+
+
+@needs_postgresql
+def test_a_database_that_goes_away_is_an_error_that_passes(postgresql: Postgres) -> None:
+    url = postgresql.new_database()
+    store = opened(url)
+    ann, session = store.accounts.sign_up("ann@example.org", "correct horse")
+    postgresql.stop()
+    for attempt in (
+        lambda: store.account_for_token(session.access_token),
+        lambda: store.keys.create(ann.id, "laptop"),
+        lambda: store.library.add_vector(ann.id, VECTOR),
+        lambda: opened(url),
+    ):
+        with pytest.raises(StorageError, match=r"\[503\] .*busy or away") as error:
+            attempt()
+        assert "secret" not in str(error.value)
+    postgresql.start()
+    assert store.account_for_token(session.access_token) == ann.id
+    assert store.library.vectors(ann.id) == []
+    store.close()
+
+
+def test_other_databases_can_hold_the_tables() -> None:
+    dialect: Any = mysql.dialect()
     for table in metadata.sorted_tables:
         assert f"CREATE TABLE {table.name}" in str(CreateTable(table).compile(dialect=dialect))
 

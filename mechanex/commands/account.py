@@ -14,6 +14,7 @@ from .console import console, json_text, model_text
 
 __all__ = [
     "run_create_api_key",
+    "run_delete_api_key",
     "run_list_api_keys",
     "run_login",
     "run_logout",
@@ -81,6 +82,12 @@ def run_create_api_key(client: Mechanex | None, name: str, save: bool, as_json: 
     where = f" It is stored in {_path(client)}." if save else ""
     click.echo(f"A new API key, {name!r}, which is shown this once.{where}", err=True)
     click.echo(json_text(made) if as_json else model_text(made["key"]).plain)
+
+
+def run_delete_api_key(client: Mechanex | None, key_id: str) -> None:
+    """Ends a key, and says so."""
+    (client or Mechanex()).delete_api_key(key_id)
+    click.echo("The API key is deleted: it opens nothing any more.")
 
 
 def run_whoami(client: Mechanex | None, as_json: bool) -> None:

@@ -10,6 +10,7 @@ import click
 from ..client import Mechanex
 from ..doctor import examine
 from ..errors import MechanexError
+from ..remote.identity import NAMES
 from .console import json_text, model_text
 
 __all__ = ["run_doctor"]
@@ -41,7 +42,7 @@ def _account(client: Mechanex, offline: bool) -> dict[str, str]:
         known = credentials.current(server.origin)
     except MechanexError as error:
         return {**found, "server": f"unusable: {error}"}
-    held = ", ".join(name for name in ("api_key", "access_token", "refresh_token") if getattr(known, name))
+    held = ", ".join(name for name in NAMES if getattr(known, name))
     origin = " (from MECHANEX_API_KEY)" if os.environ.get("MECHANEX_API_KEY") else ""
     found |= {"credentials": f"{held}{origin}" if held else "none", "server": server.url}
     if offline:
@@ -54,4 +55,6 @@ def _account(client: Mechanex, offline: bool) -> dict[str, str]:
             found["server answers"] = "yes"
         except MechanexError as error:
             found["server answers"] = f"no: {error}"
+        if credentials.has_ended(server.origin):
+            found["credentials"] += ": the session has ended, run mechanex login"
     return found

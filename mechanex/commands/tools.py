@@ -28,7 +28,7 @@ def models(obj: Any, *, local: bool, as_json: bool) -> None:
 
 @click.group()
 def vectors() -> None:
-    """List, show, export and import stored vectors."""
+    """List, show, export, import and delete stored vectors."""
 
 
 @vectors.command("list")
@@ -64,6 +64,15 @@ def export_vector(vector: str, path: Path, *, force: bool) -> None:
     from .vectors import run_export
 
     run_export(vector, path)
+
+
+@vectors.command("delete")
+@click.argument("vector_ids", metavar="VECTOR...", nargs=-1, required=True)
+def delete_vectors(vector_ids: tuple[str, ...]) -> None:
+    """Delete the stored vectors with these ids."""
+    from .vectors import run_delete
+
+    run_delete(vector_ids)
 
 
 @vectors.command("import")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..errors import MechanexError
 from ..home import vectors_folder
 from .console import console, json_text, model_text
 
-__all__ = ["find_vector", "run_export", "run_import", "run_list", "run_show"]
+__all__ = ["find_vector", "run_delete", "run_export", "run_import", "run_list", "run_show"]
 
 _logger = logging.getLogger(__name__)
 
@@ -81,6 +82,19 @@ def run_import(path: Path, as_json: bool) -> None:
     if not (vectors_folder() / f"{vector_id}.safetensors").exists():
         raise MechanexError(f"{vectors_folder()} can't be written: set MECHANEX_HOME to a folder that can.")
     click.echo(json_text({"id": vector_id}) if as_json else vector_id)
+
+
+def run_delete(vector_ids: Sequence[str]) -> None:
+    """Deletes stored vectors: all of those that are named, or none.
+
+    Raises:
+        MechanexError: there is none with one of the ids, or its file can't be deleted.
+    """
+    store = VectorStore()
+    unknown = [one for one in vector_ids if one not in store]
+    for vector_id in unknown or dict.fromkeys(vector_ids):  # the first unknown one raises
+        store.delete(vector_id)
+        click.echo(f"Deleted {vector_id}.")
 
 
 def find_vector(vector: str) -> SteeringVector:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..errors import NotFoundError, ValidationError
+from ..errors import MechanexError, NotFoundError, ValidationError
 from ..home import vectors_folder
 from .formats import FORMATS
 from .models import adapter_for
@@ -57,20 +57,29 @@ class VectorStore:
             NotFoundError: there is none.
             ValidationError: the text can't be an id, or its file is damaged.
         """
-        if not isinstance(vector_id, str) or not _ID.fullmatch(vector_id):
-            raise ValidationError(
-                f"{vector_id!r} is no vector id: ids have up to 64 letters, digits, '-' and '_'; "
-                "generate_vectors returns one."
-            )
+        path = self._path_of(vector_id)
         if vector_id in self._session:
             return self._session[vector_id]
-        path = self._path(vector_id)
         if not path.exists():
-            raise NotFoundError(
-                f"no steering vector has the id {vector_id!r}, neither in this session nor in {path.parent}: "
-                "use an id that generate_vectors returned."
-            )
+            raise self._unknown(vector_id)
         return self._session.setdefault(vector_id, SteeringVector.load(path))
+
+    def delete(self, vector_id: str) -> None:
+        """Deletes a vector, of this session or an earlier one.
+
+        Raises:
+            NotFoundError: there is none with this id.
+            ValidationError: the text can't be an id.
+            MechanexError: its file can't be deleted.
+        """
+        path = self._path_of(vector_id)
+        if vector_id not in self._session and not path.exists():
+            raise self._unknown(vector_id)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise MechanexError(f"{path} can't be deleted ({error.strerror}).") from error
+        self._session.pop(vector_id, None)
 
     def resolve(
         self, source: str | os.PathLike[str] | Mapping[int, Tensor], model: nn.Module | ModelAdapter
@@ -112,6 +121,20 @@ class VectorStore:
             isinstance(vector_id, str)
             and _ID.fullmatch(vector_id) is not None
             and (vector_id in self._session or self._path(vector_id).exists())
+        )
+
+    def _path_of(self, vector_id: object) -> Path:
+        if not isinstance(vector_id, str) or not _ID.fullmatch(vector_id):
+            raise ValidationError(
+                f"{vector_id!r} is no vector id: ids have up to 64 letters, digits, '-' and '_'; "
+                "generate_vectors returns one."
+            )
+        return self._path(vector_id)
+
+    def _unknown(self, vector_id: str) -> NotFoundError:
+        return NotFoundError(
+            f"no steering vector has the id {vector_id!r}, neither in this session nor in "
+            f"{self._path(vector_id).parent}: use an id that generate_vectors returned."
         )
 
     def _path(self, vector_id: str) -> Path:

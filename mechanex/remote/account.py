@@ -152,6 +152,18 @@ class Account:
                 _logger.warning("the new key is not stored: %s", error)
         return made
 
+    def delete_api_key(self, key_id: str) -> None:
+        """Ends one of the current user's API keys at once, on a server of one's own.
+
+        Args:
+            key_id: the ``id`` that ``list_api_keys`` shows.
+
+        Raises:
+            NotFoundError: the user has no such key.
+        """
+        self.require_remote("delete_api_key")
+        self.transport.delete("/auth/api-keys/", key_id)
+
     def whoami(self) -> dict[str, Any]:
         """Get current user information: ``id``, ``email`` and what else the server tells."""
         self.require_remote("whoami")

@@ -51,7 +51,7 @@ class Connections:
         """Sends a request and reads the answer to its end.
 
         Args:
-            method: ``GET`` or ``POST``.
+            method: ``GET``, ``POST`` or ``DELETE``.
             server: where to.
             path: below the server's URL, with a slash in front.
             data: JSON, or None.

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from typing import Any, Literal
+from urllib.parse import quote
 
 from ..errors import APIError, AuthenticationError, ValidationError
 from .address import Address, address
@@ -78,6 +79,20 @@ class Transport:
         """The JSON that the server answers to this body; errors as in ``call``."""
         return self.call("POST", path, body, timeout=timeout)
 
+    def delete(self, path: str, name: str) -> None:
+        """Deletes what the server has under this name, which may be any text; errors as in ``call``.
+
+        Args:
+            path: of all things of its kind, with slashes around it.
+            name: of the one.
+
+        Raises:
+            ValidationError: the name is empty or no text.
+        """
+        if not isinstance(name, str) or not name:
+            raise ValidationError(f"what is to be deleted is named by a text that isn't empty; got {name!r}.")
+        self.call("DELETE", path + quote(name, safe=""))
+
     def call(
         self,
         method: str,
@@ -91,7 +106,7 @@ class Transport:
         """Makes a call and gives the JSON of its answer, None for an empty one.
 
         Args:
-            method: ``GET`` or ``POST``.
+            method: ``GET``, ``POST`` or ``DELETE``.
             path: below the base URL, with a slash in front.
             body: sent as JSON.
             timeout: seconds, unless the client was given a timeout of its own.

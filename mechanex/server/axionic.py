@@ -143,12 +143,37 @@ async def create_behavior(body: BehaviorBody, request: Request, who: Worker) -> 
     return _shown(made)
 
 
+@router.get("/steering/vectors")
+async def kept_vectors(request: Request, who: Who) -> list[dict[str, Any]]:
+    """The account's steering vectors, oldest first."""
+    return [
+        {
+            "steering_vector_id": kept.id,
+            "behavior_names": kept.behavior_names,
+            "created_at": timestamp(kept.created_at),
+        }
+        for kept in await run_sync(store_of(request).library.vectors, who.account_id)
+    ]
+
+
+@router.delete("/steering/vectors/{vector_id:path}", status_code=204, response_class=Response)
+async def delete_vector(vector_id: str, request: Request, who: Who) -> None:
+    """Deletes a steering vector that no behavior uses."""
+    await run_sync(store_of(request).library.delete_vector, who.account_id, vector_id)
+
+
 @router.get("/behaviors")
 async def behaviors(request: Request, who: Who) -> list[dict[str, Any]]:
     """The account's behaviors, oldest first."""
     return [
         _shown(behavior) for behavior in await run_sync(store_of(request).library.behaviors, who.account_id)
     ]
+
+
+@router.delete("/behaviors/{behavior_name:path}", status_code=204, response_class=Response)
+async def delete_behavior(behavior_name: str, request: Request, who: Who) -> None:
+    """Deletes a behavior; its steering vector stays."""
+    await run_sync(store_of(request).library.delete_behavior, who.account_id, behavior_name)
 
 
 @router.post("/sae/generate", status_code=501)
@@ -201,6 +226,7 @@ async def _computed(
             )
     await engine.check_examples(prompts, [*examples["positive_answers"], *examples["negative_answers"]])
     check_method(method)
+    await run_sync(store_of(request).library.check_room, who.account_id)
     compute = vectors_by(method)
     gone = threading.Event()
     # An optimization can stop between steps; the other methods pass over the examples once.
@@ -239,7 +265,7 @@ def _shown(behavior: Behavior) -> dict[str, Any]:
         "behavior_name": behavior.behavior_name,
         "description": behavior.description,
         "steering_vector_id": behavior.steering_vector_id,
-        "n_examples": len(behavior.examples["prompts"]),
+        "n_examples": behavior.n_examples,
         "created_at": timestamp(behavior.created_at),
     }
 

@@ -186,7 +186,7 @@ async def set_model(body: ModelBody, request: Request, account: AccountId) -> di
     return {"model_name": body.model_name}
 
 
-@router.delete("/api-keys/{key_id}", status_code=204, response_class=Response)
+@router.delete("/api-keys/{key_id:path}", status_code=204, response_class=Response)
 async def delete_api_key(key_id: str, request: Request, account: AccountId) -> None:
     """Ends an API key at once."""
     await run_sync(store_of(request).keys.delete, account, key_id)

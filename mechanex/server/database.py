@@ -65,8 +65,10 @@ class Database:
         try:
             self._engine = _engine(self.url, self._sqlite)
         except (NoSuchModuleError, ModuleNotFoundError) as error:
+            extra = self.url.drivername in ("postgresql", "postgresql+psycopg")
+            how = "pip install 'mechanex[postgres]'" if extra else "install it"
             raise ValidationError(
-                f"the database {self.name} needs a driver that isn't installed ({error}): install it, or leave "
+                f"the database {self.name} needs a driver that isn't installed ({error}): {how}, or leave "
                 "--database out for SQLite."
             ) from error
         try:
@@ -107,12 +109,7 @@ class Database:
         self._engine.dispose()
 
     def _prepare(self) -> None:
-        ours = set(metadata.tables)
-        with self.read() as connection:
-            there = ours & set(inspect(connection).get_table_names())
-            versions = (
-                list(connection.scalars(select(schema_info.c.version))) if schema_info.name in there else []
-            )
+        there, versions = self._found()
         if not there:
             versions = self._create()
         if versions == [VERSION]:
@@ -133,15 +130,28 @@ class Database:
             f"{VERSION}: {way}. Nothing was changed."
         )
 
+    def _found(self) -> tuple[set[str], list[int]]:
+        """The tables with our names that are there, and the versions that they say they have."""
+        with self.read() as connection:
+            there = set(metadata.tables) & set(inspect(connection).get_table_names())
+            known = schema_info.name in there
+            return there, list(connection.scalars(select(schema_info.c.version))) if known else []
+
     def _create(self) -> list[int]:
         # Another process may be doing the same: SQLite lets one in after the other, other databases refuse one.
-        with contextlib.suppress(IntegrityError), self.write() as connection:
-            metadata.create_all(connection)
-            if connection.scalar(select(schema_info.c.version)) is None:
-                connection.execute(insert(schema_info).values(version=VERSION))
-                connection.execute(insert(users).values(id=SHARED_ACCOUNT, created_at=0.0))
-        with self.read() as connection:
-            return list(connection.scalars(select(schema_info.c.version)))
+        refused: Exception | None = None
+        try:
+            with self.write() as connection:
+                metadata.create_all(connection)
+                if connection.scalar(select(schema_info.c.version)) is None:
+                    connection.execute(insert(schema_info).values(version=VERSION))
+                    connection.execute(insert(users).values(id=SHARED_ACCOUNT, created_at=0.0))
+        except (IntegrityError, StorageError) as error:
+            refused = error
+        _, versions = self._found()
+        if refused is not None and not versions:
+            raise refused if isinstance(refused, StorageError) else self._error(refused)
+        return versions
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -1,80 +1,81 @@
-"""The steering vectors and behaviors of accounts: files of vectors, and rows that say whose they are."""
+"""The steering vectors and behaviors of accounts: rows that say whose they are, and files of vectors."""
 
 from __future__ import annotations
 
-import errno
 import json
-import logging
-import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, delete, func, insert, select
 from sqlalchemy.exc import IntegrityError
 
-from ..errors import MechanexError, NotFoundError, ValidationError
-from .database import Database, StorageError
+from ..errors import NotFoundError, ValidationError
+from .database import Database
 from .schema import SHARED_ACCOUNT, behaviors, is_id, new_id, vectors
+from .vector_files import VectorFiles
 
 if TYPE_CHECKING:
     from ..engine.vectors import SteeringVector
 
-__all__ = ["Behavior", "Library"]
-
-_logger = logging.getLogger(__name__)
-
-_CACHED = 64
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+__all__ = ["Behavior", "KeptVector", "Library"]
 
 
 @dataclass(frozen=True)
 class Behavior:
-    """A named vector; ``examples`` holds the lists it was made from."""
+    """A named vector; ``n_examples`` is how many it was made from."""
 
     id: str
     behavior_name: str
     description: str
     steering_vector_id: str
-    examples: Mapping[str, Sequence[Any]]
+    n_examples: int
     created_at: float
+
+
+@dataclass(frozen=True)
+class KeptVector:
+    """A vector that an account keeps, and the names of the behaviors that use it."""
+
+    id: str
+    created_at: float
+    behavior_names: tuple[str, ...]
 
 
 class Library:
     """What accounts have made. An account of None is the shared one. Methods block; any thread may call them.
 
-    A file is whole and on the disk before its row is; a file without a row belongs to nobody and is never read.
+    A file is whole and on the disk before its row is, and goes after it; a file without a row belongs to nobody and
+    is never read.
 
     Args:
         database: where the rows are.
-        folder: where the vectors' files are.
+        files: where the vectors are.
         clock: seconds since 1970.
+        most: vectors that one account may keep; the shared account has no bound.
     """
 
-    def __init__(self, database: Database, folder: Path, clock: Callable[[], float]) -> None:
+    def __init__(self, database: Database, files: VectorFiles, clock: Callable[[], float], most: int) -> None:
         self._database = database
-        self._folder = folder
+        self._files = files
         self._clock = clock
-        self._cache: OrderedDict[str, SteeringVector] = OrderedDict()
-        self._cache_lock = threading.Lock()
+        self._most = most
 
     def add_vector(self, account_id: str | None, vector: SteeringVector) -> str:
         """Keeps a vector and returns its id.
 
         Raises:
+            ValidationError: the account keeps as many as it may.
             StorageError: the file or the database can't be written; nothing is kept then.
         """
-        vector_id = self._save(vector)
+        vector_id = new_id()
+        self._files.save(vector_id, vector)
         try:
             with self._database.write() as connection:
                 self._own(connection, account_id, vector_id)
         except BaseException:
-            self._path(vector_id).unlink(missing_ok=True)
+            self._files.remove(vector_id)
             raise
-        self._remember(vector_id, vector)
         return vector_id
 
     def vector(self, account_id: str | None, vector_id: str) -> SteeringVector | None:
@@ -83,25 +84,44 @@ class Library:
         Raises:
             StorageError: its file is missing or damaged.
         """
-        if not self._owns(account_id, vector_id):
-            return None
-        with self._cache_lock:
-            if vector_id in self._cache:
-                self._cache.move_to_end(vector_id)
-                return self._cache[vector_id]
-        from ..engine.vectors import SteeringVector
+        return self._files.load(vector_id) if self._owns(account_id, vector_id) else None
 
+    def vectors(self, account_id: str | None) -> list[KeptVector]:
+        """The account's vectors, oldest first."""
+        owner = account_id or SHARED_ACCOUNT
+        kept = select(vectors.c.id, vectors.c.created_at).where(vectors.c.user_id == owner)
+        named = select(behaviors.c.vector_id, behaviors.c.behavior_name).where(behaviors.c.user_id == owner)
+        with self._database.read() as connection:
+            rows = connection.execute(kept.order_by(vectors.c.created_at, vectors.c.id)).all()
+            names: dict[str, list[str]] = {}
+            for vector_id, name in connection.execute(named.order_by(behaviors.c.behavior_name)):
+                names.setdefault(vector_id, []).append(name)
+        return [KeptVector(row.id, row.created_at, tuple(names.get(row.id, ()))) for row in rows]
+
+    def delete_vector(self, account_id: str | None, vector_id: str) -> None:
+        """Deletes a vector.
+
+        Raises:
+            NotFoundError: the account has none with this id.
+            ValidationError: a behavior uses it.
+        """
+        if not self._owns(account_id, vector_id):
+            raise NotFoundError(f"no steering vector has the id {vector_id!r}.")
+        users = select(behaviors.c.behavior_name).where(behaviors.c.vector_id == vector_id)
         try:
-            vector = SteeringVector.load(self._path(vector_id))
-        except (MechanexError, OSError) as error:
-            _logger.error("steering vector %s can't be read: %s", vector_id, error)
-            raise StorageError(
-                f"the file of steering vector {vector_id!r} is {_defect(error)} on the server: make the vector "
-                "again, or have the operator restore it.",
-                500,
-            ) from error
-        self._remember(vector_id, vector)
-        return vector
+            with self._database.write() as connection:
+                names = sorted(connection.scalars(users))
+                if names:
+                    raise _in_use(vector_id, names)
+                connection.execute(delete(vectors).where(vectors.c.id == vector_id))
+        except IntegrityError as error:  # a behavior was made of it just now
+            raise _in_use(vector_id, []) from error
+        self._files.remove(vector_id)
+
+    def check_room(self, account_id: str | None) -> None:
+        """Raises a ValidationError where the account keeps as many vectors as it may."""
+        with self._database.read() as connection:
+            self._check_room(connection, account_id)
 
     def add_behavior(
         self,
@@ -115,7 +135,7 @@ class Library:
 
         Raises:
             NotFoundError: the account has no such vector.
-            ValidationError: the account has a behavior of this name.
+            ValidationError: the account has a behavior of this name, or keeps as many vectors as it may.
             StorageError: the file or the database can't be written; nothing is kept then.
         """
         given = isinstance(vector, str)
@@ -124,8 +144,9 @@ class Library:
                 raise NotFoundError(f"no steering vector has the id {vector!r}.")
             vector_id = vector
         else:
-            vector_id = self._save(vector)
-        made = Behavior(new_id(), name, description, vector_id, examples, self._clock())
+            vector_id = new_id()
+            self._files.save(vector_id, vector)
+        made = Behavior(new_id(), name, description, vector_id, len(examples["prompts"]), self._clock())
         try:
             with self._database.write() as connection:
                 if not given:
@@ -138,12 +159,13 @@ class Library:
                         description=description,
                         vector_id=vector_id,
                         examples=json.dumps(examples),
+                        n_examples=made.n_examples,
                         created_at=made.created_at,
                     )
                 )
         except BaseException as error:
             if not given:
-                self._path(vector_id).unlink(missing_ok=True)
+                self._files.remove(vector_id)
             if isinstance(error, IntegrityError):
                 raise _taken(name) from error
             raise
@@ -155,102 +177,85 @@ class Library:
             raise _taken(name)
 
     def behavior_vector_id(self, account_id: str | None, name: str) -> str | None:
-        """The id of the vector of the account's behavior, or None; leaves its examples, which may be long, unread."""
-        wanted = select(behaviors.c.vector_id).where(
-            behaviors.c.user_id == (account_id or SHARED_ACCOUNT), behaviors.c.behavior_name == name
-        )
+        """The id of the vector of the account's behavior, or None."""
+        if "\x00" in name:  # which some databases can't even look for
+            return None
         with self._database.read() as connection:
-            found: str | None = connection.scalar(wanted)
+            found: str | None = connection.scalar(
+                select(behaviors.c.vector_id).where(*_named(account_id, name))
+            )
         return found
 
-    def behavior(self, account_id: str | None, name: str) -> Behavior | None:
-        """The account's behavior, or None."""
-        found = self._behaviors(account_id, name)
-        return found[0] if found else None
-
     def behaviors(self, account_id: str | None) -> list[Behavior]:
-        """The account's behaviors, oldest first."""
-        return self._behaviors(account_id, None)
-
-    def _behaviors(self, account_id: str | None, name: str | None) -> list[Behavior]:
-        wanted = select(behaviors).where(behaviors.c.user_id == (account_id or SHARED_ACCOUNT))
-        if name is not None:
-            wanted = wanted.where(behaviors.c.behavior_name == name)
+        """The account's behaviors, oldest first; their examples, which may be long, stay unread."""
+        columns = [column for column in behaviors.c if column.name not in ("examples", "user_id")]
+        wanted = select(*columns).where(behaviors.c.user_id == (account_id or SHARED_ACCOUNT))
         with self._database.read() as connection:
             rows = connection.execute(wanted.order_by(behaviors.c.created_at, behaviors.c.id)).all()
         return [
             Behavior(
-                row.id,
-                row.behavior_name,
-                row.description,
-                row.vector_id,
-                json.loads(row.examples),
-                row.created_at,
+                row.id, row.behavior_name, row.description, row.vector_id, row.n_examples, row.created_at
             )
             for row in rows
         ]
 
+    def examples(self, account_id: str | None, name: str) -> dict[str, list[Any]] | None:
+        """The prompts and answers that the account's behavior was made from, or None."""
+        with self._database.read() as connection:
+            found = connection.scalar(select(behaviors.c.examples).where(*_named(account_id, name)))
+        return None if found is None else dict(json.loads(found))
+
+    def delete_behavior(self, account_id: str | None, name: str) -> None:
+        """Deletes a behavior; its vector stays.
+
+        Raises:
+            NotFoundError: the account has none of this name.
+        """
+        gone = 0
+        if self.behavior_vector_id(account_id, name) is not None:
+            with self._database.write() as connection:
+                gone = connection.execute(delete(behaviors).where(*_named(account_id, name))).rowcount
+        if gone != 1:
+            raise NotFoundError(f"no behavior of this account is called {name!r}: GET /behaviors lists them.")
+
     def _owns(self, account_id: str | None, vector_id: str) -> bool:
         if not is_id(vector_id):
             return False
+        owned = select(vectors.c.id).where(
+            vectors.c.id == vector_id, vectors.c.user_id == (account_id or SHARED_ACCOUNT)
+        )
         with self._database.read() as connection:
-            return (
-                connection.scalar(
-                    select(vectors.c.id).where(
-                        vectors.c.id == vector_id, vectors.c.user_id == (account_id or SHARED_ACCOUNT)
-                    )
-                )
-                is not None
-            )
+            return connection.scalar(owned) is not None
 
     def _own(self, connection: Connection, account_id: str | None, vector_id: str) -> None:
+        self._check_room(connection, account_id)
         connection.execute(
             insert(vectors).values(
                 id=vector_id, user_id=account_id or SHARED_ACCOUNT, created_at=self._clock()
             )
         )
 
-    def _save(self, vector: SteeringVector) -> str:
-        vector_id = new_id()
-        try:
-            vector.save(self._path(vector_id))
-            _flush_folder(self._folder)
-        except OSError as error:
-            _logger.error("steering vector can't be kept in %s: %s", self._folder, error)
-            self._path(vector_id).unlink(missing_ok=True)
-            full = error.errno in _FULL
-            raise StorageError(
-                f"the steering vector can't be kept: {error.strerror or error} on the server.",
-                507 if full else 500,
-            ) from error
-        return vector_id
+    def _check_room(self, connection: Connection, account_id: str | None) -> None:
+        if account_id is None:
+            return
+        kept = connection.scalar(select(func.count()).where(vectors.c.user_id == account_id)) or 0
+        if kept >= self._most:
+            raise ValidationError(
+                f"this account keeps {kept} steering vectors, and may keep {self._most}: delete one with DELETE "
+                "/steering/vectors/{id}; GET /steering/vectors lists them."
+            )
 
-    def _remember(self, vector_id: str, vector: SteeringVector) -> None:
-        with self._cache_lock:
-            self._cache[vector_id] = vector
-            while len(self._cache) > _CACHED:
-                self._cache.popitem(last=False)
 
-    def _path(self, vector_id: str) -> Path:
-        return self._folder / f"{vector_id}.safetensors"
+def _named(account_id: str | None, name: str) -> tuple[Any, Any]:
+    return behaviors.c.user_id == (account_id or SHARED_ACCOUNT), behaviors.c.behavior_name == name
 
 
 def _taken(name: str) -> ValidationError:
     return ValidationError(f"there is a behavior named {name!r} already: choose another name.")
 
 
-def _defect(error: Exception) -> str:
-    if isinstance(error, (NotFoundError, FileNotFoundError)):
-        return "missing"
-    return f"unreadable ({error.strerror})" if isinstance(error, OSError) else "damaged"
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes the names in a folder durable, where the system can (not on Windows)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _in_use(vector_id: str, names: Sequence[str]) -> ValidationError:
+    shown = ", ".join(map(repr, names[:5])) or "that was made just now"
+    return ValidationError(
+        f"the steering vector {vector_id!r} is that of the behavior {shown}: delete that first."
+    )

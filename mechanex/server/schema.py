@@ -33,7 +33,7 @@ __all__ = [
     "vectors",
 ]
 
-VERSION = 1
+VERSION = 2
 
 SHARED_ACCOUNT = "local"
 """Id of the account that requests without one act as; nobody can log in to it."""
@@ -108,6 +108,7 @@ behaviors = Table(
     Column("description", Text, nullable=False),
     Column("vector_id", _ID, ForeignKey(vectors.c.id), nullable=False),
     Column("examples", Text, nullable=False),
+    Column("n_examples", Integer, nullable=False),
     Column("created_at", Double, nullable=False),
     UniqueConstraint("user_id", "behavior_name", name="mechanex_behaviors_one_name"),
 )

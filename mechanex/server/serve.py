@@ -100,12 +100,13 @@ class _Server(uvicorn.Server):
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         interval = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_SECONDS)
-        # What is loaded now stays; looking through it again and again would only hold up answers, and the end.
+        # What is loaded now stays; looking through it again and again would only hold up answers.
         gc.freeze()
         try:
             super().run(sockets)
         finally:
             sys.setswitchinterval(interval)
+            gc.unfreeze()  # else extensions find their objects still alive at the interpreter's end, and say so
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         scheduler = self.config.app.state.engine.scheduler  # type: ignore[union-attr]

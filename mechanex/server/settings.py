@@ -41,6 +41,7 @@ class Settings:
         max_choices: most answers that one request may ask for (prompts times ``n``).
         max_examples: most contrastive examples that one vector is computed from at a client's wish.
         max_example_layers: most layers that it may have.
+        max_vectors: most steering vectors that one account may keep.
         request_timeout: seconds from a request's arrival to its last token.
         shutdown_grace: seconds that running answers get to finish after SIGTERM.
         cors_origins: origins that browsers may call from; empty for none.
@@ -72,6 +73,7 @@ class Settings:
     max_choices: int = 128
     max_examples: int = 256
     max_example_layers: int = 16
+    max_vectors: int = 1000
     request_timeout: float = 600.0
     shutdown_grace: float = 4.0
     cors_origins: tuple[str, ...] = ()
@@ -98,6 +100,7 @@ class Settings:
             "max_choices",
             "max_examples",
             "max_example_layers",
+            "max_vectors",
         )
         for name in (*counts, "rate_limit", "api_rate_limit"):
             if not _whole(getattr(self, name)) or getattr(self, name) < 1:

@@ -10,9 +10,10 @@ from ..home import mechanex_home
 from .accounts import Accounts
 from .api_keys import ApiKeys
 from .database import Database, StorageError
-from .library import Behavior, Library
+from .library import Library
 from .passwords import Passwords
 from .tokens import AccessTokens, signing_secret
+from .vector_files import VectorFiles
 
 if TYPE_CHECKING:
     from ..engine.vectors import SteeringVector
@@ -61,10 +62,6 @@ class Store:
         """The id of the vector of the account's behavior, or None."""
         return self.library.behavior_vector_id(account_id, name)
 
-    def behavior(self, account_id: str | None, name: str) -> Behavior | None:
-        """The account's behavior, or None."""
-        return self.library.behavior(account_id, name)
-
     def close(self) -> None:
         """Lets go of the database."""
         self._database.close()
@@ -79,7 +76,7 @@ def open_store(
     """Opens the server's database and folders, and makes what isn't there.
 
     Args:
-        settings: ``database``, and the lifetimes of tokens.
+        settings: ``database``, the lifetimes of tokens, and how much one account may keep.
         clock: seconds since 1970.
         passwords: how passwords are hashed.
 
@@ -105,4 +102,5 @@ def open_store(
     except BaseException:
         database.close()
         raise
-    return Store(database, accounts, ApiKeys(database, clock), Library(database, folder / "vectors", clock))
+    library = Library(database, VectorFiles(folder / "vectors"), clock, settings.max_vectors)
+    return Store(database, accounts, ApiKeys(database, clock), library)

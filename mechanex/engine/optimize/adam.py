@@ -34,7 +34,8 @@ def adam_step(state: AdamState, gradient: Tensor, lr: float) -> AdamState:
     mean = state.mean.lerp(gradient, 1 - BETAS[0])
     square = state.square * BETAS[1] + (1 - BETAS[1]) * gradient * gradient
     size = (square.sqrt() / (1 - BETAS[1] ** step) ** 0.5).add_(TINY)
-    theta = state.theta.addcdiv(mean, size, value=-lr / (1 - BETAS[0] ** step))
+    factor = min(lr / (1 - BETAS[0] ** step), torch.finfo(state.theta.dtype).max)
+    theta = state.theta.addcdiv(mean, size, value=-factor)
     return AdamState(theta, mean, square, step)
 
 

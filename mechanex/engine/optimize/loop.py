@@ -7,6 +7,7 @@ requests :mod:`.jobs` answers together.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Generator
 from dataclasses import replace
 
@@ -70,7 +71,7 @@ def _descend(run: Run, checkpoint: Checkpoint) -> Generator[Request, Evaluation,
         state = run.state
         theta, step = state.adam.theta, state.adam.step
         evaluation = yield job.step_request(theta, step)
-        if not evaluation.finite:
+        if not evaluation.finite or not math.isfinite(float(job.parameters.norm(theta))):
             return _not_finite(run, evaluation)
         stopped, seen = yield from _assess(run, state, evaluation)
         run.seen = seen
@@ -176,7 +177,7 @@ def _at_limit(run: Run) -> str:
 
 
 def _not_finite(run: Run, evaluation: Evaluation) -> str:
-    """Ends a run whose losses or gradient became NaN or infinite.
+    """Ends a run whose losses, gradient or vector became NaN or infinite.
 
     Raises:
         ValidationError: that is so from the start; names the completion.
@@ -188,7 +189,12 @@ def _not_finite(run: Run, evaluation: Evaluation) -> str:
         for i in asked
         if not abs(evaluation.losses[i]) < float("inf")
     ]
-    what = f"the loss of {bad[0][0]} is {bad[0][1]}" if bad else "the gradient holds NaN or infinite numbers"
+    if bad:
+        what = f"the loss of {bad[0][0]} is {bad[0][1]}"
+    elif evaluation.finite:
+        what = "the vector's norm is too large for a number"
+    else:
+        what = "the gradient holds NaN or infinite numbers"
     if run.seen is None:
         kind = ValidationError if run.state.adam.step == 0 else MechanexError
         raise kind(
