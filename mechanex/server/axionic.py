@@ -90,9 +90,7 @@ async def generate(body: GenerateBody, request: Request, who: Worker) -> Respons
         body.top_p,
         **{name: value for name, value in settings.items() if value is not None},
     )
-    steering = await engine.steering(who, body.steering_vector_id, body.steering_strength)
-    for corrected in engine.corrected_behaviors.values():
-        steering += engine.edits(corrected, 1.0)
+    steering = await engine.steerings.by_vector(who, body.steering_vector_id, body.steering_strength)
     answer = await engine.submit(
         TextRequest(
             await engine.encode(body.prompt),
@@ -100,7 +98,7 @@ async def generate(body: GenerateBody, request: Request, who: Worker) -> Respons
             sampling=sampling,
             seed=body.seed,
             stops=_stops(body.stop),
-            steering=steering,
+            steering=steering + engine.steerings.corrections,
         )
     )
     results = await results_or_gone(request, [answer])
@@ -122,7 +120,7 @@ async def generate_vectors(body: SteeringBody, request: Request, who: Worker) ->
 async def create_behavior(body: BehaviorBody, request: Request, who: Worker) -> dict[str, Any]:
     """Keeps a behavior: a name for a vector, which is computed from the examples where no id of one is given."""
     engine, library = _engine(request), store_of(request).library
-    if body.behavior_name in engine.own_behaviors:
+    if body.behavior_name in engine.steerings.own_behaviors:
         raise ValidationError(
             f"the behavior {body.behavior_name!r} is the server's own, and every client may use it: choose another "
             "name."
@@ -136,7 +134,7 @@ async def create_behavior(body: BehaviorBody, request: Request, who: Worker) -> 
         vector = body.steering_vector_id
     else:
         # One of the operator's: the account keeps a copy, which stays when the operator's goes.
-        vector = await engine.vector(who, body.steering_vector_id)
+        vector = await engine.steerings.vector(who, body.steering_vector_id)
     made = await run_sync(
         library.add_behavior, who.account_id, body.behavior_name, body.description, examples, vector
     )

@@ -172,22 +172,22 @@ async def _steering(engine: ServingEngine, body: GenerationBody, who: Principal)
         )
     strength = 1.0 if given is None else given
     found: list[Steer] = []
+    steerings = engine.steerings
     param = "steering_vector"
     try:
-        found += await engine.steering(who, vector, strength)
+        found += await steerings.by_vector(who, vector, strength)
         param = "steering"
         for item in body.steering or ():
-            found += await engine.steering(
+            found += await steerings.by_vector(
                 who, item.vector, item.strength, layers=item.layers, tokens=item.selector
             )
         param = "behavior_names"
         for name in names:
-            found += await engine.behavior_steering(who, name, strength)
+            found += await steerings.by_behavior(who, name, strength)
     except (NotFoundError, ValidationError) as error:
         raise _invalid(error.message, param) from error
     if not names:
-        for corrected in engine.corrected_behaviors.values():
-            found += engine.edits(corrected, 1.0)
+        found += steerings.corrections
     return tuple(found)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -97,10 +96,7 @@ class Scheduler:
         """Runs a function alone on the model; as :meth:`mechanex.server.engine.ServingEngine.run`."""
         worker = self._open()
         self._check_room(len(worker.jobs), _MOST_JOBS)
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
-        with worker.changed:
-            worker.jobs.append((future, fn))
-            worker.changed.notify()
+        future: concurrent.futures.Future[T] = worker.jobs.add(fn)
         try:
             return await asyncio.wait_for(
                 asyncio.wrap_future(future), self._settings.request_timeout if timeout is None else timeout
@@ -123,18 +119,13 @@ class Scheduler:
             return
         end = time.monotonic() + seconds
         while (
-            (worker.waiting or worker.n_running or worker.jobs or worker.job)
-            and time.monotonic() < end
-            and self.alive
+            (worker.waiting or worker.n_running or worker.jobs.busy) and time.monotonic() < end and self.alive
         ):
             await asyncio.sleep(0.02)
         with worker.changed:
             worker.closing = True
-            job = worker.job
             worker.changed.notify()
-        if job is not None:
-            with contextlib.suppress(concurrent.futures.InvalidStateError):  # it ended just now
-                job[0].set_exception(APIError("The server is shutting down; the work ends here.", 503))
+        worker.jobs.give_up_running(APIError("The server is shutting down; the work ends here.", 503))
         end = time.monotonic() + 2
         while self.alive and time.monotonic() < end:
             await asyncio.sleep(0.01)

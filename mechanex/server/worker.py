@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -17,24 +15,23 @@ from ..engine.models.adapter import ModelAdapter, exclusive, undisturbed
 from ..errors import APIError, MechanexError
 from .alone import answer
 from .batch import Batch, Outcome, Reading
+from .jobs import Jobs
 from .metrics import Metrics
 from .probe import rolls
 from .request import Generation, Result, Step
 from .row import Row
 from .settings import Settings
 
-__all__ = ["Job", "Worker"]
+__all__ = ["Worker"]
 
 _logger = logging.getLogger(__name__)
 _News = tuple[Generation, "Step | Result | BaseException"]
-Job = tuple["concurrent.futures.Future[Any]", Callable[[ModelAdapter], Any]]
 _TURN = 32  # steps before the model is offered to other threads of the process
 _PATIENCE = 3  # steps that a few prompts wait for more to be read together with, while others are decoded
 
 
 class Worker:
-    """Owns the model; ``run`` is its thread. Others add to ``waiting`` and ``jobs`` while they hold ``changed``;
-    ``job`` is the one of ``jobs`` that runs.
+    """Owns the model; ``run`` is its thread. Others add to ``waiting`` while they hold ``changed``, and to ``jobs``.
 
     Args:
         adapter: the model.
@@ -54,8 +51,7 @@ class Worker:
     ) -> None:
         self.changed = threading.Condition()
         self.waiting: deque[Row] = deque()
-        self.jobs: deque[Job] = deque()
-        self.job: Job | None = None
+        self.jobs = Jobs(self.changed)
         self.closing = False
         self.ready = threading.Event()
         self.failure: BaseException | None = None
@@ -243,28 +239,9 @@ class Worker:
             _logger.debug("%d answers had no one to go to", len(news))
 
     def _work(self) -> None:
-        """Does one piece of other work."""
-        with self.changed:
-            if not self.jobs:
-                return
-            future, fn = self.jobs.popleft()
-            if not future.set_running_or_notify_cancel():
-                return
-            self.job = future, fn
-        try:
-            self._do(future, fn)
-        finally:
-            self.job = None
-
-    def _do(self, future: concurrent.futures.Future[Any], fn: Callable[[ModelAdapter], Any]) -> None:
         begun = time.perf_counter()
-        try:
-            result = fn(self._adapter)
-        except BaseException as error:
-            _tell(future.set_exception, error)
-        else:
-            _tell(future.set_result, result)
-        self._metrics.model_seconds.labels("other").inc(time.perf_counter() - begun)
+        if self.jobs.do_one(self._adapter):
+            self._metrics.model_seconds.labels("other").inc(time.perf_counter() - begun)
 
     def _answer_alone(self) -> None:
         with self.changed:
@@ -304,13 +281,10 @@ class Worker:
         with self.changed:
             rows = [*self.waiting, *self._batch.rows, *(self._reading.rows if self._reading else ())]
             self.waiting.clear()
-            jobs, self.jobs = list(self.jobs), deque()
         self._batch, self._reading = self._replaced(), None
         for row in rows:
             self._end(row, error)
-        for future, _ in jobs:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(error)
+        self.jobs.end_waiting(error)
         self._flush()
 
     def _replaced(self) -> Batch:
@@ -325,13 +299,6 @@ class Worker:
 def _deliver(news: list[_News]) -> None:
     for generation, one in news:
         generation.deliver(one)
-
-
-def _tell(setting: Callable[[Any], None], end: Any) -> None:
-    try:
-        setting(end)
-    except concurrent.futures.InvalidStateError:  # it was given up when the server's time was over
-        _logger.info("work that nobody waits for any more has ended")
 
 
 def _late(row: Row) -> MechanexError:
