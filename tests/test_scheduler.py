@@ -284,6 +284,42 @@ def test_a_long_prompt_is_read_in_pieces_while_others_go_on(tiny: Any) -> None:
     assert short.text == alone(tiny, "Hello", None, 0, sampling_method="greedy", max_tokens=20)
 
 
+def test_answers_to_one_prompt_share_its_reading_where_it_is_steered_alike(tiny: Any) -> None:
+    ids, found = ids_of(tiny.tokenizer, PROMPTS[0]), vector(128, 3, 4)
+    kinds = [(), steers(found, -2.0), steers(found, -2.0, tokens=slice(0, 3)), steers(found, 1.0)]
+    sampling = Sampling("top-k", 50, temperature=0.9)
+    requests = [
+        Request(ids, 12, sampling, seed=i, steering=kinds[kind], logprobs=1, prompt_logprobs=i >= 8)
+        for i, kind in enumerate([0, 0, 1, 1, 2, 3, 1, 0, 1, 1, 0, 0])
+    ]
+    counted: list[float] = []
+
+    async def together() -> list[Result]:
+        async with scheduled(tiny.model, tiny.tokenizer) as running:
+            held = asyncio.create_task(running.run(lambda _: time.sleep(0.3), 10))
+            await asyncio.sleep(0.1)  # all are here before the first is read
+            generations = [running.submit(request) for request in requests]
+            results = [await generation.result() for generation in generations]
+            await held
+            counted.append(running._metrics.prompt_tokens._value.get())
+            return results
+
+    results = asyncio.run(together())
+    assert counted == [
+        6 * len(ids)
+    ]  # four ways of steering, two of them again for the prompt's log-probabilities
+    for request, result in zip(requests, results, strict=True):
+        (own,) = run(tiny, [request])
+        assert (own.text, own.finish_reason) == (result.text, result.finish_reason)
+        for one, other in zip(
+            (*own.logprobs, *own.prompt_logprobs), (*result.logprobs, *result.prompt_logprobs), strict=True
+        ):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None:
+                assert one.token == other.token and one.logprob == pytest.approx(other.logprob, abs=1e-4)
+    assert len({result.text for result in results}) > 8
+
+
 def test_stop_texts_end_tokens_and_lengths(tiny: Any) -> None:
     ids = ids_of(tiny.tokenizer, PROMPTS[0])
     (whole,) = run(tiny, [Request(ids, 400)])

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..engine.models.adapter import ModelAdapter
 from ..errors import MechanexError
 from .cache import RollingCache, fresh_cache
-from .request import Step
+from .request import Step, TokenLogprob
 from .row import Row
 from .row_steering import RowSteering, Span
 from .sampler import choose, logprobs_of
@@ -26,14 +26,21 @@ _LOGITS = 2**25  # most numbers in the logits of one pass over a prompt whose lo
 
 
 class Reading:
-    """Prompts on their way into the batch, left-padded to one length and read in one or more passes."""
+    """Prompts on their way into the batch, left-padded to one length and read in one or more passes.
+
+    Rows with the same prompt and the same edits share one reading: ``prompts`` has the first row of each, and
+    ``places`` says for every row where its prompt is among them.
+    """
 
     def __init__(self, rows: Sequence[Row], padding: int, device: torch.device, config: Any) -> None:
         self.rows = list(rows)
-        self.columns = max(len(row.ids) for row in rows)
-        self.padding = [self.columns - len(row.ids) for row in rows]
-        ids = torch.full((len(rows), self.columns), padding, dtype=torch.long)
-        for i, row in enumerate(rows):
+        found: dict[object, int] = {}
+        self.places = [found.setdefault(row.prompt_key, len(found)) for row in rows]
+        self.prompts = [rows[self.places.index(i)] for i in range(len(found))]
+        self.columns = max(len(row.ids) for row in self.prompts)
+        self.padding = [self.columns - len(row.ids) for row in self.prompts]
+        ids = torch.full((len(self.prompts), self.columns), padding, dtype=torch.long)
+        for i, row in enumerate(self.prompts):
             ids[i, self.padding[i] :] = torch.tensor(row.ids)
         left = torch.tensor(self.padding)[:, None]
         places = torch.arange(self.columns)[None] - left
@@ -70,21 +77,22 @@ class Batch:
         return self._columns
 
     def read(self, rows: Sequence[Row]) -> Reading:
-        """Prompts to be read together, by ``advance``; one alone if it is long or wants its log-probabilities."""
+        """Prompts to be read together, by ``advance``; one alone, for any number of rows, if it is long or its
+        log-probabilities are wanted."""
         return Reading(rows, self._padding, self._adapter.device, self._model.config)
 
     def advance(self, reading: Reading) -> bool:
         """Makes one pass over the prompts; whether they are read to the end now."""
         begin, end = reading.done, reading.columns
-        whole = reading.rows[0].request.prompt_logprobs
-        if len(reading.rows) == 1:
+        whole = reading.prompts[0].request.prompt_logprobs
+        if len(reading.prompts) == 1:
             most = self._prefill_tokens
             if whole:
                 most = max(1, min(most, _LOGITS // max(int(self._adapter.config.vocab_size), 1)))
             end = min(end, begin + most)
         spans = [
             Span(row.request.steering, len(row.ids), begin - padding)
-            for row, padding in zip(reading.rows, reading.padding, strict=True)
+            for row, padding in zip(reading.prompts, reading.padding, strict=True)
         ]
         logits = self._call(
             spans,
@@ -96,7 +104,7 @@ class Batch:
             keep=0 if whole else 1,
         )
         if whole:
-            self._note_prompt(reading.rows[0], logits[0], begin)
+            self._note_prompt(reading.rows, logits[0], begin)
         reading.done, reading.logits = end, logits[:, -1]
         return end == reading.columns
 
@@ -107,7 +115,7 @@ class Batch:
         outcomes: list[Outcome] = [(reading.rows[i], reading.rows[i].finish_unread()) for i in empty]
         wanted = [i for i in range(len(reading.rows)) if i not in empty]
         if wanted:
-            logits = reading.logits if not empty else reading.logits[wanted]
+            logits = reading.logits[[reading.places[i] for i in wanted]]
             outcomes += self._choose([reading.rows[i] for i in wanted], logits)
         going = {
             id(row) for row, news in outcomes if row.result is None and not isinstance(news, MechanexError)
@@ -118,8 +126,9 @@ class Batch:
             if self._cache is None:
                 self._cache = RollingCache(reading.cache)
             columns = max(self._columns, longest)
-            everyone = len(stay) == len(reading.rows)
-            self._cache.admit(reading.cache, columns, None if everyone else stay, longest)
+            places = [reading.places[i] for i in stay]
+            everyone = places == list(range(len(reading.prompts)))
+            self._cache.admit(reading.cache, columns, None if everyone else places, longest)
             self._columns = columns
             self.rows += [reading.rows[i] for i in stay]
             self._changes += 1
@@ -195,11 +204,12 @@ class Batch:
             outcomes.append((row, found if isinstance(found, MechanexError) else row.take(*found)))
         return outcomes
 
-    def _note_prompt(self, row: Row, logits: Tensor, begin: int) -> None:
-        """Keeps the log-probabilities of the prompt's tokens that ``logits`` [n, vocabulary] predict."""
-        if begin == 0:
-            row.prompt_logprobs.append(None)
-        following = row.ids[begin + 1 : begin + 1 + logits.shape[0]]
+    def _note_prompt(self, rows: Sequence[Row], logits: Tensor, begin: int) -> None:
+        """Keeps the log-probabilities of the rows' one prompt that ``logits`` [n, vocabulary] predict."""
+        found: list[TokenLogprob | None] = [None] if begin == 0 else []
+        following = rows[0].ids[begin + 1 : begin + 1 + logits.shape[0]]
         if following:
-            most = [row.request.logprobs or 0] * len(following)
-            row.prompt_logprobs += logprobs_of(logits[: len(following)], following, most)
+            most = [rows[0].request.logprobs or 0] * len(following)
+            found += logprobs_of(logits[: len(following)], following, most)
+        for row in rows:
+            row.prompt_logprobs += found

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..engine.detokenize import Continuation
-from .request import Generation, Result, Step, TokenLogprob
+from .request import Generation, Request, Result, Step, TokenLogprob
 
 __all__ = ["Row"]
 
@@ -40,6 +40,8 @@ class Row:
         self.chosen: list[int] = []
         self.counts: Counter[int] = Counter()
         self.prompt_logprobs: list[TokenLogprob | None] = []
+        self.prompt_key = _key_of(request)
+        """Equal for rows whose prompts come to the same keys and values, edits included."""
         self.result: Result | None = None
         self._ends = frozenset(ends)
         self._text = Continuation(tokenizer, self.ids, request.stops)
@@ -108,3 +110,10 @@ class Row:
         self._told = len(self._logprobs)
         prompt, self._prompt_told = () if self._prompt_told else tuple(self.prompt_logprobs), True
         return Step(text, news, prompt) if text or news or prompt else None
+
+
+def _key_of(request: Request) -> tuple[object, ...]:
+    # Edits of the same content are the same objects (Steerings.edits), alive as long as the row. A slice has no hash.
+    steering = tuple((steer.layer, id(steer.edit), repr(steer.tokens)) for steer in request.steering)
+    wanted = request.prompt_logprobs, request.prompt_logprobs and request.logprobs
+    return tuple(request.ids), steering, wanted

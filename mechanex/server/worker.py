@@ -142,7 +142,7 @@ class Worker:
             self._reading = None
             for row in reading.rows:
                 self._metrics.first_token_seconds.observe(time.monotonic() - row.arrived)
-            self._metrics.prompt_tokens.inc(sum(len(row.ids) for row in reading.rows))
+            self._metrics.prompt_tokens.inc(sum(len(row.ids) for row in reading.prompts))
             try:
                 outcomes = self._batch.join(reading)
             except Exception:
@@ -175,22 +175,25 @@ class Worker:
         running, settings = self._batch.rows, self._settings
         longest = max((row.final_length for row in running), default=0)
         picked: list[Row] = []
+        prompts: set[object] = set()
+        width = 0
         with self.changed:
             while self.waiting and len(running) + len(picked) < settings.max_batch:
                 row = self.waiting[0]
                 longest = max(longest, row.final_length)
-                width = max(len(row.ids), *(len(other.ids) for other in picked)) if picked else len(row.ids)
-                if picked and (
-                    width * (len(picked) + 1) > settings.prefill_tokens
-                    or row.request.prompt_logprobs
-                    or picked[0].request.prompt_logprobs
-                ):
+                n_rows = len(running) + len(picked) + 1
+                if n_rows > 1 and longest * n_rows > settings.max_cache_tokens:
                     break
-                if (
-                    running + picked
-                    and longest * (len(running) + len(picked) + 1) > settings.max_cache_tokens
-                ):
-                    break
+                if picked and row.prompt_key not in prompts:
+                    wider = max(width, len(row.ids)) * (len(prompts) + 1)
+                    if (
+                        wider > settings.prefill_tokens
+                        or row.request.prompt_logprobs
+                        or picked[0].request.prompt_logprobs
+                    ):
+                        break
+                width = max(width, len(row.ids))
+                prompts.add(row.prompt_key)
                 picked.append(self.waiting.popleft())
         return picked
 
