@@ -24,13 +24,15 @@ ROUNDS, SLICE = 6, 5.0  # a minute: in every round a slice without steering and 
 def test_serving(report, tmp_path, n_prompt):
     local = load_model("mx-tiny", backend="transformers", device="cpu")
     tone_vectors(local.model, local.tokenizer, tmp_path / "vectors")
-    prompts = [prompt_of(i, n_prompt, local.tokenizer) for i in range(32)]
+    # All different: equal ones would be read once for several clients.
+    prompts = [prompt_of(i, n_prompt, local.tokenizer) for i in range(N_CLIENTS)]
+    assert len(set(prompts)) == N_CLIENTS
     plain = [Job(prompt, max_tokens=N_TOKENS, fixed=True) for prompt in prompts]
     steered = [
         Job(prompt, NAMES[i % 4], (-1.5, 1.0)[i // 4 % 2], max_tokens=N_TOKENS, fixed=True)
         for i, prompt in enumerate(prompts)
     ]
-    seconds = {"one static batch": _static(local, prompts * (N_CLIENTS // len(prompts)))}
+    seconds = {"one static batch": _static(local, prompts)}
     arguments = ("--vectors", str(tmp_path / "vectors"), "--log-level", "warning")
     with serving(*arguments, home=tmp_path / "home") as server:
         load(server.port, plain, N_CLIENTS, 2.0)

@@ -21,8 +21,10 @@ for _name in (
 ):
     os.environ.pop(_name, None)
 
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import postgres_server  # noqa: E402
 import pytest  # noqa: E402
 
 
@@ -61,6 +63,24 @@ def mechanex_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MECHANEX_HOME", str(home))
     monkeypatch.setenv("MECHANEX_CONFIG", str(tmp_path / "credentials" / "config.json"))
     return home
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[postgres_server.Postgres]:
+    """A PostgreSQL server; the test is skipped where there is no program for it."""
+    if postgres_server.find_programs() is None:
+        pytest.skip("PostgreSQL is not installed")
+    with postgres_server.postgres() as running:
+        yield running
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest) -> str | None:
+    """The URL of an empty database for accounts; None for SQLite in its usual place."""
+    if request.param == "sqlite":
+        return None
+    server: postgres_server.Postgres = request.getfixturevalue("postgresql")
+    return server.new_database()
 
 
 @pytest.fixture(autouse=True)

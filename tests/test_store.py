@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from argon2 import PasswordHasher
-from postgres_server import Postgres, find_programs, postgres
+from postgres_server import Postgres
 from sqlalchemy.dialects import mysql
 from sqlalchemy.schema import CreateTable
 
@@ -35,9 +35,6 @@ DAY = 86_400.0
 CHEAP = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 VECTOR = SteeringVector({2: torch.tensor([1.0, -2.0, 0.5])}, model="m", method="caa")
 EXAMPLES = {"prompts": ["a"], "positive_answers": ["b"], "negative_answers": ["c"]}
-
-
-needs_postgresql = pytest.mark.skipif(find_programs() is None, reason="PostgreSQL is not installed")
 
 
 class Clock:
@@ -66,21 +63,6 @@ def _own_secret(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-@pytest.fixture(scope="session")
-def postgresql() -> Iterator[Postgres]:
-    with postgres() as running:
-        yield running
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=needs_postgresql)])
-def database(request: pytest.FixtureRequest) -> str | None:
-    """An empty database's URL; None for SQLite in its usual place."""
-    if request.param == "sqlite":
-        return None
-    server: Postgres = request.getfixturevalue("postgresql")
-    return server.new_database()
 
 
 @pytest.fixture
@@ -588,7 +570,6 @@ def test_writing_while_another_process_holds_the_database_waits_or_says_so(
     impatient.close()
 
 
-@needs_postgresql
 def test_threads_that_open_a_new_database_find_one(postgresql: Postgres) -> None:
     for _ in range(8):
         url, together = postgresql.new_database(), threading.Barrier(6)
@@ -605,7 +586,6 @@ def test_threads_that_open_a_new_database_find_one(postgresql: Postgres) -> None
             assert all(pool.map(work, range(6)))
 
 
-@needs_postgresql
 def test_a_database_that_goes_away_is_an_error_that_passes(postgresql: Postgres) -> None:
     url = postgresql.new_database()
     store = opened(url)
