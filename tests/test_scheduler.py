@@ -16,6 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from mechanex.engine.caa import caa_vectors
+from mechanex.engine.directions import pca_vectors
+from mechanex.engine.few_shot import few_shot_vectors
 from mechanex.engine.generate import end_tokens, generate
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
@@ -482,6 +485,65 @@ def test_other_work_runs_between_steps_and_its_errors_come_back(tiny: Any) -> No
     asyncio.run(mixed())
 
 
+def test_text_goes_on_while_a_vector_is_computed_and_neither_changes(tiny: Any) -> None:
+    n = 40
+    examples = (
+        [f"{i} {text}" for i, text in zip(range(n), PROMPTS * n, strict=False)],
+        [" She smiled softly and was glad."] * n,
+        [" He shouted and was angry at all."] * n,
+    )
+    truths = {
+        compute: compute(tiny.model, *examples, [2, 4], tiny.tokenizer)
+        for compute in (caa_vectors, few_shot_vectors)
+    }
+    asked = [
+        Request(ids_of(tiny.tokenizer, text), 12, steering=steers(vector(128, 3), strength))
+        for text, strength in zip(PROMPTS, (-2.0, 1.0, 0.5), strict=False)
+    ]
+    expected = [run(tiny, [request])[0].text for request in asked]
+
+    async def both(compute: Any) -> None:
+        async with scheduled(tiny.model, tiny.tokenizer) as running:
+            work = asyncio.create_task(
+                running.run(lambda adapter: compute(adapter, *examples, [2, 4], tiny.tokenizer), 60)
+            )
+            worker = running._worker
+            await _until(lambda: worker is not None and worker.jobs.busy)
+            texts = [(await running.submit(request).result()).text for request in asked]
+            assert texts == expected
+            if compute is few_shot_vectors:
+                assert not work.done()  # the texts didn't wait for its fifty steps
+            assert (await work) == truths[compute]
+
+    for compute in truths:
+        asyncio.run(both(compute))
+    assert n_hooks(tiny.model) == 0
+
+
+def test_work_that_nobody_waits_for_ends_at_its_next_pause(tiny: Any) -> None:
+    examples = ([f"{i} {PROMPTS[0]}" for i in range(400)], [" Yes."] * 400, [" No."] * 400)
+
+    async def leave() -> None:
+        async with scheduled(tiny.model, tiny.tokenizer) as running:
+            for compute in (caa_vectors, pca_vectors, few_shot_vectors):
+                passes: list[int] = []
+
+                def work(adapter: Any, compute: Any = compute, passes: list[int] = passes) -> Any:
+                    handle = adapter.layers[0].register_forward_hook(lambda *_: passes.append(1))
+                    try:
+                        return compute(adapter, *examples, None, tiny.tokenizer)
+                    finally:
+                        handle.remove()
+
+                with pytest.raises(APIError, match="took longer"):
+                    await running.run(work, 0.05)
+                worker = running._worker
+                await _until(lambda worker=worker: worker is not None and not worker.jobs.busy)
+                assert len(passes) < 12  # of dozens
+
+    asyncio.run(leave())
+
+
 def _raise(error: Exception) -> Callable[[Any], Any]:
     def fail(adapter: Any) -> Any:
         raise error
@@ -531,13 +593,12 @@ def test_shutdown_waits_for_other_work_and_then_gives_it_up(tiny: Any) -> None:
             await running.drain(20)
             assert await short is None
         async with scheduled(tiny.model, tiny.tokenizer) as running:
-            gone = threading.Event()
-            long = asyncio.create_task(running.run(lambda adapter: release.wait(20), None, gone))
+            long = asyncio.create_task(running.run(lambda adapter: release.wait(20), None))
             await asyncio.sleep(0.05)
             draining = asyncio.create_task(running.drain(0.05))
             with pytest.raises(APIError, match="shutting down") as error:
                 await long
-            assert error.value.status_code == 503 and gone.is_set() and running.alive
+            assert error.value.status_code == 503 and running.alive
             release.set()
             await draining
             assert not running.alive
@@ -569,6 +630,61 @@ def test_the_batch_holds_no_more_positions_than_allowed(tiny: Any) -> None:
 
     asyncio.run(some())
     assert max(seen) == 2
+
+
+def test_rows_that_outgrow_the_cache_wait_and_go_on_where_they_were(tiny: Any) -> None:
+    found, endless = vector(128, 3), ((1, -100.0), (5, -100.0))
+    requests = [
+        Request(ids_of(tiny.tokenizer, PROMPTS[0]), 300, logit_bias=endless, stream=True),
+        Request(ids_of(tiny.tokenizer, PROMPTS[1]), 250, logit_bias=endless, steering=steers(found, -2.0)),
+        Request(
+            ids_of(tiny.tokenizer, PROMPTS[0]),
+            280,
+            Sampling("top-k", 50),
+            seed=4,
+            logit_bias=endless,
+            logprobs=1,
+        ),
+        Request(
+            ids_of(tiny.tokenizer, PROMPTS[2]),
+            200,
+            logit_bias=endless,
+            steering=steers(found, 1.0, slice(4, 90)),
+        ),
+    ]
+    truths = [run(tiny, [request])[0] for request in requests]
+    most: list[int] = []
+    n_read = 0
+
+    async def together() -> list[Result]:
+        nonlocal n_read
+        async with scheduled(tiny.model, tiny.tokenizer, max_cache_tokens=600) as running:
+            batch = running._worker._batch  # type: ignore[union-attr]
+            step = batch.step
+
+            def watched() -> Any:
+                most.append((batch.columns + 1) * len(batch.rows))
+                return step()
+
+            batch.step = watched  # type: ignore[method-assign]
+            generations = [running.submit(request) for request in requests]
+            await _until(
+                lambda: running.n_running == 4
+            )  # none of them is kept out for what it may need later
+            results = [await generation.result() for generation in generations]
+            n_read = int(running._metrics.prompt_tokens._value.get())
+            return results
+
+    results = asyncio.run(together())
+    assert max(most) <= 600
+    assert n_read <= sum(len(request.ids) for request in requests)  # what is read again is not counted again
+    for truth, result in zip(truths, results, strict=True):
+        assert (truth.text, truth.finish_reason) == (result.text, result.finish_reason)
+        assert (truth.prompt_tokens, truth.completion_tokens) == (
+            result.prompt_tokens,
+            result.completion_tokens,
+        )
+        assert len(truth.logprobs) == len(result.logprobs)
 
 
 def _filled(lengths: list[int], seed: int, window: int) -> DynamicCache:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from server_calls import ENDLESS, PROMPT, call, streaming, until
 from server_process import serving
@@ -44,23 +45,25 @@ def test_sigterm_under_load_ends_streams_within_ten_seconds(tmp_path: Path) -> N
         assert "Traceback" not in running.output()
 
 
-def test_sigterm_during_work_that_cant_be_stopped_is_a_clean_end(tmp_path: Path) -> None:
-    program = (
-        "import mechanex, sys\n"
-        "mx = mechanex.Mechanex()\n"
-        "mx.serve('mx-tiny', host='127.0.0.1', port=int(sys.argv[2]), shutdown_grace=0.2, max_examples=4096)\n"
-    )
-    words = "the man and the woman went to the market and " * 40
-    body = {
-        "prompts": [f"{i} {words}" for i in range(1024)],
-        "positive_answers": [" yes"] * 1024,
-        "negative_answers": [" no"] * 1024,
-        "method": "caa",
-    }
+MANY = {
+    "prompts": [f"{i} {'the man and the woman went to the market and ' * 40}" for i in range(256)],
+    "positive_answers": [" yes"] * 256,
+    "negative_answers": [" no"] * 256,
+    "layer_idxs": [1, 2, 3, 4],
+}
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_sigterm_while_a_vector_is_computed_is_a_clean_end(tmp_path: Path, stuck: bool) -> None:
+    """With the usual time to end. Work ends at its next pause, or, in a pass that takes for ever, with the process."""
+    program = "import mechanex, sys, time\n"
+    if stuck:
+        program += "import mechanex.engine.few_shot as few\nfew.visit_residuals = lambda *_: time.sleep(60)\n"
+    program += "mechanex.Mechanex().serve('mx-tiny', host='127.0.0.1', port=int(sys.argv[2]))\n"
     with serving(home=tmp_path, command=[sys.executable, "-c", program]) as running:
         answers: list[Any] = []
         asking = threading.Thread(
-            target=lambda: answers.append(call(running, "POST", "/steering/generate", body))
+            target=lambda: answers.append(call(running, "POST", "/steering/generate", MANY))
         )
         asking.start()
         time.sleep(3)  # its examples are read, and the model has begun
@@ -70,7 +73,7 @@ def test_sigterm_during_work_that_cant_be_stopped_is_a_clean_end(tmp_path: Path)
         asking.join(10)
         status, _, answer = answers[0]
         assert status == 503 and b"shutting down" in answer
-        assert "the process ends without it" in running.output()
+        assert ("the process ends without it" in running.output()) is stuck
         assert "Traceback" not in running.output()
 
 

@@ -16,6 +16,7 @@ from .intervention import compute_dtype
 from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import ROW_TOKENS, Pack
+from .pauses import pause
 from .text import Prompt, encode_pair
 from .vectors import SteeringVector
 
@@ -91,6 +92,7 @@ def caa_vectors(
     with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
         packs = packs_for(adapter, pairs, row_tokens=row_tokens, batch_tokens=batch_tokens)
         for pack in tqdm(packs, desc="CAA", unit="batch", disable=not progress):
+            pause()
             weight = weights.to(pack.pair.device)[pack.pair]
             visit_residuals(adapter, pack, {layer: reader(layer, pack, weight) for layer in indices})
     for layer in indices:

@@ -19,6 +19,7 @@ from .forward import packs_for, visit_residuals
 from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import Pack
+from .pauses import pause
 from .text import Prompt, encode_pair
 from .vectors import SteeringVector
 
@@ -135,6 +136,7 @@ def answer_means(
     with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
         packs = packs_for(adapter, pairs, batch_tokens=batch_tokens)
         for pack in tqdm(packs, desc="Activations", unit="batch", disable=not progress):
+            pause()
             visit_residuals(adapter, pack, {layer: reader(layer, pack) for layer in layers})
     return {layer: sums / sizes[:, None] for layer, sums in found.items()}
 

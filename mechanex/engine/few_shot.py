@@ -19,6 +19,7 @@ from .optimize.datapoints import TrainingDatapoint
 from .optimize.job import Job
 from .optimize.jobs import run_jobs
 from .optimize.settings import settings_of
+from .pauses import pause
 from .text import Prompt, encode_pair, encode_prompt
 from .vectors import SteeringVector
 
@@ -129,6 +130,7 @@ def _typical_norms(adapter: ModelAdapter, prompts: list[list[int]], layers: list
     pairs = [(ids[:-1], ids[-1:]) if len(ids) > 1 else (ids, ids) for ids in prompts]
     with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
         for pack in packs_for(adapter, pairs):
+            pause()
 
             def reader(layer: int, places: tuple[Tensor, Tensor] = (pack.row, pack.column)) -> Any:
                 def read(hidden: Tensor) -> None:

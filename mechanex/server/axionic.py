@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -226,15 +225,12 @@ async def _computed(
     check_method(method)
     await run_sync(store_of(request).library.check_room, who.account_id)
     compute = vectors_by(method)
-    gone = threading.Event()
-    # An optimization can stop between steps; the other methods pass over the examples once.
-    options = {"callback": lambda *_: gone.is_set()} if method == "few-shot" else {}
 
     def work(adapter: ModelAdapter) -> SteeringVector:
-        return compute(adapter, *examples.values(), layer_idxs, tokenizer=engine.tokenizer, **options)
+        return compute(adapter, *examples.values(), layer_idxs, tokenizer=engine.tokenizer)
 
     with one_at_a_time(request, who):
-        return await done_or_gone(request, engine.run(work, gone=gone))
+        return await done_or_gone(request, engine.run(work))
 
 
 def _engine(request: Request) -> ServingEngine:

@@ -37,17 +37,19 @@ class Reading:
         found: dict[object, int] = {}
         self.places = [found.setdefault(row.prompt_key, len(found)) for row in rows]
         self.prompts = [rows[self.places.index(i)] for i in range(len(found))]
-        self.columns = max(len(row.ids) for row in self.prompts)
-        self.padding = [self.columns - len(row.ids) for row in self.prompts]
-        ids = torch.full((len(self.prompts), self.columns), padding, dtype=torch.long)
-        for i, row in enumerate(self.prompts):
-            ids[i, self.padding[i] :] = torch.tensor(row.ids)
+        known = [row.known for row in self.prompts]
+        self.columns = max(map(len, known))
+        self.padding = [self.columns - len(tokens) for tokens in known]
+        ids = torch.full((len(known), self.columns), padding, dtype=torch.long)
+        for i, tokens in enumerate(known):
+            ids[i, self.padding[i] :] = torch.tensor(tokens)
         left = torch.tensor(self.padding)[:, None]
         places = torch.arange(self.columns)[None] - left
         self.ids = ids.to(device)
         self.mask = (places >= 0).long().to(device)
         self.positions = places.clamp(min=0).to(device)
         self.cache = fresh_cache(config)
+        self.wants_logprobs = self.prompts[0].wants_prompt_logprobs
         self.done = 0
         self.logits: Tensor | None = None
 
@@ -84,7 +86,7 @@ class Batch:
     def advance(self, reading: Reading) -> bool:
         """Makes one pass over the prompts; whether they are read to the end now."""
         begin, end = reading.done, reading.columns
-        whole = reading.prompts[0].request.prompt_logprobs
+        whole = reading.wants_logprobs
         if len(reading.prompts) == 1:
             most = self._prefill_tokens
             if whole:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, model_validator
 
+from .body_base import Body, Items, few_fields
 from .passwords import LONGEST_PASSWORD
 
 __all__ = [
@@ -33,9 +33,9 @@ def _message(fields: dict[str, str]) -> dict[str, str]:
     return fields
 
 
-Message = Annotated[dict[str, str], AfterValidator(_message)]
+Message = Annotated[dict[str, str], few_fields(), AfterValidator(_message)]
 
-Prompt = str | list[int] | list[Message]
+Prompt = str | Items[int] | Items[Message]
 """Text, token ids or chat messages."""
 
 # No control characters: a name is shown in lists, logs and messages.
@@ -44,56 +44,35 @@ _Name = Annotated[
     StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$", strip_whitespace=True),
 ]
 _Stop = Annotated[str, Field(max_length=1000)]
-_MOST_FIELDS = 256
 _VectorId = Annotated[str, Field(min_length=1, max_length=200)]
 
 
-class _Body(BaseModel):
-    """Types are not converted, and a field of another name is an error: a typing mistake never goes unseen."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _whole_characters(cls, body: Any) -> Any:
-        if isinstance(body, dict) and len(body) > _MOST_FIELDS:  # each would be an error of its own
-            raise ValueError(f"it has {len(body)} fields, and {_MOST_FIELDS} are more than enough")
-        # JSON can spell half of a character, which no file, tokenizer or answer can hold.
-        try:
-            json.dumps(body, ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError("a text in the body has half of a surrogate pair") from error
-        except RecursionError as error:
-            raise ValueError("the body is nested too deeply") from error
-        return body
-
-
-class LoginBody(_Body):
+class LoginBody(Body):
     """Sign-up and log-in."""
 
     email: Annotated[str, Field(min_length=1, max_length=320)]
     password: Annotated[str, Field(min_length=1, max_length=LONGEST_PASSWORD, repr=False)]
 
 
-class RefreshBody(_Body):
+class RefreshBody(Body):
     """A refresh token."""
 
     refresh_token: Annotated[str, Field(min_length=1, max_length=1000, repr=False)]
 
 
-class KeyBody(_Body):
+class KeyBody(Body):
     """A new API key's name."""
 
     name: _Name = "Default Key"
 
 
-class ModelBody(_Body):
+class ModelBody(Body):
     """The model to work with."""
 
     model_name: _Name
 
 
-class GenerateBody(_Body):
+class GenerateBody(Body):
     """A prompt and how to continue it; defaults are those of ``generation.generate``."""
 
     prompt: Prompt
@@ -106,26 +85,26 @@ class GenerateBody(_Body):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     temperature: Annotated[float, Field(gt=0)] | None = None
     min_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
+    stop: _Stop | Annotated[Items[_Stop], Field(max_length=16)] | None = None
 
 
-class SteeringBody(_Body):
+class SteeringBody(Body):
     """Contrastive examples, and how vectors are made of them."""
 
-    prompts: list[Prompt]
-    positive_answers: list[str]
-    negative_answers: list[str]
-    layer_idxs: list[int] | None = None
+    prompts: Items[Prompt]
+    positive_answers: Items[str]
+    negative_answers: Items[str]
+    layer_idxs: Items[int] | None = None
     method: str = "few-shot"
 
 
-class BehaviorBody(_Body):
+class BehaviorBody(Body):
     """A behavior: contrastive examples, or a vector that was made before."""
 
     behavior_name: _Name
-    prompts: list[Prompt]
-    positive_answers: list[str]
-    negative_answers: list[str]
+    prompts: Items[Prompt]
+    positive_answers: Items[str]
+    negative_answers: Items[str]
     description: Annotated[str, Field(max_length=10_000, pattern=r"^[^\x00]*$")] = ""
     steering_vector_id: _VectorId | None = None
 
@@ -137,28 +116,28 @@ class BehaviorBody(_Body):
         return self
 
 
-class SaeBody(_Body):
+class SaeBody(Body):
     """A prompt to continue under the watch of a sparse autoencoder."""
 
     prompt: Prompt
     max_new_tokens: Annotated[int, Field(ge=1, lt=2**31)] = 50
-    behavior_names: list[str] | None = None
-    force_steering: list[str] | None = None
+    behavior_names: Items[str] | None = None
+    force_steering: Items[str] | None = None
 
 
-class ScoresBody(_Body):
+class ScoresBody(Body):
     """Two prompts for attribution patching."""
 
     clean_prompt: str
     corrupted_prompt: str
-    target_module_paths: list[str] | None = None
+    target_module_paths: Items[str] | None = None
 
 
-class RaagBody(_Body):
+class RaagBody(Body):
     """Questions, and where the documents are."""
 
-    qa_entries: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    docs: list[dict[str, Any]] | None = None
+    qa_entries: Annotated[Items[dict[str, Any]], Field(min_length=1)]
+    docs: Items[dict[str, Any]] | None = None
     pinecone_index_name: Annotated[str, Field(min_length=1)] | None = None
 
     @model_validator(mode="after")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -113,22 +112,22 @@ class ServingEngine:
         fn: Callable[[ModelAdapter], T],
         *,
         timeout: float | None = None,
-        gone: threading.Event | None = None,
     ) -> T:
         """Runs ``fn(adapter)`` in the model's thread, alone on the model, between two decoding steps.
 
-        For CAA, scores and the like. Decoding waits meanwhile. Errors of ``fn`` are raised here.
+        For CAA and the like. Decoding waits meanwhile, but for the pauses of ``fn`` (see
+        :mod:`mechanex.engine.pauses`), which take turns with it and end ``fn`` where nobody waits for it any more.
+        Errors of ``fn`` are raised here.
 
         Args:
             fn: the work.
             timeout: seconds; None for the server's setting.
-            gone: is set when nobody waits for the result any more, for work that can stop halfway.
 
         Raises:
             RateLimitError: too much waits already.
             APIError: the server is shutting down (503), or no result in time (504).
         """
-        return await self.scheduler.run(fn, timeout, gone)
+        return await self.scheduler.run(fn, timeout)
 
     async def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt (text, ids, chat messages), in a thread; ValidationError as ``encode_prompt``."""

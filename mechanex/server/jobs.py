@@ -5,17 +5,26 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable
-from threading import Condition
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..engine.models.adapter import ModelAdapter
 
-__all__ = ["Jobs"]
+__all__ = ["Job", "Jobs"]
 
 _logger = logging.getLogger(__name__)
-_Job = tuple["concurrent.futures.Future[Any]", Callable[[ModelAdapter], Any]]
+
+
+@dataclass(eq=False)
+class Job:
+    """A piece of work: ``future`` has its result, and ``gone`` is set when nobody waits for that any more."""
+
+    work: Callable[[ModelAdapter], Any]
+    future: concurrent.futures.Future[Any] = field(default_factory=concurrent.futures.Future)
+    gone: threading.Event = field(default_factory=threading.Event)
 
 
 class Jobs:
@@ -25,10 +34,10 @@ class Jobs:
         changed: is held while the queue changes, and told when something comes.
     """
 
-    def __init__(self, changed: Condition) -> None:
+    def __init__(self, changed: threading.Condition) -> None:
         self._changed = changed
-        self._waiting: deque[_Job] = deque()
-        self._running: concurrent.futures.Future[Any] | None = None
+        self._waiting: deque[Job] = deque()
+        self._running: Job | None = None
 
     def __len__(self) -> int:
         """Pieces of work that wait."""
@@ -39,47 +48,52 @@ class Jobs:
         """Whether something waits or runs."""
         return bool(self._waiting) or self._running is not None
 
-    def add(self, fn: Callable[[ModelAdapter], Any]) -> concurrent.futures.Future[Any]:
-        """Queues work and gives its future."""
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody still waits for what runs."""
+        return self._running is not None and not self._running.gone.is_set()
+
+    def add(self, work: Callable[[ModelAdapter], Any]) -> Job:
+        """Queues work."""
+        job = Job(work)
         with self._changed:
-            self._waiting.append((future, fn))
+            self._waiting.append(job)
             self._changed.notify()
-        return future
+        return job
 
     def do_one(self, adapter: ModelAdapter) -> bool:
         """Does the piece that came first; whether there was one that somebody still waits for."""
         with self._changed:
             if not self._waiting:
                 return False
-            future, fn = self._waiting.popleft()
-            if not future.set_running_or_notify_cancel():
+            job = self._waiting.popleft()
+            if job.gone.is_set() or not job.future.set_running_or_notify_cancel():
                 return False
-            self._running = future
+            self._running = job
         try:
-            result = fn(adapter)
+            result = job.work(adapter)
         except BaseException as error:
-            _tell(future.set_exception, error)
+            _tell(job.future.set_exception, error)
         else:
-            _tell(future.set_result, result)
+            _tell(job.future.set_result, result)
         finally:
             self._running = None
         return True
 
     def give_up_running(self, error: Exception) -> None:
-        """Answers what runs with an error; the work itself goes on."""
+        """Answers what runs with an error; the work itself goes on to its next pause."""
         running = self._running
         if running is not None:
             with contextlib.suppress(concurrent.futures.InvalidStateError):  # it ended just now
-                running.set_exception(error)
+                running.future.set_exception(error)
 
     def end_waiting(self, error: Exception) -> None:
         """Answers all that waits with an error."""
         with self._changed:
             waiting, self._waiting = list(self._waiting), deque()
-        for future, _ in waiting:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(error)
+        for job in waiting:
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(error)
 
 
 def _tell(setting: Callable[[Any], None], end: Any) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..engine.positions import TokenSelector, check_tokens
+from .body_base import Body, Items, few_fields
 
 __all__ = ["ChatBody", "CompletionBody", "GenerationBody", "SteeringItem"]
 
@@ -14,45 +15,18 @@ _Id = Annotated[str, Field(min_length=1, max_length=256)]
 _Name = Annotated[str, Field(min_length=1, max_length=256)]
 _Place = Annotated[int, Field(ge=-(2**31), le=2**31)]
 _Strength = Annotated[float, Field(ge=-1e6, le=1e6)]
-_MOST_FIELDS = 256
 _Text = Annotated[str, Field(min_length=1)]
 
 
-class _Strict(BaseModel):
-    """Unknown fields, numbers in quotation marks, NaN and infinity are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _whole_characters(cls, body: Any) -> Any:
-        """JSON can spell half of a surrogate pair, which no tokenizer and no database takes."""
-        if isinstance(body, dict) and len(body) > _MOST_FIELDS:  # each would be an error of its own
-            raise ValueError(f"it has {len(body)} fields, and {_MOST_FIELDS} are more than enough")
-        waiting = [body]
-        while waiting:
-            value = waiting.pop()
-            if isinstance(value, str):
-                try:
-                    value.encode()
-                except UnicodeEncodeError:
-                    raise ValueError("a text holds half of a surrogate pair, which is no character") from None
-            elif isinstance(value, dict):
-                waiting += [*value, *value.values()]
-            elif isinstance(value, list):
-                waiting += value
-        return body
-
-
-class SteeringItem(_Strict):
+class SteeringItem(Body):
     """One vector among several of a request."""
 
     vector: _Id = Field(description="Id of a stored vector.")
     strength: _Strength = Field(default=1.0, description="Multiplies the vector.")
-    layers: list[_Place] | None = Field(
+    layers: Items[_Place] | None = Field(
         default=None, min_length=1, max_length=1024, description="Only these of its layers."
     )
-    tokens: _Place | list[_Place | None] | None = Field(
+    tokens: _Place | Items[_Place | None] | None = Field(
         default=None,
         description="Positions to steer: one, or [start, stop] or [start, stop, step] with null for an open end; "
         "negatives count from the end of the prompt. All by default.",
@@ -73,14 +47,14 @@ class SteeringItem(_Strict):
         return tokens
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Body):
     """What a stream has besides the answer."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class GenerationBody(_Strict):
+class GenerationBody(Body):
     """What both kinds of completion share."""
 
     model: str | None = Field(default=None, description="The served model, or nothing.")
@@ -89,12 +63,10 @@ class GenerationBody(_Strict):
     n: int | None = Field(default=1, ge=1, le=128)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stop: _Text | Annotated[list[_Text], Field(max_length=16)] | None = None
+    stop: _Text | Annotated[Items[_Text], Field(max_length=16)] | None = None
     frequency_penalty: float | None = Field(default=0.0, ge=-2, le=2)
     presence_penalty: float | None = Field(default=0.0, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        default=None, max_length=1024
-    )
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], few_fields(1024)] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
 
     steering_vector: _Id | None = Field(default=None, description="Id of a stored vector to steer with.")
@@ -102,15 +74,15 @@ class GenerationBody(_Strict):
     steering_strength: _Strength | None = Field(
         default=None, description="Multiplies the vector; 1 by default."
     )
-    behavior_names: list[_Name] | None = Field(default=None, max_length=64)
-    force_steering: list[_Name] | None = Field(default=None, max_length=64)
-    steering: list[SteeringItem] | None = Field(
+    behavior_names: Items[_Name] | None = Field(default=None, max_length=64)
+    force_steering: Items[_Name] | None = Field(default=None, max_length=64)
+    steering: Items[SteeringItem] | None = Field(
         default=None, max_length=64, description="Several vectors at once."
     )
 
     # These change nothing about an answer, and clients send them.
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], few_fields()] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -146,7 +118,7 @@ class GenerationBody(_Strict):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+    prompt: str | Items[str] | Items[int] | Items[Items[int]] = Field(
         description="A text, several, token ids, or several lists of them."
     )
     max_tokens: int | None = Field(default=16, ge=0, le=2**31)
@@ -173,16 +145,16 @@ class CompletionBody(GenerationBody):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class _Part(_Strict):
+class _Part(Body):
     type: Literal["text"]
     text: str
 
 
-class Message(_Strict):
+class Message(Body):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_Part] | None = None
+    content: str | Items[_Part] | None = None
     name: str | None = None
     # What an answer of ours or another server's has when it is sent back.
     refusal: None = None
@@ -205,21 +177,21 @@ class Message(_Strict):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class _TextFormat(_Strict):
+class _TextFormat(Body):
     type: Literal["text"]
 
 
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=4096)
+    messages: Items[Message] = Field(min_length=1, max_length=4096)
     max_tokens: int | None = Field(default=None, ge=1, le=2**31)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     # Only what this server can do is taken: text, and no tools.
     response_format: _TextFormat | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Items[Literal["text"]] | None = None
     tools: list[Any] | None = Field(default=None, max_length=0)
     tool_choice: Literal["none", "auto"] | None = None
     functions: list[Any] | None = Field(default=None, max_length=0)

@@ -51,6 +51,16 @@ class Row:
         self._generator: torch.Generator | None = None
 
     @property
+    def known(self) -> list[int]:
+        """All of its tokens so far: what has to be read before the next one can be chosen."""
+        return [*self.ids, *self.chosen]
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of the prompt's tokens are still to come."""
+        return self.request.prompt_logprobs and not self.prompt_logprobs
+
+    @property
     def length(self) -> int:
         """Tokens in the cache: the prompt and all that was chosen but the last, which the next step reads."""
         return len(self.ids) + max(len(self.chosen) - 1, 0)
@@ -59,6 +69,10 @@ class Row:
     def final_length(self) -> int:
         """The most positions that it can come to use."""
         return len(self.ids) + self.max_tokens
+
+    def suspend(self) -> None:
+        """Leaves the batch for the queue; what was chosen stays, and is read again with the prompt."""
+        self.prompt_key = (id(self),)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The row's own random numbers."""

@@ -90,13 +90,12 @@ class Scheduler:
             worker.changed.notify()
         return generation
 
-    async def run(
-        self, fn: Callable[[ModelAdapter], T], timeout: float | None, gone: threading.Event | None = None
-    ) -> T:
+    async def run(self, fn: Callable[[ModelAdapter], T], timeout: float | None) -> T:
         """Runs a function alone on the model; as :meth:`mechanex.server.engine.ServingEngine.run`."""
         worker = self._open()
         self._check_room(len(worker.jobs), _MOST_JOBS)
-        future: concurrent.futures.Future[T] = worker.jobs.add(fn)
+        job = worker.jobs.add(fn)
+        future: concurrent.futures.Future[T] = job.future
         try:
             return await asyncio.wait_for(
                 asyncio.wrap_future(future), self._settings.request_timeout if timeout is None else timeout
@@ -104,18 +103,17 @@ class Scheduler:
         except asyncio.TimeoutError:
             raise APIError("The work took longer than the server allows; ask for less.", 504) from None
         finally:
-            if gone is not None:
-                gone.set()
+            job.gone.set()
 
     def stop_accepting(self) -> None:
         """From now on requests are refused; those that are here go on."""
         self._accepting = False
 
     async def drain(self, seconds: float) -> None:
-        """Waits for what runs, at most so long, then ends the rest with an error, and the thread."""
+        """Waits for what runs, at most so long, then ends the rest with an error, and the thread; once is enough."""
         self.stop_accepting()
         worker = self._worker
-        if worker is None:
+        if worker is None or worker.closing:
             return
         end = time.monotonic() + seconds
         while (

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from ..engine.models.adapter import ModelAdapter, exclusive, undisturbed
+from ..engine.pauses import pausing
 from ..errors import APIError, MechanexError
 from .alone import answer
 from .batch import Batch, Outcome, Reading
@@ -27,6 +28,7 @@ __all__ = ["Worker"]
 _logger = logging.getLogger(__name__)
 _News = tuple[Generation, "Step | Result | BaseException"]
 _TURN = 32  # steps before the model is offered to other threads of the process
+_AHEAD = 128  # positions beyond a row's present length that are kept free for it when others are let in
 _PATIENCE = 3  # steps that a few prompts wait for more to be read together with, while others are decoded
 
 
@@ -64,6 +66,7 @@ class Worker:
         self._rolling = True
         self._steered = 0.0
         self._steps_since_pick = 0
+        self._resumed = 0.0  # when other work got the model last
 
     @property
     def n_running(self) -> int:
@@ -96,7 +99,7 @@ class Worker:
             with undisturbed(self._adapter.hf_model), torch.no_grad():
                 try:
                     for _ in range(_TURN):
-                        if self.closing or not self._advance():
+                        if self.closing or not self._advance() or self.jobs:
                             break
                 finally:
                     self._batch.steering.detach()
@@ -104,7 +107,7 @@ class Worker:
         self._flush()
 
     def _advance(self) -> bool:
-        """Reads some prompts and makes one step; False when there is nothing to do, or other work waits."""
+        """Reads some prompts and makes one step; False when there is nothing to do."""
         self._sweep()
         if not self._rolling:
             self._answer_alone()
@@ -112,7 +115,7 @@ class Worker:
         read = self._read()
         stepped = bool(self._batch.rows) and self._guarded("decode", self._step)
         self._flush()
-        return (read or stepped) and not self.jobs
+        return read or stepped
 
     def _read(self) -> bool:
         if self._reading is None:
@@ -141,8 +144,9 @@ class Worker:
         if done:
             self._reading = None
             for row in reading.rows:
-                self._metrics.first_token_seconds.observe(time.monotonic() - row.arrived)
-            self._metrics.prompt_tokens.inc(sum(len(row.ids) for row in reading.prompts))
+                if not row.chosen:
+                    self._metrics.first_token_seconds.observe(time.monotonic() - row.arrived)
+            self._metrics.prompt_tokens.inc(sum(len(row.ids) for row in reading.prompts if not row.chosen))
             try:
                 outcomes = self._batch.join(reading)
             except Exception:
@@ -151,6 +155,7 @@ class Worker:
             self._settle(outcomes)
 
     def _step(self) -> None:
+        self._make_room()
         self._metrics.batch_rows.observe(len(self._batch.rows))
         self._settle(self._batch.step())
 
@@ -170,29 +175,36 @@ class Worker:
         self._steered = steered
         return True
 
+    def _make_room(self) -> None:
+        """Sends the rows that came last back to wait, where a step would take more positions than allowed."""
+        rows = self._batch.rows
+        while len(rows) > 1 and (self._batch.columns + 1) * len(rows) > self._settings.max_cache_tokens:
+            last = max(rows, key=lambda row: row.arrived)
+            self._batch.drop([last])
+            last.suspend()
+            with self.changed:
+                self.waiting.appendleft(last)
+
     def _pick(self) -> list[Row]:
         """The waiting requests that are read next, first come, first served."""
         running, settings = self._batch.rows, self._settings
-        longest = max((row.final_length for row in running), default=0)
+        longest = max(map(_reach, running), default=0)
         picked: list[Row] = []
         prompts: set[object] = set()
         width = 0
         with self.changed:
             while self.waiting and len(running) + len(picked) < settings.max_batch:
                 row = self.waiting[0]
-                longest = max(longest, row.final_length)
+                longest = max(longest, _reach(row))
                 n_rows = len(running) + len(picked) + 1
                 if n_rows > 1 and longest * n_rows > settings.max_cache_tokens:
                     break
                 if picked and row.prompt_key not in prompts:
-                    wider = max(width, len(row.ids)) * (len(prompts) + 1)
-                    if (
-                        wider > settings.prefill_tokens
-                        or row.request.prompt_logprobs
-                        or picked[0].request.prompt_logprobs
-                    ):
+                    wider = max(width, len(row.known)) * (len(prompts) + 1)
+                    alone = row.wants_prompt_logprobs or picked[0].wants_prompt_logprobs
+                    if alone or wider > settings.prefill_tokens:
                         break
-                width = max(width, len(row.ids))
+                width = max(width, len(row.known))
                 prompts.add(row.prompt_key)
                 picked.append(self.waiting.popleft())
         return picked
@@ -242,9 +254,27 @@ class Worker:
             _logger.debug("%d answers had no one to go to", len(news))
 
     def _work(self) -> None:
-        begun = time.perf_counter()
-        if self.jobs.do_one(self._adapter):
-            self._metrics.model_seconds.labels("other").inc(time.perf_counter() - begun)
+        """Does one piece of other work."""
+        self._resumed = time.perf_counter()
+        with pausing(self._take_turn):
+            done = self.jobs.do_one(self._adapter)
+        if done:
+            self._metrics.model_seconds.labels("other").inc(time.perf_counter() - self._resumed)
+
+    def _take_turn(self) -> None:
+        """Decodes for as long as the work that pauses now had the model; ends work that nobody waits for."""
+        taken = time.perf_counter() - self._resumed
+        self._metrics.model_seconds.labels("other").inc(taken)
+        if self.closing or not self.jobs.wanted:
+            raise APIError("Nobody waits for this work any more.", 503)
+        until = time.perf_counter() + taken
+        with undisturbed(self._adapter.hf_model), torch.no_grad():
+            try:
+                while not self.closing and self._advance() and time.perf_counter() < until:
+                    pass
+            finally:
+                self._batch.steering.detach()
+        self._resumed = time.perf_counter()
 
     def _answer_alone(self) -> None:
         with self.changed:
@@ -297,6 +327,11 @@ class Worker:
 
     def _new_batch(self) -> Batch:
         return Batch(self._adapter, self._padding, self._settings.prefill_tokens)
+
+
+def _reach(row: Row) -> int:
+    """Positions that a row comes to use soon; all that it may ever use would keep others out for nothing."""
+    return min(len(row.known) + _AHEAD, row.final_length)
 
 
 def _deliver(news: list[_News]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...ops.steer import steer
 from ..hooks import attach
 from ..models.adapter import Handles, ModelAdapter, ResidualHook
+from ..pauses import pause
 from .layout import Layout, StepPack
 from .losses import Objective
 from .parameters import Parameters, Table
@@ -187,6 +188,7 @@ class Passes:
         sums: list[Tensor] = []
         found: list[tuple[Tensor, Tensor]] = []
         for stack in self._stacks_for(requests):
+            pause()
             with torch.set_grad_enabled(learning):
                 losses = stack.losses(table, first.options)
             completions = stack.step_pack.order.completions
