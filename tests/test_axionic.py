@@ -223,6 +223,8 @@ def test_an_open_server_answers_at_this_machines_names_only(client: TestClient) 
         "127.0.0.1.evil.example:8000",
         "127.evil.example",
         "localhost.evil",
+        "[::1].evil.example",
+        "localhost:8000@evil.example",
         "[::2]",
         "",
     ):
@@ -232,6 +234,58 @@ def test_an_open_server_answers_at_this_machines_names_only(client: TestClient) 
             client.post("/auth/signup", json=ANN, headers={"host": host}), 403
         )
     assert client.get("/health", headers={"host": "evil.example"}).status_code == 200
+
+
+def test_keys_come_before_bodies(connect: Connect) -> None:
+    client = connect("0.0.0.0", key=SERVER_KEY, cors_origins=("https://app.example",))
+    for path in ("/v1/completions", "/generate", "/no/such/path"):
+        for headers in ({}, {"x-api-key": "wrong"}):
+            assert client.post(path, content=b"{" * 100_000, headers=headers).status_code == 401, path
+        right = {"x-api-key": SERVER_KEY}
+        assert client.post(path, content=b"{", headers=right).status_code in (400, 404, 422)
+    # Browsers see why, and may send what OpenAI's clients send, and delete.
+    seen = client.get("/models", headers={"origin": "https://app.example"})
+    assert seen.status_code == 401 and seen.headers["access-control-allow-origin"] == "https://app.example"
+    asked = {
+        "origin": "https://app.example",
+        "access-control-request-method": "DELETE",
+        "access-control-request-headers": "authorization,x-stainless-lang,x-stainless-os",
+    }
+    allowed = client.options("/behaviors/b", headers=asked)
+    assert (
+        allowed.status_code == 200 and "x-stainless-lang" in allowed.headers["access-control-allow-headers"]
+    )
+
+
+def test_metrics_are_the_operators(connect: Connect) -> None:
+    client = connect("0.0.0.0", key=SERVER_KEY)
+    ann = signed_up(client, ANN, **{"x-api-key": SERVER_KEY})
+    assert "operator's" in refused(client.get("/metrics", headers=ann), 403)
+    assert "mechanex_requests" in client.get("/metrics", headers={"x-api-key": SERVER_KEY}).text
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+def test_what_nobody_foresaw_is_a_500_that_can_be_found_in_the_log(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    app: Any = client.app
+
+    async def fail(prompt: Any) -> Any:
+        raise ZeroDivisionError("by a bug")
+
+    with caplog.at_level("INFO"):
+        monkeypatch.setattr(app.state.engine, "encode", fail)
+        answer = client.post(path, json={"prompt": "The"}, headers={"x-request-id": "abc123"})
+    assert answer.status_code == 500 and answer.headers["x-request-id"] == "abc123"
+    assert "by a bug" not in answer.text and "log has more" in answer.text
+    assert "request abc123 failed" in caplog.text and "by a bug" in caplog.text
+    (access,) = [json.loads(r.message) for r in caplog.records if r.name == "mechanex.server.access"]
+    assert access["status"] == 500
+    assert f'mechanex_requests_total{{path="{path}",status="500"}} 1.0' in client.get("/metrics").text
+
+
+def test_paths_are_not_corrected(client: TestClient) -> None:
+    assert client.post("/generate/", json={"prompt": "The"}, follow_redirects=False).status_code == 404
 
 
 def test_wrong_keys_are_counted_by_address(connect: Connect) -> None:
@@ -367,7 +421,7 @@ def test_generate_says_what_was_wrong(shared: TestClient, body: dict[str, Any], 
 
 
 def test_a_vector_that_nobody_made_is_not_found(client: TestClient) -> None:
-    for vector_id, status in (("f" * 32, 404), ("nothing", 404), ("../secret", 400), ("/etc/passwd", 400)):
+    for vector_id, status in (("f" * 32, 404), ("nothing", 404), ("../secret", 404), ("/etc/passwd", 404)):
         body = {"prompt": "The", "steering_vector_id": vector_id, "steering_strength": 1}
         assert vector_id in refused(client.post("/generate", json=body), status)
         headers = signed_up(
@@ -500,6 +554,18 @@ def test_generate_corrects_what_the_server_was_told_to(
         ] == local.generation.generate(
             "The man said that", 16, "greedy", steering_strength=1, steering_vector=local_id
         )
+
+
+def test_a_damaged_vector_of_the_operator_is_the_servers_error(
+    client: TestClient, mechanex_home: Path
+) -> None:
+    (mechanex_home / "vectors").mkdir(parents=True, exist_ok=True)
+    (mechanex_home / "vectors" / "mine.safetensors").write_bytes(b"junk")
+    steered = {"prompt": "The", "steering_vector_id": "mine", "steering_strength": 1, "max_tokens": 2}
+    reason = refused(client.post("/generate", json=steered), 500)
+    assert "'mine'" in reason and str(mechanex_home) not in reason
+    answer = client.post("/v1/completions", json={"prompt": "The", "steering_vector": "mine"})
+    assert answer.status_code == 500 and str(mechanex_home) not in answer.text
 
 
 def test_a_damaged_vector_file_is_the_servers_error(client: TestClient, mechanex_home: Path) -> None:

@@ -371,10 +371,30 @@ def test_a_row_that_breaks_leaves_the_others_alone(tiny: Any) -> None:
     for error in (broken, late):
         assert isinstance(error, MechanexError)
         assert "not finite" in str(error)
-        assert error.status_code == 500
+        assert error.status_code == 400  # whoever asked for such steering is told, and need not ask again
     for request, result in zip(asked, [*first, a, b, c], strict=True):
         text = tiny.tokenizer.decode(request.ids, skip_special_tokens=True)
         assert result.text == alone(tiny, text, None, 0, sampling_method="greedy", max_tokens=12)
+
+
+def test_log_probabilities_that_are_no_numbers_are_an_error(tiny: Any) -> None:
+    huge = Steer(3, Edit.add(torch.full((128,), 3e38)))
+    ids = ids_of(tiny.tokenizer, PROMPTS[0])
+
+    async def read() -> list[Any]:
+        async with scheduled(tiny.model, tiny.tokenizer) as running:
+            asked = [
+                Request(ids, n, logprobs=1, prompt_logprobs=True, steering=steering)
+                for n, steering in ((0, (huge, huge)), (3, (huge, huge)), (0, ()))
+            ]
+            return await asyncio.gather(
+                *(one.result() for one in running.submit_all(asked)), return_exceptions=True
+            )
+
+    *broken, whole = asyncio.run(read())
+    for error in broken:
+        assert isinstance(error, ValidationError) and "too strong" in str(error)
+    assert len(whole.prompt_logprobs) == len(ids)
 
 
 def test_an_error_of_the_model_ends_its_answers_and_nothing_else(tiny: Any) -> None:
@@ -456,9 +476,19 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(tiny: Any) -> None:
             assert error.value.status_code == 429
             assert error.value.retry_after is not None
             assert error.value.retry_after >= 1
+            # One whose client has gone only waits to be swept out.
+            kept[1].cancel()
+            kept.append(running.submit(Request(ids, 1)))
+            with pytest.raises(RateLimitError):
+                running.submit(Request(ids, 1))
             leave.set()
             await job
-            assert [(await one.result()).completion_tokens for one in kept] == [1, 1]
+            assert [(await kept[i].result()).completion_tokens for i in (0, 2)] == [1, 1]
+            # What is more than may wait is taken as a whole by an empty queue, or could never be asked for.
+            many = running.submit_all([Request(ids, 1)] * 5)
+            with pytest.raises(RateLimitError):
+                running.submit_all([Request(ids, 1)] * 2)
+            assert [(await one.result()).completion_tokens for one in many] == [1] * 5
 
     asyncio.run(crowd())
 

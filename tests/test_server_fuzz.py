@@ -14,7 +14,11 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from server_process import ServerProcess, serving
+
+from mechanex.server.bodies import GenerateBody, RaagBody, SteeringBody
+from mechanex.server.openai_schemas import ChatBody, CompletionBody
 
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/generate", "/steering/generate", "/auth/login")
 VICTIM = {"prompt": "Anna went to the market on Friday.", "max_tokens": 30, "temperature": 0}
@@ -109,6 +113,17 @@ BODIES = {
     "many messages": json.dumps({"messages": [{"role": "user", "content": "a"}] * 20_000}).encode(),
     "many biases": json.dumps({"prompt": "a", "logit_bias": {str(i): 1 for i in range(2_000)}}).encode(),
     "many vectors": json.dumps({"prompt": "a", "steering": [{"vector": "x"}] * 5_000}).encode(),
+    "many wrong prompts": b'{"prompt": [' + b'"", 0, ' * 500_000 + b"0]}",
+    "many objects for prompts": b'{"prompt": [' + b"{}," * 1_000_000 + b"0]}",
+    "many lists of objects": b'{"prompt": [' + b"[{}]," * 600_000 + b"[0]]}",
+    "many wrong examples": b'{"positive_answers": [], "negative_answers": [], "prompts": ['
+    + b"{}," * 1_000_000
+    + b"0]}",
+    "many wrong parts": b'{"messages": [{"role": "user", "content": [' + b"{}," * 1_000_000 + b"0]}]}",
+    "many wrong fields": b'{"prompt": "a", "metadata": {'
+    + b",".join(b'"%d":1' % i for i in range(300_000))
+    + b"}}",
+    "token ids beyond any integer of C": b'{"prompt": [4294967296, 5], "echo": true}',
     "control characters": bytes(range(256)),
     "a prompt of 3 MB": json.dumps({"prompt": "a b " * 750_000}).encode(),
     "a prompt of 10 MB": json.dumps({"prompt": "word " * 2_000_000}).encode(),
@@ -128,6 +143,16 @@ def test_hostile_bodies_are_refused(server: ServerProcess, name: str, undisturbe
             assert error.keys() in ({"error"}, {"detail"})
             assert len(answer) < 20_000  # what was sent is not sent back
     assert victim(server) == undisturbed
+
+
+@pytest.mark.parametrize("name", [name for name in BODIES if name.startswith("many")])
+def test_a_wrong_body_is_told_in_few_words(name: str) -> None:
+    """Each error takes the event loop time, in which nobody else is served: a million of them take half a minute."""
+    for body in (CompletionBody, ChatBody, SteeringBody, GenerateBody, RaagBody):
+        try:
+            body.model_validate(json.loads(BODIES[name]))
+        except ValidationError as error:
+            assert error.error_count() < 20
 
 
 def test_a_prompt_of_10_mb_is_named_as_too_large(server: ServerProcess) -> None:

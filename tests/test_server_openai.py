@@ -138,6 +138,60 @@ def test_stop_texts_and_the_end(client: OpenAI, local: Any) -> None:
     assert ended.choices[0].finish_reason == "stop"
 
 
+def test_log_probabilities_are_those_of_the_text(client: OpenAI, local: Any) -> None:
+    whole = expected(local, PROMPT, 40)
+    words = whole.split()
+    for stop in (" " + words[5], words[5][1:], f"{words[4]} {words[5]} {words[6]}"):
+        asked: dict[str, Any] = {"model": "mx-tiny", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
+        choice = client.completions.create(**asked, stop=stop, logprobs=0).choices[0]
+        assert choice.text == whole[: whole.index(stop)] and choice.logprobs is not None
+        tokens = choice.logprobs.tokens
+        assert tokens is not None and len("".join(tokens[:-1])) < len(choice.text)
+        assert "".join(tokens).startswith(choice.text)  # the last may go on into the stop text
+        text, streamed = "", []
+        for chunk in client.completions.create(**asked, stop=stop, logprobs=0, stream=True):
+            for part in chunk.choices:
+                text += part.text
+                streamed += (part.logprobs.tokens or []) if part.logprobs else []
+                # Nothing that may still be cut off is told.
+                assert len("".join(streamed[:-1])) <= len(text)
+        assert (text, streamed) == (choice.text, tokens)
+
+
+def test_offsets_count_characters(client: OpenAI) -> None:
+    prompt = "Anna 😀 Ж née in 北京."
+    choice = client.completions.create(
+        model="mx-tiny", prompt=prompt, max_tokens=6, temperature=0, echo=True, logprobs=0
+    ).choices[0]
+    assert choice.logprobs is not None and choice.text.startswith(prompt)
+    tokens, offsets = choice.logprobs.tokens, choice.logprobs.text_offset
+    assert tokens is not None and offsets is not None
+    assert any(token.startswith("bytes:") for token in tokens)  # characters of several tokens
+    for token, offset in zip(tokens[1:], offsets[1:], strict=True):
+        assert token.startswith("bytes:") or choice.text[offset : offset + len(token)] == token
+
+
+def test_the_drawn_token_is_among_the_likeliest_ones_that_are_told(client: OpenAI) -> None:
+    choice = client.completions.create(
+        model="mx-tiny", prompt=PROMPT, max_tokens=30, temperature=2, seed=3, logprobs=2
+    ).choices[0]
+    found = choice.logprobs
+    assert found is not None and found.tokens and found.top_logprobs and found.token_logprobs
+    for token, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
+        assert top is not None and top[token] == logprob and len(top) in (2, 3)
+    assert any(len(top or ()) == 3 for top in found.top_logprobs)
+
+
+def test_a_prompt_that_fills_the_context_can_be_scored(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "mx-tiny", "prompt": [7] * 512, "echo": True, "logprobs": 0}
+    answer = client.completions.create(**asked, max_tokens=0)
+    assert answer.usage is not None and answer.usage.prompt_tokens == 512
+    for n in (1, None):
+        with pytest.raises(openai.BadRequestError) as error:
+            client.completions.create(**asked, **({} if n is None else {"max_tokens": n}))
+        assert error.value.code == "context_length_exceeded"
+
+
 def test_echo_and_logprobs(client: OpenAI, local: Any) -> None:
     ids = encode_prompt(local.tokenizer, PROMPT)
     answer = client.completions.create(

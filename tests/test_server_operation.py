@@ -28,7 +28,7 @@ from mechanex.cli import main
 from mechanex.engine.models.resolve import load
 from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import MechanexError, NotFoundError, ValidationError
-from mechanex.server.serve import _listen
+from mechanex.server.listener import listen
 from mechanex.server.settings import Settings
 
 
@@ -159,7 +159,17 @@ def test_logs_hold_requests_and_no_prompts(server: ServerProcess) -> None:
     assert found["logged-1"]["path"] == "/v1/completions"
     assert found["logged-1"]["seconds"] > 0
     assert found["logged-2"]["status"] == 400
-    assert "swordfish" not in server.output()
+    # A token spans the join of prompt and answer, which is logged: without the texts.
+    spanning = {
+        "prompts": ["My secret diagnosis is cance"],
+        "positive_answers": ["r zebraquux, badly"],
+        "negative_answers": [" flu"],
+        "method": "caa",
+    }
+    assert call(server, "POST", "/steering/generate", spanning)[0] == 200
+    until(lambda: "spans the join" in server.output())
+    for text in ("swordfish", "zebraquux", "diagnosis"):
+        assert text not in server.output()
     assert "hidden-key" not in server.output()
 
 
@@ -223,6 +233,36 @@ def test_a_full_queue_is_429_with_a_time(server: ServerProcess) -> None:
     until(lambda: server.metric("mechanex_running_requests") == 0)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+def test_connections_that_say_nothing_lock_nobody_out(tmp_path: Path) -> None:
+    program = (
+        "import resource, sys, mechanex\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (600, 600))\n"
+        "import mechanex.server.listener as listener\n"
+        "listener.HEAD_SECONDS = 3.0\n"
+        "mechanex.Mechanex().serve('mx-tiny', host='127.0.0.1', port=int(sys.argv[2]))\n"
+    )
+    with (
+        serving(home=tmp_path, command=[sys.executable, "-c", program]) as running,
+        contextlib.ExitStack() as clients,
+    ):
+        busy = clients.enter_context(streaming(running, ENDLESS))
+        silent = [socket.create_connection(("127.0.0.1", running.port), timeout=30) for _ in range(800)]
+        for one in silent:
+            clients.callback(one.close)
+        for one in silent[::2]:
+            with contextlib.suppress(OSError):  # some have had to make way
+                one.sendall(b"GET /health HTTP/1.1\r\nHost: loc")
+        assert json.loads(running.get("/health"))["status"] == "ok"
+        assert call(running, "POST", "/v1/completions", {"prompt": PROMPT, "max_tokens": 1})[0] == 200
+        # Half a head is no reason to stay either; an answer that is being written is.
+        for one in silent:
+            with contextlib.suppress(ConnectionError):
+                assert one.recv(100) == b""
+        assert busy.recv(100) != b""
+        assert "Traceback" not in running.output() and len(running.output()) < 100_000
+
+
 @pytest.fixture
 def never(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that does start is a failed test, not one that never ends."""
@@ -241,15 +281,20 @@ def test_what_the_command_refuses(tmp_path: Path, never: None) -> None:
     (tmp_path / "bad" / "v.safetensors").write_bytes(b"no vector")
     (tmp_path / "other").mkdir()
     SteeringVector({1: torch.ones(7)}).save(tmp_path / "other" / "v.safetensors")
+    (tmp_path / "named").mkdir()
+    SteeringVector({1: torch.ones(128)}).save(tmp_path / "named" / "calm (1).safetensors")
+    (tmp_path / "no.sqlite").write_bytes(b"not a database, but long enough to be looked at" * 30)
     for arguments, text in (
         (["--port", str(taken.getsockname()[1])], "can't listen"),
         (["--host", "203.0.113.7"], "can't listen"),
         (["--use-vllm"], "pip install vllm"),
         (["--vectors", str(tmp_path / "bad")], "v.safetensors"),
         (["--vectors", str(tmp_path / "other")], "7 wide"),
+        (["--vectors", str(tmp_path / "named")], "(1).safetensors' in"),
         (["--behaviors", "nothing_like_it"], "nothing_like_it"),
         (["--corrected-behavior", "unheard_of"], "unheard_of"),
         (["--database", "nonsense://there"], "nonsense"),
+        (["--database", str(tmp_path / "no.sqlite")], "Error: the server's database failed (file is not"),
     ):
         host = [] if "--host" in arguments else ["--host", "127.0.0.1"]
         port = [] if "--port" in arguments else ["--port", "0"]
@@ -287,7 +332,7 @@ def test_answers_are_sent_at_once() -> None:
             options.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             writer.close()
 
-        with _listen(Settings(host="127.0.0.1", port=0)) as listening:
+        with listen(Settings(host="127.0.0.1", port=0)) as listening:
             async with await asyncio.start_server(note, sock=listening):
                 _, writer = await asyncio.open_connection(*listening.getsockname())
                 while not options:

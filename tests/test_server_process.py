@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -15,6 +17,7 @@ import torch
 from server_calls import ENDLESS, PROMPT, call, streaming, until
 from server_process import serving
 
+from mechanex.bundled import model_path
 from mechanex.engine.vectors import SteeringVector
 
 
@@ -142,3 +145,25 @@ def test_an_ended_server_leaves_nothing_but_its_log(tmp_path: Path) -> None:
         (told,) = [line for line in lines if not line.startswith("{")]
         assert told.startswith("Serving mx-tiny at http://127.0.0.1:")
         assert {json.loads(line)["level"] for line in lines if line != told} == {"info"}
+
+
+def test_the_end_comes_in_the_middle_of_a_body(tmp_path: Path) -> None:
+    with serving(home=tmp_path) as running, socket.create_connection(("127.0.0.1", running.port)) as client:
+        client.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 1000\r\n\r\n{"
+        )
+        time.sleep(0.5)
+        assert running.stop(signal.SIGTERM, timeout=30) == 0
+        assert "Traceback" not in running.output()
+
+
+def test_a_folders_name_is_the_models(tmp_path: Path) -> None:
+    shutil.copytree(model_path("mx-tiny"), tmp_path / "private" / "my-model")
+    (tmp_path / "vectors").mkdir()
+    SteeringVector({4: torch.ones(128)}).save(tmp_path / "vectors" / "v1.2 calm.safetensors")
+    arguments = ("--vectors", str(tmp_path / "vectors"))
+    with serving(*arguments, model=str(tmp_path / "private" / "my-model"), home=tmp_path) as running:
+        assert json.loads(running.get("/v1/models"))["data"][0]["id"] == "my-model"
+        body = {"model": "my-model", "prompt": PROMPT, "max_tokens": 2, "steering_vector": "v1.2 calm"}
+        assert call(running, "POST", "/v1/completions", body)[0] == 200

@@ -209,9 +209,10 @@ def test_tokens_of_another_secret_are_not_ours(
 
 
 def test_a_damaged_secret_says_what_to_do(sqlite_store: Store, mechanex_home: Path) -> None:
-    (mechanex_home / "server" / "secret").write_text("")
-    with pytest.raises(ValidationError, match="holds no signing secret: delete it"):
-        opened()
+    for damaged in (b"", b"\xff\xfe\x00" * 40, b"short"):
+        (mechanex_home / "server" / "secret").write_bytes(damaged)
+        with pytest.raises(ValidationError, match="holds no signing secret: delete it"):
+            opened()
 
 
 # Refresh tokens

@@ -35,6 +35,11 @@ class Continuation:
         self._ended = False
         self._given = 0
 
+    @property
+    def given(self) -> int:
+        """Characters that were given out as pieces."""
+        return self._given
+
     def feed(self, token: int) -> None:
         """Takes one more token; ``stopped`` tells whether a stop text has come."""
         self._ids.append(token)

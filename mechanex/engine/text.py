@@ -149,11 +149,12 @@ def _encode_texts(tokenizer: Any, prompt: str, completion: str, special: bool) -
     name = getattr(tokenizer, "name_or_path", "")
     if name not in _warned_joins:
         _warned_joins.add(name)
+        # Texts may be private, and a server's log is read by others.
         _log.warning(
-            "A token spans the join of prompt %r and completion %r; such pairs are encoded separately.",
-            prompt[-20:],
-            completion[:20],
+            "A token spans the join of a prompt and its completion (such pairs are encoded separately); the texts are "
+            "logged at level DEBUG."
         )
+        _log.debug("It spans the join of %r and %r.", prompt[-20:], completion[:20])
     return ids, _continuation(tokenizer, completion)
 
 

@@ -13,7 +13,7 @@ from ..engine.models.adapter import ModelAdapter
 from ..errors import MechanexError
 from .batch import Outcome
 from .row import Row
-from .sampler import choose, logprobs_of
+from .sampler import choose, logprobs_of, not_finite
 
 __all__ = ["answer"]
 
@@ -39,6 +39,9 @@ def answer(
         if row.request.prompt_logprobs:
             following = row.ids[1:]
             logits = adapter.call(input_ids=ids).logits[0, :-1]
+            if not logits.isfinite().all():
+                tell((row, not_finite(row)))
+                return
             row.prompt_logprobs = [
                 None,
                 *logprobs_of(logits, following, [row.request.logprobs or 0] * len(following)),

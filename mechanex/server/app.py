@@ -14,27 +14,26 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from .. import __version__
-from .auth import Principal, check_host, principal
+from ..errors import AuthenticationError, MechanexError
+from .auth import Principal, principal
 from .axionic import axionic_router
 from .engine import ServingEngine
+from .gate import Gate
 from .http_errors import add_handlers
 from .middleware import RequestMiddleware
 from .openai import openai_router
 from .settings import Settings
-from .store import open_store
+from .store import StorageError, open_store
 
 if TYPE_CHECKING:
     from ..engine.models.resolve import LoadedModel
     from ..engine.vector_store import VectorStore
 
-__all__ = ["OPEN_PATHS", "create_app"]
+__all__ = ["create_app"]
 
 _logger = logging.getLogger(__name__)
 
 _SHORT_KEY = 16
-
-OPEN_PATHS = frozenset({"/health", "/ready", "/auth/signup", "/auth/login", "/auth/refresh"})
-"""What needs no key: probes, and what brings its own credentials or checks them itself."""
 
 
 def create_app(
@@ -45,7 +44,7 @@ def create_app(
     ``app.state`` holds what handlers share:
 
     * ``settings``: the :class:`Settings`.
-    * ``engine``: the :class:`~mechanex.server.engine.ServingEngine`: ``await engine.submit(request)`` for text,
+    * ``engine``: the :class:`~mechanex.server.engine.ServingEngine`: ``await engine.submit(requests)`` for text,
       ``await engine.run(fn)`` for any other work on the model (``fn(adapter)`` runs alone on it, in its thread).
     * ``store``: accounts, their vectors and behaviors; see :class:`~mechanex.server.auth.Accounts`.
     * ``server_key``: the key that opens the whole server, or None on a loopback address without one.
@@ -68,7 +67,10 @@ def create_app(
         raise _needs_key(settings.host)
     if key is not None and len(key) < _SHORT_KEY:
         _logger.warning("the server's key has %d characters: take %d or more", len(key), _SHORT_KEY)
-    store = open_store(settings)
+    try:
+        store = open_store(settings)
+    except StorageError as error:
+        raise MechanexError(error.message) from error  # nobody asked over HTTP, so no status
     try:
         engine = ServingEngine(settings, loaded_model, store, vectors)
     except BaseException:
@@ -89,7 +91,7 @@ def create_app(
         version=__version__,
         description="An OpenAI-compatible server that steers each request its own way, and the Axionic API.",
         lifespan=lifespan,
-        dependencies=[Depends(_let_in)],
+        redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
@@ -100,12 +102,13 @@ def create_app(
     app.include_router(openai_router())
     app.include_router(axionic_router())
     _add_operation(app)
+    app.add_middleware(Gate)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-api-key", "x-request-id"],
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],  # clients have their own, OpenAI's among them
             expose_headers=["x-request-id", "retry-after"],
         )
     app.add_middleware(RequestMiddleware, metrics=engine.metrics, max_body_bytes=settings.max_body_bytes)
@@ -119,14 +122,6 @@ def _needs_key(host: str) -> Exception:
         f"a server at {host} is reached by other machines and needs a key: set MECHANEX_SERVER_KEY or key=…, or "
         "bind 127.0.0.1."
     )
-
-
-async def _let_in(request: Request) -> None:
-    """Nothing but ``OPEN_PATHS`` answers a sender that ``principal`` doesn't know."""
-    if request.url.path not in ("/health", "/ready"):
-        check_host(request)
-    if request.url.path not in OPEN_PATHS:
-        await principal(request)
 
 
 def _add_operation(app: FastAPI) -> None:
@@ -144,7 +139,9 @@ def _add_operation(app: FastAPI) -> None:
 
     @app.get("/metrics", tags=["operation"], response_class=Response)
     async def metrics(request: Request, who: Annotated[Principal, Depends(principal)]) -> Response:
-        """Counters in Prometheus' text format."""
+        """Counters in Prometheus' text format: of all clients, and so for the operator."""
+        if who.account_id is not None:
+            raise AuthenticationError("The metrics are the operator's: send the server's key.", 403)
         return Response(request.app.state.engine.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/openapi.json", include_in_schema=False)

@@ -21,6 +21,7 @@ __all__ = ["Accounts", "Principal", "check_host", "credentials", "is_open", "pri
 WRONG_KEYS_PER_MINUTE = 60
 """From one address. Where all clients come through a proxy they have one address, and right keys go on there."""
 
+_LOCAL_NAME = re.compile(r"([a-z0-9-]+\.)*localhost")
 _LOOPBACK = re.compile(r"127(\.\d{1,3}){3}")
 
 
@@ -83,9 +84,8 @@ def check_host(request: Request) -> None:
     """
     if not is_open(request):
         return
-    host = request.headers.get("host", "localhost").lower()
-    name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
-    if name in ("localhost", "[::1]") or name.endswith(".localhost") or _LOOPBACK.fullmatch(name):
+    name = re.sub(r":\d{1,5}$", "", request.headers.get("host", "localhost").lower())
+    if name == "[::1]" or _LOCAL_NAME.fullmatch(name) or _LOOPBACK.fullmatch(name):
         return
     raise AuthenticationError(
         f"This server was given no key and so answers at localhost and 127.0.0.1 only, not at {name[:100]!r}: call "
@@ -104,6 +104,9 @@ async def principal(request: Request) -> Principal:
             client refreshes it instead of losing sight of its account).
         RateLimitError: too many wrong keys came from this address.
     """
+    known: Principal | None = getattr(request.state, "principal", None)
+    if known is not None:  # the gate has found out
+        return known
     given = [text for text in credentials(request) if text is not None]
     key: str | None = request.app.state.server_key
     peer = request.client.host if request.client else None

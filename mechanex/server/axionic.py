@@ -90,17 +90,19 @@ async def generate(body: GenerateBody, request: Request, who: Worker) -> Respons
         **{name: value for name, value in settings.items() if value is not None},
     )
     steering = await engine.steerings.by_vector(who, body.steering_vector_id, body.steering_strength)
-    answer = await engine.submit(
-        TextRequest(
-            await engine.encode(body.prompt),
-            max_tokens=body.max_tokens,
-            sampling=sampling,
-            seed=body.seed,
-            stops=_stops(body.stop),
-            steering=steering + engine.steerings.corrections,
-        )
+    answers = await engine.submit(
+        [
+            TextRequest(
+                await engine.encode(body.prompt),
+                max_tokens=body.max_tokens,
+                sampling=sampling,
+                seed=body.seed,
+                stops=_stops(body.stop),
+                steering=steering + engine.steerings.corrections,
+            )
+        ]
     )
-    results = await results_or_gone(request, [answer])
+    results = await results_or_gone(request, answers)
     if results is None:
         return Response(status_code=499)
     return JSONResponse({"output": await engine.prompt_text(body.prompt) + results[0].text})

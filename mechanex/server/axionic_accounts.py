@@ -130,9 +130,16 @@ async def log_in(body: LoginBody, request: Request) -> dict[str, Any]:
     here = f"{_address(request)} {name}"
     guards.logins.take(here)
     guards.logins_from_all.take(name)
-    session = await _hashing(request, lambda: accounts.log_in(body.email, body.password))
-    guards.logins.give_back(here)
-    guards.logins_from_all.give_back(name)
+    wrong = False
+    try:
+        session = await _hashing(request, lambda: accounts.log_in(body.email, body.password))
+    except AuthenticationError:
+        wrong = True
+        raise
+    finally:
+        if not wrong:
+            guards.logins.give_back(here)
+            guards.logins_from_all.give_back(name)
     return {"session": _session(request, session)}
 
 

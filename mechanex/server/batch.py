@@ -15,7 +15,7 @@ from .cache import RollingCache, fresh_cache
 from .request import Step, TokenLogprob
 from .row import Row
 from .row_steering import RowSteering, Span
-from .sampler import choose, logprobs_of
+from .sampler import choose, logprobs_of, not_finite
 
 __all__ = ["Batch", "Outcome", "Reading"]
 
@@ -50,6 +50,8 @@ class Reading:
         self.positions = places.clamp(min=0).to(device)
         self.cache = fresh_cache(config)
         self.wants_logprobs = self.prompts[0].wants_prompt_logprobs
+        self.sound = True
+        """Whether the log-probabilities of the prompt are numbers."""
         self.done = 0
         self.logits: Tensor | None = None
 
@@ -106,6 +108,7 @@ class Batch:
             keep=0 if whole else 1,
         )
         if whole:
+            reading.sound &= bool(logits.isfinite().all())
             self._note_prompt(reading.rows, logits[0], begin)
         reading.done, reading.logits = end, logits[:, -1]
         return end == reading.columns
@@ -113,6 +116,8 @@ class Batch:
     def join(self, reading: Reading) -> list[Outcome]:
         """Chooses the first token of each prompt that was read; those that go on join the batch."""
         assert reading.logits is not None
+        if not reading.sound:
+            return [(row, not_finite(row)) for row in reading.rows]
         empty = [i for i, row in enumerate(reading.rows) if row.max_tokens < 1]
         outcomes: list[Outcome] = [(reading.rows[i], reading.rows[i].finish_unread()) for i in empty]
         wanted = [i for i in range(len(reading.rows)) if i not in empty]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio.to_thread import run_sync
@@ -72,7 +73,7 @@ class ServingEngine:
             )
         if not hasattr(self.adapter.hf_model, "generate"):
             raise ValidationError(f"{self.adapter.model_id} can't generate: load it by name.")
-        self.model_name = settings.model_name or loaded.name
+        self.model_name = settings.model_name or _shown(loaded.name)
         self.metrics = Metrics()
         self.steerings = Steerings(self.adapter, settings, store, vectors or VectorStore())
         self.token_texts = TokenTexts(copy.deepcopy(self.tokenizer))
@@ -89,8 +90,8 @@ class ServingEngine:
         """Tokens that a prompt and its answer may have together; None where the model names no limit."""
         return self.scheduler.context
 
-    async def submit(self, request: Request) -> Generation:
-        """Queues a request and gives its :class:`Generation`.
+    async def submit(self, requests: Sequence[Request]) -> list[Generation]:
+        """Queues requests, all or none, and gives the :class:`Generation` of each.
 
         ``text = (await generation.result()).text`` for the whole, ``async for step in generation`` for the pieces;
         ``generation.cancel()`` frees its place at once (harmless after the end).
@@ -100,12 +101,13 @@ class ServingEngine:
             ValidationError: an empty prompt, or one that fills the model's context (``context_length_exceeded``).
             APIError: the server is shutting down (503).
         """
-        if not request.ids:
-            raise ValidationError(
-                "the prompt is empty and the tokenizer adds no BOS: give at least one token."
-            )
-        self.adapter.check_token_ids(request.ids)
-        return self.scheduler.submit(request)
+        for request in requests:
+            if not request.ids:
+                raise ValidationError(
+                    "the prompt is empty and the tokenizer adds no BOS: give at least one token."
+                )
+            self.adapter.check_token_ids(request.ids)
+        return self.scheduler.submit_all(requests)
 
     async def run(
         self,
@@ -130,8 +132,14 @@ class ServingEngine:
         return await self.scheduler.run(fn, timeout)
 
     async def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt (text, ids, chat messages), in a thread; ValidationError as ``encode_prompt``."""
-        return await run_sync(self._encoder.encode, prompt)
+        """Token ids of a prompt (text, ids, chat messages), in a thread.
+
+        Raises:
+            ValidationError: as ``encode_prompt``, and ids that the model doesn't have.
+        """
+        ids = await run_sync(self._encoder.encode, prompt)
+        self.adapter.check_token_ids(ids)
+        return ids
 
     async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of chat messages: by the model's template, or as lines of roles where it has none.
@@ -163,3 +171,9 @@ class ServingEngine:
     async def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
         return await run_sync(self._encoder.decode, ids)
+
+
+def _shown(name: str) -> str:
+    """A model's name for clients, to whom the server's folders are nothing."""
+    path = Path(name)
+    return path.resolve().name if path.is_dir() else name

@@ -20,7 +20,7 @@ from ..errors import (
     ValidationError,
 )
 
-__all__ = ["add_handlers", "envelope", "status_of"]
+__all__ = ["add_handlers", "answer_to", "envelope", "error_envelope", "internal_answer", "status_of"]
 
 _logger = logging.getLogger(__name__)
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
@@ -61,15 +61,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(MechanexError)
     async def ours(request: Request, error: MechanexError) -> JSONResponse:
-        status, headers = status_of(error), {}
-        if status >= 500:
-            _logger.error("%s %s: %s", request.method, request.url.path, error.message)
-        if status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        if isinstance(error, RateLimitError) and error.retry_after is not None:
-            headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-        body = error_envelope(error) if _openai(request) else {"detail": error.message}
-        return _answer(status, body, headers)
+        return answer_to(request, error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -97,10 +89,23 @@ def add_handlers(app: FastAPI) -> None:
         body = envelope(error.status_code, message, None, code) if _openai(request) else {"detail": message}
         return _answer(error.status_code, body, dict(error.headers or {}))
 
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        body = envelope(500, _INTERNAL) if _openai(request) else {"detail": _INTERNAL}
-        return _answer(500, body)
+
+def answer_to(request: Request, error: MechanexError) -> JSONResponse:
+    """The answer that one of the library's errors is."""
+    status, headers = status_of(error), {}
+    if status >= 500:
+        _logger.error("%s %s: %s", request.method, request.url.path, error.message)
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, RateLimitError) and error.retry_after is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    body = error_envelope(error) if _openai(request) else {"detail": error.message}
+    return _answer(status, body, headers)
+
+
+def internal_answer(request: Request) -> JSONResponse:
+    """The answer to a request that failed in a way that nobody foresaw."""
+    return _answer(500, envelope(500, _INTERNAL) if _openai(request) else {"detail": _INTERNAL})
 
 
 def _openai(request: Request) -> bool:

@@ -12,13 +12,16 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .http_errors import envelope
+from ..errors import APIError
+from .http_errors import answer_to, envelope, internal_answer
 from .metrics import Metrics
 
-__all__ = ["RequestMiddleware"]
+__all__ = ["RequestMiddleware", "discard"]
 
+_logger = logging.getLogger(__name__)
 _access = logging.getLogger("mechanex.server.access")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MOST_DISCARDED = 64 * 2**20
@@ -61,10 +64,20 @@ class RequestMiddleware:
         try:
             length = headers.get("content-length", "")
             if length.isascii() and length.isdigit() and (len(length) > 15 or int(length) > self._most):
-                await _discard(receive)
+                await discard(receive)
                 await self._refuse(scope, sending)
                 return
             await self._app(scope, self._limited(receive), sending)
+        except ClientDisconnect:
+            pass  # in the middle of its body
+        except asyncio.CancelledError:  # uvicorn's time to end is over, and this request's task ends anyway
+            if not status:
+                over = APIError("The server is shutting down; try another one.", 503)
+                await answer_to(Request(scope), over)(scope, receive, sending)
+        except Exception:
+            _logger.exception("request %s failed", request_id)
+            if not status:
+                await internal_answer(Request(scope))(scope, receive, sending)
         finally:
             self._note(scope, request_id, status, time.perf_counter() - begun)
 
@@ -85,7 +98,7 @@ class RequestMiddleware:
                 whole = not message.get("more_body", False)
                 if taken > self._most:
                     if not whole:
-                        await _discard(receive)
+                        await discard(receive)
                     raise HTTPException(413, self._too_large)
             return message
 
@@ -130,7 +143,7 @@ class RequestMiddleware:
             _access.info("%s", json.dumps(line))
 
 
-async def _discard(receive: Receive) -> None:
+async def discard(receive: Receive) -> None:
     """Reads on, within reason: a client that is still sending sees a closed connection, not the answer."""
     left, deadline = _MOST_DISCARDED, time.monotonic() + _BODY_SECONDS
     while left > 0 and (seconds := deadline - time.monotonic()) > 0:

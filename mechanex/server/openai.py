@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -16,8 +15,8 @@ from .disconnect import results_or_gone
 from .engine import ServingEngine
 from .openai_schemas import ChatBody, CompletionBody, GenerationBody
 from .replies import ChatReply, CompletionReply
-from .request import Generation, Steer
 from .request import Request as TextRequest
+from .request import Steer
 from .settings import Settings
 from .streams import chat_events, completion_events, stream_response
 
@@ -67,7 +66,7 @@ async def _completions(body: CompletionBody, request: Request, who: Who) -> Resp
     requests: list[TextRequest] = []
     for own in ids:
         most = 16 if body.max_tokens is None else body.max_tokens
-        _check_room(engine, len(own), most if "max_tokens" in body.model_fields_set else 0)
+        _check_room(engine, len(own), body.max_tokens if "max_tokens" in body.model_fields_set else None)
         requests += [
             TextRequest(
                 own,
@@ -87,7 +86,7 @@ async def _completions(body: CompletionBody, request: Request, who: Who) -> Resp
         ]
         echoes = [text for text in texts for _ in range(n)]
     reply = CompletionReply(engine.model_name, engine.token_texts, body.logprobs is not None)
-    generations = await _submit(engine, requests)
+    generations = await engine.submit(requests)
     if body.stream:
         return stream_response(
             completion_events(reply, generations, echoes, n, _wants_usage(body)), generations
@@ -128,7 +127,7 @@ async def _chat(body: ChatBody, request: Request, who: Who) -> Response:
         for i in range(n)
     ]
     reply = ChatReply(engine.model_name, engine.token_texts, bool(body.logprobs))
-    generations = await _submit(engine, requests)
+    generations = await engine.submit(requests)
     if body.stream:
         return stream_response(chat_events(reply, generations, n, _wants_usage(body)), generations)
     results = await results_or_gone(request, generations)
@@ -191,19 +190,6 @@ async def _steering(engine: ServingEngine, body: GenerationBody, who: Principal)
     return tuple(found)
 
 
-async def _submit(engine: ServingEngine, requests: Sequence[TextRequest]) -> list[Generation]:
-    """Queues all or none."""
-    generations: list[Generation] = []
-    try:
-        for one in requests:
-            generations.append(await engine.submit(one))
-    except BaseException:
-        for generation in generations:
-            generation.cancel()
-        raise
-    return generations
-
-
 def _described(engine: ServingEngine, request: Request) -> dict[str, Any]:
     started = int(getattr(request.app.state, "started", time.time()))
     return {"id": engine.model_name, "object": "model", "created": started, "owned_by": "mechanex"}
@@ -226,10 +212,10 @@ def _check_choices(settings: Settings, n: int) -> None:
         )
 
 
-def _check_room(engine: ServingEngine, prompt: int, answer: int) -> None:
+def _check_room(engine: ServingEngine, prompt: int, asked: int | None) -> None:
     """Refuses an answer that can't fit; one that no length was asked for ends with the context."""
-    context = engine.context
-    if context is not None and prompt + max(answer, 1) > context and (answer or prompt >= context):
+    context, answer = engine.context, asked or 0
+    if context is not None and prompt + (1 if asked is None else asked) > context:
         raise _invalid(
             f"This model's maximum context length is {context} tokens. However, you requested {prompt + answer} "
             f"tokens ({prompt} in the prompt, {answer} in the completion). Please reduce the length of either.",

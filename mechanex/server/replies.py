@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import time
 import uuid
@@ -22,7 +23,9 @@ def event(body: dict[str, Any]) -> bytes:
     """One server-sent event."""
     return (
         b"data: "
-        + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        + json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(
+            "utf-8", "replace"
+        )
         + b"\n\n"
     )
 
@@ -155,13 +158,14 @@ class CompletionReply(Reply):
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, found: Sequence[tuple[int, TokenLogprob | None]], offset: int) -> dict[str, Any]:
-        tokens = [self._texts[token][0] for token, _ in found]
         offsets: list[int] = []
-        for (token, _), text in zip(found, tokens, strict=True):
+        characters = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
+        for token, _ in found:
             offsets.append(offset)
-            offset += 0 if self._texts.is_special(token) else len(text)  # texts come without special tokens
+            if not self._texts.is_special(token):  # texts come without these
+                offset += len(characters.decode(self._texts[token][1]))
         return {
-            "tokens": tokens,
+            "tokens": [self._texts[token][0] for token, _ in found],
             "token_logprobs": [None if one is None else max(one.logprob, _LEAST) for _, one in found],
             "top_logprobs": [self._top(one) for _, one in found],
             "text_offset": offsets,
@@ -171,6 +175,7 @@ class CompletionReply(Reply):
         if one is None:
             return None
         named: dict[str, float] = {}
-        for token, logprob in one.top:  # the likelier one keeps a text that two tokens share
+        # The likelier one keeps a text that two tokens share. The chosen one is there, likely or not.
+        for token, logprob in (*one.top, (one.token, one.logprob)):
             named.setdefault(self._texts[token][0], max(logprob, _LEAST))
         return named

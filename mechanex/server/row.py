@@ -46,6 +46,8 @@ class Row:
         self._ends = frozenset(ends)
         self._text = Continuation(tokenizer, self.ids, request.stops)
         self._logprobs: list[TokenLogprob] = []
+        # For each of them where its text begins in the answer, and whether it has any of its own.
+        self._places: list[tuple[int, bool]] = []
         self._told = 0
         self._prompt_told = False
         self._generator: torch.Generator | None = None
@@ -93,9 +95,11 @@ class Row:
         self.counts[token] += 1
         if token in self._ends:
             return self._finish("stop")
+        begin = len(self._text.text)
+        self._text.feed(token)
         if logprob is not None:
             self._logprobs.append(logprob)
-        self._text.feed(token)
+            self._places.append((begin, self._text.stopped or len(self._text.text) > begin))
         if self._text.stopped:
             return self._finish("stop")
         if len(self.chosen) >= self.max_tokens:
@@ -108,7 +112,12 @@ class Row:
 
     def _finish(self, reason: Any) -> Step | None:
         self._text.finish()
-        step = self._step()
+        kept = len(self._text.text)
+        if self._text.stopped:  # what was cut off with the stop text has no log-probabilities either
+            while self._places and self._places[-1][0] >= kept:
+                self._places.pop()
+                self._logprobs.pop()
+        step = self._step(last=True)
         self.result = Result(
             self._text.text,
             reason,
@@ -119,11 +128,18 @@ class Row:
         )
         return step
 
-    def _step(self) -> Step | None:
-        text, news = self._text.piece(), tuple(self._logprobs[self._told :])
-        self._told = len(self._logprobs)
+    def _step(self, last: bool = False) -> Step | None:
+        text, told = self._text.piece(), self._told
+        while self._told < len(self._logprobs) and (last or self._is_out(*self._places[self._told])):
+            self._told += 1
+        news = tuple(self._logprobs[told : self._told])
         prompt, self._prompt_told = () if self._prompt_told else tuple(self.prompt_logprobs), True
         return Step(text, news, prompt) if text or news or prompt else None
+
+    def _is_out(self, begin: int, has_text: bool) -> bool:
+        """Whether a token's text was given out; it may be kept back as the begin of a stop text."""
+        given = self._text.given
+        return begin < given or (not has_text and begin == given)
 
 
 def _key_of(request: Request) -> tuple[object, ...]:

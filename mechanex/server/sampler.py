@@ -8,16 +8,11 @@ import torch
 from torch import Tensor
 
 from ..engine.sampling import Sampling
-from ..errors import MechanexError
+from ..errors import MechanexError, ValidationError
 from .request import TokenLogprob
 from .row import Row
 
-__all__ = ["choose", "logprobs_of"]
-
-NOT_FINITE = (
-    "the model's logits are not finite: the steering is too strong for the model's dtype, or the weights are "
-    "damaged; try a smaller strength."
-)
+__all__ = ["choose", "logprobs_of", "not_finite"]
 
 
 def choose(rows: Sequence[Row], logits: Tensor) -> list[tuple[int, TokenLogprob | None] | MechanexError]:
@@ -56,9 +51,18 @@ def choose(rows: Sequence[Row], logits: Tensor) -> list[tuple[int, TokenLogprob 
         most = [rows[i].request.logprobs or 0 for i in asked]
         found = logprobs_of(logits[asked], [chosen[i] for i in asked], most)
         logprobs = dict(zip(asked, found, strict=True))
-    return [
-        (chosen[i], logprobs.get(i)) if sound[i] else MechanexError(NOT_FINITE, 500) for i in range(len(rows))
-    ]
+    return [(chosen[i], logprobs.get(i)) if sound[i] else not_finite(rows[i]) for i in range(len(rows))]
+
+
+def not_finite(row: Row) -> MechanexError:
+    """The end of a row whose logits are NaN or infinite."""
+    if not row.request.steering:
+        return MechanexError("the model's logits are not finite: its weights are damaged.", 500)
+    return ValidationError(
+        "the model's logits are not finite: the steering is too strong for the model's dtype; try a smaller strength.",
+        400,
+        {"param": "steering_strength"},
+    )
 
 
 def logprobs_of(logits: Tensor, tokens: Sequence[int], most: Sequence[int]) -> list[TokenLogprob]:

@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from ..engine.models.adapter import ModelAdapter
@@ -72,28 +72,43 @@ class Scheduler:
         self._thread.start()
 
     def submit(self, request: Request) -> Generation:
-        """Queues a request; errors as :meth:`mechanex.server.engine.ServingEngine.submit`."""
+        """Queues one request; as ``submit_all``."""
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Sequence[Request]) -> list[Generation]:
+        """Queues requests, all or none; errors as :meth:`mechanex.server.engine.ServingEngine.submit`.
+
+        An empty queue takes any number, else some could never be asked for.
+        """
         worker = self._open()
-        n_ids = len(request.ids)
-        if self.context is not None and n_ids + min(request.max_tokens, 1) > self.context:
-            raise ValidationError(
-                f"the prompt has {n_ids} tokens and the context of {self._adapter.model_id} is "
-                f"{self.context}: shorten the prompt.",
-                details={"code": "context_length_exceeded"},
-            )
-        self._check_room(len(worker.waiting), self._settings.max_waiting)
-        generation = Generation(request)
-        seconds = self._settings.request_timeout if request.timeout is None else request.timeout
-        row = Row(generation, self._tokenizer, self._ends, self.context, time.monotonic() + seconds)
+        for request in requests:
+            n_ids = len(request.ids)
+            if self.context is not None and n_ids + min(request.max_tokens, 1) > self.context:
+                raise ValidationError(
+                    f"the prompt has {n_ids} tokens and the context of {self._adapter.model_id} is "
+                    f"{self.context}: shorten the prompt.",
+                    details={"code": "context_length_exceeded"},
+                )
+        rows = [self._row(Generation(request)) for request in requests]
         with worker.changed:
-            worker.waiting.append(row)
+            # Those whose client has gone only wait to be swept out.
+            waiting = sum(not row.generation.cancelled for row in worker.waiting)
+            if waiting and waiting + len(rows) > self._settings.max_waiting:
+                raise self._full(waiting)
+            worker.waiting.extend(rows)
             worker.changed.notify()
-        return generation
+        return [row.generation for row in rows]
+
+    def _row(self, generation: Generation) -> Row:
+        given = generation.request.timeout
+        seconds = self._settings.request_timeout if given is None else given
+        return Row(generation, self._tokenizer, self._ends, self.context, time.monotonic() + seconds)
 
     async def run(self, fn: Callable[[ModelAdapter], T], timeout: float | None) -> T:
         """Runs a function alone on the model; as :meth:`mechanex.server.engine.ServingEngine.run`."""
         worker = self._open()
-        self._check_room(len(worker.jobs), _MOST_JOBS)
+        if len(worker.jobs) >= _MOST_JOBS:
+            raise self._full(len(worker.jobs))
         job = worker.jobs.add(fn)
         future: concurrent.futures.Future[T] = job.future
         try:
@@ -142,10 +157,9 @@ class Scheduler:
             raise APIError("The server is shutting down; try another one.", 503)
         return worker
 
-    def _check_room(self, n: int, most: int) -> None:
-        if n >= most:
-            raise RateLimitError(
-                f"{n} requests wait already, as many as this server lets wait; try again later.",
-                429,
-                retry_after=float(min(30, 1 + n // max(self._settings.max_batch, 1))),
-            )
+    def _full(self, n: int) -> RateLimitError:
+        return RateLimitError(
+            f"{n} requests wait already, about as many as this server lets wait; try again later.",
+            429,
+            retry_after=float(min(30, 1 + n // max(self._settings.max_batch, 1))),
+        )

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import click
 import uvicorn
 
-from ..errors import MechanexError, ValidationError
+from ..errors import ValidationError
 from .app import create_app
+from .listener import BACKLOG, bounded, listen, most_connections
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def serve_loaded(settings: Settings, loaded: LoadedModel, vectors: VectorStore |
     if settings.server_key() is None and not settings.is_loopback:
         made = f"mx-{secrets.token_urlsafe(32)}"
         settings = dataclasses.replace(settings, key=made)
-    listening = _listen(settings)
+    listening = listen(settings)
     try:
         app = create_app(settings, loaded, vectors=vectors)
         host, port = listening.getsockname()[:2]
@@ -65,6 +66,8 @@ def serve_loaded(settings: Settings, loaded: LoadedModel, vectors: VectorStore |
             click.echo(f"Key for every client, shown this once (or set MECHANEX_SERVER_KEY): {made}")
         config = uvicorn.Config(
             app,
+            http=bounded(most_connections()),
+            backlog=BACKLOG,
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=3,
@@ -147,21 +150,3 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)
-
-
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # Without the protocol's name asyncio sets no TCP_NODELAY, and each answer on a kept connection waits 40 ms.
-    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((settings.host.strip("[]"), settings.port))
-        listening.listen(1024)
-    except OSError as error:
-        listening.close()
-        reason = error.strerror or str(error)
-        raise MechanexError(
-            f"can't listen at {settings.host}:{settings.port} ({reason}): choose another host or port."
-        ) from error
-    listening.setblocking(False)
-    return listening

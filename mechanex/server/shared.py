@@ -20,7 +20,7 @@ from ..errors import APIError, NotFoundError, ValidationError
 __all__ = ["SharedBehavior", "SharedVectors", "make_behaviors"]
 
 _logger = logging.getLogger(__name__)
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_ID = re.compile(r"\w(?:[\w. -]{0,126}\w)?")
 
 
 class SharedVectors:
@@ -31,7 +31,7 @@ class SharedVectors:
 
     Raises:
         NotFoundError: there is no such folder.
-        ValidationError: a file that can't be read, or two with one name.
+        ValidationError: a file that can't be read, or whose name can't be an id, or two with one name.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -42,7 +42,12 @@ class SharedVectors:
         if not folder.is_dir():
             raise NotFoundError(f"{folder} is no folder: --vectors names a folder of vector files.")
         for path in sorted(folder.iterdir()):
-            if path.suffix.lower() in FORMATS and _ID.fullmatch(path.stem):
+            if path.suffix.lower() in FORMATS:
+                if not _ID.fullmatch(path.stem):
+                    raise ValidationError(
+                        f"{path.name!r} in {folder} can't be an id: rename the file, to letters, digits, '_', '-', '.' "
+                        "and single words."
+                    )
                 if path.stem in self._known:
                     raise ValidationError(f"two files in {folder} are called {path.stem}: keep one.")
                 self._known[path.stem] = SteeringVector.load(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Steerings"]
 
+_logger = logging.getLogger(__name__)
 _KEPT_EDITS = 1024
 
 
@@ -152,14 +154,14 @@ class Steerings:
         found = self._accounts.vector(who.account_id, vector_id) if self._accounts is not None else None
         if found is None:
             found = self._shared.get(vector_id)
-        if found is None and who.account_id is None:
+        if found is None and who.account_id is None and vector_id in self._vectors:
             try:
                 found = self._vectors.get(vector_id)
-            except NotFoundError:
-                return None
-            except OSError as error:
+            except (OSError, ValidationError) as error:
+                # The message holds the file's path.
+                _logger.error("the stored vector %s can't be read: %s", vector_id, error)
                 raise APIError(
-                    f"The server can't read its vector {vector_id!r}: {error.strerror}", 500
+                    f"The server can't read its vector {vector_id!r}: its file is damaged.", 500
                 ) from error
         return found
 

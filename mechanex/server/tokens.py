@@ -100,8 +100,8 @@ def signing_secret(folder: Path, environ: Mapping[str, str] | None = None) -> by
     path = folder / "secret"
     if not path.exists():
         _write_once(path, secrets.token_urlsafe(48))
-    secret = path.read_text(encoding="ascii").strip()
-    if len(secret) < _SHORTEST:
+    secret = path.read_text(encoding="ascii", errors="replace").strip()
+    if len(secret) < _SHORTEST or not secret.isascii():
         raise ValidationError(
             f"{path} holds no signing secret: delete it (everyone logs in again), and restart."
         )
