@@ -517,6 +517,23 @@ def test_a_session_that_has_ended_is_an_authentication_error_and_is_not_asked_fo
         assert server.paths().count("/auth/refresh") == 1
 
 
+def test_no_call_goes_out_unsigned_after_a_session_has_ended() -> None:
+    """A server without a key of its own would run it as its shared account."""
+
+    def answer(request: Received) -> Any:
+        signed = "authorization" in request.headers or request.path == "/auth/refresh"
+        return Status(401) if signed else None
+
+    with FaultyProxy(answer=answer) as server:
+        client = Mechanex(server.url).set_token(ACCESS, REFRESH)
+        for call in (client.whoami, client.whoami, lambda: client.generation.generate("a", 1)):
+            with pytest.raises(AuthenticationError, match=r"The session has ended: login\(email, password\)"):
+                call()
+        assert server.paths() == ["/auth/whoami", "/auth/refresh"]
+        assert client.transport.call("GET", "/models", signed="no")["ok"]
+        assert client.set_key(KEY).whoami()["ok"]  # a key of its own is no session
+
+
 @pytest.mark.parametrize("logs_in", [True, False], ids=["logged in itself", "read the file"])
 def test_a_session_that_has_ended_is_made_good_by_a_log_in_elsewhere(logs_in: bool) -> None:
     valid: set[str] = set()

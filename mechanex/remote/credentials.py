@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..errors import APIError, MechanexError, ValidationError
+from ..errors import APIError, AuthenticationError, MechanexError, ValidationError
 from .address import PUBLIC_BACKEND, Address
 from .config_file import ConfigFile
 from .identity import NAMES, Credentials, Tokens, checked
 
-__all__ = ["CredentialStore"]
+__all__ = ["SESSION_ENDED", "CredentialStore"]
 
 _logger = logging.getLogger(__name__)
+
+SESSION_ENDED = "The session has ended: login(email, password) again."
 
 # What a server's entry in the file may hold.
 _ENTRY = (*NAMES, "email", "previous_api_key")
@@ -67,6 +69,19 @@ class CredentialStore:
                     found = self._session
             # A session that has ended must not make a valid key useless.
             return Credentials(found.api_key) if found.refresh_token in self._refused else found
+
+    def to_send(self, origin: str) -> Credentials:
+        """As ``current``, for a call that is made in the account's name.
+
+        Raises:
+            AuthenticationError: all there is is a session that has ended. Sent without it, the call would run for
+                whoever the server takes an unsigned one to be.
+        """
+        with self._lock:
+            found = self.current(origin)
+            if not found and self.has_ended(origin):
+                raise AuthenticationError(SESSION_ENDED)
+            return found
 
     def has_ended(self, origin: str) -> bool:
         """Whether all there is for this server is a session that it refused to renew."""

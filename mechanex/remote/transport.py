@@ -14,7 +14,7 @@ from urllib.parse import quote
 from ..errors import APIError, AuthenticationError, ValidationError
 from .address import Address, address
 from .connections import ConnectionFailed, Connections
-from .credentials import CredentialStore
+from .credentials import SESSION_ENDED, CredentialStore
 from .failures import Answer, error_of, json_of, retry_after
 from .identity import Credentials, Tokens, is_token
 
@@ -114,7 +114,7 @@ class Transport:
             secrets: texts of the body that no error may show.
 
         Raises:
-            AuthenticationError: 401 and 403.
+            AuthenticationError: 401 and 403; a session that has ended, before anything is sent.
             NotFoundError: 404.
             ValidationError: 400 and 422; a body that JSON can't hold; credentials over plain http.
             RateLimitError: 429, with ``retry_after``.
@@ -122,9 +122,11 @@ class Transport:
         """
         deadline = time.monotonic() + (timeout if self._timeout is None else self._timeout)
         server = self.address
-        used = Credentials() if signed == "no" else self.credentials.current(server.origin)
-        if signed == "key":
-            used = Credentials(used.api_key)
+        used = Credentials()
+        if signed == "all":
+            used = self.credentials.to_send(server.origin)
+        elif signed == "key":
+            used = Credentials(self.credentials.current(server.origin).api_key)
         if used or secrets:
             server.check_secrets(self._allow_http)
         data = None if body is None else _encoded(body)
@@ -141,7 +143,7 @@ class Transport:
             error = error_of(answer, secrets + used.secrets())
             if answer.status == 401 and signed == "all" and self.credentials.has_ended(server.origin):
                 raise AuthenticationError(
-                    f"{error.message} The session has ended: login(email, password) again.",
+                    f"{error.message} {SESSION_ENDED}",
                     401,
                     error.details,
                     request_id=error.request_id,
