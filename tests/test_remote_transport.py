@@ -184,6 +184,7 @@ def test_a_status_is_an_exception_with_all_that_the_server_said(
             '{"detail": [{"loc": ["body", "a", 0], "msg": "x"}, {"loc": [], "msg": "y"}, "z", {"type": 1}]}',
             "a.0: x; y; z; {'type': 1}",
         ),
+        ('{"detail": [{"loc": 5, "msg": "bad"}, {"loc": "top_k", "msg": "odd"}]}', "bad; odd"),
         ('{"error": {"message": "as OpenAI says it", "code": "x"}}', "as OpenAI says it"),
         ('{"error": "plain"}', "plain"),
         ('{"detail": {"message": "inside"}}', "inside"),
@@ -676,6 +677,12 @@ def test_no_log_exception_or_repr_shows_a_secret(
         *FAULTS.values(),
         Status(418, quoting),
         Status(418, f"{KEY}{ACCESS}", "text/plain"),
+        *(Status(418, "x" * (500 - kept) + KEY, "text/plain") for kept in (8, len(KEY) - 1)),
+        Status(307, headers={"Location": f"/to/{KEY}/models?key={KEY}"}, body=""),
+        Status(418, "", headers={"x-request-id": KEY}),
+        Raw(f"HTTP/1.1 418 no {KEY}\r\nContent-Length: 0\r\n\r\n".encode()),
+        Raw(f"HTTP/1.1 200 OK\r\nContent-Type: {KEY}\r\nContent-Length: 1\r\n\r\n<".encode()),
+        Raw(f"HTTP/{KEY} 200 OK\r\n\r\n".encode()),
         Status(200, "x"),
     ):
         proxy.faults = [fault]
@@ -691,6 +698,7 @@ def test_no_log_exception_or_repr_shows_a_secret(
     shown += [everything(error.value), caplog.text]
     for secret in (KEY, ACCESS, REFRESH, "pa$s w0rd"):
         assert not any(secret in text for text in shown)
+    assert not any(KEY[:8] in text for text in shown)
 
 
 def test_plain_http_to_other_machines_carries_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from ..errors import APIError, AuthenticationError, ValidationError
 from .address import Address, address
 from .connections import ConnectionFailed, Connections
 from .credentials import SESSION_ENDED, CredentialStore
-from .failures import Answer, error_of, json_of, retry_after
+from .failures import Answer, error_of, json_of, retry_after, without_secrets
 from .identity import Credentials, Tokens, is_token
 
 __all__ = ["COMPUTE_TIMEOUT", "TIMEOUT", "Transport", "tokens_of"]
@@ -149,7 +149,7 @@ class Transport:
                     request_id=error.request_id,
                 )
             raise error
-        return json_of(answer)
+        return json_of(answer, secrets + used.secrets())
 
     def close(self) -> None:
         """Closes the connections that are kept; a later call opens new ones."""
@@ -164,7 +164,7 @@ class Transport:
             return None
         if not 200 <= answer.status < 300:
             raise error_of(answer, (refresh_token,))
-        return tokens_of(json_of(answer))
+        return tokens_of(json_of(answer, (refresh_token,)))
 
     def _tried(
         self, method: str, server: Address, path: str, data: bytes | None, used: Credentials, deadline: float
@@ -177,7 +177,7 @@ class Transport:
             try:
                 answer = self._connections.request(method, server, path, data, used, deadline, request_id)
             except ConnectionFailed as error:
-                failed, again = str(error), again and error.again
+                failed, again = without_secrets(str(error), used.secrets()), again and error.again
             pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**number) * random.uniform(0.5, 1.0)
             if answer is not None:
                 again = again and answer.status in _RETRIED
