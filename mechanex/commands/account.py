@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 
 from ..client import Mechanex
-from ..errors import AuthenticationError, MechanexError
+from ..errors import MechanexError
 from .console import console, json_text, model_text
 
 __all__ = [
@@ -22,6 +22,9 @@ __all__ = [
     "run_whoami",
 ]
 
+# What servers answer to the log-in of an address that waits to be confirmed.
+_NOT_YET_CONFIRMED = (400, 401, 403, 422)
+
 
 def run_signup(client: Mechanex | None, email: str, password: str) -> None:
     """Signs up, logs in, and makes and stores an API key.
@@ -33,17 +36,30 @@ def run_signup(client: Mechanex | None, email: str, password: str) -> None:
     if not client.signup(email, password).get("session"):
         try:
             client.login(email, password)
-        except AuthenticationError:
+        except MechanexError as error:
+            if error.status_code not in _NOT_YET_CONFIRMED:
+                raise MechanexError(
+                    f"{email} is signed up, but not logged in ({error}): run mechanex login, then mechanex "
+                    "create-api-key --save."
+                ) from error
             click.echo(
                 f"Signed up as {email}. Confirm the address as the server's mail says, then run: mechanex login"
             )
             return
     try:
-        client.create_api_key(persist=True)
+        key = client.create_api_key()["key"]
     except MechanexError as error:
         raise MechanexError(
             f"{email} is signed up and logged in, but has no API key yet ({error}): run mechanex create-api-key "
             "--save."
+        ) from error
+    try:
+        _store(client, key)
+    except MechanexError as error:
+        click.echo(model_text(key).plain)
+        raise MechanexError(
+            f"{email} is signed up and logged in, but the new API key, which is on stdout this once, is not "
+            f"stored: {error}"
         ) from error
     click.echo(f"Signed up and logged in as {email}. An API key is stored in {_path(client)}.")
     _mind_the_environment()
@@ -76,12 +92,21 @@ def run_list_api_keys(client: Mechanex | None, as_json: bool) -> None:
 
 
 def run_create_api_key(client: Mechanex | None, name: str, save: bool, as_json: bool) -> None:
-    """Makes a key and prints it: alone on stdout, so that it can be piped."""
+    """Makes a key and prints it: alone on stdout, so that it can be piped.
+
+    Raises:
+        MechanexError: whatever the server objects to; after the key is printed, that it can't be stored.
+    """
     client = client or Mechanex()
-    made = client.create_api_key(name, persist=save)
-    where = f" It is stored in {_path(client)}." if save else ""
-    click.echo(f"A new API key, {name!r}, which is shown this once.{where}", err=True)
+    made = client.create_api_key(name)
+    click.echo(f"A new API key, {name!r}, which is shown this once.", err=True)
     click.echo(json_text(made) if as_json else model_text(made["key"]).plain)
+    if save:
+        try:
+            _store(client, made["key"])
+        except MechanexError as error:
+            raise MechanexError(f"the new key is not stored: {error}") from error
+        click.echo(f"It is stored in {_path(client)}.", err=True)
 
 
 def run_delete_api_key(client: Mechanex | None, key_id: str) -> None:
@@ -111,6 +136,11 @@ def run_logout(client: Mechanex | None) -> None:
         click.echo("There were no stored credentials.")
     if os.environ.get("MECHANEX_API_KEY"):
         click.echo("MECHANEX_API_KEY is still set, and is used.", err=True)
+
+
+def _store(client: Mechanex, key: str) -> None:
+    credentials, origin = client.transport.credentials, client.transport.address.origin
+    credentials.set_key(key, origin, same_account=True, persist=True)
 
 
 def _path(client: Mechanex) -> str:
