@@ -35,8 +35,12 @@ def run_doctor(client: Mechanex | None, offline: bool, as_json: bool) -> None:
 def _account(client: Mechanex, offline: bool) -> dict[str, str]:
     """What there is to reach a server with, in words; secrets are told by their names only."""
     credentials = client.transport.credentials
-    path = credentials.file.path
-    found = {"credentials file": f"{path} ({'there' if path.exists() else 'not there'})"}
+    found = {}
+    try:
+        path = credentials.file.path
+        found["credentials file"] = f"{path} ({'there' if path.exists() else 'not there'})"
+    except MechanexError as error:
+        found["credentials file"] = f"none: {error}"
     try:
         server = client.transport.address
         known = credentials.current(server.origin)

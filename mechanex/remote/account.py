@@ -96,7 +96,7 @@ class Account:
         """Forgets the credentials, in this client and in the file; says whether the file held any.
 
         Raises:
-            MechanexError: the file can't be written.
+            MechanexError: the file can't be read or written, and stays as it is.
         """
         return self.transport.credentials.forget()
 
