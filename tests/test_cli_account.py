@@ -218,6 +218,26 @@ def test_what_a_server_writes_cannot_steer_the_terminal(monkeypatch: pytest.Monk
         run("list-api-keys", code=1)
 
 
+def test_json_is_read_everywhere_and_steers_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = "Zoë 東京 😀 \x1b[2J \x7f \x9b31m \u202e \u2028 \ue000 \U000e0001 \ud800 a\nb"
+    with FaultyProxy(answer=lambda request: Status(200, json.dumps({"email": text}))) as server:
+        variables = {"MECHANEX_BASE_URL": server.url, "MECHANEX_API_KEY": "a-key", "PYTHONUTF8": "0"}
+        for encoding in ("utf-8", "UTF8", "latin-1", "ascii", "cp1252:strict"):
+            done = subprocess.run(
+                [*COMMAND, "whoami", "--json"],
+                capture_output=True,
+                env=os.environ | variables | {"PYTHONIOENCODING": encoding},
+                timeout=60,
+            )
+            assert done.returncode == 0, done.stderr
+            printed = done.stdout.decode()
+            assert json.loads(printed) == {"email": text}
+            assert all(char.isprintable() or char == "\n" for char in printed)
+            assert ("Zoë 東京 😀" in printed) == encoding.lower().startswith("utf")
+
+
 def test_the_environments_key_is_pointed_out(
     server: ServerProcess, email: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..client import Mechanex
 from ..errors import MechanexError
-from .console import console, json_text, model_text
+from .console import console, echo_json, json_text, model_text
 
 __all__ = [
     "run_create_api_key",
@@ -77,7 +77,7 @@ def run_list_api_keys(client: Mechanex | None, as_json: bool) -> None:
     """Prints the account's keys, of which the server shows no more than their beginning."""
     keys = (client or Mechanex()).list_api_keys()
     if as_json:
-        click.echo(json_text(keys))
+        echo_json(keys)
         return
     if not keys:
         click.echo("There are no API keys. To make one: mechanex create-api-key")
@@ -100,7 +100,10 @@ def run_create_api_key(client: Mechanex | None, name: str, save: bool, as_json: 
     client = client or Mechanex()
     made = client.create_api_key(name)
     click.echo(f"A new API key, {name!r}, which is shown this once.", err=True)
-    click.echo(json_text(made) if as_json else model_text(made["key"]).plain)
+    if as_json:
+        echo_json(made)
+    else:
+        click.echo(model_text(made["key"]).plain)
     if save:
         try:
             _store(client, made["key"])
@@ -119,7 +122,7 @@ def run_whoami(client: Mechanex | None, as_json: bool) -> None:
     """Prints what the server tells about the account."""
     user = (client or Mechanex()).whoami()
     if as_json:
-        click.echo(json_text(user))
+        echo_json(user)
         return
     table = Table.grid(padding=(0, 2))
     for name, value in user.items():

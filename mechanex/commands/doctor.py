@@ -11,7 +11,7 @@ from ..client import Mechanex
 from ..doctor import examine
 from ..errors import MechanexError
 from ..remote.identity import NAMES
-from .console import json_text, model_text
+from .console import echo_json, model_text
 
 __all__ = ["run_doctor"]
 
@@ -24,7 +24,7 @@ def run_doctor(client: Mechanex | None, offline: bool, as_json: bool) -> None:
     report = examine()
     account = _account(client, offline)
     if as_json:
-        click.echo(json_text({**asdict(report), "account": account}))
+        echo_json({**asdict(report), "account": account})
         return
     click.echo(str(report))
     click.echo("")
