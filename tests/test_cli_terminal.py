@@ -369,6 +369,30 @@ _NAMED = [sys.executable, "-c", "from mechanex.cli import main; main(prog_name='
 # Errors that nobody foresaw
 
 
+@pytest.mark.parametrize(
+    "disguise", [ImportError("are its requirements defined correctly?"), OSError("full")]
+)
+def test_ctrl_c_that_a_library_turns_into_an_error_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, disguise: Exception
+) -> None:
+    """transformers does it to what ends an import; what the system refuses on the way out is told."""
+
+    def interrupted() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            try:
+                raise RuntimeError from error
+            except RuntimeError:
+                raise disguise  # noqa: B904
+
+    monkeypatch.setattr("mechanex.commands.models.run_models", lambda *arguments: interrupted())
+    result = CliRunner().invoke(main, ["models"])
+    assert result.exit_code == 1 and not result.stdout
+    told = "Error: full" if isinstance(disguise, OSError) else "Aborted!"
+    assert result.stderr.strip() == told
+
+
 def test_an_unforeseen_error_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("out of\nmemory \x1b[31m")
