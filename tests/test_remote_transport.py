@@ -271,6 +271,40 @@ def test_a_get_is_tried_again_and_a_post_is_not(proxy: FaultyProxy, fault: Any) 
     assert len(proxy.requests) == 4
 
 
+def test_a_delete_is_tried_again_and_what_is_gone_then_is_deleted(proxy: FaultyProxy) -> None:
+    calls = to(proxy)
+    for fault in (Close(), Status(502), Reset(after=30)):
+        proxy.faults = [fault, Status(404)]
+        calls.delete("/behaviors/", "angry")
+    assert proxy.paths() == ["/behaviors/angry"] * 6
+    for faults in ([Status(404)], [Status(503), Status(404)], [Status(429), Status(404)]):
+        proxy.faults = list(faults)  # nothing was done: it wasn't there
+        with pytest.raises(NotFoundError):
+            calls.delete("/behaviors/", "angry")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", None, 5])
+def test_names_that_lead_elsewhere_are_not_deleted(proxy: FaultyProxy, name: Any) -> None:
+    with pytest.raises(ValidationError, match="isn't empty, nor"):
+        to(proxy).delete("/auth/api-keys/", name)
+    assert not proxy.requests
+    to(proxy).delete("/auth/api-keys/", "../a/..?b#c")
+    assert proxy.paths() == ["/auth/api-keys/..%2Fa%2F..%3Fb%23c"]
+
+
+def test_a_base_url_for_openais_clients_is_pointed_out(proxy: FaultyProxy) -> None:
+    proxy.faults = [Status(404), Status(500), Status(404)]
+    calls = Transport(CredentialStore(KEY), proxy.url + "/v1/")
+    with pytest.raises(NotFoundError, match=r"as told\. base_url ends in /v1.*leave it out"):
+        calls.post("/generate", {})
+    with pytest.raises(APIError) as raised:
+        calls.post("/generate", {})
+    assert "/v1" not in str(raised.value)
+    with pytest.raises(NotFoundError) as missing:
+        to(proxy).post("/generate", {})
+    assert "/v1" not in str(missing.value)
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 500, 501])
 def test_what_another_try_would_not_better_is_not_tried_again(proxy: FaultyProxy, status: int) -> None:
     proxy.faults = [Status(status)]

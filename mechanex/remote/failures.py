@@ -17,7 +17,7 @@ from ..errors import (
     ValidationError,
 )
 
-__all__ = ["Answer", "error_of", "json_of", "retry_after", "without_secrets"]
+__all__ = ["Answer", "error_of", "json_of", "retry_after", "say_more", "without_secrets"]
 
 _KINDS: dict[int, type[MechanexError]] = {
     400: ValidationError,
@@ -93,6 +93,13 @@ def error_of(answer: Answer, secrets: tuple[str, ...] = ()) -> MechanexError:
         return RateLimitError(message, 429, details, retry_after(answer.headers), request_id=request_id)
     kind = _KINDS.get(answer.status, APIError)
     return kind(message, answer.status, details, request_id=request_id)
+
+
+def say_more(error: MechanexError, hint: str) -> None:
+    """Goes on with a sentence after the error's message, whose own end may be missing."""
+    end = "" if error.message.endswith((".", "?", "!")) else "."
+    error.message = f"{error.message}{end} {hint}"
+    error.args = (error.message,)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
