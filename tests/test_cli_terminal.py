@@ -28,8 +28,8 @@ PASSWORD = "a long password"
 PROMPT = "Anna went to the market on Friday."
 QUICK = ["--data", "rome_delhi", "--split", "promote", "--layer", "2", "--max-iters", "3", "--force"]
 
-# Arguments with which each command runs to its end, and what it shows then. serve and the two that ask for a
-# password have tests of their own.
+# Arguments with which each command runs to its end, and what it shows then. serve, delete-api-key and the two that
+# ask for a password have tests of their own.
 COMMANDS: dict[str, tuple[list[str], str]] = {
     "create-api-key": (["--name", "second"], "shown this once"),
     "demo": (["--out", "{tmp}/demo"], "completions of the tone"),
@@ -43,6 +43,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
         "perplexity",
     ),
     "steer": (["mx-tiny", "--vector", "{file}", "--prompt", PROMPT, "--max-tokens", "3"], "unsteered"),
+    "vectors delete": (["{id}"], "Deleted"),
     "vectors export": (["{id}", "{tmp}/exported.gguf"], "Written to"),
     "vectors import": (["{file}"], ""),
     "vectors list": ([], "caa"),
@@ -50,7 +51,8 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "whoami": ([], "{email}"),
 }
 ASKING = {"login", "signup"}
-WITHOUT_DATA = {"login", "logout", "serve", "signup", "vectors export"}
+ELSEWHERE = {"delete-api-key", "serve"}
+WITHOUT_DATA = {*ASKING, *ELSEWHERE, "logout", "vectors delete", "vectors export"}
 
 
 def commands(group: click.Group = main, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
@@ -124,7 +126,7 @@ def assert_no_traceback(ran: Ran) -> None:
 
 
 def test_these_are_all_commands() -> None:
-    assert {name for name, _ in commands()} == COMMANDS.keys() | ASKING | {"serve"}
+    assert {name for name, _ in commands()} == COMMANDS.keys() | ASKING | ELSEWHERE
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -399,15 +399,22 @@ def test_a_server_that_is_down_is_an_error_that_names_it() -> None:
 def test_a_proxy_on_the_way_keeps_to_the_timeout_too(
     proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HTTP_PROXY", proxy.url)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, proxy.url)
     monkeypatch.delenv("NO_PROXY", raising=False)
     calls = Transport(CredentialStore(), "http://nowhere.invalid", timeout=0.5)
     assert calls.get("/models")["path"] == "http://nowhere.invalid/models"
-    proxy.faults = [Drip(0.01, head=True)]
-    started = time.monotonic()
-    with pytest.raises(APIError, match="no answer in time"):
-        calls.get("/models")
-    assert time.monotonic() - started < 2.5
+    tunnelled = Transport(CredentialStore(), "https://nowhere.invalid", timeout=0.5)
+    for through in (calls, tunnelled):
+        proxy.faults = [Drip(0.01, head=True)]
+        started = time.monotonic()
+        with pytest.raises(APIError, match="no answer in time"):
+            through.get("/models")
+        assert time.monotonic() - started < 2.5
+    assert proxy.requests[-1].method == "CONNECT"
+    proxy.faults = [Status(403)]
+    with pytest.raises(APIError, match=r"connection failed.*403"):
+        Transport(CredentialStore(), "https://nowhere.invalid", timeout=0.5).post("/generate", {})
 
 
 @pytest.fixture(scope="module")

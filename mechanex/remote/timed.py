@@ -92,6 +92,16 @@ class _TimedHTTP(HTTPConnection):
 
 
 class _TimedHTTPS(HTTPSConnection):
+    def _tunnel(self) -> None:
+        # What a proxy says to CONNECT is read while the connection is still being made.
+        plain = self.sock
+        self.sock = cast("socket.socket", _TimedSocket(cast("socket.socket", plain)))
+        try:
+            super()._tunnel()
+        finally:
+            if self.sock is not None:  # closed, where the proxy refused
+                self.sock = plain
+
     def connect(self) -> None:
         super().connect()
         self.sock = cast("socket.socket", _TimedSocket(cast("socket.socket", self.sock)))
