@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .base import _BaseModule, default_attribute
 from .errors import ValidationError
 from .remote.answers import object_of
+from .remote.bodies import list_of
 
 __all__ = ["AttributionModule"]
 
@@ -43,14 +44,13 @@ class AttributionModule(_BaseModule):
         for name, prompt in (("clean_prompt", clean_prompt), ("corrupted_prompt", corrupted_prompt)):
             if not isinstance(prompt, str):
                 raise ValidationError(f"{name} is a text; got {type(prompt).__name__}.")
-        if isinstance(target_module_paths, str):
-            raise ValidationError(
-                f"target_module_paths is a list of names; got the text {target_module_paths!r}: put it in a list."
-            )
+        paths = target_module_paths
+        if paths is not None:
+            paths = list_of("target_module_paths", paths, "names")
         body = {
             "clean_prompt": clean_prompt,
             "corrupted_prompt": corrupted_prompt,
-            "target_module_paths": None if target_module_paths is None else list(target_module_paths),
+            "target_module_paths": paths,
         }
         call, transport = "attribution.compute_scores", self._client.transport
         return self._run(

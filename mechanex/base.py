@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import APIError, AuthenticationError, MechanexError, ValidationError
+from .remote.answers import UnexpectedAnswer
+from .remote.failures import say_more
 
 if TYPE_CHECKING:
     from .client import Mechanex
@@ -19,6 +21,7 @@ _logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _NO_ENGINE = "The local engine of this module is not there yet."
+_OR_LOAD = "Or load a model, with load('mx-tiny') or load('<Hugging Face name>'): the call runs here then."
 _OR_HERE = "Or load a model and call set_execution_mode('local')."
 
 
@@ -39,18 +42,20 @@ class _BaseModule:
         local: Callable[[LoadedModel], T] | None,
         *,
         only_local: str | None = None,
+        falls_back: bool = True,
     ) -> T:
         """Runs a call on the server or here, as the execution mode says; every documented call goes through this.
 
         In ``auto`` mode the server comes first where there are credentials. When it can't be reached, refuses
         them or fails (5xx), and a model is loaded, one warning tells why and the call runs here. Whatever else
-        the server says is raised.
+        the server says is raised, an answer that isn't what was asked for included.
 
         Args:
             caller: the call's documented name, for messages.
             remote: makes the call on the server.
             local: makes it on the loaded model; None where this version has no local engine for it.
             only_local: why this call can't be sent to a server, if it can't.
+            falls_back: whether the call means the same here: False for one about what only the server has.
 
         Raises:
             MechanexError: there is neither a server to ask nor a model; names the ways out.
@@ -69,7 +74,7 @@ class _BaseModule:
                 "set_execution_mode('auto') or ('local')."
             )
         if local is not None and (mode == "local" or only_local is not None):
-            return local(client.require_local(caller))
+            return local(client.require_local(caller, only_local))
         if mode == "remote" or local is None:
             client.require_remote(caller, _NO_ENGINE if local is None else _OR_HERE)
             return remote()
@@ -78,7 +83,10 @@ class _BaseModule:
         try:
             return remote()
         except (AuthenticationError, APIError) as error:
-            if client.local_model is None or not _may_run_elsewhere(error):
+            if not falls_back or not _may_run_elsewhere(error):
+                raise
+            if client.local_model is None:
+                say_more(error, _OR_LOAD)
                 raise
             reason = str(error)
         _logger.warning("%s runs on the local model: the server did not do it (%s)", caller, reason)
@@ -86,8 +94,9 @@ class _BaseModule:
 
 
 def _may_run_elsewhere(error: MechanexError) -> bool:
-    status = error.status_code
-    return isinstance(error, AuthenticationError) or status is None or not 400 <= status < 500
+    if isinstance(error, (AuthenticationError, UnexpectedAnswer)):
+        return isinstance(error, AuthenticationError)
+    return error.status_code is None or error.status_code >= 500
 
 
 def default_attribute(module: str, name: str) -> Any:

@@ -187,9 +187,14 @@ class Mechanex(Account):
         a server that asks every client for a key, as one bound to more than loopback does, answers 401.
 
         Raises:
+            ValidationError: a host that is no text, or a port that is none.
             AuthenticationError: the server wants a key; ``Mechanex(base_url, api_key)`` sends one.
             APIError: no server there, or one that answers something else.
         """
+        if not isinstance(host, str) or not host.strip():
+            raise ValidationError(f"host is a name or an address, such as '127.0.0.1'; got {host!r}.")
+        if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 1 << 16:
+            raise ValidationError(f"port is an int from 1 to 65535; got {port!r}.")
         where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         transport = Transport(CredentialStore(), Address(where, where, True))
         try:
@@ -256,11 +261,12 @@ class Mechanex(Account):
             return False
         return vector_id in self.vectors
 
-    def require_local(self, caller: str) -> LoadedModel:
+    def require_local(self, caller: str, only_local: str | None = None) -> LoadedModel:
         """The loaded model, for a call that needs one.
 
         Args:
             caller: the call's documented name, for the message.
+            only_local: why no server can be asked instead, if none can.
 
         Raises:
             MechanexError: the mode is ``"remote"``, or no model is loaded; names the ways out.
@@ -275,9 +281,14 @@ class Mechanex(Account):
                 " Or ask a server: login(email, password), set_key(key) or MECHANEX_API_KEY, and "
                 "MECHANEX_BASE_URL for one of your own."
             )
+            if self._execution_mode == "local":
+                only_local, or_ask = None, ""
+            elif only_local is not None:
+                or_ask = ""
+            why = "" if only_local is None else f" here, since it can't run on a server ({only_local})"
             raise MechanexError(
-                f"{caller} needs a model: load one with load('mx-tiny'), load('<Hugging Face name>') or "
-                f"set_local_model(model, tokenizer).{'' if self._execution_mode == 'local' else or_ask}"
+                f"{caller} needs a model{why}: load one with load('mx-tiny'), load('<Hugging Face name>') or "
+                f"set_local_model(model, tokenizer).{or_ask}"
             )
         return self._loaded
 

@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import click
 import torch
 from tqdm.auto import tqdm
 
 from .bundled import data_path
-from .commands.console import json_text
+from .commands.console import echo_json, json_text
 from .commands.demo_measure import Measurement, measure
 from .commands.demo_report import print_report, save_plot
 from .engine.caa import caa_vectors
@@ -114,7 +113,7 @@ def run_demo(out: Path, *, seed: int = 0, as_json: bool = False) -> list[Measure
     figures.write_text(json_text(report) + "\n", encoding="utf-8")
     plot = save_plot(measured, out / "steering.png")
     if as_json:
-        click.echo(json_text(report))
+        echo_json(report)
     else:
         print_report(measured, chosen, prompts, plot, figures, time.perf_counter() - started)
     return measured

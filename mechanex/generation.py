@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from .base import _BaseModule, default_attribute
 from .errors import NotFoundError, ValidationError
 from .remote.answers import field
+from .remote.bodies import list_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,6 +129,9 @@ class GenerationModule(_BaseModule):
                 "{layer: tensor}, a SteeringVector or a path), or leave the strength at 0."
             )
 
+        if stop is not None and not isinstance(stop, str):
+            stop = list_of("stop", stop, "texts")
+
         def remote() -> str | Iterator[str]:
             body: dict[str, Any] = {
                 "prompt": prompt,
@@ -142,7 +146,7 @@ class GenerationModule(_BaseModule):
                 "seed": seed,
                 "temperature": None if temperature == _TEMPERATURE else temperature,
                 "min_p": None if min_p == _MIN_P else min_p,
-                "stop": stop if stop is None or isinstance(stop, str) else list(stop),
+                "stop": stop,
             }
             body.update({name: value for name, value in optional.items() if value is not None})
             text = self._remote_text(body)
@@ -179,7 +183,9 @@ class GenerationModule(_BaseModule):
             only_local = "typical_p can't be sent"
         elif steering_vector is not None:
             only_local = self._only_local(steering_vector)
-        return self._run(_CALL, remote, local, only_local=only_local)
+        # What isn't stored here, a server's id, means nothing here: the server's own error says more.
+        falls_back = steering_vector is None
+        return self._run(_CALL, remote, local, only_local=only_local, falls_back=falls_back)
 
     def _only_local(self, vector: VectorSource) -> str | None:
         """Why this vector can't be sent, if it can't: a server knows vectors by their ids."""

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["atomic_path", "mechanex_home", "vectors_folder"]
+from .errors import MechanexError
+
+__all__ = ["atomic_path", "expanded", "mechanex_home", "vectors_folder"]
 
 
 def mechanex_home() -> Path:
@@ -17,16 +19,35 @@ def mechanex_home() -> Path:
 
     Returns:
         ``$MECHANEX_HOME`` when it is set and not empty, else ``mechanex`` in the platform's user data folder.
+
+    Raises:
+        MechanexError: as in ``expanded``.
     """
     chosen = os.environ.get("MECHANEX_HOME")
     if chosen:
-        return Path(chosen).expanduser()
+        return expanded(chosen)
     return _user_data() / "mechanex"
 
 
 def vectors_folder() -> Path:
     """The folder of stored steering vectors, ``<home>/vectors``; not created."""
     return mechanex_home() / "vectors"
+
+
+def expanded(path: str) -> Path:
+    """The path, with a ``~`` in front as the user's home folder.
+
+    Raises:
+        MechanexError: the user has none, as in a container whose user id nobody has named.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        problem = f"there is no home folder for {path!r}"
+    raise MechanexError(
+        f"{problem}: set HOME, or MECHANEX_HOME to a folder for the library's files and MECHANEX_CONFIG to a file "
+        "for credentials."
+    )
 
 
 @contextlib.contextmanager
@@ -45,7 +66,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 def _user_data() -> Path:
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        return Path(os.environ.get("LOCALAPPDATA") or expanded("~/AppData/Local"))
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support"
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+        return expanded("~/Library/Application Support")
+    return Path(os.environ.get("XDG_DATA_HOME") or expanded("~/.local/share"))

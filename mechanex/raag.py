@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .base import _BaseModule, default_attribute
 from .errors import ValidationError
 from .remote.answers import object_of
+from .remote.bodies import list_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,14 +44,15 @@ class RAAGModule(_BaseModule):
             ValidationError: no questions, or not exactly one of ``docs`` and ``pinecone_index_name``.
             MechanexError: there is no server to ask, and whatever ``transport.call`` raises.
         """
-        if isinstance(qa_entries, (str, dict)) or not qa_entries:
+        asked = [] if isinstance(qa_entries, (str, dict)) else list_of("qa_entries", qa_entries, "questions")
+        if not asked:
             raise ValidationError("qa_entries is a list of questions, at least one.")
         if (docs is None) == (pinecone_index_name is None):
             got = "neither" if docs is None else "both"
             raise ValidationError(f"the documents come from docs or from pinecone_index_name; got {got}.")
-        body: dict[str, Any] = {"qa_entries": list(qa_entries)}
+        body: dict[str, Any] = {"qa_entries": asked}
         if docs is not None:
-            body["docs"] = list(docs)
+            body["docs"] = list_of("docs", docs, "documents")
         else:
             body["pinecone_index_name"] = pinecone_index_name
         call, transport = "raag.generate", self._client.transport

@@ -13,7 +13,7 @@ from .base import _BaseModule, default_attribute
 from .engine.datasets import read_pairs
 from .errors import ValidationError
 from .remote.answers import field, listed, object_of
-from .remote.bodies import examples, texts
+from .remote.bodies import examples, list_of, texts
 
 __all__ = ["SAEModule"]
 
@@ -125,15 +125,9 @@ class SAEModule(_BaseModule):
         """
         if not isinstance(prompt, str):
             raise ValidationError(f"prompt is a text; got {type(prompt).__name__}.")
+        body: dict[str, Any] = {"prompt": prompt, "max_new_tokens": max_new_tokens}
         for name, given in (("behavior_names", behavior_names), ("force_steering", force_steering)):
-            if isinstance(given, str):
-                raise ValidationError(f"{name} is a list of names; got the text {given!r}: put it in a list.")
-        body = {
-            "prompt": prompt,
-            "max_new_tokens": max_new_tokens,
-            "behavior_names": None if behavior_names is None else list(behavior_names),
-            "force_steering": None if force_steering is None else list(force_steering),
-        }
+            body[name] = None if given is None else list_of(name, given, "names")
         call, transport = "sae.generate", self._client.transport
         return self._run(call, lambda: field(transport.post("/sae/generate", body), call, str, "text"), None)
 

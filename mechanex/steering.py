@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .base import _BaseModule, default_attribute
-from .errors import ValidationError
+from .errors import NotFoundError, ValidationError
 from .remote.answers import field
-from .remote.bodies import examples
+from .remote.bodies import example_lists, examples, layer_list
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +66,10 @@ class SteeringModule(_BaseModule):
                 a vector that comes out zero or not finite. Nothing is stored then.
         """
         check_method(method)
+        prompts, positive_answers, negative_answers = example_lists(
+            prompts, positive_answers, negative_answers
+        )
+        layer_idxs = layer_list(layer_idxs)
         if seed is not None and method != "few-shot":
             raise ValidationError(
                 f"method={method!r} draws no random numbers: seed is for method='few-shot'."
@@ -74,7 +78,7 @@ class SteeringModule(_BaseModule):
         def remote() -> str:
             body = {
                 **examples(prompts, positive_answers, negative_answers),
-                "layer_idxs": None if layer_idxs is None else list(layer_idxs),
+                "layer_idxs": layer_idxs,
                 "method": method,
             }
             answer = self._client.transport.post("/steering/generate", body)
@@ -98,7 +102,7 @@ class SteeringModule(_BaseModule):
         only_local = None
         if method in _ONLY_LOCAL or seed is not None:
             only_local = f"method={method!r} runs locally" if seed is None else "a seed is for local vectors"
-        if isinstance(prompts, Sequence) and not all(isinstance(prompt, str) for prompt in prompts):
+        if not all(isinstance(prompt, str) for prompt in prompts):
             only_local = "prompts of token ids or chat messages need the model's tokenizer"
         return self._run(_CALL, remote, local, only_local=only_local)
 
@@ -144,14 +148,17 @@ class SteeringModule(_BaseModule):
     def get_vectors(self, vector_id: str) -> dict[int, Tensor]:
         """Retrieves stored vectors by id, of this session or an earlier one.
 
+        Vectors that a server computed stay there: their ids work in ``generate`` on that server, and not here.
+        ``set_execution_mode('local')`` computes vectors whose tensors can be had.
+
         Returns:
             ``{layer: tensor [d]}``, float32 or float64, on the CPU.
 
         Raises:
-            NotFoundError: no stored vectors have this id.
+            NotFoundError: no vectors that are stored on this machine have this id.
             ValidationError: the text can't be an id.
         """
-        return dict(self._client.vectors.get(vector_id))
+        return dict(self._stored(vector_id))
 
     def delete_vectors(self, vector_id: str) -> None:
         """Deletes stored vectors: those of this machine, or else those of the account on a server of one's own.
@@ -178,17 +185,18 @@ class SteeringModule(_BaseModule):
         """Saves steering vectors to a ``.safetensors``, ``.json`` or ``.gguf`` file.
 
         Args:
-            vectors_or_id: an id, ``{layer: tensor [d]}`` or a ``SteeringVector``.
+            vectors_or_id: an id, as for ``get_vectors`` of vectors on this machine; ``{layer: tensor [d]}`` or a
+                ``SteeringVector``.
             path: the file; its suffix is the format. Written under a temporary name and then renamed.
 
         Raises:
-            NotFoundError: no stored vectors have this id.
+            NotFoundError: no vectors that are stored on this machine have this id; those of a server stay there.
             ValidationError: an unknown suffix, NaN or infinite numbers, or layer 0 in GGUF.
         """
         from .engine.vectors import SteeringVector
 
         if isinstance(vectors_or_id, str):
-            vector = self._client.vectors.get(vectors_or_id)
+            vector = self._stored(vectors_or_id)
         elif isinstance(vectors_or_id, SteeringVector):
             vector = vectors_or_id
         else:
@@ -210,6 +218,20 @@ class SteeringModule(_BaseModule):
         from .engine.vectors import SteeringVector
 
         return dict(SteeringVector.load(path))
+
+    def _stored(self, vector_id: str) -> SteeringVector:
+        client = self._client
+        try:
+            return client.vectors.get(vector_id)
+        except NotFoundError:
+            server = client.is_remote or client.transport.address.chosen
+            if client.execution_mode == "local" or not server:
+                raise
+        raise NotFoundError(
+            f"this machine has no vectors with the id {vector_id!r}. Those that a server computed stay there, and "
+            "their ids work in generate there; set_execution_mode('local'), with a model loaded, computes vectors "
+            "whose tensors can be had."
+        )
 
 
 def check_method(method: str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -24,6 +25,7 @@ from typing import Any
 
 __all__ = [
     "Close",
+    "Continue",
     "Cut",
     "Drip",
     "FaultyProxy",
@@ -75,10 +77,20 @@ class Stall:
 
 
 @dataclass(frozen=True)
+class Continue:
+    """Says ``100 Continue`` without end."""
+
+
+@dataclass(frozen=True)
 class Drip:
-    """Sends the head of an endless answer, then a byte each ``every`` seconds."""
+    """Sends the head of an endless answer, then a byte each ``every`` seconds.
+
+    ``head``: the bytes are those of a head without end; ``most``: after so many of them nothing comes any more.
+    """
 
     every: float = 0.05
+    head: bool = False
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,7 @@ class Status:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-Fault = Pass | Reset | Close | Stall | Drip | Cut | Raw | Status
+Fault = Pass | Reset | Close | Stall | Continue | Drip | Cut | Raw | Status
 
 
 class FaultyProxy:
@@ -114,15 +126,27 @@ class FaultyProxy:
     Args:
         upstream: base URL of a server to pass requests on to.
         answer: looks at each request before ``faults`` do, and may answer it with a fault of its own.
+        reads_after: seconds that each request's body waits before it is read.
+        tls: speak TLS, with this context's certificate.
+        cut_handshakes: so many first connections end cleanly in the middle of their handshake.
     """
 
     def __init__(
-        self, upstream: str | None = None, answer: Callable[[Received], Fault | None] | None = None
+        self,
+        upstream: str | None = None,
+        answer: Callable[[Received], Fault | None] | None = None,
+        *,
+        reads_after: float = 0.0,
+        tls: ssl.SSLContext | None = None,
+        cut_handshakes: int = 0,
     ) -> None:
         self.faults: list[Fault] = []
         self.requests: list[Received] = []
         self.connections = 0
         self.answer = answer
+        self.reads_after = reads_after
+        self.tls = tls
+        self.cut_handshakes = cut_handshakes
         self._upstream = None if upstream is None else urllib.parse.urlsplit(upstream)
         self._lock = threading.Lock()
         self._over = threading.Event()
@@ -132,7 +156,8 @@ class FaultyProxy:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        scheme, host = ("http", "127.0.0.1") if self.tls is None else ("https", "localhost")
+        return f"{scheme}://{host}:{self._listener.getsockname()[1]}"
 
     def paths(self) -> list[str]:
         return [request.path for request in self.requests]
@@ -161,6 +186,9 @@ class FaultyProxy:
         self._threads.append(thread)
         thread.start()
 
+    def _wait(self) -> None:
+        self._over.wait(self.reads_after)
+
     def _accept(self) -> None:
         while not self._over.is_set():
             try:
@@ -173,10 +201,25 @@ class FaultyProxy:
                 self._open.add(connection)
             self._start(self._serve, connection, number)
 
+    def _secured(self, connection: socket.socket) -> socket.socket:
+        """The connection to speak HTTP on."""
+        if self.tls is None:
+            return connection
+        with self._lock:
+            cut = self.cut_handshakes > 0
+            self.cut_handshakes -= cut
+        if cut:
+            connection.recv(1 << 16)
+            raise ConnectionAbortedError
+        secure = self.tls.wrap_socket(connection, server_side=True)
+        with self._lock:
+            self._open.add(secure)
+        return secure
+
     def _serve(self, connection: socket.socket, number: int) -> None:
-        with connection, contextlib.suppress(OSError):
+        with connection, contextlib.suppress(OSError), self._secured(connection) as connection:
             reader = connection.makefile("rb")
-            while (request := _received(reader, number)) is not None:
+            while (request := _received(reader, number, self._wait)) is not None:
                 with self._lock:
                     self.requests.append(request)
                     fault = self.answer(request) if self.answer is not None else None
@@ -198,10 +241,18 @@ class FaultyProxy:
             case Stall(seconds):
                 self._over.wait(seconds)
                 return False
-            case Drip(every):
-                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n ")
+            case Continue():
+                while not self._over.wait(0.001):
+                    connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n" * 10)
+                return False
+            case Drip(every, head, most):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n")
+                connection.sendall(b"X-Endless: " if head else b"\r\n ")
+                sent = 0
                 while not self._over.wait(every):
-                    connection.sendall(b" ")
+                    if most is None or sent < most:
+                        connection.sendall(b"\t" if head else b" ")
+                        sent += 1
                 return False
             case Status(code, body, kind, headers):
                 connection.sendall(_answer(code, body.encode(), {"Content-Type": kind, **headers}))
@@ -243,7 +294,7 @@ class FaultyProxy:
             return _answer(answer.status, body, kept)
 
 
-def _received(reader: Any, connection: int) -> Received | None:
+def _received(reader: Any, connection: int, before_body: Callable[[], Any]) -> Received | None:
     line = reader.readline()
     if not line.strip():
         return None
@@ -252,6 +303,7 @@ def _received(reader: Any, connection: int) -> Received | None:
     while (line := reader.readline().decode("latin-1").strip()) != "":
         name, _, value = line.partition(":")
         headers[name.lower()] = value.strip()
+    before_body()
     body = reader.read(int(headers.get("content-length", 0)))
     return Received(method, path, headers, body, connection)
 

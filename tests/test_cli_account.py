@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zlib
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from faulty_proxy import FaultyProxy, Status
+from faulty_proxy import FaultyProxy, Received, Status
 from server_process import ServerProcess, serving
 
 from mechanex import Mechanex
@@ -158,15 +159,45 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
 def test_an_account_that_must_be_confirmed_first(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
     with FaultyProxy() as server:
         monkeypatch.setenv("MECHANEX_BASE_URL", server.url)
-        server.faults = [Status(200, '{"session": null, "user": {}}'), Status(401)]
-        out = run("signup", "--email", "a@b.c", "--password", PASSWORD).stdout
-        assert "Confirm the address" in out and "mechanex login" in out and not config.exists()
+        for status in (400, 401, 403, 422):
+            server.faults = [Status(200, '{"session": null, "user": {}}'), Status(status)]
+            out = run("signup", "--email", "a@b.c", "--password", PASSWORD).stdout
+            assert "Confirm the address" in out and "mechanex login" in out and not config.exists()
+        server.faults = [Status(200, '{"session": null, "user": {}}'), Status(500)]
+        result = run("signup", "--email", "a@b.c", "--password", PASSWORD, code=1)
+        assert re.search(r"a@b.c is signed up, but.*\[500\].*run mechanex login", result.stderr)
         session = '{"session": {"access_token": "the-access", "refresh_token": "the-refresh"}}'
         server.faults = [Status(200, session), Status(500)]
         result = run("signup", "--email", "a@b.c", "--password", PASSWORD, code=1)
         assert "signed up and logged in, but has no API key" in result.stderr
         assert json.loads(config.read_text())["access_token"] == "the-access"
         assert not any(secret in result.output for secret in ("the-access", "the-refresh", PASSWORD))
+
+
+def test_a_new_key_that_cannot_be_stored_is_shown_and_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, config: Path
+) -> None:
+    def answer(request: Received) -> Status | None:
+        if request.path != "/auth/api-keys":
+            return Status(200, '{"session": {"access_token": "the-access"}, "user": {}}')
+        if config.is_file():
+            config.unlink()
+            config.mkdir()
+        return Status(200, '{"key": "the-key"}')
+
+    with FaultyProxy(answer=answer) as server:
+        monkeypatch.setenv("MECHANEX_BASE_URL", server.url)
+        signed_up = run("signup", "--email", "a@b.c", "--password", PASSWORD, code=1)
+        assert signed_up.stdout == "the-key\n"
+        assert "a@b.c is signed up and logged in, but" in signed_up.stderr and "stored" in signed_up.stderr
+        again = run("signup", "--email", "a@b.c", "--password", PASSWORD, code=1)
+        assert "a@b.c is signed up, but" in again.stderr and "mechanex login" in again.stderr
+        monkeypatch.setenv("MECHANEX_API_KEY", "an-old-key")
+        made = run("create-api-key", "--save", code=1)
+        assert made.stdout == "the-key\n" and "is not stored" in made.stderr.splitlines()[-1]
+        assert not any("is stored" in result.stderr for result in (signed_up, again, made))
+        for result in (signed_up, again, made):
+            assert sum(line.startswith("Error: ") for line in result.stderr.splitlines()) == 1
 
 
 def test_what_a_server_writes_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +216,26 @@ def test_what_a_server_writes_cannot_steer_the_terminal(monkeypatch: pytest.Monk
         server.faults = [Status(200, "[]"), Status(200, '["odd"]')]
         assert "no API keys" in run("list-api-keys").stdout
         run("list-api-keys", code=1)
+
+
+def test_json_is_read_everywhere_and_steers_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = "Zoë 東京 😀 \x1b[2J \x7f \x9b31m \u202e \u2028 \ue000 \U000e0001 \ud800 a\nb"
+    with FaultyProxy(answer=lambda request: Status(200, json.dumps({"email": text}))) as server:
+        variables = {"MECHANEX_BASE_URL": server.url, "MECHANEX_API_KEY": "a-key", "PYTHONUTF8": "0"}
+        for encoding in ("utf-8", "UTF8", "latin-1", "ascii", "cp1252:strict"):
+            done = subprocess.run(
+                [*COMMAND, "whoami", "--json"],
+                capture_output=True,
+                env=os.environ | variables | {"PYTHONIOENCODING": encoding},
+                timeout=60,
+            )
+            assert done.returncode == 0, done.stderr
+            printed = done.stdout.decode()
+            assert json.loads(printed) == {"email": text}
+            assert all(char.isprintable() or char == "\n" for char in printed)
+            assert ("Zoë 東京 😀" in printed) == encoding.lower().startswith("utf")
 
 
 def test_the_environments_key_is_pointed_out(

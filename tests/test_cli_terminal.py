@@ -28,8 +28,8 @@ PASSWORD = "a long password"
 PROMPT = "Anna went to the market on Friday."
 QUICK = ["--data", "rome_delhi", "--split", "promote", "--layer", "2", "--max-iters", "3", "--force"]
 
-# Arguments with which each command runs to its end, and what it shows then. serve and the two that ask for a
-# password have tests of their own.
+# Arguments with which each command runs to its end, and what it shows then. serve, delete-api-key and the two that
+# ask for a password have tests of their own.
 COMMANDS: dict[str, tuple[list[str], str]] = {
     "create-api-key": (["--name", "second"], "shown this once"),
     "demo": (["--out", "{tmp}/demo"], "completions of the tone"),
@@ -43,6 +43,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
         "perplexity",
     ),
     "steer": (["mx-tiny", "--vector", "{file}", "--prompt", PROMPT, "--max-tokens", "3"], "unsteered"),
+    "vectors delete": (["{id}"], "Deleted"),
     "vectors export": (["{id}", "{tmp}/exported.gguf"], "Written to"),
     "vectors import": (["{file}"], ""),
     "vectors list": ([], "caa"),
@@ -50,7 +51,8 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "whoami": ([], "{email}"),
 }
 ASKING = {"login", "signup"}
-WITHOUT_DATA = {"login", "logout", "serve", "signup", "vectors export"}
+ELSEWHERE = {"delete-api-key", "serve"}
+WITHOUT_DATA = {*ASKING, *ELSEWHERE, "logout", "vectors delete", "vectors export"}
 
 
 def commands(group: click.Group = main, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
@@ -124,7 +126,7 @@ def assert_no_traceback(ran: Ran) -> None:
 
 
 def test_these_are_all_commands() -> None:
-    assert {name for name, _ in commands()} == COMMANDS.keys() | ASKING | {"serve"}
+    assert {name for name, _ in commands()} == COMMANDS.keys() | ASKING | ELSEWHERE
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -367,6 +369,30 @@ _NAMED = [sys.executable, "-c", "from mechanex.cli import main; main(prog_name='
 
 
 # Errors that nobody foresaw
+
+
+@pytest.mark.parametrize(
+    "disguise", [ImportError("are its requirements defined correctly?"), OSError("full")]
+)
+def test_ctrl_c_that_a_library_turns_into_an_error_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, disguise: Exception
+) -> None:
+    """transformers does it to what ends an import; what the system refuses on the way out is told."""
+
+    def interrupted() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            try:
+                raise RuntimeError from error
+            except RuntimeError:
+                raise disguise  # noqa: B904
+
+    monkeypatch.setattr("mechanex.commands.models.run_models", lambda *arguments: interrupted())
+    result = CliRunner().invoke(main, ["models"])
+    assert result.exit_code == 1 and not result.stdout
+    told = "Error: full" if isinstance(disguise, OSError) else "Aborted!"
+    assert result.stderr.strip() == told
 
 
 def test_an_unforeseen_error_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,23 @@ def sent(client: Mechanex) -> Credentials:
     return client.transport.credentials.current(client.transport.address.origin)
 
 
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without a home folder, as in a container that runs under a number nobody has named."""
+    import pwd
+
+    def nobody(uid: int) -> Any:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    for name in ("HOME", "MECHANEX_CONFIG", "MECHANEX_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
 # Where they come from
 
 
@@ -204,6 +221,72 @@ def test_a_link_stays_a_link(config: Path, tmp_path: Path) -> None:
     assert config.is_symlink() and stored(real)["api_key"] == "new-key"
 
 
+def test_a_link_leaves_the_modes_of_other_folders_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("MECHANEX_CONFIG")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    real = tmp_path / "dotfiles" / "config.json"
+    write(real, {"api_key": "a-key"}, mode=0o644)
+    real.parent.chmod(0o755)
+    default = tmp_path / ".mechanex"
+    default.mkdir()
+    default.chmod(0o755)
+    (default / "config.json").symlink_to(real)
+    assert sent(Mechanex()).api_key == "a-key"
+    modes = [path.stat().st_mode & 0o777 for path in (real, real.parent, default)]
+    assert modes == [0o600, 0o755, 0o700]
+    (default / "config.json").unlink()
+    default.rmdir()
+    default.symlink_to(real.parent)
+    assert sent(Mechanex()).api_key == "a-key" and real.parent.stat().st_mode & 0o777 == 0o755
+
+
+def test_one_bad_file_is_one_warning_until_it_changes(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(config, "{")
+    client = Mechanex()
+    for _ in range(3):
+        assert not client.is_remote
+        with pytest.raises(MechanexError):
+            client.whoami()
+    assert len(warnings(caplog)) == 1 and str(config) in caplog.text
+    write(config, {"api_key": "two words"})
+    assert not client.is_remote and not client.is_remote
+    assert len(warnings(caplog)) == 2 and "api_key" in warnings(caplog)[1]
+    write(config, "[]")
+    assert not client.is_remote and len(warnings(caplog)) == 3
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set(
+    homeless: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from click.testing import CliRunner
+
+    from mechanex.cli import main
+
+    says = r"no home folder.*HOME.*MECHANEX_HOME.*MECHANEX_CONFIG"
+    client = Mechanex()
+    assert not client.is_remote and client.set_key("a-key").is_remote
+    with pytest.raises(MechanexError, match=says):
+        client.set_key("b-key", persist=True)
+    with pytest.raises(MechanexError, match=says):
+        client.steering.get_vectors("an-id")
+    doctor = CliRunner().invoke(main, ["doctor", "--offline"])
+    assert doctor.exit_code == 0 and "MECHANEX_CONFIG" in doctor.stdout
+    listed = CliRunner().invoke(main, ["vectors", "list"])
+    assert listed.exit_code == 1 and listed.stderr.startswith("Error: there is no home folder")
+    monkeypatch.setenv("MECHANEX_CONFIG", str(tmp_path / "c.json"))
+    assert client.set_key("b-key", persist=True) and sent(Mechanex()).api_key == "b-key"
+
+
+def test_what_fails_while_the_file_is_held_is_told_alone(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MECHANEX_CONFIG", str(tmp_path / "file" / "config.json"))
+    with pytest.raises(KeyError) as raised, config_file.ConfigFile().locked():
+        raise KeyError
+    assert raised.value.__context__ is None
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can write anywhere")
 def test_a_file_that_cannot_be_written_is_an_error_and_stays(config: Path) -> None:
     write(config, {"api_key": "old-key"})
@@ -339,6 +422,37 @@ def test_credentials_go_to_the_server_that_they_are_for(config: Path) -> None:
     assert stored(config)["base_url"] == HERE and not Mechanex("https://here.example:8443").is_remote
 
 
+@pytest.mark.parametrize(
+    "base_url",
+    ["HTTPS://Here.Example", f"{HERE}/", f"{HERE}:443/deeper/", f" {HERE} "],
+    ids=["upper case", "slash", "port and path", "spaces"],
+)
+def test_a_server_is_known_by_any_form_of_its_url(config: Path, base_url: str) -> None:
+    write(config, {"api_key": "here-key", "base_url": base_url})
+    assert sent(Mechanex(HERE)).api_key == "here-key" and not Mechanex(THERE).is_remote
+    Mechanex(THERE).set_key("there-key", persist=True)
+    assert stored(config)["others"] == {HERE: {"api_key": "here-key"}}
+    write(config, {"base_url": THERE, "others": {base_url: {"api_key": "here-key"}}})
+    assert sent(Mechanex(HERE)).api_key == "here-key"
+    Mechanex(HERE).set_token("here-access", persist=True)
+    assert stored(config)["base_url"] == HERE and "others" not in stored(config)
+    assert sent(Mechanex(HERE)) == Credentials("here-key", "here-access")
+
+
+@pytest.mark.parametrize("base_url", ["here.example", "", 5, "https://user:secret@here.example"])
+def test_a_base_url_that_cannot_be_read_is_told_once_and_keeps_its_credentials(
+    config: Path, caplog: pytest.LogCaptureFixture, base_url: Any
+) -> None:
+    write(config, {"access_token": "an-access", "base_url": base_url})
+    client = Mechanex(HERE)
+    assert not client.is_remote and not client.is_remote and not Mechanex().is_remote
+    (told,) = warnings(caplog)
+    assert str(config) in told and "base_url" in told and "secret" not in told
+    client.set_key("here-key", persist=True)
+    assert {"access_token": "an-access"} in stored(config)["others"].values()
+    assert sent(Mechanex(HERE)) == Credentials("here-key")
+
+
 def test_a_file_that_names_no_server_serves_any_and_then_the_public_one(config: Path) -> None:
     write(config, {"api_key": "plain-key"})
     assert sent(Mechanex(HERE)).api_key == sent(Mechanex()).api_key == "plain-key"
@@ -466,6 +580,29 @@ def test_logout_forgets_here_and_in_the_file(config: Path, monkeypatch: pytest.M
     monkeypatch.setenv("MECHANEX_API_KEY", "environment-key")
     assert not client.is_remote and Mechanex(THERE).is_remote
     assert client.set_key("again-key").is_remote
+
+
+@pytest.mark.parametrize("content", ['{"access_token": "secret-access"', None], ids=["cut", "folder"])
+def test_logout_says_when_it_cannot_tell_what_the_file_holds(config: Path, content: str | None) -> None:
+    from click.testing import CliRunner
+
+    from mechanex.cli import main
+
+    if content is None:
+        config.mkdir(parents=True)
+    else:
+        write(config, content)
+    client = Mechanex().set_key("a-key")
+    with pytest.raises(MechanexError, match=rf"{config}.*stays.*Repair or delete") as raised:
+        client.logout()
+    assert not client.is_remote and config.exists()
+    inner: Any = raised.value
+    while inner is not None:
+        assert "secret-access" not in repr(vars(inner)) + str(inner) + repr(getattr(inner, "doc", ""))
+        inner = inner.__context__
+    done = CliRunner().invoke(main, ["logout"])
+    assert done.exit_code == 1 and str(config) in done.stderr and not done.stdout
+    assert [path.name for path in config.parent.iterdir() if "corrupt" in path.name] == []
 
 
 def test_nothing_is_logged_about_what_is_in_order(config: Path, caplog: pytest.LogCaptureFixture) -> None:

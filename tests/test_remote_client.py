@@ -263,7 +263,21 @@ def test_without_a_server_the_error_says_that_the_local_engine_is_to_come(local:
         (lambda c: c.sae.create_behavior("", **EXAMPLES), "behavior_name"),
         (lambda c: c.sae.create_behavior("x", [], [], []), "at least 1"),
         (lambda c: c.sae.create_behavior("x", ["a"], ["b"], ["c", "d"]), "'negative_answers': 2"),
-        (lambda c: c.sae.create_behavior("x", "abc", ["b"], ["c"]), "prompts is a list"),
+        (lambda c: c.sae.create_behavior("x", "abc", ["b"], ["c"]), "are lists.*a single text as prompts"),
+        (lambda c: c.sae.create_behavior("x", ["a"], None, ["c"]), "are lists.*NoneType as positive_answers"),
+        (lambda c: c.sae.generate("a", force_steering=5), "force_steering is a list of names; got int"),
+        (lambda c: c.attribution.compute_scores("a", "b", 5), "target_module_paths is a list"),
+        (lambda c: c.raag.generate(5), "qa_entries is a list"),
+        (lambda c: c.raag.generate([{}], docs=5), "docs is a list"),
+        (lambda c: c.steering.generate_vectors(None, ["b"], ["c"]), "are lists.*NoneType as prompts"),
+        (lambda c: c.steering.generate_vectors(["a"], "b", ["c"]), "are lists.*a single text"),
+        (
+            lambda c: c.steering.generate_vectors(["a"], ["b"], ["c"], 3),
+            r"list of layers; got 3: write \[3\]",
+        ),
+        (lambda c: c.generation.generate("a", stop=5), "stop is a list of texts; got int"),
+        (lambda c: c.get_huggingface_models(host=None), "host is a name"),
+        (lambda c: c.get_huggingface_models(port="x"), "port is an int"),
         (lambda c: c.steering.generate_vectors(["a"], ["b"], [], method="caa"), "one length"),
         (lambda c: c.steering.generate_vectors(["a"], ["b"], ["c"], method="magic"), "'magic'"),
         (lambda c: c.generation.generate("a", steering_strength=1), "no steering_vector"),
@@ -275,6 +289,21 @@ def test_bad_arguments_are_not_sent(both: Mechanex, proxy: FaultyProxy, call: An
     with pytest.raises(ValidationError, match=says):
         call(both)
     assert not proxy.requests
+
+
+def test_iterators_serve_the_server_and_then_the_local_model(both: Mechanex, proxy: FaultyProxy) -> None:
+    for faults in ([], [Close()]):
+        proxy.faults = list(faults)
+        once = {name: iter(given) for name, given in EXAMPLES.items()}
+        vector = both.steering.generate_vectors(**once, layer_idxs=iter([3]), method="caa")  # type: ignore[arg-type]
+        assert both.has_vector(vector) is bool(faults)
+        assert proxy.requests[-1].json() == {**EXAMPLES, "layer_idxs": [3], "method": "caa"}
+    proxy.faults = [Close()]
+    texts = [
+        both.generation.generate(PROMPT, 20, seed=7, stop=stop)  # type: ignore[call-overload]
+        for stop in (iter(["the", "and"]), ["the", "and"])
+    ]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(
@@ -386,8 +415,6 @@ FALLS_BACK = {
     "reset in the middle": Reset(after=40),
     "close": Close(),
     "cut": Cut(),
-    "cut json": Cut(honest=True),
-    "page": Status(200, "<html>", "text/html"),
     "not http": Raw(b"hello\r\n"),
 }
 
@@ -435,6 +462,64 @@ def test_auto_raises_what_the_server_says_about_the_call(
     with pytest.raises(kind):
         both.generation.generate(PROMPT, 4)
     assert len(proxy.requests) == 1
+
+
+WRONG = {
+    "moved": Status(307, "", headers={"Location": "/elsewhere"}),
+    "cut json": Cut(honest=True),
+    "page": Status(200, "<html>", "text/html"),
+    "empty": Status(200, ""),
+    "list": Status(200, "[]"),
+    "another field": Status(200, '{"text": "x"}'),
+    "another type": Status(200, '{"output": 3}'),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG.values(), ids=WRONG)
+def test_auto_raises_an_answer_that_is_no_failure_of_the_server(
+    both: Mechanex, proxy: FaultyProxy, caplog: pytest.LogCaptureFixture, fault: Any
+) -> None:
+    proxy.faults = [fault]
+    with pytest.raises(APIError):
+        both.generation.generate(PROMPT, 4)
+    assert len(proxy.requests) == 1 and not caplog.records
+
+
+@pytest.mark.parametrize("fault", [Status(401), Status(500), Close()], ids=str)
+def test_without_a_model_the_error_names_both_ways_on(proxy: FaultyProxy, fault: Any) -> None:
+    client = Mechanex(proxy.url, "any-key")
+    for mode, says in (("auto", True), ("remote", False)):
+        proxy.faults = [fault]
+        with pytest.raises((APIError, AuthenticationError)) as raised:
+            client.set_execution_mode(mode).generation.generate(PROMPT, 4)
+        assert ("load a model" in str(raised.value)) is says
+
+
+def test_a_servers_vector_is_not_looked_for_here_when_the_server_is_down(
+    both: Mechanex, proxy: FaultyProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    vector = both.steering.generate_vectors(**EXAMPLES, layer_idxs=[3], method="caa")
+    steered = {"steering_vector": vector, "steering_strength": 1}
+    assert both.generation.generate(PROMPT, 2, **steered).startswith(PROMPT)
+    proxy.faults = [Close()]
+    with pytest.raises(APIError, match="the connection failed") as raised:
+        both.generation.generate(PROMPT, 2, **steered)
+    assert not isinstance(raised.value, NotFoundError) and not caplog.records
+
+
+def test_the_tensors_of_a_servers_vectors_are_not_here(remote: Mechanex, tmp_path: Path) -> None:
+    vector = remote.steering.generate_vectors(**EXAMPLES, layer_idxs=[3], method="caa")
+    for call in (
+        lambda: remote.steering.get_vectors(vector),
+        lambda: remote.steering.save_vectors(vector, tmp_path / "v.json"),
+    ):
+        with pytest.raises(
+            NotFoundError, match=r"this machine.*generate there.*set_execution_mode\('local'\)"
+        ):
+            call()
+    with pytest.raises(NotFoundError) as raised:
+        Mechanex().steering.get_vectors(vector)
+    assert "generate there" not in str(raised.value)
 
 
 @pytest.mark.parametrize("fault", [Status(401), Status(500), Close()], ids=str)
@@ -524,8 +609,11 @@ def test_what_cannot_be_sent_runs_here_or_is_a_validation_error(
         both.set_execution_mode("remote").generation.generate(max_tokens=6, seed=1, **options)
     assert len(proxy.requests) == (1 if what == "stored" else 0)
     without_model = Mechanex(proxy.url, "any-key")
-    with pytest.raises(MechanexError, match=r"needs a model|on this machine only"):
+    with pytest.raises(
+        MechanexError, match=r"needs a model here, since it can't run on a server|on this machine only"
+    ) as raised:
         without_model.generation.generate(max_tokens=6, seed=1, **options)
+    assert "login" not in str(raised.value)
 
 
 def test_prompts_of_token_ids_make_vectors_here_only(both: Mechanex, proxy: FaultyProxy) -> None:

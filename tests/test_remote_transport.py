@@ -6,6 +6,8 @@ import email.utils
 import logging
 import os
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_proxy import Close, Cut, Drip, FaultyProxy, Pass, Raw, Received, Reset, Stall, Status
+from faulty_proxy import Close, Continue, Cut, Drip, FaultyProxy, Pass, Raw, Received, Reset, Stall, Status
 
 from mechanex import (
     APIError,
@@ -182,6 +184,7 @@ def test_a_status_is_an_exception_with_all_that_the_server_said(
             '{"detail": [{"loc": ["body", "a", 0], "msg": "x"}, {"loc": [], "msg": "y"}, "z", {"type": 1}]}',
             "a.0: x; y; z; {'type': 1}",
         ),
+        ('{"detail": [{"loc": 5, "msg": "bad"}, {"loc": "top_k", "msg": "odd"}]}', "bad; odd"),
         ('{"error": {"message": "as OpenAI says it", "code": "x"}}', "as OpenAI says it"),
         ('{"error": "plain"}', "plain"),
         ('{"detail": {"message": "inside"}}', "inside"),
@@ -268,6 +271,40 @@ def test_a_get_is_tried_again_and_a_post_is_not(proxy: FaultyProxy, fault: Any) 
     assert len(proxy.requests) == 4
 
 
+def test_a_delete_is_tried_again_and_what_is_gone_then_is_deleted(proxy: FaultyProxy) -> None:
+    calls = to(proxy)
+    for fault in (Close(), Status(502), Reset(after=30)):
+        proxy.faults = [fault, Status(404)]
+        calls.delete("/behaviors/", "angry")
+    assert proxy.paths() == ["/behaviors/angry"] * 6
+    for faults in ([Status(404)], [Status(503), Status(404)], [Status(429), Status(404)]):
+        proxy.faults = list(faults)  # nothing was done: it wasn't there
+        with pytest.raises(NotFoundError):
+            calls.delete("/behaviors/", "angry")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", None, 5])
+def test_names_that_lead_elsewhere_are_not_deleted(proxy: FaultyProxy, name: Any) -> None:
+    with pytest.raises(ValidationError, match="isn't empty, nor"):
+        to(proxy).delete("/auth/api-keys/", name)
+    assert not proxy.requests
+    to(proxy).delete("/auth/api-keys/", "../a/..?b#c")
+    assert proxy.paths() == ["/auth/api-keys/..%2Fa%2F..%3Fb%23c"]
+
+
+def test_a_base_url_for_openais_clients_is_pointed_out(proxy: FaultyProxy) -> None:
+    proxy.faults = [Status(404), Status(500), Status(404)]
+    calls = Transport(CredentialStore(KEY), proxy.url + "/v1/")
+    with pytest.raises(NotFoundError, match=r"as told\. base_url ends in /v1.*leave it out"):
+        calls.post("/generate", {})
+    with pytest.raises(APIError) as raised:
+        calls.post("/generate", {})
+    assert "/v1" not in str(raised.value)
+    with pytest.raises(NotFoundError) as missing:
+        to(proxy).post("/generate", {})
+    assert "/v1" not in str(missing.value)
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 500, 501])
 def test_what_another_try_would_not_better_is_not_tried_again(proxy: FaultyProxy, status: int) -> None:
     proxy.faults = [Status(status)]
@@ -305,15 +342,40 @@ def test_pauses_grow_and_the_servers_wish_is_honoured(proxy: FaultyProxy) -> Non
     assert raised.value.retry_after == 3600 and time.monotonic() - started < 1
 
 
+SLOW = {
+    "silent": Stall(60),
+    "dripping": Drip(0.01),
+    "dripping head": Drip(0.01, head=True),
+    "dripping, then silent": Drip(0.05, most=8),
+    "head dripping, then silent": Drip(0.05, head=True, most=8),
+    "continue without end": Continue(),
+}
+
+
 @pytest.mark.parametrize("method", ["GET", "POST"])
-@pytest.mark.parametrize("fault", [Stall(60), Drip(0.01)], ids=["silent", "dripping"])
+@pytest.mark.parametrize("fault", SLOW.values(), ids=SLOW)
 def test_a_slow_server_costs_no_more_than_the_timeout(proxy: FaultyProxy, method: str, fault: Any) -> None:
     proxy.faults = [fault] * 10
     started = time.monotonic()
     with pytest.raises(APIError, match=r"time|slowly") as raised:
         to(proxy, timeout=0.5).call(method, "/models", {} if method == "POST" else None)
     assert time.monotonic() - started < 2
-    assert str(raised.value).startswith(f"{method} {proxy.url}/models: ")
+    assert str(raised.value).startswith(f"{method} {proxy.url}/models: ") and len(proxy.requests) == 1
+
+
+def test_an_upload_may_take_longer_than_connecting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_CONNECT_TIMEOUT", 0.5)
+    with FaultyProxy(reads_after=1.5) as proxy:
+        assert to(proxy, timeout=30).post("/generate", {"prompt": "x" * (32 << 20)})["ok"]
+        assert len(proxy.requests[0].json()["prompt"]) == 32 << 20
+
+
+def test_an_upload_that_nobody_reads_costs_no_more_than_the_timeout() -> None:
+    with FaultyProxy(reads_after=60) as proxy:
+        started = time.monotonic()
+        with pytest.raises(APIError, match="no answer in time"):
+            to(proxy, timeout=0.5).post("/generate", {"prompt": "x" * (32 << 20)})
+        assert time.monotonic() - started < 2.5 and proxy.connections == 1
 
 
 def test_the_timeout_holds_all_tries_together(proxy: FaultyProxy) -> None:
@@ -334,35 +396,81 @@ def test_a_server_that_is_down_is_an_error_that_names_it() -> None:
         Transport(CredentialStore(KEY), "https://nowhere.invalid", timeout=3).get("/models")
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) -> None:
-    import ssl
-    import subprocess
+def test_a_proxy_on_the_way_keeps_to_the_timeout_too(
+    proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, proxy.url)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    calls = Transport(CredentialStore(), "http://nowhere.invalid", timeout=0.5)
+    assert calls.get("/models")["path"] == "http://nowhere.invalid/models"
+    tunnelled = Transport(CredentialStore(), "https://nowhere.invalid", timeout=0.5)
+    for through in (calls, tunnelled):
+        proxy.faults = [Drip(0.01, head=True)]
+        started = time.monotonic()
+        with pytest.raises(APIError, match="no answer in time"):
+            through.get("/models")
+        assert time.monotonic() - started < 2.5
+    assert proxy.requests[-1].method == "CONNECT"
+    proxy.faults = [Status(403)]
+    with pytest.raises(APIError, match=r"connection failed.*403"):
+        Transport(CredentialStore(), "https://nowhere.invalid", timeout=0.5).post("/generate", {})
 
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of localhost, in a file with its key; it vouches for itself."""
+    folder = tmp_path_factory.mktemp("certificate")
     command = (
-        "openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem -days 2 -subj /CN=localhost"
+        "openssl req -x509 -newkey rsa:2048 -nodes -keyout both.pem -out cert.pem -days 2 -subj /CN=localhost "
+        "-addext subjectAltName=DNS:localhost"
     )
-    if subprocess.run(command.split(), cwd=tmp_path, capture_output=True).returncode:
+    if subprocess.run(command.split(), cwd=folder, capture_output=True).returncode:
         pytest.skip("there is no openssl command to make a certificate with")
+    both = folder / "both.pem"
+    both.write_text(both.read_text() + (folder / "cert.pem").read_text())
+    return both
+
+
+def secure_proxy(certificate: Path, **options: Any) -> FaultyProxy:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
-    received: list[bytes] = []
+    context.load_cert_chain(certificate)
+    return FaultyProxy(tls=context, **options)
 
-    def serve(listener: socket.socket) -> None:
-        connection, _ = listener.accept()
-        try:
-            with context.wrap_socket(connection, server_side=True) as secure:
-                received.append(secure.recv(100))
-        except OSError:
-            pass
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
-        thread.start()
-        url = f"https://localhost:{listener.getsockname()[1]}"
+def test_a_certificate_that_nobody_vouches_for_is_refused(certificate: Path) -> None:
+    with secure_proxy(certificate) as proxy:
         with pytest.raises(APIError, match=r"not secure.*certificate") as raised:
-            Transport(CredentialStore(KEY), url, timeout=5).get("/models")
-        thread.join(5)
-    assert not b"".join(received) and KEY not in everything(raised.value)
+            to(proxy, timeout=5).get("/models")
+        assert not proxy.requests and proxy.connections == 1 and KEY not in everything(raised.value)
+
+
+def test_tls_is_as_good_as_plain_http_and_keeps_to_the_timeout(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    with secure_proxy(certificate) as proxy:
+        assert to(proxy).post("/generate", {"prompt": "x" * (8 << 20)})["ok"]
+        calls = to(proxy, timeout=1)
+        assert calls.get("/models")["ok"] and calls.get("/models")["ok"] and proxy.connections == 2
+        for fault in (Stall(60), *SLOW.values()):
+            proxy.faults = [fault]
+            started = time.monotonic()
+            with pytest.raises(APIError, match=r"time|slowly"):
+                to(proxy, timeout=0.5).get("/models")
+            assert time.monotonic() - started < 2.5
+
+
+def test_a_handshake_that_is_cut_is_a_connection_that_failed(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    with secure_proxy(certificate, cut_handshakes=2) as proxy:
+        assert to(proxy).get("/models")["ok"] and proxy.connections == 3
+        proxy.cut_handshakes = 1
+        with pytest.raises(APIError, match="the connection failed"):
+            to(proxy).post("/generate", {})
+        assert proxy.connections == 4 and len(proxy.requests) == 1
 
 
 # Tokens that expire
@@ -490,7 +598,6 @@ def test_two_clients_with_one_file_renew_the_token_once_between_them() -> None:
 
 
 def test_processes_with_one_file_renew_the_token_once_between_them() -> None:
-    import subprocess
     import sys
 
     with tokens_server(set(), fresh=["access-2", "access-3"], pause=0.3) as server:
@@ -515,6 +622,23 @@ def test_a_session_that_has_ended_is_an_authentication_error_and_is_not_asked_fo
         with pytest.raises(AuthenticationError):
             client.transport.get("/models")
         assert server.paths().count("/auth/refresh") == 1
+
+
+def test_no_call_goes_out_unsigned_after_a_session_has_ended() -> None:
+    """A server without a key of its own would run it as its shared account."""
+
+    def answer(request: Received) -> Any:
+        signed = "authorization" in request.headers or request.path == "/auth/refresh"
+        return Status(401) if signed else None
+
+    with FaultyProxy(answer=answer) as server:
+        client = Mechanex(server.url).set_token(ACCESS, REFRESH)
+        for call in (client.whoami, client.whoami, lambda: client.generation.generate("a", 1)):
+            with pytest.raises(AuthenticationError, match=r"The session has ended: login\(email, password\)"):
+                call()
+        assert server.paths() == ["/auth/whoami", "/auth/refresh"]
+        assert client.transport.call("GET", "/models", signed="no")["ok"]
+        assert client.set_key(KEY).whoami()["ok"]  # a key of its own is no session
 
 
 @pytest.mark.parametrize("logs_in", [True, False], ids=["logged in itself", "read the file"])
@@ -594,6 +718,12 @@ def test_no_log_exception_or_repr_shows_a_secret(
         *FAULTS.values(),
         Status(418, quoting),
         Status(418, f"{KEY}{ACCESS}", "text/plain"),
+        *(Status(418, "x" * (500 - kept) + KEY, "text/plain") for kept in (8, len(KEY) - 1)),
+        Status(307, headers={"Location": f"/to/{KEY}/models?key={KEY}"}, body=""),
+        Status(418, "", headers={"x-request-id": KEY}),
+        Raw(f"HTTP/1.1 418 no {KEY}\r\nContent-Length: 0\r\n\r\n".encode()),
+        Raw(f"HTTP/1.1 200 OK\r\nContent-Type: {KEY}\r\nContent-Length: 1\r\n\r\n<".encode()),
+        Raw(f"HTTP/{KEY} 200 OK\r\n\r\n".encode()),
         Status(200, "x"),
     ):
         proxy.faults = [fault]
@@ -609,6 +739,7 @@ def test_no_log_exception_or_repr_shows_a_secret(
     shown += [everything(error.value), caplog.text]
     for secret in (KEY, ACCESS, REFRESH, "pa$s w0rd"):
         assert not any(secret in text for text in shown)
+    assert not any(KEY[:8] in text for text in shown)
 
 
 def test_plain_http_to_other_machines_carries_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ import click
 from rich.table import Table
 
 from ..client import Mechanex
-from ..errors import AuthenticationError, MechanexError
-from .console import console, json_text, model_text
+from ..errors import MechanexError
+from .console import console, echo_json, json_text, model_text
 
 __all__ = [
     "run_create_api_key",
@@ -21,6 +21,9 @@ __all__ = [
     "run_signup",
     "run_whoami",
 ]
+
+# What servers answer to the log-in of an address that waits to be confirmed.
+_NOT_YET_CONFIRMED = (400, 401, 403, 422)
 
 
 def run_signup(client: Mechanex | None, email: str, password: str) -> None:
@@ -33,17 +36,30 @@ def run_signup(client: Mechanex | None, email: str, password: str) -> None:
     if not client.signup(email, password).get("session"):
         try:
             client.login(email, password)
-        except AuthenticationError:
+        except MechanexError as error:
+            if error.status_code not in _NOT_YET_CONFIRMED:
+                raise MechanexError(
+                    f"{email} is signed up, but not logged in ({error}): run mechanex login, then mechanex "
+                    "create-api-key --save."
+                ) from error
             click.echo(
                 f"Signed up as {email}. Confirm the address as the server's mail says, then run: mechanex login"
             )
             return
     try:
-        client.create_api_key(persist=True)
+        key = client.create_api_key()["key"]
     except MechanexError as error:
         raise MechanexError(
             f"{email} is signed up and logged in, but has no API key yet ({error}): run mechanex create-api-key "
             "--save."
+        ) from error
+    try:
+        _store(client, key)
+    except MechanexError as error:
+        click.echo(model_text(key).plain)
+        raise MechanexError(
+            f"{email} is signed up and logged in, but the new API key, which is on stdout this once, is not "
+            f"stored: {error}"
         ) from error
     click.echo(f"Signed up and logged in as {email}. An API key is stored in {_path(client)}.")
     _mind_the_environment()
@@ -61,7 +77,7 @@ def run_list_api_keys(client: Mechanex | None, as_json: bool) -> None:
     """Prints the account's keys, of which the server shows no more than their beginning."""
     keys = (client or Mechanex()).list_api_keys()
     if as_json:
-        click.echo(json_text(keys))
+        echo_json(keys)
         return
     if not keys:
         click.echo("There are no API keys. To make one: mechanex create-api-key")
@@ -76,12 +92,24 @@ def run_list_api_keys(client: Mechanex | None, as_json: bool) -> None:
 
 
 def run_create_api_key(client: Mechanex | None, name: str, save: bool, as_json: bool) -> None:
-    """Makes a key and prints it: alone on stdout, so that it can be piped."""
+    """Makes a key and prints it: alone on stdout, so that it can be piped.
+
+    Raises:
+        MechanexError: whatever the server objects to; after the key is printed, that it can't be stored.
+    """
     client = client or Mechanex()
-    made = client.create_api_key(name, persist=save)
-    where = f" It is stored in {_path(client)}." if save else ""
-    click.echo(f"A new API key, {name!r}, which is shown this once.{where}", err=True)
-    click.echo(json_text(made) if as_json else model_text(made["key"]).plain)
+    made = client.create_api_key(name)
+    click.echo(f"A new API key, {name!r}, which is shown this once.", err=True)
+    if as_json:
+        echo_json(made)
+    else:
+        click.echo(model_text(made["key"]).plain)
+    if save:
+        try:
+            _store(client, made["key"])
+        except MechanexError as error:
+            raise MechanexError(f"the new key is not stored: {error}") from error
+        click.echo(f"It is stored in {_path(client)}.", err=True)
 
 
 def run_delete_api_key(client: Mechanex | None, key_id: str) -> None:
@@ -94,7 +122,7 @@ def run_whoami(client: Mechanex | None, as_json: bool) -> None:
     """Prints what the server tells about the account."""
     user = (client or Mechanex()).whoami()
     if as_json:
-        click.echo(json_text(user))
+        echo_json(user)
         return
     table = Table.grid(padding=(0, 2))
     for name, value in user.items():
@@ -111,6 +139,11 @@ def run_logout(client: Mechanex | None) -> None:
         click.echo("There were no stored credentials.")
     if os.environ.get("MECHANEX_API_KEY"):
         click.echo("MECHANEX_API_KEY is still set, and is used.", err=True)
+
+
+def _store(client: Mechanex, key: str) -> None:
+    credentials, origin = client.transport.credentials, client.transport.address.origin
+    credentials.set_key(key, origin, same_account=True, persist=True)
 
 
 def _path(client: Mechanex) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["console", "exp", "json_text", "model_text"]
+__all__ = ["console", "echo_json", "exp", "json_text", "model_text"]
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -36,8 +39,25 @@ def exp(x: float) -> float:
 
 
 def json_text(found: Any) -> str:
-    """What ``--json`` prints: JSON has no NaN and no infinity, so that these are null."""
-    return json.dumps(_finite(found), ensure_ascii=False, indent=2, allow_nan=False)
+    """A JSON document: NaN and infinity, which JSON hasn't, are null; what could steer a terminal is escaped."""
+    return _escaped(
+        json.dumps(_finite(found), ensure_ascii=False, indent=2, allow_nan=False), str.isprintable
+    )
+
+
+def echo_json(found: Any) -> None:
+    """What ``--json`` prints: ``json_text`` on stdout, in UTF-8 where that is its encoding, else in ASCII."""
+    text = json_text(found)
+    try:
+        utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+    except (LookupError, TypeError):
+        utf8 = False
+    click.echo(text if utf8 else _escaped(text, str.isascii))
+
+
+def _escaped(text: str, keeps: Callable[[str], bool]) -> str:
+    """JSON with every character that isn't kept as ``\\uXXXX``, in two halves beyond U+FFFF; lines stay lines."""
+    return "".join(char if char == "\n" or keeps(char) else json.dumps(char)[1:-1] for char in text)
 
 
 def _finite(found: Any) -> Any:

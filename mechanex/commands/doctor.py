@@ -11,7 +11,7 @@ from ..client import Mechanex
 from ..doctor import examine
 from ..errors import MechanexError
 from ..remote.identity import NAMES
-from .console import json_text, model_text
+from .console import echo_json, model_text
 
 __all__ = ["run_doctor"]
 
@@ -24,7 +24,7 @@ def run_doctor(client: Mechanex | None, offline: bool, as_json: bool) -> None:
     report = examine()
     account = _account(client, offline)
     if as_json:
-        click.echo(json_text({**asdict(report), "account": account}))
+        echo_json({**asdict(report), "account": account})
         return
     click.echo(str(report))
     click.echo("")
@@ -35,8 +35,12 @@ def run_doctor(client: Mechanex | None, offline: bool, as_json: bool) -> None:
 def _account(client: Mechanex, offline: bool) -> dict[str, str]:
     """What there is to reach a server with, in words; secrets are told by their names only."""
     credentials = client.transport.credentials
-    path = credentials.file.path
-    found = {"credentials file": f"{path} ({'there' if path.exists() else 'not there'})"}
+    found = {}
+    try:
+        path = credentials.file.path
+        found["credentials file"] = f"{path} ({'there' if path.exists() else 'not there'})"
+    except MechanexError as error:
+        found["credentials file"] = f"none: {error}"
     try:
         server = client.transport.address
         known = credentials.current(server.origin)

@@ -32,10 +32,24 @@ class Group(click.Group):
         try:
             return super().main(*args, **options)
         except Exception as error:
+            if _interrupted(error):
+                click.echo("\nAborted!", err=True)
+                sys.exit(1)
             if os.environ.get("MECHANEX_TRACEBACK") == "1":
                 raise
             click.echo(f"Error: {_told(error)}", err=True)
             sys.exit(1)
+
+
+def _interrupted(error: Exception) -> bool:
+    """Whether it is Ctrl-C under another name: libraries turn what ends an import into errors of their own.
+
+    What the system refused while a command was tidying up is told instead.
+    """
+    inner: BaseException | None = None if isinstance(error, OSError) else error
+    while inner is not None and not isinstance(inner, KeyboardInterrupt):
+        inner = inner.__cause__ or inner.__context__
+    return inner is not None
 
 
 def _told(error: Exception) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import click
 from rich.table import Table
 
 from ..bundled import model_names
 from ..client import Mechanex
 from ..remote.answers import names
-from .console import console, json_text, model_text
+from .console import console, echo_json, model_text
 
 __all__ = ["run_models"]
 
@@ -26,7 +25,7 @@ def run_models(client: Mechanex | None, local: bool, as_json: bool) -> None:
         there = names(client.transport.get("/models"), "models")
         found += [{"name": name, "where": server.url} for name in there]
     if as_json:
-        click.echo(json_text(found))
+        echo_json(found)
         return
     table = Table()
     for column in ("name", "where"):

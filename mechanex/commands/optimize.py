@@ -23,7 +23,7 @@ from ..engine.vectors import SteeringVector
 from ..errors import ValidationError
 from ..home import atomic_path
 from ..utils.optimization import optimize_vector
-from .console import console, json_text
+from .console import console, echo_json, json_text
 from .optimize_report import measure, print_report, save_curve
 
 __all__ = ["run_optimize"]
@@ -107,11 +107,10 @@ def run_optimize(
         **info,
         "held_out": None if figures is None else {"data": held_out, **figures.as_dict()},
     }
-    text = json_text(report)
     with atomic_path(out / "report.json") as temporary:
-        Path(temporary).write_text(text + "\n", encoding="utf-8")
+        Path(temporary).write_text(json_text(report) + "\n", encoding="utf-8")
     if as_json:
-        click.echo(text)
+        echo_json(report)
     else:
         print_report(report, figures, out, curve)
     if "interrupted" not in (info["stopped"], info.get("output_constr_stopped")):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import click
 from rich.table import Table
 
 from ..engine.models.resolve import load
 from ..engine.score import completion_logprobs
-from .console import console, exp, json_text, model_text
+from .console import console, echo_json, exp, model_text
 from .vectors import find_vector
 
 __all__ = ["run_score"]
@@ -47,7 +46,7 @@ def run_score(
         for text, logprob, tokens in zip(completions, found.sums, found.tokens, strict=True)
     ]
     if as_json:
-        click.echo(json_text({"model": loaded.name, "prompt": prompt, "completions": rows}))
+        echo_json({"model": loaded.name, "prompt": prompt, "completions": rows})
         return
     table = Table()
     table.add_column("completion", overflow="fold")

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import click
 from rich.table import Table
 
 from ..bundled import dataset_path
@@ -16,7 +15,7 @@ from ..engine.formats import format_of
 from ..engine.generate import Options, generate_batch
 from ..engine.models.resolve import LoadedModel, load
 from ..engine.vectors import SteeringVector
-from .console import console, json_text, model_text
+from .console import console, echo_json, model_text
 from .vectors import find_vector
 
 __all__ = ["run_steer"]
@@ -85,7 +84,7 @@ def run_steer(
             "seed": seed,
             "results": rows,
         }
-        click.echo(json_text(report))
+        echo_json(report)
         return
     norms = ", ".join(f"layer {layer} (norm {norm:.3g})" for layer, norm in found.norms().items())
     screen = console()

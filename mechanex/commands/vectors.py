@@ -16,7 +16,7 @@ from ..engine.vector_store import VectorStore
 from ..engine.vectors import SteeringVector
 from ..errors import MechanexError
 from ..home import vectors_folder
-from .console import console, json_text, model_text
+from .console import console, echo_json, model_text
 
 __all__ = ["find_vector", "run_delete", "run_export", "run_import", "run_list", "run_show"]
 
@@ -32,7 +32,7 @@ def run_list(as_json: bool) -> None:
         except (MechanexError, OSError) as error:
             _logger.warning("%s is left out: %s", path, error)
     if as_json:
-        click.echo(json_text(found))
+        echo_json(found)
         return
     if not found:
         click.echo(f"There are no vectors in {vectors_folder()}.")
@@ -54,7 +54,7 @@ def run_show(vector: str, as_json: bool) -> None:
     """
     one = _described(vector, find_vector(vector))
     if as_json:
-        click.echo(json_text(one))
+        echo_json(one)
         return
     table = Table.grid(padding=(0, 2))
     for name, value in one.items():
@@ -81,7 +81,10 @@ def run_import(path: Path, as_json: bool) -> None:
     vector_id = VectorStore().put(SteeringVector.load(path))
     if not (vectors_folder() / f"{vector_id}.safetensors").exists():
         raise MechanexError(f"{vectors_folder()} can't be written: set MECHANEX_HOME to a folder that can.")
-    click.echo(json_text({"id": vector_id}) if as_json else vector_id)
+    if as_json:
+        echo_json({"id": vector_id})
+    else:
+        click.echo(vector_id)
 
 
 def run_delete(vector_ids: Sequence[str]) -> None:

@@ -69,10 +69,18 @@ class Account:
 
         Raises:
             ValidationError: an empty argument, or what the server finds wrong with them.
-            MechanexError: the file of stored credentials can't be written.
+            MechanexError: the file of stored credentials can't be written; the account is made all the same.
         """
         answer = self._enter("signup", email, password, "key")
-        return self._entered(answer, email, persist=persist) if answer.get("session") else answer
+        if not answer.get("session"):
+            return answer
+        try:
+            return self._entered(answer, email, persist=persist)
+        except MechanexError as error:
+            raise MechanexError(
+                f"{email.strip()} is signed up, but not logged in here ({error}): login(email, password), or "
+                "mechanex login, goes on from there."
+            ) from error
 
     def login(self, email: str, password: str, *, persist: bool = True) -> dict[str, Any]:
         """Authenticate; later calls of this client carry the tokens, which renew themselves.
@@ -88,7 +96,7 @@ class Account:
         """Forgets the credentials, in this client and in the file; says whether the file held any.
 
         Raises:
-            MechanexError: the file can't be written.
+            MechanexError: the file can't be read or written, and stays as it is.
         """
         return self.transport.credentials.forget()
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from ..errors import ValidationError
 
-__all__ = ["PUBLIC_BACKEND", "Address", "address"]
+__all__ = ["PUBLIC_BACKEND", "Address", "address", "origin_of"]
 
 PUBLIC_BACKEND = "https://axionic-backend-prod-594546489999.us-east4.run.app"
 
@@ -72,6 +72,15 @@ def address(base_url: str | None = None) -> Address:
     if not isinstance(chosen, str):
         raise ValidationError(f"{source} is a text; got {type(chosen).__name__}.")
     return _parsed(chosen.strip(), source, chosen=True)
+
+
+def origin_of(base_url: str) -> str:
+    """The scheme, host and port of a server's URL, in the form that credentials are kept under.
+
+    Raises:
+        ValidationError: as in ``address``.
+    """
+    return _parsed(base_url.strip(), "base_url", chosen=True).origin
 
 
 def _parsed(url: str, source: str, *, chosen: bool) -> Address:

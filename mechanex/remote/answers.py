@@ -6,9 +6,13 @@ from typing import Any, TypeVar
 
 from ..errors import APIError
 
-__all__ = ["field", "listed", "names", "object_of"]
+__all__ = ["UnexpectedAnswer", "field", "listed", "names", "object_of"]
 
 T = TypeVar("T")
+
+
+class UnexpectedAnswer(APIError):
+    """An answer that came whole, and isn't what the wire contract says."""
 
 
 def object_of(answer: Any, call: str) -> dict[str, Any]:
@@ -18,7 +22,7 @@ def object_of(answer: Any, call: str) -> dict[str, Any]:
         APIError: it is something else.
     """
     if not isinstance(answer, dict):
-        raise APIError(
+        raise UnexpectedAnswer(
             f"{call}: the server's answer is {_kind(answer)}, and an object is expected.",
             details=_shape(answer),
         )
@@ -36,7 +40,7 @@ def field(answer: Any, call: str, kind: type[T], *names: str) -> T:
     )
     if not isinstance(found, kind):
         wanted = " or ".join(map(repr, names))
-        raise APIError(
+        raise UnexpectedAnswer(
             f"{call}: the server's answer has no {wanted} of type {kind.__name__}: is it an Axionic server of "
             "this version?",
             details=_shape(answer),

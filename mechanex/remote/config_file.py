@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import APIError, MechanexError
-from ..home import atomic_path
+from ..home import atomic_path, expanded
 
 __all__ = ["ConfigFile"]
 
 _logger = logging.getLogger(__name__)
 
+_FOLDER = "~/.mechanex"
 _MOST_BYTES = 1 << 20
 # Longer than a process that runs holds the lock: it asks the server for new tokens meanwhile, for at most 30 s.
 _PATIENCE = 35.0
@@ -30,15 +31,21 @@ if sys.platform == "win32":
     _HELD |= {errno.EACCES, errno.EDEADLK}
 
 
+# What was warned about already: a call reads the file several times.
+_warned: set[tuple[str, int, str]] = set()
+
+
 class ConfigFile:
     """``MECHANEX_CONFIG``, or ``~/.mechanex/config.json``; looked up at each call."""
 
     @property
     def path(self) -> Path:
-        """Where the file is, links followed; it need not exist."""
-        chosen = os.environ.get("MECHANEX_CONFIG")
-        path = Path(chosen).expanduser() if chosen else Path.home() / ".mechanex" / "config.json"
-        return Path(os.path.realpath(path))
+        """Where the file is, links followed; it need not exist.
+
+        Raises:
+            MechanexError: it is in the user's home folder, and there is none.
+        """
+        return Path(os.path.realpath(expanded(os.environ.get("MECHANEX_CONFIG") or f"{_FOLDER}/config.json")))
 
     def read(self) -> dict[str, Any]:
         """What the file holds; empty where there is none, or, with a warning, where it can't be read.
@@ -46,19 +53,38 @@ class ConfigFile:
         A file or default folder that others can read is closed to them, with a warning.
         """
         try:
+            return self.load()
+        except MechanexError as error:
+            hint = "; repair it, or log in again, which keeps this one aside"
+            corrupt = isinstance(error.__cause__, ValueError)
+            self.warn(f"{error}: going on without them{hint if corrupt else ''}")
+        return {}
+
+    def load(self) -> dict[str, Any]:
+        """What the file holds; empty where there is none. Modes as in ``read``.
+
+        Raises:
+            MechanexError: it can't be read.
+        """
+        try:
             return self._read()
         except FileNotFoundError:
             return {}
-        except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
-            _logger.warning("credentials can't be read (%s): going on without them", error)
+        except (OSError, MechanexError) as error:
+            raise MechanexError(f"credentials can't be read ({error})") from error
         except ValueError as error:
-            _logger.warning(
-                "%s holds no readable credentials (%s): going on without them; repair it, or log in again, "
-                "which keeps this one aside",
-                self.path,
-                error,
-            )
-        return {}
+            raise MechanexError(f"{self.path} holds no readable credentials ({error})") from error
+
+    def warn(self, text: str) -> None:
+        """Logs a warning about the file, once for each state of it."""
+        try:
+            path = self.path
+            key = str(path), path.stat().st_mtime_ns, text
+        except (OSError, MechanexError):
+            key = "", 0, text
+        if key not in _warned:
+            _warned.add(key)
+            _logger.warning("%s", text)
 
     def update(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         """Writes what ``change`` makes of the file's fields; without any, there is no file.
@@ -66,7 +92,7 @@ class ConfigFile:
         A file that can't be read is kept aside under another name, and a warning says so.
 
         Raises:
-            MechanexError: the file can't be written; the old one is as it was.
+            MechanexError: the file can't be written, and the old one is as it was; there is no home folder.
         """
         try:
             path = self.path
@@ -82,7 +108,7 @@ class ConfigFile:
                 self._write(path, changed)
             else:
                 path.unlink(missing_ok=True)
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             raise MechanexError(
                 f"credentials can't be written ({error}): set MECHANEX_CONFIG to a file that can, or keep the "
                 "key in MECHANEX_API_KEY."
@@ -100,20 +126,14 @@ class ConfigFile:
         Raises:
             APIError: the deadline passed.
         """
-        if not wanted:
-            yield
-            return
-        try:
-            path = self.path
-            _make_folder(path.parent)
-            descriptor = os.open(path.with_name(f"{path.name}.lock"), os.O_CREAT | os.O_RDWR, 0o600)
-        except (OSError, RuntimeError):
+        descriptor = self._lock_file() if wanted else None
+        if descriptor is None:
             yield
             return
         try:
             patience = time.monotonic() + _PATIENCE
             if not _lock(descriptor, patience if deadline is None else deadline):
-                held = f"{path}.lock is held by another process"
+                held = f"{self.path}.lock is held by another process"
                 if deadline is not None:
                     raise APIError(
                         f"the session's tokens can't be renewed in this call's time: {held}. Call again, with a "
@@ -124,27 +144,42 @@ class ConfigFile:
         finally:
             os.close(descriptor)  # which lets go of the lock
 
+    def _lock_file(self) -> int | None:
+        """A descriptor of the file that is locked; None where there can be none."""
+        try:
+            path = self.path
+            _make_folder(path.parent)
+            return os.open(path.with_name(f"{path.name}.lock"), os.O_CREAT | os.O_RDWR, 0o600)
+        except (OSError, MechanexError):
+            return None
+
     def _read(self) -> dict[str, Any]:
         path = self.path
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             raise OSError(f"{path} is not a regular file")
-        _close_to_others(path, mode, 0o600)
+        self._close_to_others(path, mode, 0o600)
         if not os.environ.get("MECHANEX_CONFIG"):
-            _close_to_others(path.parent, path.parent.stat().st_mode, 0o700)
+            # The folder that the library made; behind a link is one that the user has for other things too.
+            folder = expanded(_FOLDER)
+            if stat.S_ISDIR(mode := folder.lstat().st_mode):
+                self._close_to_others(folder, mode, 0o700)
         with path.open("rb") as file:
             data = file.read(_MOST_BYTES + 1)
         if len(data) > _MOST_BYTES:
             raise ValueError("it is larger than any credentials")
+        # Neither message may quote the file, and the errors themselves hold it: none is chained.
+        problem, found = "", None
         try:
             found = json.loads(data.decode("utf-8-sig"))
-        # Neither message may quote the file.
         except UnicodeDecodeError as error:
-            raise ValueError(f"not UTF-8 at byte {error.start}") from None
+            problem = f"not UTF-8 at byte {error.start}"
         except json.JSONDecodeError as error:
-            raise ValueError(f"not JSON at line {error.lineno}, column {error.colno}") from None
+            problem = f"not JSON at line {error.lineno}, column {error.colno}"
         except RecursionError:
-            raise ValueError("nested too deeply") from None
+            problem = "nested too deeply"
+        if problem:
+            raise ValueError(problem)
         if not isinstance(found, dict):
             raise ValueError(f"a {type(found).__name__}, and an object is expected")
         return found
@@ -157,21 +192,20 @@ class ConfigFile:
                 json.dump(fields, file, indent=2)
                 file.write("\n")
 
+    def _close_to_others(self, path: Path, mode: int, wanted: int) -> None:
+        if os.name != "posix" or not stat.S_IMODE(mode) & 0o077:
+            return
+        try:
+            path.chmod(wanted)
+        except OSError as error:
+            self.warn(f"{path} can be read by others, and its mode can't be changed ({error})")
+        else:
+            _logger.warning("%s was open to others (mode %03o): now %03o", path, stat.S_IMODE(mode), wanted)
+
 
 def _make_folder(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
-
-
-def _close_to_others(path: Path, mode: int, wanted: int) -> None:
-    if os.name != "posix" or not stat.S_IMODE(mode) & 0o077:
-        return
-    try:
-        path.chmod(wanted)
-    except OSError as error:
-        _logger.warning("%s can be read by others, and its mode can't be changed (%s)", path, error)
-    else:
-        _logger.warning("%s was open to others (mode %03o): now %03o", path, stat.S_IMODE(mode), wanted)
 
 
 def _keep_aside(path: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from .._version import __version__
@@ -20,6 +20,7 @@ __all__ = ["ConnectionFailed", "Connections"]
 
 _CONNECT_TIMEOUT = 10.0
 _MOST_BYTES = 256 << 20
+_TOO_SLOW = "no answer in time: the server is slow or stuck; give the client a longer timeout"
 
 
 class ConnectionFailed(Exception):
@@ -62,8 +63,12 @@ class Connections:
         Raises:
             ConnectionFailed: no whole answer came in time.
         """
+        import ssl
+
         import requests
         import urllib3
+
+        from .timed import until
 
         left = deadline - time.monotonic()
         if left <= 0:
@@ -76,32 +81,39 @@ class Connections:
         reason = None
         again = True
         try:
-            with self._opened().request(
-                method,
-                server.url + path,
-                data=data,
-                headers=headers,
-                auth=_signed(used),
-                timeout=(min(left, _CONNECT_TIMEOUT), left),
-                allow_redirects=False,
-                stream=True,
-                # Proxies are for other machines; one that sees loopback calls would see their keys.
-                proxies=dict.fromkeys(("http", "https", "all"), "") if server.is_loopback else None,
-            ) as response:
+            with (
+                until(deadline),
+                self._opened().request(
+                    method,
+                    server.url + path,
+                    data=data,
+                    headers=headers,
+                    auth=_signed(used),
+                    timeout=(min(left, _CONNECT_TIMEOUT), left),
+                    allow_redirects=False,
+                    stream=True,
+                    # Proxies are for other machines; one that sees loopback calls would see their keys.
+                    proxies=dict.fromkeys(("http", "https", "all"), "") if server.is_loopback else None,
+                ) as response,
+            ):
                 body = _body(response, deadline)
                 their_id = response.headers.get("x-request-id") or request_id
                 return Answer(response.status_code, response.reason or "", response.headers, body, their_id)
         except requests.exceptions.ConnectTimeout:
             reason = "no connection in time: is the server's address right, and is it up?"
         except (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError):
-            reason, again = (
-                "no answer in time: the server is slow or stuck; give the client a longer timeout",
-                False,
-            )
-        except requests.exceptions.SSLError as error:
-            reason, again = f"the connection is not secure ({_cause(error)})", False
+            reason, again = _TOO_SLOW, False
         except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            reason = f"the connection failed ({_cause(error)}): is the server's address right, and is it up?"
+            causes = list(_causes(error))
+            # A handshake that is cut off says nothing about who is there.
+            cut = any(isinstance(one, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) for one in causes)
+            if any(isinstance(one, TimeoutError) for one in causes):
+                reason, again = _TOO_SLOW, False
+            elif isinstance(error, requests.exceptions.SSLError) and not cut:
+                reason, again = f"the connection is not secure ({_told(causes[-1])})", False
+            else:
+                why = _told(causes[-1])
+                reason = f"the connection failed ({why}): is the server's address right, and is it up?"
         raise ConnectionFailed(reason, again=again)
 
     def close(self) -> None:
@@ -124,10 +136,12 @@ def _session() -> requests.Session:
 
     import requests
 
+    from .timed import TimedAdapter
+
     session = requests.Session()
     session.headers["User-Agent"] = f"mechanex/{__version__}"
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-    adapter = requests.adapters.HTTPAdapter(pool_connections=4, pool_maxsize=32, max_retries=0)
+    adapter = TimedAdapter(pool_connections=4, pool_maxsize=32, max_retries=0)
     for scheme in ("https://", "http://"):
         session.mount(scheme, adapter)
     return session
@@ -147,7 +161,7 @@ def _signed(used: Credentials) -> Callable[[requests.PreparedRequest], requests.
 
 
 def _body(response: requests.Response, deadline: float) -> bytes:
-    """The whole body; each piece may take its time, but not all of them together."""
+    """The whole body; the connection keeps to the deadline, and what is decoded from little may take long too."""
     pieces, size = [], 0
     read = getattr(response.raw, "read1", response.raw.read)  # urllib3 1 has no read1
     while piece := read(1 << 16, decode_content=True):
@@ -162,10 +176,18 @@ def _body(response: requests.Response, deadline: float) -> bytes:
     return b"".join(pieces)
 
 
-def _cause(error: BaseException) -> str:
-    """The innermost reason, in words."""
-    while (inner := getattr(error, "reason", None) or error.__cause__ or error.__context__) is not None:
-        if not isinstance(inner, BaseException):
-            break
-        error = inner
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and those it came from, the innermost last."""
+    seen: set[int] = set()
+    inner: object = error
+    while isinstance(inner, BaseException) and id(inner) not in seen:
+        seen.add(id(inner))
+        yield inner
+        # requests has urllib3's error as its argument, and that has its own as its reason.
+        arguments = [one for one in inner.args if isinstance(one, BaseException)]
+        reason = getattr(inner, "reason", None)
+        inner = reason or inner.__cause__ or inner.__context__ or next(iter(arguments), None)
+
+
+def _told(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__

@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..errors import APIError, MechanexError, ValidationError
+from ..errors import APIError, AuthenticationError, MechanexError, ValidationError
 from .address import PUBLIC_BACKEND, Address
 from .config_file import ConfigFile
+from .entries import ENTRY, normal, with_entry
 from .identity import NAMES, Credentials, Tokens, checked
 
-__all__ = ["CredentialStore"]
+__all__ = ["SESSION_ENDED", "CredentialStore"]
 
 _logger = logging.getLogger(__name__)
 
-# What a server's entry in the file may hold.
-_ENTRY = (*NAMES, "email", "previous_api_key")
+SESSION_ENDED = "The session has ended: login(email, password) again."
 
 
 class CredentialStore:
@@ -67,6 +67,19 @@ class CredentialStore:
                     found = self._session
             # A session that has ended must not make a valid key useless.
             return Credentials(found.api_key) if found.refresh_token in self._refused else found
+
+    def to_send(self, origin: str) -> Credentials:
+        """As ``current``, for a call that is made in the account's name.
+
+        Raises:
+            AuthenticationError: all there is is a session that has ended. Sent without it, the call would run for
+                whoever the server takes an unsigned one to be.
+        """
+        with self._lock:
+            found = self.current(origin)
+            if not found and self.has_ended(origin):
+                raise AuthenticationError(SESSION_ENDED)
+            return found
 
     def has_ended(self, origin: str) -> bool:
         """Whether all there is for this server is a session that it refused to renew."""
@@ -135,17 +148,29 @@ class CredentialStore:
         """Forgets everything, in this session and in the file; says whether the file held anything.
 
         Raises:
-            MechanexError: the file can't be written.
+            MechanexError: the file can't be read, so that nobody knows what it holds, or not written. It stays as it
+                is then; this session has forgotten all the same.
         """
-        with self.file.locked(bool(self.file.read())), self._lock:
+        with self._lock:
             self._session, self._session_is_stored, self._email = Credentials(), False, None
             self._read.clear()
-            found = self.file.read()
-            ours = {*_ENTRY, "base_url", "others"}
+        with self.file.locked(bool(self._to_forget())), self._lock:
+            self._session, self._session_is_stored, self._email = Credentials(), False, None
+            self._read.clear()
+            found = self._to_forget()
+            ours = {*ENTRY, "base_url", "others"}
             if not ours & found.keys():
                 return False
             self.file.update(lambda data: {name: data[name] for name in data.keys() - ours})
             return True
+
+    def _to_forget(self) -> dict[str, Any]:
+        try:
+            return self.file.load()
+        except MechanexError as error:
+            raise MechanexError(
+                f"{error}: it stays as it is, with the secrets that may be in it. Repair or delete it."
+            ) from error
 
     def refresh(
         self, used: Credentials, origin: str, exchange: Callable[[str], Tokens | None], deadline: float
@@ -208,7 +233,7 @@ class CredentialStore:
             changes = {"access_token": bought.access_token, "refresh_token": refresh}
             try:
                 self.file.update(
-                    lambda found: _with_entry(
+                    lambda found: with_entry(
                         {**found, "base_url": found.get("base_url") or origin}, origin, changes
                     )
                 )
@@ -244,19 +269,32 @@ class CredentialStore:
             try:
                 given[name] = checked(entry[name], name)
             except ValidationError as error:
-                _logger.warning("%s: %s", self.file.path, error)
+                self.file.warn(f"{self.file.path}: {error}")
         self._read[origin] = Credentials(**given)
         return self._read[origin]
 
     def _entry(self, origin: str) -> Mapping[str, Any]:
         found = self.file.read()
-        if found.get("base_url") == origin or (
-            found.get("base_url") is None and self._may_have(origin, found)
-        ):
+        belongs = found.get("base_url")
+        if self._origin(belongs) == origin or (belongs is None and self._may_have(origin, found)):
             return found
         others = found.get("others")
-        entry = others.get(origin) if isinstance(others, dict) else None
-        return entry if isinstance(entry, dict) else {}
+        for name, entry in others.items() if isinstance(others, dict) else ():
+            if isinstance(entry, dict) and self._origin(name) == origin:
+                return entry
+        return {}
+
+    def _origin(self, base_url: object) -> str | None:
+        """The server that an entry of the file is for; None, with a warning, where that can't be read."""
+        if base_url is None:
+            return None
+        found = normal(base_url)
+        if found is None:
+            self.file.warn(
+                f"{self.file.path} has credentials for a base_url that is no http or https URL, which are sent "
+                f"nowhere: give it a form such as {PUBLIC_BACKEND}"
+            )
+        return found
 
     def _may_have(self, origin: str, nameless: Mapping[str, Any]) -> bool:
         """Whether credentials that name no server may go to this one."""
@@ -273,19 +311,5 @@ class CredentialStore:
         return False
 
     def _save(self, origin: str, changes: Mapping[str, str | None]) -> None:
-        self.file.update(lambda found: _with_entry(found, origin, changes))
+        self.file.update(lambda found: with_entry(found, origin, changes))
         self._read.pop(origin, None)
-
-
-def _with_entry(found: dict[str, Any], origin: str, changes: Mapping[str, str | None]) -> dict[str, Any]:
-    """The file's fields with this server's on top, changed; another server's move to ``others``."""
-    belongs = found.get("base_url") or PUBLIC_BACKEND
-    if belongs != origin:
-        top = {name: found.pop(name) for name in _ENTRY if name in found}
-        others = dict(found["others"]) if isinstance(found.get("others"), dict) else {}
-        if top:
-            others[str(belongs)] = top
-        entry = others.pop(origin, None)
-        found = {**found, **(entry if isinstance(entry, dict) else {}), "others": others or None}
-    found = {**found, **changes, "base_url": origin}
-    return {name: value for name, value in found.items() if value is not None}

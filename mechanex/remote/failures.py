@@ -17,7 +17,7 @@ from ..errors import (
     ValidationError,
 )
 
-__all__ = ["Answer", "error_of", "json_of", "retry_after", "without_secrets"]
+__all__ = ["Answer", "error_of", "json_of", "retry_after", "say_more", "without_secrets"]
 
 _KINDS: dict[int, type[MechanexError]] = {
     400: ValidationError,
@@ -51,8 +51,8 @@ class Answer:
     request_id: str
 
 
-def json_of(answer: Answer) -> Any:
-    """The answer's JSON; None for an empty body.
+def json_of(answer: Answer, secrets: tuple[str, ...] = ()) -> Any:
+    """The answer's JSON; None for an empty body. ``secrets`` that a header quotes are masked in the error.
 
     Raises:
         APIError: the body isn't JSON: cut off, or another program's page.
@@ -67,12 +67,12 @@ def json_of(answer: Answer) -> Any:
             if isinstance(error, json.JSONDecodeError)
             else "unreadable"
         )
-        kind = answer.headers.get("content-type", "no content type")
+        kind = without_secrets(answer.headers.get("content-type", "no content type"), secrets)
     raise APIError(
         f"the server's answer is not JSON ({problem}; {kind}, {len(answer.body):,} bytes): is the base URL that "
         "of an Axionic server, and is there a proxy or log-in page in between?",
         answer.status,
-        request_id=answer.request_id,
+        request_id=without_secrets(answer.request_id, secrets),
     )
 
 
@@ -82,14 +82,24 @@ def error_of(answer: Answer, secrets: tuple[str, ...] = ()) -> MechanexError:
     try:
         details = json.loads(answer.body)
     except (ValueError, RecursionError):
-        details = answer.body[:_MOST_SHOWN].decode("utf-8", "replace") or None
+        details = answer.body.decode("utf-8", "replace") or None
+    # Before anything is cut: half a key is a secret too.
     details = without_secrets(details, secrets)
-    message = _message(details) or _default(answer)
+    if isinstance(details, str):
+        details = details[:_MOST_SHOWN]
+    message = without_secrets(_message(details) or _default(answer), secrets)
+    request_id = without_secrets(answer.request_id, secrets)
     if answer.status == 429:
-        wait = retry_after(answer.headers)
-        return RateLimitError(message, 429, details, wait, request_id=answer.request_id)
+        return RateLimitError(message, 429, details, retry_after(answer.headers), request_id=request_id)
     kind = _KINDS.get(answer.status, APIError)
-    return kind(message, answer.status, details, request_id=answer.request_id)
+    return kind(message, answer.status, details, request_id=request_id)
+
+
+def say_more(error: MechanexError, hint: str) -> None:
+    """Goes on with a sentence after the error's message, whose own end may be missing."""
+    end = "" if error.message.endswith((".", "?", "!")) else "."
+    error.message = f"{error.message}{end} {hint}"
+    error.args = (error.message,)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -147,7 +157,8 @@ def _message(details: Any) -> str:
 def _problem(problem: Any) -> str:
     if not isinstance(problem, dict):
         return str(problem)
-    place = ".".join(str(part) for part in problem.get("loc") or () if part != "body")
+    path = problem.get("loc")
+    place = ".".join(str(part) for part in path if part != "body") if isinstance(path, list) else ""
     text = str(problem.get("msg", problem))
     return f"{place}: {text}" if place else text
 

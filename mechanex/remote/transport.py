@@ -8,14 +8,16 @@ import random
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 from urllib.parse import quote
 
-from ..errors import APIError, AuthenticationError, ValidationError
+from ..errors import APIError, ValidationError
 from .address import Address, address
+from .answers import UnexpectedAnswer
 from .connections import ConnectionFailed, Connections
-from .credentials import CredentialStore
-from .failures import Answer, error_of, json_of, retry_after
+from .credentials import SESSION_ENDED, CredentialStore
+from .failures import Answer, error_of, json_of, retry_after, say_more, without_secrets
 from .identity import Credentials, Tokens, is_token
 
 __all__ = ["COMPUTE_TIMEOUT", "TIMEOUT", "Transport", "tokens_of"]
@@ -31,13 +33,15 @@ _TRIES = 4
 _FIRST_PAUSE = 0.25
 _LONGEST_PAUSE = 8.0
 _RETRIED = frozenset({429, 502, 503, 504})
+_LOST = frozenset({502, 504})
 
 
 class Transport:
     """Calls to one server, safe under threads.
 
-    A call ends within its timeout, pauses and repeated tries included. Only GET is repeated by itself: on
-    connections that fail, 502, 503, 504 and 429, with growing random pauses or the one that the server asks for.
+    A call ends within its timeout, pauses and repeated tries included. GET and DELETE, which do no more when they
+    are done twice, are repeated by themselves: on connections that fail, 502, 503, 504 and 429, with growing random
+    pauses or the one that the server asks for.
     A 401 is answered with new tokens once. Redirects are not followed, so that keys stay where they belong.
 
     Args:
@@ -80,17 +84,19 @@ class Transport:
         return self.call("POST", path, body, timeout=timeout)
 
     def delete(self, path: str, name: str) -> None:
-        """Deletes what the server has under this name, which may be any text; errors as in ``call``.
+        """Deletes what the server has under this name; errors as in ``call``.
 
         Args:
             path: of all things of its kind, with slashes around it.
-            name: of the one.
+            name: of the one: any text but ``.`` and ``..``, which mean other places in a URL however they are written.
 
         Raises:
-            ValidationError: the name is empty or no text.
+            ValidationError: the name is empty, no text, or one of those two.
         """
-        if not isinstance(name, str) or not name:
-            raise ValidationError(f"what is to be deleted is named by a text that isn't empty; got {name!r}.")
+        if not isinstance(name, str) or name in ("", ".", ".."):
+            raise ValidationError(
+                f"what is to be deleted is named by a text that isn't empty, nor '.' or '..'; got {name!r}."
+            )
         self.call("DELETE", path + quote(name, safe=""))
 
     def call(
@@ -114,7 +120,7 @@ class Transport:
             secrets: texts of the body that no error may show.
 
         Raises:
-            AuthenticationError: 401 and 403.
+            AuthenticationError: 401 and 403; a session that has ended, before anything is sent.
             NotFoundError: 404.
             ValidationError: 400 and 422; a body that JSON can't hold; credentials over plain http.
             RateLimitError: 429, with ``retry_after``.
@@ -122,9 +128,11 @@ class Transport:
         """
         deadline = time.monotonic() + (timeout if self._timeout is None else self._timeout)
         server = self.address
-        used = Credentials() if signed == "no" else self.credentials.current(server.origin)
-        if signed == "key":
-            used = Credentials(used.api_key)
+        used = Credentials()
+        if signed == "all":
+            used = self.credentials.to_send(server.origin)
+        elif signed == "key":
+            used = Credentials(self.credentials.current(server.origin).api_key)
         if used or secrets:
             server.check_secrets(self._allow_http)
         data = None if body is None else _encoded(body)
@@ -139,15 +147,12 @@ class Transport:
                 answer = self._tried(method, server, path, data, used, deadline)
         if not 200 <= answer.status < 300:
             error = error_of(answer, secrets + used.secrets())
+            if answer.status == 404 and server.url.endswith("/v1"):
+                say_more(error, "base_url ends in /v1, which is for OpenAI's clients: leave it out.")
             if answer.status == 401 and signed == "all" and self.credentials.has_ended(server.origin):
-                raise AuthenticationError(
-                    f"{error.message} The session has ended: login(email, password) again.",
-                    401,
-                    error.details,
-                    request_id=error.request_id,
-                )
+                say_more(error, SESSION_ENDED)
             raise error
-        return json_of(answer)
+        return json_of(answer, secrets + used.secrets())
 
     def close(self) -> None:
         """Closes the connections that are kept; a later call opens new ones."""
@@ -162,20 +167,21 @@ class Transport:
             return None
         if not 200 <= answer.status < 300:
             raise error_of(answer, (refresh_token,))
-        return tokens_of(json_of(answer))
+        return tokens_of(json_of(answer, (refresh_token,)))
 
     def _tried(
         self, method: str, server: Address, path: str, data: bytes | None, used: Credentials, deadline: float
     ) -> Answer:
         """The first answer that another try wouldn't better, or the last."""
         request_id = uuid.uuid4().hex
+        perhaps_done = False
         for number in range(_TRIES):
             failed, answer = "", None
-            again = method == "GET" and number < _TRIES - 1
+            again = method in ("GET", "DELETE") and number < _TRIES - 1
             try:
                 answer = self._connections.request(method, server, path, data, used, deadline, request_id)
             except ConnectionFailed as error:
-                failed, again = str(error), again and error.again
+                failed, again = without_secrets(str(error), used.secrets()), again and error.again
             pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**number) * random.uniform(0.5, 1.0)
             if answer is not None:
                 again = again and answer.status in _RETRIED
@@ -183,9 +189,13 @@ class Transport:
             if again and time.monotonic() + pause < deadline:
                 why = failed or f"status {answer.status if answer else 0}"
                 _logger.info("%s %s%s: %s; next try in %.2f s", method, server.url, path, why, pause)
+                # What was deleted by a try whose answer got lost isn't there for the next one.
+                perhaps_done = perhaps_done or answer is None or answer.status in _LOST
                 time.sleep(pause)
                 continue
             if answer is not None:
+                if method == "DELETE" and answer.status == 404 and perhaps_done:
+                    return replace(answer, status=204, body=b"")
                 return answer
             break
         # Raised here, outside of the except block: the library's own exception holds the request and its headers.
@@ -206,7 +216,9 @@ def tokens_of(answer: Any) -> Tokens:
         else (None, None)
     )
     if not is_token(access) or not (refresh is None or is_token(refresh)):
-        raise APIError("the server's answer has no session with sound tokens: is it an Axionic server?")
+        raise UnexpectedAnswer(
+            "the server's answer has no session with sound tokens: is it an Axionic server?"
+        )
     return Tokens(access, refresh)
 
 
