@@ -1,4 +1,4 @@
-"""A server under 64 streaming clients for a minute, steered and not, beside one client and one static batch.
+"""A server under 64 streaming clients, a minute steered and a minute not, beside one client and one static batch.
 
 pytest benchmarks/test_serving.py
 """
@@ -17,7 +17,7 @@ from serving_load import Job, load, prompt_of
 from mechanex.engine.models.resolve import load as load_model
 
 N_CLIENTS, N_TOKENS = 64, 40
-ROUNDS, SLICE = 6, 5.0  # a minute: in every round a slice without steering and one with
+ROUNDS, SLICE = 12, 5.0  # in every round a slice without steering and one with: a minute of each
 
 
 @pytest.mark.parametrize("n_prompt", [20, 200])

@@ -265,7 +265,7 @@ def test_a_search_past_the_last_position_is_refused_and_up_to_it_runs():
 
 def test_without_a_tokenizer_it_says_so():
     with pytest.raises(ValidationError, match="tokenizer"):
-        most_likely_completions(build("llama"), DST)
+        most_likely_completions(FAMILIES["llama"](), DST)
 
 
 # Text

@@ -14,6 +14,7 @@ import torch
 from ..engine.models.adapter import ModelAdapter, exclusive, undisturbed
 from ..engine.pauses import pausing
 from ..errors import APIError, MechanexError
+from .admission import pick, who_makes_way
 from .alone import answer
 from .batch import Batch, Outcome, Reading
 from .jobs import Jobs
@@ -28,7 +29,6 @@ __all__ = ["Worker"]
 _logger = logging.getLogger(__name__)
 _News = tuple[Generation, "Step | Result | BaseException"]
 _TURN = 32  # steps before the model is offered to other threads of the process
-_AHEAD = 128  # positions beyond a row's present length that are kept free for it when others are let in
 _PATIENCE = 3  # steps that a few prompts wait for more to be read together with, while others are decoded
 
 
@@ -123,7 +123,8 @@ class Worker:
             few = len(self.waiting) < max(1, len(self._batch.rows) // 8)
             if few and self._batch.rows and self._steps_since_pick < _PATIENCE:
                 return False
-            rows = self._pick()
+            with self.changed:
+                rows = pick(self.waiting, self._batch.rows, self._settings)
             if not rows:
                 return False
             self._steps_since_pick = 0
@@ -176,38 +177,12 @@ class Worker:
         return True
 
     def _make_room(self) -> None:
-        """Sends the rows that came last back to wait, where a step would take more positions than allowed."""
-        rows = self._batch.rows
-        while len(rows) > 1 and (self._batch.columns + 1) * len(rows) > self._settings.max_cache_tokens:
-            last = max(rows, key=lambda row: row.arrived)
+        """Sends rows back to wait where the cache has no room for another step of all."""
+        while (last := who_makes_way(self._batch.rows, self._batch.columns, self._settings)) is not None:
             self._batch.drop([last])
             last.suspend()
             with self.changed:
                 self.waiting.appendleft(last)
-
-    def _pick(self) -> list[Row]:
-        """The waiting requests that are read next, first come, first served."""
-        running, settings = self._batch.rows, self._settings
-        longest = max(map(_reach, running), default=0)
-        picked: list[Row] = []
-        prompts: set[object] = set()
-        width = 0
-        with self.changed:
-            while self.waiting and len(running) + len(picked) < settings.max_batch:
-                row = self.waiting[0]
-                longest = max(longest, _reach(row))
-                n_rows = len(running) + len(picked) + 1
-                if n_rows > 1 and longest * n_rows > settings.max_cache_tokens:
-                    break
-                if picked and row.prompt_key not in prompts:
-                    wider = max(width, len(row.known)) * (len(prompts) + 1)
-                    alone = row.wants_prompt_logprobs or picked[0].wants_prompt_logprobs
-                    if alone or wider > settings.prefill_tokens:
-                        break
-                width = max(width, len(row.known))
-                prompts.add(row.prompt_key)
-                picked.append(self.waiting.popleft())
-        return picked
 
     def _sweep(self) -> None:
         """Lets go of requests whose client is gone or whose time is up."""
@@ -327,11 +302,6 @@ class Worker:
 
     def _new_batch(self) -> Batch:
         return Batch(self._adapter, self._padding, self._settings.prefill_tokens)
-
-
-def _reach(row: Row) -> int:
-    """Positions that a row comes to use soon; all that it may ever use would keep others out for nothing."""
-    return min(len(row.known) + _AHEAD, row.final_length)
 
 
 def _deliver(news: list[_News]) -> None:

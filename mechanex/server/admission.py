@@ -1,0 +1,58 @@
+"""Who is let into the batch next, and who makes way when the cache is full."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from .row import Row
+from .settings import Settings
+
+__all__ = ["pick", "who_makes_way"]
+
+_AHEAD = 128  # positions beyond a row's present length that are kept free for it when others are let in
+
+
+def pick(waiting: deque[Row], running: Sequence[Row], settings: Settings) -> list[Row]:
+    """Takes the requests that are read next out of those that wait, first come, first served.
+
+    As many as fit: into the batch, into ``max_cache_tokens`` (one that needs more by itself runs alone), and into one
+    pass of ``prefill_tokens``, where rows with the same prompt and edits count once. A prompt whose log-probabilities
+    are wanted is read by itself.
+    """
+    longest = max(map(_reach, running), default=0)
+    picked: list[Row] = []
+    prompts: set[object] = set()
+    width = 0
+    while waiting and len(running) + len(picked) < settings.max_batch:
+        row = waiting[0]
+        longest = max(longest, _reach(row))
+        n_rows = len(running) + len(picked) + 1
+        if n_rows > 1 and longest * n_rows > settings.max_cache_tokens:
+            break
+        if picked and row.prompt_key not in prompts:
+            wider = max(width, len(row.known)) * (len(prompts) + 1)
+            alone = row.wants_prompt_logprobs or picked[0].wants_prompt_logprobs
+            if alone or wider > settings.prefill_tokens:
+                break
+        width = max(width, len(row.known))
+        prompts.add(row.prompt_key)
+        picked.append(waiting.popleft())
+    return picked
+
+
+def who_makes_way(rows: Sequence[Row], columns: int, settings: Settings) -> Row | None:
+    """The row that came last, where a step of all of them would take more positions than allowed.
+
+    Args:
+        rows: the batch's.
+        columns: of the cache, before the step.
+    """
+    if len(rows) < 2 or (columns + 1) * len(rows) <= settings.max_cache_tokens:
+        return None
+    return max(rows, key=lambda row: row.arrived)
+
+
+def _reach(row: Row) -> int:
+    """Positions that a row comes to use soon; all that it may ever use would keep others out for nothing."""
+    return min(len(row.known) + _AHEAD, row.final_length)
