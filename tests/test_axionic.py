@@ -243,6 +243,11 @@ def test_keys_come_before_bodies(connect: Connect) -> None:
             assert client.post(path, content=b"{" * 100_000, headers=headers).status_code == 401, path
         right = {"x-api-key": SERVER_KEY}
         assert client.post(path, content=b"{", headers=right).status_code in (400, 404, 422)
+    # A body without a length that is too large is still no reason to fail.
+    chunks = client.post("/v1/completions", content=iter([b"x" * 2**20] * 6))
+    assert chunks.status_code == 401
+    for host in ("x/health?", "x/auth/login?", "[", "x#"):
+        assert client.post("/v1/completions", json={}, headers={"host": host}).status_code in (400, 401), host
     # Browsers see why, and may send what OpenAI's clients send, and delete.
     seen = client.get("/models", headers={"origin": "https://app.example"})
     assert seen.status_code == 401 and seen.headers["access-control-allow-origin"] == "https://app.example"
@@ -480,6 +485,15 @@ def test_behaviors_are_computed_listed_and_used(client: TestClient, model: Loade
         "cheerful",
         "glad",
     ]
+
+
+def test_a_behavior_has_no_more_examples_than_a_vector(connect: Connect) -> None:
+    client = connect(max_examples=3)
+    ann = signed_up(client, ANN)
+    made = client.post("/steering/generate", json=EXAMPLES | {"method": "caa"}, headers=ann).json()
+    many = {name: texts * 2 for name, texts in EXAMPLES.items()} | {"behavior_name": "b"}
+    for body in (many, many | made):
+        assert "4 examples" in refused(client.post("/behaviors/create", json=body, headers=ann), 400)
 
 
 def test_what_an_account_keeps_is_bounded_listed_and_deleted(connect: Connect, mechanex_home: Path) -> None:

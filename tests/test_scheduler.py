@@ -28,6 +28,7 @@ from mechanex.engine.positions import Positions, PositionTracker, token_mask
 from mechanex.engine.sampling import Sampling
 from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import APIError, MechanexError, RateLimitError, ValidationError
+from mechanex.server.batch import Reading
 from mechanex.server.cache import RollingCache
 from mechanex.server.metrics import Metrics
 from mechanex.server.probe import rolls
@@ -435,6 +436,52 @@ async def _until(condition: Callable[[], bool], seconds: float = 10) -> None:
     raise AssertionError("it did not come to that")
 
 
+@pytest.mark.parametrize("where", ["build", "join", "step"])
+def test_an_error_of_the_batch_leaves_nobody_waiting(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Out of memory, say, while some answers have just been finished and others not."""
+    ids = ids_of(tiny.tokenizer, PROMPTS[0])
+    broken = [True]
+
+    def failing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def once(self: Any, *arguments: Any, **options: Any) -> Any:
+            if broken and rolls_known:
+                broken.clear()
+                raise torch.OutOfMemoryError("no memory left")
+            return original(self, *arguments, **options)
+
+        return once
+
+    target, name = {
+        "build": (Reading, "__init__"),
+        "join": (RollingCache, "admit"),
+        "step": (RollingCache, "drop"),
+    }[where]
+    rolls_known = rolls(adapter_for(tiny.model))
+    monkeypatch.setattr(target, name, failing(getattr(target, name)))
+
+    async def some() -> list[Any]:
+        async with scheduled(tiny.model, tiny.tokenizer) as running:
+            asked = [Request(ids, n, steering=steers(vector(128, 3), n / 10)) for n in (1, 2, 30)]
+            ends = await asyncio.wait_for(
+                asyncio.gather(*(one.result() for one in running.submit_all(asked)), return_exceptions=True),
+                20,
+            )
+            assert running.ready and not broken
+            assert (await running.submit(Request(ids, 3)).result()).completion_tokens == 3
+            return ends
+
+    ends = asyncio.run(some())
+    assert any(isinstance(end, MechanexError) and end.status_code == 500 for end in ends)
+    # What was finished is an answer, whatever happened to the others.
+    for end, n in zip(ends, (1, 2, 30), strict=True):
+        assert isinstance(end, MechanexError) or end.completion_tokens == n
+    if where != "build":
+        assert not isinstance(ends[0], MechanexError)
+    assert n_hooks(tiny.model) == 0
+
+
 def test_cancelled_and_late_requests_free_their_places(tiny: Any) -> None:
     ids = ids_of(tiny.tokenizer, PROMPTS[0])
     endless = Request(ids, 480, logit_bias=((1, -100.0), (5, -100.0)))
@@ -567,6 +614,16 @@ def test_work_that_nobody_waits_for_ends_at_its_next_pause(tiny: Any) -> None:
 
                 with pytest.raises(APIError, match="took longer"):
                     await running.run(work, 0.05)
+                # As many as may wait have gone, too, and don't keep others out.
+                hold = asyncio.create_task(running.run(lambda _: time.sleep(0.3), 10))
+                await asyncio.sleep(0.1)
+                gone = [asyncio.create_task(running.run(work, 10)) for _ in range(64)]
+                await asyncio.sleep(0.05)
+                for one in gone:
+                    one.cancel()
+                await asyncio.gather(*gone, return_exceptions=True)
+                assert await running.run(lambda _: "done", 10) == "done"
+                await hold
                 worker = running._worker
                 await _until(lambda worker=worker: worker is not None and not worker.jobs.busy)
                 assert len(passes) < 12  # of dozens

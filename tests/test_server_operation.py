@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -255,12 +256,33 @@ def test_connections_that_say_nothing_lock_nobody_out(tmp_path: Path) -> None:
                 one.sendall(b"GET /health HTTP/1.1\r\nHost: loc")
         assert json.loads(running.get("/health"))["status"] == "ok"
         assert call(running, "POST", "/v1/completions", {"prompt": PROMPT, "max_tokens": 1})[0] == 200
+        # Many that come at once make as many others go.
+        for _ in range(6):
+            burst = [socket.create_connection(("127.0.0.1", running.port), timeout=30) for _ in range(60)]
+            for one in burst:
+                clients.callback(one.close)
+        assert json.loads(running.get("/health"))["status"] == "ok"
         # Half a head is no reason to stay either; an answer that is being written is.
         for one in silent:
             with contextlib.suppress(ConnectionError):
                 assert one.recv(100) == b""
         assert busy.recv(100) != b""
         assert "Traceback" not in running.output() and len(running.output()) < 100_000
+
+
+def test_a_connection_that_owes_a_body_is_closed(guarded: ServerProcess) -> None:
+    """Its request was answered without its body; nothing that it sends after that keeps it for ever."""
+    with socket.create_connection(("127.0.0.1", guarded.port), timeout=30) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n")
+        seen = b""
+        while b"\r\n\r\n" not in seen:
+            seen += client.recv(4096)
+        assert b" 401 " in seen
+        client.sendall(b"x")
+        until_closed = time.monotonic() + 25
+        with contextlib.suppress(ConnectionError):
+            while client.recv(4096):
+                assert time.monotonic() < until_closed
 
 
 @pytest.fixture

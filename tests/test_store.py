@@ -438,12 +438,55 @@ def test_an_account_keeps_so_many_vectors_and_is_told_how_to_make_room(
             attempt()
     assert len(list((mechanex_home / "server" / "vectors").iterdir())) == 2
     store.library.add_behavior(ann.id, "good", "", EXAMPLES, first)  # which keeps no other vector
+    with pytest.raises(
+        ValidationError, match="keeps 2 behaviors, and may keep 2: delete one with DELETE /beh"
+    ):
+        store.library.add_behavior(ann.id, "more", "", EXAMPLES, first)
     for _ in range(3):
         store.library.add_vector(None, VECTOR)  # the operator's are not counted
     store.library.delete_behavior(ann.id, "good")
     store.library.delete_vector(ann.id, first)
     assert store.library.add_vector(ann.id, VECTOR)
     store.close()
+
+
+def test_many_at_once_keep_no_more_than_one_by_one(database: str | None, clock: Clock) -> None:
+    store = open_store(Settings(database=database, max_vectors=3), clock=clock, passwords=Passwords(CHEAP))
+    ann, _ = store.accounts.sign_up("ann@example.org", "correct horse")
+    barrier = threading.Barrier(8)
+
+    def work(_: int) -> bool:
+        barrier.wait()
+        try:
+            store.library.add_vector(ann.id, VECTOR)
+        except ValidationError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(work, range(8))) == len(store.library.vectors(ann.id)) == 3
+    store.close()
+
+
+def test_what_is_deleted_in_the_middle_is_not_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    ann, _ = store.accounts.sign_up("ann@example.org", "correct horse")
+    library = store.library
+    owns = library._owns
+
+    def owned_until_now(account_id: str | None, vector_id: str) -> bool:
+        found = owns(account_id, vector_id)
+        monkeypatch.setattr(library, "_owns", owns)
+        library.delete_vector(account_id, vector_id)
+        return found
+
+    vector_id = library.add_vector(ann.id, VECTOR)
+    monkeypatch.setattr(library, "_owns", owned_until_now)
+    assert library.vector(ann.id, vector_id) is None
+    vector_id = library.add_vector(ann.id, VECTOR)
+    monkeypatch.setattr(library, "_owns", owned_until_now)
+    with pytest.raises(NotFoundError, match=vector_id):
+        library.add_behavior(ann.id, "kind", "", EXAMPLES, vector_id)
+    assert library.behaviors(ann.id) == []
 
 
 # The database

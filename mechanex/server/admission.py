@@ -31,11 +31,11 @@ def pick(waiting: deque[Row], running: Sequence[Row], settings: Settings) -> lis
         if n_rows > 1 and longest * n_rows > settings.max_cache_tokens:
             break
         if picked and row.prompt_key not in prompts:
-            wider = max(width, len(row.known)) * (len(prompts) + 1)
+            wider = max(width, row.n_known) * (len(prompts) + 1)
             alone = row.wants_prompt_logprobs or picked[0].wants_prompt_logprobs
             if alone or wider > settings.prefill_tokens:
                 break
-        width = max(width, len(row.known))
+        width = max(width, row.n_known)
         prompts.add(row.prompt_key)
         picked.append(waiting.popleft())
     return picked
@@ -55,4 +55,4 @@ def who_makes_way(rows: Sequence[Row], columns: int, settings: Settings) -> Row 
 
 def _reach(row: Row) -> int:
     """Positions that a row comes to use soon; all that it may ever use would keep others out for nothing."""
-    return min(len(row.known) + _AHEAD, row.final_length)
+    return min(row.n_known + _AHEAD, row.final_length)

@@ -111,7 +111,7 @@ async def generate(body: GenerateBody, request: Request, who: Worker) -> Respons
 @router.post("/steering/generate")
 async def generate_vectors(body: SteeringBody, request: Request, who: Worker) -> dict[str, str]:
     """Computes a steering vector from contrastive answers and keeps it for the account."""
-    vector = await _computed(request, who, _examples(body), body.layer_idxs, body.method)
+    vector = await _computed(request, who, _examples(request, body), body.layer_idxs, body.method)
     return {
         "steering_vector_id": await run_sync(store_of(request).library.add_vector, who.account_id, vector)
     }
@@ -127,7 +127,7 @@ async def create_behavior(body: BehaviorBody, request: Request, who: Worker) -> 
             "name."
         )
     await run_sync(library.check_name, who.account_id, body.behavior_name)
-    examples = _examples(body)
+    examples = _examples(request, body)
     vector: SteeringVector | str
     if body.steering_vector_id is None:
         vector = await _computed(request, who, examples, None, "caa")
@@ -214,16 +214,10 @@ async def _computed(
 ) -> SteeringVector:
     """What ``steering.generate_vectors`` of a local client computes, for as long as the sender waits for it."""
     engine, settings = _engine(request), request.app.state.settings
-    prompts = examples["prompts"]
-    for n, most, what in (
-        (len(prompts), settings.max_examples, "examples"),
-        (len(layer_idxs or ()), settings.max_example_layers, "layers"),
-    ):
-        if n > most:
-            raise ValidationError(
-                f"a vector of {n} {what} was asked for, and this server takes {most} at most."
-            )
-    await engine.check_examples(prompts, [*examples["positive_answers"], *examples["negative_answers"]])
+    _check_count(len(layer_idxs or ()), settings.max_example_layers, "layers")
+    await engine.check_examples(
+        examples["prompts"], [*examples["positive_answers"], *examples["negative_answers"]]
+    )
     check_method(method)
     await run_sync(store_of(request).library.check_room, who.account_id)
     compute = vectors_by(method)
@@ -240,7 +234,13 @@ def _engine(request: Request) -> ServingEngine:
     return engine
 
 
-def _examples(body: SteeringBody | BehaviorBody) -> dict[str, Sequence[Any]]:
+def _check_count(n: int, most: int, what: str) -> None:
+    if n > most:
+        raise ValidationError(f"a vector of {n} {what} was asked for, and this server takes {most} at most.")
+
+
+def _examples(request: Request, body: SteeringBody | BehaviorBody) -> dict[str, Sequence[Any]]:
+    _check_count(len(body.prompts), request.app.state.settings.max_examples, "examples")
     return {
         "prompts": body.prompts,
         "positive_answers": body.positive_answers,

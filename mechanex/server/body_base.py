@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-__all__ = ["Body", "Items", "few_fields"]
+__all__ = ["Body", "Items", "Part", "few_fields"]
 
 _MOST_FIELDS = 256
 
@@ -29,10 +29,14 @@ def few_fields(most: int = _MOST_FIELDS) -> BeforeValidator:
     return BeforeValidator(few)
 
 
-class Body(BaseModel):
+class Part(BaseModel):
     """Types are not converted; a field of another name, NaN and infinity are errors: no slip goes unseen."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class Body(Part):
+    """A whole body, whose texts are looked through once."""
 
     @model_validator(mode="before")
     @classmethod

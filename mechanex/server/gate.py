@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -31,16 +34,17 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request = Request(scope)
+        request, path = Request(scope), scope["path"]  # request.url may have what the client calls the host
         try:
-            if request.url.path not in _PROBES:
+            if path not in _PROBES:
                 check_host(request)
-            if request.url.path not in OPEN_PATHS:
+            if path not in OPEN_PATHS:
                 request.state.principal = await principal(request)
         except MechanexError as error:
-            await discard(
-                receive
-            )  # a client that is still sending would see a closed connection, not the answer
+            if request.headers.get("expect", "").lower() != "100-continue":  # else the body isn't on its way
+                # A client that is still sending would see a closed connection, not the answer.
+                with contextlib.suppress(HTTPException):
+                    await discard(receive)
             await answer_to(request, error)(scope, receive, send)
             return
         await self._app(scope, receive, send)

@@ -85,7 +85,7 @@ def add_handlers(app: FastAPI) -> None:
         )
         message = str(error.detail)
         if error.status_code == 404:
-            message = f"There is nothing at {request.method} {request.url.path[:200]}."
+            message = f"There is nothing at {request.method} {_path(request)[:200]}."
         body = envelope(error.status_code, message, None, code) if _openai(request) else {"detail": message}
         return _answer(error.status_code, body, dict(error.headers or {}))
 
@@ -94,7 +94,7 @@ def answer_to(request: Request, error: MechanexError) -> JSONResponse:
     """The answer that one of the library's errors is."""
     status, headers = status_of(error), {}
     if status >= 500:
-        _logger.error("%s %s: %s", request.method, request.url.path, error.message)
+        _logger.error("%s %s: %s", request.method, _path(request), error.message)
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, RateLimitError) and error.retry_after is not None:
@@ -109,7 +109,12 @@ def internal_answer(request: Request) -> JSONResponse:
 
 
 def _openai(request: Request) -> bool:
-    return request.url.path.startswith("/v1/")
+    return _path(request).startswith("/v1/")
+
+
+def _path(request: Request) -> str:
+    """As it came: ``request.url`` may have in it what the client calls the host."""
+    return str(request.scope["path"])
 
 
 def _answer(status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> JSONResponse:

@@ -44,6 +44,12 @@ class Jobs:
         return len(self._waiting)
 
     @property
+    def n_wanted(self) -> int:
+        """Those of them that somebody waits for."""
+        with self._changed:
+            return sum(not job.gone.is_set() for job in self._waiting)
+
+    @property
     def busy(self) -> bool:
         """Whether something waits or runs."""
         return bool(self._waiting) or self._running is not None

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, delete, func, insert, select
+from sqlalchemy import Connection, Table, delete, func, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from ..errors import NotFoundError, ValidationError
-from .database import Database
-from .schema import SHARED_ACCOUNT, behaviors, is_id, new_id, vectors
+from .database import Database, StorageError
+from .schema import SHARED_ACCOUNT, behaviors, is_id, new_id, users, vectors
 from .vector_files import VectorFiles
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Library:
         database: where the rows are.
         files: where the vectors are.
         clock: seconds since 1970.
-        most: vectors that one account may keep; the shared account has no bound.
+        most: vectors, and behaviors, that one account may keep; the shared account has no bound.
     """
 
     def __init__(self, database: Database, files: VectorFiles, clock: Callable[[], float], most: int) -> None:
@@ -84,7 +84,14 @@ class Library:
         Raises:
             StorageError: its file is missing or damaged.
         """
-        return self._files.load(vector_id) if self._owns(account_id, vector_id) else None
+        if not self._owns(account_id, vector_id):
+            return None
+        try:
+            return self._files.load(vector_id)
+        except StorageError:
+            if self._owns(account_id, vector_id):
+                raise
+            return None  # it was deleted just now
 
     def vectors(self, account_id: str | None) -> list[KeptVector]:
         """The account's vectors, oldest first."""
@@ -121,7 +128,7 @@ class Library:
     def check_room(self, account_id: str | None) -> None:
         """Raises a ValidationError where the account keeps as many vectors as it may."""
         with self._database.read() as connection:
-            self._check_room(connection, account_id)
+            self._check_room(connection, account_id, vectors)
 
     def add_behavior(
         self,
@@ -135,7 +142,7 @@ class Library:
 
         Raises:
             NotFoundError: the account has no such vector.
-            ValidationError: the account has a behavior of this name, or keeps as many vectors as it may.
+            ValidationError: the account has a behavior of this name, or keeps as many vectors or behaviors as it may.
             StorageError: the file or the database can't be written; nothing is kept then.
         """
         given = isinstance(vector, str)
@@ -149,6 +156,7 @@ class Library:
         made = Behavior(new_id(), name, description, vector_id, len(examples["prompts"]), self._clock())
         try:
             with self._database.write() as connection:
+                self._check_room(connection, account_id, behaviors)
                 if not given:
                     self._own(connection, account_id, vector_id)
                 connection.execute(
@@ -166,9 +174,11 @@ class Library:
         except BaseException as error:
             if not given:
                 self._files.remove(vector_id)
-            if isinstance(error, IntegrityError):
-                raise _taken(name) from error
-            raise
+            if not isinstance(error, IntegrityError):
+                raise
+            if given and not self._owns(account_id, vector_id):  # it was deleted just now
+                raise NotFoundError(f"no steering vector has the id {vector_id!r}.") from error
+            raise _taken(name) from error
         return made
 
     def check_name(self, account_id: str | None, name: str) -> None:
@@ -228,21 +238,27 @@ class Library:
             return connection.scalar(owned) is not None
 
     def _own(self, connection: Connection, account_id: str | None, vector_id: str) -> None:
-        self._check_room(connection, account_id)
+        self._check_room(connection, account_id, vectors)
         connection.execute(
             insert(vectors).values(
                 id=vector_id, user_id=account_id or SHARED_ACCOUNT, created_at=self._clock()
             )
         )
 
-    def _check_room(self, connection: Connection, account_id: str | None) -> None:
+    def _check_room(self, connection: Connection, account_id: str | None, table: Table) -> None:
         if account_id is None:
             return
-        kept = connection.scalar(select(func.count()).where(vectors.c.user_id == account_id)) or 0
+        # Holds off others that count for this account, where the database lets several write at once.
+        connection.execute(select(users.c.id).where(users.c.id == account_id).with_for_update())
+        kept = connection.scalar(select(func.count()).where(table.c.user_id == account_id)) or 0
         if kept >= self._most:
+            what, how = (
+                ("steering vectors", "DELETE /steering/vectors/{id}; GET /steering/vectors lists them")
+                if table is vectors
+                else ("behaviors", "DELETE /behaviors/{behavior_name}; GET /behaviors lists them")
+            )
             raise ValidationError(
-                f"this account keeps {kept} steering vectors, and may keep {self._most}: delete one with DELETE "
-                "/steering/vectors/{id}; GET /steering/vectors lists them."
+                f"this account keeps {kept} {what}, and may keep {self._most}: delete one with {how}."
             )
 
 

@@ -7,7 +7,6 @@ import socket
 import time
 from typing import Any
 
-import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import MechanexError
@@ -80,11 +79,15 @@ def bounded(most: int) -> type[asyncio.Protocol]:
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._owe_head()
-            if len(self.connections) > most:
+            if len(self.connections) <= most:
+                return
+            # One that was made to go is still among them until the event loop's next turn.
+            there = [
+                one for one in self.connections if isinstance(one, Bounded) and not one.transport.is_closing()
+            ]
+            if len(there) > most:
                 waits = {
-                    one: one.waits_since
-                    for one in self.connections
-                    if isinstance(one, Bounded) and one.waits_since is not None and one is not self
+                    one: one.waits_since for one in there if one.waits_since is not None and one is not self
                 }
                 longest = min(waits, key=lambda one: waits[one], default=self)
                 longest.transport.abort()
@@ -95,13 +98,13 @@ def bounded(most: int) -> type[asyncio.Protocol]:
             if self.cycle is not before:
                 self._settle()
                 self.waits_since = None
-            elif self._timer is None and self.conn.their_state is h11.IDLE:
-                self._owe_head()
+            elif self._timer is None and (self.cycle is None or self.cycle.response_complete):
+                self._owe_head()  # uvicorn's own timer of kept connections ends with the first byte
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            if self.conn.their_state is h11.IDLE:
-                self.waits_since = time.monotonic()  # uvicorn's own timer of kept connections runs
+            if self.cycle.response_complete:  # no other request was waiting
+                self.waits_since = time.monotonic()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._settle()

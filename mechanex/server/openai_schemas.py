@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
 from ..engine.positions import TokenSelector, check_tokens
-from .body_base import Body, Items, few_fields
+from .body_base import Body, Items, Part, few_fields
 
 __all__ = ["ChatBody", "CompletionBody", "GenerationBody", "SteeringItem"]
+
+T = TypeVar("T")
 
 _Id = Annotated[str, Field(min_length=1, max_length=256)]
 _Name = Annotated[str, Field(min_length=1, max_length=256)]
 _Place = Annotated[int, Field(ge=-(2**31), le=2**31)]
 _Strength = Annotated[float, Field(ge=-1e6, le=1e6)]
-_Text = Annotated[str, Field(min_length=1)]
+_Some = Annotated[Items[T], Field(max_length=4096)]
+_Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-class SteeringItem(Body):
+class SteeringItem(Part):
     """One vector among several of a request."""
 
     vector: _Id = Field(description="Id of a stored vector.")
@@ -47,7 +50,7 @@ class SteeringItem(Body):
         return tokens
 
 
-class StreamOptions(Body):
+class StreamOptions(Part):
     """What a stream has besides the answer."""
 
     include_usage: bool | None = None
@@ -63,7 +66,7 @@ class GenerationBody(Body):
     n: int | None = Field(default=1, ge=1, le=128)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stop: _Text | Annotated[Items[_Text], Field(max_length=16)] | None = None
+    stop: _Stop | Annotated[Items[_Stop], Field(max_length=16)] | None = None
     frequency_penalty: float | None = Field(default=0.0, ge=-2, le=2)
     presence_penalty: float | None = Field(default=0.0, ge=-2, le=2)
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], few_fields(1024)] | None = None
@@ -118,7 +121,7 @@ class GenerationBody(Body):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | Items[str] | Items[int] | Items[Items[int]] = Field(
+    prompt: str | _Some[str] | Items[int] | _Some[Items[int]] = Field(
         description="A text, several, token ids, or several lists of them."
     )
     max_tokens: int | None = Field(default=16, ge=0, le=2**31)
@@ -145,16 +148,16 @@ class CompletionBody(GenerationBody):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class _Part(Body):
+class _Part(Part):
     type: Literal["text"]
     text: str
 
 
-class Message(Body):
+class Message(Part):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Items[_Part] | None = None
+    content: str | Annotated[Items[_Part], Field(max_length=1024)] | None = None
     name: str | None = None
     # What an answer of ours or another server's has when it is sent back.
     refusal: None = None
@@ -177,7 +180,7 @@ class Message(Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class _TextFormat(Body):
+class _TextFormat(Part):
     type: Literal["text"]
 
 

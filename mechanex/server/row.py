@@ -43,6 +43,7 @@ class Row:
         self.prompt_key = _key_of(request)
         """Equal for rows whose prompts come to the same keys and values, edits included."""
         self.result: Result | None = None
+        self.ended = False  # whether its end was told
         self._ends = frozenset(ends)
         self._text = Continuation(tokenizer, self.ids, request.stops)
         self._logprobs: list[TokenLogprob] = []
@@ -56,6 +57,11 @@ class Row:
     def known(self) -> list[int]:
         """All of its tokens so far: what has to be read before the next one can be chosen."""
         return [*self.ids, *self.chosen]
+
+    @property
+    def n_known(self) -> int:
+        """How many these are."""
+        return len(self.ids) + len(self.chosen)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -107,8 +107,9 @@ class Scheduler:
     async def run(self, fn: Callable[[ModelAdapter], T], timeout: float | None) -> T:
         """Runs a function alone on the model; as :meth:`mechanex.server.engine.ServingEngine.run`."""
         worker = self._open()
-        if len(worker.jobs) >= _MOST_JOBS:
-            raise self._full(len(worker.jobs))
+        waiting = worker.jobs.n_wanted
+        if waiting >= _MOST_JOBS:
+            raise self._full(waiting)
         job = worker.jobs.add(fn)
         future: concurrent.futures.Future[T] = job.future
         try:

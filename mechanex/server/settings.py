@@ -41,7 +41,7 @@ class Settings:
         max_choices: most answers that one request may ask for (prompts times ``n``).
         max_examples: most contrastive examples that one vector is computed from at a client's wish.
         max_example_layers: most layers that it may have.
-        max_vectors: most steering vectors that one account may keep.
+        max_vectors: most steering vectors, and most behaviors, that one account may keep.
         request_timeout: seconds from a request's arrival to its last token.
         shutdown_grace: seconds that running answers get to finish after SIGTERM.
         cors_origins: origins that browsers may call from; empty for none.

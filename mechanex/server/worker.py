@@ -128,7 +128,12 @@ class Worker:
             if not rows:
                 return False
             self._steps_since_pick = 0
-            self._reading = self._batch.read(rows)
+            try:
+                self._reading = self._batch.read(rows)
+            except Exception as error:
+                for row in rows:
+                    self._end(row, _model_error(error))
+                return False
         return self._guarded("prefill", self._read_on)
 
     def _read_on(self) -> None:
@@ -168,8 +173,9 @@ class Worker:
         except Exception as error:
             rows, self._batch = self._batch.rows, self._replaced()
             for row in rows:
-                if row.result is None:
-                    self._end(row, _model_error(error))
+                if not row.ended:  # a stream may lack its last piece
+                    whole = None if row.request.stream else row.result
+                    self._end(row, whole or _model_error(error))
         self._metrics.model_seconds.labels(kind).inc(time.perf_counter() - begun)
         steered = self._batch.steering.seconds
         self._metrics.steering_seconds.inc(max(steered - self._steered, 0.0))
@@ -215,6 +221,7 @@ class Worker:
         self._metrics.completion_tokens.inc(chosen)
 
     def _end(self, row: Row, end: Result | MechanexError) -> None:
+        row.ended = True
         reason = end.finish_reason if isinstance(end, Result) else "error"
         self._metrics.answers.labels("cancelled" if row.generation.cancelled else reason).inc()
         self._outbox.append((row.generation, end))
@@ -239,6 +246,7 @@ class Worker:
     def _take_turn(self) -> None:
         """Decodes for as long as the work that pauses now had the model; ends work that nobody waits for."""
         taken = time.perf_counter() - self._resumed
+        self._resumed += taken
         self._metrics.model_seconds.labels("other").inc(taken)
         if self.closing or not self.jobs.wanted:
             raise APIError("Nobody waits for this work any more.", 503)
