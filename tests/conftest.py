@@ -23,9 +23,12 @@ for _name in (
 
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
 
-import postgres_server  # noqa: E402
 import pytest  # noqa: E402
+
+if TYPE_CHECKING:
+    from postgres_server import Postgres
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -66,8 +69,10 @@ def mechanex_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def postgresql() -> Iterator[postgres_server.Postgres]:
+def postgresql() -> Iterator[Postgres]:
     """A PostgreSQL server; the test is skipped where there is no program for it."""
+    import postgres_server
+
     if postgres_server.find_programs() is None:
         pytest.skip("PostgreSQL is not installed")
     with postgres_server.postgres() as running:
@@ -79,7 +84,7 @@ def database(request: pytest.FixtureRequest) -> str | None:
     """The URL of an empty database for accounts; None for SQLite in its usual place."""
     if request.param == "sqlite":
         return None
-    server: postgres_server.Postgres = request.getfixturevalue("postgresql")
+    server: Postgres = request.getfixturevalue("postgresql")
     return server.new_database()
 
 
