@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -434,6 +435,23 @@ async def _until(condition: Callable[[], bool], seconds: float = 10) -> None:
             return
         await asyncio.sleep(0.005)
     raise AssertionError("it did not come to that")
+
+
+def test_tokens_that_a_model_rules_out_are_no_error(tiny: Any) -> None:
+    ids = ids_of(tiny.tokenizer, PROMPTS[0])
+
+    def rule_out(module: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(-1, torch.tensor([ids[2]]), -torch.inf)
+
+    handle = tiny.model.lm_head.register_forward_hook(rule_out)
+    try:
+        (found,) = run(tiny, [Request(ids, 3, logprobs=1, prompt_logprobs=True)])
+    finally:
+        handle.remove()
+    second = found.prompt_logprobs[2]
+    assert second is not None and second.logprob == -math.inf
+    assert all(one is None or math.isfinite(one.logprob) for one in found.prompt_logprobs[3:])
+    assert found.completion_tokens == 3
 
 
 @pytest.mark.parametrize("where", ["build", "join", "step"])

@@ -227,6 +227,13 @@ def test_deleted_vectors_are_gone_for_good(client: Mechanex) -> None:
             one.steering.delete_vectors(vector_id)
 
 
+def test_vectors_whose_file_cant_be_deleted_stay(client: Mechanex, mechanex_home: Path) -> None:
+    (mechanex_home / "vectors" / "stuck.safetensors").mkdir(parents=True)  # what unlink refuses, for root too
+    with pytest.raises(MechanexError, match=r"stuck\.safetensors can't be deleted"):
+        client.steering.delete_vectors("stuck")
+    assert client.has_vector("stuck")
+
+
 def test_files_and_ids_need_no_model_but_computing_does(tmp_path: Path) -> None:
     client = Mechanex()
     client.steering.save_vectors({1: torch.ones(2)}, str(tmp_path / "v.json"))

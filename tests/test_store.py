@@ -386,6 +386,9 @@ def test_an_unreadable_vector_file_is_an_error_with_a_reason(
         again.vector(None, vector_id)
     assert error.value.status_code == 500 and str(mechanex_home) not in str(error.value)
     assert again.vector(None, whole) == VECTOR
+    again.library.delete_vector(None, vector_id)  # also where its file can't go
+    assert [kept.id for kept in again.library.vectors(None)] == [whole]
+    assert again.vector(None, vector_id) is None
     again.close()
 
 

@@ -15,7 +15,7 @@ _pause: ContextVar[Callable[[], None] | None] = ContextVar("mechanex_pause", def
 def pausing(fn: Callable[[], None]) -> Iterator[None]:
     """Has the work inside the block call ``fn`` between its passes, in its own thread.
 
-    Then nothing of the work's own is attached to the model. What ``fn`` raises ends the work.
+    Then no edit of the work's own is on the model. What ``fn`` raises ends the work.
     """
     token = _pause.set(fn)
     try:

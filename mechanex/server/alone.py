@@ -13,7 +13,7 @@ from ..engine.models.adapter import ModelAdapter
 from ..errors import MechanexError
 from .batch import Outcome
 from .row import Row
-from .sampler import choose, logprobs_of, not_finite
+from .sampler import are_sound, choose, logprobs_of, not_finite
 
 __all__ = ["answer"]
 
@@ -39,7 +39,7 @@ def answer(
         if row.request.prompt_logprobs:
             following = row.ids[1:]
             logits = adapter.call(input_ids=ids).logits[0, :-1]
-            if not logits.isfinite().all():
+            if len(logits) and not are_sound(logits):
                 tell((row, not_finite(row)))
                 return
             row.prompt_logprobs = [

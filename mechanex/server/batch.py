@@ -15,7 +15,7 @@ from .cache import RollingCache, fresh_cache
 from .request import Step, TokenLogprob
 from .row import Row
 from .row_steering import RowSteering, Span
-from .sampler import choose, logprobs_of, not_finite
+from .sampler import are_sound, choose, logprobs_of, not_finite
 
 __all__ = ["Batch", "Outcome", "Reading"]
 
@@ -108,7 +108,7 @@ class Batch:
             keep=0 if whole else 1,
         )
         if whole:
-            reading.sound &= bool(logits.isfinite().all())
+            reading.sound &= are_sound(logits[0])
             self._note_prompt(reading.rows, logits[0], begin)
         reading.done, reading.logits = end, logits[:, -1]
         return end == reading.columns

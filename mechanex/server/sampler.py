@@ -12,7 +12,7 @@ from ..errors import MechanexError, ValidationError
 from .request import TokenLogprob
 from .row import Row
 
-__all__ = ["choose", "logprobs_of", "not_finite"]
+__all__ = ["are_sound", "choose", "logprobs_of", "not_finite"]
 
 
 def choose(rows: Sequence[Row], logits: Tensor) -> list[tuple[int, TokenLogprob | None] | MechanexError]:
@@ -52,6 +52,11 @@ def choose(rows: Sequence[Row], logits: Tensor) -> list[tuple[int, TokenLogprob 
         found = logprobs_of(logits[asked], [chosen[i] for i in asked], most)
         logprobs = dict(zip(asked, found, strict=True))
     return [(chosen[i], logprobs.get(i)) if sound[i] else not_finite(rows[i]) for i in range(len(rows))]
+
+
+def are_sound(logits: Tensor) -> bool:
+    """Whether logits [n, vocabulary] are numbers; single ones of minus infinity are, some models mask tokens so."""
+    return bool(logits.amax(-1).isfinite().all())
 
 
 def not_finite(row: Row) -> MechanexError:
