@@ -53,15 +53,22 @@ class Continuation:
         """Characters that were given out as pieces."""
         return self._given
 
-    def feed(self, token: int) -> None:
-        """Takes one more token; ``stopped`` tells whether a stop text has come."""
-        mark = self._marks.get(token)
+    def feed(self, token: int) -> int:
+        """Takes one more token; ``stopped`` tells whether a stop text has come.
+
+        Returns:
+            The place in the text where the token's own text begins.
+        """
+        mark, begin = self._marks.get(token), len(self.text)
         self._ids.append(token)
         # No character goes on behind a special token.
         self._advance(final=mark is not None)
-        if mark is not None and not self.stopped:
-            self._spans.append((len(self._marked), len(self._marked) + len(mark)))
-            self._add("", mark)
+        if mark is None or self.stopped:
+            return begin
+        begin = len(self.text)
+        self._spans.append((len(self._marked), len(self._marked) + len(mark)))
+        self._add("", mark)
+        return begin
 
     def piece(self) -> str:
         """The text since the last piece; an end that may be the start of a stop text is kept back."""
