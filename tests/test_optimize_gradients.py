@@ -243,3 +243,30 @@ def test_the_lower_layers_run_once_and_the_head_only_on_scored_rows():
     for handle in handles:
         handle.remove()
     assert calls[1] == 1 and calls[3] >= 5 and heads == []
+
+
+@pytest.mark.parametrize("starts", [(2,), (1, 3)])
+def test_kept_residuals_have_a_bound_in_bytes_and_packs_beyond_it_give_the_same(starts):
+    model = build("llama")
+    adapter_for(model).findings.clear()
+    datapoints = [TrainingDatapoint("A woman sang " * n, dst_completions=[" calm."]) for n in (1, 4, 7)]
+    jobs = [Job(model, datapoints, n, Settings(seed=0, batch_tokens=64), TOKENIZER) for n in starts]
+    lay_out(jobs)
+    layers = sorted({n for job in jobs for n in job.layers})
+
+    def run(most_bytes):
+        with (
+            undisturbed(model),
+            Passes(jobs[0].adapter, layers, list(starts), 64, most_bytes=most_bytes) as passes,
+        ):
+            found = [passes.run([job.request(job.start(), plain_sum)])[0] for job in jobs]
+            return passes.kept_bytes, found
+
+    whole, free = run(None)
+    assert whole > 0
+    for most in (0, whole // 2):
+        kept, bounded = run(most)
+        assert kept <= most and (kept > 0) == (most > 0)
+        for ours, truth in zip(bounded, free, strict=True):
+            assert ours.losses == pytest.approx(truth.losses, rel=1e-5)
+            torch.testing.assert_close(ours.gradient, truth.gradient, rtol=1e-4, atol=1e-6)
