@@ -131,7 +131,9 @@ class ModelAdapter(ABC):
         return True
 
     def layer_index(self, layer: int) -> int:
-        """The layer as 0 … n_layers - 1; negatives count from the end.
+        """The layer as 0 … n_layers; negatives count back from the last block, so -1 is n_layers - 1.
+
+        Layer n_layers is the stream that leaves the last block, before the final norm.
 
         Raises:
             ValidationError: there is no such layer.
@@ -143,12 +145,28 @@ class ModelAdapter(ABC):
         if index is None or isinstance(layer, bool):
             raise ValidationError(f"A layer is an int; got {layer!r}.")
         layer = index
-        if not -self.n_layers <= layer < self.n_layers:
+        if not -self.n_layers <= layer <= self.n_layers:
             raise ValidationError(
                 f"Layer {layer} does not exist: {self.model_id} has {self.n_layers} layers, "
-                f"0 to {self.n_layers - 1} (negatives count from the end)."
+                f"0 to {self.n_layers - 1} (negatives count from the end), and {self.n_layers} for the stream "
+                "that leaves the last one."
             )
-        return layer % self.n_layers
+        return layer if layer >= 0 else layer + self.n_layers
+
+    def check_stream(self, hidden: object) -> None:
+        """Refuses what blocks pass on if it isn't one residual stream [B, T, d_model].
+
+        Raises:
+            ValidationError: several streams side by side, or another width.
+        """
+        if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[-1] == self.d_model:
+            return
+        got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise ValidationError(
+            f"The blocks of {self.model_id} pass on {got}, and steering needs one residual stream "
+            f"[batch, tokens, {self.d_model}]. A model that keeps several streams side by side (AltUp, "
+            "hyper-connections) can be run and scored, but not read or edited at its layers."
+        )
 
     def check_token_ids(self, ids: Iterable[int]) -> None:
         """Raises a ValidationError for a token id that is outside the model's vocabulary."""
@@ -161,9 +179,20 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def on_residual(self, layer: int, fn: ResidualHook) -> Any:
-        """Calls ``fn`` with the residual stream [B, T, d_model] entering block ``layer`` on every pass.
+        """Calls ``fn`` with the residual stream [B, T, d_model] of a layer on every pass.
 
         A tensor that ``fn`` returns takes its place; None leaves it. Returns a handle with ``remove()``.
+
+        Args:
+            layer: the block that the stream enters; n_layers for the stream that leaves the last block.
+            fn: never called for a model that has more than one stream, which is a ValidationError.
+        """
+
+    @abstractmethod
+    def on_block(self, layer: int, hook: Callable[..., Any], *, with_kwargs: bool) -> Any:
+        """Registers a forward pre-hook on block ``layer``; returns a handle with ``remove()``.
+
+        At layer n_layers the hook is called with the stream that leaves the last block as the only argument.
         """
 
     @property

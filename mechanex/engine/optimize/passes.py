@@ -93,7 +93,7 @@ class Passes:
         self, adapter: ModelAdapter, layers: Sequence[int], starts: Sequence[int], batch_tokens: int
     ) -> None:
         self.adapter = adapter
-        self.starts = sorted(set(starts))
+        self.starts = sorted({min(start, adapter.n_layers - 1) for start in starts})
         self._layers, self._batch_tokens = sorted(set(layers)), batch_tokens
         self._replays: dict[StepPack, Replay] = {}
         self._stacks: dict[Any, Stack] = {}
