@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import prefers_torch
+from ..engine.given import as_vector
 from ..engine.hooks import Handle, recompiling, selected
 from ..engine.intervention import Edit, EditTable, compute_dtype
 from ..engine.models import ModelAdapter, adapter_for
@@ -106,8 +107,7 @@ def make_abl_mat(v: Tensor) -> Tensor:
     Raises:
         ValueError: v is zero, not finite, or not one vector.
     """
-    if v.ndim != 1:
-        raise ValidationError(f"v must be one vector of shape [d_model]; got shape {list(v.shape)}.")
+    v = as_vector("v", v)
     wide = v.to(compute_dtype(v.dtype))
     square = wide @ wide
     if not bool(torch.isfinite(square)) or bool(square == 0):

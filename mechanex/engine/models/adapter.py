@@ -115,6 +115,12 @@ class ModelAdapter(ABC):
         config: Any = self.hf_model.config
         return config.get_text_config() if hasattr(config, "get_text_config") else config
 
+    @property
+    def family(self) -> str | None:
+        """The architecture, as its configuration names it: checkpoints of one family have the same layers in kind."""
+        family = getattr(self.config, "model_type", None)
+        return family if isinstance(family, str) and family else None
+
     def _reference_weight(self) -> Tensor:
         embeddings = self._part("get_input_embeddings")
         weights = list((self.hf_model if embeddings is None else embeddings).parameters())
