@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import ValidationError
 from ..positions import PositionTracker, read_call
+from .offload import is_absent, where_it_runs
 
 __all__ = ["Handles", "ModelAdapter", "ResidualHook", "Unembedding", "exclusive", "undisturbed"]
 
@@ -101,8 +102,9 @@ class ModelAdapter(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the device of the embedding weights."""
-        return self._reference_weight().device
+        """Where token ids go: the device of the embedding weights, or the one that offloaded weights are brought to."""
+        weight = self._reference_weight()
+        return where_it_runs(self.hf_model, self.model_id) if is_absent(weight) else weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -296,15 +298,21 @@ def undisturbed(model: nn.Module, *, freeze: bool = True) -> Iterator[None]:
         freeze: False leaves the weights' ``requires_grad`` as it is.
     """
     training = [m for m in model.modules() if m.training]
-    trainable = [p for p in model.parameters() if freeze and p.requires_grad]
+    # By name: offloaded weights are other objects after a call.
+    trainable = [
+        (module, name)
+        for module in (model.modules() if freeze else ())
+        for name, p in module.named_parameters(recurse=False)
+        if p.requires_grad
+    ]
     try:
         for module in training:
             module.training = False
-        for parameter in trainable:
-            parameter.requires_grad_(False)
+        for module, name in trainable:
+            getattr(module, name).requires_grad_(False)
         yield
     finally:
         for module in training:
             module.training = True
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for module, name in trainable:
+            getattr(module, name).requires_grad_(True)
