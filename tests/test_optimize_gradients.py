@@ -53,6 +53,8 @@ CASES = {
     "prompt only": (PLAIN, 1, {"only_hook_prompt": True}),
     "prompt only, masked": (MASKED, 1, {"only_hook_prompt": True, "affine_rank": 1}),
     "negative": (NEGATIVE, 2, {}),
+    "leaving the last block": (MASKED, 4, {"affine_rank": 1}),
+    "everywhere, clamp": (PLAIN, [0, 1, 2, 3, 4], {"vector_clamp": 0.8}),
     "negative, affine": (NEGATIVE, 2, {"affine_rank": 2}),
 }
 

@@ -145,7 +145,7 @@ def visit_residuals(
     Args:
         adapter: the model; steering that is applied to it is seen.
         pack: what to run.
-        visitors: layer (0 to n_layers - 1) to function; what it returns is ignored.
+        visitors: layer (0 to n_layers) to function; what it returns is ignored.
     """
     _until(adapter, visitors, lambda: _call(adapter, pack))
 
@@ -253,18 +253,20 @@ class Resumed:
     Args:
         adapter: the model.
         pack: what to run.
-        layer: lowest layer that will be edited, 0 to n_layers - 1.
-        also: higher layers whose residual is kept too.
+        layer: lowest layer that will be edited, 0 to n_layers; n_layers is edited where the last block, which is run
+            again, gives its output.
+        also: higher layers up to n_layers - 1 whose residual is kept too.
 
     Attributes:
-        residual: [B, T, d_model] entering ``layer``, without gradient; None when the model is run whole.
-        residuals: the same by layer, for ``layer`` and ``also``.
-        arguments: what each layer from ``layer`` up was called with, beside the residual.
+        residual: [B, T, d_model] entering ``layer`` or the last block, without gradient; None when the model is run
+            whole.
+        residuals: the same by layer, for that one and ``also``.
+        arguments: what each layer from there up was called with, beside the residual.
     """
 
     def __init__(self, adapter: ModelAdapter, pack: Pack, layer: int, also: Sequence[int] = ()) -> None:
-        self._adapter, self._pack, self._layer = adapter, pack, layer
-        self._keep = {layer, *also}
+        self._adapter, self._pack, self._layer = adapter, pack, min(layer, adapter.n_layers - 1)
+        self._keep = {self._layer, *also}
         self.residuals: dict[int, Tensor] = {}
         self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         if selfcheck.replay_agrees(adapter):
@@ -272,7 +274,7 @@ class Resumed:
 
     @property
     def residual(self) -> Tensor | None:
-        """[B, T, d_model] entering ``layer``, without gradient; None when the model is run whole."""
+        """[B, T, d_model] that :meth:`scored` begins with, without gradient; None when the model is run whole."""
         return self.residuals.get(self._layer)
 
     def _record(self) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import ValidationError
 from ..ops.steer import steer
+from .given import as_vector
 
 __all__ = ["Edit", "EditTable", "compute_dtype"]
 
@@ -18,9 +19,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _vector(v: Tensor, name: str) -> Tensor:
-    if v.ndim != 1 or v.numel() == 0:
-        raise ValidationError(f"{name} must be one vector of shape [d_model]; got shape {list(v.shape)}.")
+def _vector(given: object, name: str) -> Tensor:
+    v = as_vector(name, given)
     return v if v.dtype in (torch.float32, torch.float64) else v.float()
 
 

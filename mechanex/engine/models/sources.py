@@ -13,7 +13,9 @@ from .aliases import hub_name
 from .bundled import bundled_names, bundled_path
 from .packaged import PACKAGED, packaged_path
 
-__all__ = ["Source", "explain", "find_source"]
+__all__ = ["ADAPTER_CONFIG", "Source", "explain", "find_source"]
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -75,7 +77,8 @@ def _check_folder(path: Path) -> None:
             f"{path} is a file; a model is loaded from a folder with config.json, weights and tokenizer. "
             f"Give the folder (for a GGUF file: the folder, and gguf_file={path.name!r})."
         )
-    if not (path / "config.json").exists() and not any(path.glob("*.gguf")):
+    known = (path / name for name in ("config.json", ADAPTER_CONFIG))
+    if not any(file.exists() for file in known) and not any(path.glob("*.gguf")):
         raise ValidationError(
             f"The folder {path} holds no config.json, so it isn't a saved model. "
             "Write one with model.save_pretrained(folder) and tokenizer.save_pretrained(folder)."
@@ -112,7 +115,7 @@ def explain(error: Exception, source: Source, part: str) -> MechanexError:
     Args:
         error: what was raised.
         source: what was being read.
-        part: "configuration", "weights" or "tokenizer".
+        part: "configuration", "weights", "adapter" or "tokenizer".
     """
     text, names = str(error), _chain(error)
     first = text.strip().split("\n")[0]

@@ -110,7 +110,7 @@ class Passes:
         self.adapter = adapter
         self._most_bytes = total_bytes(adapter.device) // 4 if most_bytes is None else most_bytes
         self.kept_bytes = 0
-        self.starts = sorted(set(starts))
+        self.starts = sorted({min(start, adapter.n_layers - 1) for start in starts})
         self._layers, self._batch_tokens = sorted(set(layers)), batch_tokens
         self._replays: dict[StepPack, Replay] = {}
         self._stacks: dict[Any, Stack] = {}

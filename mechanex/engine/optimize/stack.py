@@ -77,7 +77,7 @@ class Stack:
         self, replay: Replay, rows: Tensor | None
     ) -> list[tuple[Any, Tensor | None, Any, PackPositions]]:
         """For every layer the block, what joins there, the block's other arguments, and the tokens' positions."""
-        starts = [layers[0] for layers in self._members]
+        starts = [self._start(layers) for layers in self._members]
         chosen = None if rows is None else replay.rows(rows)
         blocks, plan = self._passes.adapter.layers, []
         n, positions = 0, self.step_pack.pack.positions
@@ -96,6 +96,10 @@ class Stack:
             plan.append((blocks[layer], fresh, arguments, positions))
         return plan
 
+    def _start(self, layers: tuple[int, ...]) -> int:
+        """The block that a job's copies join at; edits of what leaves the last block need that block's run."""
+        return min(layers[0], self._passes.adapter.n_layers - 1)
+
     def _slots(self, layer: int, replayed: bool) -> Tensor | None:
         """The edit of every token of the copies that are there at a layer; None if one edit serves all of them."""
         base = self.step_pack.slots
@@ -103,7 +107,7 @@ class Stack:
             return None
         copies = []
         for q, layers in enumerate(self._members):
-            if layers[0] > layer and replayed:
+            if self._start(layers) > layer and replayed:
                 continue
             edits = layer in layers
             copies.append(
@@ -128,7 +132,7 @@ class Stack:
     def residual(self, table: Table | None, layer: int) -> Tensor:
         """[J·B, T, d_model] entering a layer that is above the lowest edited one."""
         if self._segments is not None:
-            return self._replayed(table, layer - self._members[0][0])
+            return self._replayed(table, layer - self._start(self._members[0]))
         seen: list[Tensor] = []
         self._passes.running = None if table is None else Running(self._rows, table)
         try:
