@@ -47,7 +47,7 @@ class Request:
         theta: [n].
         objective: what the gradient is of; None for the losses alone.
         noise: [K, d] added to the effect of each slot, or None.
-        apart: gradients by slot, [K, n], instead of their sum.
+        by_effect: the gradient by the effect of each slot, [K, d], where noise would be added, instead of by θ.
         prompts: the datapoints whose completions are wanted, None for all.
     """
 
@@ -58,7 +58,7 @@ class Request:
     theta: Tensor
     objective: Objective | None = None
     noise: Tensor | None = None
-    apart: bool = False
+    by_effect: bool = False
     prompts: tuple[int, ...] | None = None
 
     @property
@@ -74,7 +74,7 @@ class Evaluation:
 
     Attributes:
         losses: of all completions in order; NaN for those that weren't asked for.
-        gradient: [n] or [K, n], None unless asked for.
+        gradient: [n] by θ or [K, d] by the slots' effects, None unless asked for.
         finite: whether losses and gradient hold neither NaN nor infinities.
     """
 
@@ -193,20 +193,10 @@ class Passes:
     def _together(self, requests: list[Request]) -> list[Evaluation]:
         """One company's answers; its requests in the order of their lowest layers."""
         first = requests[0]
-        layout, learning = first.layout, first.objective is not None
+        learning = first.objective is not None
         with torch.set_grad_enabled(learning):
-            thetas = [
-                (r.theta.repeat(len(layout.signs), 1) if r.apart else r.theta)
-                .detach()
-                .requires_grad_(learning)
-                for r in requests
-            ]
-            made = _joined(
-                [
-                    r.parameters.table(theta, layout.signs, r.noise)
-                    for r, theta in zip(requests, thetas, strict=True)
-                ]
-            )
+            leaves, tables = zip(*(_leaf_and_table(r, learning) for r in requests), strict=True)
+            made = _joined(list(tables))
         table = tuple(t.detach().requires_grad_(learning) for t in made)
         sums: list[Tensor] = []
         found: list[tuple[Tensor, Tensor]] = []
@@ -223,8 +213,12 @@ class Passes:
                 ]
                 grads = torch.autograd.grad(losses, table, torch.stack(slopes))
                 sums = [a + b for a, b in zip(sums, grads, strict=True)] if sums else list(grads)
-        gradients = list(torch.autograd.grad(made, thetas, sums)) if learning else []
-        return _answers(requests, found, gradients)
+        if not learning:
+            return _answers(requests, found, [])
+        # Where gradients are by effects alone, no more than the biases depend on them.
+        depending = [(t, s) for t, s in zip(made, sums, strict=True) if t.requires_grad]
+        gradients = torch.autograd.grad([t for t, _ in depending], leaves, [s for _, s in depending])
+        return _answers(requests, found, list(gradients))
 
     def _stacks_for(self, requests: list[Request]) -> list[Stack]:
         """The requests' copies of every pack that is wanted."""
@@ -244,6 +238,17 @@ class Passes:
                 self._stacks[key] = Stack(self, step_pack, members, n_slots, replay, capture=few)
             stacks.append(self._stacks[key])
         return stacks
+
+
+def _leaf_and_table(request: Request, learning: bool) -> tuple[Tensor, Table]:
+    """What a request's gradient is taken by, and the edits that are made of it."""
+    theta, noise, signs = request.theta.detach(), request.noise, request.layout.signs
+    if request.by_effect:
+        drawn = theta.new_zeros(len(signs), request.parameters.width) if noise is None else noise.detach()
+        leaf = noise = drawn.requires_grad_(learning)
+    else:
+        leaf = theta.requires_grad_(learning)
+    return leaf, request.parameters.table(theta, signs, noise)
 
 
 def _joined(tables: list[Table]) -> Table:
