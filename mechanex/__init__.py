@@ -31,6 +31,7 @@ _SUBMODULES = frozenset(
     }
 )
 _NAMES = {
+    "Chat": "engine.chat",
     "Mechanex": "client",
     "SteeringVector": "engine.vectors",
     "APIError": "errors",
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
         utils,
     )
     from .client import Mechanex
+    from .engine.chat import Chat
     from .engine.vectors import SteeringVector
     from .errors import (
         APIError,
@@ -127,6 +129,7 @@ else:
 __all__ = [
     "APIError",
     "AuthenticationError",
+    "Chat",
     "Mechanex",
     "MechanexError",
     "NotFoundError",

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from .base import _BaseModule, default_attribute
+from .engine.chat import continued
 from .errors import NotFoundError, ValidationError
 from .remote.answers import field
 from .remote.bodies import list_of, plain_whole
@@ -51,6 +52,7 @@ class GenerationModule(_BaseModule):
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stream: Literal[False] = False,
+        continue_final_message: bool = False,
     ) -> str: ...
 
     @overload
@@ -70,6 +72,7 @@ class GenerationModule(_BaseModule):
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stream: Literal[True],
+        continue_final_message: bool = False,
     ) -> Iterator[str]: ...
 
     def generate(
@@ -88,6 +91,7 @@ class GenerationModule(_BaseModule):
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stream: bool = False,
+        continue_final_message: bool = False,
     ) -> str | Iterator[str]:
         """Runs a standard generation, on the server or on the local model as the execution mode says.
 
@@ -105,9 +109,11 @@ class GenerationModule(_BaseModule):
             typical_p: for ``typical``: total probability of the tokens that stay, in (0, 1].
             temperature: divides the logits before drawing, above 0.
             seed: makes the draws repeatable; torch's global random state is left alone.
-            stop: a text or texts that end the continuation and are cut off.
+            stop: a text or texts that end the continuation and are cut off; special tokens, such as
+                ``<|im_end|>``, too.
             stream: give an iterator of text; its first piece is the prompt, and joined they are the whole
                 result. A server's text comes in one piece.
+            continue_final_message: go on with a chat's last message instead of answering it.
 
         Returns:
             The prompt followed by its continuation.
@@ -127,6 +133,8 @@ class GenerationModule(_BaseModule):
                 "{layer: tensor}, a SteeringVector or a path), or leave the strength at 0."
             )
 
+        if continue_final_message:
+            prompt = continued(prompt)
         if stop is not None and not isinstance(stop, str):
             stop = list_of("stop", stop, "texts")
 
