@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ValidationError
+from ..findings import Findings
 from ..positions import PositionTracker, read_call
+from ..regimes import each_alone
 from .offload import is_absent, where_it_runs
 
 __all__ = ["Handles", "ModelAdapter", "ResidualHook", "Unembedding", "exclusive", "undisturbed"]
@@ -88,7 +90,7 @@ class ModelAdapter(ABC):
     tokenizer: Any
     model_id: str
     d_model: int
-    findings: dict[str, Any]
+    findings: Findings
     _following: _Following | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -291,7 +293,7 @@ def exclusive(adapter: ModelAdapter) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module, *, freeze: bool = True) -> Iterator[None]:
-    """Runs a block with the model in eval mode and without weight gradients; everything is put back afterwards.
+    """Runs a block in eval mode, without weight gradients, with every row as it is alone; then all is put back.
 
     Args:
         model: a module.
@@ -310,7 +312,8 @@ def undisturbed(model: nn.Module, *, freeze: bool = True) -> Iterator[None]:
             module.training = False
         for module, name in trainable:
             getattr(module, name).requires_grad_(False)
-        yield
+        with each_alone(model):
+            yield
     finally:
         for module in training:
             module.training = True

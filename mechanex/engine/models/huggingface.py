@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import ValidationError
+from ..findings import Findings
 from .adapter import ModelAdapter, ResidualHook, Unembedding
 
 __all__ = ["HuggingFaceAdapter", "find_layers", "hidden_argument"]
@@ -142,7 +143,7 @@ class HuggingFaceAdapter(ModelAdapter):
 
     def __init__(self, model: nn.Module, *, layers: str | None = None) -> None:
         self.model = self.hf_model = model
-        self.findings = {}
+        self.findings = Findings(self)
         self._locate(layers)
         self.tokenizer = getattr(model, "tokenizer", None)
 
