@@ -55,9 +55,10 @@ class Continuation:
 
     def feed(self, token: int) -> None:
         """Takes one more token; ``stopped`` tells whether a stop text has come."""
-        self._ids.append(token)
-        self._advance(final=False)
         mark = self._marks.get(token)
+        self._ids.append(token)
+        # No character goes on behind a special token.
+        self._advance(final=mark is not None)
         if mark is not None and not self.stopped:
             self._spans.append((len(self._marked), len(self._marked) + len(mark)))
             self._add("", mark)
