@@ -11,6 +11,7 @@ from mechanex.engine.caa import caa_vectors
 from mechanex.engine.generate import generate
 from mechanex.engine.models import adapter_for
 from mechanex.engine.score import completion_logprobs
+from mechanex.engine.selfcheck import unembedding_agrees
 from mechanex.utils.steering_opt import TrainingDatapoint, optimize_vector
 
 accelerate = pytest.importorskip("accelerate")
@@ -51,6 +52,12 @@ def test_offloaded_weights_give_what_weights_in_memory_give(offloaded):
         for m in (offloaded, plain)
     )
     torch.testing.assert_close(ours, truth, **CLOSE)
+
+
+def test_the_unembedding_is_not_computed_from_weights_that_are_not_there(offloaded):
+    adapter = adapter_for(offloaded)
+    assert not adapter.unembeds and adapter_for(build("llama")).unembeds
+    assert not unembedding_agrees(adapter)
 
 
 def test_flags_are_put_back_on_weights_that_are_other_objects_after_a_call(offloaded):

@@ -14,6 +14,8 @@ from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
 from mechanex.engine.score import completion_logprobs
+from mechanex.server.request import Steer
+from mechanex.server.row_steering import RowSteering, Span
 from mechanex.utils.steering_opt import (
     TrainingDatapoint,
     hf_hooks_contextmanager,
@@ -131,6 +133,17 @@ def test_other_directions_are_read_at_layer_n():
     for row, (i, cut) in enumerate(zip(ids, cuts, strict=True)):
         truth, _ = before_the_norm(model, ids=torch.tensor([i]))
         torch.testing.assert_close(means[row].float(), truth[0, cut:].mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_a_server_are_steered_at_layer_n_each_its_own_way():
+    model, v = build("llama"), vector(4)
+    _, shifted = before_the_norm(model, shift=v)
+    steering = RowSteering(adapter_for(model))
+    steered, plain = (Steer(N_LAYERS, Edit.add(v)),), ()
+    steering.prepare([Span(plain, 7, 0), Span(steered, 7, 0)], 7)
+    found = logits_of(model)
+    steering.detach()
+    torch.testing.assert_close(found, torch.stack([logits_of(model)[0], shifted[1]]), rtol=1e-5, atol=1e-5)
 
 
 # Several streams side by side

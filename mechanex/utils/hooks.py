@@ -75,7 +75,8 @@ def _one_stream(adapter: ModelAdapter) -> Callable[..., None]:
     """A pre-hook that refuses a block's call that holds more than one residual stream."""
 
     def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        adapter.check_stream(hidden_argument(args, kwargs))
+        if args or "hidden_states" in kwargs:
+            adapter.check_stream(hidden_argument(args, kwargs))
 
     return check
 

@@ -215,6 +215,15 @@ class ModelAdapter(ABC):
     def head(self) -> nn.Module | None:
         """The module whose input is the final, normed hidden state; None when the model has no language head."""
 
+    @property
+    def unembeds(self) -> bool:
+        """Whether the unembedding's weights are there between calls, so that it can be computed outside of the model.
+
+        torch multiplies by weights without numbers, and gives whatever the memory held.
+        """
+        head = self.head
+        return head is not None and not any(is_absent(weight) for weight in head.parameters())
+
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:
         """The final norm, and whatever else stands between the last block and the unembedding."""
