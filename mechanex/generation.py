@@ -14,16 +14,14 @@ from .base import _BaseModule, default_attribute
 from .engine.chat import continued
 from .errors import NotFoundError, ValidationError
 from .remote.answers import field
-from .remote.bodies import list_of
+from .remote.bodies import list_of, plain_whole
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from .engine.models.resolve import LoadedModel
     from .engine.text import Prompt
     from .engine.vectors import SteeringVector
 
-    VectorSource = str | os.PathLike[str] | Mapping[int, Tensor] | SteeringVector
+    VectorSource = str | os.PathLike[str] | Mapping[int, Any] | SteeringVector
 
 __all__ = ["GenerationModule"]
 
@@ -151,7 +149,7 @@ class GenerationModule(_BaseModule):
                 "steering_strength": steering_strength,
             }
             optional = {
-                "seed": seed,
+                "seed": plain_whole(seed),
                 "temperature": None if temperature == _TEMPERATURE else temperature,
                 "min_p": None if min_p == _MIN_P else min_p,
                 "stop": stop,

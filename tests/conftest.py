@@ -31,8 +31,12 @@ if TYPE_CHECKING:
     from postgres_server import Postgres
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` run only where CUDA does."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` run only where CUDA does, those marked ``real`` only by ``make test-real``."""
+    if "MECHANEX_REAL_HOME" not in os.environ:
+        real = [item for item in items if item.get_closest_marker("real")]
+        config.hook.pytest_deselected(items=real)
+        items[:] = [item for item in items if not item.get_closest_marker("real")]
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch

@@ -48,7 +48,7 @@ def test_prompts_that_outgrow_an_attention_window(name):
         found = most_likely_completions(model, prompt, src, TOKENIZER, k=3, iters=4)
         expected = [true_scores(model, ids, prompt, src) for ids in found.token_ids]
         np.testing.assert_allclose(found.scores, expected, **ROUNDING)
-    assert adapter_for(model).findings["beam form beyond the window"] == "together"
+    assert adapter_for(model).findings["beam form beyond 8 tokens"] == "together"
 
 
 # Models that can't do it in the usual way

@@ -99,6 +99,7 @@ _REGISTRY = {
             (),
             {
                 "steer": Kernel(reference.steer),
+                "steer_many": Kernel(reference.steer_many),
                 "completion_logprob": Kernel(
                     reference.completion_logprob, gradients=reference.completion_logprob_gradients
                 ),
@@ -110,6 +111,7 @@ _REGISTRY = {
             (),
             {
                 "steer": Kernel(eager.steer),
+                "steer_many": Kernel(eager.steer_many),
                 "completion_logprob": Kernel(
                     eager_logprob.OP.run,
                     gradients=eager_logprob.OP.gradients,

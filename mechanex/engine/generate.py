@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import ValidationError
 from .chat import continued
 from .detokenize import Continuation
+from .given import as_whole
 from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .sampling import Draw, Sampling
@@ -96,11 +97,11 @@ class Options(Sampling):
         super().__post_init__()
         if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
             raise ValidationError(f"max_tokens is a number of tokens, at least 1; got {self.max_tokens!r}.")
-        seed = self.seed
-        if seed is not None and (
-            isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63
-        ):
-            raise ValidationError(f"seed is a whole number from 0 to 2**63 - 1; got {seed!r}.")
+        if self.seed is not None:
+            seed = as_whole(self.seed)
+            if seed is None or not 0 <= seed < 2**63:
+                raise ValidationError(f"seed is a whole number from 0 to 2**63 - 1; got {self.seed!r}.")
+            object.__setattr__(self, "seed", seed)
         if not all(isinstance(text, str) and text for text in self.stops):
             raise ValidationError(
                 f"stop is a text or a list of texts, none of them empty; got {self.stop!r}."

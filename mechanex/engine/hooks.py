@@ -31,7 +31,8 @@ class Intervention:
     """One edit at one layer, and where it applies.
 
     Args:
-        layer: the block whose incoming residual stream is edited; negatives count from the end.
+        layer: the block whose incoming residual stream is edited; negatives count from the end. Layer n of an n-layer
+            model is the stream that leaves the last block, before the final norm.
         edit: what is done; its tensors are finite.
         tokens: an int or slice of absolute positions in the sequence, None for every token. Negatives count from the
             end of the prompt; positions from the first real token of a left-padded row, also under a cache.

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ValidationError
+from ..findings import Findings
 from ..positions import PositionTracker, read_call
+from ..regimes import each_alone
+from .offload import is_absent, where_it_runs
 
 __all__ = ["Handles", "ModelAdapter", "ResidualHook", "Unembedding", "exclusive", "undisturbed"]
 
@@ -87,7 +90,7 @@ class ModelAdapter(ABC):
     tokenizer: Any
     model_id: str
     d_model: int
-    findings: dict[str, Any]
+    findings: Findings
     _following: _Following | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -101,8 +104,9 @@ class ModelAdapter(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the device of the embedding weights."""
-        return self._reference_weight().device
+        """Where token ids go: the device of the embedding weights, or the one that offloaded weights are brought to."""
+        weight = self._reference_weight()
+        return where_it_runs(self.hf_model, self.model_id) if is_absent(weight) else weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,6 +118,12 @@ class ModelAdapter(ABC):
         """The text part of the model's configuration."""
         config: Any = self.hf_model.config
         return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    @property
+    def family(self) -> str | None:
+        """The architecture, as its configuration names it: checkpoints of one family have the same layers in kind."""
+        family = getattr(self.config, "model_type", None)
+        return family if isinstance(family, str) and family else None
 
     def _reference_weight(self) -> Tensor:
         embeddings = self._part("get_input_embeddings")
@@ -131,7 +141,9 @@ class ModelAdapter(ABC):
         return True
 
     def layer_index(self, layer: int) -> int:
-        """The layer as 0 … n_layers - 1; negatives count from the end.
+        """The layer as 0 … n_layers; negatives count back from the last block, so -1 is n_layers - 1.
+
+        Layer n_layers is the stream that leaves the last block, before the final norm.
 
         Raises:
             ValidationError: there is no such layer.
@@ -143,12 +155,28 @@ class ModelAdapter(ABC):
         if index is None or isinstance(layer, bool):
             raise ValidationError(f"A layer is an int; got {layer!r}.")
         layer = index
-        if not -self.n_layers <= layer < self.n_layers:
+        if not -self.n_layers <= layer <= self.n_layers:
             raise ValidationError(
                 f"Layer {layer} does not exist: {self.model_id} has {self.n_layers} layers, "
-                f"0 to {self.n_layers - 1} (negatives count from the end)."
+                f"0 to {self.n_layers - 1} (negatives count from the end), and {self.n_layers} for the stream "
+                "that leaves the last one."
             )
-        return layer % self.n_layers
+        return layer if layer >= 0 else layer + self.n_layers
+
+    def check_stream(self, hidden: object) -> None:
+        """Refuses what blocks pass on if it isn't one residual stream [B, T, d_model].
+
+        Raises:
+            ValidationError: several streams side by side, or another width.
+        """
+        if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[-1] == self.d_model:
+            return
+        got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise ValidationError(
+            f"The blocks of {self.model_id} pass on {got}, and steering needs one residual stream "
+            f"[batch, tokens, {self.d_model}]. A model that keeps several streams side by side (AltUp, "
+            "hyper-connections) can be run and scored, but not read or edited at its layers."
+        )
 
     def check_token_ids(self, ids: Iterable[int]) -> None:
         """Raises a ValidationError for a token id that is outside the model's vocabulary."""
@@ -161,9 +189,20 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def on_residual(self, layer: int, fn: ResidualHook) -> Any:
-        """Calls ``fn`` with the residual stream [B, T, d_model] entering block ``layer`` on every pass.
+        """Calls ``fn`` with the residual stream [B, T, d_model] of a layer on every pass.
 
         A tensor that ``fn`` returns takes its place; None leaves it. Returns a handle with ``remove()``.
+
+        Args:
+            layer: the block that the stream enters; n_layers for the stream that leaves the last block.
+            fn: never called for a model that has more than one stream, which is a ValidationError.
+        """
+
+    @abstractmethod
+    def on_block(self, layer: int, hook: Callable[..., Any], *, with_kwargs: bool) -> Any:
+        """Registers a forward pre-hook on block ``layer``; returns a handle with ``remove()``.
+
+        At layer n_layers the hook is called with the stream that leaves the last block as the only argument.
         """
 
     @property
@@ -175,6 +214,15 @@ class ModelAdapter(ABC):
     @abstractmethod
     def head(self) -> nn.Module | None:
         """The module whose input is the final, normed hidden state; None when the model has no language head."""
+
+    @property
+    def unembeds(self) -> bool:
+        """Whether the unembedding's weights are there between calls, so that it can be computed outside of the model.
+
+        torch multiplies by weights without numbers, and gives whatever the memory held.
+        """
+        head = self.head
+        return head is not None and not any(is_absent(weight) for weight in head.parameters())
 
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:
@@ -254,22 +302,29 @@ def exclusive(adapter: ModelAdapter) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module, *, freeze: bool = True) -> Iterator[None]:
-    """Runs a block with the model in eval mode and without weight gradients; everything is put back afterwards.
+    """Runs a block in eval mode, without weight gradients, with every row as it is alone; then all is put back.
 
     Args:
         model: a module.
         freeze: False leaves the weights' ``requires_grad`` as it is.
     """
     training = [m for m in model.modules() if m.training]
-    trainable = [p for p in model.parameters() if freeze and p.requires_grad]
+    # By name: offloaded weights are other objects after a call.
+    trainable = [
+        (module, name)
+        for module in (model.modules() if freeze else ())
+        for name, p in module.named_parameters(recurse=False)
+        if p.requires_grad
+    ]
     try:
         for module in training:
             module.training = False
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
+        for module, name in trainable:
+            getattr(module, name).requires_grad_(False)
+        with each_alone(model):
+            yield
     finally:
         for module in training:
             module.training = True
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for module, name in trainable:
+            getattr(module, name).requires_grad_(True)

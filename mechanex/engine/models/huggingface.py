@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...errors import ValidationError
+from ..findings import Findings
 from .adapter import ModelAdapter, ResidualHook, Unembedding
 
-__all__ = ["HuggingFaceAdapter", "find_layers", "hidden_argument", "residual_hook"]
+__all__ = ["HuggingFaceAdapter", "find_layers", "hidden_argument"]
 
 LAYER_PATHS = (
     "model.layers",
@@ -101,16 +103,34 @@ def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return hidden
 
 
-def residual_hook(fn: ResidualHook) -> Any:
+def _residual_hook(adapter: ModelAdapter, fn: ResidualHook) -> Any:
     """A forward pre-hook for a decoder layer: ``fn`` of its hidden state takes its place, other arguments are kept."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        new = fn(hidden_argument(args, kwargs))
+        hidden = hidden_argument(args, kwargs)
+        adapter.check_stream(hidden)
+        new = fn(hidden)
         if new is None:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
     return hook
+
+
+def _leaving_hook(hook: Callable[..., Any], with_kwargs: bool) -> Any:
+    """A forward hook that shows a block's output to a pre-hook, as if another block came next."""
+
+    def after(module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
+        several = isinstance(output, tuple)
+        hidden = output[0] if several else output
+        answer = hook(module, (hidden,), {}) if with_kwargs else hook(module, (hidden,))
+        if answer is None:
+            return None
+        args = answer[0] if with_kwargs else answer
+        new = args[0] if isinstance(args, tuple) else args
+        return (new, *output[1:]) if several else new
+
+    return after
 
 
 class HuggingFaceAdapter(ModelAdapter):
@@ -123,7 +143,7 @@ class HuggingFaceAdapter(ModelAdapter):
 
     def __init__(self, model: nn.Module, *, layers: str | None = None) -> None:
         self.model = self.hf_model = model
-        self.findings = {}
+        self.findings = Findings(self)
         self._locate(layers)
         self.tokenizer = getattr(model, "tokenizer", None)
 
@@ -146,8 +166,13 @@ class HuggingFaceAdapter(ModelAdapter):
         return isinstance(found, nn.ModuleList) and list(found) == self.layers
 
     def on_residual(self, layer: int, fn: ResidualHook) -> Any:
-        block = self.layers[self.layer_index(layer)]
-        return block.register_forward_pre_hook(residual_hook(fn), with_kwargs=True)
+        return self.on_block(layer, _residual_hook(self, fn), with_kwargs=True)
+
+    def on_block(self, layer: int, hook: Callable[..., Any], *, with_kwargs: bool) -> Any:
+        index = self.layer_index(layer)
+        if index == self.n_layers:
+            return self.layers[-1].register_forward_hook(_leaving_hook(hook, with_kwargs))
+        return self.layers[index].register_forward_pre_hook(hook, with_kwargs=with_kwargs)
 
     @property
     def head(self) -> nn.Module | None:

@@ -63,10 +63,13 @@ class TransformerLensAdapter(HuggingFaceAdapter):
         return inner if isinstance(inner, nn.Module) else None
 
     def on_residual(self, layer: int, fn: ResidualHook) -> Any:
-        point = self.layers[self.layer_index(layer)].hook_resid_pre
+        index = self.layer_index(layer)
+        last = index == self.n_layers
+        point = self.layers[-1].hook_resid_post if last else self.layers[index].hook_resid_pre
         assert isinstance(point, nn.Module)
 
         def hook(_module: nn.Module, _inputs: Any, hidden: Tensor) -> Tensor | None:
+            self.check_stream(hidden)
             return fn(hidden)
 
         # Not point.add_hook: reset_hooks() would remove it behind our back.
