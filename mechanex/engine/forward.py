@@ -17,7 +17,7 @@ from .hooks import attach
 from .intervention import compute_dtype
 from .models.adapter import Handles, ModelAdapter
 from .pack import BATCH_TOKENS, BATCH_TOKENS_GPU, ROW_TOKENS, Pack, Pair, build_packs
-from .positions import pack_positions
+from .positions import given_positions
 
 __all__ = [
     "Resumed",
@@ -108,7 +108,7 @@ def check_length(adapter: ModelAdapter, longest: int) -> None:
 
 
 def _call(adapter: ModelAdapter, pack: Pack, **extra: Any) -> Any:
-    with pack_positions(pack.positions):
+    with given_positions(pack.positions):
         return adapter.call(**selfcheck.model_inputs(adapter, pack), **extra)
 
 
@@ -304,7 +304,7 @@ class Resumed:
         if self.residual is None:
             return final_hidden(adapter, lambda: _call(adapter, pack))[pack.row, pack.predictor]
         hidden = self.residual
-        with pack_positions(pack.positions):
+        with given_positions(pack.positions):
             for block, (args, kwargs) in zip(adapter.layers[self._layer :], self.arguments, strict=True):
                 out = block(hidden, *args, **kwargs)
                 hidden = out[0] if isinstance(out, tuple) else out

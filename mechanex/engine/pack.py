@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ValidationError
-from .positions import PackPositions
+from .positions import Positions
 
 __all__ = ["Layout", "Pack", "build_packs"]
 
@@ -79,9 +79,9 @@ class Pack:
         return int(self.position_ids.max()) + 1
 
     @property
-    def positions(self) -> PackPositions:
+    def positions(self) -> Positions:
         """Where each token stands on its own path, for edits that name token positions."""
-        return PackPositions(self.position_ids.masked_fill(self.segment < 0, -1), self.prompt_length)
+        return Positions(self.position_ids.masked_fill(self.segment < 0, -1), self.prompt_length)
 
     @property
     def in_prompt(self) -> Tensor:

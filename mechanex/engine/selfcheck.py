@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import MechanexError
 from .models.adapter import ModelAdapter, undisturbed
 from .pack import Pack, build_packs
-from .positions import pack_positions
+from .positions import given_positions
 
 __all__ = [
     "Form",
@@ -128,7 +128,7 @@ def _scored(adapter: ModelAdapter, pack: Pack, form: Form | None = None) -> Tens
     from .forward import final_hidden
 
     inputs = model_inputs(adapter, pack, form)
-    with pack_positions(pack.positions):
+    with given_positions(pack.positions):
         return final_hidden(adapter, lambda: adapter.call(**inputs))[pack.row, pack.predictor]
 
 
@@ -146,7 +146,7 @@ def unembedding_agrees(adapter: ModelAdapter) -> bool:
         try:
             with torch.no_grad(), undisturbed(adapter.hf_model):
                 ours = adapter.unembedding.logits(_scored(adapter, pack))
-                with pack_positions(pack.positions):
+                with given_positions(pack.positions):
                     theirs = adapter.call(**model_inputs(adapter, pack)).logits[pack.row, pack.predictor]
                 agrees = close(ours, theirs.to(ours.dtype))
         except MechanexError:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..forward import scored_logprobs, visit_residuals
 from ..models.adapter import ModelAdapter
-from ..positions import PackPositions, pack_positions
+from ..positions import Positions, given_positions
 from .capture import captured
 from .layout import StepPack
 from .losses import completion_losses
@@ -73,9 +73,7 @@ class Stack:
         self._capture = capture and replayed
         self._runs: dict[LossOptions, Any] = {}
 
-    def _plan(
-        self, replay: Replay, rows: Tensor | None
-    ) -> list[tuple[Any, Tensor | None, Any, PackPositions]]:
+    def _plan(self, replay: Replay, rows: Tensor | None) -> list[tuple[Any, Tensor | None, Any, Positions]]:
         """For every layer the block, what joins there, the block's other arguments, and the tokens' positions."""
         starts = [layers[0] for layers in self._members]
         chosen = None if rows is None else replay.rows(rows)
@@ -146,7 +144,7 @@ class Stack:
             for block, fresh, (args, kwargs), positions in self._segments[:n_layers]:
                 if fresh is not None:
                     hidden = fresh if hidden is None else torch.cat([hidden, fresh])
-                with pack_positions(positions):
+                with given_positions(positions):
                     out = block(hidden, *args, **kwargs)
                 hidden = out[0] if isinstance(out, tuple) else out
         finally:
