@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import MechanexError
+from .caches import cached_tokens, returned_caches
 from .models.adapter import ModelAdapter
-from .positions import PackPositions, pack_positions
+from .positions import Positions, given_positions
 from .regimes import each_alone, regimes_of, text_lengths
 from .selfcheck import PROBE_TOKENS, close, outgrown_length
 
@@ -24,7 +25,6 @@ __all__ = ["Rows", "rows_for"]
 # "whole": a batch for each prompt, which is run from the start for every token.
 Form = Literal["together", "apart", "whole"]
 CACHED: tuple[Form, ...] = ("together", "apart")
-CACHES = ("past_key_values", "cache_params")  # what transformers' models call their cache
 
 _log = logging.getLogger(__name__)
 
@@ -72,16 +72,16 @@ class Rows:
         index = (self._real.cumsum(1) - 1)[:, -ids.shape[1] :]  # -1 for padding
         inputs = self._extra | self._cache | {"input_ids": ids}
         # Recurrent models read the mask of the tokens at hand, which are all real once there is a state.
-        if "cache_params" not in self._cache:
+        if all(cached_tokens(cache) is not None for cache in self._cache.values()):
             inputs["attention_mask"] = self._real
         if self._takes_positions:
             inputs["position_ids"] = index.clamp(min=0)
-        places = PackPositions(index, self._prompt_lengths.expand_as(index))
+        places = Positions(index, self._prompt_lengths.expand_as(index))
         lengths = self._real.sum(1, keepdim=True)
-        with pack_positions(places), text_lengths(lengths), each_alone(self._adapter.hf_model):
+        with given_positions(places), text_lengths(lengths), each_alone(self._adapter.hf_model):
             if self._cached:
                 out = self._adapter.hf_model(**inputs, use_cache=True, return_dict=True)
-                self._cache = _cache_of(out)
+                self._cache = returned_caches(out)
             else:
                 out = self._adapter.call(**inputs)
         last: Tensor = out.logits[:, -1]
@@ -105,13 +105,6 @@ class Rows:
         for cache in self._cache.values():
             cache.reorder_cache(rows)
         self._n_beams = len(parents)
-
-
-def _cache_of(out: Any) -> dict[str, Any]:
-    found = {name: cache for name in CACHES if (cache := getattr(out, name, None)) is not None}
-    if not found:
-        raise TypeError(f"{type(out).__name__} holds no cache")
-    return found
 
 
 def rows_for(

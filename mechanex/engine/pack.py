@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ValidationError
-from .positions import PackPositions, pack_positions
+from .positions import Positions, given_positions
 from .regimes import each_alone, text_lengths
 
 __all__ = ["Layout", "Pack", "build_packs"]
@@ -88,14 +88,14 @@ class Pack:
         return int(self.position_ids.max()) + 1
 
     @property
-    def positions(self) -> PackPositions:
+    def positions(self) -> Positions:
         """Where each token stands on its own path, for edits that name token positions."""
-        return PackPositions(self.position_ids.masked_fill(self.segment < 0, -1), self.prompt_length)
+        return Positions(self.position_ids.masked_fill(self.segment < 0, -1), self.prompt_length)
 
     @contextmanager
     def running(self, model: nn.Module) -> Iterator[None]:
         """Runs a block in which the model's calls are over this pack: every token is what it would be alone."""
-        with pack_positions(self.positions), text_lengths(self.text_length), each_alone(model):
+        with given_positions(self.positions), text_lengths(self.text_length), each_alone(model):
             yield
 
     @property

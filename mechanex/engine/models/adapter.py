@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ...errors import ValidationError
 from ..findings import Findings
-from ..positions import PositionTracker, read_call
+from ..following import Followed, Prompts
+from ..generate_calls import watch_generate
 from ..regimes import each_alone
 from .offload import is_absent, where_it_runs
 
@@ -91,7 +92,7 @@ class ModelAdapter(ABC):
     model_id: str
     d_model: int
     findings: Findings
-    _following: _Following | None = None
+    _following: Following | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Kept on the model, and made again when asked for: a pickled or copied model goes without it.
@@ -237,33 +238,66 @@ class ModelAdapter(ABC):
         """The module that owns the decoder layers: its calls are seen whatever wraps the model."""
         return self.hf_model
 
-    def track_positions(self) -> Handles:
+    def track_positions(self, *, prompt_tokens: int | None = None) -> Handles:
         """Follows the model's calls, so that token selectors know absolute positions, until the handle is removed.
 
-        Contexts that overlap share one tracker: a later one knows the prompt that an earlier one saw.
+        Contexts that overlap share what was seen: a later one knows the prompt that an earlier one saw.
+
+        Args:
+            prompt_tokens: length of the prompts with their padding, for loops that read them in pieces or run grown
+                texts anew; None where the first call with a cache, or each call without one, is the prompt.
         """
         if self._following is None or not self._following.users:
-            self._following = _Following(self.trunk)
-        return self._following.join()
+            self._following = self._follow()
+        handle = self._following.join()
+        if prompt_tokens is not None:
+            handle.add(_Stated(self._following.followed, Prompts(prompt_tokens, None, stated=True)))
+        return handle
+
+    def _follow(self) -> Following:
+        """New hooks that follow this model."""
+        followed, trunk, first = Followed(), self.trunk, self.layers[0]
+
+        def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            followed.begin(args, kwargs)
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            followed.enter(*hidden_and_others(args, kwargs))
+
+        def end(*_: Any) -> None:
+            followed.end()
+
+        following = Following(followed)
+        following.add(trunk.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
+        # Before the hooks that ask, whenever those were attached.
+        following.add(first.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+        following.add(trunk.register_forward_hook(end, always_call=True))
+        for watched in watch_generate([self.model, *self.hf_model.modules()], followed, self.d_model):
+            following.add(watched)
+        return following
 
 
-class _Following:
+def hidden_and_others(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, list[Any]]:
+    """The hidden state that a layer is given, first or the only tensor [B, T, d] by name, and all other arguments."""
+    if args:
+        return args[0], [*args[1:], *kwargs.values()]
+    name = next(
+        n for n, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point() and v.ndim == 3
+    )
+    return kwargs[name], [v for n, v in kwargs.items() if n != name]
+
+
+class Following:
     """The hooks that follow a model, for as long as someone uses them."""
 
-    def __init__(self, trunk: nn.Module) -> None:
-        tracker = PositionTracker()
-        self.users = 0
+    def __init__(self, followed: Followed) -> None:
+        self.followed, self.users = followed, 0
         self._handles = Handles()
+        self._handles.add(followed)
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tracker.before(read_call(module, args, kwargs, tracker))
-
-        def after(*_: Any) -> None:
-            tracker.after()
-
-        self._handles.add(tracker)
-        self._handles.add(trunk.register_forward_pre_hook(before, with_kwargs=True))
-        self._handles.add(trunk.register_forward_hook(after, always_call=True))
+    def add(self, handle: Any) -> None:
+        """Takes charge of a hook."""
+        self._handles.add(handle)
 
     def join(self) -> Handles:
         """A handle for one more user; the last one's removal removes the hooks."""
@@ -279,9 +313,20 @@ class _Following:
             self._handles.remove()
 
 
+class _Stated:
+    """Says where the prompt ends until it is removed."""
+
+    def __init__(self, followed: Followed, prompts: Prompts) -> None:
+        self._context = followed.generating(prompts)
+        self._context.__enter__()
+
+    def remove(self) -> None:
+        self._context.__exit__(None, None, None)
+
+
 @dataclass(frozen=True)
 class _Leave:
-    following: _Following
+    following: Following
 
     def remove(self) -> None:
         self.following.leave()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..forward import scored_logprobs, visit_residuals
 from ..models.adapter import ModelAdapter
-from ..positions import PackPositions, pack_positions
+from ..positions import Positions, given_positions
 from ..regimes import text_lengths
 from .capture import captured
 from .layout import StepPack
@@ -76,7 +76,7 @@ class Stack:
 
     def _plan(
         self, replay: Replay, rows: Tensor | None
-    ) -> list[tuple[Any, Tensor | None, Any, tuple[PackPositions, Tensor]]]:
+    ) -> list[tuple[Any, Tensor | None, Any, tuple[Positions, Tensor]]]:
         """For every layer the block, what joins there, the block's other arguments, and the tokens' places."""
         starts = [self._start(layers) for layers in self._members]
         chosen = None if rows is None else replay.rows(rows)
@@ -152,7 +152,7 @@ class Stack:
             for block, fresh, (args, kwargs), (positions, lengths) in self._segments[:n_layers]:
                 if fresh is not None:
                     hidden = fresh if hidden is None else torch.cat([hidden, fresh])
-                with pack_positions(positions), text_lengths(lengths):
+                with given_positions(positions), text_lengths(lengths):
                     out = block(hidden, *args, **kwargs)
                 hidden = out[0] if isinstance(out, tuple) else out
         finally:
