@@ -28,6 +28,10 @@ needs_lens = pytest.mark.skipif(
     not lens.installed(), reason="transformer-lens (the lens extra) is not installed"
 )
 BACKENDS = ["transformers", pytest.param("transformer_lens", marks=needs_lens)]
+FITTING = [
+    "transformers",
+    pytest.param("transformer_lens", marks=pytest.mark.usefixtures("fitting_bridges")),
+]
 IDS = torch.tensor([[1, 20, 35, 7, 290]])
 
 
@@ -196,7 +200,7 @@ def test_short_names_mean_what_they_mean_to_transformer_lens():
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FITTING)
 def test_short_names_load_in_both_backends(saved, tmp_path, backend):
     """From the Hub's cache, without a network."""
     repository = tmp_path / "models--EleutherAI--pythia-70m-deduped"
@@ -375,7 +379,7 @@ def test_a_path_of_layers_is_not_ignored_by_the_bridge(saved):
         (None, torch.float32),
     ],
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FITTING)
 def test_dtypes(saved, backend, asked, got):
     assert adapter_for(load(saved, backend=backend, device="cpu", dtype=asked).model).dtype == got
 
