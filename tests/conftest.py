@@ -83,6 +83,15 @@ def postgresql() -> Iterator[Postgres]:
         yield running
 
 
+@pytest.fixture
+def fitting_bridges() -> None:
+    """Skips a test of TransformerLens' bridges where those that are installed don't fit transformers."""
+    from bridges import bridges_fit
+
+    if not bridges_fit():
+        pytest.skip("no TransformerLens here that fits this transformers")
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest) -> str | None:
     """The URL of an empty database for accounts; None for SQLite in its usual place."""

@@ -105,7 +105,7 @@ def test_steering_that_breaks_the_logits_decides_nothing_about_the_model():
     assert adapter_for(model).findings["beam form"] == "together"
 
 
-@pytest.mark.skipif(not lens.installed(), reason="transformer-lens (the lens extra) is not installed")
+@pytest.mark.usefixtures("fitting_bridges")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mamba"])
 def test_transformer_lens_models_give_the_same(name):
     bridge = lens.wrap(FAMILIES[name](), name, TOKENIZER)

@@ -90,7 +90,7 @@ def test_steered_logits_equal_whichever_way_the_model_is_called(name):
         assert torch.equal(bridge(IDS), unsteered)
 
 
-@needs_lens
+@pytest.mark.usefixtures("fitting_bridges")
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("padded", [False, True])
 def test_generation_under_a_cache_is_steered_alike_by_position(name, padded):

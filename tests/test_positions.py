@@ -164,24 +164,29 @@ def test_the_prompt_ends_where_generate_says(options):
 def test_assisted_decoding_keeps_positions_and_the_prompts_end(how):
     model = build("llama")
     ids = torch.tensor([[1, 9, 30, 71, 9, 30, 71, 9]])
-    if how == "lookup":
-        options = {"prompt_lookup_num_tokens": 2}
-    else:
-        assistant = copy.deepcopy(model)
-        options = {"assistant_model": assistant}
+    options = (
+        {"prompt_lookup_num_tokens": 2} if how == "lookup" else {"assistant_model": copy.deepcopy(model)}
+    )
     edits = [Intervention(1, Edit.add(torch.ones(D_MODEL)), tokens=slice(-2, 11))]
     with SteeringPlan(edits).apply(model):
-        expected = generate(model, ids, torch.ones_like(ids), max_new_tokens=8)
-        assert torch.equal(generate(model, ids, torch.ones_like(ids), max_new_tokens=8, **options), expected)
+        settings = {"ids": ids, "mask": torch.ones_like(ids), "max_new_tokens": 8, "min_new_tokens": None}
+        assert torch.equal(generate(model, **settings, **options), generate(model, **settings))
 
 
 def test_a_prompt_read_in_pieces_is_refused_or_stated():
     model = build("llama")
-    mask = torch.ones_like(IDS)
+    (name,) = returned_caches(model(input_ids=IDS, use_cache=True))
+
+    def chunked(size):
+        held = {
+            name: transformers.DynamicCache(config=model.config)
+        }  # the oldest versions make none themselves
+        return generate(model, IDS, torch.ones_like(IDS), prefill_chunk_size=size, **held)
+
     for size in (3, 6):
         with pytest.raises(ValidationError, match=r"of the prompt's 7 tokens.*prompt_tokens"):
-            watched(model, lambda s=size: generate(model, IDS, mask, prefill_chunk_size=s), lengths=True)
-    pieces = watched(model, lambda: generate(model, IDS, mask, prefill_chunk_size=3))
+            watched(model, lambda s=size: chunked(s), lengths=True)
+    pieces = watched(model, lambda: chunked(3))
     assert pieces == [[[0, 1, 2]], [[3, 4, 5]], [[6]], [[7]], [[8]]]
 
     def by_hand():

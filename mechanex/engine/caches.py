@@ -58,4 +58,18 @@ def cached_tokens(cache: Any) -> int | None:
     started = getattr(cache, "has_previous_state", None)
     if callable(started):
         started = started()
-    return 0 if started is False else None
+    return 0 if started is False or (started is None and _blank(cache)) else None
+
+
+def _blank(cache: Any) -> bool:
+    """Whether a cache holds nothing but zeros, as states do before a first token."""
+    tensors = list(_tensors(vars(cache).values()))
+    return bool(tensors) and not any(bool(tensor.any()) for tensor in tensors)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple | dict):
+            yield from _tensors(value.values() if isinstance(value, dict) else value)

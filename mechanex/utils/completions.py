@@ -19,6 +19,7 @@ __all__ = ["get_completion_logprob", "get_completion_logprob_hf"]
 _GIVEN = frozenset(
     {
         "attention_mask",
+        "cache",
         "cache_position",
         "input_ids",
         "inputs_embeds",

@@ -217,7 +217,8 @@ def make_steering_hook_hf(
         token: the positions that are steered, an int or a slice, None for all. Absolute positions in the
             sequence,
             prompt and generated text alike, counted from the first real token of a left-padded row; an open
-            stop has no end, negatives count from the end of the prompt. Holds under a KV cache too.
+            stop has no end, negatives count from the end of the prompt, as ``generate`` or the first call has it
+            (see :class:`mechanex.engine.hooks.Intervention`). Holds under a KV cache too.
 
     Returns:
         A forward pre-hook for :func:`hf_hooks_contextmanager`.

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...errors import ValidationError
 from . import adapter_for, lens
+from .adapter import undisturbed
 from .lora import adapted, add_adapter
 from .pretrained import check_causal, choose_dtype, place, read_config, read_model, read_tokenizer
 from .sources import Source, find_source, unreachable
@@ -114,9 +115,13 @@ def load(
         return model
 
     model = read()
-    if use_lens:
+    if use_lens:  # in place: what the plain model computes is noted first
         try:
+            with undisturbed(model):
+                plain = lens.watched(model)
             model = lens.wrap(model, source.name, own_tokenizer)
+            with undisturbed(model):
+                lens.same(model, plain)
         except Exception as error:  # the bridge of an architecture may fail in any way
             if backend == "transformer_lens":
                 raise ValidationError(
