@@ -242,11 +242,10 @@ def test_a_model_that_depends_on_the_width_of_the_batch_runs_each_text_by_itself
         packs = forward.packs_for(adapter_for(model), texts)
     assert [len(p.input_ids) for p in packs] == [1, 1]
     assert "one text at a time" in caplog.text
-    found = forward.packs_for(adapter_for(model), texts)
-    for pack in found:
-        with torch.no_grad():
-            values = forward.scored_logprobs(adapter_for(model), pack)
-        torch.testing.assert_close(values, alone(make, *texts[int(pack.pair[0])]), rtol=1e-4, atol=1e-4)
+    for some in (texts, texts[:1]):
+        found = completion_logprobs(model, [p for p, _ in some], [c for _, c in some])
+        for values, text in zip(found.tokens, some, strict=True):
+            torch.testing.assert_close(values, alone(make, *text), rtol=1e-4, atol=1e-4)
 
 
 def test_the_check_is_made_once_more_where_text_outgrows_what_the_settings_name():

@@ -74,10 +74,13 @@ def packs_for(
     longest = max(len(p) + len(c) for p, c in pairs) - int(scoring)
     check_length(adapter, longest)
     adapter.check_token_ids(token for pair in pairs for ids in pair for token in ids)
-    # A pair that is alone needs no tree mask.
-    form = "padded" if len(pairs) == 1 else selfcheck.packing_form(adapter, longest)
+    # A pair that is alone needs no tree mask, and may leave out its last token where others don't matter either.
+    alone = len(pairs) == 1
+    form = "padded" if alone and not scoring else selfcheck.packing_form(adapter, 1 if alone else longest)
     if form == "apart":
         batch_tokens = 1
+    elif alone:
+        form = "padded"
     window = selfcheck.window_of(adapter)
     widest = min(window if window is not None and longest <= window else sys.maxsize, most_tree)
     row_tokens = min(row_tokens, widest)
@@ -95,7 +98,7 @@ def packs_for(
             row_tokens=row_tokens,
             batch_tokens=batch_tokens,
             tree_tokens=tree_tokens,
-            last_tokens=not scoring,
+            last_tokens=not scoring or form == "apart",
             apart=regimes_of(adapter, [len(p) + len(c) for p, c in pairs]),
             mask_entries=MASK_BYTES // mask_bytes,
         )
