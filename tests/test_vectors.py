@@ -205,7 +205,7 @@ def test_a_vector_of_another_model_is_refused_and_leaves_no_hook() -> None:
     with pytest.raises(ValidationError, match=f"8 wide.*{D_MODEL}.*made for other"):
         vector(1, model="other").apply(build("llama"))
     with pytest.raises(ValidationError, match=f"Layer {N_LAYERS + 1} "):
-        vector(1, N_LAYERS, width=D_MODEL).apply(build("llama"))
+        vector(1, N_LAYERS + 1, width=D_MODEL).apply(build("llama"))
     for strength in (float("nan"), float("inf"), "1", None):
         with pytest.raises(ValidationError, match="finite"):
             vector(1, width=D_MODEL).apply(build("llama"), strength=strength)  # type: ignore[arg-type]
