@@ -50,6 +50,7 @@ _CLIENT_METHODS = frozenset(
         "load_model",
         "login",
         "logout",
+        "reset",
         "serve",
         "set_execution_mode",
         "set_key",
@@ -100,6 +101,7 @@ if TYPE_CHECKING:
     load_model = _default.load_model
     login = _default.login
     logout = _default.logout
+    reset = _default.reset
     serve = _default.serve
     set_execution_mode = _default.set_execution_mode
     set_key = _default.set_key
@@ -152,6 +154,7 @@ __all__ = [
     "model",
     "ops",
     "raag",
+    "reset",
     "sae",
     "serve",
     "serving",

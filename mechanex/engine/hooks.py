@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import operator
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,14 +12,12 @@ from torch import Tensor, nn
 from ..errors import ValidationError
 from .intervention import Edit, EditTable
 from .models import adapter_for
-from .models.adapter import Handles, ModelAdapter, ResidualHook
+from .models.adapter import Handles, ModelAdapter, ResidualHook, exclusive
 from .positions import TokenSelector, check_tokens, current_positions, running_pack, token_mask
-
-_log = logging.getLogger(__name__)
 
 _Chains = tuple[tuple[int, ...], ...]
 
-__all__ = ["Handle", "Intervention", "SteeringPlan", "positions"]
+__all__ = ["Handle", "Intervention", "SteeringPlan", "positions", "reset"]
 
 Handle = Handles
 
@@ -131,6 +127,7 @@ class _LayerEdits:
     def __init__(self, interventions: list[Intervention]) -> None:
         self._interventions = interventions
         self._everywhere = all(i.everywhere for i in interventions)
+        self.traced = self._everywhere
         self._changes_with_position = any(i.tokens is not None for i in interventions)
         self._by_batch_row = any(i.rows is not None for i in interventions)
         self._tables: dict[_Chains, tuple[tuple[int, ...], EditTable]] = {}
@@ -138,7 +135,11 @@ class _LayerEdits:
 
     def __call__(self, hidden: Tensor) -> Tensor | None:
         if self._everywhere:
-            return self._composed((tuple(range(len(self._interventions))),)).apply(hidden)
+            whole = tuple(range(len(self._interventions)))
+            if torch.compiler.is_compiling():
+                # Composed in the graph, whose inputs the edits' tensors are: other values need no other graph.
+                return EditTable([self._compose(whole)]).apply(hidden)
+            return self._composed((whole,)).apply(hidden)
         chains, index = self._chains(hidden.shape[0], hidden.shape[1], hidden.device)
         return self._composed(chains).apply(hidden, index) if chains else None
 
@@ -222,7 +223,6 @@ def attach(
     """Registers residual hooks, all or none; ``follow`` lets them ask for token positions."""
     handles = Handles()
     try:
-        handles.add(recompiling())
         if follow:
             handles.add(adapter.track_positions())
         for layer, fn in hooks:
@@ -233,23 +233,14 @@ def attach(
     return handles
 
 
-class recompiling:
-    """Drops torch's compiled code now and when removed: it doesn't notice that hooks came or went.
+def reset(model: nn.Module | ModelAdapter) -> None:
+    """Removes every hook of this library from a model, whoever holds the handles, which do nothing from then on.
 
-    Nothing happens where nothing was compiled.
+    Waits until the engine, in another thread, is done with the model. A user's own hooks stay.
     """
-
-    def __init__(self) -> None:
-        self.remove()
-
-    def remove(self) -> None:
-        """Drops what is compiled now."""
-        dynamo = sys.modules.get("torch._dynamo")
-        if dynamo is not None and dynamo.utils.counters["frames"]["total"]:
-            _log.info(
-                "Hooks of a model changed: torch's compiled code is dropped and made again when called."
-            )
-            dynamo.reset()
+    adapter = adapter_for(model)
+    with exclusive(adapter):
+        adapter.detach_all()
 
 
 def positions(model: nn.Module | ModelAdapter) -> Handle:

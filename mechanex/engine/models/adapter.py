@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ...errors import ValidationError
 from ..positions import PositionTracker, read_call
+from .attaching import after, before, detach_all
+from .kept import Kept
 
 __all__ = ["Handles", "ModelAdapter", "ResidualHook", "Unembedding", "exclusive", "undisturbed"]
 
@@ -84,14 +86,31 @@ class ModelAdapter(ABC):
     model: nn.Module
     hf_model: nn.Module
     layers: list[nn.Module]
-    tokenizer: Any
-    model_id: str
     d_model: int
-    findings: dict[str, Any]
-    _following: _Following | None = None
+    kept: Kept
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.kept.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self.kept.tokenizer = tokenizer
+
+    @property
+    def model_id(self) -> str:
+        return self.kept.model_id
+
+    @model_id.setter
+    def model_id(self, name: str) -> None:
+        self.kept.model_id = name
+
+    @property
+    def findings(self) -> dict[str, Any]:
+        return self.kept.findings
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Kept on the model, and made again when asked for: a pickled or copied model goes without it.
+        # Made again from its model when asked for.
         return (type(None), ())
 
     @property
@@ -194,9 +213,18 @@ class ModelAdapter(ABC):
 
         Contexts that overlap share one tracker: a later one knows the prompt that an earlier one saw.
         """
-        if self._following is None or not self._following.users:
-            self._following = _Following(self.trunk)
-        return self._following.join()
+        following: _Following | None = self.kept.following
+        if following is None or not following.users:
+            following = self.kept.following = _Following(self.trunk)
+        return following.join()
+
+    def detach_all(self) -> int:
+        """Removes every hook of ours from the model, whoever holds the handles; returns how many there were."""
+        n = sum(detach_all(module) for module in {self.model, self.hf_model})
+        following, self.kept.following = self.kept.following, None
+        if following is not None:
+            following.end()
+        return n
 
 
 class _Following:
@@ -207,15 +235,15 @@ class _Following:
         self.users = 0
         self._handles = Handles()
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tracker.before(read_call(module, args, kwargs, tracker))
 
-        def after(*_: Any) -> None:
+        def end(*_: Any) -> None:
             tracker.after()
 
         self._handles.add(tracker)
-        self._handles.add(trunk.register_forward_pre_hook(before, with_kwargs=True))
-        self._handles.add(trunk.register_forward_hook(after, always_call=True))
+        self._handles.add(before(trunk, begin))
+        self._handles.add(after(trunk, end, always=True))
 
     def join(self) -> Handles:
         """A handle for one more user; the last one's removal removes the hooks."""
@@ -227,8 +255,12 @@ class _Following:
     def leave(self) -> None:
         """One user less."""
         self.users -= 1
-        if not self.users:
-            self._handles.remove()
+        if self.users == 0:
+            self.end()
+
+    def end(self) -> None:
+        """Follows no more, whoever uses it."""
+        self._handles.remove()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ...errors import ValidationError
 from .adapter import ModelAdapter, ResidualHook, Unembedding
+from .attaching import before
+from .kept import Kept
 
 __all__ = ["HuggingFaceAdapter", "find_layers", "hidden_argument", "residual_hook"]
 
@@ -101,6 +103,11 @@ def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return hidden
 
 
+def is_traced(fn: ResidualHook) -> bool:
+    """Whether compilers may look into an edit: it says so itself, by an attribute ``traced``."""
+    return bool(getattr(fn, "traced", False))
+
+
 def residual_hook(fn: ResidualHook) -> Any:
     """A forward pre-hook for a decoder layer: ``fn`` of its hidden state takes its place, other arguments are kept."""
 
@@ -123,12 +130,12 @@ class HuggingFaceAdapter(ModelAdapter):
 
     def __init__(self, model: nn.Module, *, layers: str | None = None) -> None:
         self.model = self.hf_model = model
-        self.findings = {}
+        self.kept = Kept()
         self._locate(layers)
         self.tokenizer = getattr(model, "tokenizer", None)
 
     def _locate(self, layers: str | None) -> None:
-        self.override = layers
+        self.kept.override = layers
         self._path, found = find_layers(self.hf_model, layers)
         self.layers = list(found)
         parent, _, _ = self._path.rpartition(".")
@@ -147,7 +154,7 @@ class HuggingFaceAdapter(ModelAdapter):
 
     def on_residual(self, layer: int, fn: ResidualHook) -> Any:
         block = self.layers[self.layer_index(layer)]
-        return block.register_forward_pre_hook(residual_hook(fn), with_kwargs=True)
+        return before(block, residual_hook(fn), traced=is_traced(fn))
 
     @property
     def head(self) -> nn.Module | None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ...errors import ValidationError
 from ..positions import Positions, PositionTracker
 from .adapter import Handles, ResidualHook, Unembedding
-from .huggingface import HuggingFaceAdapter
+from .attaching import after, before
+from .huggingface import HuggingFaceAdapter, is_traced
 
 __all__ = ["HookedTransformerAdapter", "TransformerLensAdapter", "is_transformer_lens"]
 
@@ -70,7 +71,7 @@ class TransformerLensAdapter(HuggingFaceAdapter):
             return fn(hidden)
 
         # Not point.add_hook: reset_hooks() would remove it behind our back.
-        return point.register_forward_hook(hook)
+        return after(point, hook, traced=is_traced(fn))
 
 
 class HookedTransformerAdapter(TransformerLensAdapter):
@@ -89,8 +90,8 @@ class HookedTransformerAdapter(TransformerLensAdapter):
         """Follows the blocks: ``HookedTransformer.generate`` runs ``forward`` past any hook on the model."""
         follower, handles = _BlockFollower(), Handles()
         for index, block in enumerate(self.layers):
-            handles.add(block.register_forward_pre_hook(follower.entering(index), with_kwargs=True))
-            handles.add(block.register_forward_hook(follower.left, always_call=True))
+            handles.add(before(block, follower.entering(index)))
+            handles.add(after(block, follower.left, always=True))
         return handles
 
 
