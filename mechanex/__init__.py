@@ -51,6 +51,7 @@ _CLIENT_METHODS = frozenset(
         "load_model",
         "login",
         "logout",
+        "reset",
         "serve",
         "set_execution_mode",
         "set_key",
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
     load_model = _default.load_model
     login = _default.login
     logout = _default.logout
+    reset = _default.reset
     serve = _default.serve
     set_execution_mode = _default.set_execution_mode
     set_key = _default.set_key
@@ -155,6 +157,7 @@ __all__ = [
     "model",
     "ops",
     "raag",
+    "reset",
     "sae",
     "serve",
     "serving",

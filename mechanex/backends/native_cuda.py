@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from mechanex._private.torch import stream_getter
 from mechanex._version import __version__
 
 from .eager import compute_dtype
@@ -80,11 +80,7 @@ def _readable(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
-@functools.cache
-def _stream_getter() -> Callable[[int], int]:
-    # A tenth of the cost of torch.cuda.current_stream, which makes a Stream object; torch's own compiler uses it.
-    raw: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    return raw or (lambda device: torch.cuda.current_stream(device).cuda_stream)
+_stream_getter = functools.cache(stream_getter)
 
 
 def steer(

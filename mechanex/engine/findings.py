@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, MutableMapping
+from collections.abc import Hashable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +42,10 @@ class Findings(MutableMapping[str, Any]):
     """
 
     def __init__(self, adapter: ModelAdapter) -> None:
-        # Not the adapter itself: it would wait for the garbage collector.
-        self._adapter: Callable[[], ModelAdapter | None] = ref(adapter)
-        self._found: dict[str, tuple[Hashable, Any]] = {}
+        self._adapter, self._found = adapter, adapter.kept.findings
 
     def _depends(self, name: str) -> Hashable:
-        adapter = self._adapter()
-        if adapter is None:
-            return None
+        adapter = self._adapter
         return _build(adapter), _way_out(adapter) if name.startswith("unembedding") else None
 
     def __getitem__(self, name: str) -> Any:

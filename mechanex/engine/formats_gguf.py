@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._private.gguf import BoundedReader
 from ..errors import ValidationError
 from .formats_record import with_checksum
 
@@ -35,21 +36,6 @@ _INTEGERS = (_Type.I8, _Type.I16, _Type.I32, _Type.I64)
 _MAX_READS = 200_000
 
 
-class _BoundedReader(gguf.GGUFReader):
-    """The package's reader, which believes the lengths in a file, made to stop where the file does."""
-
-    _reads = 0
-
-    def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
-        self._reads += 1
-        if self._reads > _MAX_READS:
-            raise ValueError("it has too many fields for a control vector")
-        wanted = int(count) * np.dtype(dtype).itemsize
-        if int(offset) + wanted > self.data.size:
-            raise ValueError("it ends early, or a length in it is wrong")
-        return super()._get(int(offset), dtype, int(count), override_order)
-
-
 def read_control_vector(path: Path) -> tuple[dict[int, Tensor], dict[str, str]]:
     """Reads ``direction.N`` tensors by N, and the text fields that this library wrote.
 
@@ -58,7 +44,7 @@ def read_control_vector(path: Path) -> tuple[dict[int, Tensor], dict[str, str]]:
     Raises:
         ValueError: the file is no control vector, or is not sound; other exceptions may come from the parser.
     """
-    reader = _BoundedReader(path)
+    reader = BoundedReader(path, _MAX_READS, "control vector")
     architecture = _text(reader, "general.architecture")
     if architecture not in (None, ARCHITECTURE):
         raise ValueError(f"its general.architecture is {architecture!r}, and {ARCHITECTURE!r} is expected")

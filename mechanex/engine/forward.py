@@ -16,6 +16,7 @@ from . import selfcheck
 from .hooks import attach
 from .intervention import compute_dtype
 from .models.adapter import Handles, ModelAdapter
+from .models.attaching import before
 from .pack import BATCH_TOKENS, BATCH_TOKENS_GPU, ROW_TOKENS, Pack, Pair, build_packs
 from .regimes import regimes_of
 
@@ -181,7 +182,7 @@ def final_hidden(adapter: ModelAdapter, run: Callable[[], Any]) -> Tensor:
         seen.append(args[0] if args else next(iter(kwargs.values())))
         raise _Enough
 
-    handle = head.register_forward_pre_hook(capture, with_kwargs=True)
+    handle = before(head, capture)
     try:
         run()
     except _Enough:
@@ -304,7 +305,7 @@ class Resumed:
         try:
             for block in self._adapter.layers[self._layer :]:
                 # First among the layer's hooks, so that the residual is noted before any edit of it.
-                handles.add(block.register_forward_pre_hook(note, with_kwargs=True, prepend=True))
+                handles.add(before(block, note, first=True))
             with torch.no_grad():
                 _call(self._adapter, self._pack)
         except _Enough:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import operator
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import ValidationError
 from .intervention import Edit, EditTable
 from .models import adapter_for
-from .models.adapter import Handles, ModelAdapter, ResidualHook
+from .models.adapter import Handles, ModelAdapter, ResidualHook, exclusive
 from .positions import (
     Positions,
     TokenSelector,
@@ -24,11 +22,9 @@ from .positions import (
     token_mask,
 )
 
-_log = logging.getLogger(__name__)
-
 _Chains = tuple[tuple[int, ...], ...]
 
-__all__ = ["Handle", "Intervention", "SteeringPlan", "positions"]
+__all__ = ["Handle", "Intervention", "SteeringPlan", "positions", "reset"]
 
 Handle = Handles
 
@@ -142,13 +138,18 @@ class _LayerEdits:
     def __init__(self, interventions: list[Intervention]) -> None:
         self._interventions = interventions
         self._everywhere = all(i.everywhere for i in interventions)
+        self.traced = self._everywhere
         self._changes_with_call = any(i.tokens is not None or i.rows is not None for i in interventions)
         self._tables: dict[_Chains, tuple[tuple[int, ...], EditTable]] = {}
         self._known: tuple[tuple[int, int, torch.device], _Chains, Tensor] | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor | None:
         if self._everywhere:
-            return self._composed((tuple(range(len(self._interventions))),)).apply(hidden)
+            whole = tuple(range(len(self._interventions)))
+            if torch.compiler.is_compiling():
+                # Composed in the graph, whose inputs the edits' tensors are: other values need no other graph.
+                return EditTable([self._compose(whole)]).apply(hidden)
+            return self._composed((whole,)).apply(hidden)
         chains, index = self._chains(hidden.shape[0], hidden.shape[1], hidden.device)
         return self._composed(chains).apply(hidden, index) if chains else None
 
@@ -232,7 +233,6 @@ def attach(
     """Registers residual hooks, all or none; ``follow`` lets them ask for token positions and rows."""
     handles = Handles()
     try:
-        handles.add(recompiling())
         if follow:
             handles.add(adapter.track_positions())
         for layer, fn in hooks:
@@ -243,23 +243,14 @@ def attach(
     return handles
 
 
-class recompiling:
-    """Drops torch's compiled code now and when removed: it doesn't notice that hooks came or went.
+def reset(model: nn.Module | ModelAdapter) -> None:
+    """Removes every hook of this library from a model, whoever holds the handles, which do nothing from then on.
 
-    Nothing happens where nothing was compiled.
+    Waits until the engine, in another thread, is done with the model. A user's own hooks stay.
     """
-
-    def __init__(self) -> None:
-        self.remove()
-
-    def remove(self) -> None:
-        """Drops what is compiled now."""
-        dynamo = sys.modules.get("torch._dynamo")
-        if dynamo is not None and dynamo.utils.counters["frames"]["total"]:
-            _log.info(
-                "Hooks of a model changed: torch's compiled code is dropped and made again when called."
-            )
-            dynamo.reset()
+    adapter = adapter_for(model)
+    with exclusive(adapter):
+        adapter.detach_all()
 
 
 def positions(model: nn.Module | ModelAdapter, *, prompt_tokens: int | None = None) -> Handle:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .._private.torch import writes
 from ..backends.eager import openings, with_norm_of
 from ..errors import ValidationError
 from ..ops.gate import NORM, Gate
@@ -216,7 +217,7 @@ class Edit:
 
     def versions(self) -> tuple[int, ...]:
         """Counts that change when a tensor of the edit is written to."""
-        return tuple(0 if t.is_inference() else t._version for t in self.tensors)
+        return tuple(writes(t) for t in self.tensors)
 
     def check_finite(self) -> None:
         """Raises a ValidationError when the edit holds NaN or infinite numbers."""

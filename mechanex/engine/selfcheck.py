@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import MechanexError
 from .models.adapter import ModelAdapter, undisturbed
+from .models.attaching import before
 from .pack import Pack, build_packs
 from .regimes import first_change, regimes_of
 
@@ -205,7 +206,7 @@ def watch_unembedding(adapter: ModelAdapter, pack: Pack, run: Callable[[], Any])
     """
     seen: list[Tensor] = []
     head = adapter.head
-    handle = None if head is None else head.register_forward_pre_hook(lambda _, args: seen.extend(args[:1]))
+    handle = None if head is None else before(head, lambda _, args: seen.extend(args[:1]), kwargs=False)
     try:
         logits: Tensor = run().logits
     finally:

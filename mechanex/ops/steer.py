@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from mechanex import backends
+from mechanex._private.torch import dispatch_modes, transforms_are_active
 from mechanex.backends import eager
 from mechanex.errors import ValidationError
 
@@ -109,7 +109,7 @@ def _dispatch(
     """Take one of the three ways with checked arguments; a bias of None is zero."""
     if torch.compiler.is_compiling():
         return schema.steer(hidden, rows, bias, left, right, backend)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if transforms_are_active():
         return eager.steer(hidden, rows, bias, left, right)
     # Spelled out: a generator costs as much as the kernel of a decode step.
     if (
@@ -118,7 +118,7 @@ def _dispatch(
         or type(bias) not in _PLAIN
         or type(left) not in _PLAIN
         or type(right) not in _PLAIN
-        or torch._C._len_torch_dispatch_stack()
+        or dispatch_modes()
     ):
         return schema.steer(hidden, rows, bias, left, right, backend)
     if torch.is_grad_enabled() and any(
@@ -161,9 +161,8 @@ def _is_final(*tensors: Tensor | None) -> bool:
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
+        or transforms_are_active()
+        or dispatch_modes()
         or any(type(t) not in _PLAIN for t in tensors)
     )
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ..backends import prefers_torch
 from ..engine.given import as_vector
-from ..engine.hooks import Handle, recompiling, selected
+from ..engine.hooks import Handle, selected
 from ..engine.intervention import Edit, EditTable, compute_dtype
 from ..engine.models import ModelAdapter, adapter_for
-from ..engine.models.huggingface import hidden_argument
+from ..engine.models.huggingface import hidden_argument, is_traced
 from ..engine.positions import check_tokens, current_positions, token_mask, whole_pass
 from ..errors import ValidationError
 
@@ -60,12 +60,13 @@ def hf_hooks_contextmanager(
     hook_infos = list(hook_infos)
     handles = Handle()
     try:
-        handles.add(recompiling())
         if any(getattr(hook, "token", None) is not None for _, hook in hook_infos):
             handles.add(adapter.track_positions())
         for layer, hook in hook_infos:
-            handles.add(adapter.on_block(layer, _one_stream(adapter), with_kwargs=True))
-            handles.add(adapter.on_block(layer, hook, with_kwargs=_takes_kwargs(hook)))
+            handles.add(adapter.on_block(layer, _one_stream(adapter), with_kwargs=True, traced=True))
+            handles.add(
+                adapter.on_block(layer, hook, with_kwargs=_takes_kwargs(hook), traced=is_traced(hook))
+            )
         yield
     finally:
         handles.remove()
@@ -137,6 +138,7 @@ class _Steer:
         self.vector = vector
         self.matrix = matrix
         self.token = token
+        self.traced = token is None
 
     def edit(self, hidden: Tensor) -> Edit:
         """The edit for a residual stream of ``hidden``'s width, device and dtype."""

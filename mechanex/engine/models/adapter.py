@@ -19,6 +19,8 @@ from ..findings import Findings
 from ..following import Followed, Prompts
 from ..generate_calls import watch_generate
 from ..regimes import each_alone
+from .attaching import after, before, detach_all
+from .kept import Kept
 from .offload import is_absent, where_it_runs
 
 __all__ = ["Handles", "ModelAdapter", "ResidualHook", "Unembedding", "exclusive", "undisturbed"]
@@ -88,14 +90,31 @@ class ModelAdapter(ABC):
     model: nn.Module
     hf_model: nn.Module
     layers: list[nn.Module]
-    tokenizer: Any
-    model_id: str
     d_model: int
-    findings: Findings
-    _following: Following | None = None
+    kept: Kept
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.kept.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self.kept.tokenizer = tokenizer
+
+    @property
+    def model_id(self) -> str:
+        return self.kept.model_id
+
+    @model_id.setter
+    def model_id(self, name: str) -> None:
+        self.kept.model_id = name
+
+    @property
+    def findings(self) -> Findings:
+        return Findings(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Kept on the model, and made again when asked for: a pickled or copied model goes without it.
+        # Made again from its model when asked for.
         return (type(None), ())
 
     @property
@@ -200,10 +219,13 @@ class ModelAdapter(ABC):
         """
 
     @abstractmethod
-    def on_block(self, layer: int, hook: Callable[..., Any], *, with_kwargs: bool) -> Any:
+    def on_block(
+        self, layer: int, hook: Callable[..., Any], *, with_kwargs: bool, traced: bool = False
+    ) -> Any:
         """Registers a forward pre-hook on block ``layer``; returns a handle with ``remove()``.
 
         At layer n_layers the hook is called with the stream that leaves the last block as the only argument.
+        ``traced`` as for :func:`.attaching.before`.
         """
 
     @property
@@ -247,12 +269,21 @@ class ModelAdapter(ABC):
             prompt_tokens: length of the prompts with their padding, for loops that read them in pieces or run grown
                 texts anew; None where the first call with a cache, or each call without one, is the prompt.
         """
-        if self._following is None or not self._following.users:
-            self._following = self._follow()
-        handle = self._following.join()
+        following: Following | None = self.kept.following
+        if following is None or not following.users:
+            following = self.kept.following = self._follow()
+        handle = following.join()
         if prompt_tokens is not None:
-            handle.add(_Stated(self._following.followed, Prompts(prompt_tokens, None, stated=True)))
+            handle.add(_Stated(following.followed, Prompts(prompt_tokens, None, stated=True)))
         return handle
+
+    def detach_all(self) -> int:
+        """Removes every hook of ours from the model, whoever holds the handles; returns how many there were."""
+        n = sum(detach_all(module) for module in {self.model, self.hf_model})
+        following, self.kept.following = self.kept.following, None
+        if following is not None:
+            following.end()
+        return n
 
     def _follow(self) -> Following:
         """New hooks that follow this model."""
@@ -268,10 +299,10 @@ class ModelAdapter(ABC):
             followed.end()
 
         following = Following(followed)
-        following.add(trunk.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
+        following.add(before(trunk, begin, first=True))
         # Before the hooks that ask, whenever those were attached.
-        following.add(first.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
-        following.add(trunk.register_forward_hook(end, always_call=True))
+        following.add(before(first, enter, first=True))
+        following.add(after(trunk, end, always=True))
         for watched in watch_generate([self.model, *self.hf_model.modules()], followed, self.d_model):
             following.add(watched)
         return following
@@ -309,8 +340,12 @@ class Following:
     def leave(self) -> None:
         """One user less."""
         self.users -= 1
-        if not self.users:
-            self._handles.remove()
+        if self.users == 0:
+            self.end()
+
+    def end(self) -> None:
+        """Follows no more, whoever uses it."""
+        self._handles.remove()
 
 
 class _Stated:

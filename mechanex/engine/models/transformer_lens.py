@@ -13,7 +13,8 @@ from ..following import Followed
 from ..generate_calls import watch_generate
 from ..positions import Positions, positions_are_given, set_positions
 from .adapter import Following, ResidualHook, Unembedding, hidden_and_others
-from .huggingface import HuggingFaceAdapter
+from .attaching import after, before
+from .huggingface import HuggingFaceAdapter, is_traced
 
 __all__ = ["HookedTransformerAdapter", "TransformerLensAdapter", "is_transformer_lens"]
 
@@ -76,7 +77,7 @@ class TransformerLensAdapter(HuggingFaceAdapter):
             return fn(hidden)
 
         # Not point.add_hook: reset_hooks() would remove it behind our back.
-        return point.register_forward_hook(hook)
+        return after(point, hook, traced=is_traced(fn))
 
 
 class HookedTransformerAdapter(TransformerLensAdapter):
@@ -96,8 +97,8 @@ class HookedTransformerAdapter(TransformerLensAdapter):
         followed = Followed()
         blocks, following = _BlockFollower(followed), Following(followed)
         for index, block in enumerate(self.layers):
-            following.add(block.register_forward_pre_hook(blocks.entering(index), with_kwargs=True))
-            following.add(block.register_forward_hook(blocks.left, always_call=True))
+            following.add(before(block, blocks.entering(index)))
+            following.add(after(block, blocks.left, always=True))
         for watched in watch_generate([self.model], followed, self.d_model):
             following.add(watched)
         return following
@@ -112,7 +113,7 @@ class _BlockFollower:
         self._last = -1
 
     def entering(self, index: int) -> Any:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, others = hidden_and_others(args, kwargs)
             if self._pass is None or index <= self._last or self._pass.shape != tuple(hidden.shape[:2]):
                 # A block's own keys and values, which it adds to when it runs.
@@ -124,7 +125,7 @@ class _BlockFollower:
             if not positions_are_given():
                 set_positions(self._pass)
 
-        return before
+        return enter
 
     def left(self, *_: Any) -> None:
         self._followed.end()

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..._private.torch import tree_flatten, tree_unflatten
 from ..forward import Resumed
 from ..models.adapter import ModelAdapter
 from ..pack import Pack
