@@ -19,7 +19,17 @@ from torch import Tensor
 
 from mechanex.errors import MechanexError, ValidationError
 
-from . import eager, eager_logprob, native, native_cuda, native_logprob, reference, triton, triton_logprob
+from . import (
+    eager,
+    eager_logprob,
+    native,
+    native_cuda,
+    native_logprob,
+    native_many,
+    reference,
+    triton,
+    triton_logprob,
+)
 
 __all__ = [
     "Backend",
@@ -125,6 +135,7 @@ _REGISTRY = {
             ("cpu", "cuda"),
             {
                 "steer": Kernel(native.steer, native.refuses_steer, native.declines_steer),
+                "steer_many": Kernel(native_many.steer_many, native_many.refuses_steer_many),
                 "completion_logprob": Kernel(
                     native_logprob.OP.run,
                     gradients=native_logprob.OP.gradients,

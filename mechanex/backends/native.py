@@ -28,6 +28,7 @@ _MAX_RANK = 64
 TORCH_RANK = 48
 TORCH_TABLE = 1 << 17
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_NEGATED = "an argument is a lazily negated view, whose memory holds other values: call resolve_neg()"
 _HOW = (
     "install a C++17 compiler (gcc or clang) and run `pip install --force-reinstall --no-deps .` in a source "
     "folder, or install a published wheel, with MECHANEX_PURE unset"
@@ -108,7 +109,7 @@ def refuses_steer(
         or (left is not None and left.is_neg())
         or (right is not None and right.is_neg())
     ):
-        return "an argument is a lazily negated view, whose memory holds other values: call resolve_neg()"
+        return _NEGATED
     return None
 
 

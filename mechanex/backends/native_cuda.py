@@ -13,8 +13,10 @@ from mechanex._version import __version__
 
 from .eager import compute_dtype
 
-__all__ = ["describe", "missing", "steer"]
+__all__ = ["MANY_WIDTH", "describe", "missing", "steer"]
 
+# Widest row of a half type that takes several edits: it waits in a block's shared memory, float32.
+MANY_WIDTH = 24_000
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _HOW = (
     "install the CUDA toolkit (nvcc) and run `MECHANEX_CUDA=ON pip install --force-reinstall --no-deps .` in a "
