@@ -13,10 +13,10 @@ from families import build
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
+from mechanex.engine.attaching import after, before
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
-from mechanex.engine.models.attaching import after, before
 from mechanex.utils.hooks import hf_hooks_contextmanager, make_activs_hook_hf, make_steering_hook_hf
 
 D_MODEL = 8

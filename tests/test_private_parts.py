@@ -105,7 +105,7 @@ def test_torch_keeps_hooks_in_tables_by_their_handles_id() -> None:
 def test_compiled_code_looks_at_a_modules_own_forward() -> None:
     from torch._dynamo.testing import CompileCounter
 
-    from mechanex.engine.models.attaching import before
+    from mechanex.engine.attaching import before
 
     counter = CompileCounter()
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))

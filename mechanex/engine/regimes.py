@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ValidationError
+from .attaching import after
 
 if TYPE_CHECKING:
     from .models.adapter import ModelAdapter
@@ -161,7 +162,7 @@ class _Record:
         with _guard:
             self._users += 1
             if self._users == 1:
-                self._handle = module.register_forward_hook(_factors_of_each, with_kwargs=True)
+                self._handle = after(module, _factors_of_each, kwargs=True)
         try:
             yield
         finally:

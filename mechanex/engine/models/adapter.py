@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ValidationError
+from ..attaching import after, before, detach_all
 from ..findings import Findings
 from ..following import Followed, Prompts
 from ..generate_calls import watch_generate
 from ..regimes import each_alone
-from .attaching import after, before, detach_all
 from .kept import Kept
 from .offload import is_absent, where_it_runs
 
@@ -225,7 +225,7 @@ class ModelAdapter(ABC):
         """Registers a forward pre-hook on block ``layer``; returns a handle with ``remove()``.
 
         At layer n_layers the hook is called with the stream that leaves the last block as the only argument.
-        ``traced`` as for :func:`.attaching.before`.
+        ``traced`` as for :func:`mechanex.engine.attaching.before`.
         """
 
     @property

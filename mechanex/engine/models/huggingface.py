@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import ValidationError
+from ..attaching import after, before
 from .adapter import ModelAdapter, ResidualHook, Unembedding
-from .attaching import after, before
 from .kept import Kept
 
 __all__ = ["HuggingFaceAdapter", "find_layers", "hidden_argument"]

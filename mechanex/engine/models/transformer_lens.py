@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import ValidationError
+from ..attaching import after, before
 from ..call_facts import flat
 from ..following import Followed
 from ..generate_calls import watch_generate
 from ..positions import Positions, positions_are_given, set_positions
 from .adapter import Following, ResidualHook, Unembedding, hidden_and_others
-from .attaching import after, before
 from .huggingface import HuggingFaceAdapter, is_traced
 
 __all__ = ["HookedTransformerAdapter", "TransformerLensAdapter", "is_transformer_lens"]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..._private import torch as private
+from .._private import torch as private
 
 __all__ = ["Attached", "after", "before", "detach_all"]
 
@@ -66,17 +66,21 @@ def before(
     )
 
 
-def after(module: nn.Module, hook: _Hook, *, always: bool = False, traced: bool = False) -> Attached:
+def after(
+    module: nn.Module, hook: _Hook, *, kwargs: bool = False, always: bool = False, traced: bool = False
+) -> Attached:
     """Calls a hook after every call of a module.
 
     Args:
         module: a part of a model.
-        hook: as ``register_forward_hook`` takes it, without keyword arguments.
+        hook: as ``register_forward_hook`` takes it.
+        kwargs: whether it takes keyword arguments too.
         always: also when the call ends with an exception.
         traced: as for :func:`before`.
     """
     called = hook if traced else _uncompiled(hook)
-    return Attached(module, module.register_forward_hook(called, always_call=always), "after")
+    handle = module.register_forward_hook(called, with_kwargs=kwargs, always_call=always)
+    return Attached(module, handle, "after")
 
 
 def detach_all(model: nn.Module) -> int:
