@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..errors import ValidationError
 from ..ops.logprob import completion_logprob
 from . import selfcheck
+from .attaching import before
 from .hooks import attach
 from .intervention import compute_dtype
 from .models.adapter import Handles, ModelAdapter
-from .models.attaching import before
 from .pack import BATCH_TOKENS, BATCH_TOKENS_GPU, ROW_TOKENS, Pack, Pair, build_packs
 from .regimes import regimes_of
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import MechanexError
+from .attaching import before
 from .models.adapter import ModelAdapter, undisturbed
-from .models.attaching import before
 from .pack import Pack, build_packs
 from .regimes import first_change, regimes_of
 
