@@ -28,10 +28,6 @@ needs_lens = pytest.mark.skipif(
     not lens.installed(), reason="transformer-lens (the lens extra) is not installed"
 )
 BACKENDS = ["transformers", pytest.param("transformer_lens", marks=needs_lens)]
-FITTING = [
-    "transformers",
-    pytest.param("transformer_lens", marks=pytest.mark.usefixtures("fitting_bridges")),
-]
 IDS = torch.tensor([[1, 20, 35, 7, 290]])
 
 
@@ -200,9 +196,11 @@ def test_short_names_mean_what_they_mean_to_transformer_lens():
     )
 
 
-@pytest.mark.parametrize("backend", FITTING)
-def test_short_names_load_in_both_backends(saved, tmp_path, backend):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_short_names_load_in_both_backends(saved, tmp_path, backend, request):
     """From the Hub's cache, without a network."""
+    if backend == "transformer_lens":
+        request.getfixturevalue("fitting_bridges")
     repository = tmp_path / "models--EleutherAI--pythia-70m-deduped"
     shutil.copytree(saved, repository / "snapshots" / "abc")
     (repository / "refs").mkdir()
@@ -379,8 +377,10 @@ def test_a_path_of_layers_is_not_ignored_by_the_bridge(saved):
         (None, torch.float32),
     ],
 )
-@pytest.mark.parametrize("backend", FITTING)
-def test_dtypes(saved, backend, asked, got):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dtypes(saved, backend, asked, got, request):
+    if backend == "transformer_lens":
+        request.getfixturevalue("fitting_bridges")
     assert adapter_for(load(saved, backend=backend, device="cpu", dtype=asked).model).dtype == got
 
 
