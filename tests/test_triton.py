@@ -80,7 +80,7 @@ def test_under_the_interpreter() -> None:
     done = python("-m", "pytest", *arguments, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed[1]) > 300, done.stdout[-1000:]
+    assert passed is not None and int(passed[1]) > 100, done.stdout[-1000:]
 
 
 @on_each_device
