@@ -75,7 +75,7 @@ def test_under_the_interpreter() -> None:
     # Finite differences take thousands of calls: `test_second_derivatives_exist` stands for them. The op's test of
     # equal bits has 700 rows; the one here does the same with fewer.
     selection = "triton and not finite_differences and not the_same_call"
-    files = "test_steer_op.py", "test_triton.py"
+    files = "test_steer_op.py", "test_steer_many.py", "test_triton.py"
     arguments = "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, "-k", selection
     done = python("-m", "pytest", *arguments, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

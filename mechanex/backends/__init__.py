@@ -154,6 +154,7 @@ _REGISTRY = {
                 "steer": Kernel(
                     triton.steer, triton.refuses_steer, triton.declines_steer, triton.steer_gradients
                 ),
+                "steer_many": Kernel(triton.steer_many, triton.refuses_steer_many),
                 "completion_logprob": Kernel(
                     triton_logprob.completion_logprob,
                     triton_logprob.refuses_completion_logprob,

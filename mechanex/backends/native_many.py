@@ -28,7 +28,8 @@ def refuses_steer_many(
     if reason is not None:
         return reason
     if any(
-        t is not None and t.is_neg() for t in (strength, *((gate.weight, gate.offset) if gate is not None else ()))
+        t is not None and t.is_neg()
+        for t in (strength, *((gate.weight, gate.offset) if gate is not None else ()))
     ):
         return native._NEGATED
     if hidden.is_cuda and hidden.dtype.itemsize == 2 and hidden.shape[1] > native_cuda.MANY_WIDTH:
