@@ -96,13 +96,9 @@ def _steer_many_kernel(
     edited = 0
     outside = 0
     for i in tl.range(EDITS):
-        if rows is None:
-            edit = tl.zeros([], tl.int32)
-        else:
-            edit = tl.load(rows + t * EDITS + i)
-        if strength is None:
-            amount = tl.full([], 1.0, WIDE)
-        else:
+        edit = tl.zeros([], tl.int32) if rows is None else tl.load(rows + t * EDITS + i)
+        amount = tl.full([], 1.0, WIDE)
+        if strength is not None:
             amount = tl.load(strength + t * EDITS + i).to(WIDE)
         if (edit >= 0) & (edit < n_edits):
             y = _one_edit(
@@ -136,6 +132,7 @@ def steer_many(
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
+    edits, rank = 1 if rows is None else rows.shape[1], 0 if left is None else left.shape[1]
     wide = many_dtype(hidden, strength, bias, left, right, gate)
     # A row is held whole whatever the rank.
     block = block_for(1, width, 1, wide)
@@ -159,12 +156,7 @@ def steer_many(
                 width,
                 hidden.stride(0),
             ),
-            (
-                1 if rows is None else rows.shape[1],
-                0 if left is None else left.shape[1],
-                block.columns,
-                IN_TRITON[wide],
-            ),
+            (edits, rank, block.columns, IN_TRITON[wide]),
             block.warps,
         )
     return out

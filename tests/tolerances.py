@@ -102,8 +102,8 @@ def logprob_bounds(
 
     A product of float32 sums loses about ``sqrt(d)`` units of the sum of magnitudes; one that a processor returns in
     bfloat16 loses half a unit of that type more. An error e of the logits moves log p by 2e and every other token's
-    share of the gradient by the factor exp(2e). Where a device multiplies half types as they are, the shares are rounded
-    to them before the product that makes the gradient: a unit of each.
+    share of the gradient by the factor exp(2e). Where a device multiplies half types as they are, the shares are
+    rounded to them before the product that makes the gradient: a unit of each.
 
     Args:
         args: the op's arguments, hidden in the dtype that is judged.
