@@ -179,16 +179,10 @@ class _LayerEdits:
         known = self._tables.get(chains)
         if known is not None and known[0] == versions:
             return known[1]
-        table = EditTable([self._compose(chain) for chain in chains])
+        table = EditTable.of_chains([[self._interventions[i].edit for i in chain] for chain in chains])
         if not any(i.edit.requires_grad for i in self._interventions):
             self._tables[chains] = (versions, table)
         return table
-
-    def _compose(self, chain: tuple[int, ...]) -> Edit:
-        edit = self._interventions[chain[0]].edit
-        for i in chain[1:]:
-            edit = edit.then(self._interventions[i].edit)
-        return edit
 
 
 class SteeringPlan:
