@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ValidationError
-from .intervention import Edit, EditTable
+from .intervention import Edit, EditTable, composed
 from .models import adapter_for
 from .models.adapter import Handles, ModelAdapter, ResidualHook
 from .positions import TokenSelector, check_tokens, current_positions, running_pack, token_mask
@@ -81,18 +81,9 @@ class Intervention:
             return self.mask.to(device)
         chosen = torch.ones(batch, length, dtype=torch.bool, device=device)
         if self.rows is not None:
-            if running_pack():
-                raise ValidationError(
-                    "An intervention names rows of a batch, but here the engine lays out its own batches; "
-                    "steer by tokens, or remove the plan around this call."
-                )
-            if self.rows and max(self.rows) >= batch:
-                raise ValidationError(
-                    f"Row {max(self.rows)} was to be edited, but the batch has {batch} rows."
-                )
-            among = torch.zeros(batch, 1, dtype=torch.bool, device=device)
-            among[list(self.rows)] = True
-            chosen = chosen & among
+            prompts = _prompts(batch, self.rows).to(device)
+            among = torch.isin(prompts, torch.tensor(self.rows, dtype=torch.long, device=device))
+            chosen = chosen & among[:, None]
         return chosen if self.tokens is None else chosen & selected(self.tokens, batch, length).to(device)
 
 
@@ -104,6 +95,21 @@ def _row_indices(rows: Sequence[int]) -> tuple[int, ...]:
     if any(row < 0 for row in found) or any(isinstance(row, bool) for row in rows):
         raise ValidationError(f"rows are batch indices of 0 or more; got {rows!r}.")
     return found
+
+
+def _prompts(batch: int, rows: Sequence[int]) -> Tensor:
+    """[B] int64: the prompt of the batch that each row of the running call continues."""
+    own = running_pack()
+    if own is None:
+        if rows and max(rows) >= batch:
+            raise ValidationError(f"Row {max(rows)} was to be edited, but the batch has {batch} rows.")
+        return torch.arange(batch)
+    if own.prompts is None:
+        raise ValidationError(
+            "An intervention names rows of a batch, but here the engine lays out its own batches; "
+            "steer by tokens, or remove the plan around this call."
+        )
+    return own.prompts
 
 
 def selected(tokens: int | slice, batch: int, length: int) -> Tensor:
@@ -145,7 +151,8 @@ class _LayerEdits:
     def _chains(self, batch: int, length: int, device: torch.device) -> tuple[_Chains, Tensor]:
         """The chains of interventions that meet on some row, and [B, T] int32 which of them, or -1."""
         key = (batch, length, device)
-        if self._known is not None and self._known[0] == key and not (self._by_batch_row and running_pack()):
+        own_rows = self._by_batch_row and running_pack() is not None
+        if self._known is not None and self._known[0] == key and not own_rows:
             return self._known[1], self._known[2]
         # A row moves to a longer chain each time one more intervention applies to it.
         chains: dict[tuple[int, ...], int] = {}
@@ -174,10 +181,7 @@ class _LayerEdits:
         return table
 
     def _compose(self, chain: tuple[int, ...]) -> Edit:
-        edit = self._interventions[chain[0]].edit
-        for i in chain[1:]:
-            edit = edit.then(self._interventions[i].edit)
-        return edit
+        return composed([self._interventions[i].edit for i in chain])
 
 
 class SteeringPlan:

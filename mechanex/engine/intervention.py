@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from ..errors import ValidationError
 from ..ops.steer import steer
 
-__all__ = ["Edit", "EditTable", "compute_dtype"]
+__all__ = ["Edit", "EditTable", "composed", "compute_dtype"]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -194,6 +196,15 @@ class Edit:
     def apply(self, hidden: Tensor) -> Tensor:
         """The edited copy of ``hidden`` [..., d_model], in its dtype; ``hidden`` itself is left alone."""
         return EditTable([self]).apply(hidden)
+
+
+def composed(edits: Sequence[Edit]) -> Edit:
+    """One edit that does all of these (at least one) in order.
+
+    Raises:
+        ValidationError: the widths differ.
+    """
+    return functools.reduce(Edit.then, edits)
 
 
 class EditTable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
@@ -25,6 +25,7 @@ __all__ = [
     "pack_positions",
     "read_call",
     "running_pack",
+    "selects",
     "token_mask",
     "whole_pass",
 ]
@@ -131,21 +132,23 @@ class PackPositions(Positions):
 
     Args:
         index: [B, T] int64 place on the path, -1 for padding.
-        prompt_lengths: [B, T] int64 tokens of the prompt that each token belongs to.
+        prompt_lengths: [B, T] or [B, 1] int64 tokens of the prompt that each token belongs to.
+        prompts: [B] int64, the prompt of the caller's batch that each row continues; None where there is no such batch.
     """
 
-    def __init__(self, index: Tensor, prompt_lengths: Tensor) -> None:
+    def __init__(self, index: Tensor, prompt_lengths: Tensor, prompts: Tensor | None = None) -> None:
         super().__init__(index, None, None, 0, PositionTracker())
         self.index = index
         self.prompt_lengths = prompt_lengths
+        self.prompts = prompts
 
 
 _pack: ContextVar[PackPositions | None] = ContextVar("mechanex_pack", default=None)
 
 
-def running_pack() -> bool:
-    """Whether the call that is running is the engine's own, over packed rows."""
-    return _pack.get() is not None
+def running_pack() -> PackPositions | None:
+    """The positions of the call that is running, if it is the engine's own."""
+    return _pack.get()
 
 
 @contextmanager
@@ -177,23 +180,31 @@ def token_mask(token: int | slice, positions: Positions) -> Tensor:
 
     Negatives count from the end of the prompt; an open stop has no end; padding is never selected.
     """
-    index = positions.index
+    chosen: Tensor = selects(token, positions.index, lambda: positions.prompt_lengths)
+    return chosen
+
+
+def selects(token: int | slice, index: Any, prompt_length: Callable[[], Any]) -> Any:
+    """Whether ``token`` selects each of the absolute positions ``index``; as :func:`token_mask`.
+
+    Args:
+        token: an int or a slice.
+        index: positions, -1 for padding: an int, or an array or tensor of them, of whose kind the result is.
+        prompt_length: gives the prompts' lengths, likewise; called where a negative asks for them.
+    """
+
+    def absolute(place: int) -> Any:
+        return place if place >= 0 else prompt_length() + place
+
     if isinstance(token, int):
-        return (index == _absolute(token, positions)) & (index >= 0)
-    step = 1 if token.step is None else token.step
-    chosen = index >= 0
-    start: int | Tensor = 0
-    if token.start is not None:
-        start = _absolute(token.start, positions)
-        start = start.clamp(min=0) if isinstance(start, Tensor) else start
-        chosen = chosen & (index >= start)
+        return (index == absolute(token)) & (index >= 0)
+    start = absolute(token.start or 0)
+    start = start * (start > 0)
+    chosen = (index >= 0) & (index >= start)
     if token.stop is not None:
-        chosen = chosen & (index < _absolute(token.stop, positions))
+        chosen = chosen & (index < absolute(token.stop))
+    step = token.step or 1
     return chosen if step == 1 else chosen & ((index - start) % step == 0)
-
-
-def _absolute(place: int, positions: Positions) -> int | Tensor:
-    return place if place >= 0 else positions.prompt_lengths + place
 
 
 class PositionTracker(threading.local):

@@ -115,6 +115,12 @@ class ModelAdapter(ABC):
         config: Any = self.hf_model.config
         return config.get_text_config() if hasattr(config, "get_text_config") else config
 
+    @property
+    def context(self) -> int | None:
+        """Tokens that a text may have; None where the model names no limit."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
     def _reference_weight(self) -> Tensor:
         embeddings = self._part("get_input_embeddings")
         weights = list((self.hf_model if embeddings is None else embeddings).parameters())

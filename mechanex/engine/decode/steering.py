@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
-from ..engine.hooks import attach
-from ..engine.intervention import Edit, EditTable
-from ..engine.models.adapter import Handles, ModelAdapter, ResidualHook
+from ...errors import ValidationError
+from ..hooks import attach
+from ..intervention import Edit, EditTable, composed
+from ..models.adapter import Handles, ModelAdapter, ResidualHook
+from ..positions import check_tokens, selects
 from .request import Steer
 
-__all__ = ["RowSteering", "Span", "covers"]
+__all__ = ["RowSteering", "Span"]
 
 _Chain = tuple[Edit, ...]
 
@@ -34,20 +37,6 @@ class Span:
         self.steering, self.prompt_length, self.first = steering, prompt_length, first
 
 
-def covers(tokens: int | slice | None, position: int, prompt_length: int) -> bool:
-    """Whether a token selector covers an absolute position; as :func:`mechanex.engine.positions.token_mask`."""
-    if tokens is None:
-        return True
-    if isinstance(tokens, int):
-        return position == (tokens if tokens >= 0 else prompt_length + tokens)
-    start = tokens.start or 0
-    start = start if start >= 0 else max(prompt_length + start, 0)
-    stop = tokens.stop
-    if stop is not None and position >= (stop if stop >= 0 else prompt_length + stop):
-        return False
-    return position >= start and (position - start) % (tokens.step or 1) == 0
-
-
 class RowSteering:
     """Attaches to a model and edits its calls row by row; calls that weren't prepared pass unedited.
 
@@ -59,12 +48,37 @@ class RowSteering:
         self._adapter = adapter
         self._handles = Handles()
         self._attached: set[int] = set()
-        self._current: dict[int, tuple[EditTable, Tensor]] = {}
+        self._current: dict[int, tuple[EditTable, Tensor | None]] = {}
         self._tables: dict[int, tuple[tuple[_Chain, ...], EditTable]] = {}
         self._composed: dict[_Chain, Edit] = {}
-        self._known: tuple[object, dict[int, tuple[EditTable, Tensor]]] | None = None
+        self._known: tuple[object, dict[int, tuple[EditTable, Tensor | None]]] | None = None
         self.seconds = 0.0
         """Time spent in edits so far, as the CPU sees it."""
+
+    def check(self, steering: Sequence[Steer]) -> None:
+        """Raises a ValidationError for edits that this model has no place for."""
+        adapter = self._adapter
+        chains: dict[int, list[Edit]] = {}
+        for steer in steering:
+            if steer.edit.width != adapter.d_model:
+                raise ValidationError(
+                    f"An edit at layer {steer.layer} is {steer.edit.width} wide, but the residual stream of "
+                    f"{adapter.model_id} is {adapter.d_model} wide; the vector was made for another model."
+                )
+            if steer.layer not in range(adapter.n_layers):
+                adapter.layer_index(steer.layer)
+                raise ValidationError(f"A request's layers count from 0; got layer {steer.layer}.")
+            check_tokens(steer.tokens)
+            chains.setdefault(steer.layer, []).append(steer.edit)
+        for chain in chains.values():
+            self._compose(tuple(chain))
+
+    def recall(self, key: object) -> bool:
+        """Prepares the next model call as the one that was prepared under ``key``; whether that could be."""
+        if self._known is None or self._known[0] != key:
+            return False
+        self._current = self._known[1]
+        return True
 
     def prepare(self, spans: Sequence[Span], columns: int, key: object = None) -> None:
         """Says what the next model call, [len(spans), columns], is.
@@ -72,15 +86,13 @@ class RowSteering:
         Args:
             spans: one per row.
             columns: tokens of each row in the call, padding included.
-            key: equal for calls with the same rows; lets a step reuse what the one before worked out.
+            key: by which calls of the same rows may ``recall`` this one, if no edit of theirs depends on positions.
         """
-        fixed = key is not None and not any(steer.tokens is not None for s in spans for steer in s.steering)
-        if fixed and self._known is not None and self._known[0] == key:
-            self._current = self._known[1]
-            return
         begun = time.perf_counter()
         layers = sorted({steer.layer for span in spans for steer in span.steering})
-        self._current = {layer: self._table(layer, spans, columns) for layer in layers}
+        tables = {layer: self._table(layer, spans, columns) for layer in layers}
+        self._current = {layer: table for layer, table in tables.items() if table is not None}
+        fixed = key is not None and all(s.tokens is None for span in spans for s in span.steering)
         self._known = (key, self._current) if fixed else None
         for layer in layers:
             if layer not in self._attached:
@@ -110,8 +122,13 @@ class RowSteering:
 
         return edit
 
-    def _table(self, layer: int, spans: Sequence[Span], columns: int) -> tuple[EditTable, Tensor]:
-        """The table of the edits that meet at this layer, and [rows, columns] int32 which one, or -1."""
+    def _table(
+        self, layer: int, spans: Sequence[Span], columns: int
+    ) -> tuple[EditTable, Tensor | None] | None:
+        """The table of the edits that meet at this layer, and [rows, columns] int32 which one, or -1.
+
+        None for the index where every token has the only edit; None for both where no token has any.
+        """
         slots: dict[_Chain, int] = {}
         index = numpy.full((len(spans), columns), -1, dtype=numpy.int32)
         for row, span in zip(index, spans, strict=True):
@@ -120,18 +137,26 @@ class RowSteering:
             if all(steer.tokens is None for steer in here):
                 if here:
                     row[begin:] = slots.setdefault(tuple(steer.edit for steer in here), len(slots))
-                continue
-            for column in range(begin, columns):
-                place = span.first + column
-                chain = tuple(s.edit for s in here if covers(s.tokens, place, span.prompt_length))
+            elif columns == 1:
+                chain = tuple(steer.edit for steer in here if _reaches(steer, span.first, span))
                 if chain:
-                    row[column] = slots.setdefault(chain, len(slots))
-        if not slots:  # nothing here at these positions; a table needs an edit, and no row uses it
-            slots[(next(s.edit for span in spans for s in span.steering if s.layer == layer),)] = 0
+                    row[0] = slots.setdefault(chain, len(slots))
+            else:
+                places = numpy.arange(span.first, span.first + columns)
+                reached = numpy.stack([_reaches(steer, places, span) & (places >= 0) for steer in here], 1)
+                # Neighbours mostly have the same edits; each kind of column is looked up once.
+                kinds, kind = numpy.unique(reached, axis=0, return_inverse=True)
+                found = [tuple(s.edit for s, on in zip(here, one, strict=True) if on) for one in kinds]
+                slot = [slots.setdefault(chain, len(slots)) if chain else -1 for chain in found]
+                row[:] = numpy.array(slot, dtype=numpy.int32)[kind.reshape(-1)]
+        if not slots:
+            return None
         chains = tuple(slots)
         known = self._tables.get(layer)
         if known is None or known[0] != chains:
             known = self._tables[layer] = (chains, EditTable([self._compose(chain) for chain in chains]))
+        if len(chains) == 1 and bool((index == 0).all()):
+            return known[1], None
         return known[1], torch.from_numpy(index).to(self._adapter.device)
 
     def _compose(self, chain: _Chain) -> Edit:
@@ -139,10 +164,12 @@ class RowSteering:
             return chain[0]
         found = self._composed.get(chain)
         if found is None:
-            found = chain[0]
-            for edit in chain[1:]:
-                found = found.then(edit)
             if len(self._composed) >= 256:
                 self._composed.clear()
-            self._composed[chain] = found
+            found = self._composed[chain] = composed(chain)
         return found
+
+
+def _reaches(steer: Steer, index: Any, span: Span) -> Any:
+    """Whether an edit reaches the positions ``index`` (an int or an array) of a row."""
+    return steer.tokens is None or selects(steer.tokens, index, lambda: span.prompt_length)
