@@ -31,8 +31,12 @@ if TYPE_CHECKING:
     from postgres_server import Postgres
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` run only where CUDA does."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` run only where CUDA does, those marked ``real`` only by ``make test-real``."""
+    if "MECHANEX_REAL_HOME" not in os.environ:
+        real = [item for item in items if item.get_closest_marker("real")]
+        config.hook.pytest_deselected(items=real)
+        items[:] = [item for item in items if not item.get_closest_marker("real")]
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch
@@ -77,6 +81,15 @@ def postgresql() -> Iterator[Postgres]:
         pytest.skip("PostgreSQL is not installed")
     with postgres_server.postgres() as running:
         yield running
+
+
+@pytest.fixture
+def fitting_bridges() -> None:
+    """Skips a test of TransformerLens' bridges where those that are installed don't fit transformers."""
+    from bridges import bridges_fit
+
+    if not bridges_fit():
+        pytest.skip("no TransformerLens here that fits this transformers")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -29,8 +29,16 @@ class Naive:
     normalize: bool = False
     only_hook_prompt: bool = False
 
-    def edited(self, x: Tensor, v: Tensor, matrix: Tensor | None, negative: bool, chosen: Tensor) -> Tensor:
-        """x [1, T, d] with the definition's edit at the chosen positions."""
+    def edited(
+        self,
+        x: Tensor,
+        v: Tensor,
+        matrix: Tensor | None,
+        negative: bool,
+        chosen: Tensor,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """x [1, T, d] with the definition's edit at the chosen positions; noise [d] is added to the vector's effect."""
         wide = x.to(v.dtype)
         if self.clamp is not None:
             w = -v if negative else v
@@ -39,6 +47,8 @@ class Naive:
         else:
             change = v if matrix is None else v + wide @ matrix.T
             y = wide - change if negative else wide + change
+        if noise is not None:
+            y = y - noise if negative else y + noise
         return torch.where(chosen[None, :, None], y, wide).to(x.dtype)
 
     def chosen(self, datapoint: TrainingDatapoint, n_prompt: int, n: int) -> Tensor:
@@ -58,18 +68,32 @@ class Naive:
         return chosen
 
     def loss(
-        self, datapoint: TrainingDatapoint, side: str, text: str, v: Tensor, matrix: Tensor | None
+        self,
+        datapoint: TrainingDatapoint,
+        side: str,
+        text: str,
+        v: Tensor,
+        matrix: Tensor | None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         prompt, ids = encode_pair(self.tokenizer, datapoint.prompt, text)
         chosen = self.chosen(datapoint, len(prompt), len(prompt) + len(ids))
 
         def hook(_module: Any, args: Any, kwargs: Any) -> Any:
             x = args[0] if args else kwargs["hidden_states"]
-            y = self.edited(x, v, matrix, datapoint.is_negative, chosen)
+            y = self.edited(x, v, matrix, datapoint.is_negative, chosen, noise)
             return ((y, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": y})
 
+        def leaving(_module: Any, _args: Any, out: Any) -> Any:
+            x = out[0] if isinstance(out, tuple) else out
+            y = self.edited(x, v, matrix, datapoint.is_negative, chosen)
+            return (y, *out[1:]) if isinstance(out, tuple) else y
+
         handles = [
-            self.blocks[layer].register_forward_pre_hook(hook, with_kwargs=True) for layer in self.layers
+            self.blocks[layer].register_forward_pre_hook(hook, with_kwargs=True)
+            if layer < len(self.blocks)
+            else self.blocks[-1].register_forward_hook(leaving)
+            for layer in self.layers
         ]
         try:
             out = self.model(torch.tensor([prompt + ids]))
@@ -87,13 +111,17 @@ class Naive:
             loss = (p + self.eps).log().sum()
         return loss / len(ids) if self.normalize else loss
 
-    def losses(self, v: Tensor, matrix: Tensor | None = None) -> list[Tensor]:
+    def completions(self) -> list[tuple[TrainingDatapoint, str, str]]:
+        """Datapoint, side and text of every completion, in the order of the losses."""
         return [
-            self.loss(datapoint, side, text, v, matrix)
+            (datapoint, side, text)
             for datapoint in self.datapoints
             for side, texts in (("src", datapoint.src_completions), ("dst", datapoint.dst_completions))
             for text in texts
         ]
+
+    def losses(self, v: Tensor, matrix: Tensor | None = None) -> list[Tensor]:
+        return [self.loss(*place, v, matrix) for place in self.completions()]
 
     def optimize(
         self,

@@ -14,6 +14,7 @@ from mechanex.engine.models.adapter import undisturbed
 from mechanex.engine.optimize.job import Job
 from mechanex.engine.optimize.jobs import lay_out
 from mechanex.engine.optimize.losses import plain_sum
+from mechanex.engine.optimize.noise import noise_of_step
 from mechanex.engine.optimize.passes import Evaluation, Passes
 from mechanex.engine.optimize.settings import Settings
 from mechanex.utils.steering_opt import TrainingDatapoint
@@ -53,6 +54,8 @@ CASES = {
     "prompt only": (PLAIN, 1, {"only_hook_prompt": True}),
     "prompt only, masked": (MASKED, 1, {"only_hook_prompt": True, "affine_rank": 1}),
     "negative": (NEGATIVE, 2, {}),
+    "leaving the last block": (MASKED, 4, {"affine_rank": 1}),
+    "everywhere, clamp": (PLAIN, [0, 1, 2, 3, 4], {"vector_clamp": 0.8}),
     "negative, affine": (NEGATIVE, 2, {"affine_rank": 2}),
 }
 
@@ -175,37 +178,47 @@ def test_small_batches_accumulate_to_the_same_gradient():
 @pytest.mark.parametrize(
     "options", [{}, {"affine_rank": 2}, {"vector_clamp": 2.0}], ids=["add", "affine", "clamp"]
 )
-def test_each_completion_apart_has_its_own_gradient_and_they_add_up(options):
+def test_each_completions_gradient_by_the_effect_that_noise_is_added_to(options):
     settings = Settings(seed=0, noise_scale=1.0, **options)
     job = Job(doubled(), PLAIN + NEGATIVE, [1, 3], settings, TOKENIZER)
     theta = job.start()
-    apart = evaluate(job, theta, objective=plain_sum, apart=True)
-    whole = evaluate(job, theta, objective=plain_sum)
-    torch.testing.assert_close(apart.gradient.sum(0), whole.gradient)
-    leaf = theta.clone().requires_grad_()
-    for i, loss in enumerate(naive_of(job).losses(*parts(job, leaf))):
-        (truth,) = torch.autograd.grad(loss, leaf, retain_graph=True)
-        torch.testing.assert_close(apart.gradient[i], truth, rtol=1e-8, atol=1e-9)
+    found = evaluate(job, theta, objective=plain_sum, by_effect=True)
+    truth = naive_of(job)
+    for i, place in enumerate(truth.completions()):
+        noise = torch.zeros(D_MODEL, dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(truth.loss(*place, *parts(job, theta), noise), noise)
+        torch.testing.assert_close(found.gradient[i], slope, rtol=1e-8, atol=1e-9)
 
 
-def test_noise_is_added_to_the_effect_of_each_completions_edit():
-    job = Job(doubled(), PLAIN + NEGATIVE, 2, Settings(seed=0, noise_scale=1.0), TOKENIZER)
+@pytest.mark.parametrize("options", [{}, {"vector_clamp": 2.0}], ids=["add", "clamp"])
+def test_noise_is_added_to_the_effect_of_each_completions_edit(options):
+    job = Job(doubled(), PLAIN + NEGATIVE, 2, Settings(seed=0, noise_scale=1.0, **options), TOKENIZER)
     theta = job.start()
-    n = len(job.completions)
-    noise = torch.randn(n, D_MODEL, dtype=torch.float64)
+    noise = torch.randn(len(job.completions), D_MODEL, dtype=torch.float64)
     found = evaluate(job, theta, noise=noise)
     naive = naive_of(job)
-    places = [
-        (datapoint, side, text)
-        for datapoint in naive.datapoints
-        for side, texts in (("src", datapoint.src_completions), ("dst", datapoint.dst_completions))
-        for text in texts
-    ]
-    # For a plain vector, noise on its effect is noise on the vector.
-    truth = [naive.loss(*place, theta + noise[i], None) for i, place in enumerate(places)]
+    truth = [naive.loss(*place, theta, None, noise[i]) for i, place in enumerate(naive.completions())]
     torch.testing.assert_close(
         torch.tensor(found.losses, dtype=torch.float64), torch.stack(truth), rtol=1e-9, atol=1e-9
     )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"affine_rank": 2}, {"vector_clamp": 1.3}], ids=["add", "affine", "clamp"]
+)
+def test_small_tangent_noise_leaves_the_losses_as_they_are(options):
+    settings = Settings(seed=0, noise_scale=1e-4, noise_iters=8, **options)
+    job = Job(doubled(), PLAIN + NEGATIVE, 2, settings, TOKENIZER)
+    theta = job.start()
+    slopes = evaluate(job, theta, objective=plain_sum, by_effect=True).gradient
+    before = torch.tensor(evaluate(job, theta).losses)
+
+    def change(gradient: torch.Tensor | None) -> float:
+        drawn = noise_of_step(settings, 0, 0, gradient, theta.new_empty(len(before), D_MODEL))
+        after = torch.stack([torch.tensor(evaluate(job, theta, noise=noise).losses) for noise in drawn])
+        return float((after - before).square().mean().sqrt())
+
+    assert change(slopes) < 1e-3 * change(None)
 
 
 def test_no_weight_gets_a_gradient_buffer_and_flags_come_back():
@@ -228,7 +241,6 @@ def test_the_lower_layers_run_once_and_the_head_only_on_scored_rows():
     model = build("llama")
     adapter_for(model).findings.clear()
     job = Job(model, PLAIN, 2, Settings(seed=0), TOKENIZER)
-    evaluate(job, job.start())
     calls = {1: 0, 3: 0}
     handles = [
         model.model.layers[n].register_forward_pre_hook(lambda *_, n=n: calls.__setitem__(n, calls[n] + 1))
@@ -236,6 +248,9 @@ def test_the_lower_layers_run_once_and_the_head_only_on_scored_rows():
     ]
     heads = []
     handles.append(model.lm_head.register_forward_pre_hook(lambda m, args: heads.append(args[0].shape)))
+    evaluate(job, job.start())  # what the model can do is tried, which runs all of it
+    heads.clear()
+    calls.update({1: 0, 3: 0})
     with undisturbed(model), Passes(job.adapter, job.layers, job.layers[:1], 1024) as passes:
         lay_out([job])
         for _ in range(5):
@@ -243,3 +258,30 @@ def test_the_lower_layers_run_once_and_the_head_only_on_scored_rows():
     for handle in handles:
         handle.remove()
     assert calls[1] == 1 and calls[3] >= 5 and heads == []
+
+
+@pytest.mark.parametrize("starts", [(2,), (1, 3)])
+def test_kept_residuals_have_a_bound_in_bytes_and_packs_beyond_it_give_the_same(starts):
+    model = build("llama")
+    adapter_for(model).findings.clear()
+    datapoints = [TrainingDatapoint("A woman sang " * n, dst_completions=[" calm."]) for n in (1, 4, 7)]
+    jobs = [Job(model, datapoints, n, Settings(seed=0, batch_tokens=64), TOKENIZER) for n in starts]
+    lay_out(jobs)
+    layers = sorted({n for job in jobs for n in job.layers})
+
+    def run(most_bytes):
+        with (
+            undisturbed(model),
+            Passes(jobs[0].adapter, layers, list(starts), 64, most_bytes=most_bytes) as passes,
+        ):
+            found = [passes.run([job.request(job.start(), plain_sum)])[0] for job in jobs]
+            return passes.kept_bytes, found
+
+    whole, free = run(None)
+    assert whole > 0
+    for most in (0, whole // 2):
+        kept, bounded = run(most)
+        assert kept <= most and (kept > 0) == (most > 0)
+        for ours, truth in zip(bounded, free, strict=True):
+            assert ours.losses == pytest.approx(truth.losses, rel=1e-5)
+            torch.testing.assert_close(ours.gradient, truth.gradient, rtol=1e-4, atol=1e-6)

@@ -69,29 +69,27 @@ def test_tangent_noise_leaves_the_gradients_direction_out():
         {},
         {"do_noise_abl_relu": True, "noise_iters": 2},
         {"do_antipgd": True},
+        {"vector_clamp": 1.3},
+        {"vector_clamp": -0.7, "do_noise_abl_relu": True},
     ],
-    ids=["plain", "tangent", "relu", "antipgd"],
+    ids=["plain", "tangent", "relu", "antipgd", "clamp", "clamp, relu"],
 )
 def test_noisy_steps_are_the_definitions(options):
     data, lr, seed = DATA[:1] + DATA[2:], 0.05, 2
     settings = Settings(noise_scale=0.5, **options)
-    truth = naive(data=data)
+    truth = naive(data=data, clamp=settings.vector_clamp)
     v = start_of(seed).requires_grad_()
     adam = torch.optim.Adam([v], lr=lr)
-    places = [
-        (d, s, t)
-        for d in data
-        for s, ts in (("src", d.src_completions), ("dst", d.dst_completions))
-        for t in ts
-    ]
+    places = truth.completions()
     for step in range(3):
         gradients = []
         for noise in draw(settings, seed, step, len(places), D_MODEL):
             for i, place in enumerate(places):
-                (slope,) = torch.autograd.grad(truth.loss(*place, v, None), v)
+                nothing = torch.zeros(D_MODEL, requires_grad=True)
+                (slope,) = torch.autograd.grad(truth.loss(*place, v, None, nothing), nothing)
                 own = tangent(noise[i], slope, only_descent=settings.do_noise_abl_relu)
                 own = own if settings.do_tangent_space_noise else noise[i]
-                gradients.append(torch.autograd.grad(truth.loss(*place, v + own, None), v)[0])
+                gradients.append(torch.autograd.grad(truth.loss(*place, v, None, own), v)[0])
         v.grad = torch.stack(gradients).sum(0) / settings.noise_iters
         adam.step()
     vector, info = optimize(data=data, seed=seed, max_iters=3, lr=lr, noise_scale=0.5, **options)
@@ -212,36 +210,44 @@ def test_a_custom_loss_that_does_not_depend_on_the_vector_is_an_error():
 
 
 def melbo_by_hand(model, data, layer, target, edits) -> float:
-    """Minus the mean distance, one completion at a time with plain hooks; ``edits`` makes the hook of a datapoint."""
-    distances = []
+    """Minus each completion's mean distance, summed, with plain hooks; ``edits`` makes the hook of a datapoint."""
+    total = 0.0
     for datapoint in data:
         for text in [*datapoint.src_completions, *datapoint.dst_completions]:
             prompt, ids = encode_pair(TOKENIZER, datapoint.prompt, text)
             states = []
             for hooks in ([], [(layer, edits(datapoint))]):
                 seen = []
-                block = adapter_for(model).layers[target]
+                block = adapter_for(model).layers[target - 1]
+
+                def note(module, args, out, seen=seen):
+                    seen.append(out[0] if isinstance(out, tuple) else out)
+
                 with torch.no_grad(), hf_hooks_contextmanager(model, hooks):
-                    handle = block.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))
+                    handle = block.register_forward_hook(note)
                     model(torch.tensor([prompt + ids]))
                     handle.remove()
                 states.append(seen[0][0, len(prompt) - 1 :])
-            distances += (states[1] - states[0]).norm(dim=-1).tolist()
-    return -sum(distances) / len(distances)
+            total -= float((states[1] - states[0]).norm(dim=-1).mean())
+    return total
 
 
+@pytest.mark.parametrize("target", [3, 4])
 @pytest.mark.parametrize("name", ["llama", "bloom"])
-def test_melbo_is_the_mean_distance_at_the_target_layer(name):
+def test_melbo_is_the_mean_distance_of_each_completion_at_the_target_layer(name, target):
     model, data = build(name), DATA[:2]
+    assert (
+        len({len(TOKENIZER.encode(text)) for d in data for text in d.src_completions + d.dst_completions}) > 1
+    )
     hooks = n_hooks(model)  # transformers may have left some
-    _, loss = make_melbo_loss_funcs(3)
+    _, loss = make_melbo_loss_funcs(target)
     v = start_of(norm=3.0).requires_grad_()
     found = loss(model_with_tokenizer(model), data, 1, v, None, None, False)
 
     def edits(datapoint):
         return make_steering_hook_hf(-v.detach() if datapoint.is_negative else v.detach())
 
-    assert float(found.detach()) == pytest.approx(melbo_by_hand(model, data, 1, 3, edits), rel=1e-4)
+    assert float(found.detach()) == pytest.approx(melbo_by_hand(model, data, 1, target, edits), rel=1e-4)
     (slope,) = torch.autograd.grad(found, v)
     step = 1e-3 * slope / slope.norm()
     with torch.no_grad():

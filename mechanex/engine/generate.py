@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from ..errors import ValidationError
+from .chat import continued
 from .decode.request import Request, Steer, Step
 from .decode.row import Row
 from .decode.run import decode
+from .given import as_whole
 from .models import adapter_for
 from .models.adapter import ModelAdapter
 from .sampling import Sampling
@@ -79,6 +81,7 @@ class Options(Sampling):
         stop: a text or texts that end the continuation; the first that comes is cut off.
         vector: steers the model during this call.
         strength: multiplies the vector; 0 steers nothing and logs a warning.
+        continue_final_message: go on with a chat's last message instead of answering it.
 
     Raises:
         ValidationError: an argument out of its range.
@@ -89,16 +92,17 @@ class Options(Sampling):
     stop: str | Sequence[str] | None = None
     vector: SteeringVector | None = None
     strength: float = 1.0
+    continue_final_message: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
             raise ValidationError(f"max_tokens is a number of tokens, at least 1; got {self.max_tokens!r}.")
-        seed = self.seed
-        if seed is not None and (
-            isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63
-        ):
-            raise ValidationError(f"seed is a whole number from 0 to 2**63 - 1; got {seed!r}.")
+        if self.seed is not None:
+            seed = as_whole(self.seed)
+            if seed is None or not 0 <= seed < 2**63:
+                raise ValidationError(f"seed is a whole number from 0 to 2**63 - 1; got {self.seed!r}.")
+            object.__setattr__(self, "seed", seed)
         if not all(isinstance(text, str) and text for text in self.stops):
             raise ValidationError(
                 f"stop is a text or a list of texts, none of them empty; got {self.stop!r}."
@@ -135,6 +139,8 @@ class _Run:
                 f"{self.adapter.model_id} can't generate: load it with AutoModelForCausalLM, or by name."
             )
         self.options = options
+        if options.continue_final_message:
+            prompts = [continued(prompt) for prompt in prompts]
         self.ids = [self._encode(prompt) for prompt in prompts]
         self.prompts = [prompt_text(self.tokenizer, prompt) for prompt in prompts]
         self.ends = end_tokens(self.adapter.hf_model, self.tokenizer)
@@ -184,7 +190,8 @@ class _Run:
             Request(ids, self.max_tokens, options, seed, options.stops, self.steering, stream=stream)
             for ids, seed in zip(self.ids, self.seeds, strict=True)
         ]
-        return [Row(request, self.tokenizer, self.ends, prompt=i) for i, request in enumerate(requests)]
+        n = len(requests)
+        return [Row(one, self.tokenizer, self.ends, prompt=(i, n)) for i, one in enumerate(requests)]
 
     @property
     def _padding(self) -> int:

@@ -26,6 +26,7 @@ from .metrics import Metrics
 from .request import Generation, Result, Step
 from .row import ServedRow
 from .settings import Settings
+from .unanswered import Unanswered
 
 __all__ = ["Worker"]
 
@@ -57,6 +58,7 @@ class Worker:
         self.changed = threading.Condition()
         self.waiting: deque[ServedRow] = deque()
         self.jobs = Jobs(self.changed)
+        self.unanswered = Unanswered()
         self.closing = False
         self.ready = threading.Event()
         self.failure: BaseException | None = None
@@ -84,6 +86,7 @@ class Worker:
 
     def run(self) -> None:
         """The thread's work, until ``close``."""
+        end = APIError("The server is shutting down; the answer ends here.", 503)
         try:
             with exclusive(self._adapter):
                 self._form = form(self._adapter, self._settings.max_batch)
@@ -94,7 +97,9 @@ class Worker:
         except BaseException as error:
             self.failure = error
             _logger.exception("the model's thread has failed")
-        self._end_all(APIError("The server is shutting down; the answer ends here.", 503))
+            end = APIError("The server's model thread has failed; restart the server.", 503)
+        finally:
+            self._end_all(end)
 
     def _wait(self) -> bool:
         with self.changed:
@@ -185,6 +190,8 @@ class Worker:
 
     def _step(self) -> None:
         self._make_room()
+        if not self._decoder.rows:
+            return
         self._metrics.batch_rows.observe(len(self._decoder.rows))
         self._settle(self._decoder.step())
 
@@ -209,13 +216,18 @@ class Worker:
     def _make_room(self) -> None:
         """Sends rows back to wait where the cache has no room for another step of all."""
         while (last := who_makes_way(self._rows, self._decoder.columns, self._settings)) is not None:
-            self._settle(self._decoder.catch_up())
-            if last.ended:
-                continue
-            self._decoder.drop([last])
-            last.suspend()
-            with self.changed:
-                self.waiting.appendleft(last)
+            self._read_later(last)
+        for row in _served(self._decoder.outgrown()):
+            self._read_later(row)
+
+    def _read_later(self, row: ServedRow) -> None:
+        self._settle(self._decoder.catch_up())
+        if row.ended:
+            return
+        self._decoder.drop([row])
+        row.suspend()
+        with self.changed:
+            self.waiting.appendleft(row)
 
     def _sweep(self) -> None:
         """Lets go of requests whose client is gone or whose time is up."""
@@ -258,6 +270,7 @@ class Worker:
 
     def _end(self, row: ServedRow, end: Result | MechanexError) -> None:
         row.ended = True
+        self.unanswered.answered(row.generation)
         reason = end.finish_reason if isinstance(end, Result) else "error"
         self._metrics.answers.labels("cancelled" if row.generation.cancelled else reason).inc()
         self._outbox.append((row.generation, end))
@@ -297,15 +310,15 @@ class Worker:
 
     def _end_all(self, error: MechanexError) -> None:
         with self.changed:
-            reading = _served(self._reading.rows) if self._reading else []
-            rows = [*self.waiting, *self._apart, *self._rows, *reading]
+            left = self.unanswered.close(error)
             self.waiting.clear()
             self._apart.clear()
-        self._decoder, self._reading = self._replaced(), None
-        for row in rows:
-            self._end(row, error)
-        self.jobs.end_waiting(error)
+        for generation in left:
+            self._metrics.answers.labels("cancelled" if generation.cancelled else "error").inc()
+            self._outbox.append((generation, error))
+        self.jobs.close(error)
         self._flush()
+        self._decoder, self._reading = self._replaced(), None
 
     def _replaced(self) -> Decoder:
         self._decoder.detach()

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
+from ..attaching import before
+from ..caches import is_cache
 from ..models.adapter import Handles, ModelAdapter
-from ..positions import PackPositions, pack_positions
+from ..positions import Positions, given_positions
+from ..regimes import text_lengths
 
 __all__ = ["Calls", "Form", "Kept", "StepInputs"]
 
@@ -35,17 +37,15 @@ class StepInputs:
         ids: [rows, columns] token ids.
         mask: [rows, past + columns] int64, 0 for padding.
         positions: [rows, columns] int64 absolute positions, 0 for padding.
-        index: the same, -1 for padding.
-        prompt_lengths: [rows, 1] int64.
-        prompts: [rows] int64, the prompt of the caller's batch that each row continues, or None.
+        stated: the same for whoever selects tokens.
+        text_lengths: [rows, 1] int64 tokens of the rows' whole texts where the call is only a part of them, else None.
     """
 
     ids: Tensor
     mask: Tensor
     positions: Tensor
-    index: Tensor
-    prompt_lengths: Tensor
-    prompts: Tensor | None
+    stated: Positions
+    text_lengths: Tensor | None = None
 
 
 class Calls:
@@ -80,7 +80,7 @@ class Calls:
         self._attach()
         self._last = last
         try:
-            with pack_positions(PackPositions(inputs.index, inputs.prompt_lengths, inputs.prompts)):
+            with given_positions(inputs.stated), text_lengths(inputs.text_lengths):
                 found = self._model(**named, use_cache=self._form != "reread", return_dict=True)
         finally:
             self._last = 0
@@ -89,7 +89,7 @@ class Calls:
             logits = logits.view(inputs.ids.shape[0], -1, logits.shape[-1])
         if self._form == "reread":
             return logits[:, -last:], {}
-        same = kept and all(isinstance(value, Cache) for value in kept.values())
+        same = kept and all(map(is_cache, kept.values()))
         return logits[:, -last:], kept if kept and same else self._kept(found)
 
     def detach(self) -> None:
@@ -98,10 +98,10 @@ class Calls:
         self._attached = False
 
     def _kept(self, found: Any) -> Kept:
-        """What the model gave back under names of its own arguments: its cache alone where that is a ``Cache``."""
+        """What the model gave back under names of its own arguments: its cache alone where there is one."""
         fields = found.items() if isinstance(found, Mapping) else vars(found).items()
         given = {name: value for name, value in fields if name in self._accepts and value is not None}
-        caches = {name: value for name, value in given.items() if isinstance(value, Cache)}
+        caches = {name: value for name, value in given.items() if is_cache(value)}
         return caches or given
 
     def _attach(self) -> None:
@@ -110,7 +110,7 @@ class Calls:
         self._attached = True
         head = self._adapter.head
         if head is not None:
-            self._handles.add(head.register_forward_pre_hook(self._narrow, with_kwargs=True))
+            self._handles.add(before(head, self._narrow))
 
     def _narrow(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Gives the unembedding the wanted columns only, one after another in memory.

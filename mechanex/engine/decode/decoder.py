@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import MechanexError, ValidationError
 from ..models.adapter import ModelAdapter
+from ..regimes import first_change, reads_again
 from .cache import RollingCache
 from .calls import Calls, Form, Kept
 from .choose import Choice, Chooser, are_sound, logprobs_of, not_finite
@@ -57,6 +58,9 @@ class Decoder:
         self._adapter, self._padding, self._prefill_tokens = adapter, padding, prefill_tokens
         overlaps = adapter.device.type == "cuda" if overlapped is None else overlapped
         self._overlapped = overlaps and form != "reread"
+        turn = first_change(adapter) if form != "reread" else None
+        # The longest text whose keys are of no use to a longer one, in models that then read all of it anew.
+        self._turn = turn if turn is not None and reads_again(adapter, turn + 1) else None
         self._new_chooser = chooser
         self._calls = Calls(adapter, form)
         self._kept: Kept | None = None
@@ -163,6 +167,8 @@ class Decoder:
         choice = self._pending
         # A row that is sure to end with this token needs no further one.
         further = self._overlapped and any(len(row.chosen) + 1 < row.max_tokens for row in self.rows)
+        if self._turn is not None:
+            further &= all(row.n_known != self._turn for row in self.rows)
         self._pending = self._launch() if further else None
         return self._settle_and_take_out(choice)
 
@@ -203,6 +209,10 @@ class Decoder:
         """What a step that ran ahead has chosen, told as by ``step``; needed before rows are dropped."""
         choice, self._pending = self._pending, None
         return [] if choice is None else self._settle_and_take_out(choice)
+
+    def outgrown(self) -> list[Row]:
+        """Rows that have to leave and be read anew, since a longer text turns its keys in another way."""
+        return [row for row in self.rows if row.n_known - 1 == self._turn]
 
     def drop(self, rows: Sequence[Row]) -> None:
         """Takes rows out of the batch, after ``catch_up``."""

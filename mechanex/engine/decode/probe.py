@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..._private.torch import without_hooks
 from ..models.adapter import ModelAdapter, undisturbed
-from ..positions import PackPositions, pack_positions
+from ..positions import given_positions, whole_pass
 from ..selfcheck import TOLERANCE, window_of
 from .calls import Form
 from .choose import Choice
@@ -66,32 +67,13 @@ def _agrees(adapter: ModelAdapter, tried: Form) -> bool:
     """Whether decoding in this form gives the logits of whole passes."""
     probe = _try_rolling if tried == "rolling" else partial(_try_one_row, tried=tried)
     # What others have attached is none of the model's facts, unless it can't do without.
-    for without in (_bare, nullcontext):
+    for without in (without_hooks, nullcontext):
         try:
-            with torch.no_grad(), undisturbed(adapter.hf_model), without(adapter.hf_model):
+            with torch.no_grad(), without(adapter.hf_model), undisturbed(adapter.hf_model):
                 return probe(adapter)
         except Exception as error:  # a model's own code may raise anything
             _log.debug("%s can't be decoded in the form %r: %s", adapter.model_id, tried, error)
     return False
-
-
-@contextmanager
-def _bare(model: nn.Module) -> Iterator[None]:
-    """Runs a block without the hooks that are on the model."""
-    held = [
-        (module, module._forward_pre_hooks.copy(), module._forward_hooks.copy())
-        for module in model.modules()
-        if module._forward_pre_hooks or module._forward_hooks
-    ]
-    try:
-        for module, _, _ in held:
-            module._forward_pre_hooks.clear()
-            module._forward_hooks.clear()
-        yield
-    finally:
-        for module, before, after in held:
-            module._forward_pre_hooks.update(before)
-            module._forward_hooks.update(after)
 
 
 class _Mute:
@@ -115,8 +97,7 @@ class _Checked:
         drawn = torch.randint(vocab - vocab // 4, (length + _NEW_TOKENS,), generator=generator) + vocab // 8
         ids = drawn.tolist()
         inputs = drawn[None].to(self._adapter.device)
-        index = torch.arange(len(ids), device=inputs.device)[None]
-        with pack_positions(PackPositions(index, torch.tensor([[length]], device=inputs.device))):
+        with given_positions(whole_pass(inputs)):
             truth: Tensor = self._adapter.call(input_ids=inputs).logits
         row = Row(Request(ids[:length], max_tokens=_NEW_TOKENS), _Mute(), ())
         self._tokens[id(row)] = ids[length:]

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..positions import Positions
 from .calls import Kept, StepInputs
 from .row import Row
 from .steering import Span
 
-__all__ = ["Reading", "numbers"]
+__all__ = ["Numbers", "Reading"]
 
 
 class Reading:
@@ -40,7 +41,8 @@ class Reading:
         index = torch.arange(self.columns)[None] - torch.tensor(self._padding)[:, None]
         self._ids, self._index = ids.to(device), index.clamp(min=-1).to(device)
         self._mask, self._positions = (self._index >= 0).long(), self._index.clamp(min=0)
-        self._lengths, self._named = numbers(self.prompts, device)
+        self._numbers = Numbers(self.prompts, device)
+        self._text_lengths = torch.tensor([[len(tokens)] for tokens in known], device=device)
         self.wants_logprobs = self.prompts[0].wants_prompt_logprobs
         self.sound = True
         """Whether the log-probabilities of the prompt are numbers."""
@@ -62,14 +64,29 @@ class Reading:
             self._ids[:, columns],
             self._mask[:, :end],
             self._positions[:, columns],
-            self._index[:, columns],
-            self._lengths,
-            self._named,
+            self._numbers.stated(self._index[:, columns]),
+            self._text_lengths,
         )
 
 
-def numbers(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """[rows, 1] tokens of the rows' prompts, and [rows] which prompts of the caller's batch they are, if any."""
-    lengths = torch.tensor([[len(row.ids)] for row in rows], device=device)
-    named = [row.prompt for row in rows if row.prompt is not None]
-    return lengths, torch.tensor(named, device=device) if len(named) == len(rows) else None
+class Numbers:
+    """What selectors of tokens and rows ask of rows besides positions.
+
+    Args:
+        rows: the rows of a call.
+        device: the model's.
+    """
+
+    def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
+        self._lengths = torch.tensor([[len(row.ids)] for row in rows], device=device)
+        named = [row.prompt for row in rows if row.prompt is not None]
+        self._prompts = (
+            torch.tensor([i for i, _ in named], device=device) if len(named) == len(rows) else None
+        )
+        self._n_prompts = max((n for _, n in named), default=0)
+
+    def stated(self, index: Tensor) -> Positions:
+        """The positions [rows, columns] of a call, -1 for padding, as selectors see them."""
+        if self._prompts is None:
+            return Positions(index, self._lengths)
+        return Positions(index, self._lengths, self._prompts, n_prompts=self._n_prompts)

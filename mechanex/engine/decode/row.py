@@ -25,7 +25,8 @@ class Row:
         tokenizer: decodes tokens.
         ends: ids of the tokens that end an answer.
         room: positions that the model's context has, or None.
-        prompt: which prompt of the caller's batch it is, for interventions that name rows; None where none may.
+        prompt: which prompt of the caller's batch it is, and of how many, for interventions that name rows; None where
+            none may.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Row:
         tokenizer: Any,
         ends: Sequence[int],
         room: int | None = None,
-        prompt: int | None = None,
+        prompt: tuple[int, int] | None = None,
     ) -> None:
         self.request, self.prompt = request, prompt
         self.ids = list(request.ids)
@@ -112,8 +113,7 @@ class Row:
         self.counts[token] += 1
         if token in self._ends:
             return self._finish("stop")
-        begin = len(self._text.text)
-        self._text.feed(token)
+        begin = self._text.feed(token)
         if logprob is not None:
             self._logprobs.append(logprob)
             self._places.append((begin, self._text.stopped or len(self._text.text) > begin))
@@ -159,7 +159,7 @@ class Row:
         return begin < given or (not has_text and begin == given)
 
 
-def _key_of(request: Request, prompt: int | None) -> tuple[object, ...]:
+def _key_of(request: Request, prompt: tuple[int, int] | None) -> tuple[object, ...]:
     # Edits of the same content are the same objects, alive as long as the row. A slice has no hash.
     steering = tuple((steer.layer, id(steer.edit), repr(steer.tokens)) for steer in request.steering)
     wanted = request.prompt_logprobs, request.prompt_logprobs and request.logprobs

@@ -42,10 +42,10 @@ def decode(adapter: ModelAdapter, rows: Sequence[Row], padding: int, tell: _Tell
                 if not _read(decoder, group, tell):
                     return
                 while decoder.rows and not together:
-                    if not _go_on(decoder.step(), tell):
+                    if not _step(decoder, tell):
                         return
             while decoder.rows:
-                if not _go_on(decoder.step(), tell):
+                if not _step(decoder, tell):
                     return
         finally:
             decoder.detach()
@@ -56,6 +56,19 @@ def _read(decoder: Decoder, rows: Sequence[Row], tell: _Tell) -> bool:
     while not decoder.advance(reading):
         pass
     return _go_on(decoder.join(reading), tell)
+
+
+def _step(decoder: Decoder, tell: _Tell) -> bool:
+    outgrown = decoder.outgrown()
+    if not outgrown:
+        return _go_on(decoder.step(), tell)
+    going = _go_on(decoder.catch_up(), tell)
+    outgrown = [row for row in outgrown if row.result is None]
+    decoder.drop(outgrown)
+    for row in outgrown:
+        row.suspend()
+        going = going and _read(decoder, [row], tell)
+    return going
 
 
 def _go_on(outcomes: Sequence[Outcome], tell: _Tell) -> bool:

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from ...errors import ValidationError
+from ..chains import Chain, ChainTable
 from ..hooks import attach
-from ..intervention import Edit, EditTable, composed
+from ..intervention import Edit
 from ..models.adapter import Handles, ModelAdapter, ResidualHook
 from ..positions import check_tokens, selects
 from .request import Steer
 
 __all__ = ["RowSteering", "Span"]
-
-_Chain = tuple[Edit, ...]
 
 
 class Span:
@@ -48,10 +47,9 @@ class RowSteering:
         self._adapter = adapter
         self._handles = Handles()
         self._attached: set[int] = set()
-        self._current: dict[int, tuple[EditTable, Tensor | None]] = {}
-        self._tables: dict[int, tuple[tuple[_Chain, ...], EditTable]] = {}
-        self._composed: dict[_Chain, Edit] = {}
-        self._known: tuple[object, dict[int, tuple[EditTable, Tensor | None]]] | None = None
+        self._current: dict[int, tuple[ChainTable, Tensor | None]] = {}
+        self._tables: dict[int, tuple[tuple[Chain, ...], ChainTable]] = {}
+        self._known: tuple[object, dict[int, tuple[ChainTable, Tensor | None]]] | None = None
         self.seconds = 0.0
         """Time spent in edits so far, as the CPU sees it."""
 
@@ -65,13 +63,13 @@ class RowSteering:
                     f"An edit at layer {steer.layer} is {steer.edit.width} wide, but the residual stream of "
                     f"{adapter.model_id} is {adapter.d_model} wide; the vector was made for another model."
                 )
-            if steer.layer not in range(adapter.n_layers):
+            if steer.layer not in range(adapter.n_layers + 1):
                 adapter.layer_index(steer.layer)
                 raise ValidationError(f"A request's layers count from 0; got layer {steer.layer}.")
             check_tokens(steer.tokens)
             chains.setdefault(steer.layer, []).append(steer.edit)
         for chain in chains.values():
-            self._compose(tuple(chain))
+            ChainTable([tuple(chain)])
 
     def recall(self, key: object) -> bool:
         """Prepares the next model call as the one that was prepared under ``key``; whether that could be."""
@@ -124,12 +122,12 @@ class RowSteering:
 
     def _table(
         self, layer: int, spans: Sequence[Span], columns: int
-    ) -> tuple[EditTable, Tensor | None] | None:
+    ) -> tuple[ChainTable, Tensor | None] | None:
         """The table of the edits that meet at this layer, and [rows, columns] int32 which one, or -1.
 
         None for the index where every token has the only edit; None for both where no token has any.
         """
-        slots: dict[_Chain, int] = {}
+        slots: dict[Chain, int] = {}
         index = numpy.full((len(spans), columns), -1, dtype=numpy.int32)
         for row, span in zip(index, spans, strict=True):
             here = [steer for steer in span.steering if steer.layer == layer]
@@ -154,20 +152,10 @@ class RowSteering:
         chains = tuple(slots)
         known = self._tables.get(layer)
         if known is None or known[0] != chains:
-            known = self._tables[layer] = (chains, EditTable([self._compose(chain) for chain in chains]))
+            known = self._tables[layer] = (chains, ChainTable(chains))
         if len(chains) == 1 and bool((index == 0).all()):
             return known[1], None
         return known[1], torch.from_numpy(index).to(self._adapter.device)
-
-    def _compose(self, chain: _Chain) -> Edit:
-        if len(chain) == 1:
-            return chain[0]
-        found = self._composed.get(chain)
-        if found is None:
-            if len(self._composed) >= 256:
-                self._composed.clear()
-            found = self._composed[chain] = composed(chain)
-        return found
 
 
 def _reaches(steer: Steer, index: Any, span: Span) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .calls import StepInputs
-from .reading import numbers
+from .reading import Numbers
 from .row import Row
 
 __all__ = ["Stepping"]
@@ -38,7 +38,7 @@ class Stepping:
             self._ids = torch.tensor([[row.chosen[-1]] for row in rows], device=device)
         else:
             self._ids = unread[:, None]
-        self._prompt_lengths, self._prompts = numbers(rows, device)
+        self._numbers = Numbers(rows, device)
 
     def _laid_out(self, width: int) -> Tensor:
         """[rows, width] int64 mask: 0 before a row's first token."""
@@ -51,9 +51,7 @@ class Stepping:
             self._ids,
             self._mask[:, : self._columns + 1],
             self._lengths,
-            self._lengths,
-            self._prompt_lengths,
-            self._prompts,
+            self._numbers.stated(self._lengths),
         )
 
     def advance(self, tokens: Tensor) -> None:

@@ -142,7 +142,7 @@ class Job:
         if self.settings.noisy:
             objective = plain_sum if self.settings.do_tangent_space_noise else None
         request = self.request(theta, objective)
-        return self.sampled(replace(request, apart=self.settings.noisy and objective is not None), step)
+        return self.sampled(replace(request, by_effect=self.settings.noisy and objective is not None), step)
 
     def sampled(self, request: Request, step: int) -> Request:
         """The request for the prompts of a step's minibatch only."""
@@ -153,7 +153,7 @@ class Job:
         times[list(counts)] = torch.tensor(list(counts.values()), dtype=self.dtype)
         objective = request.objective
         # A gradient of each completion's own loss counts it once.
-        if objective is not None and not request.apart:
+        if objective is not None and not request.by_effect:
             objective = counted(objective, times.to(self.adapter.device))
         prompts = sorted({self.completions[i].datapoint for i in counts})
         return replace(request, objective=objective, prompts=tuple(prompts))

@@ -145,10 +145,9 @@ def _noisy_gradient(
     """The gradient of the objective, averaged over draws of noise on each completion's edit."""
     job, settings = run.job, run.job.settings
     assert job.layout is not None
-    slopes = None if clean.gradient is None else job.parameters.vector(clean.gradient)
     like = theta.new_empty(len(job.layout.signs), job.parameters.width)
     gradients = []
-    for noise in noise_of_step(settings, job.seed, step, slopes, like):
+    for noise in noise_of_step(settings, job.seed, step, clean.gradient, like):
         request = replace(job.request(theta, job.objective), noise=noise)
         evaluation = yield job.sampled(request, step)
         assert evaluation.gradient is not None

@@ -28,13 +28,14 @@ __all__ = ["make_melbo_loss_funcs"]
 def make_melbo_loss_funcs(target_layer: int) -> tuple[Callable[..., dict[str, Any]], Callable[..., Tensor]]:
     """Loss functions for MELBO, to be used in the output-constrained phase of ``optimize_vector``.
 
-    The loss is minus the mean Euclidean distance between the steered and the unsteered residual stream entering
-    ``target_layer``, over the positions of all completions from the last prompt token on. ``vector_clamp``,
-    ``affine_rank``, ``is_negative`` and token masks are honoured. For Hugging Face and TransformerLens models
-    (www.lesswrong.com/posts/ioPnHKFyy4Cw2Gr2x).
+    The loss is minus the Euclidean distance between the steered and the unsteered residual stream entering
+    ``target_layer``: its mean over each completion's positions from the last prompt token on, summed over the
+    completions. ``vector_clamp``, ``affine_rank``, ``is_negative`` and token masks are honoured. For Hugging Face and
+    TransformerLens models (www.lesswrong.com/posts/ioPnHKFyy4Cw2Gr2x).
 
     Args:
-        target_layer: where the distance is measured, above the lowest steered layer; negatives count from the end.
+        target_layer: where the distance is measured, above the lowest steered layer; negatives count from the end,
+            and n of n layers is the stream that leaves the last block.
 
     Returns:
         (melbo_pre_loss_func, melbo_loss_func), to be passed to ``optimize_vector`` as
@@ -76,7 +77,7 @@ def make_melbo_loss_funcs(target_layer: int) -> tuple[Callable[..., dict[str, An
 
 
 class _Distance:
-    """Mean distance at a layer between steered and unsteered activations, as a function of the steering parameters."""
+    """Distance at a layer between steered and unsteered activations, as a function of the steering parameters."""
 
     def __init__(
         self,
@@ -109,21 +110,34 @@ class _Distance:
     def __call__(self, vector: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
         factors = None if left is None or right is None else (left, right)
         table = self._parameters.table(self._parameters.join(vector, factors), self._layout.signs)
-        total, n = vector.new_zeros(()), 0
+        total = vector.new_zeros(())
         with self._passes:
             for step_pack, before in zip(self._layout.packs, self._unsteered, strict=True):
                 hidden = self._passes.residual(step_pack, self._layers, table, self._target)
                 distances = (_measured(hidden, step_pack) - before).norm(dim=-1)
-                total, n = total + distances.sum().to(total), n + len(distances)
-        return total / n
+                total = total + (_shares(step_pack).to(distances) * distances).sum().to(total)
+        return total
+
+
+def _ends(step_pack: StepPack) -> Tensor:
+    """[N] bool: the first scored token of every completion, which the end of its prompt predicts."""
+    pair = step_pack.pack.pair
+    first = torch.ones_like(pair, dtype=torch.bool)
+    first[1:] = pair[1:] != pair[:-1]
+    return first
 
 
 def _measured(hidden: Tensor, step_pack: StepPack) -> Tensor:
     """[M, d_model] the activations at the end of every completion's prompt and at its own tokens."""
     pack, width = step_pack.pack, hidden.shape[1]
-    first = torch.ones_like(pack.pair, dtype=torch.bool)
-    first[1:] = pack.pair[1:] != pack.pair[:-1]
-    ends = (pack.row * width + pack.predictor)[first]
+    ends = (pack.row * width + pack.predictor)[_ends(step_pack)]
     places = torch.cat([ends, pack.row * width + pack.column]).to(hidden.device)
     chosen = hidden.flatten(0, 1).index_select(0, places)
     return chosen.to(compute_dtype(chosen.dtype))
+
+
+def _shares(step_pack: StepPack) -> Tensor:
+    """[M] 1/(measured positions of the completion), for every measured position."""
+    pair = step_pack.pack.pair
+    owners = torch.cat([pair[_ends(step_pack)], pair])
+    return 1 / owners.bincount()[owners]

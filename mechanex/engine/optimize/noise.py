@@ -67,7 +67,8 @@ def noise_of_step(settings: Settings, seed: int, step: int, gradient: Tensor | N
         settings: the options.
         seed: of the run.
         step: counted from 0.
-        gradient: [K, d] of each completion's loss by v, without noise; None leaves the noise as it is drawn.
+        gradient: [K, d] of each completion's loss by what the noise is added to, without noise; None leaves the
+            noise as it is drawn.
         like: [K, d], for its shape, device and dtype.
     """
     noise = draw(settings, seed, step, *like.shape).to(like)

@@ -7,6 +7,7 @@ index says which token gets which edit.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ...ops.steer import steer
 from ..hooks import attach
+from ..memory import tensor_bytes, total_bytes
 from ..models.adapter import Handles, ModelAdapter, ResidualHook
 from ..pauses import pause
 from .layout import Layout, StepPack
@@ -26,6 +28,8 @@ from .settings import LossOptions
 from .stack import Running, Stack
 
 __all__ = ["Evaluation", "Passes", "Request"]
+
+_log = logging.getLogger(__name__)
 
 # A CUDA graph keeps the memory of its pass: with more packs than this their memory is shared instead.
 MOST_CAPTURED = 4
@@ -43,7 +47,7 @@ class Request:
         theta: [n].
         objective: what the gradient is of; None for the losses alone.
         noise: [K, d] added to the effect of each slot, or None.
-        apart: gradients by slot, [K, n], instead of their sum.
+        by_effect: the gradient by the effect of each slot, [K, d], where noise would be added, instead of by θ.
         prompts: the datapoints whose completions are wanted, None for all.
     """
 
@@ -54,7 +58,7 @@ class Request:
     theta: Tensor
     objective: Objective | None = None
     noise: Tensor | None = None
-    apart: bool = False
+    by_effect: bool = False
     prompts: tuple[int, ...] | None = None
 
     @property
@@ -70,7 +74,7 @@ class Evaluation:
 
     Attributes:
         losses: of all completions in order; NaN for those that weren't asked for.
-        gradient: [n] or [K, n], None unless asked for.
+        gradient: [n] by θ or [K, d] by the slots' effects, None unless asked for.
         finite: whether losses and gradient hold neither NaN nor infinities.
     """
 
@@ -87,13 +91,26 @@ class Passes:
         layers: every layer that any request edits.
         starts: the lowest layer of each job.
         batch_tokens: most tokens of a pass, unless one pack alone has more.
+        most_bytes: most memory for what is kept of the layers below the edits; packs beyond it run whole each time.
+            None for a quarter of the device's memory.
+
+    Attributes:
+        kept_bytes: memory of what is kept.
     """
 
     def __init__(
-        self, adapter: ModelAdapter, layers: Sequence[int], starts: Sequence[int], batch_tokens: int
+        self,
+        adapter: ModelAdapter,
+        layers: Sequence[int],
+        starts: Sequence[int],
+        batch_tokens: int,
+        *,
+        most_bytes: int | None = None,
     ) -> None:
         self.adapter = adapter
-        self.starts = sorted(set(starts))
+        self._most_bytes = total_bytes(adapter.device) // 4 if most_bytes is None else most_bytes
+        self.kept_bytes = 0
+        self.starts = sorted({min(start, adapter.n_layers - 1) for start in starts})
         self._layers, self._batch_tokens = sorted(set(layers)), batch_tokens
         self._replays: dict[StepPack, Replay] = {}
         self._stacks: dict[Any, Stack] = {}
@@ -148,7 +165,13 @@ class Passes:
     def replay(self, step_pack: StepPack) -> Replay:
         """What is kept of a pack's lower layers; made on first use."""
         if step_pack not in self._replays:
-            self._replays[step_pack] = Replay(self.adapter, step_pack.pack, self.starts)
+            made = self._replays[step_pack] = Replay(self.adapter, step_pack.pack, self.starts)
+            size = tensor_bytes(made.tensors)
+            if self.kept_bytes + size > self._most_bytes:
+                made.give_up()
+                _log.info("Residuals fill %d MiB; another pack runs whole each time.", self.kept_bytes >> 20)
+            else:
+                self.kept_bytes += size
         return self._replays[step_pack]
 
     def residual(
@@ -170,20 +193,10 @@ class Passes:
     def _together(self, requests: list[Request]) -> list[Evaluation]:
         """One company's answers; its requests in the order of their lowest layers."""
         first = requests[0]
-        layout, learning = first.layout, first.objective is not None
+        learning = first.objective is not None
         with torch.set_grad_enabled(learning):
-            thetas = [
-                (r.theta.repeat(len(layout.signs), 1) if r.apart else r.theta)
-                .detach()
-                .requires_grad_(learning)
-                for r in requests
-            ]
-            made = _joined(
-                [
-                    r.parameters.table(theta, layout.signs, r.noise)
-                    for r, theta in zip(requests, thetas, strict=True)
-                ]
-            )
+            leaves, tables = zip(*(_leaf_and_table(r, learning) for r in requests), strict=True)
+            made = _joined(list(tables))
         table = tuple(t.detach().requires_grad_(learning) for t in made)
         sums: list[Tensor] = []
         found: list[tuple[Tensor, Tensor]] = []
@@ -200,8 +213,12 @@ class Passes:
                 ]
                 grads = torch.autograd.grad(losses, table, torch.stack(slopes))
                 sums = [a + b for a, b in zip(sums, grads, strict=True)] if sums else list(grads)
-        gradients = list(torch.autograd.grad(made, thetas, sums)) if learning else []
-        return _answers(requests, found, gradients)
+        if not learning:
+            return _answers(requests, found, [])
+        # Where gradients are by effects alone, no more than the biases depend on them.
+        depending = [(t, s) for t, s in zip(made, sums, strict=True) if t.requires_grad]
+        gradients = torch.autograd.grad([t for t, _ in depending], leaves, [s for _, s in depending])
+        return _answers(requests, found, list(gradients))
 
     def _stacks_for(self, requests: list[Request]) -> list[Stack]:
         """The requests' copies of every pack that is wanted."""
@@ -221,6 +238,17 @@ class Passes:
                 self._stacks[key] = Stack(self, step_pack, members, n_slots, replay, capture=few)
             stacks.append(self._stacks[key])
         return stacks
+
+
+def _leaf_and_table(request: Request, learning: bool) -> tuple[Tensor, Table]:
+    """What a request's gradient is taken by, and the edits that are made of it."""
+    theta, noise, signs = request.theta.detach(), request.noise, request.layout.signs
+    if request.by_effect:
+        drawn = theta.new_zeros(len(signs), request.parameters.width) if noise is None else noise.detach()
+        leaf = noise = drawn.requires_grad_(learning)
+    else:
+        leaf = theta.requires_grad_(learning)
+    return leaf, request.parameters.table(theta, signs, noise)
 
 
 def _joined(tables: list[Table]) -> Table:
