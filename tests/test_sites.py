@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from families import BOS, D_MODEL, FAMILIES, N_LAYERS, build, tiny_tokenizer
+from mechanex.server.row_steering import RowSteering, Span
 
 from mechanex import SteeringVector, ValidationError
 from mechanex.engine.caa import caa_vectors
@@ -15,7 +16,6 @@ from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
 from mechanex.engine.score import completion_logprobs
 from mechanex.server.request import Steer
-from mechanex.server.row_steering import RowSteering, Span
 from mechanex.utils.steering_opt import (
     TrainingDatapoint,
     hf_hooks_contextmanager,
