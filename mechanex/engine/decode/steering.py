@@ -126,7 +126,7 @@ class RowSteering:
 
         None for the index where every token has the only edit; None for both where no token has any.
         """
-        slots: dict[Chain, int] = {}
+        slots: dict[tuple[Edit, ...], int] = {}
         index = numpy.full((len(spans), columns), -1, dtype=numpy.int32)
         for row, span in zip(index, spans, strict=True):
             here = [steer for steer in span.steering if steer.layer == layer]
