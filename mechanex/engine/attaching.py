@@ -19,7 +19,7 @@ from torch import nn
 
 from .._private import torch as private
 
-__all__ = ["Attached", "after", "before", "detach_all"]
+__all__ = ["Attached", "after", "before", "detach_all", "own_forward"]
 
 _KEY = "_mechanex_hooks"
 """On a module: ids of our hooks, and the kind of each. A copy of the module has it too, as it has the hooks."""
@@ -92,6 +92,13 @@ def detach_all(model: nn.Module) -> int:
             n += 1
         _notice(module)
     return n
+
+
+def own_forward(module: nn.Module) -> Any:
+    """The ``forward`` that lies on the module itself, as others put it there, or None: ours is none of its own."""
+    state = module.__dict__
+    placed = _PLACED in state and getattr(state.get("forward"), "__func__", None) in _FORWARDS
+    return state[_PLACED] if placed else state.get("forward")
 
 
 def _with_kwargs(hook: _Hook) -> _Hook:

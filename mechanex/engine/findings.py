@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .attaching import own_forward
+
 if TYPE_CHECKING:
     from .models.adapter import ModelAdapter
 
@@ -77,8 +79,7 @@ def _build(adapter: ModelAdapter) -> Hashable:
 
 def _wrapping(module: nn.Module) -> Hashable:
     """What stands between a module's call and its class's forward, hooks aside."""
-    own = vars(module)
-    return type(module), id(own.get("forward")), id(own.get("_compiled_call_impl"))
+    return type(module), id(own_forward(module)), id(vars(module).get("_compiled_call_impl"))
 
 
 def _way_out(adapter: ModelAdapter) -> Hashable:
