@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Build, test and time the ops on a machine with a GPU, without a network, from what such a machine usually has: torch, pytest,
 # pybind11, cmake and, for the CUDA sources, nvcc. Under nine minutes. Usage: benchmarks/gpu/run.sh [RESULT.json or folder]
+# Where a test fails the times are taken too, marked as such, and the exit status is that of the tests.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD
@@ -40,11 +41,13 @@ tests=("$root"/tests/test_{steer_op,steer_gpu,logprob_op,logprob_gpu,backends}.p
 for more in "$root"/tests/test_triton*.py; do [ ! -e "$more" ] || tests+=("$more"); done
 status=0
 timeout 360 "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" "${tests[@]}" || status=$?
+verdict=passed
 if [ "$status" -ne 0 ]; then
-  echo "tests failed ($status): no timings" >&2
-  exit "$status"
+  verdict="failed ($status)"
+  echo "tests failed ($status): the times are of ops that are not right" >&2
 fi
 
 step "time"
-timeout 120 "$PYTHON" "$root/benchmarks/gpu/timings.py" "$result"
-step "done"
+timeout 120 "$PYTHON" "$root/benchmarks/gpu/timings.py" "$result" --tests "$verdict" || status=$((status ? status : $?))
+step "done: tests $verdict"
+exit "$status"

@@ -151,7 +151,9 @@ def main() -> int:
     parser.add_argument(
         "result", type=Path, help="JSON file, or a folder for one named after device and date"
     )
-    path = parser.parse_args().result
+    parser.add_argument("--tests", default="not run", help="how the tests of the same build ended")
+    arguments = parser.parse_args()
+    path = arguments.result
     if not torch.cuda.is_available():
         sys.stderr.write("no CUDA device: nothing timed, nothing written\n")
         return 0
@@ -167,7 +169,7 @@ def main() -> int:
     scored = completion_logprob.rows()
     report = {
         "machine": about,
-        "tests": "passed",
+        "tests": arguments.tests,
         "goals": goals(results, launch, names) | {"completion_logprob": completion_logprob.goals(scored)},
         "results": results,
         "launch": launch,
@@ -183,7 +185,7 @@ def main() -> int:
             f"launch: {r['call']!s:<16} {r['microseconds']:>7} µs {r['times_torch_add']:>6} of torch's add\n"
         )
     sys.stdout.write(completion_logprob.table(scored))
-    sys.stdout.write(json.dumps(report["goals"], indent=2) + "\n")
+    sys.stdout.write(json.dumps(report["goals"], indent=2) + f"\ntests: {arguments.tests}\n")
     if path.is_dir():
         device = "-".join(str(about["device"]).lower().split())
         path /= f"{device}-{datetime.date.today().isoformat()}.json"

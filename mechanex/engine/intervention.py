@@ -18,6 +18,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The widest floating dtype that a device has: float64, but float32 on Apple's GPUs."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _vector(v: Tensor, name: str) -> Tensor:
     if v.ndim != 1 or v.numel() == 0:
         raise ValidationError(f"{name} must be one vector of shape [d_model]; got shape {list(v.shape)}.")

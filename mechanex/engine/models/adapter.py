@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import ValidationError
 from ..positions import PositionTracker, read_call
+from .placement import execution_device
 
 __all__ = ["Handles", "ModelAdapter", "ResidualHook", "Unembedding", "exclusive", "undisturbed"]
 
@@ -60,9 +61,14 @@ class Unembedding:
     scale: float = 1.0
     softcap: float | None = None
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether the weight is there between the model's calls, or brought for each by what offloads it."""
+        return self.weight.device.type != "meta"
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., n_vocab] logits of ``hidden`` [..., d_model], in the weight's dtype as the model computes them."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias)
+        logits = nn.functional.linear(hidden.to(self.weight.device), self.weight, self.bias)
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
@@ -101,8 +107,9 @@ class ModelAdapter(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the device of the embedding weights."""
-        return self._reference_weight().device
+        """Where token ids go: the device on which the embedding is computed."""
+        part = self._part("get_input_embeddings") or self.hf_model
+        return execution_device(self.hf_model, part, self._reference_weight())
 
     @property
     def dtype(self) -> torch.dtype:
