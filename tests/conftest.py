@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before torch or a tokenizer library is imported: both read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -46,8 +47,12 @@ def _let_children_find_the_package() -> None:
 _let_children_find_the_package()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` run only where CUDA does."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` run only where CUDA does, those marked ``real`` only by ``make test-real``."""
+    if "MECHANEX_REAL_HOME" not in os.environ:
+        real = [item for item in items if item.get_closest_marker("real")]
+        config.hook.pytest_deselected(items=real)
+        items[:] = [item for item in items if not item.get_closest_marker("real")]
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch
@@ -57,6 +62,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts() -> None:
+    """A shell's background job is told to ignore Ctrl-C, and would hand that on to every process that a test starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -92,6 +104,15 @@ def postgresql() -> Iterator[Postgres]:
         pytest.skip("PostgreSQL is not installed")
     with postgres_server.postgres() as running:
         yield running
+
+
+@pytest.fixture
+def fitting_bridges() -> None:
+    """Skips a test of TransformerLens' bridges where those that are installed don't fit transformers."""
+    from bridges import bridges_fit
+
+    if not bridges_fit():
+        pytest.skip("no TransformerLens here that fits this transformers")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

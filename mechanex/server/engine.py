@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio.to_thread import run_sync
 
+from ..engine.chat import Chat
 from ..engine.generate import end_tokens
 from ..engine.models import adapter_for
 from ..engine.models.adapter import ModelAdapter
@@ -71,7 +72,7 @@ class ServingEngine:
             raise ValidationError(
                 "a server needs the model's tokenizer: set_local_model(model, tokenizer), or load by name."
             )
-        if not hasattr(self.adapter.hf_model, "generate"):
+        if self.adapter.head is None:
             raise ValidationError(f"{self.adapter.model_id} can't generate: load it by name.")
         self.model_name = settings.model_name or _shown(loaded.name)
         self.metrics = Metrics()
@@ -141,13 +142,13 @@ class ServingEngine:
         self.adapter.check_token_ids(ids)
         return ids
 
-    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of chat messages: by the model's template, or as lines of roles where it has none.
+    async def encode_chat(self, chat: Chat) -> list[int]:
+        """Token ids of a chat: by the model's template, or as lines of roles where it has none.
 
         Raises:
             ValidationError: messages that the template refuses.
         """
-        return await run_sync(self._encoder.encode_chat, messages)
+        return await run_sync(self._encoder.encode_chat, chat)
 
     async def check_examples(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
         """Refuses what ``encode`` and the model would, before the model's thread has to do with it.
