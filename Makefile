@@ -1,10 +1,11 @@
-# demo, test, lint, bench, wheel: each makes .venv if it is missing and brings it up to date, then runs.
+# demo, test, test-long, test-real, test-versions, lint, bench, wheel: each makes .venv if it is missing and brings it up to date, then runs.
 # An active virtualenv is only asked for its Python. PYTHON, TORCH, PYTEST_ARGS, BENCH_ARGS: set them on the command line.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?= -n 2 --dist loadfile
 BENCH_ARGS ?=
+REAL_HOME := $(CURDIR)/build/real
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -14,12 +15,15 @@ SOURCES := csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/cuda_on_host/*
 
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help demo test lint bench wheel clean
+.PHONY: help demo test test-long test-real test-versions lint bench wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   steer the bundled model: table, picture, figures"
 	@echo "make test   run the tests"
+	@echo "make test-real   run the tests that need SmolLM2-135M (fetched once, 93 MB)"
+	@echo "make test-versions   run those that depend on transformers most, with its oldest and its newest version"
+	@echo "make test-long   run the tests that take minutes: every family of transformers"
 	@echo "make lint   ruff, mypy --strict, clang-format"
 	@echo "make bench  run the benchmarks, write benchmarks/RESULTS.md; BENCH_ARGS=\"--compare FILE.json\""
 	@echo "make wheel  build a wheel into dist/ and try it in a fresh environment"
@@ -29,6 +33,16 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-real: $(VENV)/.dev
+	$(BIN)/python scripts/real_model.py --home $(REAL_HOME)
+	MECHANEX_REAL_HOME=$(REAL_HOME) $(BIN)/python -m pytest -q -m real
+
+test-versions: $(VENV)/.dev
+	PYTEST_ARGS="$(PYTEST_ARGS)" scripts/test_versions.sh
+
+test-long: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m long $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -119,6 +119,51 @@ void steer(int dtype, int64_t n_rows, int64_t d, uintptr_t x, int64_t x_stride, 
   run_rows(job, n_rows, d, kSteerGrain);
 }
 
+// As SteerManyArgs, with the kernel that takes them.
+struct ManyArgs {
+  SteerManyArgs args;
+  SteerManyFn run;
+};
+
+void run_many(const ManyArgs* many, int64_t begin, int64_t end) {
+  std::vector<double> scratch(many->args.d);  // enough for either type of the arithmetic
+  many->run(&many->args, begin, end, scratch.data());
+}
+
+void steer_many(int dtype, int64_t n_rows, int64_t d, uintptr_t x, int64_t x_stride, uintptr_t y, int64_t y_stride,
+                uintptr_t rows, int64_t edits, uintptr_t strength, uintptr_t bias, uintptr_t left, uintptr_t right,
+                uintptr_t kinds, uintptr_t weight, uintptr_t offset, int64_t n_edits, int64_t rank) {
+  if (dtype < 0 || dtype >= kDTypes) throw py::value_error("unknown dtype code " + std::to_string(dtype));
+  if (rank < 0 || rank > kMaxRank) throw py::value_error("rank must be from 0 to 64, got " + std::to_string(rank));
+  if (n_rows <= 0 || d <= 0) return;
+  SteerManyArgs args = {};
+  args.x = reinterpret_cast<const void*>(x);
+  args.x_stride = x_stride;
+  args.y = reinterpret_cast<void*>(y);
+  args.y_stride = y_stride;
+  args.rows = reinterpret_cast<const int32_t*>(rows);
+  args.edits = edits;
+  args.strength = reinterpret_cast<const void*>(strength);
+  args.bias = reinterpret_cast<const void*>(bias);
+  args.left = reinterpret_cast<const void*>(left);
+  args.right = reinterpret_cast<const void*>(right);
+  args.kinds = reinterpret_cast<const int32_t*>(kinds);
+  args.weight = reinterpret_cast<const void*>(weight);
+  args.offset = reinterpret_cast<const void*>(offset);
+  args.n_edits = n_edits;
+  args.rank = rank;
+  args.d = d;
+  if (args.rows != nullptr) {
+    SteerArgs one = {};
+    one.rows = args.rows;
+    one.rows_stride = 1;
+    one.n_edits = n_edits;
+    check_rows(one, n_rows * edits);
+  }
+  Job<ManyArgs> job = {run_many, {args, in_use.load()->many->steer_many[dtype]}};
+  run_rows(job, n_rows, d, kSteerGrain);
+}
+
 void reduce(int dtype, int64_t n_rows, int64_t n_columns, uintptr_t products, uintptr_t bias, uintptr_t target,
             int64_t target_stride, int64_t first, double scale, double softcap, double coldness, uintptr_t maximum,
             uintptr_t total, uintptr_t factor) {
@@ -149,6 +194,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
       "set_parallel_for", [](uintptr_t address) { parallel_for = reinterpret_cast<ParallelFor>(address); },
       "Address of torch's torch_parallel_for, or 0 to run on the caller's thread.");
   m.def("steer", &steer, "One steer call over raw addresses; see csrc/steer.h.");
+  m.def("steer_many", &steer_many, "One call of the general steer op, likewise.");
   m.def("reduce", &reduce, "One chunk of completion_logprob over raw addresses; see csrc/logprob.h.");
   select_level("");
 }

@@ -31,6 +31,7 @@ _SUBMODULES = frozenset(
     }
 )
 _NAMES = {
+    "Chat": "engine.chat",
     "Mechanex": "client",
     "SteeringVector": "engine.vectors",
     "APIError": "errors",
@@ -50,6 +51,7 @@ _CLIENT_METHODS = frozenset(
         "load_model",
         "login",
         "logout",
+        "reset",
         "serve",
         "set_execution_mode",
         "set_key",
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
         utils,
     )
     from .client import Mechanex
+    from .engine.chat import Chat
     from .engine.vectors import SteeringVector
     from .errors import (
         APIError,
@@ -100,6 +103,7 @@ if TYPE_CHECKING:
     load_model = _default.load_model
     login = _default.login
     logout = _default.logout
+    reset = _default.reset
     serve = _default.serve
     set_execution_mode = _default.set_execution_mode
     set_key = _default.set_key
@@ -127,6 +131,7 @@ else:
 __all__ = [
     "APIError",
     "AuthenticationError",
+    "Chat",
     "Mechanex",
     "MechanexError",
     "NotFoundError",
@@ -152,6 +157,7 @@ __all__ = [
     "model",
     "ops",
     "raag",
+    "reset",
     "sae",
     "serve",
     "serving",

@@ -24,6 +24,27 @@ def steer(
     rank: int,
     /,
 ) -> None: ...
+def steer_many(
+    dtype: int,
+    n_rows: int,
+    d: int,
+    x: int,
+    x_stride: int,
+    y: int,
+    y_stride: int,
+    rows: int,
+    edits: int,
+    strength: int,
+    bias: int,
+    left: int,
+    right: int,
+    kinds: int,
+    weight: int,
+    offset: int,
+    n_edits: int,
+    rank: int,
+    /,
+) -> None: ...
 def reduce(
     dtype: int,
     n_rows: int,

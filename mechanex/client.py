@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from .engine.models.resolve import LoadedModel
     from .engine.vector_store import VectorStore
+    from .server.background import RunningServer
 
 __all__ = ["EXECUTION_MODES", "Mechanex", "default_client"]
 
@@ -179,6 +180,26 @@ class Mechanex(Account):
         self._loaded = LoadedModel(adapter.model, adapter.tokenizer, adapter.model_id, backend)
         return self
 
+    def reset(self, model: Any = None) -> None:
+        """Removes all steering of this library from a model: what was attached and whose handle is lost, say.
+
+        The handles do nothing from then on, other hooks stay, and so do stored vectors.
+
+        Args:
+            model: a Hugging Face or TransformerLens model or its adapter; None for the loaded one.
+
+        Raises:
+            MechanexError: no model is given or loaded.
+            ValidationError: not a model.
+        """
+        if model is None:
+            if self._loaded is None:
+                raise MechanexError("reset needs a model: reset(model), or load one first with load(…).")
+            model = self._loaded.model
+        from .engine.hooks import reset
+
+        reset(model)
+
     @staticmethod
     def get_huggingface_models(host: str = "127.0.0.1", port: int = 8000) -> list[str]:
         """Fetches the list of available public models from the server at this host and port.
@@ -209,12 +230,15 @@ class Mechanex(Account):
         port: int = 8000,
         use_vllm: bool = False,
         corrected_behaviors: list[str] | None = None,
+        *,
+        block: bool = True,
         **settings: Any,
-    ) -> None:
+    ) -> RunningServer | None:
         """Turns the model into an OpenAI-compatible endpoint, with the Axionic API beside it, until it is stopped.
 
-        Blocks until SIGINT (Ctrl-C) or SIGTERM. An address that other machines reach needs a key from every client:
-        ``MECHANEX_SERVER_KEY``, an account's, or one that is made and printed when there is none.
+        Blocks until SIGINT (Ctrl-C) or SIGTERM, or with ``block=False`` serves from a thread. An address that other
+        machines reach needs a key from every client: ``MECHANEX_SERVER_KEY``, an account's, or one that is made and
+        printed when there is none.
 
         Args:
             model: a name to load, or a model; None for the loaded one. It stays this client's model.
@@ -222,22 +246,29 @@ class Mechanex(Account):
             port: TCP port.
             use_vllm: run the model in vLLM.
             corrected_behaviors: names of behaviors that every answer is steered by, unless its request names others.
+            block: False, for notebooks and programs that go on, serves from a thread.
             settings: ``vectors`` (a folder of vector files for every client), ``behaviors`` (contrastive examples),
                 ``database``, ``key`` and the limits of ``mechanex.server.settings.Settings``.
 
+        Returns:
+            With ``block=False``, once it answers, a handle with ``url``, ``key`` and ``stop()``, which is a context
+            manager too; else None, once it has ended.
+
         Raises:
-            MechanexError: no model, the ``serve`` extra is missing, or the address is taken.
+            MechanexError: no model, the ``serve`` extra is missing, the address is taken, or an event loop runs in this
+                thread and ``block`` is True.
             ValidationError: a setting out of its range, ``use_vllm`` without vLLM, or a behavior that isn't known.
         """
         from .serving import serve_client
 
-        serve_client(
+        return serve_client(
             self,
             model,
             host=host,
             port=port,
             use_vllm=use_vllm,
             corrected_behaviors=corrected_behaviors,
+            block=block,
             **settings,
         )
 

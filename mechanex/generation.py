@@ -11,18 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from .base import _BaseModule, default_attribute
+from .engine.chat import continued
 from .errors import NotFoundError, ValidationError
 from .remote.answers import field
-from .remote.bodies import list_of
+from .remote.bodies import list_of, plain_whole
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from .engine.models.resolve import LoadedModel
     from .engine.text import Prompt
     from .engine.vectors import SteeringVector
 
-    VectorSource = str | os.PathLike[str] | Mapping[int, Tensor] | SteeringVector
+    VectorSource = str | os.PathLike[str] | Mapping[int, Any] | SteeringVector
 
 __all__ = ["GenerationModule"]
 
@@ -53,6 +52,7 @@ class GenerationModule(_BaseModule):
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stream: Literal[False] = False,
+        continue_final_message: bool = False,
     ) -> str: ...
 
     @overload
@@ -72,6 +72,7 @@ class GenerationModule(_BaseModule):
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stream: Literal[True],
+        continue_final_message: bool = False,
     ) -> Iterator[str]: ...
 
     def generate(
@@ -90,6 +91,7 @@ class GenerationModule(_BaseModule):
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stream: bool = False,
+        continue_final_message: bool = False,
     ) -> str | Iterator[str]:
         """Runs a standard generation, on the server or on the local model as the execution mode says.
 
@@ -107,9 +109,11 @@ class GenerationModule(_BaseModule):
             typical_p: for ``typical``: total probability of the tokens that stay, in (0, 1].
             temperature: divides the logits before drawing, above 0.
             seed: makes the draws repeatable; torch's global random state is left alone.
-            stop: a text or texts that end the continuation and are cut off.
+            stop: a text or texts that end the continuation and are cut off; special tokens, such as
+                ``<|im_end|>``, too.
             stream: give an iterator of text; its first piece is the prompt, and joined they are the whole
                 result. A server's text comes in one piece.
+            continue_final_message: go on with a chat's last message instead of answering it.
 
         Returns:
             The prompt followed by its continuation.
@@ -129,6 +133,8 @@ class GenerationModule(_BaseModule):
                 "{layer: tensor}, a SteeringVector or a path), or leave the strength at 0."
             )
 
+        if continue_final_message:
+            prompt = continued(prompt)
         if stop is not None and not isinstance(stop, str):
             stop = list_of("stop", stop, "texts")
 
@@ -143,7 +149,7 @@ class GenerationModule(_BaseModule):
                 "steering_strength": steering_strength,
             }
             optional = {
-                "seed": seed,
+                "seed": plain_whole(seed),
                 "temperature": None if temperature == _TEMPERATURE else temperature,
                 "min_p": None if min_p == _MIN_P else min_p,
                 "stop": stop,

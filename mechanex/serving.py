@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from .client import Mechanex
     from .engine.models.resolve import LoadedModel
     from .engine.vector_store import VectorStore
+    from .server.background import RunningServer
 
 __all__ = ["serve"]
 
@@ -27,21 +29,25 @@ def serve(
     vectors: str | os.PathLike[str] | None = None,
     behaviors: Sequence[str | os.PathLike[str]] = (),
     stored: VectorStore | None = None,
+    block: bool = True,
     **settings: Any,
-) -> None:
-    """Serves a loaded model until SIGINT or SIGTERM.
+) -> RunningServer | None:
+    """Serves a loaded model until SIGINT or SIGTERM, or from a thread.
 
     Args:
         loaded: the model, as ``mechanex.engine.models.resolve.load`` gives it.
-        host, port, use_vllm, corrected_behaviors, vectors, behaviors, settings: as ``Mechanex.serve`` takes them.
+        host, port, use_vllm, corrected_behaviors, vectors, behaviors, block, settings: as ``Mechanex.serve`` takes
+            them.
         stored: the operator's vectors by id; by default those under ``MECHANEX_HOME``.
 
     Raises:
         ValidationError: a setting out of its range or unknown, ``use_vllm`` without vLLM, or behaviors that aren't
             known.
         NotFoundError: a file that isn't there.
-        MechanexError: the ``serve`` extra is missing, or the address is taken.
+        MechanexError: the ``serve`` extra is missing, the address is taken, or an event loop runs that ``block=True``
+            would hold up.
     """
+    _check_no_loop(block)
     try:
         from .server.serve import check_vllm, serve_loaded
         from .server.settings import Settings
@@ -67,11 +73,12 @@ def serve(
         )
     except TypeError as error:
         raise ValidationError(f"a server has no such setting: {error}.") from error
-    serve_loaded(found, loaded, stored)
+    return serve_loaded(found, loaded, stored, block=block)
 
 
-def serve_client(client: Mechanex, model: Any, **options: Any) -> None:
+def serve_client(client: Mechanex, model: Any, *, block: bool, **options: Any) -> RunningServer | None:
     """``Mechanex.serve``: finds the model that is meant, and serves it."""
+    _check_no_loop(block)
     if isinstance(model, str | os.PathLike):
         client.load_model(os.fspath(model))
     elif model is not None:
@@ -81,4 +88,17 @@ def serve_client(client: Mechanex, model: Any, **options: Any) -> None:
         raise MechanexError(
             "serve needs a model: serve('mx-tiny'), serve(model), or load one first with load(…)."
         )
-    serve(loaded, stored=client.vectors, **options)
+    return serve(loaded, stored=client.vectors, block=block, **options)
+
+
+def _check_no_loop(block: bool) -> None:
+    if not block:
+        return
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise MechanexError(
+        "serve blocks until it is stopped, and this thread runs an event loop (as notebooks do), which would stand "
+        "still: serve(…, block=False) serves from a thread and returns a handle with url and stop()."
+    )

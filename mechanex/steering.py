@@ -17,6 +17,7 @@ from .remote.bodies import example_lists, examples, layer_list
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .engine.formats_site import Site
     from .engine.models.resolve import LoadedModel
     from .engine.text import Prompt
     from .engine.vectors import SteeringVector
@@ -180,13 +181,13 @@ class SteeringModule(_BaseModule):
             client.transport.delete("/steering/vectors/", vector_id)
 
     def save_vectors(
-        self, vectors_or_id: str | Mapping[int, Tensor] | SteeringVector, path: str | os.PathLike[str]
+        self, vectors_or_id: str | Mapping[int, Any] | SteeringVector, path: str | os.PathLike[str]
     ) -> None:
         """Saves steering vectors to a ``.safetensors``, ``.json`` or ``.gguf`` file.
 
         Args:
-            vectors_or_id: an id, as for ``get_vectors`` of vectors on this machine; ``{layer: tensor [d]}`` or a
-                ``SteeringVector``.
+            vectors_or_id: an id, as for ``get_vectors`` of vectors on this machine; ``{layer: [d]}`` of tensors, arrays
+                or lists, or a ``SteeringVector``.
             path: the file; its suffix is the format. Written under a temporary name and then renamed.
 
         Raises:
@@ -203,21 +204,26 @@ class SteeringModule(_BaseModule):
             vector = SteeringVector(vectors_or_id)
         vector.save(path)
 
-    def load_vectors(self, path: str | os.PathLike[str]) -> dict[int, Tensor]:
+    def load_vectors(self, path: str | os.PathLike[str], *, site: Site | None = None) -> dict[int, Tensor]:
         """Loads steering vectors from a ``.safetensors``, ``.json`` or ``.gguf`` file.
 
         ``SteeringVector.load`` gives the same with its metadata and algebra.
+
+        Args:
+            path: the file.
+            site: ``"input"`` or ``"output"``: what the numbers in another tool's file mean, where it doesn't say so
+                itself; as in ``SteeringVector.load``.
 
         Returns:
             ``{layer: tensor [d]}``.
 
         Raises:
             NotFoundError: there is no such file.
-            ValidationError: the file is not a sound vector file; names the file and the problem.
+            ValidationError: the file is not a sound vector file, or needs ``site``; names the file and the problem.
         """
         from .engine.vectors import SteeringVector
 
-        return dict(SteeringVector.load(path))
+        return dict(SteeringVector.load(path, site=site))
 
     def _stored(self, vector_id: str) -> SteeringVector:
         client = self._client

@@ -46,8 +46,12 @@ def _let_children_find_the_package() -> None:
 _let_children_find_the_package()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` run only where CUDA does."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` run only where CUDA does, those marked ``real`` only by ``make test-real``."""
+    if "MECHANEX_REAL_HOME" not in os.environ:
+        real = [item for item in items if item.get_closest_marker("real")]
+        config.hook.pytest_deselected(items=real)
+        items[:] = [item for item in items if not item.get_closest_marker("real")]
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch
@@ -92,6 +96,15 @@ def postgresql() -> Iterator[Postgres]:
         pytest.skip("PostgreSQL is not installed")
     with postgres_server.postgres() as running:
         yield running
+
+
+@pytest.fixture
+def fitting_bridges() -> None:
+    """Skips a test of TransformerLens' bridges where those that are installed don't fit transformers."""
+    from bridges import bridges_fit
+
+    if not bridges_fit():
+        pytest.skip("no TransformerLens here that fits this transformers")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

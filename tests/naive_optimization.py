@@ -84,8 +84,16 @@ class Naive:
             y = self.edited(x, v, matrix, datapoint.is_negative, chosen, noise)
             return ((y, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": y})
 
+        def leaving(_module: Any, _args: Any, out: Any) -> Any:
+            x = out[0] if isinstance(out, tuple) else out
+            y = self.edited(x, v, matrix, datapoint.is_negative, chosen)
+            return (y, *out[1:]) if isinstance(out, tuple) else y
+
         handles = [
-            self.blocks[layer].register_forward_pre_hook(hook, with_kwargs=True) for layer in self.layers
+            self.blocks[layer].register_forward_pre_hook(hook, with_kwargs=True)
+            if layer < len(self.blocks)
+            else self.blocks[-1].register_forward_hook(leaving)
+            for layer in self.layers
         ]
         try:
             out = self.model(torch.tensor([prompt + ids]))

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mechanex.ops.gate import KINDS, Gate
+
 Args = tuple[Tensor, "Tensor | None", Tensor, "Tensor | None", "Tensor | None"]
+ManyArgs = tuple[
+    Tensor,
+    "Tensor | None",
+    "Tensor | None",
+    Tensor,
+    "Tensor | None",
+    "Tensor | None",
+    "Gate | None",
+]
 LogprobArgs = tuple[Tensor, Tensor, Tensor, "Tensor | None", float, "float | None", float]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -125,6 +136,85 @@ BENCHMARK_CASES = (
     SteerCase(2048, 2048, rank=1),
     SteerCase(2048, 2048, rank=4),
     SteerCase(2048, 2048, n_edits=16, rank=1, rows="mixed"),
+)
+
+
+@dataclass(frozen=True)
+class ManyCase:
+    """One call of ``steer`` with several edits a row, strengths or gates.
+
+    Attributes:
+        base: T, d, K, r, rows (``"none"``: edit 0 for all), layout and the tables' dtype.
+        edits: m, edits of each row.
+        strength: whether every edit of a row has one.
+        gates: kinds, given to the edits in turn; empty for no gates.
+    """
+
+    base: SteerCase
+    edits: int = 1
+    strength: bool = False
+    gates: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return (
+            f"{self.base}-m{self.edits}{'-s' if self.strength else ''}{''.join(f'-{g}' for g in self.gates)}"
+        )
+
+    def make(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> ManyArgs:
+        """Arguments of the op ``steer_many``, drawn from ``seed``; rows and strengths are ``[T, m]``."""
+        hidden, rows, bias, left, right = self.base.make(dtype, device, seed)
+        generator = torch.Generator().manual_seed(seed + 1)
+        shape, n_edits, table = (self.base.n_rows, self.edits), self.base.n_edits, bias.dtype
+        if self.base.rows == "mixed":
+            rows = torch.randint(-1, n_edits, shape, generator=generator, dtype=torch.int32).to(device)
+        elif rows is not None:
+            rows = rows[:, None].expand(shape).contiguous()
+        strength = gate = None
+        if self.strength:
+            strength = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, table)
+        if self.gates:
+            weight = torch.randn(bias.shape, generator=generator, dtype=torch.float64)
+            offset = torch.randn(n_edits, generator=generator, dtype=torch.float64)
+            kinds = [KINDS.index(self.gates[k % len(self.gates)]) for k in range(n_edits)]
+            gate = Gate(
+                torch.tensor(kinds, dtype=torch.int32, device=device),
+                (weight / max(self.base.width, 1) ** 0.5).to(device, table),
+                offset.to(device, table),
+            )
+        return hidden, rows, strength, bias, left, right, gate
+
+
+# One, two and three edits a row, with holes; strengths; each gate alone and all together; every rank that a kernel
+# treats differently; nothing at all; rows that lie apart.
+_MIXED = SteerCase(9, 47, n_edits=6, rank=1, rows="mixed")
+MANY_CASES = (
+    *(
+        ManyCase(SteerCase(7, 123, n_edits=5, rank=rank, rows="mixed"), edits, strength, gates)
+        for rank in (0, 1, 4, 6)
+        for edits, strength, gates in ((1, True, ()), (2, False, ()), (3, True, KINDS))
+    ),
+    *(ManyCase(_MIXED, 2, True, (kind,)) for kind in KINDS),
+    *(ManyCase(SteerCase(5, 64, rank=rank), 1, True, ("relu",)) for rank in (0, 2)),
+    ManyCase(SteerCase(5, 64, rank=1), 1, False, ("norm",)),
+    ManyCase(SteerCase(1, 256, n_edits=2, rank=4, rows="mixed"), 3, True, ("sigmoid", "none")),
+    ManyCase(SteerCase(0, 64, n_edits=2, rank=2, rows="mixed"), 2, True, KINDS),
+    ManyCase(SteerCase(3, 0, n_edits=2, rank=1, rows="mixed"), 2, True, KINDS),
+    ManyCase(SteerCase(6, 47, n_edits=2, rank=2, rows="off"), 3, True, KINDS),
+    ManyCase(SteerCase(12, 256, n_edits=40, rank=2, rows="mixed"), 2, True, KINDS),
+    ManyCase(SteerCase(4, 64, n_edits=2, rank=64, rows="mixed"), 2, True, KINDS),
+    *(
+        ManyCase(SteerCase(6, 47, n_edits=3, rank=3, rows="mixed", layout=layout), 2, True, KINDS)
+        for layout in ("sliced", "skipping", "offset", "transposed")
+    ),
+    ManyCase(SteerCase(6, 64, n_edits=5, rank=1, rows="mixed", table=torch.float32), 2, True, KINDS),
+    ManyCase(SteerCase(6, 31, n_edits=5, rank=2, rows="mixed", table=torch.float64), 2, True, KINDS),
+)
+
+# Small enough for finite differences.
+MANY_GRADIENT_CASES = (
+    ManyCase(SteerCase(4, 3), 1, True, ("sigmoid",)),
+    ManyCase(SteerCase(3, 4, n_edits=2, rank=1, rows="mixed"), 2),
+    ManyCase(SteerCase(3, 4, n_edits=5, rank=2, rows="mixed"), 3, True, KINDS),
 )
 
 

@@ -108,6 +108,8 @@ class _Names(TorchFunctionMode):
         args = tuple(_numbered(a) if isinstance(a, torch.device) else a for a in args)
         if func is Tensor.to and isinstance(args[0], PretendTensor) and args[1:] == (args[0].device,):
             return args[0].clone() if kwargs.get("copy") else args[0]
+        if func is Tensor.to and isinstance(args[0], PretendTensor) and META in args[1:]:
+            return torch.empty_like(args[0].held, device=META)  # where torch's own code believes that it is
         device = None if kwargs.get("device") is None else _numbered(torch.device(kwargs["device"]))
         if device is not None:
             kwargs["device"] = CPU if data else device

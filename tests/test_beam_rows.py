@@ -14,6 +14,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from mechanex.engine.beam import most_likely_completions
+from mechanex.engine.caches import find_cache, is_cache
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for, lens
@@ -48,7 +49,7 @@ def test_prompts_that_outgrow_an_attention_window(name):
         found = most_likely_completions(model, prompt, src, TOKENIZER, k=3, iters=4)
         expected = [true_scores(model, ids, prompt, src) for ids in found.token_ids]
         np.testing.assert_allclose(found.scores, expected, **ROUNDING)
-    assert adapter_for(model).findings["beam form beyond the window"] == "together"
+    assert adapter_for(model).findings["beam form beyond 8 tokens"] == "together"
 
 
 # Models that can't do it in the usual way
@@ -57,8 +58,9 @@ def test_prompts_that_outgrow_an_attention_window(name):
 class Unpadded(LlamaForCausalLM):
     """Counts positions from the first column, padding or not, as some models' own code does."""
 
-    def forward(self, input_ids, past_key_values=None, use_cache=None, return_dict=True, **_):
-        return super().forward(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
+    def forward(self, input_ids, use_cache=None, return_dict=True, **more):
+        cache = {name: value for name, value in more.items() if is_cache(value)}
+        return super().forward(input_ids=input_ids, use_cache=use_cache, **cache)
 
 
 class Shuffled(LlamaForCausalLM):
@@ -66,8 +68,8 @@ class Shuffled(LlamaForCausalLM):
 
     def forward(self, *args, **kwargs):
         out = super().forward(*args, **kwargs)
-        if out.past_key_values is not None:
-            out.past_key_values.reorder_cache = lambda rows: None
+        for cache in filter(is_cache, out.values()):
+            cache.reorder_cache = lambda rows: None
         return out
 
 
@@ -103,7 +105,7 @@ def test_steering_that_breaks_the_logits_decides_nothing_about_the_model():
     assert adapter_for(model).findings["beam form"] == "together"
 
 
-@pytest.mark.skipif(not lens.installed(), reason="transformer-lens (the lens extra) is not installed")
+@pytest.mark.usefixtures("fitting_bridges")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mamba"])
 def test_transformer_lens_models_give_the_same(name):
     bridge = lens.wrap(FAMILIES[name](), name, TOKENIZER)
@@ -122,7 +124,7 @@ def test_two_prompts_share_a_batch_and_the_cache_holds_k_rows_for_each():
 
     def note(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         shapes.append(tuple(kwargs["input_ids"].shape))
-        cache = kwargs.get("past_key_values")
+        cache = find_cache(kwargs.values())
         cached.append(None if cache is None else tuple(cache.layers[0].keys.shape[::2]))
 
     sample(src_prompt=SRC, k=4, iters=2)

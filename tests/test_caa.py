@@ -35,11 +35,10 @@ def textbook(model, layer):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_layer_equals_the_definition(name):
     model = build(name)
-    found = caa_vectors(
-        model, PROMPTS, POSITIVE, NEGATIVE, range(N_LAYERS), TOKENIZER, row_tokens=48, batch_tokens=64
-    )
-    assert list(found) == list(range(N_LAYERS))
-    for layer in range(N_LAYERS):
+    layers = range(N_LAYERS + 1)  # the last is the stream that leaves the last block
+    found = caa_vectors(model, PROMPTS, POSITIVE, NEGATIVE, layers, TOKENIZER, row_tokens=48, batch_tokens=64)
+    assert list(found) == list(layers)
+    for layer in layers:
         torch.testing.assert_close(found[layer], textbook(model, layer), rtol=1e-4, atol=1e-4)
 
 
@@ -81,7 +80,7 @@ def test_training_mode_and_flags_are_put_back_and_dropout_is_off():
     [
         (["a"], ["b", "c"], ["d"], [0], "one length; got 1, 2 and 1"),
         ([], [], [], [0], "no examples"),
-        (["a"], ["b"], ["c"], [4], "Layer 4 does not exist"),
+        (["a"], ["b"], ["c"], [5], "Layer 5 does not exist"),
         (["a"], ["b"], ["c"], [], "no layers"),
         (["a"], [""], ["c"], [0], "no tokens"),
         ("a", "b", "c", [0], "lists, one entry per example"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import subprocess
 import sys
 import weakref
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bridges import bridges_fit
 from families import FAMILIES, tiny_tokenizer
 
 import mechanex
@@ -44,14 +44,14 @@ def test_load_generates_and_unloads_in_one_chain(saved_model: str) -> None:
     assert client.load_model(saved_model, backend="transformers").unload_model() is client
 
 
-def test_auto_is_transformer_lens_where_it_is_installed(saved_model: str) -> None:
+def test_auto_is_transformer_lens_where_it_is_installed_and_fits(saved_model: str) -> None:
     client = Mechanex().load(saved_model)
-    wanted = "TransformerBridge" if importlib.util.find_spec("transformer_lens") else "LlamaForCausalLM"
+    wanted = "TransformerBridge" if bridges_fit() else "LlamaForCausalLM"
     assert type(client.local_model).__name__ == wanted
 
 
+@pytest.mark.usefixtures("fitting_bridges")
 def test_both_backends_write_and_steer_alike(saved_model: str) -> None:
-    pytest.importorskip("transformer_lens")
     texts = []
     for backend in ("transformers", "transformer_lens"):
         client = Mechanex().load(saved_model, backend=backend)
@@ -114,8 +114,8 @@ def test_set_local_model_takes_models_and_says_what_is_none(
     assert client.local_model is model
 
 
+@pytest.mark.usefixtures("fitting_bridges")
 def test_set_local_model_takes_a_transformer_lens_model_without_a_tokenizer(saved_model: str) -> None:
-    pytest.importorskip("transformer_lens")
     bridge = Mechanex().load(saved_model, backend="transformer_lens").local_model
     client = Mechanex().set_local_model(bridge)
     assert client.generation.generate("The", 3).startswith("The")

@@ -49,7 +49,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def described(vector: SteeringVector) -> tuple[Any, ...]:
-    return vector.model, vector.method, vector.seed, vector.site, vector.metadata, vector.library_version
+    return (
+        vector.model,
+        vector.model_family,
+        vector.method,
+        vector.seed,
+        vector.site,
+        vector.metadata,
+        vector.library_version,
+    )
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -176,14 +184,26 @@ HOSTILE: dict[str, bytes] = {
         {"1": tensor_entry(), "layer.1": tensor_entry() | {"data_offsets": [8, 16]}}, two * 2
     ),
     "integers.safetensors": safetensors_file({"layer.1": tensor_entry("I32")}, two),
-    "a matrix.safetensors": safetensors_file({"layer.1": tensor_entry(shape=(1, 2))}, two),
+    "a matrix.safetensors": safetensors_file({"layer.1": tensor_entry(shape=(2, 1))}, two),
     "no width.safetensors": safetensors_file({"layer.1": tensor_entry(shape=(0,), end=0)}),
     "NaN.safetensors": safetensors_file({"layer.1": tensor_entry()}, struct.pack("<2f", math.nan, 1)),
     "widths.safetensors": safetensors_file(
         {"1": tensor_entry(), "2": tensor_entry(shape=(1,)) | {"data_offsets": [8, 12]}}, two + two[:4]
     ),
     "later version.safetensors": safetensors_file(
-        {"1": tensor_entry(), "__metadata__": {"format_version": "2"}}, two
+        {"1": tensor_entry(), "__metadata__": {"format_version": "3"}}, two
+    ),
+    "no checksum.safetensors": safetensors_file(
+        {"layer.1": tensor_entry(), "__metadata__": {"format_version": "2", "width": "2", "layers": "1"}}, two
+    ),
+    "other width.safetensors": safetensors_file(
+        {"layer.1": tensor_entry(), "__metadata__": {"format_version": "1", "width": "3"}}, two
+    ),
+    "other layers.safetensors": safetensors_file(
+        {"layer.1": tensor_entry(), "__metadata__": {"format_version": "1", "layers": "1,2"}}, two
+    ),
+    "names of two kinds.safetensors": safetensors_file(
+        {"layer_1": tensor_entry(), "layer.2": tensor_entry() | {"data_offsets": [8, 16]}}, two * 2
     ),
     "other site.safetensors": safetensors_file({"1": tensor_entry(), "__metadata__": {"site": "mlp"}}, two),
     "bad seed.safetensors": safetensors_file({"1": tensor_entry(), "__metadata__": {"seed": "x"}}, two),

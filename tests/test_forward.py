@@ -72,7 +72,7 @@ def test_the_window_forms_are_tried_only_when_text_outgrows_the_window():
     pairs = ragged_pairs(100)
     packs_for(adapter, pairs)
     assert selfcheck.packing_form(adapter, 20) == "plain"
-    assert "form beyond the window" not in adapter.findings
+    assert not any("beyond" in name for name in adapter.findings)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma2"])

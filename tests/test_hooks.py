@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from families import D_MODEL, FAMILIES, N_LAYERS, SLIDING, build, n_hooks, sliding_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mechanex.engine.caches import returned_caches
+from mechanex.engine.hooks import positions
 from mechanex.errors import ValidationError
 from mechanex.utils.steering_opt import (
     hf_hooks_contextmanager,
@@ -157,19 +161,19 @@ def test_token_selects_absolute_positions(token):
 
 def greedy(model, ids, steps, hook, *, use_cache, mask=None):
     """Token ids and last-token logits of each step of a hand-written decode loop."""
-    out, cache, new = [], None, ids
+    out, cache, new = [], {}, ids
     mask = torch.ones_like(ids) if mask is None else mask
-    with hf_hooks_contextmanager(model, [(LAYER, hook)]), torch.no_grad():
+    stated = nullcontext() if use_cache else positions(model, prompt_tokens=ids.shape[1])
+    with hf_hooks_contextmanager(model, [(LAYER, hook)]), stated, torch.no_grad():
         for _ in range(steps):
             places = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
             extra = {} if model.config.model_type in ("bloom", "mpt") else {"position_ids": places}
-            result = model(
-                input_ids=new, attention_mask=mask, past_key_values=cache, use_cache=use_cache, **extra
-            )
+            extra |= cache
+            result = model(input_ids=new, attention_mask=mask, use_cache=use_cache, **extra)
             out.append(result.logits[:, -1])
             token = result.logits[:, -1:].argmax(-1)
             ids, mask = torch.cat([ids, token], 1), torch.cat([mask, torch.ones_like(token)], 1)
-            cache, new = (result.past_key_values, token) if use_cache else (None, ids)
+            cache, new = (returned_caches(result), token) if use_cache else ({}, ids)
     return ids, torch.stack(out)
 
 
@@ -257,12 +261,12 @@ def test_one_context_serves_several_prompts():
 
 def test_a_negative_position_after_the_prompt_was_cached_is_an_error():
     model = build("llama")
-    cache = model(input_ids=IDS, use_cache=True).past_key_values
+    cache = returned_caches(model(input_ids=IDS, use_cache=True))
     with (
         pytest.raises(ValidationError, match="already in the cache"),
         hf_hooks_contextmanager(model, [(LAYER, make_steering_hook_hf(vector(), token=-1))]),
     ):
-        logits(model, IDS[:, :1], past_key_values=cache)
+        logits(model, IDS[:, :1], **cache)
 
 
 def test_other_arguments_of_the_layer_are_kept():

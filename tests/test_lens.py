@@ -46,9 +46,9 @@ def vector(seed: int = 0, scale: float = 1.0) -> torch.Tensor:
 
 
 def residuals(model, run) -> list[torch.Tensor]:
-    """What enters each layer while ``run`` runs."""
+    """The stream at each layer, and what leaves the last, while ``run`` runs."""
     adapter, seen = adapter_for(model), []
-    handles = [adapter.on_residual(layer, seen.append) for layer in range(adapter.n_layers)]
+    handles = [adapter.on_residual(layer, seen.append) for layer in range(adapter.n_layers + 1)]
     with torch.no_grad():
         run()
     for handle in handles:
@@ -57,7 +57,9 @@ def residuals(model, run) -> list[torch.Tensor]:
 
 
 def two_edits() -> SteeringPlan:
-    return SteeringPlan([Intervention(1, Edit.add(vector(1))), Intervention(-1, Edit.ablate(vector(2)))])
+    """An addition low down, and an ablation of the last two streams."""
+    ablated = [Intervention(layer, Edit.ablate(vector(2))) for layer in (N_LAYERS - 1, N_LAYERS)]
+    return SteeringPlan([Intervention(1, Edit.add(vector(1))), *ablated])
 
 
 @needs_lens
@@ -66,7 +68,7 @@ def test_residual_and_logits_equal_those_of_the_hugging_face_model(name):
     plain, bridge = build(name), bridge_of(name)
     ours = residuals(bridge, lambda: bridge(IDS))
     truth = residuals(plain, lambda: plain(IDS))
-    assert len(ours) == len(truth) == N_LAYERS
+    assert len(ours) == len(truth) == N_LAYERS + 1
     for layer, (a, b) in enumerate(zip(ours, truth, strict=True)):
         torch.testing.assert_close(a, b, **CLOSE, msg=lambda m, layer=layer: f"layer {layer}: {m}")
     with torch.no_grad():
@@ -88,7 +90,7 @@ def test_steered_logits_equal_whichever_way_the_model_is_called(name):
         assert torch.equal(bridge(IDS), unsteered)
 
 
-@needs_lens
+@pytest.mark.usefixtures("fitting_bridges")
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("padded", [False, True])
 def test_generation_under_a_cache_is_steered_alike_by_position(name, padded):
@@ -230,13 +232,13 @@ def test_telling_models_apart_imports_nothing():
 class _Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.hook_resid_pre = nn.Identity()
+        self.hook_resid_pre, self.hook_resid_post = nn.Identity(), nn.Identity()
         self.mix = nn.Linear(D_MODEL, D_MODEL)
 
     def forward(self, resid_pre, past_kv_cache_entry=None, attention_mask=None):
         x = self.hook_resid_pre(resid_pre)
         keys = x if past_kv_cache_entry is None else past_kv_cache_entry.append(x)
-        return x + torch.tanh(self.mix(x + keys.cumsum(1)[:, -x.shape[1] :]))
+        return self.hook_resid_post(x + torch.tanh(self.mix(x + keys.cumsum(1)[:, -x.shape[1] :])))
 
 
 class _Past:

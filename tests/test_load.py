@@ -14,7 +14,8 @@ import huggingface_hub.errors
 import pytest
 import torch
 import transformers
-from families import D_MODEL, FAMILIES, tiny_tokenizer
+from bridges import bridges_fit
+from families import D_MODEL, FAMILIES, N_VOCAB, tiny_tokenizer
 
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
@@ -27,6 +28,10 @@ needs_lens = pytest.mark.skipif(
     not lens.installed(), reason="transformer-lens (the lens extra) is not installed"
 )
 BACKENDS = ["transformers", pytest.param("transformer_lens", marks=needs_lens)]
+FITTING = [
+    "transformers",
+    pytest.param("transformer_lens", marks=pytest.mark.usefixtures("fitting_bridges")),
+]
 IDS = torch.tensor([[1, 20, 35, 7, 290]])
 
 
@@ -59,6 +64,10 @@ def logits(model) -> torch.Tensor:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_folder_loads_ready_to_steer(saved, backend):
+    if backend != "transformers" and not bridges_fit():
+        with pytest.raises(ValidationError, match=r"than the model with a cache.*backend='transformers'"):
+            load(str(saved), backend=backend, device="cpu")
+        return
     loaded = load(str(saved), backend=backend, device="cpu")
     assert isinstance(loaded, LoadedModel)
     assert (loaded.backend, loaded.name) == (backend, str(saved))
@@ -75,7 +84,7 @@ def test_a_folder_loads_ready_to_steer(saved, backend):
         assert not torch.allclose(logits(loaded.model), logits(load(saved, device="cpu").model), atol=1e-2)
 
 
-@needs_lens
+@pytest.mark.usefixtures("fitting_bridges")
 def test_both_backends_give_the_same_token_ids(tmp_path):
     """TransformerLens by itself would add a BOS for a tokenizer that has one but doesn't use it."""
     FAMILIES["gpt2"]().save_pretrained(tmp_path)
@@ -94,12 +103,15 @@ def test_both_backends_give_the_same_token_ids(tmp_path):
 
 
 @needs_lens
-def test_auto_takes_the_bridge_and_says_so(saved, caplog):
+def test_auto_takes_the_bridge_if_it_computes_the_same_and_says_so(saved, caplog):
     level = logging.getLogger("transformers").level
     with caplog.at_level(logging.INFO, "mechanex"):
         loaded = load(saved, device="cpu")
-    assert loaded.backend == "transformer_lens"
-    assert "TransformerBridge" in caplog.text and "backend='transformers'" in caplog.text
+    if bridges_fit():
+        assert loaded.backend == "transformer_lens"
+        assert "TransformerBridge" in caplog.text and "backend='transformers'" in caplog.text
+    else:
+        assert loaded.backend == "transformers" and "than the model with a cache" in caplog.text
     assert logging.getLogger("transformers").level == level
 
 
@@ -113,6 +125,29 @@ def test_auto_is_plain_without_the_extra_and_says_so(saved, caplog, no_lens):
 def test_asking_for_transformer_lens_without_the_extra_names_the_install(saved, no_lens):
     with pytest.raises(ValidationError, match=r"pip install 'mechanex\[lens\]'"):
         load(saved, backend="transformer_lens")
+
+
+@needs_lens
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_bridge_that_computes_something_else_is_not_taken(saved, caplog, monkeypatch, cached):
+    """The plain model is compared before it is wrapped; here each bridge is a little off."""
+    seen = lens.watched
+
+    def off(model):
+        found = seen(model)
+        return found | {lens.WITH if cached else lens.WITHOUT: found[lens.WITHOUT] + torch.randn(N_VOCAB)}
+
+    wrap = lens.wrap
+
+    def wrap_and_be_off(*given):
+        monkeypatch.setattr(lens, "watched", off)
+        return wrap(*given)
+
+    monkeypatch.setattr(lens, "wrap", wrap_and_be_off)
+    loaded = load(saved, device="cpu")
+    how = lens.WITH if cached else lens.WITHOUT
+    assert loaded.backend == "transformers" and f"than the model {how}" in caplog.text
+    torch.testing.assert_close(logits(loaded.model), FAMILIES["llama"]()(IDS).logits.detach())
 
 
 @needs_lens
@@ -165,7 +200,7 @@ def test_short_names_mean_what_they_mean_to_transformer_lens():
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FITTING)
 def test_short_names_load_in_both_backends(saved, tmp_path, backend):
     """From the Hub's cache, without a network."""
     repository = tmp_path / "models--EleutherAI--pythia-70m-deduped"
@@ -344,7 +379,7 @@ def test_a_path_of_layers_is_not_ignored_by_the_bridge(saved):
         (None, torch.float32),
     ],
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FITTING)
 def test_dtypes(saved, backend, asked, got):
     assert adapter_for(load(saved, backend=backend, device="cpu", dtype=asked).model).dtype == got
 

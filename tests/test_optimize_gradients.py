@@ -54,6 +54,8 @@ CASES = {
     "prompt only": (PLAIN, 1, {"only_hook_prompt": True}),
     "prompt only, masked": (MASKED, 1, {"only_hook_prompt": True, "affine_rank": 1}),
     "negative": (NEGATIVE, 2, {}),
+    "leaving the last block": (MASKED, 4, {"affine_rank": 1}),
+    "everywhere, clamp": (PLAIN, [0, 1, 2, 3, 4], {"vector_clamp": 0.8}),
     "negative, affine": (NEGATIVE, 2, {"affine_rank": 2}),
 }
 
@@ -239,7 +241,6 @@ def test_the_lower_layers_run_once_and_the_head_only_on_scored_rows():
     model = build("llama")
     adapter_for(model).findings.clear()
     job = Job(model, PLAIN, 2, Settings(seed=0), TOKENIZER)
-    evaluate(job, job.start())
     calls = {1: 0, 3: 0}
     handles = [
         model.model.layers[n].register_forward_pre_hook(lambda *_, n=n: calls.__setitem__(n, calls[n] + 1))
@@ -247,6 +248,9 @@ def test_the_lower_layers_run_once_and_the_head_only_on_scored_rows():
     ]
     heads = []
     handles.append(model.lm_head.register_forward_pre_hook(lambda m, args: heads.append(args[0].shape)))
+    evaluate(job, job.start())  # what the model can do is tried, which runs all of it
+    heads.clear()
+    calls.update({1: 0, 3: 0})
     with undisturbed(model), Passes(job.adapter, job.layers, job.layers[:1], 1024) as passes:
         lay_out([job])
         for _ in range(5):
@@ -254,3 +258,30 @@ def test_the_lower_layers_run_once_and_the_head_only_on_scored_rows():
     for handle in handles:
         handle.remove()
     assert calls[1] == 1 and calls[3] >= 5 and heads == []
+
+
+@pytest.mark.parametrize("starts", [(2,), (1, 3)])
+def test_kept_residuals_have_a_bound_in_bytes_and_packs_beyond_it_give_the_same(starts):
+    model = build("llama")
+    adapter_for(model).findings.clear()
+    datapoints = [TrainingDatapoint("A woman sang " * n, dst_completions=[" calm."]) for n in (1, 4, 7)]
+    jobs = [Job(model, datapoints, n, Settings(seed=0, batch_tokens=64), TOKENIZER) for n in starts]
+    lay_out(jobs)
+    layers = sorted({n for job in jobs for n in job.layers})
+
+    def run(most_bytes):
+        with (
+            undisturbed(model),
+            Passes(jobs[0].adapter, layers, list(starts), 64, most_bytes=most_bytes) as passes,
+        ):
+            found = [passes.run([job.request(job.start(), plain_sum)])[0] for job in jobs]
+            return passes.kept_bytes, found
+
+    whole, free = run(None)
+    assert whole > 0
+    for most in (0, whole // 2):
+        kept, bounded = run(most)
+        assert kept <= most and (kept > 0) == (most > 0)
+        for ours, truth in zip(bounded, free, strict=True):
+            assert ours.losses == pytest.approx(truth.losses, rel=1e-5)
+            torch.testing.assert_close(ours.gradient, truth.gradient, rtol=1e-4, atol=1e-6)

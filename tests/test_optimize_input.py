@@ -40,7 +40,7 @@ BAD = {
         {"data": [replace(DATA[0], token=slice(20, None))], "only_hook_prompt": True},
         "Datapoint 0: .*of its prompt",
     ),
-    "layer": ({"layer": 4}, "Layer 4 does not exist"),
+    "layer": ({"layer": 5}, "Layer 5 does not exist"),
     "layer below": ({"layer": [-5]}, "Layer -5"),
     "layers": ({"layer": []}, "no layer"),
     "layer twice": ({"layer": [1, -3]}, "named twice"),

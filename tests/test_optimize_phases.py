@@ -218,9 +218,13 @@ def melbo_by_hand(model, data, layer, target, edits) -> float:
             states = []
             for hooks in ([], [(layer, edits(datapoint))]):
                 seen = []
-                block = adapter_for(model).layers[target]
+                block = adapter_for(model).layers[target - 1]
+
+                def note(module, args, out, seen=seen):
+                    seen.append(out[0] if isinstance(out, tuple) else out)
+
                 with torch.no_grad(), hf_hooks_contextmanager(model, hooks):
-                    handle = block.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))
+                    handle = block.register_forward_hook(note)
                     model(torch.tensor([prompt + ids]))
                     handle.remove()
                 states.append(seen[0][0, len(prompt) - 1 :])
@@ -228,21 +232,22 @@ def melbo_by_hand(model, data, layer, target, edits) -> float:
     return total
 
 
+@pytest.mark.parametrize("target", [3, 4])
 @pytest.mark.parametrize("name", ["llama", "bloom"])
-def test_melbo_is_the_mean_distance_of_each_completion_at_the_target_layer(name):
+def test_melbo_is_the_mean_distance_of_each_completion_at_the_target_layer(name, target):
     model, data = build(name), DATA[:2]
     assert (
         len({len(TOKENIZER.encode(text)) for d in data for text in d.src_completions + d.dst_completions}) > 1
     )
     hooks = n_hooks(model)  # transformers may have left some
-    _, loss = make_melbo_loss_funcs(3)
+    _, loss = make_melbo_loss_funcs(target)
     v = start_of(norm=3.0).requires_grad_()
     found = loss(model_with_tokenizer(model), data, 1, v, None, None, False)
 
     def edits(datapoint):
         return make_steering_hook_hf(-v.detach() if datapoint.is_negative else v.detach())
 
-    assert float(found.detach()) == pytest.approx(melbo_by_hand(model, data, 1, 3, edits), rel=1e-4)
+    assert float(found.detach()) == pytest.approx(melbo_by_hand(model, data, 1, target, edits), rel=1e-4)
     (slope,) = torch.autograd.grad(found, v)
     step = 1e-3 * slope / slope.norm()
     with torch.no_grad():

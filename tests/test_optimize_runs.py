@@ -243,6 +243,8 @@ def test_jobs_together_are_each_what_they_are_alone():
         {"layer": 1, "seed": 1, "max_iters": 4},
         {"layer": [0, 3], "seed": 2, "affine_rank": 2},
         {"layer": 3, "seed": 3, "vector_clamp": 1.4},
+        {"layer": 4, "seed": 8},
+        {"layer": [3, 4], "seed": 9},
         {"layer": 2, "starting_vec": start_of(9, 2.0), "seed": 0, "coldness": 1.0},
         {"layer": 1, "seed": 4, "datapoints": other},
         {"layer": 2, "seed": 5, "noise_scale": 0.3},
@@ -290,8 +292,8 @@ def test_a_model_that_cannot_be_replayed_runs_jobs_together_too():
     from test_forward import with_a_side_channel
 
     model = with_a_side_channel()
-    jobs = [{"datapoints": DATA, "layer": n, "max_iters": 3, "seed": n, "lr": 0.05} for n in (1, 2)]
-    for n, (vector, _) in zip((1, 2), optimize_vectors(model, jobs, TOKENIZER), strict=True):
+    jobs = [{"datapoints": DATA, "layer": n, "max_iters": 3, "seed": n, "lr": 0.05} for n in (1, 2, 4)]
+    for n, (vector, _) in zip((1, 2, 4), optimize_vectors(model, jobs, TOKENIZER), strict=True):
         torch.testing.assert_close(
             vector, optimize(model, layer=n, max_iters=3, seed=n, lr=0.05)[0], rtol=1e-4, atol=1e-4
         )

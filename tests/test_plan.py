@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import StaticCache
 
+from mechanex.engine.caches import returned_caches
 from mechanex.engine.hooks import Intervention, SteeringPlan, positions
 from mechanex.engine.intervention import Edit, EditTable
 from mechanex.engine.models import adapter_for
@@ -285,9 +286,9 @@ def test_contexts_that_overlap_share_what_they_saw():
     late = SteeringPlan([Intervention(2, Edit.add(draw(D_MODEL)), tokens=slice(-1, None))])
     with SteeringPlan([Intervention(1, Edit.add(draw(D_MODEL)), tokens=0)]).apply(model), torch.no_grad():
         out = model(input_ids=IDS, use_cache=True)
-        unsteered = model(input_ids=IDS[:, :1], past_key_values=copy.deepcopy(out.past_key_values)).logits
+        unsteered = model(input_ids=IDS[:, :1], **copy.deepcopy(returned_caches(out))).logits
         with late.apply(model):
-            steered = model(input_ids=IDS[:, :1], past_key_values=out.past_key_values).logits
+            steered = model(input_ids=IDS[:, :1], **returned_caches(out)).logits
     assert not torch.allclose(steered, unsteered, atol=1e-3)
 
 

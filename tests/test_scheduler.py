@@ -25,7 +25,7 @@ from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
 from mechanex.engine.models.resolve import load
-from mechanex.engine.positions import Positions, PositionTracker, token_mask
+from mechanex.engine.positions import Positions, token_mask
 from mechanex.engine.sampling import Sampling
 from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import APIError, MechanexError, RateLimitError, ValidationError
@@ -192,9 +192,7 @@ def test_selectors_cover_what_the_engine_says(
     start: int | None, stop: int | None, step: int | None, place: int | None
 ) -> None:
     tokens = place if place is not None else slice(start, stop, step)
-    tracker = PositionTracker()
-    positions = Positions(torch.zeros(1, 11, dtype=torch.long), None, None, 0, tracker)
-    tracker.before(Positions(torch.zeros(1, 6, dtype=torch.long), None, None, 0, tracker))
+    positions = Positions(torch.arange(11)[None], torch.tensor([[6]]))
     expected = token_mask(tokens, positions)[0].tolist()
     assert [covers(tokens, i, 6) for i in range(11)] == expected
 

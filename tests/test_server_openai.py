@@ -16,6 +16,7 @@ from openai import OpenAI
 from server_process import ServerProcess, serving
 from serving_data import tone_vectors
 
+from mechanex.engine.chat import Chat
 from mechanex.engine.generate import generate
 from mechanex.engine.models.resolve import load
 from mechanex.engine.text import encode_prompt
@@ -272,6 +273,41 @@ def test_chat(client: OpenAI, local: Any) -> None:
     assert client.chat.completions.create(
         model="mx-tiny", messages=again, max_tokens=4, temperature=0
     ).choices
+
+
+def test_a_chat_goes_on_with_its_last_message(client: OpenAI, local: Any) -> None:
+    started: list[Any] = [*CHAT, {"role": "assistant", "content": "The capital"}]
+    asked: dict[str, Any] = {"model": "mx-tiny", "messages": started, "max_tokens": 8, "temperature": 0}
+    going_on = expected(local, Chat(started, continue_final_message=True), 8)
+    for fields in ({}, {"add_generation_prompt": False}, {"chat_template_kwargs": {"unknown": 1}}):
+        answer = client.chat.completions.create(
+            **asked, extra_body={"continue_final_message": True, **fields}
+        )
+        assert answer.choices[0].message.content == going_on
+    answered = client.chat.completions.create(**asked)
+    assert answered.choices[0].message.content == expected(local, started, 8)
+    bare = client.chat.completions.create(**asked, extra_body={"add_generation_prompt": False})
+    right = expected(local, Chat(started, add_generation_prompt=False), 8)
+    assert bare.choices[0].message.content == right
+    for fields in (
+        {"continue_final_message": True, "add_generation_prompt": True},
+        {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+        {"chat_template_kwargs": 3},
+    ):
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(**asked, extra_body=fields)
+
+
+def test_a_stop_text_may_be_a_special_token(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "mx-tiny", "prompt": PROMPT, "max_tokens": 5, "temperature": 0}
+    asked["logit_bias"] = {"3": 100}  # <|user|>, and nothing else
+    assert client.completions.create(**asked).choices[0].finish_reason == "length"
+    for stop, n in (("<|user|>", 1), ("<|user|><|user|>", 2)):
+        answer = client.completions.create(**asked, stop=stop)
+        assert answer.choices[0].finish_reason == "stop" and answer.choices[0].text == ""
+        assert answer.usage is not None and answer.usage.completion_tokens == n
+        *_, last = client.completions.create(**asked, stop=stop, stream=True)
+        assert last.choices[0].finish_reason == "stop"
 
 
 def test_streamed_chat(client: OpenAI, local: Any) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import optable
 import pytest
@@ -39,6 +40,30 @@ def widened(args: optable.Args, magnitude: bool = False) -> optable.Args:
     return wide[0], rows, wide[1], wide[2], wide[3]
 
 
+GUARD = 64  # elements before and after a tensor, so that alignment stays what it was
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """New results start as NaN and have a guard before and after them: what was never or wrongly written shows."""
+    made: list[tuple[Tensor, Tensor]] = []
+    original = torch.empty_like
+
+    def allocate(like: Tensor, **options: object) -> Tensor:
+        if type(like) is not Tensor or not like.is_floating_point() or like.is_meta:
+            return original(like, **options)
+        memory = like.new_full((like.numel() + 2 * GUARD,), float("nan"))
+        memory[:GUARD] = memory[-GUARD:] = 7.0
+        made.append((memory[:GUARD], memory[-GUARD:]))
+        return memory[GUARD:-GUARD].view(like.shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty_like", allocate)
+        yield
+    for before, after in made:
+        assert (before == 7.0).all() and (after == 7.0).all(), "the op wrote outside its result"
+
+
 def poison(tensor: Tensor) -> None:
     """Leave NaN behind in memory of the size that the next result will take."""
     for _ in range(4):
@@ -48,8 +73,8 @@ def poison(tensor: Tensor) -> None:
 def assert_matches_oracle(case: SteerCase, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
     args = case.make(dtype, device)
     before = [None if t is None else t.clone() for t in args]
-    poison(args[0])
-    out = steer(*args, backend=backend)
+    with guarded():
+        out = steer(*args, backend=backend)
     assert out.dtype == dtype
     assert_within(
         out, reference.steer(*widened(args)), reference.steer(*widened(args, magnitude=True)), case.width
@@ -161,6 +186,13 @@ def test_half_types_round_to_nearest_even_and_keep_nan(backend: str, dtype: torc
         assert torch.equal(got.nan_to_num(0.0), want.nan_to_num(0.0))
 
 
+def test_a_write_outside_the_result_is_caught() -> None:
+    with pytest.raises(AssertionError, match="outside its result"), guarded():
+        out = torch.empty_like(torch.zeros(3, 4))
+        assert out.isnan().all()
+        torch.as_strided(out, (1,), (1,), out.storage_offset() + 12).zero_()
+
+
 def test_a_lazily_negated_view_is_read_as_what_it_stands_for() -> None:
     hidden, rows, *tables = SteerCase(4, 8, n_edits=2, rank=1, rows="mixed").make(torch.float32)
     negated = torch.complex(hidden, -hidden).conj().imag
@@ -204,7 +236,7 @@ R = torch.zeros(5, dtype=torch.int32)
         ((X, None, torch.zeros(1, 9)), r"bias must have shape \[K, 8\].*got \[1, 9\]"),
         ((X, None, torch.zeros(8)), r"bias must have shape"),
         ((X, None, B), "without rows the table must hold one edit, got 2"),
-        ((X, R[:4], B), r"rows must have shape \[5\], got \[4\]"),
+        ((X, R[:4], B), r"rows must have shape \[5\], or \[5\] and m edits, got \[4\]"),
         ((X, R.long(), B), "int32 tensor, got torch.int64"),
         ((X, [0] * 5, B), "int32 tensor, got list"),
         ((X, R, B, P), "left and right go together"),

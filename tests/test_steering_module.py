@@ -90,7 +90,7 @@ def test_an_unwritable_home_keeps_the_vectors_for_the_session(
         ({"method": "caa", "negative_answers": [*NEGATIVE, "x"]}, "2, 2 and 3"),
         ({"method": "caa", "prompts": [], "positive_answers": [], "negative_answers": []}, "empty"),
         ({"method": "caa", "negative_answers": [" x", ""]}, "no tokens"),
-        ({"method": "caa", "layer_idxs": [N_LAYERS]}, f"Layer {N_LAYERS} "),
+        ({"method": "caa", "layer_idxs": [N_LAYERS + 1]}, f"Layer {N_LAYERS + 1} "),
         ({"method": "caa", "layer_idxs": [-N_LAYERS - 1]}, "Layer"),
         ({"method": "caa", "layer_idxs": []}, "no layers"),
         ({"method": "caa", "negative_answers": POSITIVE}, "zero"),

@@ -9,7 +9,7 @@ from families import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechanex.engine import text
+from mechanex.engine import joins
 from mechanex.engine.text import encode_pair, encode_prompt
 from mechanex.errors import ValidationError
 
@@ -46,7 +46,7 @@ def test_spaces_that_end_the_prompt_go_to_the_completion():
 
 
 def test_a_token_across_the_join_is_split_and_logged_once(caplog):
-    text._warned_joins.clear()
+    joins._warned.clear()
     with caplog.at_level(logging.WARNING, "mechanex"):
         for completion in ("rning", "rnings"):
             ids, answer = encode_pair(TOKENIZER, "The mo", completion)

@@ -125,7 +125,7 @@ def test_dtypes_are_at_least_float32() -> None:
         ({"1": torch.ones(3)}, "from 0 up"),
         ({True: torch.ones(3)}, "from 0 up"),
         ({1.0: torch.ones(3)}, "from 0 up"),
-        ({0: [1.0, 2.0]}, "torch.tensor"),
+        ({0: "1.0, 2.0"}, "a tensor, a NumPy array or a list"),
         ({0: torch.ones(2, 2)}, r"\[2, 2\]"),
         ({0: torch.ones(0)}, r"\[0\]"),
         ({0: torch.ones(3, dtype=torch.int64)}, "int64"),
@@ -204,8 +204,8 @@ def test_a_vector_of_another_model_is_refused_and_leaves_no_hook() -> None:
     plain = logits()
     with pytest.raises(ValidationError, match=f"8 wide.*{D_MODEL}.*made for other"):
         vector(1, model="other").apply(build("llama"))
-    with pytest.raises(ValidationError, match=f"Layer {N_LAYERS} "):
-        vector(1, N_LAYERS, width=D_MODEL).apply(build("llama"))
+    with pytest.raises(ValidationError, match=f"Layer {N_LAYERS + 1} "):
+        vector(1, N_LAYERS + 1, width=D_MODEL).apply(build("llama"))
     for strength in (float("nan"), float("inf"), "1", None):
         with pytest.raises(ValidationError, match="finite"):
             vector(1, width=D_MODEL).apply(build("llama"), strength=strength)  # type: ignore[arg-type]

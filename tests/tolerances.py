@@ -12,6 +12,9 @@ import optable
 import torch
 from torch import Tensor
 
+from mechanex.backends import reference
+from mechanex.ops.gate import KINDS
+
 # What a float32 model's logits may differ by when only the order of the sums differs.
 LOGITS = 1e-4
 
@@ -42,6 +45,49 @@ def assert_within(actual: Tensor, truth: Tensor, scale: Tensor, width: int) -> N
         raise AssertionError(
             f"{int(wrong.sum())} of {wrong.numel()} elements are off, the worst {worst:.3g} times the bound"
         )
+
+
+def many_truth(args: optable.ManyArgs) -> tuple[Tensor, Tensor]:
+    """The op ``steer_many`` in float64, and the magnitudes of what its sums add up, both ``[T, d]``.
+
+    The truth is the reference's. Along the same steps the magnitudes grow as the errors do: an edit multiplies them by
+    its own absolute values, a gate adds what its argument is unsure of, a kept norm scales them.
+    """
+    hidden, rows, strength, bias, left, right, gate = args
+    wide = [None if t is None else t.double() for t in (hidden, strength, bias, left, right)]
+    gates = None if gate is None else gate.to(hidden.device, torch.float64)
+    x, s, b, low, high = wide
+    truth = reference.steer_many(x, rows, s, b, low, high, gates)
+    scale = []
+    for t in range(hidden.shape[0]):
+        now, size = x[t], x[t].abs()
+        edits = [0] if rows is None else rows[t].tolist()
+        for i, k in enumerate(edits):
+            if k == -1:
+                continue
+            change, grown = b[k], b[k].abs()
+            if low is not None and high is not None:
+                change = change + low[k].T @ (high[k] @ now)
+                grown = grown + low[k].abs().T @ (high[k].abs() @ size)
+            amount = 1.0 if s is None else float(s[t, i])
+            unsure = abs(amount)
+            kind = "none" if gates is None else KINDS[int(gates.kinds[k])]
+            if gates is not None and kind not in ("none", "norm"):
+                q = gates.weight[k] @ now + gates.offset[k]
+                opening = {"step": (q > 0).double(), "sigmoid": q.sigmoid(), "relu": q.relu()}[kind]
+                of_q = float(gates.weight[k].abs() @ size + gates.offset[k].abs())
+                unsure = abs(amount) * (float(opening) + (0.0 if kind == "step" else of_q))
+                amount = amount * float(opening)
+            after = now + amount * change
+            size = size + unsure * grown
+            if kind == "norm" and after.norm() > 0:
+                ratio = now.norm() / after.norm()
+                size = ratio * (size + after.abs() * (size.norm() / after.norm()))
+                size = size + after.abs() * ratio
+                after = after * ratio
+            now = after
+        scale.append(size * max(1, len(edits)))
+    return truth, torch.stack(scale) if scale else torch.zeros_like(truth)
 
 
 def logprob_bounds(

@@ -49,11 +49,6 @@ MX_INLINE V choose(Mask mask, V yes, V no) {
   return bits<V>((bits<Int>(yes) & bits<Int>(mask)) | (bits<Int>(no) & ~bits<Int>(mask)));
 }
 
-template <class V>
-MX_INLINE V broadcast(typename Real<V>::Scalar value) {
-  return value - V{};
-}
-
 constexpr double inverse_factorial(int n) { return n < 2 ? 1.0 : inverse_factorial(n - 1) / n; }
 
 // exp(x) = power * (1 + rest), power = 2^k, |x - k ln2| <= ln2/2.
@@ -67,13 +62,14 @@ MX_INLINE Split<V> split_exp(V x) {
   using R = Real<V>;
   using S = typename R::Scalar;
   using Int = typename R::Int;
-  const V shifted = x * (S)0x1.71547652b82fep+0 + R::kRound;
+  const V shifted = multiply_add(x, broadcast<V>(0x1.71547652b82fep+0), broadcast<V>(R::kRound));
   const V k = shifted - R::kRound;
   const Int exponent = bits<Int>(shifted) - bits<Int>(broadcast<V>(R::kRound));
-  const V r = (x - k * R::kLn2High) - k * R::kLn2Low;
+  const V high = multiply_add(-k, broadcast<V>(R::kLn2High), x);
+  const V r = multiply_add(-k, broadcast<V>(R::kLn2Low), high);
   V sum = broadcast<V>((S)inverse_factorial(R::kTerms));
 #pragma GCC unroll 16
-  for (int i = R::kTerms - 1; i >= 1; --i) sum = sum * r + (S)inverse_factorial(i);
+  for (int i = R::kTerms - 1; i >= 1; --i) sum = multiply_add(sum, r, broadcast<V>((S)inverse_factorial(i)));
   return {bits<V>((exponent + R::kBias) << R::kMantissa), sum * r};
 }
 
@@ -81,7 +77,7 @@ MX_INLINE Split<V> split_exp(V x) {
 template <class V>
 MX_INLINE V vector_exp(V x) {
   const Split<V> e = split_exp(x);
-  return choose(x < Real<V>::kLowest, V{}, e.power * e.rest + e.power);
+  return choose(x < Real<V>::kLowest, V{}, multiply_add(e.power, e.rest, e.power));
 }
 
 // tanh x = e / (e + 2) with e = exp(2x) - 1, which loses nothing where x is small. NaN stays.
@@ -93,7 +89,7 @@ MX_INLINE V vector_tanh(V x) {
   V size = bits<V>(bits<Int>(x) ^ sign);
   size = choose(size > R::kTanhIsOne, broadcast<V>(R::kTanhIsOne), size);
   const Split<V> e = split_exp(size + size);
-  const V minus_one = e.power * e.rest + (e.power - 1);
+  const V minus_one = multiply_add(e.power, e.rest, e.power - 1);
   return bits<V>(bits<Int>(minus_one / (minus_one + 2)) | sign);
 }
 

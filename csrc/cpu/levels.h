@@ -10,6 +10,7 @@ namespace mechanex {
 struct CpuLevel {
   const char* name;
   const CpuKernels* kernels;
+  const SteerManyKernels* many;
   const LogprobKernels* logprob;
   bool runs_here;
 };

@@ -74,7 +74,7 @@ struct Stretch {
     V bend = {};
     if (kCap) {
       const V bounded = vector_tanh(v);
-      if (kSlope) bend = 1 - bounded * bounded;
+      if (kSlope) bend = multiply_add(-bounded, bounded, broadcast<V>(1));
       v = bounded * curve.gain;
     }
     const V e = vector_exp(v - maximum);

@@ -2,7 +2,7 @@
 // no globals with constructors, nothing with external linkage but the table at the end.
 #include "../steer.h"
 
-#include "vectors.h"
+#include "project.h"
 
 using namespace mechanex;
 
@@ -15,48 +15,6 @@ enum : int { kTogether = 4 };
 enum : int { kTogether = 2 };  // 16 registers hold no more sums
 #endif
 
-// Coordinates of M rows along J directions: out[m][j] = x[m] . directions[j]. The result's memory y is fetched
-// meanwhile.
-template <class E, class Table, int M, int J>
-MX_INLINE void project(const typename E::Stored* const* x, const typename E::Stored* const* y,
-                       const typename E::Scalar* directions, int64_t d, typename E::Scalar (*out)[kMaxRank]) {
-  using V = typename E::Vector;
-  using S = typename E::Scalar;
-  constexpr int64_t kWidth = sizeof(V) / sizeof(S);
-  // Independent sums hide the latency of a multiply-add. How a row is summed must not depend on M: its result would
-  // change with its neighbours.
-  constexpr int kUnroll = J == 1 ? 4 : 1;
-  V sums[M][J][kUnroll] = {};
-  int64_t c = 0;
-  for (; c + kUnroll * kWidth <= d; c += kUnroll * kWidth) {
-    for (int u = 0; u < kUnroll; ++u) {
-      V values[M];
-      for (int m = 0; m < M; ++m) {
-        values[m] = E::load(x[m] + c + u * kWidth);
-        __builtin_prefetch(y[m] + c + u * kWidth, 1, 2);
-      }
-      for (int j = 0; j < J; ++j) {
-        const V direction = Table::load(directions + j * d + c + u * kWidth);
-        for (int m = 0; m < M; ++m) sums[m][j][u] += values[m] * direction;
-      }
-    }
-  }
-  for (; c < d; c += kWidth) {
-    const int64_t n = d - c < kWidth ? d - c : kWidth;
-    for (int m = 0; m < M; ++m) {
-      const V value = load_part<E>(x[m] + c, n);
-      for (int j = 0; j < J; ++j) sums[m][j][0] += value * load_part<Table>(directions + j * d + c, n);
-    }
-  }
-  for (int m = 0; m < M; ++m) {
-    for (int j = 0; j < J; ++j) {
-      V total = sums[m][j][0];
-      for (int u = 1; u < kUnroll; ++u) total += sums[m][j][u];
-      out[m][j] = sum<V, S>(total);
-    }
-  }
-}
-
 // y = x + bias + the coordinates times their left vectors, for M rows of one edit. The rows at `next` are fetched
 // meanwhile: each of the two loops leaves half of the memory's traffic idle.
 template <class E, class Table, int M>
@@ -66,13 +24,7 @@ MX_INLINE void edit_rows(const typename E::Stored* const* x, typename E::Stored*
   using V = typename E::Vector;
   constexpr int64_t kWidth = sizeof(V) / sizeof(typename E::Scalar);
   typename E::Scalar coordinates[M][kMaxRank];
-  int64_t j = 0;
-  for (; j + 4 <= rank; j += 4) {
-    project<E, Table, M, 4>(x, y, right + j * d, d, (typename E::Scalar(*)[kMaxRank]) & coordinates[0][j]);
-  }
-  for (; j < rank; ++j) {
-    project<E, Table, M, 1>(x, y, right + j * d, d, (typename E::Scalar(*)[kMaxRank]) & coordinates[0][j]);
-  }
+  project_all<E, Table, M>(x, y, right, rank, d, coordinates);
   int64_t c = 0;
   for (; c + kWidth <= d; c += kWidth) {
     V start = {};
@@ -81,7 +33,8 @@ MX_INLINE void edit_rows(const typename E::Stored* const* x, typename E::Stored*
     for (int m = 0; m < M; ++m) changes[m] = start;
     for (int64_t i = 0; i < rank; ++i) {
       const V direction = Table::load(left + i * d + c);
-      for (int m = 0; m < M; ++m) changes[m] += coordinates[m][i] * direction;
+      for (int m = 0; m < M; ++m)
+        changes[m] = multiply_add(broadcast<V>(coordinates[m][i]), direction, changes[m]);
     }
     for (int m = 0; m < M; ++m) {
       E::store(y[m] + c, E::load(x[m] + c) + changes[m]);
@@ -93,7 +46,8 @@ MX_INLINE void edit_rows(const typename E::Stored* const* x, typename E::Stored*
     for (int m = 0; m < M; ++m) {
       V change = {};
       if (bias != nullptr) change = load_part<Table>(bias + c, n);
-      for (int64_t i = 0; i < rank; ++i) change += coordinates[m][i] * load_part<Table>(left + i * d + c, n);
+      for (int64_t i = 0; i < rank; ++i)
+        change = multiply_add(broadcast<V>(coordinates[m][i]), load_part<Table>(left + i * d + c, n), change);
       store_part<E>(y[m] + c, load_part<E>(x[m] + c, n) + change, n);
     }
   }

@@ -8,6 +8,8 @@
 
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -47,6 +49,38 @@ MX_INLINE V read(const T* p) {
 template <class V, class T>
 MX_INLINE void write(T* p, V value) {
   __builtin_memcpy(p, &value, sizeof(value));
+}
+
+template <class V, class S>
+MX_INLINE V broadcast(S value) {
+  const V zero = {};
+  return (__typeof__(zero[0] + zero[0]))value - zero;
+}
+
+// a * b + c, rounded once where the processor can, and by this instruction wherever it is written. Compilers fuse
+// nothing themselves (-ffp-contract=off): they would in one of two loops that must give the same bits.
+MX_INLINE FloatV multiply_add(FloatV a, FloatV b, FloatV c) {
+#if defined(__AVX512F__)
+  return bits<FloatV>(_mm512_fmadd_ps(bits<__m512>(a), bits<__m512>(b), bits<__m512>(c)));
+#elif defined(__FMA__)
+  return bits<FloatV>(_mm256_fmadd_ps(bits<__m256>(a), bits<__m256>(b), bits<__m256>(c)));
+#elif defined(__aarch64__)
+  return bits<FloatV>(vfmaq_f32(bits<float32x4_t>(c), bits<float32x4_t>(a), bits<float32x4_t>(b)));
+#else
+  return a * b + c;
+#endif
+}
+
+MX_INLINE DoubleV multiply_add(DoubleV a, DoubleV b, DoubleV c) {
+#if defined(__AVX512F__)
+  return bits<DoubleV>(_mm512_fmadd_pd(bits<__m512d>(a), bits<__m512d>(b), bits<__m512d>(c)));
+#elif defined(__FMA__)
+  return bits<DoubleV>(_mm256_fmadd_pd(bits<__m256d>(a), bits<__m256d>(b), bits<__m256d>(c)));
+#elif defined(__aarch64__)
+  return bits<DoubleV>(vfmaq_f64(bits<float64x2_t>(c), bits<float64x2_t>(a), bits<float64x2_t>(b)));
+#else
+  return a * b + c;
+#endif
 }
 
 // An element type: how it is stored, what the arithmetic runs in, and the way there and back.

@@ -19,7 +19,17 @@ from torch import Tensor
 
 from mechanex.errors import MechanexError, ValidationError
 
-from . import eager, eager_logprob, native, native_cuda, native_logprob, reference, triton, triton_logprob
+from . import (
+    eager,
+    eager_logprob,
+    native,
+    native_cuda,
+    native_logprob,
+    native_many,
+    reference,
+    triton,
+    triton_logprob,
+)
 
 __all__ = [
     "Backend",
@@ -99,6 +109,7 @@ _REGISTRY = {
             (),
             {
                 "steer": Kernel(reference.steer),
+                "steer_many": Kernel(reference.steer_many),
                 "completion_logprob": Kernel(
                     reference.completion_logprob, gradients=reference.completion_logprob_gradients
                 ),
@@ -110,6 +121,7 @@ _REGISTRY = {
             (),
             {
                 "steer": Kernel(eager.steer),
+                "steer_many": Kernel(eager.steer_many),
                 "completion_logprob": Kernel(
                     eager_logprob.OP.run,
                     gradients=eager_logprob.OP.gradients,
@@ -123,6 +135,7 @@ _REGISTRY = {
             ("cpu", "cuda"),
             {
                 "steer": Kernel(native.steer, native.refuses_steer, native.declines_steer),
+                "steer_many": Kernel(native_many.steer_many, native_many.refuses_steer_many),
                 "completion_logprob": Kernel(
                     native_logprob.OP.run,
                     gradients=native_logprob.OP.gradients,

@@ -14,8 +14,21 @@ import torch
 from torch import Tensor
 
 from mechanex.errors import ValidationError
+from mechanex.ops.gate import NONE, NORM, RELU, SIGMOID, STEP, Gate
 
-__all__ = ["bias_gradient", "check_rows", "compute_dtype", "steer", "table_gradients", "without_autocast"]
+__all__ = [
+    "bias_gradient",
+    "check_rows",
+    "compute_dtype",
+    "many_dtype",
+    "openings",
+    "steer",
+    "steer_many",
+    "steer_many_unchecked",
+    "table_gradients",
+    "with_norm_of",
+    "without_autocast",
+]
 
 # Up to this many edits, one matrix product with all of them beats reading a gathered table.
 _MASKED_MAX = 32
@@ -101,6 +114,110 @@ def steer(
         return edited
     outside = ((rows < -1) | (rows >= n_edits)).unsqueeze(1)
     return edited.masked_fill(outside, float("nan"))
+
+
+def many_dtype(
+    hidden: Tensor,
+    strength: Tensor | None,
+    bias: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    gate: Gate | None,
+) -> torch.dtype:
+    """The dtype of the arithmetic of :func:`steer_many`."""
+    gates = () if gate is None else (gate.weight, gate.offset)
+    return compute_dtype(hidden, strength, bias, left, right, *gates)
+
+
+def steer_many(
+    hidden: Tensor,
+    rows: Tensor | None,
+    strength: Tensor | None,
+    bias: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    gate: Gate | None,
+) -> Tensor:
+    """Several edits of a row in order; see :func:`mechanex.backends.reference.steer_many`.
+
+    Raises:
+        ValidationError: a row index is out of range (CPU; on other devices that row becomes NaN).
+    """
+    if rows is not None and rows.device.type == "cpu":
+        check_rows(rows, bias.shape[0])
+    return steer_many_unchecked(hidden, rows, strength, bias, left, right, gate)
+
+
+@without_autocast
+def steer_many_unchecked(
+    hidden: Tensor,
+    rows: Tensor | None,
+    strength: Tensor | None,
+    bias: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    gate: Gate | None,
+) -> Tensor:
+    """As :func:`steer_many`, but no value is looked at: for what traces, captures or differentiates it.
+
+    Rows with an index out of range become NaN.
+    """
+    n_edits = bias.shape[0]
+    wide = many_dtype(hidden, strength, bias, left, right, gate)
+    if rows is None:
+        rows = torch.zeros(hidden.shape[0], 1, dtype=torch.int32, device=hidden.device)
+    if n_edits == 0:
+        return hidden.clone(memory_format=torch.contiguous_format)
+    strength, left, right = (None if t is None else t.to(wide) for t in (strength, left, right))
+    bias, gate = bias.to(wide), None if gate is None else gate.to(hidden.device, wide)
+    x = hidden.to(wide)
+    for i in range(rows.shape[1]):
+        x = _edited(x, rows[:, i], None if strength is None else strength[:, i], bias, left, right, gate)
+    edited = torch.where((rows == -1).all(1, keepdim=True), hidden, x.to(hidden.dtype))
+    outside = ((rows < -1) | (rows >= n_edits)).any(1, keepdim=True)
+    return edited.masked_fill(outside, float("nan"))
+
+
+def _edited(
+    x: Tensor,
+    rows: Tensor,
+    strength: Tensor | None,
+    bias: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    gate: Gate | None,
+) -> Tensor:
+    """One edit of each row ``[T, d]``, all of one dtype; rows without one as they are."""
+    index = _index(rows, bias.shape)
+    change = bias.index_select(0, index)
+    if left is not None and right is not None:
+        change = change + _expand(_project(x, rows, index, right), index, left)
+    amount = strength
+    kinds = None
+    if gate is not None:
+        kinds = gate.kinds.index_select(0, index)
+        q = (x * gate.weight.index_select(0, index)).sum(1) + gate.offset.index_select(0, index)
+        opening = openings(kinds, q)
+        amount = opening if strength is None else strength * opening
+    y = x + (change if amount is None else change * amount.unsqueeze(1))
+    if kinds is not None:
+        y = torch.where((kinds == NORM).unsqueeze(1), with_norm_of(x, y), y)
+    return torch.where((rows >= 0).unsqueeze(1), y, x)
+
+
+def openings(kinds: Tensor, q: Tensor) -> Tensor:
+    """What gates of these kinds ``[T]`` make of ``q`` ``[T]``; NaN for an unknown kind."""
+    opening = torch.where((kinds == NONE) | (kinds == NORM), 1.0, torch.full_like(q, float("nan")))
+    opening = torch.where(kinds == STEP, (q > 0).to(q.dtype), opening)
+    opening = torch.where(kinds == SIGMOID, q.sigmoid(), opening)
+    return torch.where(kinds == RELU, q.relu(), opening)
+
+
+def with_norm_of(x: Tensor, y: Tensor) -> Tensor:
+    """Rows of ``y`` scaled to the norms of those of ``x``, both ``[T, d]``; zero rows stay zero."""
+    before, after = (torch.linalg.vector_norm(t, dim=1, keepdim=True) for t in (x, y))
+    none = after == 0
+    return y * torch.where(none, 1.0, before / torch.where(none, 1.0, after))
 
 
 @without_autocast

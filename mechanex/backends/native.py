@@ -5,15 +5,14 @@ The CUDA ones are a module of their own: :mod:`mechanex.backends.native_cuda`.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
-import sys
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from mechanex._private.torch import parallel_for_address
 from mechanex._version import __version__
 from mechanex.errors import ValidationError
 
@@ -29,6 +28,7 @@ _MAX_RANK = 64
 TORCH_RANK = 48
 TORCH_TABLE = 1 << 17
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_NEGATED = "an argument is a lazily negated view, whose memory holds other values: call resolve_neg()"
 _HOW = (
     "install a C++17 compiler (gcc or clang) and run `pip install --force-reinstall --no-deps .` in a source "
     "folder, or install a published wheel, with MECHANEX_PURE unset"
@@ -66,18 +66,8 @@ def _module() -> ModuleType:
         raise ValidationError(
             f"MECHANEX_CPU_ISA={wanted}: {error}; unset it to take the best level"
         ) from None
-    module.set_parallel_for(_parallel_for_address())
+    module.set_parallel_for(parallel_for_address())
     return module
-
-
-def _parallel_for_address() -> int:
-    """Address of ``torch_parallel_for`` in torch's own CPU library (torch 2.10 and later), 0 without it."""
-    name = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
-    try:
-        library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", name))
-        return ctypes.cast(library.torch_parallel_for, ctypes.c_void_p).value or 0
-    except (OSError, AttributeError):
-        return 0
 
 
 def missing() -> str | None:
@@ -99,7 +89,7 @@ def levels() -> tuple[str, ...]:
 
 def describe() -> str:
     """Instruction set in use, those available, where the threads come from, and the CUDA part or its lack."""
-    threads = "torch's threads" if _parallel_for_address() else "one thread (torch before 2.10 lends none)"
+    threads = "torch's threads" if parallel_for_address() else "one thread (torch before 2.10 lends none)"
     cuda = native_cuda.missing()
     gpu = f"not on GPUs: {cuda}" if cuda else native_cuda.describe()
     return f"{_module().level()} of {', '.join(levels())}; {threads}; {gpu}"
@@ -119,7 +109,7 @@ def refuses_steer(
         or (left is not None and left.is_neg())
         or (right is not None and right.is_neg())
     ):
-        return "an argument is a lazily negated view, whose memory holds other values: call resolve_neg()"
+        return _NEGATED
     return None
 
 

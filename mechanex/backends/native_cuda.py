@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from mechanex._private.torch import stream_getter
 from mechanex._version import __version__
 
 from .eager import compute_dtype
 
-__all__ = ["describe", "missing", "steer"]
+__all__ = ["MANY_WIDTH", "describe", "missing", "steer"]
 
+# Widest row of a half type that takes several edits: it waits in a block's shared memory, float32.
+MANY_WIDTH = 24_000
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _HOW = (
     "install the CUDA toolkit (nvcc) and run `MECHANEX_CUDA=ON pip install --force-reinstall --no-deps .` in a "
@@ -80,11 +82,7 @@ def _readable(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
-@functools.cache
-def _stream_getter() -> Callable[[int], int]:
-    # A tenth of the cost of torch.cuda.current_stream, which makes a Stream object; torch's own compiler uses it.
-    raw: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    return raw or (lambda device: torch.cuda.current_stream(device).cuda_stream)
+_stream_getter = functools.cache(stream_getter)
 
 
 def steer(

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from mechanex.errors import ValidationError
+from mechanex.ops.gate import KINDS, Gate
 
-__all__ = ["completion_logprob", "completion_logprob_gradients", "steer"]
+__all__ = ["completion_logprob", "completion_logprob_gradients", "steer", "steer_many"]
 
 
 def steer(
@@ -46,6 +47,63 @@ def steer(
             y += left[k].to(wide).T @ (right[k].to(wide) @ x)
         out[t] = y.to(hidden.dtype)
     return out
+
+
+def steer_many(
+    hidden: Tensor,
+    rows: Tensor | None,
+    strength: Tensor | None,
+    bias: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    gate: Gate | None,
+) -> Tensor:
+    """Edit one row at a time, one edit after another: ``x ← x + s · a(w·x + c) · (b + Lᵀ(R x))``.
+
+    Args:
+        hidden: residual stream, ``[T, d]``.
+        rows: edits of each row in order, ``[T, m]`` integers, -1 for none; None: edit 0 for every row, m = 1.
+        strength: s, ``[T, m]``; None: 1.
+        bias: ``[K, d]``.
+        left: ``[K, r, d]``, or None for rank 0.
+        right: ``[K, r, d]``, given exactly when ``left`` is.
+        gate: a, w and c of the K edits; None: every gate is open.
+
+    Returns:
+        ``[T, d]`` in ``hidden``'s dtype, rounded once; always new memory. A row without any edit is copied.
+
+    Raises:
+        ValidationError: a row index is outside ``[-1, K)``.
+    """
+    floats = [strength, bias, left, right, *((gate.weight, gate.offset) if gate else ())]
+    wide = torch.float32
+    if any(t is not None and t.dtype == torch.float64 for t in (hidden, *floats)):
+        wide = torch.float64
+    out = []
+    for t in range(hidden.shape[0]):
+        edits = [0] if rows is None else [int(k) for k in rows[t]]
+        x = hidden[t].to(wide)
+        for i, k in enumerate(edits):
+            if not -1 <= k < bias.shape[0]:
+                raise ValidationError(f"rows[{t}, {i}] is {k}, but the table holds {bias.shape[0]} edit(s)")
+            if k == -1:
+                continue
+            change = bias[k].to(wide)
+            if left is not None and right is not None:
+                change = change + left[k].to(wide).T @ (right[k].to(wide) @ x)
+            code = 0 if gate is None else int(gate.kinds[k])
+            kind = KINDS[code] if 0 <= code < len(KINDS) else "unknown"
+            amount = x.new_ones(()) if strength is None else strength[t, i].to(wide)
+            if gate is not None and kind not in ("none", "norm"):
+                q = gate.weight[k].to(wide) @ x + gate.offset[k].to(wide)
+                openings = {"step": (q > 0).to(wide), "sigmoid": q.sigmoid(), "relu": q.relu()}
+                amount = amount * openings.get(kind, float("nan"))
+            y = x + amount * change
+            if kind == "norm" and y.norm() > 0:
+                y = y * (x.norm() / y.norm())
+            x = y
+        out.append(hidden[t] if all(k == -1 for k in edits) else x.to(hidden.dtype))
+    return torch.stack(out) if out else torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
 def completion_logprob(

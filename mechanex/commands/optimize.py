@@ -87,9 +87,13 @@ def run_optimize(
         )
     seconds = time.perf_counter() - start
     steering = {layer: vector for layer in chosen}
-    SteeringVector(steering, model=adapter.model_id, method="optimized", seed=info["seed"]).save(
-        out / "vector.safetensors"
-    )
+    SteeringVector(
+        steering,
+        model=adapter.model_id,
+        model_family=adapter.family,
+        method="optimized",
+        seed=info["seed"],
+    ).save(out / "vector.safetensors")
     curve = save_curve([info["starting_loss"], *info["loss_history"]], out / "loss.png")
     figures = None
     if held is not None:

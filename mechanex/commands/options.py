@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Asked",
+    "chat_option",
     "complete_dataset",
     "complete_model",
     "device_option",
@@ -87,6 +89,23 @@ password_option = click.option(
     envvar="MECHANEX_PASSWORD",
     help="Your password; better typed, piped or in MECHANEX_PASSWORD than given here.",
 )
+
+
+def chat_option(repeated: str) -> Callable[[Decorated], Decorated]:
+    """``--chat`` and ``--continue-final-message``."""
+    chat = click.option(
+        "--chat",
+        "chats",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        multiple=True,
+        help=f"JSON file of chat messages, written by the model's chat template; {repeated}.",
+    )
+    goes_on = click.option(
+        "--continue-final-message",
+        is_flag=True,
+        help="Go on with the last message of --chat instead of answering it.",
+    )
+    return lambda command: chat(goes_on(command))
 
 
 def layer_option(repeated: str) -> Callable[[Decorated], Decorated]:

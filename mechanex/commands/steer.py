@@ -14,7 +14,9 @@ from ..engine.datasets import read_pairs
 from ..engine.formats import format_of
 from ..engine.generate import Options, generate_batch
 from ..engine.models.resolve import LoadedModel, load
+from ..engine.text import Prompt, prompt_text
 from ..engine.vectors import SteeringVector
+from .chats import given_prompts
 from .console import console, echo_json, model_text
 from .vectors import find_vector
 
@@ -25,6 +27,8 @@ def run_steer(
     *,
     model: str,
     prompts: Sequence[str],
+    chats: Sequence[Path],
+    continue_final_message: bool,
     data: str | None,
     split: str | None,
     vector: str | None,
@@ -46,6 +50,7 @@ def run_steer(
         MechanexError: whatever the engine finds wrong with the model, the data, the vector or the settings.
     """
     # Checked before the model is loaded, which may take minutes.
+    asked = given_prompts(prompts, chats, continue_final_message)
     if save is not None:
         format_of(save)
     settings = Options(
@@ -67,13 +72,14 @@ def run_steer(
     assert found is not None
     if save is not None:
         found.save(save)
-    unsteered = _continue(loaded, prompts, settings)
-    steered = _continue(loaded, prompts, settings, found, strength)
+    unsteered = _continue(loaded, asked, settings)
+    steered = _continue(loaded, asked, settings, found, strength)
+    shown = [*prompts, *(str(path) for path in chats)]
     origin = f"{method} from {len(pairs)} pairs" if pairs is not None else vector
     if as_json:
         rows = [
             {"prompt": prompt, "unsteered": before, "steered": after}
-            for prompt, before, after in zip(prompts, unsteered, steered, strict=True)
+            for prompt, before, after in zip(shown, unsteered, steered, strict=True)
         ]
         report = {
             "model": loaded.name,
@@ -93,14 +99,14 @@ def run_steer(
     table = Table(show_lines=True)
     for column in ("prompt", "unsteered", "steered"):
         table.add_column(column, ratio=1, overflow="fold")
-    for row in zip(prompts, unsteered, steered, strict=True):
+    for row in zip(shown, unsteered, steered, strict=True):
         table.add_row(*map(model_text, row))
     screen.print(table)
 
 
 def _continue(
     loaded: LoadedModel,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     settings: Options,
     vector: SteeringVector | None = None,
     strength: float = 1.0,
@@ -116,4 +122,5 @@ def _continue(
         vector=vector,
         strength=strength,
     )
-    return [text[len(prompt) :].strip() for text, prompt in zip(texts, prompts, strict=True)]
+    written = [prompt_text(loaded.tokenizer, prompt) for prompt in prompts]
+    return [text[len(prompt) :].strip() for text, prompt in zip(texts, written, strict=True)]

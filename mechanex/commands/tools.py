@@ -26,6 +26,14 @@ def models(obj: Any, *, local: bool, as_json: bool) -> None:
     run_models(obj, local, as_json)
 
 
+_site_option = click.option(
+    "--site",
+    type=click.Choice(["input", "output"]),
+    help="What the layer numbers of another tool's file mean, where it doesn't say so: the block that the stream "
+    "enters, or the block whose output it is.",
+)
+
+
 @click.group()
 def vectors() -> None:
     """List, show, export, import and delete stored vectors."""
@@ -42,19 +50,21 @@ def list_vectors(*, as_json: bool) -> None:
 
 @vectors.command()
 @click.argument("vector", type=click.Path())
+@_site_option
 @json_option
-def show(vector: str, *, as_json: bool) -> None:
+def show(vector: str, *, site: Any, as_json: bool) -> None:
     """Show a vector's origin, layers and norms. VECTOR is an id or a file."""
     from .vectors import run_show
 
-    run_show(vector, as_json)
+    run_show(vector, as_json, site)
 
 
 @vectors.command("export")
 @click.argument("vector", type=click.Path())
 @click.argument("path", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--force", is_flag=True, help="Replace the file if it is there.")
-def export_vector(vector: str, path: Path, *, force: bool) -> None:
+@_site_option
+def export_vector(vector: str, path: Path, *, force: bool, site: Any) -> None:
     """Write VECTOR, an id or a file, to PATH.
 
     The suffix of PATH chooses the format: .safetensors, .json or .gguf.
@@ -63,7 +73,7 @@ def export_vector(vector: str, path: Path, *, force: bool) -> None:
         raise click.UsageError(f"{path} is there already: pass --force to replace it.")
     from .vectors import run_export
 
-    run_export(vector, path)
+    run_export(vector, path, site)
 
 
 @vectors.command("delete")
@@ -77,12 +87,13 @@ def delete_vectors(vector_ids: tuple[str, ...]) -> None:
 
 @vectors.command("import")
 @click.argument("path", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@_site_option
 @json_option
-def import_vector(path: Path, *, as_json: bool) -> None:
+def import_vector(path: Path, *, site: Any, as_json: bool) -> None:
     """Store the vector in PATH, and print its new id."""
     from .vectors import run_import
 
-    run_import(path, as_json)
+    run_import(path, as_json, site)
 
 
 @click.command()

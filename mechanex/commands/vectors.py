@@ -12,9 +12,10 @@ from typing import Any
 import click
 from rich.table import Table
 
+from ..engine.formats_site import Site
 from ..engine.vector_store import VectorStore
 from ..engine.vectors import SteeringVector
-from ..errors import MechanexError
+from ..errors import MechanexError, ValidationError
 from ..home import vectors_folder
 from .console import console, echo_json, model_text
 
@@ -46,13 +47,13 @@ def run_list(as_json: bool) -> None:
     console().print(table)
 
 
-def run_show(vector: str, as_json: bool) -> None:
+def run_show(vector: str, as_json: bool, site: Site | None = None) -> None:
     """Prints all that is known of a vector.
 
     Raises:
         MechanexError: there is none with this id or path, or its file is damaged.
     """
-    one = _described(vector, find_vector(vector))
+    one = _described(vector, find_vector(vector, site))
     if as_json:
         echo_json(one)
         return
@@ -62,23 +63,23 @@ def run_show(vector: str, as_json: bool) -> None:
     console().print(table)
 
 
-def run_export(vector: str, path: Path) -> None:
+def run_export(vector: str, path: Path, site: Site | None = None) -> None:
     """Writes a vector to a file in the format of its suffix.
 
     Raises:
         MechanexError: no such vector, or one that the format can't hold.
     """
-    find_vector(vector).save(path)
+    find_vector(vector, site).save(path)
     click.echo(f"Written to {path}.")
 
 
-def run_import(path: Path, as_json: bool) -> None:
+def run_import(path: Path, as_json: bool, site: Site | None = None) -> None:
     """Stores a file's vector under a new id, which it prints alone on stdout.
 
     Raises:
         MechanexError: not a sound vector file, or the folder of stored vectors can't be written.
     """
-    vector_id = VectorStore().put(SteeringVector.load(path))
+    vector_id = VectorStore().put(SteeringVector.load(path, site=site))
     if not (vectors_folder() / f"{vector_id}.safetensors").exists():
         raise MechanexError(f"{vectors_folder()} can't be written: set MECHANEX_HOME to a folder that can.")
     if as_json:
@@ -100,21 +101,30 @@ def run_delete(vector_ids: Sequence[str]) -> None:
         click.echo(f"Deleted {vector_id}.")
 
 
-def find_vector(vector: str) -> SteeringVector:
+def find_vector(vector: str, site: Site | None = None) -> SteeringVector:
     """The vector that a user means by a stored vector's id or a file's path.
+
+    Args:
+        vector: the id or path.
+        site: what the layers of a file mean, as in ``SteeringVector.load``; for files alone.
 
     Raises:
         MechanexError: there is none, or its file is damaged.
     """
     store = VectorStore()
     is_file = vector not in store and (Path(vector).suffix or os.sep in vector)
-    return SteeringVector.load(vector) if is_file else store.get(vector)
+    if is_file:
+        return SteeringVector.load(vector, site=site)
+    if site is not None:
+        raise ValidationError(f"--site is for files, and {vector!r} is a stored vector: leave it out.")
+    return store.get(vector)
 
 
 def _described(name: str, vector: SteeringVector, path: Path | None = None) -> dict[str, Any]:
     one: dict[str, Any] = {
         "id": name,
         "model": vector.model,
+        "model_family": vector.model_family,
         "method": vector.method,
         "layers": list(vector.layers),
         "width": vector.width,

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .options import (
+    chat_option,
     complete_dataset,
     complete_model,
     device_option,
@@ -25,7 +26,8 @@ _model = click.argument("model", shell_complete=complete_model)
 
 @click.command()
 @_model
-@click.option("--prompt", "prompts", multiple=True, required=True, help="Text to continue; may be repeated.")
+@click.option("--prompt", "prompts", multiple=True, help="Text to continue; may be repeated.")
+@chat_option("may be repeated")
 @click.option(
     "--data",
     shell_complete=complete_dataset,
@@ -82,7 +84,8 @@ def steer(**options: Any) -> None:
 
 @click.command()
 @_model
-@click.option("--prompt", required=True, help="The text before the completions.")
+@click.option("--prompt", help="The text before the completions.")
+@chat_option("in place of --prompt")
 @click.option(
     "--completion", "completions", multiple=True, required=True, help="Text to score; may be repeated."
 )

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..errors import MechanexError, ValidationError
 from ..ops.logprob import log1mexp
 from .beam_rows import rows_for
+from .caches import is_cache
 from .forward import check_length
 from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
@@ -28,6 +29,7 @@ RESERVED = (
     "attention_mask",
     "position_ids",
     "past_key_values",
+    "cache",
     "cache_params",
     "cache_position",
 )
@@ -106,7 +108,8 @@ def most_likely_completions(
     _check(k, iters, coldness)
     extra = dict(model_kwargs or {})
     extra.pop("return_dict", None)
-    if taken := [name for name in RESERVED if extra.get(name) is not None]:
+    taken = [n for n, v in extra.items() if v is not None and (n in RESERVED or is_cache(v))]
+    if taken:
         raise ValidationError(f"The beam search sets {', '.join(taken)} itself; leave it out.")
     given = [prompt] if src_prompt is None else [prompt, src_prompt]
     prompts = [_encode(adapter, tokenizer, p) for p in given]

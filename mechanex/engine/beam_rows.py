@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import MechanexError
+from .caches import cached_tokens, returned_caches
 from .models.adapter import ModelAdapter
-from .positions import PackPositions, pack_positions
-from .selfcheck import PROBE_TOKENS, close, window_of
+from .positions import Positions, given_positions
+from .regimes import each_alone, regimes_of, text_lengths
+from .selfcheck import PROBE_TOKENS, close, outgrown_length
 
 __all__ = ["Rows", "rows_for"]
 
@@ -23,7 +25,6 @@ __all__ = ["Rows", "rows_for"]
 # "whole": a batch for each prompt, which is run from the start for every token.
 Form = Literal["together", "apart", "whole"]
 CACHED: tuple[Form, ...] = ("together", "apart")
-CACHES = ("past_key_values", "cache_params")  # what transformers' models call their cache
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ class Rows:
     Args:
         adapter: the model; steering that is applied to it counts, at the positions that each beam would have alone.
         prompts: token ids, none empty; left-padded to one length.
-        cached: keep the model's cache and run only what is new. It holds one row per prompt and beam.
+        cached: keep the model's cache and run only what is new, while the model's rotary factors stay as they were for
+            what the cache holds. It holds one row per prompt and beam.
         extra: more keyword arguments of every call of the model.
     """
 
@@ -53,6 +55,7 @@ class Rows:
         self._real = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True, padding_side="left")
         self._prompt_lengths = self._real.sum(1, keepdim=True)
         self._n_prompts, self._n_beams = len(prompts), 1
+        self._lengths, self._regimes = [len(prompt) for prompt in prompts], list[Hashable]()
         self._cache: dict[str, Any] = {}
         takes = inspect.signature(adapter.hf_model.forward).parameters
         self._takes_positions = "position_ids" in takes
@@ -62,17 +65,23 @@ class Rows:
 
     def logits(self) -> Tensor:
         """[prompts, beams, n_vocab] logits of the token that comes next, in the model's dtype."""
-        index = (self._real.cumsum(1) - 1)[:, -self._ids.shape[1] :]  # -1 for padding
-        inputs = self._extra | self._cache | {"input_ids": self._ids}
+        regimes = regimes_of(self._adapter, self._lengths)
+        if regimes != self._regimes:
+            self._cache, self._regimes = {}, regimes
+        ids = self._ids[:, -1:] if self._cache else self._ids
+        index = (self._real.cumsum(1) - 1)[:, -ids.shape[1] :]  # -1 for padding
+        inputs = self._extra | self._cache | {"input_ids": ids}
         # Recurrent models read the mask of the tokens at hand, which are all real once there is a state.
-        if "cache_params" not in self._cache:
+        if all(cached_tokens(cache) is not None for cache in self._cache.values()):
             inputs["attention_mask"] = self._real
         if self._takes_positions:
             inputs["position_ids"] = index.clamp(min=0)
-        with pack_positions(PackPositions(index, self._prompt_lengths.expand_as(index))):
+        places = Positions(index, self._prompt_lengths.expand_as(index))
+        lengths = self._real.sum(1, keepdim=True)
+        with given_positions(places), text_lengths(lengths), each_alone(self._adapter.hf_model):
             if self._cached:
                 out = self._adapter.hf_model(**inputs, use_cache=True, return_dict=True)
-                self._cache = _cache_of(out)
+                self._cache = returned_caches(out)
             else:
                 out = self._adapter.call(**inputs)
         last: Tensor = out.logits[:, -1]
@@ -89,19 +98,13 @@ class Rows:
         first = torch.arange(self._n_prompts, device=self._ids.device)[:, None] * self._n_beams
         rows = (first + parents).flatten()
         new = tokens.repeat(self._n_prompts)[:, None]
-        self._ids = new if self._cached else torch.cat([self._ids[rows], new], 1)
+        self._ids = torch.cat([self._ids[rows], new], 1)
+        self._lengths = [n + 1 for n in self._lengths]
         self._real = torch.cat([self._real[rows], torch.ones_like(new)], 1)
         self._prompt_lengths = self._prompt_lengths[rows]
         for cache in self._cache.values():
             cache.reorder_cache(rows)
         self._n_beams = len(parents)
-
-
-def _cache_of(out: Any) -> dict[str, Any]:
-    found = {name: cache for name in CACHES if (cache := getattr(out, name, None)) is not None}
-    if not found:
-        raise TypeError(f"{type(out).__name__} holds no cache")
-    return found
 
 
 def rows_for(
@@ -127,19 +130,18 @@ def rows_for(
 
 
 def _form(adapter: ModelAdapter, longest: int) -> Form:
-    """The form found by trying, once per model and once more when a row first outgrows the attention window."""
-    window = window_of(adapter)
-    beyond = window is not None and max(longest, PROBE_TOKENS) > window
-    key = "beam form beyond the window" if beyond else "beam form"
+    """The form found by trying, once per model and once more when a row first outgrows its window or the like."""
+    outgrown = outgrown_length(adapter, longest)
+    key = f"beam form beyond {outgrown} tokens" if outgrown else "beam form"
     if key not in adapter.findings:
-        found = _probe(adapter, window if beyond else None)
+        found = _probe(adapter, outgrown)
         if found is None:
             return "whole"
         adapter.findings[key] = found
     return cast(Form, adapter.findings[key])
 
 
-def _probe(adapter: ModelAdapter, window: int | None) -> Form | None:
+def _probe(adapter: ModelAdapter, outgrown: int | None) -> Form | None:
     """Two prompts of unequal length, beams that are copied, dropped and swapped, in each form.
 
     None where the logits are NaN, which steering that is attached for now may cause.
@@ -150,7 +152,7 @@ def _probe(adapter: ModelAdapter, window: int | None) -> Form | None:
     def draw(n: int) -> Tensor:
         return torch.randint(vocab, (n,), generator=generator)
 
-    prompts = [draw(PROBE_TOKENS - 3 + (window or 0)).tolist(), draw(4).tolist()]
+    prompts = [draw(PROBE_TOKENS - 3 + (outgrown or 0)).tolist(), draw(4).tolist()]
     steps = [
         (torch.tensor([0, 0, 0]), draw(3)),
         (torch.tensor([2, 0]), draw(2)),

@@ -98,7 +98,7 @@ def caa_vectors(
     for layer in indices:
         _check_direction(layer, float(sums[layer].norm()), float(sizes[layer]))
     vectors = {layer: sums[layer].cpu().to(compute_dtype(adapter.dtype)) for layer in indices}
-    return SteeringVector(vectors, model=adapter.model_id, method="caa")
+    return SteeringVector(vectors, model=adapter.model_id, model_family=adapter.family, method="caa")
 
 
 def check_examples(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import NotFoundError, ValidationError
+from .chat import continued
 from .text import Prompt
 
 __all__ = ["ContrastivePairs", "prompt_of", "read_lines", "read_pairs"]
@@ -112,7 +113,8 @@ def _parsed(raw: bytes) -> dict[str, Any]:
 
 
 def prompt_of(line: dict[str, Any]) -> Prompt:
-    """The line's prompt; a ValueError says what is wrong with it."""
+    """The line's prompt, a chat whose last message goes on where ``continue_final_message`` is true; a ValueError says
+    what is wrong with it."""
     prompt: Prompt | None = line.get("prompt")
     if prompt is None:
         raise ValueError("it has no 'prompt' (for none, give an empty text)")
@@ -120,6 +122,8 @@ def prompt_of(line: dict[str, Any]) -> Prompt:
         raise ValueError(
             f"'prompt' is a {type(prompt).__name__}, and a text or a list of messages is expected"
         )
+    if line.get("continue_final_message"):
+        return continued(prompt)
     return prompt
 
 

@@ -163,7 +163,7 @@ def _vectors(
         positive, negative = found.chunk(2)
         _check(layer, positive, negative)
         vectors[layer] = _scaled(layer, direction(positive, negative), positive, negative).to(dtype)
-    return SteeringVector(vectors, model=adapter.model_id, method=method)
+    return SteeringVector(vectors, model=adapter.model_id, model_family=adapter.family, method=method)
 
 
 def _check(layer: int, positive: Tensor, negative: Tensor) -> None:

@@ -100,7 +100,9 @@ def few_shot_vectors(
     for job, (vector, info) in zip(jobs, found, strict=True):
         _check_moved(job, vector, info["iters"])
     vectors = {layer: result[0].cpu() for layer, result in zip(indices, found, strict=True)}
-    return SteeringVector(vectors, model=adapter.model_id, method="few-shot", seed=seed)
+    return SteeringVector(
+        vectors, model=adapter.model_id, model_family=adapter.family, method="few-shot", seed=seed
+    )
 
 
 def _check_answers(

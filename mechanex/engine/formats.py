@@ -17,8 +17,19 @@ from torch import Tensor
 
 from ..errors import MechanexError, NotFoundError, ValidationError
 from ..home import atomic_path
+from .formats_record import check_record, with_checksum
+from .formats_site import Site, check_site, declared, layer_in, shift
 
-__all__ = ["FORMATS", "MAX_BYTES", "VectorFormat", "atomic_path", "format_of", "read_layers", "write_layers"]
+__all__ = [
+    "FORMATS",
+    "MAX_BYTES",
+    "Contents",
+    "VectorFormat",
+    "atomic_path",
+    "format_of",
+    "read_layers",
+    "write_layers",
+]
 
 # A hundred layers of width 16,384 in float64 are 13 MB, as JSON 50: anything larger is another kind of file.
 MAX_BYTES = 256 << 20
@@ -36,27 +47,47 @@ Fields = dict[str, str]
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What is in a vector file.
+
+    Args:
+        layers: ``{number: tensor [d]}``, numbered as the file does.
+        fields: its text fields.
+        site: what its format or names say that the numbers mean, or None.
+        unsaid: names of tensors whose numbers may mean either.
+    """
+
+    layers: Layers
+    fields: Fields
+    site: Site | None = None
+    unsaid: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class VectorFormat:
-    """One file format: ``read(path)`` gives layers and text fields, ``write`` makes the file."""
+    """One file format: ``read(path)`` gives what is in a file, ``write`` makes the file."""
 
     name: str
-    read: Callable[[Path], tuple[Layers, Fields]]
+    read: Callable[[Path], Contents]
     write: Callable[[Path, Mapping[int, Tensor], Mapping[str, str]], None]
 
 
-def read_layers(path: str | os.PathLike[str]) -> tuple[Layers, Fields]:
+def read_layers(path: str | os.PathLike[str], site: Site | None = None) -> tuple[Layers, Fields]:
     """Reads a vector file of any known format; half precision comes back as float32, float64 stays.
 
     Args:
         path: the file; its suffix decides the format.
+        site: what its numbers mean, where the file doesn't say it: the stream that enters a block, or its output.
 
     Returns:
         ``{layer: tensor [d]}``, finite, all of one width, in order of layers, and the file's text fields.
 
     Raises:
         NotFoundError: there is no such file.
-        ValidationError: unknown suffix, or not a sound vector file; names the file and the problem.
+        ValidationError: unknown suffix, not a sound vector file, or a ``site`` that is missing or contradicts the
+            file; names the file and the problem.
     """
+    check_site(site)
     source = Path(path)
     chosen = format_of(source)
     if not source.exists():
@@ -69,8 +100,12 @@ def read_layers(path: str | os.PathLike[str]) -> tuple[Layers, Fields]:
             f"{source} has {size:,} bytes, and a vector file has at most {MAX_BYTES:,}: is it a model's file?"
         )
     try:
-        layers, fields = chosen.read(source)
-        return _checked(layers), fields
+        found = chosen.read(source)
+        said = declared(found.fields.get("site")) if found.site is None else found.site
+        more = shift(str(source), said, site, found.unsaid)
+        layers = _checked({number + more: tensor for number, tensor in found.layers.items()})
+        check_record(layers, found.fields)
+        return layers, found.fields
     except MechanexError:
         raise
     # A parser that is handed a hostile file may fail in any way; each of them means the same to the caller.
@@ -131,23 +166,23 @@ def _layer_number(text: str) -> int:
     return int(text)
 
 
-def _read_safetensors(path: Path) -> tuple[Layers, Fields]:
+def _read_safetensors(path: Path) -> Contents:
     data = path.read_bytes()
     try:
         entries = deserialize(data)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise ValueError(str(error)) from error
     layers: Layers = {}
+    meanings: dict[str, Any] = {}
     for key, entry in entries:
-        # Plain numbers as keys are what others write.
-        layer = _layer_number(key.removeprefix("layer."))
+        layer, meanings[key] = layer_in(key)
         if layer in layers:
             raise ValueError(f"layer {layer} is there twice")
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
             raise ValueError(
                 f"layer {layer} has dtype {entry['dtype']}; {', '.join(_SAFETENSORS_DTYPES)} are read"
             )
-        if len(entry["shape"]) != 1:
+        if any(size != 1 for size in entry["shape"][:-1]) or not entry["shape"]:
             raise ValueError(f"layer {layer} has shape {entry['shape']}, and a vector has one dimension")
         if not entry["data"]:
             raise ValueError(f"layer {layer} is empty")
@@ -155,19 +190,25 @@ def _read_safetensors(path: Path) -> tuple[Layers, Fields]:
         layers[layer] = tensor if tensor.dtype == torch.float64 else tensor.float()
     header_bytes = int.from_bytes(data[:8], "little")
     fields = json.loads(data[8 : 8 + header_bytes]).get("__metadata__") or {}
-    return layers, {str(key): str(value) for key, value in fields.items()}
+    texts = {str(key): str(value) for key, value in fields.items()}
+    said = set(meanings.values())
+    if len(said) > 1:
+        raise ValueError(f"its tensors are named in several ways: {', '.join(meanings)[:100]}")
+    if said == {None}:
+        return Contents(layers, texts, unsaid=tuple(sorted(meanings, key=lambda key: layer_in(key)[0])))
+    return Contents(layers, texts, None if said <= {"plain"} else said.pop())
 
 
 def _write_safetensors(path: Path, layers: Mapping[int, Tensor], fields: Mapping[str, str]) -> None:
     tensors = {f"layer.{layer}": tensor.detach().cpu().contiguous() for layer, tensor in layers.items()}
-    path.write_bytes(safetensors_bytes(tensors, metadata=dict(fields)))
+    path.write_bytes(safetensors_bytes(tensors, metadata=with_checksum(layers, fields)))
 
 
-def _read_json(path: Path) -> tuple[Layers, Fields]:
+def _read_json(path: Path) -> Contents:
     found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
     if not isinstance(found, dict):
         raise ValueError(f"the top level is a {type(found).__name__}, and {{layer: [numbers]}} is expected")
-    return {_layer_number(key): _json_vector(key, values) for key, values in found.items()}, {}
+    return Contents({_layer_number(key): _json_vector(key, values) for key, values in found.items()}, {})
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -188,10 +229,11 @@ def _write_json(path: Path, layers: Mapping[int, Tensor], fields: Mapping[str, s
     path.write_text(json.dumps(lines, allow_nan=False), encoding="utf-8")
 
 
-def _read_gguf(path: Path) -> tuple[Layers, Fields]:
+def _read_gguf(path: Path) -> Contents:
     from .formats_gguf import read_control_vector
 
-    return read_control_vector(path)
+    layers, fields = read_control_vector(path)
+    return Contents(layers, fields, "output")
 
 
 def _write_gguf(path: Path, layers: Mapping[int, Tensor], fields: Mapping[str, str]) -> None:

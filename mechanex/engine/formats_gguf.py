@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._private.gguf import BoundedReader
 from ..errors import ValidationError
+from .formats_record import with_checksum
 
 __all__ = ["read_control_vector", "write_control_vector"]
 
@@ -27,33 +29,22 @@ ARCHITECTURE = "controlvector"
 _DIRECTION = re.compile(r"direction\.(0|[1-9][0-9]{0,5})")
 _FIELD_PREFIX = "mechanex."
 _MODEL_HINT = "controlvector.model_hint"
-_FLOATS = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F64)
+_Type = gguf.GGMLQuantizationType
+_FLOATS = (_Type.F32, _Type.F16, _Type.F64)
+_INTEGERS = (_Type.I8, _Type.I16, _Type.I32, _Type.I64)
 # A control vector of 100 layers takes about 2,000 reads.
 _MAX_READS = 200_000
 
 
-class _BoundedReader(gguf.GGUFReader):
-    """The package's reader, which believes the lengths in a file, made to stop where the file does."""
-
-    _reads = 0
-
-    def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
-        self._reads += 1
-        if self._reads > _MAX_READS:
-            raise ValueError("it has too many fields for a control vector")
-        wanted = int(count) * np.dtype(dtype).itemsize
-        if int(offset) + wanted > self.data.size:
-            raise ValueError("it ends early, or a length in it is wrong")
-        return super()._get(int(offset), dtype, int(count), override_order)
-
-
 def read_control_vector(path: Path) -> tuple[dict[int, Tensor], dict[str, str]]:
-    """Reads ``direction.N`` tensors as layers N + 1, and the text fields that this library wrote.
+    """Reads ``direction.N`` tensors by N, and the text fields that this library wrote.
+
+    Quantized tensors are dequantized.
 
     Raises:
         ValueError: the file is no control vector, or is not sound; other exceptions may come from the parser.
     """
-    reader = _BoundedReader(path)
+    reader = BoundedReader(path, _MAX_READS, "control vector")
     architecture = _text(reader, "general.architecture")
     if architecture not in (None, ARCHITECTURE):
         raise ValueError(f"its general.architecture is {architecture!r}, and {ARCHITECTURE!r} is expected")
@@ -62,23 +53,38 @@ def read_control_vector(path: Path) -> tuple[dict[int, Tensor], dict[str, str]]:
         match = _DIRECTION.fullmatch(tensor.name)
         if not match:
             raise ValueError(f"tensor {tensor.name[:40]!r} is not named direction.0, direction.1, …")
-        if tensor.tensor_type not in _FLOATS or tensor.data.ndim != 1:
-            raise ValueError(
-                f"{tensor.name} is {tensor.tensor_type.name} of shape {tensor.data.shape}; "
-                "a vector of F32, F16 or F64 is expected"
-            )
-        values = np.array(tensor.data, dtype=np.float64)
-        single = torch.from_numpy(values).float()
-        layers[int(match[1]) + 1] = single
+        layers[int(match[1])] = _vector(tensor)
     fields = {
         name.removeprefix(_FIELD_PREFIX): _text(reader, name) or ""
         for name in reader.fields
         if name.startswith(_FIELD_PREFIX)
     }
     hint = _text(reader, _MODEL_HINT)
-    if hint:
-        fields.setdefault("model", hint)
+    if hint and not fields:
+        fields["model"] = hint
     return layers, fields
+
+
+def _vector(tensor: Any) -> Tensor:
+    """[d] float32 of a tensor of the file, [d] or with leading axes of length 1."""
+    kind = tensor.tensor_type
+    values = None
+    if kind in _FLOATS:
+        values = np.array(tensor.data, dtype=np.float64)
+    elif kind not in _INTEGERS:
+        try:
+            values = np.array(gguf.dequantize(tensor.data, kind), dtype=np.float64)
+        except NotImplementedError:
+            values = None
+    # GGUF names the innermost axis first.
+    shape = [int(size) for size in tensor.shape]
+    if values is None or any(size != 1 for size in shape[1:]):
+        raise ValueError(
+            f"{tensor.name} is {kind.name} of shape {tuple(shape[::-1])}; a vector is expected, of F32, F16, F64 or a "
+            "quantized type that the gguf package can read"
+        )
+    single: Tensor = torch.from_numpy(values.reshape(-1)).float()
+    return single
 
 
 def write_control_vector(path: Path, layers: Mapping[int, Tensor], fields: Mapping[str, str]) -> None:
@@ -98,9 +104,10 @@ def write_control_vector(path: Path, layers: Mapping[int, Tensor], fields: Mappi
     for layer, array in arrays.items():
         if not torch.isfinite(array).all():
             raise ValidationError(f"layer {layer} doesn't fit GGUF's float32: scale the vector down.")
+    fields = with_checksum(arrays, fields)
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     try:
-        writer.add_string(_MODEL_HINT, fields.get("model", ""))
+        writer.add_string(_MODEL_HINT, fields.get("model_family", fields.get("model", "")))
         writer.add_uint32("controlvector.layer_count", len(arrays))
         for key, value in fields.items():
             # add_string would leave out an empty text.

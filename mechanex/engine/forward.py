@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ..errors import ValidationError
 from ..ops.logprob import completion_logprob
 from . import selfcheck
+from .attaching import before
 from .hooks import attach
 from .intervention import compute_dtype
 from .models.adapter import Handles, ModelAdapter
 from .pack import BATCH_TOKENS, BATCH_TOKENS_GPU, ROW_TOKENS, Pack, Pair, build_packs
-from .positions import pack_positions
+from .regimes import regimes_of
 
 __all__ = [
     "Resumed",
@@ -32,9 +33,11 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-# How long a tree may become, in prompts, before the prompt is run once more in another: a fifth more work at most, and
-# the mask, which grows with the square of the row, stays small. On a CPU 3 to 10 are equally fast.
+# How long a tree may become, in prompts, before the prompt is run once more in another: a fifth more work at most. On a
+# CPU 3 to 10 are equally fast.
 TREE_PROMPTS = 6
+# Most memory that a pack's tree masks take together: a mask grows with the square of the row.
+MASK_BYTES = 1 << 29
 
 
 class _Enough(Exception):
@@ -57,7 +60,8 @@ def packs_for(
     Args:
         adapter: the model.
         pairs, groups, row_tokens: as in :func:`.pack.build_packs`.
-        batch_tokens: most tokens of a pack; None for what suits the device.
+        batch_tokens: most tokens of a pack, trees included, unless a pair alone is longer; None for what suits the
+            device.
         scoring: lay out only what completions are scored from, and let the completions of a long prompt stay together.
 
     Raises:
@@ -65,16 +69,23 @@ def packs_for(
     """
     if not pairs:
         raise ValidationError("There is nothing to run: no (prompt, completion) pairs were given.")
+    most_tree = sys.maxsize if batch_tokens is None else batch_tokens
     if batch_tokens is None:
         batch_tokens = BATCH_TOKENS if adapter.device.type == "cpu" else BATCH_TOKENS_GPU
     longest = max(len(p) + len(c) for p, c in pairs) - int(scoring)
     check_length(adapter, longest)
     adapter.check_token_ids(token for pair in pairs for ids in pair for token in ids)
-    # A pair that is alone needs no tree mask.
-    form = "padded" if len(pairs) == 1 else selfcheck.packing_form(adapter, longest)
+    # A pair that is alone needs no tree mask, and may leave out its last token where others don't matter either.
+    alone = len(pairs) == 1
+    form = "padded" if alone and not scoring else selfcheck.packing_form(adapter, 1 if alone else longest)
+    if form == "apart":
+        batch_tokens = 1
+    elif alone:
+        form = "padded"
     window = selfcheck.window_of(adapter)
-    widest = window if window is not None and longest <= window else sys.maxsize
+    widest = min(window if window is not None and longest <= window else sys.maxsize, most_tree)
     row_tokens = min(row_tokens, widest)
+    mask_bytes = adapter.dtype.itemsize * (2 if form == "dict" else 1)
 
     def tree_tokens(prompt_tokens: int) -> int:
         return min(max(row_tokens, TREE_PROMPTS * prompt_tokens), widest) if scoring else row_tokens
@@ -83,12 +94,14 @@ def packs_for(
         pack.to(adapter.device)
         for pack in build_packs(
             pairs,
-            layout="padded" if form == "padded" else "tree",
+            layout="padded" if form in ("padded", "apart") else "tree",
             groups=groups,
             row_tokens=row_tokens,
             batch_tokens=batch_tokens,
             tree_tokens=tree_tokens,
-            last_tokens=not scoring,
+            last_tokens=not scoring or form == "apart",
+            apart=regimes_of(adapter, [len(p) + len(c) for p, c in pairs]),
+            mask_entries=MASK_BYTES // mask_bytes,
         )
     ]
 
@@ -108,7 +121,7 @@ def check_length(adapter: ModelAdapter, longest: int) -> None:
 
 
 def _call(adapter: ModelAdapter, pack: Pack, **extra: Any) -> Any:
-    with pack_positions(pack.positions):
+    with pack.running(adapter.hf_model):
         return adapter.call(**selfcheck.model_inputs(adapter, pack), **extra)
 
 
@@ -145,7 +158,7 @@ def visit_residuals(
     Args:
         adapter: the model; steering that is applied to it is seen.
         pack: what to run.
-        visitors: layer (0 to n_layers - 1) to function; what it returns is ignored.
+        visitors: layer (0 to n_layers) to function; what it returns is ignored.
     """
     _until(adapter, visitors, lambda: _call(adapter, pack))
 
@@ -169,7 +182,7 @@ def final_hidden(adapter: ModelAdapter, run: Callable[[], Any]) -> Tensor:
         seen.append(args[0] if args else next(iter(kwargs.values())))
         raise _Enough
 
-    handle = head.register_forward_pre_hook(capture, with_kwargs=True)
+    handle = before(head, capture)
     try:
         run()
     except _Enough:
@@ -254,18 +267,20 @@ class Resumed:
     Args:
         adapter: the model.
         pack: what to run.
-        layer: lowest layer that will be edited, 0 to n_layers - 1.
-        also: higher layers whose residual is kept too.
+        layer: lowest layer that will be edited, 0 to n_layers; n_layers is edited where the last block, which is run
+            again, gives its output.
+        also: higher layers up to n_layers - 1 whose residual is kept too.
 
     Attributes:
-        residual: [B, T, d_model] entering ``layer``, without gradient; None when the model is run whole.
-        residuals: the same by layer, for ``layer`` and ``also``.
-        arguments: what each layer from ``layer`` up was called with, beside the residual.
+        residual: [B, T, d_model] entering ``layer`` or the last block, without gradient; None when the model is run
+            whole.
+        residuals: the same by layer, for that one and ``also``.
+        arguments: what each layer from there up was called with, beside the residual.
     """
 
     def __init__(self, adapter: ModelAdapter, pack: Pack, layer: int, also: Sequence[int] = ()) -> None:
-        self._adapter, self._pack, self._layer = adapter, pack, layer
-        self._keep = {layer, *also}
+        self._adapter, self._pack, self._layer = adapter, pack, min(layer, adapter.n_layers - 1)
+        self._keep = {self._layer, *also}
         self.residuals: dict[int, Tensor] = {}
         self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         if selfcheck.replay_agrees(adapter):
@@ -273,7 +288,7 @@ class Resumed:
 
     @property
     def residual(self) -> Tensor | None:
-        """[B, T, d_model] entering ``layer``, without gradient; None when the model is run whole."""
+        """[B, T, d_model] that :meth:`scored` begins with, without gradient; None when the model is run whole."""
         return self.residuals.get(self._layer)
 
     def _record(self) -> None:
@@ -291,7 +306,7 @@ class Resumed:
         try:
             for block in self._adapter.layers[self._layer :]:
                 # First among the layer's hooks, so that the residual is noted before any edit of it.
-                handles.add(block.register_forward_pre_hook(note, with_kwargs=True, prepend=True))
+                handles.add(before(block, note, first=True))
             with torch.no_grad():
                 _call(self._adapter, self._pack)
         except _Enough:
@@ -305,7 +320,7 @@ class Resumed:
         if self.residual is None:
             return pack.predictors_of(final_hidden(adapter, lambda: _call(adapter, pack)))
         hidden = self.residual
-        with pack_positions(pack.positions):
+        with pack.running(adapter.hf_model):
             for block, (args, kwargs) in zip(adapter.layers[self._layer :], self.arguments, strict=True):
                 out = block(hidden, *args, **kwargs)
                 hidden = out[0] if isinstance(out, tuple) else out

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ValidationError
+from .chat import continued
 from .detokenize import Continuation
+from .given import as_whole
 from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .sampling import Draw, Sampling
@@ -78,6 +80,7 @@ class Options(Sampling):
         stop: a text or texts that end the continuation; the first that comes is cut off.
         vector: steers the model during this call.
         strength: multiplies the vector; 0 steers nothing and logs a warning.
+        continue_final_message: go on with a chat's last message instead of answering it.
 
     Raises:
         ValidationError: an argument out of its range.
@@ -88,16 +91,17 @@ class Options(Sampling):
     stop: str | Sequence[str] | None = None
     vector: SteeringVector | None = None
     strength: float = 1.0
+    continue_final_message: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
             raise ValidationError(f"max_tokens is a number of tokens, at least 1; got {self.max_tokens!r}.")
-        seed = self.seed
-        if seed is not None and (
-            isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63
-        ):
-            raise ValidationError(f"seed is a whole number from 0 to 2**63 - 1; got {seed!r}.")
+        if self.seed is not None:
+            seed = as_whole(self.seed)
+            if seed is None or not 0 <= seed < 2**63:
+                raise ValidationError(f"seed is a whole number from 0 to 2**63 - 1; got {self.seed!r}.")
+            object.__setattr__(self, "seed", seed)
         if not all(isinstance(text, str) and text for text in self.stops):
             raise ValidationError(
                 f"stop is a text or a list of texts, none of them empty; got {self.stop!r}."
@@ -134,6 +138,8 @@ class _Run:
                 f"{self.adapter.model_id} can't generate: load it with AutoModelForCausalLM, or by name."
             )
         self.options = options
+        if options.continue_final_message:
+            prompts = [continued(prompt) for prompt in prompts]
         self.ids = [self._encode(prompt) for prompt in prompts]
         self.prompts = [prompt_text(self.tokenizer, prompt) for prompt in prompts]
         self.max_tokens = self._room(options.max_tokens)
@@ -186,8 +192,6 @@ class _Run:
         ends = end_tokens(hf, self.tokenizer)
         padding = next((i for i in (self.tokenizer.pad_token_id, *ends) if i is not None), 0)
         ids, mask = _left_padded(self.ids, padding, self.adapter.device)
-        # What a model's own generation_config asks for beyond its end tokens would add to the documented
-        # arguments.
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=self.max_tokens,
             do_sample=False,
@@ -198,7 +202,7 @@ class _Run:
             eos_token_id=ends or None,
             pad_token_id=padding,
         )
-        with exclusive(self.adapter), undisturbed(hf), self._steering():
+        with exclusive(self.adapter), undisturbed(hf), _caller_decides(hf), self._steering():
             hf.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -258,6 +262,19 @@ class _Reader:
                 self._done[i] = token in self._ends or self._rows[i].stopped
         closed = self._watch()
         return torch.tensor([closed or done for done in self._done], device=input_ids.device)
+
+
+@contextlib.contextmanager
+def _caller_decides(hf: Any) -> Iterator[None]:
+    """Hides a model's own generation_config, whose settings would add to the documented arguments."""
+    from transformers import GenerationConfig
+
+    own = hf.generation_config
+    hf.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        hf.generation_config = own
 
 
 def _left_padded(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import operator
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,14 +12,19 @@ from torch import Tensor, nn
 from ..errors import ValidationError
 from .intervention import Edit, EditTable
 from .models import adapter_for
-from .models.adapter import Handles, ModelAdapter, ResidualHook
-from .positions import TokenSelector, check_tokens, current_positions, running_pack, token_mask
-
-_log = logging.getLogger(__name__)
+from .models.adapter import Handles, ModelAdapter, ResidualHook, exclusive
+from .positions import (
+    Positions,
+    TokenSelector,
+    check_tokens,
+    current_positions,
+    positions_are_given,
+    token_mask,
+)
 
 _Chains = tuple[tuple[int, ...], ...]
 
-__all__ = ["Handle", "Intervention", "SteeringPlan", "positions"]
+__all__ = ["Handle", "Intervention", "SteeringPlan", "positions", "reset"]
 
 Handle = Handles
 
@@ -31,12 +34,14 @@ class Intervention:
     """One edit at one layer, and where it applies.
 
     Args:
-        layer: the block whose incoming residual stream is edited; negatives count from the end.
+        layer: the block whose incoming residual stream is edited; negatives count from the end. Layer n of an n-layer
+            model is the stream that leaves the last block, before the final norm.
         edit: what is done; its tensors are finite.
-        tokens: an int or slice of absolute positions in the sequence, None for every token. Negatives count from the
-            end of the prompt; positions from the first real token of a left-padded row, also under a cache.
-        rows: indices of the rows of the batch that the model is called with, None for all. Beam search and several
-            sequences per prompt make more rows than there are prompts.
+        tokens: an int or slice of absolute positions in the sequence, None for every token. Positions count from the
+            first real token of a left-padded row, also under a cache; negatives from the end of the prompt: what
+            ``generate`` was given, else the first call with a cache, or each call without one. Where a call's facts
+            don't tell, the call raises a ValidationError that says what to do.
+        rows: indices of the prompts of the batch, None for all. Beams and further sequences of a prompt belong to it.
         mask: [B, T] bool for exactly one shape of call, instead of ``tokens`` and ``rows``.
 
     Raises:
@@ -81,18 +86,11 @@ class Intervention:
             return self.mask.to(device)
         chosen = torch.ones(batch, length, dtype=torch.bool, device=device)
         if self.rows is not None:
-            if running_pack():
-                raise ValidationError(
-                    "An intervention names rows of a batch, but here the engine lays out its own batches; "
-                    "steer by tokens, or remove the plan around this call."
-                )
-            if self.rows and max(self.rows) >= batch:
-                raise ValidationError(
-                    f"Row {max(self.rows)} was to be edited, but the batch has {batch} rows."
-                )
-            among = torch.zeros(batch, 1, dtype=torch.bool, device=device)
-            among[list(self.rows)] = True
-            chosen = chosen & among
+            prompts = followed(batch, length).prompts.to(device)
+            if self.rows and not positions_are_given() and max(self.rows) >= (n := int(prompts.max()) + 1):
+                raise ValidationError(f"Row {max(self.rows)} was to be edited, but the batch has {n} rows.")
+            among = torch.isin(prompts, torch.tensor(self.rows, dtype=torch.long, device=device))
+            chosen = chosen & among[:, None]
         return chosen if self.tokens is None else chosen & selected(self.tokens, batch, length).to(device)
 
 
@@ -106,8 +104,8 @@ def _row_indices(rows: Sequence[int]) -> tuple[int, ...]:
     return found
 
 
-def selected(tokens: int | slice, batch: int, length: int) -> Tensor:
-    """[B, T] bool: the tokens of the running call at these absolute positions.
+def followed(batch: int, length: int) -> Positions:
+    """The positions of the running call.
 
     Raises:
         ValidationError: nothing follows the model's calls, or the layer was given another shape than the model.
@@ -115,14 +113,23 @@ def selected(tokens: int | slice, batch: int, length: int) -> Tensor:
     seen = current_positions()
     if seen is None:
         raise ValidationError(
-            "These edits name token positions, but nothing follows the model's calls here; attach them with "
+            "These edits name token positions or rows, but nothing follows the model's calls here; attach them with "
             "hf_hooks_contextmanager or a SteeringPlan, or run inside mechanex.engine.hooks.positions(model)."
         )
     if seen.shape != (batch, length):
         raise ValidationError(
             f"The layer was given [{batch}, {length}] tokens, but the model {list(seen.shape)}."
         )
-    return token_mask(tokens, seen)
+    return seen
+
+
+def selected(tokens: int | slice, batch: int, length: int) -> Tensor:
+    """[B, T] bool: the tokens of the running call at these absolute positions.
+
+    Raises:
+        ValidationError: nothing follows the model's calls, or where the tokens stand is not known.
+    """
+    return token_mask(tokens, followed(batch, length))
 
 
 class _LayerEdits:
@@ -131,21 +138,25 @@ class _LayerEdits:
     def __init__(self, interventions: list[Intervention]) -> None:
         self._interventions = interventions
         self._everywhere = all(i.everywhere for i in interventions)
-        self._changes_with_position = any(i.tokens is not None for i in interventions)
-        self._by_batch_row = any(i.rows is not None for i in interventions)
+        self.traced = self._everywhere
+        self._changes_with_call = any(i.tokens is not None or i.rows is not None for i in interventions)
         self._tables: dict[_Chains, tuple[tuple[int, ...], EditTable]] = {}
         self._known: tuple[tuple[int, int, torch.device], _Chains, Tensor] | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor | None:
         if self._everywhere:
-            return self._composed((tuple(range(len(self._interventions))),)).apply(hidden)
+            whole = tuple(range(len(self._interventions)))
+            if torch.compiler.is_compiling():
+                # Composed in the graph, whose inputs the edits' tensors are: other values need no other graph.
+                return EditTable([self._compose(whole)]).apply(hidden)
+            return self._composed((whole,)).apply(hidden)
         chains, index = self._chains(hidden.shape[0], hidden.shape[1], hidden.device)
         return self._composed(chains).apply(hidden, index) if chains else None
 
     def _chains(self, batch: int, length: int, device: torch.device) -> tuple[_Chains, Tensor]:
         """The chains of interventions that meet on some row, and [B, T] int32 which of them, or -1."""
         key = (batch, length, device)
-        if self._known is not None and self._known[0] == key and not (self._by_batch_row and running_pack()):
+        if self._known is not None and self._known[0] == key:
             return self._known[1], self._known[2]
         # A row moves to a longer chain each time one more intervention applies to it.
         chains: dict[tuple[int, ...], int] = {}
@@ -158,7 +169,7 @@ class _LayerEdits:
                 before = known[k] if k >= 0 else ()
                 moved[active & (index == k)] = chains.setdefault((*before, i), len(chains))
             index = moved
-        if not self._changes_with_position:
+        if not self._changes_with_call:
             self._known = (key, tuple(chains), index)
         return tuple(chains), index
 
@@ -209,20 +220,19 @@ class SteeringPlan:
                     f"stream of {adapter.model_id} is {adapter.d_model} wide; the vector was made for another model."
                 )
             by_layer.setdefault(adapter.layer_index(intervention.layer), []).append(intervention)
-        tokens = any(i.tokens is not None for i in self.interventions)
+        asks = any(i.tokens is not None or i.rows is not None for i in self.interventions)
         hooks: list[tuple[int, ResidualHook]] = [
             (n, _LayerEdits(found)) for n, found in sorted(by_layer.items())
         ]
-        return attach(adapter, hooks, follow=tokens)
+        return attach(adapter, hooks, follow=asks)
 
 
 def attach(
     adapter: ModelAdapter, hooks: Iterable[tuple[int, ResidualHook]], *, follow: bool = False
 ) -> Handle:
-    """Registers residual hooks, all or none; ``follow`` lets them ask for token positions."""
+    """Registers residual hooks, all or none; ``follow`` lets them ask for token positions and rows."""
     handles = Handles()
     try:
-        handles.add(recompiling())
         if follow:
             handles.add(adapter.track_positions())
         for layer, fn in hooks:
@@ -233,29 +243,32 @@ def attach(
     return handles
 
 
-class recompiling:
-    """Drops torch's compiled code now and when removed: it doesn't notice that hooks came or went.
+def reset(model: nn.Module | ModelAdapter) -> None:
+    """Removes every hook of this library from a model, whoever holds the handles, which do nothing from then on.
 
-    Nothing happens where nothing was compiled.
+    Waits until the engine, in another thread, is done with the model. A user's own hooks stay.
     """
-
-    def __init__(self) -> None:
-        self.remove()
-
-    def remove(self) -> None:
-        """Drops what is compiled now."""
-        dynamo = sys.modules.get("torch._dynamo")
-        if dynamo is not None and dynamo.utils.counters["frames"]["total"]:
-            _log.info(
-                "Hooks of a model changed: torch's compiled code is dropped and made again when called."
-            )
-            dynamo.reset()
+    adapter = adapter_for(model)
+    with exclusive(adapter):
+        adapter.detach_all()
 
 
-def positions(model: nn.Module | ModelAdapter) -> Handle:
+def positions(model: nn.Module | ModelAdapter, *, prompt_tokens: int | None = None) -> Handle:
     """Follows a model's calls, so that hooks attached by other means can select tokens by absolute position.
 
     A context manager, and a handle with ``remove()``. Needed for ``make_steering_hook_tflens(token=…)``
     under a cache.
+
+    Args:
+        model: the model.
+        prompt_tokens: where the prompts end, padding included. For a loop of your own that reads the prompt in several
+            calls, or runs the grown text without a cache: single calls don't tell. ``generate`` needs none.
+
+    Raises:
+        ValidationError: prompt_tokens is no number of tokens.
     """
-    return adapter_for(model).track_positions()
+    if prompt_tokens is not None and (
+        isinstance(prompt_tokens, bool) or not isinstance(prompt_tokens, int) or prompt_tokens < 1
+    ):
+        raise ValidationError(f"prompt_tokens is a number of tokens, at least 1; got {prompt_tokens!r}.")
+    return adapter_for(model).track_positions(prompt_tokens=prompt_tokens)

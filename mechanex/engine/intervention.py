@@ -1,14 +1,18 @@
-"""What is done to one row of the residual stream: ``x + b + LᵀRx``, or ``x + b + Mx`` for a dense matrix."""
+"""What is done to one row of the residual stream: ``x + a(w·x + c)·(b + LᵀRx)``, or ``Mx`` for a dense matrix."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from .._private.torch import writes
+from ..backends.eager import openings, with_norm_of
 from ..errors import ValidationError
+from ..ops.gate import NORM, Gate
 from ..ops.steer import steer
+from .given import as_vector
 
 __all__ = ["Edit", "EditTable", "compute_dtype"]
 
@@ -23,9 +27,8 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _vector(v: Tensor, name: str) -> Tensor:
-    if v.ndim != 1 or v.numel() == 0:
-        raise ValidationError(f"{name} must be one vector of shape [d_model]; got shape {list(v.shape)}.")
+def _vector(given: object, name: str) -> Tensor:
+    v = as_vector(name, given)
     return v if v.dtype in (torch.float32, torch.float64) else v.float()
 
 
@@ -56,19 +59,22 @@ class Edit:
     """One intervention on rows x of the residual stream.
 
     ``x + bias + leftᵀ(right x)``, or with a dense ``matrix`` ``x + bias + matrix x``. Both terms are taken
-    from the original x. Tensors may require gradients; they are at least float32.
+    from the original x; a gate multiplies their sum or keeps x's norm. Tensors may require gradients; they are at least
+    float32.
 
     Args:
         bias: [d_model].
         left: [rank, d_model] or None, rows are factors.
         right: [rank, d_model] or None.
         matrix: [d_model, d_model] or None; excludes ``left`` and ``right``.
+        gate: the gate of this one edit, or None: always open.
     """
 
     bias: Tensor
     left: Tensor | None = None
     right: Tensor | None = None
     matrix: Tensor | None = None
+    gate: Gate | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bias", _vector(self.bias, "bias"))
@@ -89,6 +95,14 @@ class Edit:
             raise ValidationError(
                 f"matrix must have shape [{self.width}, {self.width}]; got {list(self.matrix.shape)}."
             )
+        if self.gate is not None:
+            if tuple(self.gate.weight.shape) != (1, self.width):
+                raise ValidationError(
+                    f"An edit's gate must have a weight of shape [1, {self.width}]; "
+                    f"got {list(self.gate.weight.shape)}."
+                )
+            if self.gate.weight.dtype not in (torch.float32, torch.float64):
+                object.__setattr__(self, "gate", self.gate.to(self.gate.weight.device, torch.float32))
 
     @property
     def width(self) -> int:
@@ -128,21 +142,46 @@ class Edit:
         """x + v + matrix x, with matrix [d_model, d_model]; a matrix product, much slower than a factored edit."""
         return cls(v, matrix=matrix)
 
+    def gated(self, kind: str, weight: Tensor | None = None, offset: Tensor | float = 0.0) -> Edit:
+        """The same edit behind a gate that each row opens: x + a(weight·x + offset)·(bias + Mx).
+
+        Args:
+            kind: ``"step"``, ``"sigmoid"``, ``"relu"``, ``"norm"`` (the edited row keeps its norm) or ``"none"``.
+            weight: [d_model]; ``norm`` and ``none`` need none.
+            offset: one number.
+
+        Raises:
+            ValidationError: the kind is unknown, or it needs a weight.
+        """
+        if weight is None:
+            if kind in ("step", "sigmoid", "relu"):
+                raise ValidationError(
+                    f"A {kind} gate needs a weight of shape [{self.width}] to see a row with; got none."
+                )
+            weight = torch.zeros_like(self.bias)
+        return replace(self, gate=Gate.of(kind, _vector(weight, "weight"), offset))
+
     def scaled(self, strength: float) -> Edit:
-        """The same edit with its whole effect multiplied: x + strength·(bias + Mx)."""
+        """The same edit with its whole effect multiplied: x + strength·a·(bias + Mx)."""
         return Edit(
             self.bias * strength,
             None if self.left is None else self.left * strength,
             self.right,
             None if self.matrix is None else self.matrix * strength,
+            gate=self.gate,
         )
 
     def then(self, following: Edit) -> Edit:
         """One edit that does this one and then ``following``; ranks add up.
 
         Raises:
-            ValidationError: the widths differ.
+            ValidationError: the widths differ, or one of them has a gate, whose opening the other changes.
         """
+        if self.gate is not None or following.gate is not None:
+            raise ValidationError(
+                "An edit with a gate can't be composed into one with another, whose result the gate depends on: "
+                "give the row both, in order (EditTable.apply with rows of shape [..., m])."
+            )
         if self.width != following.width:
             raise ValidationError(f"Edits of widths {self.width} and {following.width} can't be composed.")
         if self.matrix is not None or following.matrix is not None:
@@ -172,8 +211,9 @@ class Edit:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The bias and whichever of the others there are."""
-        return tuple(t for t in (self.bias, self.left, self.right, self.matrix) if t is not None)
+        """The bias and whichever of the others there are, the gate's weight and offset too."""
+        gate = () if self.gate is None else (self.gate.weight, self.gate.offset)
+        return tuple(t for t in (self.bias, self.left, self.right, self.matrix, *gate) if t is not None)
 
     @property
     def requires_grad(self) -> bool:
@@ -182,7 +222,7 @@ class Edit:
 
     def versions(self) -> tuple[int, ...]:
         """Counts that change when a tensor of the edit is written to."""
-        return tuple(0 if t.is_inference() else t._version for t in self.tensors)
+        return tuple(writes(t) for t in self.tensors)
 
     def check_finite(self) -> None:
         """Raises a ValidationError when the edit holds NaN or infinite numbers."""
@@ -194,7 +234,8 @@ class Edit:
         if self.bias.device == device and self.bias.dtype == dtype:
             return self
         moved = [None if t is None else t.to(device, dtype) for t in (self.left, self.right, self.matrix)]
-        return Edit(self.bias.to(device, dtype), *moved)
+        gate = None if self.gate is None else self.gate.to(device, dtype)
+        return Edit(self.bias.to(device, dtype), *moved, gate=gate)
 
     def apply(self, hidden: Tensor) -> Tensor:
         """The edited copy of ``hidden`` [..., d_model], in its dtype; ``hidden`` itself is left alone."""
@@ -212,33 +253,38 @@ class EditTable:
 
     def __init__(self, edits: list[Edit]) -> None:
         self.edits = edits
-        self._stacked: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+        self._stacked: _Stack | None = None
 
-    def _stack(self, hidden: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _stack(self, hidden: Tensor) -> _Stack:
         dtype = compute_dtype(hidden.dtype)
         if self._stacked is not None:
-            bias = self._stacked[0]
+            bias = self._stacked.bias
             if bias.device == hidden.device and bias.dtype == dtype:
                 return self._stacked
         edits = [e.to(hidden.device, dtype) for e in self.edits]
         rank = max(e.rank for e in edits)
         bias = edits[0].bias[None] if len(edits) == 1 else torch.stack([e.bias for e in edits])
-        left = right = None
+        left = right = gate = None
         if rank:
             left = torch.stack([_filled(e.left, rank, e.bias) for e in edits])
             right = torch.stack([_filled(e.right, rank, e.bias) for e in edits])
-        stacked = (bias, left, right)
+        if any(e.gate is not None for e in edits):
+            gate = Gate.stack([e.gate or Gate.of("none", torch.zeros_like(e.bias)) for e in edits])
+            gate = gate.to(hidden.device, dtype)
+        stacked = _Stack(bias, left, right, gate)
         if not any(e.requires_grad for e in self.edits):
             self._stacked = stacked
         return stacked
 
-    def apply(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+    def apply(self, hidden: Tensor, rows: Tensor | None = None, strength: Tensor | None = None) -> Tensor:
         """Edits ``hidden`` [..., d_model] out of place.
 
         Args:
             hidden: the residual stream.
-            rows: int32 of hidden's leading shape, the edit of every row or -1; None applies the only edit
-                to all.
+            rows: int32 of hidden's leading shape, the edit of every row or -1, or [..., m], its edits in order; None
+                applies the only edit to all.
+            strength: floating point of rows' shape (without rows: of hidden's leading shape), what multiplies each
+                row's edit; None: 1.
         """
         width = self.edits[0].width
         if hidden.shape[-1] != width:
@@ -246,21 +292,47 @@ class EditTable:
                 f"The edit is for a residual stream {width} wide, but this one is {hidden.shape[-1]} wide; "
                 "the vector was made for another model."
             )
-        flat = hidden.reshape(-1, width)
-        index = None if rows is None else rows.reshape(-1)
         if any(e.matrix is not None for e in self.edits):
-            return self._apply_dense(flat, index).view(hidden.shape)
-        bias, left, right = self._stack(hidden)
-        return steer(flat, index, bias, left, right).view(hidden.shape)
+            return self._apply_dense(hidden, rows, strength)
+        table = self._stack(hidden)
+        return steer(hidden, rows, table.bias, table.left, table.right, strength=strength, gate=table.gate)
 
-    def _apply_dense(self, flat: Tensor, index: Tensor | None) -> Tensor:
+    def _apply_dense(self, hidden: Tensor, rows: Tensor | None, strength: Tensor | None) -> Tensor:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        if rows is None:
+            rows = torch.zeros(hidden.shape[:-1], dtype=torch.int32, device=hidden.device)
+        rows = rows.reshape(flat.shape[0], -1)
+        strength = None if strength is None else strength.reshape(rows.shape)
         x = flat.to(compute_dtype(flat.dtype))
-        out = flat
-        for k, edit in enumerate(self.edits):
-            edit = edit.to(x.device, x.dtype)
-            edited = (x + edit.bias + x @ edit.as_matrix().T).to(flat.dtype)
-            out = edited if index is None else torch.where((index == k)[:, None], edited, out)
-        return out
+        edits = [edit.to(x.device, x.dtype) for edit in self.edits]
+        for i in range(rows.shape[1]):
+            amount = None if strength is None else strength[:, i].to(x.dtype)
+            before = x
+            for k, edit in enumerate(edits):
+                x = torch.where((rows[:, i] == k)[:, None], _dense(edit, before, amount), x)
+        return torch.where((rows == -1).all(1, keepdim=True), flat, x.to(flat.dtype)).view(hidden.shape)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """The tensors of a table, as the op takes them."""
+
+    bias: Tensor
+    left: Tensor | None
+    right: Tensor | None
+    gate: Gate | None
+
+
+def _dense(edit: Edit, x: Tensor, amount: Tensor | None) -> Tensor:
+    """One edit of every row ``[T, d]`` with its matrix as a whole, ``amount`` [T] times."""
+    change = edit.bias + x @ edit.as_matrix().T
+    kinds = None
+    if edit.gate is not None:
+        kinds = edit.gate.kinds.expand(x.shape[0])
+        opening = openings(kinds, x @ edit.gate.weight[0] + edit.gate.offset)
+        amount = opening if amount is None else amount * opening
+    y = x + (change if amount is None else change * amount[:, None])
+    return y if kinds is None else torch.where((kinds == NORM)[:, None], with_norm_of(x, y), y)
 
 
 def _filled(factor: Tensor | None, rank: int, like: Tensor) -> Tensor:

@@ -7,16 +7,20 @@ its own prompt and itself only, and position ids are those that the tokens would
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Hashable, Sequence
+import math
+import sys
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ValidationError
-from .positions import PackPositions
+from .positions import Positions, given_positions
+from .regimes import each_alone, text_lengths
 
 __all__ = ["Layout", "Pack", "build_packs"]
 
@@ -29,9 +33,10 @@ ROW_TOKENS = 192
 BATCH_TOKENS = 1024
 # Enough to fill a GPU; not measured.
 BATCH_TOKENS_GPU = 8192
+# Positions of a mask that are worked out at once.
+MASK_CHUNK = 1 << 22
 
-
-_BY_TOKEN = ("input_ids", "position_ids", "segment", "parent", "prompt_length", "source")
+_BY_TOKEN = ("input_ids", "position_ids", "segment", "parent", "prompt_length", "text_length", "source")
 
 
 @dataclass
@@ -39,6 +44,7 @@ class _Tree:
     prompt: tuple[int, ...]
     pairs: list[int] = field(default_factory=list)
     size: int = 0
+    longest: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +59,8 @@ class Pack:
         parent: [B, T] int64, segment of the prompt that a completion's token continues; -1 in prompts and
             padding.
         prompt_length: [B, T] int64, tokens of the prompt that a token belongs to or continues; 0 for padding.
+        text_length: [B, T] int64, tokens of the longest prompt and completion that a token belongs to, laid out or
+            not; 0 for padding.
         source: [B, T] int64, group of the pair(s) that a token belongs to; -1 for padding.
         row, column: [N] int64, where each completion token stands; column -1 for one that was left out.
         predictor: [N] int64, column whose hidden state predicts it.
@@ -66,6 +74,7 @@ class Pack:
     segment: Tensor
     parent: Tensor
     prompt_length: Tensor
+    text_length: Tensor
     source: Tensor
     row: Tensor
     column: Tensor
@@ -79,9 +88,15 @@ class Pack:
         return int(self.position_ids.max()) + 1
 
     @property
-    def positions(self) -> PackPositions:
+    def positions(self) -> Positions:
         """Where each token stands on its own path, for edits that name token positions."""
-        return PackPositions(self.position_ids.masked_fill(self.segment < 0, -1), self.prompt_length)
+        return Positions(self.position_ids.masked_fill(self.segment < 0, -1), self.prompt_length)
+
+    @contextmanager
+    def running(self, model: nn.Module) -> Iterator[None]:
+        """Runs a block in which the model's calls are over this pack: every token is what it would be alone."""
+        with given_positions(self.positions), text_lengths(self.text_length), each_alone(model):
+            yield
 
     @property
     def in_prompt(self) -> Tensor:
@@ -127,22 +142,31 @@ class Pack:
         Args:
             window: of a sliding-window layer: only the last ``window`` positions of the token's own path.
         """
-        length = self.input_ids.shape[1]
-        same = self.segment[:, :, None] == self.segment[:, None, :]
-        above = self.parent[:, :, None] == self.segment[:, None, :]
-        seen = (same | above) & (self.segment >= 0)[:, None, :]
-        seen &= torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
+        return self._seen_by(0, self.input_ids.shape[1], window)
+
+    def _seen_by(self, first: int, end: int, window: int | None) -> Tensor:
+        """Columns ``first`` to ``end`` of :meth:`visible`'s middle axis, [B, end - first, T]."""
+        mine = slice(first, end)
+        column = torch.arange(self.input_ids.shape[1], device=self.segment.device)
+        seen = self.segment[:, mine, None] == self.segment[:, None, :]
+        seen |= self.parent[:, mine, None] == self.segment[:, None, :]
+        seen &= (self.segment >= 0)[:, None, :]
+        seen &= column[mine, None] >= column
         if window is not None:
-            seen &= self.position_ids[:, :, None] - self.position_ids[:, None, :] < window
+            seen &= self.position_ids[:, mine, None] < self.position_ids[:, None, :] + window
         # A padding token sees itself: a row of nothing would be NaN in some kernels.
-        return seen | torch.eye(length, dtype=torch.bool, device=seen.device)
+        return seen | (column[mine, None] == column)
 
     def additive_mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
         """[B, 1, T, T]: 0 where a token is seen, the dtype's lowest number elsewhere."""
-        hidden = ~self.visible(window)[:, None]
-        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
-            hidden, torch.finfo(dtype).min
-        )
+        batch, length = self.input_ids.shape
+        mask = torch.zeros(batch, 1, length, length, dtype=dtype, device=self.input_ids.device)
+        # In parts, so that next to the mask itself little is held.
+        step = max(1, MASK_CHUNK // (batch * length))
+        for first in range(0, length, step):
+            part = mask[:, 0, first : first + step]
+            part.masked_fill_(~self._seen_by(first, first + step, window), torch.finfo(dtype).min)
+        return mask
 
 
 def build_packs(
@@ -155,6 +179,8 @@ def build_packs(
     tree_tokens: Callable[[int], int] | None = None,
     last_tokens: bool = True,
     pad_id: int = 0,
+    apart: Sequence[Hashable] | None = None,
+    mask_entries: int | None = None,
 ) -> list[Pack]:
     """Lays out (prompt ids, completion ids) pairs, longest first, so that no batch mixes long rows with short ones.
 
@@ -168,9 +194,13 @@ def build_packs(
         row_tokens: rows are filled up to this many tokens; a longer tree gets a row of its own.
         tree_tokens: from a prompt's length, how long its tree may become before it goes on in another, with the
             prompt again. Default: ``row_tokens``.
-        batch_tokens: most tokens of a pack, padding included, unless one row alone is longer.
+        batch_tokens: most tokens of a pack, padding included, unless one tree, or one pair, alone is longer; rows are
+            not filled beyond it.
         last_tokens: lay out each completion's last token too. It predicts nothing that is scored.
         pad_id: id that fills the rows' ends.
+        apart: one more key a pair that pairs which share a prompt agree in; it isn't numbered.
+        mask_entries: most entries B·T·T of a tree pack's mask; a pair that is longer alone is a padded row, which
+            needs no such mask. Default: no bound.
 
     Raises:
         ValidationError: an empty prompt or completion, or groups of another length.
@@ -186,31 +216,49 @@ def build_packs(
     numbers = {key: n for n, key in enumerate(dict.fromkeys(keys))}
     source = [numbers[key] for key in keys]
     inputs = pairs if last_tokens else [(prompt, completion[:-1]) for prompt, completion in pairs]
-    trees = _trees(inputs, source, layout, tree_tokens or (lambda _: row_tokens))
-    rows = _fill_rows(trees, row_tokens if layout == "tree" else 0)
+    row_tokens = min(row_tokens, batch_tokens)
+    widest = sys.maxsize if mask_entries is None else math.isqrt(mask_entries)
+    room = tree_tokens or (lambda _: row_tokens)
+    together = [key if apart is None else (key, apart[i]) for i, key in enumerate(source)]
+    trees = _trees(pairs, inputs, together, layout, lambda n: min(room(n), widest))
     packs: list[Pack] = []
-    while rows:
-        width = sum(t.size for t in rows[0])
-        count = max(1, batch_tokens // width)
-        packs.append(_lay_out(rows[:count], pairs, source, layout, last_tokens, pad_id))
-        rows = rows[count:]
+    plain = [layout == "padded" or tree.size > widest for tree in trees]
+    forms: tuple[tuple[Layout, bool], ...] = (("padded", True), ("tree", False))
+    for form, kind in forms:
+        members = [tree for tree, alone in zip(trees, plain, strict=True) if alone == kind]
+        rows = _fill_rows(members, min(row_tokens, widest) if form == "tree" else 0)
+        while rows:
+            width = sum(t.size for t in rows[0])
+            count = batch_tokens // width if form == layout else 1
+            if form == "tree" and mask_entries is not None:
+                count = min(count, mask_entries // width**2)
+            count = max(1, count)
+            packs.append(_lay_out(rows[:count], pairs, source, form, last_tokens, pad_id))
+            rows = rows[count:]
     return packs
 
 
 def _trees(
-    pairs: Sequence[Pair], source: list[int], layout: Layout, tree_tokens: Callable[[int], int]
+    texts: Sequence[Pair],
+    pairs: Sequence[Pair],
+    together: Sequence[Hashable],
+    layout: Layout,
+    tree_tokens: Callable[[int], int],
 ) -> list[_Tree]:
     """Pairs grouped by prompt; a tree that outgrows its room goes on in another with the prompt again."""
     trees: list[_Tree] = []
     growing: dict[Hashable, _Tree] = {}
     for i, (prompt, completion) in enumerate(pairs):
-        key: Hashable = i if layout == "padded" else (source[i], tuple(prompt))
+        key: Hashable = i if layout == "padded" else (together[i], tuple(prompt))
         tree = growing.get(key)
-        if tree is None or tree.size + len(completion) > tree_tokens(len(prompt)):
+        # What writes nothing costs nothing: its one token is predicted at the prompt's end.
+        grows = len(completion) > 0 and tree is not None and tree.size > len(prompt)
+        if tree is None or (grows and tree.size + len(completion) > tree_tokens(len(prompt))):
             tree = growing[key] = _Tree(tuple(prompt), size=len(prompt))
             trees.append(tree)
         tree.pairs.append(i)
         tree.size += len(completion)
+        tree.longest = max(tree.longest, len(prompt) + len(texts[i][1]))
     return trees
 
 
@@ -239,10 +287,11 @@ class _Row:
         self.segments: list[int] = []
         self.parents: list[int] = []
         self.prompt_lengths: list[int] = []
+        self.text_lengths: list[int] = []
         self.sources: list[int] = []
         self._n_segments = 0
 
-    def write(self, tokens: Sequence[int], place: int, parent: int, source: int) -> int:
+    def write(self, tokens: Sequence[int], place: int, parent: int, tree: _Tree, source: int) -> int:
         """Appends a prompt (``place`` 0) or a completion after ``place`` prompt tokens; returns its segment."""
         n, segment = len(tokens), self._n_segments
         self._n_segments += 1
@@ -251,11 +300,12 @@ class _Row:
         self.segments += [segment] * n
         self.parents += [parent] * n
         self.prompt_lengths += [place or n] * n
+        self.text_lengths += [tree.longest] * n
         self.sources += [source] * n
         return segment
 
     def padded(self, width: int, pad_id: int) -> tuple[list[int], ...]:
-        """input_ids, position_ids, segment, parent, prompt_length and source, each ``width`` long."""
+        """What a pack holds of each token, in its order, each ``width`` long."""
         missing = width - len(self.ids)
         columns = (
             (self.ids, pad_id),
@@ -263,6 +313,7 @@ class _Row:
             (self.segments, -1),
             (self.parents, -1),
             (self.prompt_lengths, 0),
+            (self.text_lengths, 0),
             (self.sources, -1),
         )
         return tuple(column + [filler] * missing for column, filler in columns)
@@ -283,12 +334,12 @@ def _lay_out(
         rows.append(row)
         for tree in trees:
             group = source[tree.pairs[0]]
-            prompt = row.write(tree.prompt, 0, -1, group)
+            prompt = row.write(tree.prompt, 0, -1, tree, group)
             prompt_end = len(row.ids) - 1
             for i in tree.pairs:
                 first, completion = len(row.ids), pairs[i][1]
                 written = completion if last_tokens else completion[:-1]
-                row.write(written, len(tree.prompt), prompt, group)
+                row.write(written, len(tree.prompt), prompt, tree, group)
                 predictors = [prompt_end, *range(first, first + len(completion) - 1)]
                 scored += (
                     (r, first + k if k < len(written) else -1, before, token, i)

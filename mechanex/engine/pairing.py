@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ValidationError
+from .chat import Chat
 from .text import Prompt
 
 __all__ = ["Completion", "group_completions"]
@@ -51,7 +52,7 @@ def group_completions(
 
 def _is_prompt(value: Any) -> bool:
     """One prompt, not a list of them: text, token ids, or chat messages."""
-    if isinstance(value, str):
+    if isinstance(value, str | Chat):
         return True
     return isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], int | Mapping)
 

@@ -7,6 +7,7 @@ each way and compared with the plain way, one sequence at a time; the first way 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -14,15 +15,17 @@ import torch
 from torch import Tensor
 
 from ..errors import MechanexError
+from .attaching import before
 from .intervention import widest
 from .models.adapter import ModelAdapter, undisturbed
 from .pack import Pack, build_packs
-from .positions import pack_positions
+from .regimes import first_change, regimes_of
 
 __all__ = [
     "Form",
     "close",
     "model_inputs",
+    "outgrown_length",
     "packing_form",
     "replay_agrees",
     "unembedding_agrees",
@@ -30,9 +33,12 @@ __all__ = [
     "window_of",
 ]
 
-Form = Literal["plain", "window", "dict", "padded"]
-FORMS: tuple[Form, ...] = ("plain", "window", "dict")
+# Tree masks, given as one or by kind of layer; "padded": one text a row; "apart": one text a pass.
+Form = Literal["plain", "window", "dict", "padded", "apart"]
+TREES: tuple[Form, ...] = ("plain", "window", "dict")
 WINDOW_SETTINGS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention_window")
+# Lengths at which models were seen to change what they do.
+LENGTH_SETTINGS = ("original_max_position_embeddings", "seq_length", "max_position_embeddings")
 PROBE_TOKENS = 13  # the longest path of the probe
 # Largest relative difference of a hidden state that rounding explains; a wrong mask is off by far more.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -69,18 +75,38 @@ def model_inputs(adapter: ModelAdapter, pack: Pack, form: Form | None = None) ->
 def packing_form(adapter: ModelAdapter, longest: int) -> Form:
     """The form of packed input that this model computes rightly for paths of up to ``longest`` tokens.
 
-    Decided once per model, and once more when a path first outgrows the model's attention window.
+    Decided once per model, and once more when a path first outgrows its attention window, or another length at which it
+    may change what it does.
     """
-    window = window_of(adapter)
-    beyond = window is not None and max(longest, PROBE_TOKENS) > window
-    key = "form beyond the window" if beyond else "form"
+    outgrown = outgrown_length(adapter, longest)
+    key = f"form beyond {outgrown} tokens" if outgrown else "form"
     if key not in adapter.findings:
-        adapter.findings[key] = _probe_forms(adapter, window if beyond else None)
+        adapter.findings[key] = _probe_forms(adapter, outgrown)
     return cast(Form, adapter.findings[key])
 
 
-def _probe_forms(adapter: ModelAdapter, window: int | None) -> Form:
-    pairs = _probe(adapter, window)
+def outgrown_length(adapter: ModelAdapter, longest: int) -> int | None:
+    """The largest number of tokens below ``longest`` at which the model may change what it does; None for none.
+
+    That is its attention window, where its rotary factors change, and what its configuration names.
+    """
+    config = adapter.config
+    tables = getattr(config, "rope_parameters", None) or {}
+    named = [getattr(config, name, None) for name in LENGTH_SETTINGS]
+    for table in [tables, *tables.values()] if isinstance(tables, dict) else []:
+        named += [table.get(name) for name in LENGTH_SETTINGS] if isinstance(table, dict) else []
+    lengths = [
+        n for n in (*named, window_of(adapter)) if isinstance(n, int) and 0 < n < max(longest, PROBE_TOKENS)
+    ]
+    change = first_change(adapter)
+    if change is not None and change < longest:
+        lengths.append(change)
+    return max(lengths, default=None)
+
+
+def _probe_forms(adapter: ModelAdapter, outgrown: int | None) -> Form:
+    window = window_of(adapter)
+    pairs = _probe(adapter, outgrown)
     with torch.no_grad(), undisturbed(adapter.hf_model):
         try:
             alone = [
@@ -93,11 +119,14 @@ def _probe_forms(adapter: ModelAdapter, window: int | None) -> Form:
         ) as error:  # a model's own code may raise anything, here at a probe past its last position
             _log.info("%s could not run the probe (%s); it runs padded rows.", adapter.model_id, error)
             return "padded"
-        (pack,) = build_packs(pairs, row_tokens=sum(len(p) + len(c) for p, c in pairs), batch_tokens=1)
-        pack = pack.to(adapter.device)
-        for form in FORMS:
-            if form == "window" and window is None:
+        n_tokens = sum(len(p) + len(c) for p, c in pairs)
+        lengths = regimes_of(adapter, [len(p) + len(c) for p, c in pairs])
+        (tree,) = build_packs(pairs, row_tokens=n_tokens, batch_tokens=n_tokens, apart=lengths)
+        (rows,) = build_packs(pairs, layout="padded", batch_tokens=sys.maxsize)
+        for form in (*TREES, "padded"):
+            if form == "window" and (window is None or window > (outgrown or 0)):
                 continue
+            pack = (rows if form == "padded" else tree).to(adapter.device)
             try:
                 packed = _scored(adapter, pack, form)
             except MechanexError:
@@ -107,21 +136,24 @@ def _probe_forms(adapter: ModelAdapter, window: int | None) -> Form:
                 continue
             pair = pack.pair.to(packed.device)
             if all(close(packed[pair == i], truth) for i, truth in enumerate(alone)):
-                _log.debug("%s takes the packed form %r", adapter.model_id, form)
+                if form == "padded":
+                    _log.info(
+                        "%s can't take a tree mask; it runs one padded sequence per row.", adapter.model_id
+                    )
                 return form
-    _log.info("%s can't take a tree mask; it runs one padded sequence per row.", adapter.model_id)
-    return "padded"
+    _log.info("%s gives a text other results among others; it runs one text at a time.", adapter.model_id)
+    return "apart"
 
 
-def _probe(adapter: ModelAdapter, window: int | None) -> list[tuple[list[int], list[int]]]:
-    """Three prompts with ragged completions, of spread-out token ids; the first outgrows ``window`` if there is one."""
+def _probe(adapter: ModelAdapter, outgrown: int | None) -> list[tuple[list[int], list[int]]]:
+    """Three prompts with ragged completions, of spread-out token ids; the first is longer than ``outgrown`` tokens."""
     vocab = int(adapter.config.vocab_size)
     generator = torch.Generator().manual_seed(0)
 
     def draw(n: int) -> list[int]:
         return (torch.randint(vocab - vocab // 4, (n,), generator=generator) + vocab // 8).tolist()
 
-    first, second, third = draw(7 + (window or 0)), draw(4), draw(9)
+    first, second, third = draw(7 + (outgrown or 0)), draw(4), draw(9)
     return [(first, draw(3)), (first, draw(5)), (second, draw(2)), (third, draw(4)), (third, draw(1))]
 
 
@@ -130,7 +162,7 @@ def _scored(adapter: ModelAdapter, pack: Pack, form: Form | None = None) -> Tens
     from .forward import final_hidden
 
     inputs = model_inputs(adapter, pack, form)
-    with pack_positions(pack.positions):
+    with pack.running(adapter.hf_model):
         return pack.predictors_of(final_hidden(adapter, lambda: adapter.call(**inputs)))
 
 
@@ -143,17 +175,17 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 def unembedding_agrees(adapter: ModelAdapter) -> bool:
     """Whether the adapter's unembedding of hidden states gives the model's own logits; checked once."""
+    if not adapter.unembeds:
+        return False
     if "unembedding" not in adapter.findings:
         (pack,) = build_packs(_probe(adapter, None)[:1], layout="padded")
         pack = pack.to(adapter.device)
         try:
             with torch.no_grad(), undisturbed(adapter.hf_model):
-                agrees = adapter.unembedding.at_hand
-                if agrees:
-                    ours = adapter.unembedding.logits(_scored(adapter, pack))
-                    with pack_positions(pack.positions):
-                        theirs = adapter.call(**model_inputs(adapter, pack)).logits
-                    agrees = close(ours, pack.predictors_of(theirs).to(ours))
+                ours = adapter.unembedding.logits(_scored(adapter, pack))
+                with pack.running(adapter.hf_model):
+                    theirs = adapter.call(**model_inputs(adapter, pack)).logits
+                agrees = close(ours, pack.predictors_of(theirs).to(ours))
         except MechanexError:
             raise
         except Exception as error:  # weights that are elsewhere between calls, say
@@ -179,7 +211,7 @@ def watch_unembedding(adapter: ModelAdapter, pack: Pack, run: Callable[[], Any])
     """
     seen: list[Tensor] = []
     head = adapter.head
-    handle = None if head is None else head.register_forward_pre_hook(lambda _, args: seen.extend(args[:1]))
+    handle = None if head is None else before(head, lambda _, args: seen.extend(args[:1]), kwargs=False)
     try:
         logits: Tensor = run().logits
     finally:
@@ -187,9 +219,9 @@ def watch_unembedding(adapter: ModelAdapter, pack: Pack, run: Callable[[], Any])
             handle.remove()
     theirs = pack.predictors_of(logits)
     with torch.no_grad():
-        if seen and adapter.unembedding.at_hand and bool(theirs.isfinite().all()):
+        if seen and bool(theirs.isfinite().all()):
             ours = adapter.unembedding.logits(pack.predictors_of(seen[0]))
-            adapter.findings["unembedding"] = close(ours, theirs.to(ours))
+            adapter.findings["unembedding"] = adapter.unembeds and close(ours, theirs.to(ours))
     return theirs
 
 

@@ -5,19 +5,38 @@ from __future__ import annotations
 import logging
 import math
 import numbers
-import operator
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ..errors import ValidationError
+from .given import as_vector, as_whole
 
-__all__ = ["RESERVED_FIELDS", "as_direction", "as_layer", "as_number", "as_text_fields", "check_strength"]
+__all__ = [
+    "RESERVED_FIELDS",
+    "as_direction",
+    "as_layer",
+    "as_number",
+    "as_seed",
+    "as_text_fields",
+    "check_strength",
+]
 
 _logger = logging.getLogger(__name__)
 
-RESERVED_FIELDS = ("format_version", "library_version", "model", "width", "layers", "site", "method", "seed")
+RESERVED_FIELDS = (
+    "format_version",
+    "library_version",
+    "checksum",
+    "model",
+    "model_family",
+    "width",
+    "layers",
+    "site",
+    "method",
+    "seed",
+)
 
 
 def check_strength(strength: float) -> None:
@@ -40,25 +59,23 @@ def as_number(value: object) -> float | None:
 
 def as_layer(layer: object) -> int:
     """A whole number from 0 up, of any integer type, as an int."""
-    try:
-        index = operator.index(layer)  # type: ignore[arg-type]
-    except TypeError:
-        index = -1
-    if index < 0 or isinstance(layer, bool):
+    index = as_whole(layer)
+    if index is None or index < 0:
         raise ValidationError(f"a vector's layers are whole numbers from 0 up; got {layer!r}.")
     return index
 
 
-def as_direction(layer: int, tensor: object) -> Tensor:
-    """A finite floating tensor [d], detached."""
-    if not isinstance(tensor, Tensor):
-        raise ValidationError(
-            f"layer {layer} must be a tensor [d]; got {type(tensor).__name__}: use torch.tensor(...)."
-        )
-    if tensor.ndim != 1 or tensor.numel() == 0 or not tensor.is_floating_point():
-        raise ValidationError(
-            f"layer {layer} must be a floating tensor [d]; got {tensor.dtype} of shape {list(tensor.shape)}."
-        )
+def as_seed(seed: object) -> int | None:
+    """A whole number of any integer type as an int; None for None."""
+    number = as_whole(seed)
+    if number is None and seed is not None:
+        raise ValidationError(f"the seed of a vector is a whole number, or None; got {seed!r}.")
+    return number
+
+
+def as_direction(layer: int, given: object) -> Tensor:
+    """A finite floating tensor [d], detached, from a tensor, an array or a list, [d] or [1, d]."""
+    tensor = as_vector(f"layer {layer}", given)
     if not torch.isfinite(tensor).all():
         raise ValidationError(
             f"layer {layer} holds NaN or infinite numbers: check the model's dtype and how it was made."

@@ -8,8 +8,9 @@ import re
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import MechanexError, NotFoundError, ValidationError
 from ..home import vectors_folder
@@ -82,9 +83,9 @@ class VectorStore:
         self._session.pop(vector_id, None)
 
     def resolve(
-        self, source: str | os.PathLike[str] | Mapping[int, Tensor], model: nn.Module | ModelAdapter
+        self, source: str | os.PathLike[str] | Mapping[int, Any], model: nn.Module | ModelAdapter
     ) -> SteeringVector:
-        """The vector that a user means by an id, a path, ``{layer: tensor}`` or a vector itself.
+        """The vector that a user means by an id, a path, ``{layer: tensor, array or list}`` or a vector itself.
 
         Args:
             source: negative layers in a dict count from the model's end.

@@ -13,12 +13,15 @@ from torch import Tensor
 from .._version import __version__
 from ..errors import ValidationError
 from .formats import read_layers, write_layers
+from .formats_record import FORMAT_VERSION
+from .formats_site import Site
 from .intervention import widest
 from .vector_checks import (
     RESERVED_FIELDS,
     as_direction,
     as_layer,
     as_number,
+    as_seed,
     as_text_fields,
     check_strength,
 )
@@ -33,9 +36,8 @@ __all__ = ["FORMAT_VERSION", "SITE", "SteeringVector"]
 
 _T = TypeVar("_T")
 
-FORMAT_VERSION = 1
 SITE = "resid_pre"
-"""The residual stream entering a block: the only site there is now."""
+"""The residual stream entering a block, and leaving the last one as if another came: the only site there is."""
 
 
 class SteeringVector(Mapping[int, Tensor]):
@@ -45,9 +47,10 @@ class SteeringVector(Mapping[int, Tensor]):
     that only one side has stays as it is. ``==`` compares layers and numbers exactly; see also ``allclose``.
 
     Args:
-        layers: ``{layer: [d] floating tensor}``, layers 0 and up, all of one width, finite. Detached copies
-            are kept in float32, or float64 when any of them is.
+        layers: ``{layer: [d] or [1, d]}``, tensors of floating numbers, NumPy arrays or lists; layers 0 and up, all of
+            one width, finite. Detached copies are kept in float32, or float64 when any of them is.
         model: id of the model that it was made for.
+        model_family: that model's architecture (``"llama"``); where it is known, models of another are refused.
         method: how it was made, such as ``"caa"``.
         seed: the seed of its random draws, where there were any.
         site: where in a layer it acts; ``"resid_pre"``, the residual stream entering the block.
@@ -62,9 +65,10 @@ class SteeringVector(Mapping[int, Tensor]):
 
     def __init__(
         self,
-        layers: Mapping[int, Tensor],
+        layers: Mapping[int, Any],
         *,
         model: str | None = None,
+        model_family: str | None = None,
         method: str | None = None,
         seed: int | None = None,
         site: str = SITE,
@@ -89,8 +93,9 @@ class SteeringVector(Mapping[int, Tensor]):
         dtype = torch.float64 if double else torch.float32
         self._layers = {layer: checked[layer].to(dtype, copy=True) for layer in sorted(checked)}
         self.model = model
+        self.model_family = model_family
         self.method = method
-        self.seed = seed
+        self.seed = as_seed(seed)
         self.site = site
         self.library_version = library_version
         self.metadata = as_text_fields(metadata or {})
@@ -251,7 +256,7 @@ class SteeringVector(Mapping[int, Tensor]):
         tokens: int | slice | None = None,
         rows: Sequence[int] | None = None,
     ) -> Handle:
-        """Adds ``strength`` times the vector to the stream entering its layers, until the handle is removed.
+        """Adds ``strength`` times the vector to the stream at its layers, until the handle is removed.
 
         Args:
             model: a Hugging Face or TransformerLens model.
@@ -264,7 +269,7 @@ class SteeringVector(Mapping[int, Tensor]):
 
         Raises:
             ValidationError: a strength that is not finite or makes the vector infinite, a layer that the model
-                hasn't, or another width.
+                hasn't, another width, or a vector that says it is of another family.
         """
         return self.plan(model, strength, tokens, rows).apply(model)
 
@@ -288,6 +293,12 @@ class SteeringVector(Mapping[int, Tensor]):
                 f"the vector is {self.width} wide and the residual stream of {adapter.model_id} "
                 f"{adapter.d_model}: use a vector of this model{made_for}."
             )
+        if None not in (self.model_family, adapter.family) and self.model_family != adapter.family:
+            raise ValidationError(
+                f"the vector was made for a model of the family {self.model_family!r} ({self.model or 'unnamed'}), and "
+                f"{adapter.model_id} is of {adapter.family!r}: use a vector of this family, or "
+                "SteeringVector(dict(vector)) to try its numbers all the same."
+            )
         return SteeringPlan(
             Intervention(adapter.layer_index(layer), Edit.add(tensor), tokens=tokens, rows=rows)
             for layer, tensor in (self * strength)._layers.items()
@@ -302,28 +313,29 @@ class SteeringVector(Mapping[int, Tensor]):
         write_layers(path, self._layers, self._fields())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SteeringVector:
+    def load(cls, path: str | os.PathLike[str], *, site: Site | None = None) -> SteeringVector:
         """Reads a vector from ``.safetensors``, ``.json`` or ``.gguf``, its own or another tool's.
+
+        Args:
+            path: the file.
+            site: what the numbers in a file of another tool mean, where it doesn't say so itself: ``"input"``, the
+                stream that enters block N, this library's layer N; ``"output"``, what block N gives, as Hugging Face
+                modules do, this library's layer N + 1.
 
         Raises:
             NotFoundError: there is no such file.
-            ValidationError: the file is not a sound vector file; names the file and the problem.
+            ValidationError: the file is not a sound vector file, its content isn't what its checksum and metadata
+                say, or ``site`` is missing or contradicts the file; names the file and the problem.
         """
-        layers, fields = read_layers(path)
-        version = fields.get("format_version", str(FORMAT_VERSION))
-        if version != str(FORMAT_VERSION):
-            raise ValidationError(
-                f"{path} has format version {version!r}, and this library reads {FORMAT_VERSION}: "
-                "update mechanex, or save the vector again with this version."
-            )
+        layers, fields = read_layers(path, site)
         seed = fields.get("seed")
         try:
             return cls(
                 layers,
                 model=fields.get("model"),
+                model_family=fields.get("model_family"),
                 method=fields.get("method"),
                 seed=None if seed is None else int(seed),
-                site=fields.get("site", SITE),
                 metadata={key: value for key, value in fields.items() if key not in RESERVED_FIELDS},
                 library_version=fields.get("library_version", ""),
             )
@@ -332,13 +344,18 @@ class SteeringVector(Mapping[int, Tensor]):
 
     def _fields(self) -> dict[str, str]:
         fields = {
-            "format_version": str(FORMAT_VERSION),
+            "format_version": FORMAT_VERSION,
             "library_version": self.library_version,
             "width": str(self.width),
             "layers": ",".join(map(str, self._layers)),
             "site": self.site,
         }
-        optional = {"model": self.model, "method": self.method, "seed": self.seed}
+        optional = {
+            "model": self.model,
+            "model_family": self.model_family,
+            "method": self.method,
+            "seed": self.seed,
+        }
         fields |= {key: str(value) for key, value in optional.items() if value is not None}
         return fields | self.metadata
 
@@ -346,6 +363,7 @@ class SteeringVector(Mapping[int, Tensor]):
         return SteeringVector(
             layers,
             model=self.model,
+            model_family=self.model_family,
             method=self.method,
             seed=self.seed,
             site=self.site,
@@ -355,6 +373,7 @@ class SteeringVector(Mapping[int, Tensor]):
     def _common(self, other: SteeringVector) -> dict[str, Any]:
         return {
             "model": _agreed(self.model, other.model),
+            "model_family": _agreed(self.model_family, other.model_family),
             "method": _agreed(self.method, other.method),
             "seed": _agreed(self.seed, other.seed),
             "metadata": dict(self.metadata.items() & other.metadata.items()),

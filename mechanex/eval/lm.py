@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from .._version import __version__
 from ..engine.generate import generate_batch
+from ..engine.joins import split_texts
 from ..engine.models import adapter_for
 from ..engine.models.resolve import LoadedModel, load
 from ..engine.pack import Pair
@@ -41,8 +42,8 @@ DEFAULT_ROWS = 16
 class LM(TemplateLM):  # type: ignore[misc]
     """A model for the lm-evaluation-harness, steered or not.
 
-    Texts are encoded as the harness's own ``hf`` model encodes them, so that scores compare; prompts that requests
-    share are run once.
+    Texts are encoded as the harness's own ``hf`` model encodes them, so that scores compare; but where a token spans
+    the join of two, the continuation keeps its own text. Prompts that requests share are run once.
 
     Args:
         pretrained: what ``mechanex.load`` takes, or a loaded model.
@@ -180,9 +181,7 @@ class LM(TemplateLM):  # type: ignore[misc]
         return list(self.tokenizer.encode(string, **special))
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        ids, answer = super()._encode_pair(context, continuation)
-        # A token across the join may leave the continuation none of its own.
-        return ids, answer or self.tok_encode(continuation, add_special_tokens=False)
+        return split_texts(self.tokenizer, context, continuation, self.tok_encode)
 
     # The three kinds of request
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from mechanex import backends
+from mechanex._private.torch import dispatch_modes, transforms_are_active
 from mechanex.backends import eager_logprob
 from mechanex.errors import MechanexError, ValidationError
 
@@ -86,9 +86,9 @@ def _dispatch(
     args = (hidden, weight, target, bias, scale, softcap, coldness)
     if torch.compiler.is_compiling():
         return schema.completion_logprob(*args, backend)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if transforms_are_active():
         return eager_logprob.plain(*args)
-    if any(type(t) not in _PLAIN for t in args[:4]) or torch._C._len_torch_dispatch_stack():
+    if any(type(t) not in _PLAIN for t in args[:4]) or dispatch_modes():
         return schema.completion_logprob(*args, backend)
     if torch.is_grad_enabled() and hidden.requires_grad:
         logprob: Tensor = _CompletionLogprob.apply(*args, backend)  # type: ignore[no-untyped-call]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mechanex import backends
 
-__all__ = ["completion_logprob", "steer"]
+__all__ = ["completion_logprob", "steer", "steer_many"]
 
 
 @torch.library.custom_op("mechanex::steer", mutates_args=())
@@ -70,6 +70,62 @@ def steer(
 ) -> Tensor:
     """The library op ``mechanex::steer``; for arguments that are checked already."""
     return torch.ops.mechanex.steer(hidden, rows, bias, left, right, backend)  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("mechanex::steer_many", mutates_args=())
+def _steer_many(
+    hidden: Tensor,
+    rows: Tensor | None,
+    strength: Tensor | None,
+    bias: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    kinds: Tensor | None,
+    weight: Tensor | None,
+    offset: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    from .steer_many import arguments
+
+    args = arguments(hidden, rows, strength, bias, left, right, kinds, weight, offset)
+    return backends.kernel("steer_many", backend, *args)(*args)
+
+
+@_steer_many.register_fake
+def _(hidden: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+def _steer_many_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:-1])
+
+
+def _steer_many_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    from .steer_many import gradients
+
+    return *gradients(grad, ctx.saved_tensors, ctx.needs_input_grad[:-1]), None
+
+
+_steer_many.register_autograd(_steer_many_backward, setup_context=_steer_many_setup)
+
+
+def steer_many(
+    hidden: Tensor,
+    rows: Tensor | None,
+    strength: Tensor | None,
+    bias: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    kinds: Tensor | None,
+    weight: Tensor | None,
+    offset: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """The library op ``mechanex::steer_many``; for arguments that are checked already, the gate's three apart."""
+    edited: Tensor = torch.ops.mechanex.steer_many(
+        hidden, rows, strength, bias, left, right, kinds, weight, offset, backend
+    )
+    return edited
 
 
 @torch.library.custom_op("mechanex::completion_logprob", mutates_args=())

@@ -1,4 +1,7 @@
-"""The steer op: every edit of the residual stream, `y = x + b + Lᵀ(R x)`, many edits in one call.
+"""The steer op: every edit of the residual stream, ``x ← x + s · a(w·x + c) · (b + Lᵀ(R x))``, many in one call.
+
+One edit a row, of strength 1 and without gates, is the common case and the quick one; the rest is
+:mod:`mechanex.ops.steer_many`.
 
 Three ways lead to a backend. Plain tensors without gradients go to it directly, since a library op costs
 microseconds and a decode step makes one call per layer. Plain tensors with gradients go through
@@ -13,15 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from mechanex import backends
+from mechanex._private.torch import dispatch_modes, transforms_are_active
 from mechanex.backends import eager
 from mechanex.errors import ValidationError
 
-from . import schema
+from . import schema, steer_many
+from .gate import Gate
 
-__all__ = ["steer"]
+__all__ = ["Gate", "steer"]
 
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
@@ -33,20 +37,27 @@ def steer(
     left: Tensor | None = None,
     right: Tensor | None = None,
     *,
+    strength: Tensor | None = None,
+    gate: Gate | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Edit each row of the residual stream: ``y_t = x_t + bias_k + left_kᵀ (right_k x_t)``, ``k = rows[t]``.
+    """Edit each row t of the residual stream: ``x ← x + s · a(w·x + c) · (b + Lᵀ(R x))``, all of edit ``rows[t]``.
 
-    A row whose index is -1 comes back bit for bit. Arithmetic is in float32, or float64 if any argument is
-    float64. Gradients of any order exist for ``hidden``, ``bias``, ``left`` and ``right``.
+    A row takes up to m edits in order, each of what the former ones made. A row whose indices are all -1 comes back
+    bit for bit. Arithmetic is in float32, or float64 if any argument is float64, and the result is rounded once.
+    Gradients of any order exist for ``hidden``, ``strength``, ``bias``, ``left``, ``right`` and the gates' weight and
+    offset; through a ``step`` gate none flows.
 
     Args:
         hidden: residual stream, ``[T, d]`` (or ``[..., d]``), floating point; never written to.
-        rows: the edit of each row, int32 of shape ``hidden.shape[:-1]``, -1 for none; None: every row takes
-            edit 0 of a table of one.
-        bias: ``[K, d]``.
-        left: ``[K, r, d]``, or None for edits that only add.
-        right: ``[K, r, d]``, given exactly when ``left`` is.
+        rows: the edit of each row, int32 of shape ``hidden.shape[:-1]``, or its edits, ``[*hidden.shape[:-1], m]``;
+            -1 for none. None: every row takes edit 0 of a table of one.
+        bias: b, ``[K, d]``.
+        left: L, ``[K, r, d]``, or None for edits that only add.
+        right: R, ``[K, r, d]``, given exactly when ``left`` is.
+        strength: s, floating point of ``rows``' shape (without rows: ``hidden.shape[:-1]``); None: 1. It belongs to the
+            row, so that one edit of the table serves every strength.
+        gate: a, w and c of the K edits; None: a = 1.
         backend: a registered backend for this call; None: the one in force (:func:`mechanex.backends.use`).
 
     Returns:
@@ -62,6 +73,8 @@ def steer(
         rows is None
         and left is None
         and right is None
+        and strength is None
+        and gate is None
         and backend is None
         and backends.prefers_torch()
         and hidden.dtype is bias.dtype
@@ -72,6 +85,11 @@ def steer(
         # One rounding of the float32 sum, as promised: torch adds half types in float32.
         return hidden + bias if hidden.dim() > 1 else hidden + bias[0]
     _check(hidden, rows, bias, left, right)
+    if strength is not None or gate is not None or (rows is not None and rows.dim() == hidden.dim()):
+        steer_many.check(hidden, rows, strength, bias, gate)
+        if strength is not None or gate is not None or rows is None or rows.shape[-1] != 1:
+            return steer_many.steer(hidden, rows, strength, bias, left, right, gate, backend)
+        rows = rows.squeeze(-1)
     if hidden.dim() == 2:
         return _dispatch(hidden, rows, bias, left, right, backend)
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -91,7 +109,7 @@ def _dispatch(
     """Take one of the three ways with checked arguments; a bias of None is zero."""
     if torch.compiler.is_compiling():
         return schema.steer(hidden, rows, bias, left, right, backend)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if transforms_are_active():
         return eager.steer(hidden, rows, bias, left, right)
     # Spelled out: a generator costs as much as the kernel of a decode step.
     if (
@@ -100,7 +118,7 @@ def _dispatch(
         or type(bias) not in _PLAIN
         or type(left) not in _PLAIN
         or type(right) not in _PLAIN
-        or torch._C._len_torch_dispatch_stack()
+        or dispatch_modes()
     ):
         return schema.steer(hidden, rows, bias, left, right, backend)
     if torch.is_grad_enabled() and any(
@@ -143,9 +161,8 @@ def _is_final(*tensors: Tensor | None) -> bool:
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
+        or transforms_are_active()
+        or dispatch_modes()
         or any(type(t) not in _PLAIN for t in tensors)
     )
 
@@ -218,7 +235,8 @@ def _check(
     if not isinstance(rows, Tensor) or rows.dtype != torch.int32:
         got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
         raise ValidationError(f"rows must be an int32 tensor, got {got}: use rows.to(torch.int32)")
-    if rows.shape != hidden.shape[:-1]:
-        raise ValidationError(f"rows must have shape {list(hidden.shape[:-1])}, got {list(rows.shape)}")
+    if rows.shape != hidden.shape[:-1] and rows.shape[:-1] != hidden.shape[:-1]:
+        shape = list(hidden.shape[:-1])
+        raise ValidationError(f"rows must have shape {shape}, or {shape} and m edits, got {list(rows.shape)}")
     if rows.device != hidden.device:
         raise ValidationError(f"rows is on {rows.device}, hidden on {hidden.device}: move one of them")

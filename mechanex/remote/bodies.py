@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,7 +11,7 @@ from ..errors import ValidationError
 if TYPE_CHECKING:
     from ..engine.text import Prompt
 
-__all__ = ["example_lists", "examples", "layer_list", "list_of", "texts"]
+__all__ = ["example_lists", "examples", "layer_list", "list_of", "plain_whole", "texts"]
 
 T = TypeVar("T")
 
@@ -63,7 +64,15 @@ def layer_list(layer_idxs: Iterable[int] | None) -> list[int] | None:
         return None
     if not isinstance(layer_idxs, Iterable):
         raise ValidationError(f"layers is a list of layers; got {layer_idxs!r}: write [{layer_idxs!r}].")
-    return list(layer_idxs)
+    return [plain_whole(layer) for layer in layer_idxs]
+
+
+def plain_whole(number: Any) -> Any:
+    """An integer of NumPy's, which has no form in JSON, as an int; all else as it is, for others to check."""
+    try:
+        return number if isinstance(number, int) else operator.index(number)
+    except TypeError:
+        return number
 
 
 def list_of(name: str, given: Iterable[T], kind: str) -> list[T]:

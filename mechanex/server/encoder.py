@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from ..engine.text import Prompt, encode_prompt, prompt_text
-from ..errors import MechanexError, ValidationError
+from ..engine.chat import Chat, has_chat_template
+from ..engine.text import Prompt, as_chat, encode_prompt, prompt_text
+from ..errors import ValidationError
 
 __all__ = ["Encoder"]
 
@@ -32,8 +33,8 @@ class Encoder:
         """Token ids of a prompt; ValidationError as :func:`mechanex.engine.text.encode_prompt`, or a text too long."""
         if isinstance(prompt, str):
             self.check_size(prompt)
-        elif prompt and isinstance(prompt[0], Mapping):
-            return self._encode_messages([one for one in prompt if isinstance(one, Mapping)])
+        elif (chat := as_chat(prompt)) is not None:
+            self.check_size("".join(str(message.get("content", "")) for message in chat.messages))
         with self._lock:
             return encode_prompt(self._tokenizer, prompt)
 
@@ -42,26 +43,20 @@ class Encoder:
         with self._lock:
             return prompt_text(self._tokenizer, prompt)
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of chat messages: by the model's template, or as lines of roles where it has none.
+    def encode_chat(self, chat: Chat) -> list[int]:
+        """Token ids of a chat: by the model's template, or as lines of roles where it has none.
 
         Raises:
             ValidationError: messages that the template refuses.
         """
-        if getattr(self._tokenizer, "chat_template", None) is not None:
-            return self._encode_messages(messages)
-        lines = [f"{message['role'].capitalize()}: {message['content']}\n" for message in messages]
-        return self.encode("".join(lines) + "Assistant:")
-
-    def _encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        self.check_size("".join(message["content"] for message in messages))
-        with self._lock:
-            try:
-                return encode_prompt(self._tokenizer, messages)
-            except MechanexError:
-                raise
-            except Exception as error:  # a template may raise anything, for roles in an order it doesn't know
-                raise ValidationError(f"the model's chat template refuses these messages: {error}") from error
+        if has_chat_template(self._tokenizer):
+            return self.encode(chat)
+        lines = [f"{message['role'].capitalize()}: {message['content']}" for message in chat.messages]
+        if chat.begins_answer:
+            lines.append("Assistant:")
+        return self.encode(
+            "\n".join(lines) + ("" if chat.begins_answer or chat.continue_final_message else "\n")
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio.to_thread import run_sync
 
+from ..engine.chat import Chat
 from ..engine.generate import end_tokens
 from ..engine.models import adapter_for
 from ..engine.models.adapter import ModelAdapter
@@ -141,13 +142,13 @@ class ServingEngine:
         self.adapter.check_token_ids(ids)
         return ids
 
-    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of chat messages: by the model's template, or as lines of roles where it has none.
+    async def encode_chat(self, chat: Chat) -> list[int]:
+        """Token ids of a chat: by the model's template, or as lines of roles where it has none.
 
         Raises:
             ValidationError: messages that the template refuses.
         """
-        return await run_sync(self._encoder.encode_chat, messages)
+        return await run_sync(self._encoder.encode_chat, chat)
 
     async def check_examples(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
         """Refuses what ``encode`` and the model would, before the model's thread has to do with it.

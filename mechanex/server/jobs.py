@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..engine.models.adapter import ModelAdapter
+from ..errors import MechanexError
 
 __all__ = ["Job", "Jobs"]
 
@@ -38,6 +39,7 @@ class Jobs:
         self._changed = changed
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
+        self._closed: Exception | None = None
 
     def __len__(self) -> int:
         """Pieces of work that wait."""
@@ -60,9 +62,15 @@ class Jobs:
         return self._running is not None and not self._running.gone.is_set()
 
     def add(self, work: Callable[[ModelAdapter], Any]) -> Job:
-        """Queues work."""
+        """Queues work.
+
+        Raises:
+            Exception: that which the queue was closed with; nobody would do the work any more.
+        """
         job = Job(work)
         with self._changed:
+            if self._closed is not None:
+                raise self._closed.with_traceback(None)
             self._waiting.append(job)
             self._changed.notify()
         return job
@@ -79,7 +87,7 @@ class Jobs:
         try:
             result = job.work(adapter)
         except BaseException as error:
-            _tell(job.future.set_exception, error)
+            _tell(job.future.set_exception, _tellable(error))
         else:
             _tell(job.future.set_result, result)
         finally:
@@ -93,13 +101,23 @@ class Jobs:
             with contextlib.suppress(concurrent.futures.InvalidStateError):  # it ended just now
                 running.future.set_exception(error)
 
-    def end_waiting(self, error: Exception) -> None:
-        """Answers all that waits with an error."""
+    def close(self, error: Exception) -> None:
+        """Takes no more, for this reason, and answers all that waits with it."""
         with self._changed:
+            self._closed = error
             waiting, self._waiting = list(self._waiting), deque()
         for job in waiting:
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(error)
+
+
+def _tellable(error: BaseException) -> Exception:
+    """An error that a waiting coroutine can be given: others would end its task, or leave it waiting."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    told = MechanexError(f"The work ended with {type(error).__name__}; the server's log has more.", 500)
+    told.__cause__ = error
+    return told
 
 
 def _tell(setting: Callable[[Any], None], end: Any) -> None:

@@ -7,8 +7,7 @@ import socket
 import time
 from typing import Any
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
-
+from .._private.uvicorn import H11Protocol
 from ..errors import MechanexError
 from .settings import Settings
 

@@ -74,6 +74,7 @@ class RequestMiddleware:
             if not status:
                 over = APIError("The server is shutting down; try another one.", 503)
                 await answer_to(Request(scope), over)(scope, receive, sending)
+            raise
         except Exception:
             _logger.exception("request %s failed", request_id)
             if not status:

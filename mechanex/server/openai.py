@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
+from ..engine.chat import Chat
 from ..engine.sampling import Sampling
 from ..errors import NotFoundError, ValidationError
 from .auth import Principal, principal
@@ -111,7 +112,13 @@ async def _chat(body: ChatBody, request: Request, who: Who) -> Response:
     if settings.log_prompts:
         request.state.log = {"messages": messages}
     common = await _common(engine, body, who)
-    ids = await engine.encode_chat(messages)
+    chat = Chat(
+        messages,
+        continue_final_message=bool(body.continue_final_message),
+        add_generation_prompt=body.add_generation_prompt,
+        template_kwargs=body.chat_template_kwargs or {},
+    )
+    ids = await engine.encode_chat(chat)
     asked = body.max_completion_tokens or body.max_tokens
     _check_room(engine, len(ids), asked or 0)
     most = asked or (4096 if engine.context is None else max(engine.context - len(ids), 1))

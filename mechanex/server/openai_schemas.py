@@ -192,6 +192,16 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    continue_final_message: bool | None = Field(
+        default=False, description="Go on with the last message instead of answering it."
+    )
+    add_generation_prompt: bool | None = Field(
+        default=None,
+        description="Begin an answer after the messages; by default, unless the last one goes on.",
+    )
+    chat_template_kwargs: Annotated[dict[str, Any], few_fields()] | None = Field(
+        default=None, description="Further variables of the model's chat template."
+    )
     # Only what this server can do is taken: text, and no tools.
     response_format: _TextFormat | None = None
     modalities: Items[Literal["text"]] | None = None
@@ -205,6 +215,11 @@ class ChatBody(GenerationBody):
     def _possible(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs goes with logprobs=true")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError(
+                "continue_final_message goes on with the last message and add_generation_prompt begins another; "
+                "ask for one of them"
+            )
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
             raise ValueError("max_tokens and max_completion_tokens are one field; they differ")

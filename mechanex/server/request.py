@@ -20,7 +20,7 @@ class Steer:
     """One edit of a request: of its tokens at a layer.
 
     Args:
-        layer: 0 … n_layers - 1.
+        layer: 0 … n_layers.
         edit: what is done; strength included.
         tokens: absolute positions (int, slice, None for all), as in :class:`mechanex.engine.hooks.Intervention`.
     """

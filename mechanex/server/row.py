@@ -101,8 +101,7 @@ class Row:
         self.counts[token] += 1
         if token in self._ends:
             return self._finish("stop")
-        begin = len(self._text.text)
-        self._text.feed(token)
+        begin = self._text.feed(token)
         if logprob is not None:
             self._logprobs.append(logprob)
             self._places.append((begin, self._text.stopped or len(self._text.text) > begin))

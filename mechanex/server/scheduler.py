@@ -95,6 +95,7 @@ class Scheduler:
             waiting = sum(not row.generation.cancelled for row in worker.waiting)
             if waiting and waiting + len(rows) > self._settings.max_waiting:
                 raise self._full(waiting)
+            worker.unanswered.take(row.generation for row in rows)
             worker.waiting.extend(rows)
             worker.changed.notify()
         return [row.generation for row in rows]

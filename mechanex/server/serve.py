@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import dataclasses
 import gc
 import json
@@ -12,14 +13,18 @@ import os
 import secrets
 import socket
 import sys
+import threading
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import click
 import uvicorn
 
+from .._private.uvicorn import forget_signals
 from ..errors import ValidationError
 from .app import create_app
+from .background import RunningServer
 from .listener import BACKLOG, bounded, listen, most_connections
 from .settings import Settings
 
@@ -36,8 +41,10 @@ _SWITCH_SECONDS = (
 )
 
 
-def serve_loaded(settings: Settings, loaded: LoadedModel, vectors: VectorStore | None = None) -> None:
-    """Serves a model until SIGINT or SIGTERM.
+def serve_loaded(
+    settings: Settings, loaded: LoadedModel, vectors: VectorStore | None = None, *, block: bool = True
+) -> RunningServer | None:
+    """Serves a model until SIGINT or SIGTERM, or in a thread of its own.
 
     A server that other machines reach and that was given no key makes one and prints it, once.
 
@@ -45,20 +52,53 @@ def serve_loaded(settings: Settings, loaded: LoadedModel, vectors: VectorStore |
         settings: how to serve.
         loaded: the model.
         vectors: the operator's stored vectors.
+        block: False serves from a thread, and returns when the server answers.
+
+    Returns:
+        The running server, or None when the call blocked and it has ended.
 
     Raises:
         ValidationError: settings that don't fit the model.
         MechanexError: the address is taken or isn't this machine's, or a file can't be used.
     """
-    made: str | None = None
-    if settings.server_key() is None and not settings.is_loopback:
-        made = f"mx-{secrets.token_urlsafe(32)}"
-        settings = dataclasses.replace(settings, key=made)
-    listening = listen(settings)
-    try:
-        app = create_app(settings, loaded, vectors=vectors)
-        host, port = listening.getsockname()[:2]
+    listening = Listening(settings, loaded, vectors)
+    if not block:
+        return RunningServer(listening)
+    with _lively():
+        listening.run()
+    if listening.scheduler.alive:
+        atexit.register(_leave, listening.scheduler)
+    return None
+
+
+class Listening:
+    """A server that has its address and its application, and is ready to run.
+
+    Attributes:
+        server: uvicorn's server.
+        scheduler: whose thread runs the model.
+        key: the key that every client sends, or None.
+        local_url: where it is reached from this machine.
+        grace: seconds that running answers have when it ends.
+    """
+
+    def __init__(self, settings: Settings, loaded: LoadedModel, vectors: VectorStore | None) -> None:
+        made: str | None = None
+        if settings.server_key() is None and not settings.is_loopback:
+            made = f"mx-{secrets.token_urlsafe(32)}"
+            settings = dataclasses.replace(settings, key=made)
+        self.key, self.grace = settings.server_key(), settings.shutdown_grace
+        self._socket = listen(settings)
+        try:
+            app = create_app(settings, loaded, vectors=vectors)
+        except BaseException:
+            self._socket.close()
+            raise
+        self.scheduler: Scheduler = app.state.engine.scheduler
+        host, port = self._socket.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
+        near = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(shown, shown)
+        self.local_url = f"http://{near}:{port}"
         click.echo(
             f"Serving {app.state.engine.model_name} at http://{shown}:{port} (OpenAI: http://{shown}:{port}/v1)"
         )
@@ -75,11 +115,28 @@ def serve_loaded(settings: Settings, loaded: LoadedModel, vectors: VectorStore |
             server_header=False,
             lifespan="on",
         )
-        _Server(config, settings.shutdown_grace).run(sockets=[listening])
-        if app.state.engine.scheduler.alive:
-            atexit.register(_leave, app.state.engine.scheduler)
+        self.server = _Server(config, settings.shutdown_grace)
+
+    def run(self) -> None:
+        """Serves, until a signal or ``server.should_exit``."""
+        try:
+            self.server.run(sockets=[self._socket])
+        finally:
+            self._socket.close()
+
+
+@contextlib.contextmanager
+def _lively() -> Iterator[None]:
+    """Lets the threads of this process, which does nothing but serve, take turns quickly."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    # What is loaded now stays; looking through it again and again would only hold up answers.
+    gc.freeze()
+    try:
+        yield
     finally:
-        listening.close()
+        sys.setswitchinterval(interval)
+        gc.unfreeze()  # else extensions find their objects still alive at the interpreter's end, and say so
 
 
 def _leave(scheduler: Scheduler) -> None:
@@ -99,17 +156,12 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, grace: float) -> None:
         super().__init__(config)
         self._grace = grace
+        self.settled = threading.Event()
+        """Set when it answers, or never will."""
 
-    def run(self, sockets: list[socket.socket] | None = None) -> None:
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(_SWITCH_SECONDS)
-        # What is loaded now stays; looking through it again and again would only hold up answers.
-        gc.freeze()
-        try:
-            super().run(sockets)
-        finally:
-            sys.setswitchinterval(interval)
-            gc.unfreeze()  # else extensions find their objects still alive at the interpreter's end, and say so
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.settled.set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         scheduler = self.config.app.state.engine.scheduler  # type: ignore[union-attr]
@@ -117,8 +169,7 @@ class _Server(uvicorn.Server):
         await scheduler.drain(self._grace)
         await asyncio.sleep(0.05)  # the last events go out
         await super().shutdown(sockets)
-        # Uvicorn raises the signal again once it has ended, which would make a clean end look like a failure.
-        self._captured_signals.clear()
+        forget_signals(self)
 
 
 def check_vllm() -> None:

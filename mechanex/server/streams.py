@@ -15,7 +15,7 @@ from .request import Generation, Result, Step
 
 __all__ = ["chat_events", "completion_events", "stream_response"]
 
-_News = tuple[int, "Step | Result | MechanexError"]
+_News = tuple[int, "Step | Result | Exception"]
 
 
 def stream_response(events: AsyncIterator[bytes], generations: Sequence[Generation]) -> StreamingResponse:
@@ -102,7 +102,7 @@ async def _merged(generations: Sequence[Generation]) -> AsyncIterator[tuple[int,
             async for step in generation:
                 news.put_nowait((i, step))
             news.put_nowait((i, await generation.result()))
-        except MechanexError as error:
+        except Exception as error:
             news.put_nowait((i, error))
 
     tasks = [asyncio.create_task(follow(i, one)) for i, one in enumerate(generations)]
@@ -110,7 +110,7 @@ async def _merged(generations: Sequence[Generation]) -> AsyncIterator[tuple[int,
         going = len(tasks)
         while going:
             i, one = await news.get()
-            if isinstance(one, MechanexError):
+            if isinstance(one, Exception):
                 raise one
             going -= isinstance(one, Result)
             yield i, one

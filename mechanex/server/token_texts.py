@@ -6,6 +6,8 @@ import re
 from functools import cache
 from typing import Any
 
+from ..engine.detokenize import special_tokens
+
 __all__ = ["TokenTexts"]
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -20,7 +22,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._special = frozenset(tokenizer.all_special_ids)
+        self._special = frozenset(special_tokens(tokenizer))
         self._known: dict[int, tuple[str, bytes]] = {}
         # Decoders drop a space at the start of a text, so each token is decoded behind another one.
         self._anchor: list[int] = list(tokenizer("a", add_special_tokens=False)["input_ids"])[-1:]

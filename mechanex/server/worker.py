@@ -23,6 +23,7 @@ from .probe import rolls
 from .request import Generation, Result, Step
 from .row import Row
 from .settings import Settings
+from .unanswered import Unanswered
 
 __all__ = ["Worker"]
 
@@ -54,6 +55,7 @@ class Worker:
         self.changed = threading.Condition()
         self.waiting: deque[Row] = deque()
         self.jobs = Jobs(self.changed)
+        self.unanswered = Unanswered()
         self.closing = False
         self.ready = threading.Event()
         self.failure: BaseException | None = None
@@ -77,6 +79,7 @@ class Worker:
 
     def run(self) -> None:
         """The thread's work, until ``close``."""
+        end = APIError("The server is shutting down; the answer ends here.", 503)
         try:
             with exclusive(self._adapter):
                 self._rolling = rolls(self._adapter)
@@ -86,7 +89,9 @@ class Worker:
         except BaseException as error:
             self.failure = error
             _logger.exception("the model's thread has failed")
-        self._end_all(APIError("The server is shutting down; the answer ends here.", 503))
+            end = APIError("The server's model thread has failed; restart the server.", 503)
+        finally:
+            self._end_all(end)
 
     def _wait(self) -> bool:
         with self.changed:
@@ -222,6 +227,7 @@ class Worker:
 
     def _end(self, row: Row, end: Result | MechanexError) -> None:
         row.ended = True
+        self.unanswered.answered(row.generation)
         reason = end.finish_reason if isinstance(end, Result) else "error"
         self._metrics.answers.labels("cancelled" if row.generation.cancelled else reason).inc()
         self._outbox.append((row.generation, end))
@@ -295,13 +301,14 @@ class Worker:
 
     def _end_all(self, error: MechanexError) -> None:
         with self.changed:
-            rows = [*self.waiting, *self._batch.rows, *(self._reading.rows if self._reading else ())]
+            left = self.unanswered.close(error)
             self.waiting.clear()
-        self._batch, self._reading = self._replaced(), None
-        for row in rows:
-            self._end(row, error)
-        self.jobs.end_waiting(error)
+        for generation in left:
+            self._metrics.answers.labels("cancelled" if generation.cancelled else "error").inc()
+            self._outbox.append((generation, error))
+        self.jobs.close(error)
         self._flush()
+        self._batch, self._reading = self._replaced(), None
 
     def _replaced(self) -> Batch:
         self._batch.steering.detach()

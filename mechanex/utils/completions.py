@@ -19,6 +19,7 @@ __all__ = ["get_completion_logprob", "get_completion_logprob_hf"]
 _GIVEN = frozenset(
     {
         "attention_mask",
+        "cache",
         "cache_position",
         "input_ids",
         "inputs_embeds",
@@ -46,8 +47,9 @@ def get_completion_logprob(
     """The model's log-probability of a completion after a prompt, steered by whatever is attached to the model.
 
     Prompt and completion are encoded together and split where the prompt's tokens end; where a token would
-    span the join, they are encoded apart. Spaces that end the prompt count as the completion's. For many
-    completions, :func:`mechanex.engine.score.completion_logprobs` runs each prompt once.
+    span the join, the completion's tokens are those that continue the prompt's. Whitespace that ends a text prompt
+    counts as the completion's. For many completions, :func:`mechanex.engine.score.completion_logprobs` runs each
+    prompt once.
 
     Args:
         model: a TransformerLens or Hugging Face model; its mode, flags and hooks are kept.

@@ -1,6 +1,6 @@
 """Steering hooks: the residual stream edited or recorded by functions attached to a model's layers.
 
-Layer L is the residual stream that enters block L, everywhere.
+Layer L is the residual stream that enters block L, everywhere; layer n of n the stream that leaves the last block.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import prefers_torch
-from ..engine.hooks import Handle, recompiling, selected
+from ..engine.given import as_vector
+from ..engine.hooks import Handle, selected
 from ..engine.intervention import Edit, EditTable, compute_dtype
-from ..engine.models import adapter_for
-from ..engine.models.huggingface import hidden_argument
+from ..engine.models import ModelAdapter, adapter_for
+from ..engine.models.huggingface import hidden_argument, is_traced
 from ..engine.positions import check_tokens, current_positions, token_mask, whole_pass
 from ..errors import ValidationError
 
@@ -41,8 +42,9 @@ def hf_hooks_contextmanager(
 
     Args:
         model: a causal model of any architecture with decoder layers.
-        hook_infos: pairs (layer, hook). Negative layers count from the end. A hook is one that the
-            functions of this module make, or any forward pre-hook ``(module, args)`` or ``(module, args, kwargs)``.
+        hook_infos: pairs (layer, hook). Negative layers count from the end; layer n of n is the stream that leaves
+            the last block, before the final norm. A hook is one that the functions of this module make, or any
+            forward pre-hook ``(module, args)`` or ``(module, args, kwargs)``.
         layers: dotted path of the list of decoder layers, where it isn't found by itself.
 
     Raises:
@@ -58,15 +60,26 @@ def hf_hooks_contextmanager(
     hook_infos = list(hook_infos)
     handles = Handle()
     try:
-        handles.add(recompiling())
         if any(getattr(hook, "token", None) is not None for _, hook in hook_infos):
             handles.add(adapter.track_positions())
         for layer, hook in hook_infos:
-            block = adapter.layers[adapter.layer_index(layer)]
-            handles.add(block.register_forward_pre_hook(hook, with_kwargs=_takes_kwargs(hook)))
+            handles.add(adapter.on_block(layer, _one_stream(adapter), with_kwargs=True, traced=True))
+            handles.add(
+                adapter.on_block(layer, hook, with_kwargs=_takes_kwargs(hook), traced=is_traced(hook))
+            )
         yield
     finally:
         handles.remove()
+
+
+def _one_stream(adapter: ModelAdapter) -> Callable[..., None]:
+    """A pre-hook that refuses a block's call that holds more than one residual stream."""
+
+    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if args or "hidden_states" in kwargs:
+            adapter.check_stream(hidden_argument(args, kwargs))
+
+    return check
 
 
 def _takes_kwargs(hook: Callable[..., Any]) -> bool:
@@ -96,8 +109,7 @@ def make_abl_mat(v: Tensor) -> Tensor:
     Raises:
         ValueError: v is zero, not finite, or not one vector.
     """
-    if v.ndim != 1:
-        raise ValidationError(f"v must be one vector of shape [d_model]; got shape {list(v.shape)}.")
+    v = as_vector("v", v)
     wide = v.to(compute_dtype(v.dtype))
     square = wide @ wide
     if not bool(torch.isfinite(square)) or bool(square == 0):
@@ -126,6 +138,7 @@ class _Steer:
         self.vector = vector
         self.matrix = matrix
         self.token = token
+        self.traced = token is None
 
     def edit(self, hidden: Tensor) -> Edit:
         """The edit for a residual stream of ``hidden``'s width, device and dtype."""
@@ -206,7 +219,8 @@ def make_steering_hook_hf(
         token: the positions that are steered, an int or a slice, None for all. Absolute positions in the
             sequence,
             prompt and generated text alike, counted from the first real token of a left-padded row; an open
-            stop has no end, negatives count from the end of the prompt. Holds under a KV cache too.
+            stop has no end, negatives count from the end of the prompt, as ``generate`` or the first call has it
+            (see :class:`mechanex.engine.hooks.Intervention`). Holds under a KV cache too.
 
     Returns:
         A forward pre-hook for :func:`hf_hooks_contextmanager`.

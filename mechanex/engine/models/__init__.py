@@ -7,14 +7,15 @@ from torch import nn
 from ...errors import ValidationError
 from .adapter import ModelAdapter
 from .huggingface import HuggingFaceAdapter
+from .kept import keep, kept_on
 
 __all__ = ["ModelAdapter", "adapter_for"]
 
-_KEY = "_mechanex_adapter"  # kept on the model, so that it goes when the model goes
-
 
 def adapter_for(model: nn.Module | ModelAdapter, *, layers: str | None = None) -> ModelAdapter:
-    """The engine's view of a model; the same object each time for the same model.
+    """The engine's view of a model; the same object for the same model, while somebody has it.
+
+    It holds its model; what was found out about the model is kept on the model itself, and stays when the view goes.
 
     Args:
         model: a Hugging Face causal model, a TransformerLens model, or an adapter (returned as it is).
@@ -31,16 +32,18 @@ def adapter_for(model: nn.Module | ModelAdapter, *, layers: str | None = None) -
             f"Expected a Hugging Face or TransformerLens model; got {type(model).__name__}. "
             "Load one by name with mechanex.load(name)."
         )
-    known = model.__dict__.get(_KEY)
-    if not isinstance(known, ModelAdapter) or known.model is not model:
-        known = None
+    kept = kept_on(model)
+    known = None if kept is None or kept.adapter is None else kept.adapter()
     if known is not None and layers is None and known.is_current():
         return known
     from .transformer_lens import TransformerLensAdapter, is_transformer_lens
 
-    lens, override = is_transformer_lens(model), getattr(known, "override", None)
+    lens, override = is_transformer_lens(model), None if kept is None else kept.override
     adapter = TransformerLensAdapter(model) if lens else HuggingFaceAdapter(model, layers=layers or override)
-    if known is not None:
-        adapter.tokenizer, adapter.model_id = known.tokenizer, known.model_id
-    model.__dict__[_KEY] = adapter
+    adapter.kept.layers = adapter.layers
+    if kept is not None and kept.layers == adapter.layers and layers is None:
+        adapter.kept = kept
+    elif kept is not None:
+        adapter.tokenizer, adapter.model_id = kept.tokenizer, kept.model_id
+    keep(model, adapter)
     return adapter

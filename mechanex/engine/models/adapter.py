@@ -15,8 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ValidationError
-from ..positions import PositionTracker, read_call
-from .placement import execution_device
+from ..attaching import after, before, detach_all
+from ..findings import Findings
+from ..following import Followed, Prompts
+from ..generate_calls import watch_generate
+from ..regimes import each_alone
+from .kept import Kept
+from .offload import is_absent, where_it_runs
 
 __all__ = ["Handles", "ModelAdapter", "ResidualHook", "Unembedding", "exclusive", "undisturbed"]
 
@@ -61,11 +66,6 @@ class Unembedding:
     scale: float = 1.0
     softcap: float | None = None
 
-    @property
-    def at_hand(self) -> bool:
-        """Whether the weight is there between the model's calls, or brought for each by what offloads it."""
-        return self.weight.device.type != "meta"
-
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., n_vocab] logits of ``hidden`` [..., d_model], in the weight's dtype as the model computes them."""
         logits = nn.functional.linear(hidden.to(self.weight.device), self.weight, self.bias)
@@ -90,14 +90,31 @@ class ModelAdapter(ABC):
     model: nn.Module
     hf_model: nn.Module
     layers: list[nn.Module]
-    tokenizer: Any
-    model_id: str
     d_model: int
-    findings: dict[str, Any]
-    _following: _Following | None = None
+    kept: Kept
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.kept.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self.kept.tokenizer = tokenizer
+
+    @property
+    def model_id(self) -> str:
+        return self.kept.model_id
+
+    @model_id.setter
+    def model_id(self, name: str) -> None:
+        self.kept.model_id = name
+
+    @property
+    def findings(self) -> Findings:
+        return Findings(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Kept on the model, and made again when asked for: a pickled or copied model goes without it.
+        # Made again from its model when asked for.
         return (type(None), ())
 
     @property
@@ -107,9 +124,9 @@ class ModelAdapter(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the device on which the embedding is computed."""
-        part = self._part("get_input_embeddings") or self.hf_model
-        return execution_device(self.hf_model, part, self._reference_weight())
+        """Where token ids go: the device of the embedding weights, or the one that offloaded weights are brought to."""
+        weight = self._reference_weight()
+        return where_it_runs(self.hf_model, self.model_id) if is_absent(weight) else weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,6 +138,12 @@ class ModelAdapter(ABC):
         """The text part of the model's configuration."""
         config: Any = self.hf_model.config
         return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    @property
+    def family(self) -> str | None:
+        """The architecture, as its configuration names it: checkpoints of one family have the same layers in kind."""
+        family = getattr(self.config, "model_type", None)
+        return family if isinstance(family, str) and family else None
 
     def _reference_weight(self) -> Tensor:
         embeddings = self._part("get_input_embeddings")
@@ -138,7 +161,9 @@ class ModelAdapter(ABC):
         return True
 
     def layer_index(self, layer: int) -> int:
-        """The layer as 0 … n_layers - 1; negatives count from the end.
+        """The layer as 0 … n_layers; negatives count back from the last block, so -1 is n_layers - 1.
+
+        Layer n_layers is the stream that leaves the last block, before the final norm.
 
         Raises:
             ValidationError: there is no such layer.
@@ -150,12 +175,28 @@ class ModelAdapter(ABC):
         if index is None or isinstance(layer, bool):
             raise ValidationError(f"A layer is an int; got {layer!r}.")
         layer = index
-        if not -self.n_layers <= layer < self.n_layers:
+        if not -self.n_layers <= layer <= self.n_layers:
             raise ValidationError(
                 f"Layer {layer} does not exist: {self.model_id} has {self.n_layers} layers, "
-                f"0 to {self.n_layers - 1} (negatives count from the end)."
+                f"0 to {self.n_layers - 1} (negatives count from the end), and {self.n_layers} for the stream "
+                "that leaves the last one."
             )
-        return layer % self.n_layers
+        return layer if layer >= 0 else layer + self.n_layers
+
+    def check_stream(self, hidden: object) -> None:
+        """Refuses what blocks pass on if it isn't one residual stream [B, T, d_model].
+
+        Raises:
+            ValidationError: several streams side by side, or another width.
+        """
+        if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[-1] == self.d_model:
+            return
+        got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise ValidationError(
+            f"The blocks of {self.model_id} pass on {got}, and steering needs one residual stream "
+            f"[batch, tokens, {self.d_model}]. A model that keeps several streams side by side (AltUp, "
+            "hyper-connections) can be run and scored, but not read or edited at its layers."
+        )
 
     def check_token_ids(self, ids: Iterable[int]) -> None:
         """Raises a ValidationError for a token id that is outside the model's vocabulary."""
@@ -168,9 +209,23 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def on_residual(self, layer: int, fn: ResidualHook) -> Any:
-        """Calls ``fn`` with the residual stream [B, T, d_model] entering block ``layer`` on every pass.
+        """Calls ``fn`` with the residual stream [B, T, d_model] of a layer on every pass.
 
         A tensor that ``fn`` returns takes its place; None leaves it. Returns a handle with ``remove()``.
+
+        Args:
+            layer: the block that the stream enters; n_layers for the stream that leaves the last block.
+            fn: never called for a model that has more than one stream, which is a ValidationError.
+        """
+
+    @abstractmethod
+    def on_block(
+        self, layer: int, hook: Callable[..., Any], *, with_kwargs: bool, traced: bool = False
+    ) -> Any:
+        """Registers a forward pre-hook on block ``layer``; returns a handle with ``remove()``.
+
+        At layer n_layers the hook is called with the stream that leaves the last block as the only argument.
+        ``traced`` as for :func:`mechanex.engine.attaching.before`.
         """
 
     @property
@@ -182,6 +237,15 @@ class ModelAdapter(ABC):
     @abstractmethod
     def head(self) -> nn.Module | None:
         """The module whose input is the final, normed hidden state; None when the model has no language head."""
+
+    @property
+    def unembeds(self) -> bool:
+        """Whether the unembedding's weights are there between calls, so that it can be computed outside of the model.
+
+        torch multiplies by weights without numbers, and gives whatever the memory held.
+        """
+        head = self.head
+        return head is not None and not any(is_absent(weight) for weight in head.parameters())
 
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:
@@ -196,33 +260,75 @@ class ModelAdapter(ABC):
         """The module that owns the decoder layers: its calls are seen whatever wraps the model."""
         return self.hf_model
 
-    def track_positions(self) -> Handles:
+    def track_positions(self, *, prompt_tokens: int | None = None) -> Handles:
         """Follows the model's calls, so that token selectors know absolute positions, until the handle is removed.
 
-        Contexts that overlap share one tracker: a later one knows the prompt that an earlier one saw.
+        Contexts that overlap share what was seen: a later one knows the prompt that an earlier one saw.
+
+        Args:
+            prompt_tokens: length of the prompts with their padding, for loops that read them in pieces or run grown
+                texts anew; None where the first call with a cache, or each call without one, is the prompt.
         """
-        if self._following is None or not self._following.users:
-            self._following = _Following(self.trunk)
-        return self._following.join()
+        following: Following | None = self.kept.following
+        if following is None or not following.users:
+            following = self.kept.following = self._follow()
+        handle = following.join()
+        if prompt_tokens is not None:
+            handle.add(_Stated(following.followed, Prompts(prompt_tokens, None, stated=True)))
+        return handle
+
+    def detach_all(self) -> int:
+        """Removes every hook of ours from the model, whoever holds the handles; returns how many there were."""
+        n = sum(detach_all(module) for module in {self.model, self.hf_model})
+        following, self.kept.following = self.kept.following, None
+        if following is not None:
+            following.end()
+        return n
+
+    def _follow(self) -> Following:
+        """New hooks that follow this model."""
+        followed, trunk, first = Followed(), self.trunk, self.layers[0]
+
+        def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            followed.begin(args, kwargs)
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            followed.enter(*hidden_and_others(args, kwargs))
+
+        def end(*_: Any) -> None:
+            followed.end()
+
+        following = Following(followed)
+        following.add(before(trunk, begin, first=True))
+        # Before the hooks that ask, whenever those were attached.
+        following.add(before(first, enter, first=True))
+        following.add(after(trunk, end, always=True))
+        for watched in watch_generate([self.model, *self.hf_model.modules()], followed, self.d_model):
+            following.add(watched)
+        return following
 
 
-class _Following:
+def hidden_and_others(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, list[Any]]:
+    """The hidden state that a layer is given, first or the only tensor [B, T, d] by name, and all other arguments."""
+    if args:
+        return args[0], [*args[1:], *kwargs.values()]
+    name = next(
+        n for n, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point() and v.ndim == 3
+    )
+    return kwargs[name], [v for n, v in kwargs.items() if n != name]
+
+
+class Following:
     """The hooks that follow a model, for as long as someone uses them."""
 
-    def __init__(self, trunk: nn.Module) -> None:
-        tracker = PositionTracker()
-        self.users = 0
+    def __init__(self, followed: Followed) -> None:
+        self.followed, self.users = followed, 0
         self._handles = Handles()
+        self._handles.add(followed)
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tracker.before(read_call(module, args, kwargs, tracker))
-
-        def after(*_: Any) -> None:
-            tracker.after()
-
-        self._handles.add(tracker)
-        self._handles.add(trunk.register_forward_pre_hook(before, with_kwargs=True))
-        self._handles.add(trunk.register_forward_hook(after, always_call=True))
+    def add(self, handle: Any) -> None:
+        """Takes charge of a hook."""
+        self._handles.add(handle)
 
     def join(self) -> Handles:
         """A handle for one more user; the last one's removal removes the hooks."""
@@ -234,13 +340,28 @@ class _Following:
     def leave(self) -> None:
         """One user less."""
         self.users -= 1
-        if not self.users:
-            self._handles.remove()
+        if self.users == 0:
+            self.end()
+
+    def end(self) -> None:
+        """Follows no more, whoever uses it."""
+        self._handles.remove()
+
+
+class _Stated:
+    """Says where the prompt ends until it is removed."""
+
+    def __init__(self, followed: Followed, prompts: Prompts) -> None:
+        self._context = followed.generating(prompts)
+        self._context.__enter__()
+
+    def remove(self) -> None:
+        self._context.__exit__(None, None, None)
 
 
 @dataclass(frozen=True)
 class _Leave:
-    following: _Following
+    following: Following
 
     def remove(self) -> None:
         self.following.leave()
@@ -261,22 +382,29 @@ def exclusive(adapter: ModelAdapter) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module, *, freeze: bool = True) -> Iterator[None]:
-    """Runs a block with the model in eval mode and without weight gradients; everything is put back afterwards.
+    """Runs a block in eval mode, without weight gradients, with every row as it is alone; then all is put back.
 
     Args:
         model: a module.
         freeze: False leaves the weights' ``requires_grad`` as it is.
     """
     training = [m for m in model.modules() if m.training]
-    trainable = [p for p in model.parameters() if freeze and p.requires_grad]
+    # By name: offloaded weights are other objects after a call.
+    trainable = [
+        (module, name)
+        for module in (model.modules() if freeze else ())
+        for name, p in module.named_parameters(recurse=False)
+        if p.requires_grad
+    ]
     try:
         for module in training:
             module.training = False
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
+        for module, name in trainable:
+            getattr(module, name).requires_grad_(False)
+        with each_alone(model):
+            yield
     finally:
         for module in training:
             module.training = True
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for module, name in trainable:
+            getattr(module, name).requires_grad_(True)

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...errors import ValidationError
+from ..caches import returned_caches
 
-__all__ = ["installed", "official_name", "require", "unsuitable", "wrap"]
+__all__ = ["installed", "official_name", "require", "same", "unsuitable", "watched", "wrap"]
 
 OLDEST = 4  # the first version whose only model class is the bridge
 
@@ -88,6 +90,53 @@ def wrap(model: nn.Module, name: str, tokenizer: Any) -> nn.Module:
     if before is not None:
         settings["add_bos_token"] = before
     return bridge
+
+
+WITHOUT, WITH = "without a cache", "with a cache"
+_PROBE, _STEPS = 8, 2  # tokens of the text that is compared, and how many of them come one by one
+
+
+def watched(model: nn.Module) -> dict[str, Tensor]:
+    """Logits [1, T, n_vocab] of a short text, without a cache and, where the model keeps one, with it.
+
+    Args:
+        model: a transformers causal model, or the one inside a bridge.
+    """
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (1, _PROBE), generator=generator).to(
+        next(model.parameters()).device
+    )
+    with torch.no_grad():
+        found = {WITHOUT: model(input_ids=ids, use_cache=False, return_dict=True).logits}
+        try:
+            out = model(input_ids=ids[:, :-_STEPS], use_cache=True, return_dict=True)
+            steps, caches = [out.logits], returned_caches(out)
+            for i in range(_PROBE - _STEPS, _PROBE):
+                # Recurrent models read the mask of the tokens at hand: none is needed for a single text.
+                out = model(input_ids=ids[:, i : i + 1], use_cache=True, return_dict=True, **caches)
+                steps.append(out.logits)
+        except TypeError:
+            return found
+    return found | {WITH: torch.cat(steps, 1)}
+
+
+def same(bridge: nn.Module, plain: dict[str, Tensor]) -> None:
+    """Checks that a bridge computes what :func:`watched` saw of the plain model.
+
+    Raises:
+        RuntimeError: it doesn't; the text says with or without a cache.
+    """
+    from ..selfcheck import close
+
+    inner: Any = bridge.original_model
+    found = watched(inner)
+    for how, truth in plain.items():
+        if how not in found or not close(found[how], truth):
+            raise RuntimeError(
+                f"its bridge computes something else than the model {how}; this version of TransformerLens doesn't fit "
+                "this version of transformers."
+            )
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from torch import nn
 
 from ...errors import ValidationError
 from . import adapter_for, lens
+from .adapter import undisturbed
+from .lora import adapted, add_adapter
 from .pretrained import check_causal, choose_dtype, place, read_config, read_model, read_tokenizer
 from .sources import Source, find_source, unreachable
 
@@ -51,7 +53,8 @@ def load(
     """Loads a causal language model by bundled name, local folder, Hub name or TransformerLens short name.
 
     Args:
-        name_or_path: ``mx-tiny``, a folder, ``EleutherAI/pythia-70m``, ``gpt2-small``, …
+        name_or_path: ``mx-tiny``, a folder, ``EleutherAI/pythia-70m``, ``gpt2-small``, …; also a folder that peft
+            wrote (a LoRA adapter), whose base model is loaded with it, as a plain model.
         backend: "transformers" for the plain model, "transformer_lens" for a ``TransformerBridge``; "auto"
             takes the bridge where the ``lens`` extra is installed and can wrap the model, and logs which.
         dtype: "float32", "bfloat16", "float16", "float64", a torch dtype, or "auto" for the checkpoint's own.
@@ -65,8 +68,8 @@ def load(
 
     Raises:
         NotFoundError: there is no such model, or it isn't here and the Hub can't be reached.
-        ValidationError: not a decoder-only language model, broken files, a wrong argument, or the ``lens``
-            extra is missing.
+        ValidationError: not a decoder-only language model, broken files, a wrong argument, or the ``lens`` or
+            ``lora`` extra is missing.
         AuthenticationError: a gated model of the Hub that your account may not read.
     """
     if backend not in BACKENDS:
@@ -79,31 +82,46 @@ def load(
             )
     use_lens = backend != "transformers" and layers is None and lens.installed()
     source = find_source(name_or_path, ask_transformer_lens=lens.installed())
+    parts = adapted(source)
+    base = source if parts is None else parts.base
     kwargs.setdefault("trust_remote_code", False)
-    if source.kind == "hub" and unreachable():
+    if base.kind == "hub" and unreachable():
         kwargs.setdefault("local_files_only", True)
     if dtype is None:
         dtype = kwargs.pop("torch_dtype", None)
     wanted = place(device, kwargs)
 
-    config = read_config(source, kwargs)
-    check_causal(source, config)
-    if use_lens and (reason := lens.unsuitable(config)) is not None:
+    config = read_config(base, kwargs)
+    check_causal(base, config)
+    reason = None
+    if use_lens:
+        reason = lens.unsuitable(config) if parts is None else "it is a model with an adapter of peft's."
+    if reason is not None:
         if backend == "transformer_lens":
             raise ValidationError(f"TransformerLens can't wrap {source.name}: {reason}")
         _log.warning("%s is loaded as a plain Hugging Face model: %s", source.name, reason)
         use_lens = False
-    own_tokenizer = tokenizer if tokenizer is not None else read_tokenizer(source, kwargs)
+    own_tokenizer = (
+        tokenizer
+        if tokenizer is not None
+        else read_tokenizer(base if parts is None else parts.tokenizer, kwargs)
+    )
     precision = choose_dtype(dtype, config, wanted)
 
     def read() -> nn.Module:
-        model: nn.Module = read_model(source, precision, wanted, kwargs)
+        model: nn.Module = read_model(base, precision, wanted, kwargs)
+        if parts is not None and parts.base is not source:
+            add_adapter(model, source)
         return model
 
     model = read()
-    if use_lens:
+    if use_lens:  # in place: what the plain model computes is noted first
         try:
+            with undisturbed(model):
+                plain = lens.watched(model)
             model = lens.wrap(model, source.name, own_tokenizer)
+            with undisturbed(model):
+                lens.same(model, plain)
         except Exception as error:  # the bridge of an architecture may fail in any way
             if backend == "transformer_lens":
                 raise ValidationError(

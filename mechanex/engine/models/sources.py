@@ -11,8 +11,11 @@ from pathlib import Path
 from ...errors import AuthenticationError, MechanexError, NotFoundError, ValidationError
 from .aliases import hub_name
 from .bundled import bundled_names, bundled_path
+from .packaged import PACKAGED, packaged_path
 
-__all__ = ["Source", "explain", "find_source"]
+__all__ = ["ADAPTER_CONFIG", "Source", "explain", "find_source"]
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -24,7 +27,7 @@ class Source:
     Args:
         location: what transformers is given: a folder or a Hub name.
         name: how the model is called in messages and metadata.
-        kind: "bundled", "folder" or "hub".
+        kind: "bundled", "folder" (also of a packaged model) or "hub".
         typed: what the user asked for.
     """
 
@@ -35,15 +38,16 @@ class Source:
 
 
 def find_source(name_or_path: str | os.PathLike[str], *, ask_transformer_lens: bool = False) -> Source:
-    """Decides what a name or path means: a bundled model, then an existing folder, then a Hub name.
+    """Decides what a name or path means: a bundled model, then an existing folder, a packaged model, a Hub name.
 
     Args:
-        name_or_path: a bundled name, a folder, a TransformerLens short name or a Hub name.
+        name_or_path: a bundled name, a folder, the name of a packaged model, a TransformerLens short name, or a
+            Hub name.
         ask_transformer_lens: resolve short names through TransformerLens' table too.
 
     Raises:
         ValidationError: not a name, or a path to something else than a model's folder.
-        NotFoundError: a path where there is nothing.
+        NotFoundError: a path where there is nothing, or a packaged model that can't be fetched.
     """
     if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
         raise ValidationError(
@@ -56,6 +60,8 @@ def find_source(name_or_path: str | os.PathLike[str], *, ask_transformer_lens: b
     if path.exists():
         _check_folder(path)
         return Source(str(path), typed, "folder", typed)
+    if isinstance(name_or_path, str) and (folder := packaged_path(typed)) is not None:
+        return Source(str(folder), typed, "folder", typed)
     if isinstance(name_or_path, os.PathLike) or not _HUB_NAME.fullmatch(typed):
         raise NotFoundError(
             f"There is no model folder at {path.absolute()}. Give an existing folder that save_pretrained "
@@ -71,7 +77,8 @@ def _check_folder(path: Path) -> None:
             f"{path} is a file; a model is loaded from a folder with config.json, weights and tokenizer. "
             f"Give the folder (for a GGUF file: the folder, and gguf_file={path.name!r})."
         )
-    if not (path / "config.json").exists() and not any(path.glob("*.gguf")):
+    known = (path / name for name in ("config.json", ADAPTER_CONFIG))
+    if not any(file.exists() for file in known) and not any(path.glob("*.gguf")):
         raise ValidationError(
             f"The folder {path} holds no config.json, so it isn't a saved model. "
             "Write one with model.save_pretrained(folder) and tokenizer.save_pretrained(folder)."
@@ -79,7 +86,7 @@ def _check_folder(path: Path) -> None:
 
 
 def _bundled_list() -> str:
-    return ", ".join(bundled_names()) or "none in this installation"
+    return ", ".join([*bundled_names(), *PACKAGED])
 
 
 def unreachable() -> bool:
@@ -108,7 +115,7 @@ def explain(error: Exception, source: Source, part: str) -> MechanexError:
     Args:
         error: what was raised.
         source: what was being read.
-        part: "configuration", "weights" or "tokenizer".
+        part: "configuration", "weights", "adapter" or "tokenizer".
     """
     text, names = str(error), _chain(error)
     first = text.strip().split("\n")[0]

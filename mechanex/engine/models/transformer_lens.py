@@ -8,9 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import ValidationError
-from ..positions import Positions, PositionTracker
-from .adapter import Handles, ResidualHook, Unembedding
-from .huggingface import HuggingFaceAdapter
+from ..attaching import after, before
+from ..call_facts import flat
+from ..following import Followed
+from ..generate_calls import watch_generate
+from ..positions import Positions, positions_are_given, set_positions
+from .adapter import Following, ResidualHook, Unembedding, hidden_and_others
+from .huggingface import HuggingFaceAdapter, is_traced
 
 __all__ = ["HookedTransformerAdapter", "TransformerLensAdapter", "is_transformer_lens"]
 
@@ -63,14 +67,17 @@ class TransformerLensAdapter(HuggingFaceAdapter):
         return inner if isinstance(inner, nn.Module) else None
 
     def on_residual(self, layer: int, fn: ResidualHook) -> Any:
-        point = self.layers[self.layer_index(layer)].hook_resid_pre
+        index = self.layer_index(layer)
+        last = index == self.n_layers
+        point = self.layers[-1].hook_resid_post if last else self.layers[index].hook_resid_pre
         assert isinstance(point, nn.Module)
 
         def hook(_module: nn.Module, _inputs: Any, hidden: Tensor) -> Tensor | None:
+            self.check_stream(hidden)
             return fn(hidden)
 
         # Not point.add_hook: reset_hooks() would remove it behind our back.
-        return point.register_forward_hook(hook)
+        return after(point, hook, traced=is_traced(fn))
 
 
 class HookedTransformerAdapter(TransformerLensAdapter):
@@ -85,37 +92,43 @@ class HookedTransformerAdapter(TransformerLensAdapter):
         head: Any = self.model.unembed
         return Unembedding(head.W_U.T, head.b_U, 1.0, self.config.final_logit_softcapping)
 
-    def track_positions(self) -> Handles:
+    def _follow(self) -> Following:
         """Follows the blocks: ``HookedTransformer.generate`` runs ``forward`` past any hook on the model."""
-        follower, handles = _BlockFollower(), Handles()
+        followed = Followed()
+        blocks, following = _BlockFollower(followed), Following(followed)
         for index, block in enumerate(self.layers):
-            handles.add(block.register_forward_pre_hook(follower.entering(index), with_kwargs=True))
-            handles.add(block.register_forward_hook(follower.left, always_call=True))
-        return handles
+            following.add(before(block, blocks.entering(index)))
+            following.add(after(block, blocks.left, always=True))
+        for watched in watch_generate([self.model], followed, self.d_model):
+            following.add(watched)
+        return following
 
 
 class _BlockFollower:
     """Reads positions from what the blocks are called with; the first block of a pass speaks for all."""
 
-    def __init__(self) -> None:
-        self._tracker = PositionTracker()
+    def __init__(self, followed: Followed) -> None:
+        self._followed = followed
         self._pass: Positions | None = None
         self._last = -1
 
     def entering(self, index: int) -> Any:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["resid_pre"]
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, others = hidden_and_others(args, kwargs)
             if self._pass is None or index <= self._last or self._pass.shape != tuple(hidden.shape[:2]):
-                cache = kwargs.get("past_kv_cache_entry")
+                # A block's own keys and values, which it adds to when it runs.
+                cache = next((v for v in others if hasattr(v, "past_keys")), None)
                 past = 0 if cache is None else int(cache.past_keys.shape[1])
-                self._pass = Positions(hidden, kwargs.get("attention_mask"), None, past, self._tracker)
+                self._pass = self._followed.derive(hidden, flat(others), (), cache, past)
             self._last = index
-            self._tracker.before(self._pass)
+            self._followed.begin((), {})
+            if not positions_are_given():
+                set_positions(self._pass)
 
-        return before
+        return enter
 
     def left(self, *_: Any) -> None:
-        self._tracker.after()
+        self._followed.end()
 
 
 class _AsTransformers(nn.Module):

@@ -19,9 +19,11 @@ _KEYS = {field.name for field in fields(TrainingDatapoint)}
 def read_datapoints(path: str | os.PathLike[str], *, split: str | None = None) -> list[TrainingDatapoint]:
     """Reads lines whose keys are the fields of a :class:`TrainingDatapoint`; ``token`` is an int or ``[start, stop]``.
 
+    With ``"continue_final_message": true`` the completions go on with the last message of a chat prompt.
+
     Args:
-        path: the file, UTF-8; blank lines are skipped. Other keys than the fields and ``"split"`` are errors: a
-            misspelt one would leave a datapoint without completions.
+        path: the file, UTF-8; blank lines are skipped. Other keys are errors: a misspelt one would
+            leave a datapoint without completions.
         split: keep only the lines whose ``"split"`` is this; None keeps all.
 
     Raises:
@@ -33,12 +35,13 @@ def read_datapoints(path: str | os.PathLike[str], *, split: str | None = None) -
 
 
 def _datapoint(line: dict[str, Any]) -> TrainingDatapoint:
-    unknown = sorted(set(line) - _KEYS - {"split"})
+    unknown = sorted(set(line) - _KEYS - {"split", "continue_final_message"})
     if unknown:
         known = ", ".join(sorted(_KEYS))
         raise ValueError(f"it has the unknown key {unknown[0]!r}; known are {known} and split")
     found = {**line, "prompt": prompt_of(line)}
-    found.pop("split", None)
+    for key in ("split", "continue_final_message"):
+        found.pop(key, None)
     for side in ("src_completions", "dst_completions"):
         texts = found[side] = found.get(side) or []
         if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):

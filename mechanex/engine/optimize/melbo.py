@@ -34,7 +34,8 @@ def make_melbo_loss_funcs(target_layer: int) -> tuple[Callable[..., dict[str, An
     TransformerLens models (www.lesswrong.com/posts/ioPnHKFyy4Cw2Gr2x).
 
     Args:
-        target_layer: where the distance is measured, above the lowest steered layer; negatives count from the end.
+        target_layer: where the distance is measured, above the lowest steered layer; negatives count from the end,
+            and n of n layers is the stream that leaves the last block.
 
     Returns:
         (melbo_pre_loss_func, melbo_loss_func), to be passed to ``optimize_vector`` as

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ValidationError
+from ..given import as_vector
 from ..intervention import Edit
 
 __all__ = ["Parameters", "Table"]
@@ -146,10 +147,8 @@ class Parameters:
         Raises:
             ValidationError: not numbers, another width, NaN or infinite, or zero where a direction is needed.
         """
-        try:
-            found = torch.as_tensor(vector).detach()
-        except (TypeError, ValueError, RuntimeError):
-            raise ValidationError(f"starting_vec must be a tensor [{self.width}]; got {vector!r}.") from None
+        whole = isinstance(vector, Tensor) and not vector.is_floating_point()
+        found = as_vector("starting_vec", vector.float() if whole else vector).detach()  # type: ignore[attr-defined]
         if tuple(found.shape) != (self.width,):
             raise ValidationError(
                 f"starting_vec has shape {list(found.shape)}, but the model's residual stream is {self.width} wide; "
@@ -161,7 +160,7 @@ class Parameters:
             )
         if self.clamp is not None and not bool(found.any()):
             raise ValidationError("Clamp steering needs a direction, but starting_vec is zero.")
-        return found if found.is_floating_point() else found.float()
+        return found
 
 
 def _shortened(rows: Tensor, longest: float) -> Tensor:

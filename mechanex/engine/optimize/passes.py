@@ -7,6 +7,7 @@ index says which token gets which edit.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ...ops.steer import steer
 from ..hooks import attach
+from ..memory import tensor_bytes, total_bytes
 from ..models.adapter import Handles, ModelAdapter, ResidualHook
 from ..pauses import pause
 from .layout import Layout, StepPack
@@ -26,6 +28,8 @@ from .settings import LossOptions
 from .stack import Running, Stack
 
 __all__ = ["Evaluation", "Passes", "Request"]
+
+_log = logging.getLogger(__name__)
 
 # A CUDA graph keeps the memory of its pass: with more packs than this their memory is shared instead.
 MOST_CAPTURED = 4
@@ -87,13 +91,26 @@ class Passes:
         layers: every layer that any request edits.
         starts: the lowest layer of each job.
         batch_tokens: most tokens of a pass, unless one pack alone has more.
+        most_bytes: most memory for what is kept of the layers below the edits; packs beyond it run whole each time.
+            None for a quarter of the device's memory.
+
+    Attributes:
+        kept_bytes: memory of what is kept.
     """
 
     def __init__(
-        self, adapter: ModelAdapter, layers: Sequence[int], starts: Sequence[int], batch_tokens: int
+        self,
+        adapter: ModelAdapter,
+        layers: Sequence[int],
+        starts: Sequence[int],
+        batch_tokens: int,
+        *,
+        most_bytes: int | None = None,
     ) -> None:
         self.adapter = adapter
-        self.starts = sorted(set(starts))
+        self._most_bytes = total_bytes(adapter.device) // 4 if most_bytes is None else most_bytes
+        self.kept_bytes = 0
+        self.starts = sorted({min(start, adapter.n_layers - 1) for start in starts})
         self._layers, self._batch_tokens = sorted(set(layers)), batch_tokens
         self._replays: dict[StepPack, Replay] = {}
         self._stacks: dict[Any, Stack] = {}
@@ -148,7 +165,13 @@ class Passes:
     def replay(self, step_pack: StepPack) -> Replay:
         """What is kept of a pack's lower layers; made on first use."""
         if step_pack not in self._replays:
-            self._replays[step_pack] = Replay(self.adapter, step_pack.pack, self.starts)
+            made = self._replays[step_pack] = Replay(self.adapter, step_pack.pack, self.starts)
+            size = tensor_bytes(made.tensors)
+            if self.kept_bytes + size > self._most_bytes:
+                made.give_up()
+                _log.info("Residuals fill %d MiB; another pack runs whole each time.", self.kept_bytes >> 20)
+            else:
+                self.kept_bytes += size
         return self._replays[step_pack]
 
     def residual(

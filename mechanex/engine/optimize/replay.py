@@ -1,8 +1,7 @@
 """The upper layers of a model run again and again over one pack: some of its rows, or several copies of them at once.
 
 A pass is replayed with the arguments that the model was seen to give its layers. Which axis of an argument goes with
-the
-rows is found by looking at two copies of the pack: it is the axis that doubles.
+the rows is found by looking at two copies of the pack: it is the axis that doubles.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..._private.torch import tree_flatten, tree_unflatten
 from ..forward import Resumed
 from ..models.adapter import ModelAdapter
 from ..pack import Pack
@@ -45,6 +44,20 @@ class Replay:
             self.possible = self._seen.residual is not None
         self._axes: list[list[int | None]] | None = None
         self._repeated: tuple[int, list[Arguments]] | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is kept of the one pass: residuals, and the arguments of every layer."""
+        if not self.possible:
+            return []
+        kept = [self._seen.residuals, self._seen.arguments]
+        return [leaf for leaf in tree_flatten(kept)[0] if isinstance(leaf, Tensor)]
+
+    def give_up(self) -> None:
+        """Drops what is kept: the model runs whole from now on."""
+        if self.possible:
+            self.possible, self._axes, self._repeated = False, None, None
+            del self._seen
 
     def residual(self, layer: int) -> Tensor:
         """[B, T, d_model] entering ``layer``, one of ``layers``, unsteered and without gradient."""

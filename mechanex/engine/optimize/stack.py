@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..forward import scored_logprobs, visit_residuals
 from ..models.adapter import ModelAdapter
-from ..models.placement import on_one_device
-from ..positions import PackPositions, pack_positions
+from ..models.offload import on_one_device
+from ..positions import Positions, given_positions
+from ..regimes import text_lengths
 from .capture import captured
 from .layout import StepPack
 from .losses import completion_losses
@@ -76,12 +77,12 @@ class Stack:
 
     def _plan(
         self, replay: Replay, rows: Tensor | None
-    ) -> list[tuple[Any, Tensor | None, Any, PackPositions]]:
-        """For every layer the block, what joins there, the block's other arguments, and the tokens' positions."""
-        starts = [layers[0] for layers in self._members]
+    ) -> list[tuple[Any, Tensor | None, Any, tuple[Positions, Tensor]]]:
+        """For every layer the block, what joins there, the block's other arguments, and the tokens' places."""
+        starts = [self._start(layers) for layers in self._members]
         chosen = None if rows is None else replay.rows(rows)
         blocks, plan = self._passes.adapter.layers, []
-        n, positions = 0, self.step_pack.pack.positions
+        n, places = 0, (self.step_pack.pack.positions, self.step_pack.pack.text_length)
         for layer in range(starts[0], len(blocks)):
             joins, fresh = starts.count(layer), None
             if joins:
@@ -89,13 +90,18 @@ class Stack:
                 fresh = replay.residual(layer)
                 fresh = fresh if rows is None else fresh[rows.to(fresh.device)]
                 fresh = fresh if joins == 1 else fresh.repeat(joins, 1, 1)
-                positions = self.step_pack.pack.repeated(n).positions
+                copies = self.step_pack.pack.repeated(n)
+                places = (copies.positions, copies.text_length)
             if chosen is None:
                 arguments = replay.arguments(layer, n, len(self._members))
             else:
                 arguments = chosen[layer - replay.first]
-            plan.append((blocks[layer], fresh, arguments, positions))
+            plan.append((blocks[layer], fresh, arguments, places))
         return plan
+
+    def _start(self, layers: tuple[int, ...]) -> int:
+        """The block that a job's copies join at; edits of what leaves the last block need that block's run."""
+        return min(layers[0], self._passes.adapter.n_layers - 1)
 
     def _slots(self, layer: int, replayed: bool) -> Tensor | None:
         """The edit of every token of the copies that are there at a layer; None if one edit serves all of them."""
@@ -104,7 +110,7 @@ class Stack:
             return None
         copies = []
         for q, layers in enumerate(self._members):
-            if layers[0] > layer and replayed:
+            if self._start(layers) > layer and replayed:
                 continue
             edits = layer in layers
             copies.append(
@@ -129,7 +135,7 @@ class Stack:
     def residual(self, table: Table | None, layer: int) -> Tensor:
         """[J·B, T, d_model] entering a layer that is above the lowest edited one."""
         if self._segments is not None:
-            return self._replayed(table, layer - self._members[0][0])
+            return self._replayed(table, layer - self._start(self._members[0]))
         seen: list[Tensor] = []
         self._passes.running = None if table is None else Running(self._rows, table)
         try:
@@ -144,10 +150,10 @@ class Stack:
         self._passes.running = None if table is None else Running(self._rows, table)
         hidden: Tensor | None = None
         try:
-            for block, fresh, (args, kwargs), positions in self._segments[:n_layers]:
+            for block, fresh, (args, kwargs), (positions, lengths) in self._segments[:n_layers]:
                 if fresh is not None:
                     hidden = fresh if hidden is None else torch.cat([hidden, fresh])
-                with pack_positions(positions):
+                with given_positions(positions), text_lengths(lengths):
                     out = block(hidden, *args, **kwargs)
                 hidden = out[0] if isinstance(out, tuple) else out
         finally:

@@ -1,0 +1,74 @@
+"""torch: what its documentation doesn't name."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+__all__ = [
+    "dispatch_modes",
+    "parallel_for_address",
+    "remove_hook",
+    "stream_getter",
+    "transforms_are_active",
+    "tree_flatten",
+    "tree_unflatten",
+    "writes",
+]
+
+_HOOK_TABLES = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+"""How many dispatch modes are on: under one, tensors may have no memory to point at."""
+
+_functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def transforms_are_active() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation runs."""
+    return _functorch_is_active() or forward_ad._current_level >= 0
+
+
+def writes(tensor: Tensor) -> int:
+    """A count that changes when a tensor is written to; 0 for inference tensors, which don't count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def stream_getter() -> Callable[[int], int]:
+    """From a CUDA device's index to its current stream, as a raw pointer.
+
+    A tenth of the cost of ``torch.cuda.current_stream``, which makes a Stream object; torch's own compiler uses it.
+    """
+    raw: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return raw or (lambda device: torch.cuda.current_stream(device).cuda_stream)
+
+
+def parallel_for_address() -> int:
+    """Address of ``torch_parallel_for`` in torch's own CPU library (torch 2.10 and later), 0 without it."""
+    name = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
+    try:
+        library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", name))
+        return ctypes.cast(library.torch_parallel_for, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
+
+
+def remove_hook(module: nn.Module, hook_id: int) -> None:
+    """Removes a forward hook or pre-hook, known by its handle's ``id``, from a module; its handle need not be there."""
+    for name in _HOOK_TABLES:
+        table: dict[int, Any] = getattr(module, name)
+        table.pop(hook_id, None)

@@ -1,0 +1,59 @@
+"""What users give, in the forms they have it in, as what the engine computes with."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ValidationError
+
+__all__ = ["as_vector", "as_whole"]
+
+
+def as_whole(value: object) -> int | None:
+    """A whole number of any integer type, NumPy's and 0-d tensors' too, as an int; None for anything else."""
+    if isinstance(value, bool | np.bool_) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def as_vector(name: str, value: object) -> Tensor:
+    """One vector [d] of floating numbers; a tensor keeps its dtype, device and gradient.
+
+    Args:
+        name: what it is called in messages.
+        value: a tensor, NumPy array or list of numbers; [d], or with leading axes of length 1.
+
+    Raises:
+        ValidationError: something else, several vectors, or none.
+    """
+    found = value if isinstance(value, Tensor) else _from_numbers(name, value)
+    while found.ndim > 1 and found.shape[0] == 1:
+        found = found[0]
+    if found.ndim != 1 or found.numel() == 0 or not found.is_floating_point():
+        raise ValidationError(
+            f"{name} must be one vector of floating numbers [d]; got {found.dtype} of shape {list(found.shape)}."
+        )
+    return found
+
+
+def _from_numbers(name: str, value: object) -> Tensor:
+    """A NumPy array in its own precision, float32 for lists."""
+    array: Any
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):
+        array = np.asarray(None)
+    if array.dtype.kind not in "fiu":
+        raise ValidationError(
+            f"{name} must be a vector [d]: a tensor, a NumPy array or a list of numbers; got {type(value).__name__}."
+        )
+    wide = isinstance(value, np.ndarray) and array.dtype.itemsize >= 8 and array.dtype.kind == "f"
+    return torch.from_numpy(np.array(array, dtype=np.float64 if wide else np.float32))

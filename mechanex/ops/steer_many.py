@@ -1,0 +1,160 @@
+"""The general steer op: up to m edits a row in order, with strengths and gates.
+
+Ways to a backend are those of :mod:`mechanex.ops.steer`. Its gradients are those of plain torch on the same arguments,
+whichever backend computed the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mechanex import backends
+from mechanex.backends import eager
+from mechanex.errors import ValidationError
+
+from . import schema
+from .gate import Gate
+
+__all__ = ["arguments", "check", "gradients", "steer"]
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def steer(
+    hidden: Tensor,
+    rows: Tensor | None,
+    strength: Tensor | None,
+    bias: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    gate: Gate | None,
+    backend: str | None,
+) -> Tensor:
+    """The op for checked arguments, as :func:`mechanex.ops.steer.steer` takes them."""
+    n_rows = math.prod(hidden.shape[:-1])  # a width of 0 leaves no -1 to infer
+    flat = hidden.reshape(n_rows, hidden.shape[-1])
+    many = rows is not None and rows.dim() == hidden.dim()
+    edits = rows.shape[-1] if many and rows is not None else 1
+    if edits == 0:
+        return hidden.clone(memory_format=torch.contiguous_format)
+    rows = None if rows is None else rows.reshape(n_rows, edits)
+    strength = None if strength is None else strength.reshape(n_rows, edits)
+    return _dispatch(flat, rows, strength, bias, left, right, gate, backend).view(hidden.shape)
+
+
+def check(
+    hidden: Tensor, rows: Tensor | None, strength: Tensor | None, bias: Tensor, gate: Gate | None
+) -> None:
+    """Raise :class:`ValidationError` unless strengths and gates fit arguments that are checked otherwise."""
+    if strength is not None:
+        shape = hidden.shape[:-1] if rows is None else rows.shape
+        if not isinstance(strength, Tensor) or not strength.is_floating_point():
+            got = strength.dtype if isinstance(strength, Tensor) else type(strength).__name__
+            raise ValidationError(f"strength must be a floating-point tensor, one number an edit, got {got}")
+        if strength.shape != shape:
+            like = "hidden's rows" if rows is None else "that of rows"
+            raise ValidationError(
+                f"strength must have shape {list(shape)} ({like}), got {list(strength.shape)}"
+            )
+        if strength.device != hidden.device:
+            raise ValidationError(
+                f"strength is on {strength.device}, hidden on {hidden.device}: move one of them"
+            )
+    if gate is not None:
+        if not isinstance(gate, Gate):
+            raise ValidationError(f"gate must be a Gate (mechanex.ops.gate), got {type(gate).__name__}")
+        if gate.weight.shape != bias.shape:
+            raise ValidationError(
+                f"gate.weight must have bias' shape {list(bias.shape)}, got {list(gate.weight.shape)}"
+            )
+        if gate.weight.device != hidden.device:
+            raise ValidationError(
+                f"gate is on {gate.weight.device}, hidden on {hidden.device}: move one of them"
+            )
+
+
+def _dispatch(
+    hidden: Tensor,
+    rows: Tensor | None,
+    strength: Tensor | None,
+    bias: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    gate: Gate | None,
+    backend: str | None,
+) -> Tensor:
+    """Take one of the three ways; rows and strength are ``[T, m]``, or None."""
+    kinds, weight, offset = (None, None, None) if gate is None else (gate.kinds, gate.weight, gate.offset)
+    tensors = (hidden, rows, strength, bias, left, right, kinds, weight, offset)
+    if torch.compiler.is_compiling():
+        return schema.steer_many(*tensors, backend)
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return eager.steer_many(hidden, rows, strength, bias, left, right, gate)
+    if any(type(t) not in _PLAIN for t in tensors) or torch._C._len_torch_dispatch_stack():
+        return schema.steer_many(*tensors, backend)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        edited: Tensor = _SteerMany.apply(*tensors, backend)  # type: ignore[no-untyped-call]
+        return edited
+    args = (hidden, rows, strength, bias, left, right, gate)
+    return backends.kernel("steer_many", backend, *args)(*args)
+
+
+class _SteerMany(torch.autograd.Function):
+    """The op for plain tensors that need gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *tensors, backend = args
+        ctx.save_for_backward(*tensors)
+        run = arguments(*tensors)
+        return backends.kernel("steer_many", backend, *run)(*run)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *gradients(grad, ctx.saved_tensors, ctx.needs_input_grad[:-1]), None
+
+
+def gradients(
+    grad: Tensor, tensors: Sequence[Tensor | None], needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the op, themselves differentiable where gradients are on.
+
+    Args:
+        grad: ``[T, d]``, the output's gradient.
+        tensors: the op's nine: hidden, rows, strength, bias, left, right and the gate's kinds, weight and offset.
+        needed: for which of them; the others get None.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views are the nodes to stop at: an argument may stand in two places.
+        seen: list[Any] = [
+            t.view_as(t) if t is not None and need else t for t, need in zip(tensors, needed, strict=True)
+        ]
+        out = eager.steer_many_unchecked(*arguments(*seen))
+        wanted = [t for t, need in zip(seen, needed, strict=True) if need and t is not None]
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again, allow_unused=True))
+    return tuple(
+        next(found) if need and t is not None else None for t, need in zip(seen, needed, strict=True)
+    )
+
+
+def arguments(
+    hidden: Tensor,
+    rows: Tensor | None,
+    strength: Tensor | None,
+    bias: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    kinds: Tensor | None,
+    weight: Tensor | None,
+    offset: Tensor | None,
+) -> tuple[Any, ...]:
+    """What a backend takes, of the tensors that autograd and compilers see."""
+    gate = None if kinds is None or weight is None or offset is None else Gate(kinds, weight, offset)
+    return hidden, rows, strength, bias, left, right, gate

@@ -1,0 +1,328 @@
+"""Vectors that users and other tools have, in the forms they have them in, and files that are not what they were."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from families import BOS, D_MODEL, FAMILIES, N_LAYERS, build, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+
+import mechanex
+from mechanex import SteeringVector, ValidationError
+from mechanex.cli import main
+from mechanex.engine.caa import caa_vectors
+from mechanex.engine.generate import generate
+from mechanex.engine.hooks import Intervention, SteeringPlan
+from mechanex.engine.intervention import Edit
+from mechanex.engine.models import adapter_for
+from mechanex.engine.vector_store import VectorStore
+from mechanex.utils.steering_opt import TrainingDatapoint, make_abl_mat, optimize_vector
+
+IDS = torch.tensor([[BOS, 9, 30, 71, 12, 8, 45]])
+
+
+def numbers(width: int = 4, seed: int = 0) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).normal(size=width).astype(np.float32)
+
+
+# What users have
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda a: a.tolist(),
+        lambda a: tuple(a),
+        lambda a: a,
+        lambda a: a[None],
+        lambda a: [a.tolist()],
+        lambda a: torch.from_numpy(a)[None],
+        lambda a: torch.from_numpy(a)[None, None],
+        lambda a: a.astype(np.float64),
+        lambda a: np.ascontiguousarray(a[::-1])[::-1],
+    ],
+    ids=["list", "tuple", "array", "[1, d] array", "[1, d] list", "[1, d]", "[1, 1, d]", "float64", "a view"],
+)
+def test_a_vector_may_be_a_list_an_array_or_have_an_axis_of_one(form: Any) -> None:
+    a = numbers(D_MODEL)
+    truth, given = torch.from_numpy(a), form(a)
+    vector = SteeringVector({np.int64(2): given})
+    assert vector.layers == (2,) and torch.equal(vector[2].float(), truth)
+    assert vector.dtype == (torch.float64 if getattr(given, "dtype", None) == np.float64 else torch.float32)
+    assert torch.equal(Edit.add(given).bias.float(), truth)
+    torch.testing.assert_close(make_abl_mat(given).float(), make_abl_mat(truth))
+    resolved = VectorStore().resolve({np.int32(-1): given}, build("llama"))
+    assert resolved.layers == (N_LAYERS - 1,) and torch.equal(resolved[N_LAYERS - 1].float(), truth)
+    start, _ = optimize_vector(
+        build("llama"),
+        [TrainingDatapoint("The morning was", dst_completions=[" calm."])],
+        np.int64(2),
+        tokenizer=tiny_tokenizer(),
+        starting_vec=given,
+        max_iters=0,
+        return_info=True,
+    )
+    torch.testing.assert_close(start.float(), truth)
+
+
+def test_whole_numbers_are_numbers_in_lists_and_arrays() -> None:
+    assert SteeringVector({0: [1, 0, -2]}) == SteeringVector({0: np.array([1, 0, -2])})
+    assert SteeringVector({0: [1, 0, -2]}) == SteeringVector({0: torch.tensor([1.0, 0.0, -2.0])})
+
+
+@pytest.mark.parametrize(
+    "given", ["abc", None, 3, [], [[1.0], [2.0]], [[1.0, 2.0], [3.0]], [True, False], ["1"], np.array(["a"]), {1: 2}]
+)  # fmt: skip
+def test_what_is_no_vector_is_named(given: Any) -> None:
+    with pytest.raises(ValidationError, match="layer 2 must be"):
+        SteeringVector({2: given})
+
+
+def test_numpy_integers_are_seeds_and_layers(tmp_path: Path) -> None:
+    model, tokenizer = build("llama"), tiny_tokenizer()
+    plain, numpy = (
+        generate(model, tokenizer, "The morning", seed=kind(7), max_tokens=4, sampling_method="top-k")
+        for kind in (int, np.int64)
+    )
+    assert plain == numpy
+    vector = SteeringVector({np.uint8(3): [1.0, 2.0]}, seed=np.int32(5))
+    vector.save(tmp_path / "v.safetensors")
+    assert vector.seed == 5 and SteeringVector.load(tmp_path / "v.safetensors").seed == 5
+    examples = (["The morning was"], [" calm."], [" cold."])
+    assert caa_vectors(model, *examples, np.array([1, N_LAYERS]), tokenizer).layers == (1, N_LAYERS)
+    for bad in (1.5, True, "3"):
+        with pytest.raises(ValidationError, match="seed"):
+            SteeringVector({0: [1.0]}, seed=bad)  # type: ignore[arg-type]
+
+
+# repeng and llama.cpp
+
+
+def as_repeng_runs_it(
+    model: Any, directions: dict[int, np.ndarray[Any, Any]], strength: float
+) -> torch.Tensor:
+    """Logits with each direction added to what its block gives: what repeng's wrapped blocks do, in a few lines."""
+    handles = []
+    for layer, direction in directions.items():
+        added = strength * torch.from_numpy(direction)
+
+        def after(module: Any, args: Any, out: Any, added: torch.Tensor = added) -> Any:
+            return (out[0] + added, *out[1:]) if isinstance(out, tuple) else out + added
+
+        handles.append(adapter_for(model).layers[layer].register_forward_hook(after))
+    with torch.no_grad():
+        logits: torch.Tensor = model(IDS).logits
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
+def write_control_vector(path: Path, directions: dict[int, np.ndarray[Any, Any]], kind: Any = None) -> Path:
+    writer = gguf.GGUFWriter(path, "controlvector")
+    writer.add_string("controlvector.model_hint", "llama")
+    writer.add_uint32("controlvector.layer_count", len(directions))
+    for layer, direction in directions.items():
+        if kind is None:
+            writer.add_tensor(f"direction.{layer}", direction)
+        else:
+            quantized = gguf.quantize(direction, kind)
+            writer.add_tensor(f"direction.{layer}", quantized, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "qwen2"])
+def test_a_full_file_of_repeng_steers_as_repeng_does(name: str, tmp_path: Path) -> None:
+    model = FAMILIES[name]()
+    directions = {
+        layer: numbers(D_MODEL, layer) for layer in range(N_LAYERS - 1, 0, -1)
+    }  # its default layers
+    path = write_control_vector(tmp_path / "repeng.gguf", directions)
+    vector = SteeringVector.load(path)
+    assert vector.layers == (2, 3, N_LAYERS)
+    truth = as_repeng_runs_it(model, directions, 1.5)
+    with vector.apply(model, 1.5), torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, truth, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(truth, as_repeng_runs_it(model, {}, 1.0), atol=1e-2)
+    vector.save(tmp_path / "again.gguf")
+    again = {t.name: t.data.tolist() for t in gguf.GGUFReader(tmp_path / "again.gguf").tensors}
+    assert again == {f"direction.{layer}": direction.tolist() for layer, direction in directions.items()}
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "BF16"])
+def test_quantized_directions_are_dequantized(kind: str, tmp_path: Path) -> None:
+    a = numbers(64)
+    path = write_control_vector(tmp_path / "q.gguf", {2: a}, gguf.GGMLQuantizationType[kind])
+    found = SteeringVector.load(path)[3]
+    least = {"Q8_0": 0.02, "Q4_0": 0.3, "BF16": 0.02}[kind]
+    assert found.shape == (64,) and float((found - torch.from_numpy(a)).abs().max()) <= least
+
+
+@pytest.mark.parametrize("kind", [None, "Q8_0"])
+def test_directions_with_an_axis_of_one_are_vectors(kind: str | None, tmp_path: Path) -> None:
+    a = numbers(64)
+    chosen = None if kind is None else gguf.GGMLQuantizationType[kind]
+    flat = SteeringVector.load(write_control_vector(tmp_path / "flat.gguf", {2: a}, chosen))
+    row = SteeringVector.load(write_control_vector(tmp_path / "row.gguf", {2: a[None]}, chosen))
+    assert row == flat
+
+
+# Names that don't say which side of a block they mean
+
+
+@pytest.mark.parametrize("pattern", ["layer_{}", "model.layers.{}", "transformer.h.{}", "v_layer_{}"])
+def test_names_that_do_not_say_the_site_ask_for_it(pattern: str, tmp_path: Path) -> None:
+    path = tmp_path / "v.safetensors"
+    tensors = {layer: torch.from_numpy(numbers(seed=layer))[None] for layer in (0, 3)}
+    save_file({pattern.format(layer): tensor for layer, tensor in tensors.items()}, path)
+    with pytest.raises(
+        ValidationError, match=r"v\.safetensors.*site='input'.*layer 0.*site='output'.*layer 1"
+    ):
+        SteeringVector.load(path)
+    entering = SteeringVector.load(path, site="input")
+    assert entering == SteeringVector(tensors)
+    leaving = SteeringVector.load(path, site="output")
+    assert leaving == SteeringVector({layer + 1: tensor for layer, tensor in tensors.items()})
+    assert mechanex.steering.load_vectors(path, site="output").keys() == {1, 4}
+    with pytest.raises(ValidationError, match=r"'input'.*'output'.*'resid_post'"):
+        SteeringVector.load(path, site="resid_post")  # type: ignore[arg-type]
+    leaving.save(tmp_path / "ours.safetensors")
+    assert SteeringVector.load(tmp_path / "ours.safetensors") == leaving
+
+
+def test_an_output_of_a_hugging_face_module_steers_where_it_was_read(tmp_path: Path) -> None:
+    model, v = build("llama"), torch.from_numpy(numbers(D_MODEL))
+    save_file({f"model.layers.{N_LAYERS - 1}": v}, tmp_path / "v.safetensors")
+    vector = SteeringVector.load(tmp_path / "v.safetensors", site="output")
+    with vector.apply(model), torch.no_grad():
+        found = model(IDS).logits
+    torch.testing.assert_close(
+        found, as_repeng_runs_it(model, {N_LAYERS - 1: v.numpy()}, 1.0), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_file_that_says_its_site_is_believed(tmp_path: Path) -> None:
+    path, a = tmp_path / "v.safetensors", torch.ones(3)
+    for named, metadata, layer in (
+        ("layer_3", {"site": "output"}, 4),
+        ("layer_3", {"site": "resid_pre"}, 3),
+        ("3", {"site": "resid_post"}, 4),
+        ("blocks.3.hook_resid_pre", None, 3),
+        ("blocks.3.hook_resid_post", None, 4),
+    ):
+        save_file({named: a}, path, metadata=metadata)
+        assert SteeringVector.load(path).layers == (layer,)
+    SteeringVector({3: a}).save(path)
+    assert SteeringVector.load(path, site="input").layers == (3,)
+    with pytest.raises(ValidationError, match="says itself that its layers are inputs"):
+        SteeringVector.load(path, site="output")
+    write_control_vector(tmp_path / "v.gguf", {3: a.numpy()})
+    with pytest.raises(ValidationError, match="says itself that its layers are outputs"):
+        SteeringVector.load(tmp_path / "v.gguf", site="input")
+    (tmp_path / "v.json").write_text('{"3": [1, 1, 1]}')
+    assert SteeringVector.load(tmp_path / "v.json", site="output").layers == (4,)
+
+
+def test_the_shell_takes_the_site(tmp_path: Path, mechanex_home: Path) -> None:
+    path, run = tmp_path / "v.safetensors", CliRunner().invoke
+    save_file({"layer_3": torch.ones(3)}, path)
+    refused = run(main, ["vectors", "import", str(path)])
+    assert refused.exit_code == 1 and "--site output" in " ".join(refused.output.split())
+    stored = run(main, ["vectors", "import", str(path), "--site", "output", "--json"])
+    assert VectorStore().get(json.loads(stored.output)["id"]).layers == (4,)
+    shown = run(main, ["vectors", "show", str(path), "--site", "input", "--json"])
+    assert json.loads(shown.output)["layers"] == [3]
+    exported = run(main, ["vectors", "export", str(path), str(tmp_path / "o.gguf"), "--site", "output"])
+    assert exported.exit_code == 0 and SteeringVector.load(tmp_path / "o.gguf").layers == (4,)
+
+
+# Files that are not what they were
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("suffix", [".safetensors", ".gguf"])
+def test_a_flipped_bit_is_an_error_that_names_the_file(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"flipped{suffix}"
+    whole = SteeringVector(
+        {3: numbers(5), 5: numbers(5, 1)}, model="m", model_family="llama", seed=3, metadata={"a": "b"}
+    )
+    whole.save(path)
+    data = path.read_bytes()
+    quiet = 0
+    for place in range(len(data)):
+        changed = bytearray(data)
+        changed[place] ^= 1 << (place * 5 % 8)
+        path.write_bytes(changed)
+        try:
+            found = SteeringVector.load(path)
+        except ValidationError as error:
+            assert path.name in str(error)
+            continue
+        # GGUF has bytes that mean nothing here: the hint, the padding.
+        assert found == whole and (found.model, found.model_family, found.seed, found.metadata) == (
+            "m", "llama", 3, {"a": "b"},
+        )  # fmt: skip
+        quiet += 1
+    assert quiet <= (0 if suffix == ".safetensors" else len(data) // 3)
+
+
+def test_a_flipped_number_names_the_checksum_and_files_without_one_still_load(tmp_path: Path) -> None:
+    path, vector = tmp_path / "v.safetensors", SteeringVector({3: numbers(5)}, model="m", seed=3)
+    vector.save(path)
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValidationError, match=r"v\.safetensors.*checksum.*damaged"):
+        SteeringVector.load(path)
+    old = {"format_version": "1", "library_version": "0.1", "model": "m", "width": "5", "layers": "3"}
+    save_file({"layer.3": vector[3]}, path, metadata=old | {"site": "resid_pre", "seed": "3"})
+    found = SteeringVector.load(path)
+    assert found == vector and (found.model, found.seed) == ("m", 3)
+
+
+def test_tensors_swapped_between_layers_are_not_the_same_file(tmp_path: Path) -> None:
+    path = tmp_path / "v.safetensors"
+    SteeringVector({3: numbers(5), 4: numbers(5, 1)}).save(path)
+    tensors = load_file(path)
+    metadata = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])[
+        "__metadata__"
+    ]
+    save_file({"layer.3": tensors["layer.4"], "layer.4": tensors["layer.3"]}, path, metadata=metadata)
+    with pytest.raises(ValidationError, match="checksum"):
+        SteeringVector.load(path)
+    save_file(tensors, path, metadata=metadata)
+    assert SteeringVector.load(path).layers == (3, 4)
+
+
+def test_a_vector_of_another_family_is_refused_and_of_another_checkpoint_is_not(tmp_path: Path) -> None:
+    examples = (["The morning was"], [" calm."], [" cold."])
+    vector = caa_vectors(build("llama"), *examples, [2], tiny_tokenizer())
+    vector.model = "llama-one"
+    assert vector.model_family == "llama"
+    for suffix in (".safetensors", ".gguf"):
+        vector.save(tmp_path / f"v{suffix}")
+        found = (2 * SteeringVector.load(tmp_path / f"v{suffix}")).restricted([2])
+        with pytest.raises(ValidationError, match=r"family 'llama' \(llama-one\).*'gpt2'.*dict\(vector\)"):
+            found.plan(build("gpt2"))
+        found.plan(FAMILIES["llama"]())
+        SteeringVector(dict(found)).plan(build("gpt2"))
+    vector.save(tmp_path / "v.json")
+    SteeringVector.load(tmp_path / "v.json").plan(build("gpt2"))  # a format that doesn't say
+
+
+def test_an_edit_may_be_made_of_an_array() -> None:
+    model, v = build("llama"), numbers(D_MODEL)
+    with SteeringPlan([Intervention(1, Edit.ablate(v))]).apply(model), torch.no_grad():
+        found = model(IDS).logits
+    with SteeringPlan([Intervention(1, Edit.ablate(torch.from_numpy(v)))]).apply(model), torch.no_grad():
+        assert torch.equal(found, model(IDS).logits)
