@@ -22,6 +22,8 @@ for _name in (
 ):
     os.environ.pop(_name, None)
 
+import importlib.util  # noqa: E402
+import site  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
@@ -30,6 +32,19 @@ import pytest  # noqa: E402
 
 if TYPE_CHECKING:
     from postgres_server import Postgres
+
+
+def _let_children_find_the_package() -> None:
+    """Python processes that tests start import the package that this one does, wherever it was found."""
+    spec = importlib.util.find_spec("mechanex")
+    assert spec is not None and spec.origin is not None
+    folder = str(Path(spec.origin).resolve().parents[1])
+    if folder not in site.getsitepackages():  # there they look anyway
+        others = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = folder if not others else os.pathsep.join([folder, others])
+
+
+_let_children_find_the_package()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,14 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
+
+
+def test_a_process_that_a_test_starts_runs_the_same_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = python("import mechanex; print(mechanex.__file__)")
+    assert Path(done.stdout.strip()).samefile(backends.__path__[0] + "/../__init__.py"), done.stderr
 
 
 @pytest.fixture

@@ -251,7 +251,7 @@ def test_what_is_attached_to_a_model_says_nothing_of_its_form() -> None:
         (Sampling("min-p", min_p=0.2), [logits_process.MinPLogitsWarper(0.2)]),
         (Sampling("typical", typical_p=0.6), [logits_process.TypicalLogitsWarper(0.6)]),
     ],
-    ids=str,
+    ids=["top-k", "top-k warm", "top-p", "top-p whole", "min-p", "typical"],
 )
 def test_draws_follow_the_methods_probabilities(sampling: Sampling, warpers: list[Any]) -> None:
     logits = 3 * torch.randn(N_VOCAB, generator=torch.Generator().manual_seed(2))

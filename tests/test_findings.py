@@ -11,9 +11,11 @@ from families import FAMILIES, build
 from torch import nn
 
 from mechanex.engine import selfcheck
+from mechanex.engine.attaching import before
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
+from mechanex.engine.models.adapter import Handles
 from mechanex.engine.score import completion_logprobs
 
 TEXTS = [[5, 6, 7, 8], [9, 10, 11]], [[12, 13], [14, 15, 16]]
@@ -160,3 +162,16 @@ def test_findings_do_not_keep_the_adapter():
     del adapter
     gc.collect()
     assert gone() is None and "form" not in findings
+
+
+def test_our_own_hooks_change_no_finding():
+    model = FAMILIES["llama"]()
+    scores_of(model)
+    adapter = adapter_for(model)
+    found = dict(adapter.findings)
+    assert {"form", "unembedding"} <= found.keys()
+    plan = SteeringPlan([Intervention(layer, Edit.add(torch.ones(48)), tokens=-1) for layer in range(4)])
+    with plan.apply(model), Handles() as handles:
+        handles.add(before(adapter.head, lambda *_: None))
+        assert dict(adapter.findings) == found
+    assert dict(adapter.findings) == found

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Build, test and time the ops on a machine with a GPU, without a network, from what such a machine usually has: torch, pytest,
 # pybind11, cmake and, for the CUDA sources, nvcc. Under nine minutes. Usage: benchmarks/gpu/run.sh [RESULT.json or folder]
+# Where a test fails the times are taken too, marked as such, and the exit status is that of the tests.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD

@@ -205,7 +205,7 @@ def main() -> int:
             f"launch: {r['call']!s:<16} {r['microseconds']:>7} µs {r['times_torch_add']:>6} of torch's add\n"
         )
     sys.stdout.write(completion_logprob.table(scored))
-    sys.stdout.write(json.dumps(report["goals"], indent=2) + "\n")
+    sys.stdout.write(json.dumps(report["goals"], indent=2) + f"\ntests: {arguments.tests}\n")
     if path.is_dir():
         device = "-".join(str(about["device"]).lower().split())
         path /= f"{device}-{datetime.date.today().isoformat()}.json"

@@ -19,13 +19,16 @@ from torch import nn
 
 from .._private import torch as private
 
-__all__ = ["Attached", "after", "before", "detach_all", "own_forward"]
+__all__ = ["OURS", "Attached", "after", "before", "detach_all", "hooks_of_others", "own_forward"]
 
 _KEY = "_mechanex_hooks"
 """On a module: ids of our hooks, and the kind of each. A copy of the module has it too, as it has the hooks."""
 
 _PLACED = "_mechanex_placed"
 """On a module while a ``forward`` of ours lies on it: the one that lay there before (accelerate's, say), or None."""
+
+OURS = (_KEY, _PLACED)
+"""Names of what the library keeps on modules that it hooks."""
 
 _Hook = Callable[..., Any]
 
@@ -99,6 +102,14 @@ def own_forward(module: nn.Module) -> Any:
     state = module.__dict__
     placed = _PLACED in state and getattr(state.get("forward"), "__func__", None) in _FORWARDS
     return state[_PLACED] if placed else state.get("forward")
+
+
+def hooks_of_others(module: nn.Module) -> tuple[int, ...]:
+    """Ids of the hooks on a module that aren't ours."""
+    ours = vars(module).get(_KEY, {})
+    return tuple(
+        i for hooks in (module._forward_pre_hooks, module._forward_hooks) for i in hooks if i not in ours
+    )
 
 
 def _with_kwargs(hook: _Hook) -> _Hook:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..errors import ValidationError
 from .forward import packs_for, visit_residuals
-from .intervention import compute_dtype
+from .intervention import compute_dtype, widest
 from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import ROW_TOKENS, Pack
@@ -79,9 +79,9 @@ def caa_vectors(
 
     def reader(layer: int, pack: Pack, weight: Tensor) -> Callable[[Tensor], None]:
         def read(hidden: Tensor) -> None:
-            tokens = hidden[pack.row, pack.column].to(compute_dtype(hidden.dtype))
+            tokens = pack.tokens_of(hidden).to(compute_dtype(hidden.dtype))
             weighted = weight.to(tokens)
-            wide = torch.float32 if tokens.device.type == "mps" else torch.float64
+            wide = widest(tokens.device)
             part, size = (weighted @ tokens).to(wide), (weighted.abs() @ tokens.norm(dim=1) / 2).to(wide)
             # Sums stay on the device: nothing waits for it between batches.
             sums[layer] = sums[layer] + part if layer in sums else part

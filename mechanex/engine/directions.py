@@ -128,7 +128,7 @@ def answer_means(
 
     def reader(layer: int, pack: Pack) -> Callable[[Tensor], None]:
         def read(hidden: Tensor) -> None:
-            tokens = hidden[pack.row.to(hidden.device), pack.column.to(hidden.device)].cpu().double()
+            tokens = pack.tokens_of(hidden).cpu().double()
             found[layer].index_add_(0, pack.pair.cpu(), tokens)
 
         return read

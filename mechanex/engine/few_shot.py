@@ -19,6 +19,7 @@ from .optimize.datapoints import TrainingDatapoint
 from .optimize.job import Job
 from .optimize.jobs import run_jobs
 from .optimize.settings import settings_of
+from .pack import Pack
 from .pauses import pause
 from .text import Prompt, encode_pair, encode_prompt
 from .vectors import SteeringVector
@@ -134,10 +135,9 @@ def _typical_norms(adapter: ModelAdapter, prompts: list[list[int]], layers: list
         for pack in packs_for(adapter, pairs):
             pause()
 
-            def reader(layer: int, places: tuple[Tensor, Tensor] = (pack.row, pack.column)) -> Any:
+            def reader(layer: int, pack: Pack = pack) -> Any:
                 def read(hidden: Tensor) -> None:
-                    row, column = (place.to(hidden.device) for place in places)
-                    seen[layer].append(hidden[row, column].float().norm(dim=-1).cpu())
+                    seen[layer].append(pack.tokens_of(hidden).float().norm(dim=-1).cpu())
 
                 return read
 

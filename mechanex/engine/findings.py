@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .attaching import own_forward
+from .attaching import OURS, hooks_of_others, own_forward
 
 if TYPE_CHECKING:
     from .models.adapter import ModelAdapter
@@ -101,8 +101,7 @@ def _way_out(adapter: ModelAdapter) -> Hashable:
         for t in (*m._parameters.values(), *m._buffers.values())
         if t is not None and (t.is_meta or t.data_ptr() not in read)
     ]
-    hooks = tuple(head._forward_pre_hooks), tuple(head._forward_hooks)
-    return plain, hooks, tuple(sorted(read)), _contents(tensors)
+    return plain, hooks_of_others(head), tuple(sorted(read)), _contents(tensors)
 
 
 def _around(module: nn.Module, trunk: nn.Module) -> list[nn.Module]:
@@ -125,8 +124,10 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
             if isinstance(value, list | tuple | set)
             else ()
         )
-        if name not in _UNREAD and (
-            isinstance(value, _PLAIN) or (items and all(isinstance(item, _PLAIN) for item in items))
+        if (
+            name not in (*_UNREAD, *OURS)
+            and not name.endswith(("_hooks", "_hooks_with_kwargs"))
+            and (isinstance(value, _PLAIN) or (items and all(isinstance(item, _PLAIN) for item in items)))
         ):
             yield name, repr(value)
 

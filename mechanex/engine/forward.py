@@ -201,7 +201,7 @@ def scored_hidden(adapter: ModelAdapter, pack: Pack, **extra: Any) -> Tensor:
         extra: further keyword arguments of the model's call.
     """
     hidden = final_hidden(adapter, lambda: _call(adapter, pack, **extra))
-    return hidden[pack.row.to(hidden.device), pack.predictor.to(hidden.device)]
+    return pack.predictors_of(hidden)
 
 
 def scored_logits(adapter: ModelAdapter, pack: Pack, hidden: Tensor | None = None, **extra: Any) -> Tensor:
@@ -216,7 +216,7 @@ def scored_logits(adapter: ModelAdapter, pack: Pack, hidden: Tensor | None = Non
     if hidden is None:
         if not selfcheck.unembedding_agrees(adapter):
             logits: Tensor = _call(adapter, pack, **extra).logits
-            return logits[pack.row.to(logits.device), pack.predictor.to(logits.device)]
+            return pack.predictors_of(logits)
         hidden = scored_hidden(adapter, pack, **extra)
     return adapter.unembedding.logits(hidden)
 
@@ -242,7 +242,8 @@ def scored_logprobs(
         if not selfcheck.unembedding_agrees(adapter):
             return chosen_logprobs(scored_logits(adapter, pack, **extra), pack.target, coldness)
         hidden = scored_hidden(adapter, pack, **extra)
-    head, target = adapter.unembedding, pack.target.to(hidden.device)
+    head = adapter.unembedding
+    hidden, target = hidden.to(head.weight.device), pack.target.to(head.weight.device)
     learns = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
     if (learns and torch.is_grad_enabled()) or head.weight.dtype != hidden.dtype:
         return chosen_logprobs(head.logits(hidden), target, coldness)
@@ -317,10 +318,10 @@ class Resumed:
         """[N, d_model] normed hidden states that predict the completion tokens, in the pack's order."""
         pack, adapter = self._pack, self._adapter
         if self.residual is None:
-            return final_hidden(adapter, lambda: _call(adapter, pack))[pack.row, pack.predictor]
+            return pack.predictors_of(final_hidden(adapter, lambda: _call(adapter, pack)))
         hidden = self.residual
         with pack.running(adapter.hf_model):
             for block, (args, kwargs) in zip(adapter.layers[self._layer :], self.arguments, strict=True):
                 out = block(hidden, *args, **kwargs)
                 hidden = out[0] if isinstance(out, tuple) else out
-        return adapter.finish(hidden[pack.row, pack.predictor])
+        return adapter.finish(pack.predictors_of(hidden))

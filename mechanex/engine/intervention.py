@@ -23,6 +23,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The widest floating dtype that a device has: float64, but float32 on Apple's GPUs."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _vector(given: object, name: str) -> Tensor:
     v = as_vector(name, given)
     return v if v.dtype in (torch.float32, torch.float64) else v.float()

@@ -103,6 +103,14 @@ class Pack:
         """[B, T] bool: tokens of prompts."""
         return (self.segment >= 0) & (self.parent < 0)
 
+    def predictors_of(self, hidden: Tensor) -> Tensor:
+        """[N, …] what of ``hidden`` [B, T, …] predicts each completion token, on hidden's device."""
+        return hidden[self.row.to(hidden.device), self.predictor.to(hidden.device)]
+
+    def tokens_of(self, hidden: Tensor) -> Tensor:
+        """[N, …] what of ``hidden`` [B, T, …] stands at each completion token, on hidden's device."""
+        return hidden[self.row.to(hidden.device), self.column.to(hidden.device)]
+
     def to(self, device: torch.device) -> Pack:
         """The same pack on another device."""
         tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "layout"}

@@ -221,7 +221,7 @@ def _asked(module: nn.Module, length: int) -> Hashable:
     except Exception:  # a module of another kind, which may raise anything
         return None
     raw = [torch.view_as_real(f) if f.is_complex() else f for f in found]
-    numbers = torch.cat([f.double().cpu().flatten() for f in raw])
+    numbers = torch.cat([f.cpu().double().flatten() for f in raw])
     return hashlib.blake2b(numbers.numpy().tobytes(), digest_size=16).digest()
 
 

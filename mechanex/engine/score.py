@@ -159,7 +159,7 @@ def rank_completions(
         neutral = _neutral(tokenizer, neutral_prompt)
         pairs += [(neutral, ids) for _, ids in pairs]
     found = score_pairs(adapter, pairs, coldness=coldness, edits=edits, batch_tokens=batch_tokens)
-    sums = found.sums.double().cpu()
+    sums = found.sums.cpu().double()
     scores = sums[:n]
     if normalize == "unconditional":
         scores = scores - sums[n:]
@@ -229,5 +229,5 @@ def perplexity(
             "prompts and completions are lists, one prompt per completion; got a single text."
         )
     found = completion_logprobs(model, prompts, completions, tokenizer, batch_tokens=batch_tokens)
-    mean = -float(found.sums.double().sum()) / sum(map(len, found.token_ids))
+    mean = -float(found.sums.cpu().double().sum()) / sum(map(len, found.token_ids))
     return math.exp(mean) if mean < 700 else math.inf

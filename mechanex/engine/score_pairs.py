@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..errors import ValidationError
 from .forward import chosen_logprobs, packs_for, scored_hidden, scored_logits, scored_logprobs
 from .hooks import Intervention, SteeringPlan
-from .intervention import Edit
+from .intervention import Edit, widest
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import Pack, Pair
 from .selfcheck import unembedding_agrees
@@ -118,11 +118,13 @@ def _with_greedy(
     """[N] log-probabilities, and whether each target is the likeliest token."""
     whole = not unembedding_agrees(adapter)
     rows = (scored_logits if whole else scored_hidden)(adapter, pack, **extra)
-    targets = torch.split(pack.target.to(rows.device), GREEDY_ROWS)
+    targets = torch.split(pack.target, GREEDY_ROWS)
     found = []
     for part, target in zip(torch.split(rows, GREEDY_ROWS), targets, strict=True):
         logits = part if whole else adapter.unembedding.logits(part)
-        found.append((chosen_logprobs(logits, target, coldness), logits.argmax(-1) == target))
+        found.append(
+            (chosen_logprobs(logits, target, coldness), logits.argmax(-1) == target.to(logits.device))
+        )
     values, first = zip(*found, strict=True)
     return torch.cat(values), torch.cat(first)
 
@@ -140,7 +142,7 @@ def _in_input_order(
     flat = torch.cat(values)
     pair, order = pair.to(flat.device), order.to(flat.device)
     flat = flat[order]
-    wide = torch.float32 if flat.device.type == "mps" else torch.float64
+    wide = widest(flat.device)
     sums = torch.zeros(len(pairs), dtype=wide, device=flat.device).index_add(0, pair, flat.to(wide))
     greedy = list(torch.split(torch.cat(likeliest)[order], lengths)) if likeliest else None
     return CompletionLogprobs(

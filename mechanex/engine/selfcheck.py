@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import MechanexError
 from .attaching import before
+from .intervention import widest
 from .models.adapter import ModelAdapter, undisturbed
 from .pack import Pack, build_packs
 from .regimes import first_change, regimes_of
@@ -133,7 +134,8 @@ def _probe_forms(adapter: ModelAdapter, outgrown: int | None) -> Form:
             except Exception as error:  # as above
                 _log.debug("%s does not take the packed form %r: %s", adapter.model_id, form, error)
                 continue
-            if all(close(packed[pack.pair == i], truth) for i, truth in enumerate(alone)):
+            pair = pack.pair.to(packed.device)
+            if all(close(packed[pair == i], truth) for i, truth in enumerate(alone)):
                 if form == "padded":
                     _log.info(
                         "%s can't take a tree mask; it runs one padded sequence per row.", adapter.model_id
@@ -161,17 +163,20 @@ def _scored(adapter: ModelAdapter, pack: Pack, form: Form | None = None) -> Tens
 
     inputs = model_inputs(adapter, pack, form)
     with pack.running(adapter.hf_model):
-        return final_hidden(adapter, lambda: adapter.call(**inputs))[pack.row, pack.predictor]
+        return pack.predictors_of(final_hidden(adapter, lambda: adapter.call(**inputs)))
 
 
 def close(a: Tensor, b: Tensor) -> bool:
     """Whether every row agrees to rounding of the dtype; never for NaN."""
-    difference = (a - b).double().norm(dim=-1) / b.double().norm(dim=-1).clamp_min(1e-12)
+    wide = widest(b.device)
+    difference = (a.to(b.device) - b).to(wide).norm(dim=-1) / b.to(wide).norm(dim=-1).clamp_min(1e-12)
     return bool((difference <= TOLERANCE.get(b.dtype, 1e-4)).all())
 
 
 def unembedding_agrees(adapter: ModelAdapter) -> bool:
     """Whether the adapter's unembedding of hidden states gives the model's own logits; checked once."""
+    if not adapter.unembeds:
+        return False
     if "unembedding" not in adapter.findings:
         (pack,) = build_packs(_probe(adapter, None)[:1], layout="padded")
         pack = pack.to(adapter.device)
@@ -179,8 +184,8 @@ def unembedding_agrees(adapter: ModelAdapter) -> bool:
             with torch.no_grad(), undisturbed(adapter.hf_model):
                 ours = adapter.unembedding.logits(_scored(adapter, pack))
                 with pack.running(adapter.hf_model):
-                    theirs = adapter.call(**model_inputs(adapter, pack)).logits[pack.row, pack.predictor]
-                agrees = adapter.unembeds and close(ours, theirs.to(ours.dtype))
+                    theirs = adapter.call(**model_inputs(adapter, pack)).logits
+                agrees = close(ours, pack.predictors_of(theirs).to(ours))
         except MechanexError:
             raise
         except Exception as error:  # weights that are elsewhere between calls, say
@@ -212,11 +217,10 @@ def watch_unembedding(adapter: ModelAdapter, pack: Pack, run: Callable[[], Any])
     finally:
         if handle is not None:
             handle.remove()
-    theirs = logits[pack.row.to(logits.device), pack.predictor.to(logits.device)]
+    theirs = pack.predictors_of(logits)
     with torch.no_grad():
         if seen and bool(theirs.isfinite().all()):
-            hidden = seen[0][pack.row.to(seen[0].device), pack.predictor.to(seen[0].device)]
-            ours = adapter.unembedding.logits(hidden)
+            ours = adapter.unembedding.logits(pack.predictors_of(seen[0]))
             adapter.findings["unembedding"] = adapter.unembeds and close(ours, theirs.to(ours))
     return theirs
 
@@ -250,10 +254,11 @@ def _probe_replay(adapter: ModelAdapter) -> bool:
         if resumed.residual is None:
             return False
         # An edit shows arguments that were computed from the residual itself and would be stale in a replay.
-        shift = resumed.residual.float().std() * torch.linspace(-1, 1, adapter.d_model, device=adapter.device)
+        kept = resumed.residual.float()
+        shift = kept.std() * torch.linspace(-1, 1, adapter.d_model, device=kept.device)
 
         def edit(hidden: Tensor) -> Tensor:
-            return hidden + shift.to(hidden.dtype)
+            return hidden + shift.to(hidden)
 
         handle = adapter.on_residual(layer, edit)
         try:

@@ -15,6 +15,7 @@ from ..errors import ValidationError
 from .formats import read_layers, write_layers
 from .formats_record import FORMAT_VERSION
 from .formats_site import Site
+from .intervention import widest
 from .vector_checks import (
     RESERVED_FIELDS,
     as_direction,
@@ -196,7 +197,7 @@ class SteeringVector(Mapping[int, Tensor]):
 
     def norms(self) -> dict[int, float]:
         """Euclidean norm of each layer's direction."""
-        return {layer: float(tensor.double().norm()) for layer, tensor in self._layers.items()}
+        return {layer: float(tensor.cpu().double().norm()) for layer, tensor in self._layers.items()}
 
     def norm(self) -> float:
         """Euclidean norm over all layers together; the norm of the direction when there is one layer."""
@@ -209,7 +210,11 @@ class SteeringVector(Mapping[int, Tensor]):
             ValidationError: a layer is zero and has no direction.
         """
         self._check_nonzero("normalized")
-        return self._like({n: (t.double() / t.double().norm()).to(t.dtype) for n, t in self._layers.items()})
+        unit = {}
+        for layer, tensor in self._layers.items():
+            wide = tensor.to(widest(tensor.device))
+            unit[layer] = (wide / wide.norm()).to(tensor.dtype)
+        return self._like(unit)
 
     def cosine_similarity(self, other: SteeringVector) -> dict[int, float]:
         """Cosine of the angle between the two, for each layer that both have.

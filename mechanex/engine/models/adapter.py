@@ -68,7 +68,7 @@ class Unembedding:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., n_vocab] logits of ``hidden`` [..., d_model], in the weight's dtype as the model computes them."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias)
+        logits = nn.functional.linear(hidden.to(self.weight.device), self.weight, self.bias)
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap

@@ -12,12 +12,18 @@ from torch import Tensor, nn
 
 from ...errors import ValidationError
 
-__all__ = ["is_absent", "where_it_runs"]
+__all__ = ["is_absent", "on_one_device", "where_it_runs"]
 
 
 def is_absent(weight: Tensor) -> bool:
     """Whether a weight holds no numbers now: it is somewhere else, or nowhere."""
     return weight.device.type == "meta"
+
+
+def on_one_device(model: nn.Module) -> bool:
+    """Whether all weights are there, on one device."""
+    weights = list(model.parameters())
+    return len({weight.device for weight in weights}) == 1 and not is_absent(weights[0])
 
 
 def where_it_runs(model: nn.Module, name: str) -> torch.device:

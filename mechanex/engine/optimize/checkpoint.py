@@ -192,7 +192,7 @@ def _content(value: Any) -> str:
             return name
         plain = [c for c in code.co_consts if isinstance(c, int | float | str)]
         return f"{name} {hashlib.sha256(code.co_code + repr(plain).encode()).hexdigest()}"
-    return hashlib.sha256(torch.as_tensor(value).detach().double().cpu().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(torch.as_tensor(value).detach().cpu().double().numpy().tobytes()).hexdigest()
 
 
 # States as JSON, with their tensors aside.

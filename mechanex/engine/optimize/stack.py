@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..forward import scored_logprobs, visit_residuals
 from ..models.adapter import ModelAdapter
+from ..models.offload import on_one_device
 from ..positions import Positions, given_positions
 from ..regimes import text_lengths
 from .capture import captured
@@ -71,7 +72,7 @@ class Stack:
         pack, width = self._copies, step_pack.pack.input_ids.shape[1]
         self._scored = pack.row * width + pack.predictor
         self._losses = self._whole_losses if not replayed else self._replayed_losses
-        self._capture = capture and replayed
+        self._capture = capture and replayed and on_one_device(passes.adapter.hf_model)
         self._runs: dict[LossOptions, Any] = {}
 
     def _plan(
