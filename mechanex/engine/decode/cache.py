@@ -95,13 +95,14 @@ class _Rolling:
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Appends a step's keys and values [B, heads, q, width] and gives all that the step may look at."""
-        for buffer, states in zip(self._kept, (key_states, value_states), strict=True):
-            buffer.push(states)
-        shown = self._show(key_states.shape[2])
-        for buffer in self._kept:
-            if self.window is not None:
-                buffer.start = max(buffer.start, buffer.end - (self.window - 1))
-        self._show(0)
+        keys, values = self._kept
+        keys.push(key_states)
+        values.push(value_states)
+        shown = self._show()
+        if self.window is not None and keys.end - keys.start >= self.window:
+            for buffer in self._kept:
+                buffer.start = buffer.end - (self.window - 1)
+            self._show()
         return shown
 
     def admit(self, source: DynamicLayer, rows: Tensor | None, length: int, columns: int) -> None:
@@ -110,26 +111,27 @@ class _Rolling:
             chosen = states if rows is None else states.index_select(0, rows.to(states.device))
             buffer.admit(chosen[:, :, -min(columns, chosen.shape[2]) :])
         self.is_initialized = True
-        self._show(0)
+        self._show()
         self.lengthen(length)
 
     def drop(self, row: int) -> None:
         for buffer in self._kept:
             buffer.drop(row)
-        self._show(0)
+        self._show()
 
     def trim(self, length: int) -> None:
         for buffer in self._kept:
             buffer.start = max(buffer.start, buffer.end - length)
-        self._show(0)
+        self._show()
         self.lengthen(length)
 
     def lengthen(self, length: int) -> None:
         """Notes the columns that the whole batch has had."""
 
-    def _show(self, new: int) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = (buffer.view for buffer in self._kept)
-        return self.keys, self.values
+    def _show(self) -> tuple[Tensor, Tensor]:
+        keys, values = self._kept
+        self.keys, self.values = shown = keys.view, values.view
+        return shown
 
 
 class _RollingLayer(_Rolling, DynamicLayer):  # type: ignore[no-untyped-call]

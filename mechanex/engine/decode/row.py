@@ -50,6 +50,8 @@ class Row:
         self.result: Result | None = None
         self._ends = frozenset(ends)
         self._text = Continuation(tokenizer, self.ids, request.stops)
+        # Nobody looks at the text before its end.
+        self._late = not (request.stream or request.stops) and request.logprobs is None
         self._logprobs: list[TokenLogprob] = []
         # For each of them where its text begins in the answer, and whether it has any of its own.
         self._places: list[tuple[int, bool]] = []
@@ -60,7 +62,7 @@ class Row:
 
     @property
     def text(self) -> str:
-        """The answer so far; what stands at its end may yet turn out to begin a stop text."""
+        """The answer once it has ended; before, as far as somebody follows it."""
         return self._text.text
 
     @property
@@ -113,6 +115,8 @@ class Row:
         self.counts[token] += 1
         if token in self._ends:
             return self._finish("stop")
+        if self._late:
+            return self._finish("length") if len(self.chosen) >= self.max_tokens else None
         begin = self._text.feed(token)
         if logprob is not None:
             self._logprobs.append(logprob)
@@ -128,6 +132,8 @@ class Row:
         return self._finish("length")
 
     def _finish(self, reason: Any) -> Step | None:
+        if self._late:
+            self._text.feed_all([token for token in self.chosen if token not in self._ends])
         self._text.finish()
         kept = len(self._text.text)
         if self._text.stopped:  # what was cut off with the stop text has no log-probabilities either
