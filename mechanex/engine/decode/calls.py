@@ -61,7 +61,8 @@ class Calls:
         self._model: Any = adapter.hf_model
         self._accepts = _Names.of(adapter)
         self._handles = Handles()
-        self._attached = False
+        self.attached = False
+        """Whether it has a hook on the model now."""
         self._last = 0
 
     def __call__(self, inputs: StepInputs, kept: Kept | None, last: int) -> tuple[Tensor, Kept]:
@@ -95,7 +96,7 @@ class Calls:
     def detach(self) -> None:
         """Leaves the model as it was."""
         self._handles.remove()
-        self._attached = False
+        self.attached = False
 
     def _kept(self, found: Any) -> Kept:
         """What the model gave back under names of its own arguments: its cache alone where there is one."""
@@ -105,9 +106,9 @@ class Calls:
         return caches or given
 
     def _attach(self) -> None:
-        if self._attached:
+        if self.attached:
             return
-        self._attached = True
+        self.attached = True
         head = self._adapter.head
         if head is not None:
             self._handles.add(before(head, self._narrow))

@@ -47,6 +47,8 @@ class Row:
         self.prompt_logprobs: list[TokenLogprob | None] = []
         self.prompt_key: tuple[object, ...] = _key_of(request, prompt)
         """Equal for rows whose prompts come to the same keys and values, edits included."""
+        self.cached_tokens = 0
+        """Tokens of the prompt that needn't be read, since a text before began alike."""
         self.result: Result | None = None
         self._ends = frozenset(ends)
         self._text = Continuation(tokenizer, self.ids, request.stops)
@@ -148,6 +150,7 @@ class Row:
             len(self.chosen),
             tuple(self._logprobs),
             tuple(self.prompt_logprobs),
+            self.cached_tokens,
         )
         return step
 
@@ -170,4 +173,4 @@ def _key_of(request: Request, prompt: tuple[int, int] | None) -> tuple[object, .
     steering = tuple((steer.layer, id(steer.edit), repr(steer.tokens)) for steer in request.steering)
     wanted = request.prompt_logprobs, request.prompt_logprobs and request.logprobs
     # Whoever names rows of the batch may steer two equal prompts differently.
-    return tuple(request.ids), steering, wanted, prompt
+    return tuple(request.ids), steering, wanted, prompt, request.owner
