@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mechanex.backends.native_cuda import _stream_getter
+from mechanex.backends.triton import interpreted
 
 __all__ = [
     "IN_TRITON",
@@ -17,6 +21,7 @@ __all__ = [
     "MAX_WIDTH",
     "OPTIONS",
     "Block",
+    "Launcher",
     "adjacent",
     "block_for",
     "contiguous",
@@ -80,6 +85,72 @@ def block_for(n_rows: int, width: int, rank: int, wide: torch.dtype) -> Block:
     if wide is torch.float64:
         rows = max(1, rows // 2)
     return Block(rows if many else 1, columns, warps)
+
+
+def _launches_directly() -> bool:
+    """Whether a compiled kernel takes all arguments of its function (Triton 3.3), and by what it was compiled is known.
+
+    On ROCm it depends on the size of a tensor's memory too.
+    """
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return not interpreted() and torch.version.hip is None and version >= (3, 3)
+
+
+class Launcher:
+    """Launches one kernel; from the second call of a kind on without Triton's look-up, which costs several launches.
+
+    That look-up binds, describes and hashes every argument as text. Here a compiled kernel is found by what Triton's
+    specialization may depend on: a tensor's dtype and whether its address is a multiple of 16, whether a number is 1,
+    a multiple of 16 or beyond int32, what is None, and the constants themselves.
+
+    Args:
+        kernel: a function under ``triton.jit``, its ``tl.constexpr`` arguments last.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._direct = _launches_directly()
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        device: torch.device,
+        arguments: tuple[Tensor | int | None, ...],
+        constants: tuple[Any, ...],
+        warps: int,
+    ) -> None:
+        """Put one launch on the current stream of ``device``, which is the current device."""
+        if not self._direct:
+            self._kernel[grid](*arguments, *constants, num_warps=warps, **OPTIONS)
+            return
+        key, values = self.described(arguments)
+        key = (device.index, warps, constants, key)
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[grid](*values, *constants, stream=_stream_getter()(device.index))
+            return
+        compiled = self._kernel[grid](*arguments, *constants, num_warps=warps, **OPTIONS)
+        if compiled is not None:
+            self._compiled[key] = compiled
+
+    @staticmethod
+    def described(arguments: tuple[Tensor | int | None, ...]) -> tuple[tuple[Any, ...], list[int | None]]:
+        """What a compiled kernel is found by, and what it is given: addresses for tensors."""
+        key: list[Any] = []
+        values: list[int | None] = []
+        for argument in arguments:
+            if argument is None:
+                key.append(None)
+                values.append(None)
+            elif type(argument) is int:
+                key.append((argument == 1, argument % 16 == 0, argument > 0x7FFFFFFF))
+                values.append(argument)
+            else:
+                address = argument.data_ptr()
+                key.append((argument.dtype, address % 16 == 0))
+                values.append(address)
+        return tuple(key), values
 
 
 def adjacent(rows: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mechanex.backends.eager import compute_dtype
 
 from .convert import narrow, widen
-from .launch import IN_TRITON, OPTIONS, Block, adjacent, block_for, contiguous, current
+from .launch import IN_TRITON, Block, Launcher, adjacent, block_for, contiguous, current
 
 __all__ = ["steer"]
 
@@ -91,6 +91,9 @@ def _steer_kernel(
     tl.store(out + t[:, None] * width + column[None, :], result, mask=inside)
 
 
+_launch = Launcher(_steer_kernel)
+
+
 def steer(
     hidden: Tensor,
     rows: Tensor | None,
@@ -118,23 +121,23 @@ def steer(
     block = block or block_for(n_rows, width, rank, wide)
     hidden = adjacent(hidden)
     with current(hidden):
-        _steer_kernel[triton.cdiv(n_rows, block.rows), triton.cdiv(width, block.columns)](
-            hidden,
-            out,
-            rows,
-            contiguous(bias),
-            contiguous(left),
-            contiguous(right),
-            n_rows,
-            0 if table is None else table.shape[0],
-            width,
-            hidden.stride(0),
-            0 if rows is None else rows.stride(0),
-            rank,
-            block.rows,
-            block.columns,
-            IN_TRITON[wide],
-            num_warps=block.warps,
-            **OPTIONS,
+        _launch(
+            (triton.cdiv(n_rows, block.rows), triton.cdiv(width, block.columns), 1),
+            hidden.device,
+            (
+                hidden,
+                out,
+                rows,
+                contiguous(bias),
+                contiguous(left),
+                contiguous(right),
+                n_rows,
+                0 if table is None else table.shape[0],
+                width,
+                hidden.stride(0),
+                0 if rows is None else rows.stride(0),
+            ),
+            (rank, block.rows, block.columns, IN_TRITON[wide]),
+            block.warps,
         )
     return out

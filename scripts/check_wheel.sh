@@ -27,7 +27,7 @@ done
 PATH=$fresh/venv/bin:$PATH "$fresh/venv/bin/python" -m auditwheel show "$wheel" | tail -n 12
 
 mkdir "$fresh/tests"
-cp tests/conftest.py tests/optable.py tests/tolerances.py tests/test_steer_op.py "$fresh/tests"
+cp tests/conftest.py tests/optable.py tests/tolerances.py tests/test_steer_op.py tests/test_steer_many.py "$fresh/tests"
 cd "$fresh/tests"
 unset PYTHONPATH VIRTUAL_ENV
 export MECHANEX_HOME=$fresh/home HF_HUB_OFFLINE=1
@@ -35,4 +35,4 @@ where=$("$fresh/venv/bin/python" -c "import mechanex; print(mechanex.__file__)")
 case $where in "$fresh"/*) ;; *) echo "the tests would not see the wheel but $where" >&2; exit 1 ;; esac
 "$fresh/venv/bin/python" -m mechanex
 "$fresh/venv/bin/mechanex" --help >/dev/null
-"$fresh/venv/bin/python" -m pytest -q -p no:cacheprovider -n 2 test_steer_op.py
+"$fresh/venv/bin/python" -m pytest -q -p no:cacheprovider -n 2 test_steer_op.py test_steer_many.py

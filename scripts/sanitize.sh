@@ -24,5 +24,6 @@ import mechanex._native
 built = open(mechanex._native.__file__, "rb").read()
 assert b"__asan_init" in built and b"__ubsan" in built, f"not the instrumented module: {mechanex._native.__file__}"
 PY
-"$PYTHON" -m pytest -q -p no:cacheprovider "$root/tests/test_steer_op.py" "$root/tests/test_logprob_op.py" \
+"$PYTHON" -m pytest -q -p no:cacheprovider "$root/tests/test_steer_op.py" "$root/tests/test_steer_many.py" \
+  "$root/tests/test_logprob_op.py" \
   -k "native or level or instruction" "$@"

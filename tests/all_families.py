@@ -74,7 +74,6 @@ _OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3"), _LATENT),
     **dict.fromkeys(("bamba", "granitemoehybrid"), _MAMBA),
     "codegen": {"rotary_dim": 8},
-    "mamba2": {"num_heads": 4, "head_dim": 24, "state_size": 8, "n_groups": 1},
 }
 
 NAMES = (
@@ -160,7 +159,6 @@ NAMES = (
     "llama",
     "llama4_text",
     "mamba",
-    "mamba2",
     "megatron-bert",
     "mellum",
     "mimo_v2_flash",

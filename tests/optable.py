@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +25,14 @@ ManyArgs = tuple[
 LogprobArgs = tuple[Tensor, Tensor, Tensor, "Tensor | None", float, "float | None", float]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def pairs(cases: Sequence[Any], others: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Each case with each of the others; under Triton's slow interpreter, each case and each of the others is there."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return [(case, other) for case in cases for other in others]
+    in_turn = [(case, others[i % len(others)]) for i, case in enumerate(cases)]
+    return in_turn + [pair for other in others if (pair := (cases[0], other)) not in in_turn]
 
 
 @dataclass(frozen=True)

@@ -695,7 +695,7 @@ def test_an_optimization_stops_when_nobody_waits_for_it(connect: Connect, mechan
     )
     app: Any = client.app
     while app.state.engine.scheduler._worker.jobs.busy:
-        assert time.monotonic() - begun < 20
+        assert time.monotonic() - begun < 120, "it goes on"
         time.sleep(0.01)
     assert not list((mechanex_home / "server").glob("vectors/*"))
     assert client.get("/metrics").text.count('model_seconds_total{kind="other"}') == 1

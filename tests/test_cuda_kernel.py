@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from optable import CASES, DTYPES, SteerCase
-from test_steer_op import poison, widened
-from tolerances import assert_within
+from optable import CASES, DTYPES, MANY_CASES, ManyCase, SteerCase
+from test_steer_op import guarded, widened
+from tolerances import assert_within, many_truth
 
-from mechanex.backends import native_cuda, reference
+from mechanex.backends import native_cuda, native_many, reference
+from mechanex.ops.gate import KINDS
 
 HERE = Path(__file__).resolve().parent
 COMPILER = shutil.which("g++")
@@ -38,11 +39,18 @@ class Kernels:
     """Stands in for ``mechanex._native_cuda``; ``processors`` of 0 makes every call look like one of many rows."""
 
     def __init__(self, library: Path) -> None:
-        self._steer = ctypes.CDLL(str(library)).steer_on_host
+        loaded = ctypes.CDLL(str(library))
+        self._steer = loaded.steer_on_host
+        self._steer_many = loaded.steer_many_on_host
         long, address = ctypes.c_int64, ctypes.c_void_p
         self._steer.argtypes = [
             *(ctypes.c_int, ctypes.c_int, long, long, address, long, address, long, address, long),
             *(address, address, address, long, long, ctypes.c_int, ctypes.c_uint),
+        ]
+        self._steer_many.argtypes = [
+            *(ctypes.c_int, ctypes.c_int, long, long, address, long, address, long, address, long),
+            *(address,) * 7,
+            *(long, long, ctypes.c_uint),
         ]
         self.processors = 0
         self.seed = 0
@@ -52,6 +60,10 @@ class Kernels:
         *arguments, _device, _stream = args
         self.layouts.append(self._steer(*arguments, self.processors, self.seed))
         assert self.layouts[-1] >= 0, "the kernel failed; see stderr"
+
+    def steer_many(self, *args: int) -> None:
+        *arguments, _device, _stream = args
+        assert self._steer_many(*arguments, self.seed) >= 0, "the kernel failed; see stderr"
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +96,8 @@ def kernels(library: Path, monkeypatch: pytest.MonkeyPatch) -> Kernels:
 def test_matches_the_oracle(case: SteerCase, dtype: torch.dtype, processors: int, kernels: Kernels) -> None:
     kernels.processors, kernels.seed = processors, 7
     args = case.make(dtype)
-    poison(args[0])
-    out = native_cuda.steer(*args)
+    with guarded():
+        out = native_cuda.steer(*args)
     assert out.dtype == dtype
     truth, scale = reference.steer(*widened(args)), reference.steer(*widened(args, magnitude=True))
     assert_within(out, truth, scale, case.width)
@@ -166,3 +178,54 @@ def test_half_types_round_to_nearest_even(kernels: Kernels) -> None:
         got = native_cuda.steer(every, None, shift, None, None)
         assert torch.equal(got.isnan(), want.isnan())
         assert torch.equal(got.nan_to_num(0.0), want.nan_to_num(0.0))
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of the CPU pass for a GPU's."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", MANY_CASES, ids=str)
+def test_several_edits_match_the_oracle(case: ManyCase, dtype: torch.dtype, kernels: Kernels) -> None:
+    kernels.seed = 7
+    args = case.make(dtype)
+    with guarded():
+        out = native_many.steer_many(*args)
+    truth, scale = many_truth(args)
+    assert out.dtype == dtype
+    assert_within(out, truth, scale, case.base.width)
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_several_edits_keep_rows_without_one_and_bad_indices_give_nan(
+    dtype: torch.dtype, kernels: Kernels
+) -> None:
+    args = ManyCase(SteerCase(9, 47, n_edits=5, rank=2, rows="mixed"), 2, True, KINDS).make(dtype)
+    hidden, rows = args[:2]
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    hidden.view(integer)[0, :3] = torch.tensor([-1, 1, torch.iinfo(integer).min], dtype=integer)
+    rows[0] = -1
+    rows[5:9, 1] = torch.tensor([-2, 5, 2**31 - 1, -(2**31)], dtype=torch.int32)
+    out = native_many.steer_many(*args)
+    assert torch.equal(out[0].view(integer), hidden[0].view(integer))
+    assert out[5:9].isnan().all() and not out[1:5].isnan().any()
+    for seed in (1, 2):
+        kernels.seed = seed
+        assert torch.equal(native_many.steer_many(*args).view(integer), out.view(integer))
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_the_widest_row_of_a_half_type_fits_a_block(kernels: Kernels) -> None:
+    wide = ManyCase(SteerCase(1, native_cuda.MANY_WIDTH, n_edits=2, rank=4, rows="mixed"), 2, True, ("norm",))
+    args = wide.make(torch.bfloat16)
+    assert native_many.refuses_steer_many(*args) is None
+    truth, scale = many_truth(args)
+    assert_within(native_many.steer_many(*args), truth, scale, native_cuda.MANY_WIDTH)
+    wider = ManyCase(SteerCase(1, native_cuda.MANY_WIDTH + 8), 1, True)
+    assert "the width is 24008" in native_many.refuses_steer_many(*wider.make(torch.bfloat16))
+    assert native_many.refuses_steer_many(*wider.make(torch.float32)) is None

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, build
 from torch import nn
 
 from mechanex.engine import selfcheck
@@ -142,6 +142,16 @@ def test_the_packed_form_is_tried_again_where_what_it_depends_on_changed(change)
     assert "form" not in adapter.findings and not len(adapter.findings)
     with pytest.raises(KeyError):
         adapter.findings["form"]
+
+
+def test_hooks_of_our_own_take_no_finding_away():
+    model = build("llama")
+    adapter = adapter_for(model)
+    form = selfcheck.packing_form(adapter, 20)
+    known = dict(adapter.findings)
+    with SteeringPlan([Intervention(1, Edit.add(torch.ones(adapter.d_model)))]).apply(model):
+        assert dict(adapter.findings) == known and known["form"] == form
+    assert dict(adapter.findings) == known
 
 
 def test_findings_do_not_keep_the_adapter():

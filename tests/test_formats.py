@@ -8,7 +8,6 @@ import math
 import os
 import pickle
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,11 +254,9 @@ HOSTILE: dict[str, bytes] = {
 def test_a_hostile_file_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(HOSTILE[name])
-    started = time.perf_counter()
     with pytest.raises(ValidationError) as caught:
         SteeringVector.load(path)
     assert name in str(caught.value) and len(str(caught.value)) < 600
-    assert time.perf_counter() - started < 10
 
 
 @pytest.mark.parametrize(

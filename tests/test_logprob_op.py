@@ -27,7 +27,7 @@ PLACES = [
     pytest.param(b.name, device, id=f"{b.name}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else [])
     for b in HAVE
     for device in (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-    if b.lacks(device) is None
+    if b.lacks(device) is None and b.name != "reference"
 ]
 
 
@@ -45,14 +45,20 @@ def both(args: optable.LogprobArgs, cotangent: Tensor, backend: str | None) -> t
     return out.detach(), gradient
 
 
-def assert_matches_oracle(case: LogprobCase, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+def assert_matches_oracle(
+    case: LogprobCase,
+    dtype: torch.dtype,
+    backend: str,
+    device: str = "cpu",
+    multiplies_halves: bool | None = None,
+) -> None:
     args = case.make(dtype, device)
     kept = [t.clone() if isinstance(t, Tensor) else t for t in args]
     cotangent = torch.randn(case.n_rows, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(
         device
     )
     truth, d_truth = both(wide(args), cotangent, "reference")
-    allowed, d_allowed = logprob_bounds(args, truth, d_truth, cotangent)
+    allowed, d_allowed = logprob_bounds(args, truth, d_truth, cotangent, multiplies_halves=multiplies_halves)
     poison(args)
     alone = completion_logprob(*args, backend=backend)
     out, gradient = both(args, cotangent, backend)
@@ -120,6 +126,35 @@ def test_bfloat16_with_and_without_instructions_for_it(
     monkeypatch.setattr(chunked, "_multiplies_bf16", lambda: fast)
     for case in (LogprobCase(47, 123, 1000, True, softcap=5.0), LogprobCase(3, 64, 20000)):
         assert_matches_oracle(case, torch.bfloat16, backend)
+
+
+@pytest.fixture
+def float16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of float16 factors with float32 sums and results: CUDA's, but for the order of the sums."""
+    monkeypatch.setattr(chunked, "widens", lambda device, dtype: dtype is torch.float16)
+    monkeypatch.setattr(chunked, "wide_product", lambda left, right: left.float() @ right.float())
+
+
+@pytest.mark.usefixtures("float16_as_on_a_gpu")
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("case", LOGPROB_CASES, ids=str)
+def test_float16_multiplied_as_it_is_matches_the_oracle(case: LogprobCase, backend: str) -> None:
+    assert_matches_oracle(case, torch.float16, backend, multiplies_halves=True)
+
+
+@pytest.mark.usefixtures("float16_as_on_a_gpu")
+@pytest.mark.parametrize("backend", FAST)
+def test_many_small_shares_of_float16_count(backend: str) -> None:
+    """40,000 tokens of which none has a share that float16 could hold, and which together move the gradient."""
+    weight = torch.zeros(40_000, 4, dtype=torch.float16)
+    weight[0, 0], weight[1, 1] = 18.0, 1.0
+    weight[2:, 2] = 1.0
+    hidden, target = torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float16), torch.tensor([1])
+    args = (hidden, weight, target, None, 1.0, None, 1.0)
+    _, truth = both(wide(args), torch.ones(1), "reference")
+    _, gradient = both(args, torch.ones(1), backend)
+    assert abs(truth[0, 2]) > 5e-4
+    torch.testing.assert_close(gradient.double(), truth, rtol=2e-3, atol=0.0)
 
 
 @pytest.fixture

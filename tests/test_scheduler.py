@@ -7,9 +7,10 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from families import FAMILIES, SLIDING, build, n_hooks, sliding_family, tiny_tokenizer
@@ -18,6 +19,9 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from mechanex.engine.caa import caa_vectors
+from mechanex.engine.decode.cache import RollingCache
+from mechanex.engine.decode.probe import rolls
+from mechanex.engine.decode.reading import Reading
 from mechanex.engine.directions import pca_vectors
 from mechanex.engine.few_shot import few_shot_vectors
 from mechanex.engine.generate import end_tokens, generate
@@ -25,16 +29,12 @@ from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
 from mechanex.engine.models.resolve import load
-from mechanex.engine.positions import Positions, token_mask
+from mechanex.engine.positions import Positions, selects, token_mask
 from mechanex.engine.sampling import Sampling
 from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import APIError, MechanexError, RateLimitError, ValidationError
-from mechanex.server.batch import Reading
-from mechanex.server.cache import RollingCache
 from mechanex.server.metrics import Metrics
-from mechanex.server.probe import rolls
 from mechanex.server.request import Generation, Request, Result, Steer
-from mechanex.server.row_steering import covers
 from mechanex.server.scheduler import Scheduler
 from mechanex.server.settings import Settings
 
@@ -194,7 +194,8 @@ def test_selectors_cover_what_the_engine_says(
     tokens = place if place is not None else slice(start, stop, step)
     positions = Positions(torch.arange(11)[None], torch.tensor([[6]]))
     expected = token_mask(tokens, positions)[0].tolist()
-    assert [covers(tokens, i, 6) for i in range(11)] == expected
+    assert [selects(tokens, i, lambda: 6) for i in range(11)] == expected
+    assert selects(tokens, numpy.arange(11), lambda: 6).tolist() == expected
 
 
 def test_sampled_answers_depend_on_their_seed_alone(tiny: Any) -> None:
@@ -762,7 +763,7 @@ def test_rows_that_outgrow_the_cache_wait_and_go_on_where_they_were(tiny: Any) -
     async def together() -> list[Result]:
         nonlocal n_read
         async with scheduled(tiny.model, tiny.tokenizer, max_cache_tokens=600) as running:
-            batch = running._worker._batch  # type: ignore[union-attr]
+            batch = running._worker._decoder  # type: ignore[union-attr]
             step = batch.step
 
             def watched() -> Any:
@@ -883,22 +884,3 @@ def test_what_a_broken_row_left_is_wiped_when_the_batch_widens_again() -> None:
         assert layer.keys.shape == (3, 2, 9, 3)
         assert layer.keys.isfinite().all() and layer.values.isfinite().all()
         assert (layer.keys[:2, :, :7] == 0).all()
-
-
-def test_the_loop_is_not_held_up(tiny: Any) -> None:
-    """Ten streams of steps leave the event loop free to do other things."""
-    ids = ids_of(tiny.tokenizer, PROMPTS[0])
-
-    async def watch() -> float:
-        async with scheduled(tiny.model, tiny.tokenizer) as running:
-            generations = [running.submit(Request(ids, 30, stream=True)) for _ in range(10)]
-            worst, loop = 0.0, asyncio.get_running_loop()
-            results: Awaitable[Any] = asyncio.gather(*(one.result() for one in generations))
-            task = asyncio.ensure_future(results)
-            while not task.done():
-                begun = loop.time()
-                await asyncio.sleep(0.002)
-                worst = max(worst, loop.time() - begun)
-            return worst
-
-    assert asyncio.run(watch()) < 1.0

@@ -9,13 +9,13 @@ from families import BOS, D_MODEL, FAMILIES, N_LAYERS, build, tiny_tokenizer
 
 from mechanex import SteeringVector, ValidationError
 from mechanex.engine.caa import caa_vectors
+from mechanex.engine.decode.request import Steer
+from mechanex.engine.decode.steering import RowSteering, Span
 from mechanex.engine.directions import answer_means, pca_vectors
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
 from mechanex.engine.score import completion_logprobs
-from mechanex.server.request import Steer
-from mechanex.server.row_steering import RowSteering, Span
 from mechanex.utils.steering_opt import (
     TrainingDatapoint,
     hf_hooks_contextmanager,

@@ -81,6 +81,30 @@ def test_an_edit_with_a_gate_is_not_composed() -> None:
     torch.testing.assert_close(gated.scaled(2.0).apply(x) - x, 2 * (gated.apply(x) - x))
 
 
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_chains_run_in_order_whether_or_not_they_can_be_composed(everywhere: bool) -> None:
+    table = edits()
+    chains = [[0, 1, 2], [0, 3, 1], [4], [3, 4, 0, 2]]
+    composed = EditTable.of_chains([[table[k] for k in chain] for chain in chains])
+    assert len(composed.edits) == 1 + 3 + 1 + 3
+    hidden = torch.randn(9, WIDTH)
+    rows = torch.tensor([0, 1, 2, 3, -1, 3, 2, 1, 0], dtype=torch.int32)
+    if everywhere:
+        composed, rows = EditTable.of_chains([[table[k] for k in chains[3]]]), torch.full((9,), 3)
+    want = torch.stack(
+        [run(hidden[t], [table[k] for k in chains[c]] if c >= 0 else []) for t, c in enumerate(rows)]
+    )
+    torch.testing.assert_close(composed.apply(hidden, None if everywhere else rows), want)
+    with pytest.raises(ValidationError, match="takes no strengths"):
+        composed.apply(hidden, rows, torch.ones(9))
+
+
+def run(row: Tensor, chain: list[Edit]) -> Tensor:
+    for edit in chain:
+        row = edit.apply(row)
+    return row
+
+
 def test_gates_that_need_a_weight_ask_for_it() -> None:
     with pytest.raises(ValidationError, match=r"A step gate needs a weight of shape \[24\]"):
         Edit.add(torch.ones(WIDTH)).gated("step")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from optable import DTYPES, LOGPROB_CASES, LogprobArgs, LogprobCase
+from optable import DTYPES, LOGPROB_CASES, LogprobArgs, LogprobCase, pairs
 from test_logprob_op import assert_close, assert_matches_oracle, both, wide
 from test_triton import on_each_device, outside_the_interpreter, python
 from tolerances import logprob_bounds
@@ -50,28 +50,29 @@ def test_under_the_interpreter() -> None:
     done = python("-m", "pytest", *arguments, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed[1]) > 150, done.stdout[-1000:]
+    assert passed is not None and int(passed[1]) > 60, done.stdout[-1000:]
 
 
 @on_each_device
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), pairs(SMALL, DTYPES), ids=str)
 def test_values_and_gradients_match_the_oracle(case: LogprobCase, dtype: torch.dtype, device: str) -> None:
     assert_matches_oracle(case, dtype, "triton", device)
 
 
 @on_each_device
-@pytest.mark.parametrize("dtype", FUSED, ids=str)
 @pytest.mark.parametrize("programs", [1, 9, 1024])
 @pytest.mark.parametrize(
-    "case",
-    [
-        LogprobCase(37, 47, 123, True, 0.5, 5.0, 2.0),
-        LogprobCase(16, 16, 16),
-        LogprobCase(17, 33, 161, True, coldness=-1.5, layout="strided"),
-        LogprobCase(1, 1, 40, softcap=30.0),
-        LogprobCase(3, 20, 1),
-    ],
+    ("case", "dtype"),
+    pairs(
+        [
+            LogprobCase(37, 47, 123, True, 0.5, 5.0, 2.0),
+            LogprobCase(16, 16, 16),
+            LogprobCase(17, 33, 161, True, coldness=-1.5, layout="strided"),
+            LogprobCase(1, 1, 40, softcap=30.0),
+            LogprobCase(3, 20, 1),
+        ],
+        FUSED,
+    ),
     ids=str,
 )
 def test_blocks_of_every_kind_and_any_stretch_of_the_vocabulary(

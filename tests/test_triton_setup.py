@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_triton import HERE, outside_the_interpreter, python
 
+import mechanex
 from mechanex.backends import triton as backend
 from mechanex.errors import MechanexError
 from mechanex.ops.steer import steer
@@ -41,8 +42,9 @@ def compile_only(self, *args, grid, warmup, **options):
 
 JITFunction.run = compile_only
 from mechanex.backends import triton
-from optable import SteerCase
+from optable import MANY_CASES, SteerCase
 steer = triton._kernel("steer").steer
+many = triton._kernel("steer_many").steer_many
 gradients = triton._kernel("steer_gradients").gradients
 for case in (
     SteerCase(1, 1), SteerCase(64, 2048, 16, 1, "mixed"), SteerCase(1024, 1024, 2, 4, "mixed"),
@@ -52,6 +54,9 @@ for case in (
         args = case.make(getattr(torch, name))
         steer(*args)
         gradients(torch.zeros_like(args[0]), *args, (True, True, True))
+for case in MANY_CASES[2:12:3]:
+    for name in sys.argv[2:]:
+        many(*case.make(getattr(torch, name)))
 print(sorted(compiled), all(all(found) for found in compiled.values()))
 """
 
@@ -61,6 +66,7 @@ print(sorted(compiled), all(all(found) for found in compiled.values()))
 def test_every_kernel_compiles_for_a_gpu_that_is_not_there(target: tuple[str, ...], tmp_path: Path) -> None:
     done = python("-c", COMPILE, *target, TRITON_CACHE_DIR=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     names = "_add_partial_sums_kernel", "_partial_sums_kernel", "_project_kernel", "_steer_kernel"
+    names = (*names, "_steer_many_kernel")
     assert done.stdout.strip() == f"{list(names)} True", done.stderr[-3000:]
 
 
@@ -113,6 +119,9 @@ print(triton._kernel("steer").__name__, triton._kernel("steer").__file__)
 
 
 @in_a_source_tree
+@pytest.mark.skipif(
+    Path(mechanex.__file__).resolve().parent.parent != HERE.parent, reason="the package is a staged copy"
+)
 def test_a_source_tree_runs_the_kernels_that_it_holds(tmp_path: Path) -> None:
     # From another folder, so that an editable install must find them.
     done = python("-c", RUN, cwd=tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")

@@ -91,18 +91,25 @@ def many_truth(args: optable.ManyArgs) -> tuple[Tensor, Tensor]:
 
 
 def logprob_bounds(
-    args: optable.LogprobArgs, truth: Tensor, gradient: Tensor | None = None, cotangent: Tensor | None = None
+    args: optable.LogprobArgs,
+    truth: Tensor,
+    gradient: Tensor | None = None,
+    cotangent: Tensor | None = None,
+    *,
+    multiplies_halves: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Largest allowed distances of ``completion_logprob`` and of its gradient from the truth.
 
     A product of float32 sums loses about ``sqrt(d)`` units of the sum of magnitudes; one that a processor returns in
     bfloat16 loses half a unit of that type more. An error e of the logits moves log p by 2e and every other token's
-    share of the gradient by the factor exp(2e).
+    share of the gradient by the factor exp(2e). Where a device multiplies half types as they are, the shares are
+    rounded to them before the product that makes the gradient: a unit of each.
 
     Args:
         args: the op's arguments, hidden in the dtype that is judged.
         truth: log-probabilities, float64.
         gradient: the gradient for hidden, float64, for ``cotangent``.
+        multiplies_halves: whether float16 is multiplied as it is; None: on a GPU.
     """
     hidden, weight, target, bias, scale, _, coldness = args
     dtype = hidden.dtype
@@ -121,7 +128,10 @@ def logprob_bounds(
     p = torch.softmax(z, 1)
     magnitude = (p * bend) @ w.abs() + w.abs()[target] * (1 - truth.exp()).unsqueeze(1)
     magnitude = magnitude * cotangent.double().abs().unsqueeze(1) * abs(scale * coldness)
-    unit = 2**-7 if dtype == torch.bfloat16 else 0.0
+    if multiplies_halves is None:
+        multiplies_halves = hidden.is_cuda
+    halves = dtype == torch.bfloat16 or (dtype == torch.float16 and multiplies_halves)
+    unit = torch.finfo(dtype).eps if halves else 0.0
     # The derivative of a cap is 1 − tanh², which is right to a unit of 1, not of itself.
     unit_of_one = 8 * eps * (p @ w.abs() + w.abs()[target]) * abs(scale * coldness)
     rounding = 0.505 * torch.finfo(

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 import completion_logprob
 from clock import Call, Row, device_seconds, launch_seconds
-from optable import SteerCase
+from optable import ManyArgs, ManyCase, SteerCase
 
 import mechanex
 from mechanex import backends
@@ -37,6 +37,7 @@ ADD, CLAMP, AFFINE = (SteerCase(8192, 4096, rank=rank) for rank in (0, 1, 4))
 # The library's own hooks keep edits in float32, whatever the model's dtype.
 WIDE = [SteerCase(8192, 4096, rank=rank, table=torch.float32) for rank in (0, 1, 4)]
 MIXED = SteerCase(8192, 4096, n_edits=16, rank=1, rows="mixed")
+STEP = ManyCase(SteerCase(16, 4096, n_edits=16, rank=1, rows="mixed"), 2, True, ("none", "step"))
 DECODE, DECODE_MIXED = SteerCase(64, 4096, rank=1), SteerCase(64, 4096, n_edits=16, rank=1, rows="mixed")
 CASES = [
     *((case, torch.bfloat16) for case in (ADD, CLAMP, AFFINE, *WIDE, MIXED)),
@@ -48,6 +49,8 @@ ROUND_BYTES = 1 << 29
 MOST_INPUTS = 64
 SHARE_OF_COPY = 0.85
 MIXED_RATIO = 1.3
+# How many torch additions a Triton launch may cost the calling thread.
+LAUNCH_RATIO = 2.0
 
 
 def on_device(case: SteerCase, dtype: torch.dtype, names: Sequence[str]) -> list[Row]:
@@ -75,12 +78,17 @@ def on_device(case: SteerCase, dtype: torch.dtype, names: Sequence[str]) -> list
 
 
 def launches(names: Sequence[str]) -> list[Row]:
-    """What one call costs the calling thread, beside a torch addition of the same tensors."""
+    """What one call costs the calling thread, beside a torch addition of the same tensors.
+
+    The step is what a decoder makes at every layer: each row its own slots of a table, with strengths and gates.
+    """
     x, _, bias, left, right = SteerCase(1, 4096, rank=1).make(torch.bfloat16, "cuda")
     ways: dict[str, Call] = {"torch add": lambda: x + bias, "add, auto": partial(steer, x, None, bias)}
     for name in names:
         ways[f"add, {name}"] = partial(steer, x, None, bias, backend=name)
         ways[f"clamp, {name}"] = partial(steer, x, None, bias, left, right, backend=name)
+    args = STEP.make(torch.bfloat16, "cuda")
+    ways |= {f"step, {name}": partial(_step, args, name) for name in ("auto", *names)}
     found = launch_seconds(ways)
     return [
         {
@@ -90,6 +98,11 @@ def launches(names: Sequence[str]) -> list[Row]:
         }
         for name, seconds in found.items()
     ]
+
+
+def _step(args: ManyArgs, name: str) -> object:
+    hidden, rows, strength, bias, left, right, gate = args
+    return steer(hidden, rows, bias, left, right, strength=strength, gate=gate, backend=name)
 
 
 def goals(
@@ -114,6 +127,13 @@ def goals(
         found[name] = verdicts
     add = next(float(str(r["times_torch_add"])) for r in launch if r["call"] == "add, auto")
     found["auto"] = {"launch of an add: times torch's": [add, add <= 1.1]}
+    for r in launch:
+        if r["call"] in ("clamp, triton", "step, triton"):
+            times = float(str(r["times_torch_add"]))
+            found["triton"][f"launch of a {str(r['call']).split(',')[0]}: times torch's add"] = [
+                times,
+                times <= LAUNCH_RATIO,
+            ]
     return found
 
 
@@ -151,7 +171,7 @@ def main() -> int:
     parser.add_argument(
         "result", type=Path, help="JSON file, or a folder for one named after device and date"
     )
-    parser.add_argument("--tests", default="not run", help="how the tests of the same build ended")
+    parser.add_argument("--tests", default="not run", help="what became of the tests before")
     arguments = parser.parse_args()
     path = arguments.result
     if not torch.cuda.is_available():

@@ -33,8 +33,7 @@ MX_INLINE void edit_rows(const typename E::Stored* const* x, typename E::Stored*
     for (int m = 0; m < M; ++m) changes[m] = start;
     for (int64_t i = 0; i < rank; ++i) {
       const V direction = Table::load(left + i * d + c);
-      for (int m = 0; m < M; ++m)
-        changes[m] = multiply_add(broadcast<V>(coordinates[m][i]), direction, changes[m]);
+      for (int m = 0; m < M; ++m) changes[m] = multiply_add(broadcast<V>(coordinates[m][i]), direction, changes[m]);
     }
     for (int m = 0; m < M; ++m) {
       E::store(y[m] + c, E::load(x[m] + c) + changes[m]);

@@ -1,5 +1,5 @@
-// The general steer op: a row's edits one after another, with strengths and gates. Like steer.cpp: one source, one object
-// per instruction set, no library calls but memcpy, nothing with external linkage but the table at the end.
+// The general steer op: a row's edits one after another, with strengths and gates. Like steer.cpp: one source, one
+// object per instruction set, no library calls but memcpy, nothing with external linkage but the table at the end.
 #include "functions.h"
 #include "project.h"
 

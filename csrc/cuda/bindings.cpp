@@ -30,6 +30,32 @@ void steer(int dtype, int table_dtype, int64_t n_rows, int64_t d, uintptr_t x, i
   launch_steer(dtype, table_dtype, args, n_rows, device, reinterpret_cast<void*>(stream));
 }
 
+void steer_many(int dtype, int table_dtype, int64_t n_rows, int64_t d, uintptr_t x, int64_t x_stride, uintptr_t y,
+                int64_t y_stride, uintptr_t rows, int64_t edits, uintptr_t strength, uintptr_t bias, uintptr_t left,
+                uintptr_t right, uintptr_t kinds, uintptr_t weight, uintptr_t offset, int64_t n_edits, int64_t rank,
+                int device, uintptr_t stream) {
+  if (rank < 0 || rank > kMaxRank) throw py::value_error("rank must be from 0 to 64, got " + std::to_string(rank));
+  SteerManyArgs args = {};
+  args.x = reinterpret_cast<const void*>(x);
+  args.x_stride = x_stride;
+  args.y = reinterpret_cast<void*>(y);
+  args.y_stride = y_stride;
+  args.rows = reinterpret_cast<const int32_t*>(rows);
+  args.edits = edits;
+  args.strength = reinterpret_cast<const void*>(strength);
+  args.bias = reinterpret_cast<const void*>(bias);
+  args.left = reinterpret_cast<const void*>(left);
+  args.right = reinterpret_cast<const void*>(right);
+  args.kinds = reinterpret_cast<const int32_t*>(kinds);
+  args.weight = reinterpret_cast<const void*>(weight);
+  args.offset = reinterpret_cast<const void*>(offset);
+  args.n_edits = n_edits;
+  args.rank = rank;
+  args.d = d;
+  py::gil_scoped_release release;
+  launch_steer_many(dtype, table_dtype, args, n_rows, device, reinterpret_cast<void*>(stream));
+}
+
 void reduce(int dtype, int64_t n_rows, int64_t n_columns, uintptr_t products, uintptr_t bias, uintptr_t target,
             int64_t target_stride, int64_t first, double scale, double softcap, double coldness, uintptr_t maximum,
             uintptr_t total, uintptr_t factor, int device, uintptr_t stream) {
@@ -63,5 +89,6 @@ PYBIND11_MODULE(_native_cuda, m, py::mod_gil_not_used()) {
   m.def("driver_version", &driver_version, "Version that the driver serves, likewise; 0 without a driver.");
   m.def("check_device", &check_device, "Raise RuntimeError unless the kernels can run on this device.");
   m.def("steer", &steer, "Put one steer call on a stream, by raw addresses; see csrc/cuda/launch.h.");
+  m.def("steer_many", &steer_many, "Put one call of the general steer op on a stream, likewise.");
   m.def("reduce", &reduce, "Put one chunk of completion_logprob on a stream, likewise.");
 }

@@ -53,6 +53,8 @@ MX_DEVICE uint32_t bfloats_of(float first, float second) {
 
 MX_DEVICE float exponential(float value) { return expf(value); }
 MX_DEVICE double exponential(double value) { return exp(value); }
+MX_DEVICE float square_root(float value) { return sqrtf(value); }
+MX_DEVICE double square_root(double value) { return sqrt(value); }
 MX_DEVICE float hyperbolic_tangent(float value) { return tanhf(value); }
 MX_DEVICE double hyperbolic_tangent(double value) { return tanh(value); }
 

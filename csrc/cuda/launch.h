@@ -17,6 +17,9 @@ void check_device(int device);
 // runtime refuses; errors of a kernel that already runs show up where the stream is next waited for.
 void launch_steer(int row_dtype, int table_dtype, SteerArgs args, int64_t n_rows, int device, void* stream);
 
+// Likewise the general steer op; SteerManyArgs as in steer.h.
+void launch_steer_many(int row_dtype, int table_dtype, SteerManyArgs args, int64_t n_rows, int device, void* stream);
+
 // Likewise folds one chunk of products of this dtype into what is kept of each row; ReduceArgs as in logprob.h.
 void launch_reduce(int dtype, ReduceArgs args, int64_t n_rows, int device, void* stream);
 

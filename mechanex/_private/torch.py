@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "transforms_are_active",
     "tree_flatten",
     "tree_unflatten",
+    "without_hooks",
     "writes",
 ]
 
@@ -72,3 +74,21 @@ def remove_hook(module: nn.Module, hook_id: int) -> None:
     for name in _HOOK_TABLES:
         table: dict[int, Any] = getattr(module, name)
         table.pop(hook_id, None)
+
+
+@contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Runs a block without the forward hooks and pre-hooks that are on a model and its parts."""
+    tables = [
+        (table, table.copy())
+        for module in model.modules()
+        for table in (module._forward_pre_hooks, module._forward_hooks)
+        if table
+    ]
+    try:
+        for table, _ in tables:
+            table.clear()
+        yield
+    finally:
+        for table, hooks in tables:
+            table.update(hooks)

@@ -154,6 +154,7 @@ _REGISTRY = {
                 "steer": Kernel(
                     triton.steer, triton.refuses_steer, triton.declines_steer, triton.steer_gradients
                 ),
+                "steer_many": Kernel(triton.steer_many, triton.refuses_steer_many),
                 "completion_logprob": Kernel(
                     triton_logprob.completion_logprob,
                     triton_logprob.refuses_completion_logprob,
@@ -169,6 +170,12 @@ _REGISTRY = {
 
 # What `auto` tries on a device, first to last; eager ends every list.
 _AUTO = {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")}
+# Hidden states of up to this many numbers are edited on a GPU before the next launch could be ready (an H100 moves as
+# many bfloat16 in 5 µs; a native launch was seen to cost 17 to 19, one through Triton's look-up 53 to 57), so that the
+# cheaper launch is the quicker way.
+LAUNCH_BOUND = 1 << 22
+_BY_SIZE = ("steer", "steer_many")
+_AUTO_LAUNCH_BOUND = {"cuda": ("native", "triton", "eager")}
 
 _setting: str | None = None
 
@@ -240,6 +247,10 @@ def selection() -> str:
     """What ``auto`` takes on each device, first to last, and what it leaves to plain torch; for people."""
     lines = [f"{device}: {', '.join(names)}" for device, names in _AUTO.items()]
     lines += [
+        f"{device}, steer of hidden states of at most {LAUNCH_BOUND} numbers: {', '.join(names)}"
+        for device, names in _AUTO_LAUNCH_BOUND.items()
+    ]
+    lines += [
         "other devices: eager",
         "one vector for every row, in hidden's own dtype: a plain torch addition",
         f"one edit on a CPU, of rank above {native.TORCH_RANK}, or on one row with factors of more than "
@@ -267,7 +278,7 @@ def gradients(
 
     Args and raises as for :func:`select`.
     """
-    return select(op, name, tensor, *rest).gradients
+    return _select(op, name, False, tensor, *rest).gradients
 
 
 def select(op: str, name: str | None, tensor: Tensor, *rest: Any) -> Kernel:
@@ -283,9 +294,15 @@ def select(op: str, name: str | None, tensor: Tensor, *rest: Any) -> Kernel:
         ValidationError: no such backend, or an explicitly chosen one that does not serve these arguments.
         MechanexError: an explicitly chosen backend can't run here.
     """
+    return _select(op, name, True, tensor, *rest)
+
+
+def _select(op: str, name: str | None, by_size: bool, tensor: Tensor, *rest: Any) -> Kernel:
+    """As :func:`select`; the size of a call counts where asked for: gradients keep to the kernels that repeat bits."""
     chosen = name or _setting or active()
     if chosen == "auto":
-        for candidate in _candidates(op, tensor.device.type):
+        small = by_size and op in _BY_SIZE and tensor.numel() <= LAUNCH_BOUND
+        for candidate in _candidates(op, tensor.device.type, small):
             if candidate.refuses(tensor, *rest) is None and candidate.declines(tensor, *rest) is None:
                 return candidate
         return _REGISTRY["eager"].ops[op]
@@ -310,10 +327,14 @@ def select(op: str, name: str | None, tensor: Tensor, *rest: Any) -> Kernel:
 
 
 @functools.cache
-def _candidates(op: str, device: str) -> tuple[Kernel, ...]:
+def _candidates(op: str, device: str, launch_bound: bool = False) -> tuple[Kernel, ...]:
     found: list[Kernel] = []
     reasons: list[str] = []
     first = "plain torch"
+    if launch_bound and device in _AUTO_LAUNCH_BOUND:
+        usual = _candidates(op, device)
+        order = [_REGISTRY[name].ops.get(op) for name in _AUTO_LAUNCH_BOUND[device]]
+        return tuple(kernel for kernel in order if kernel in usual and kernel is not None)
     for name in _AUTO.get(device, ("eager",)):
         backend = _REGISTRY[name]
         reason = backend.lacks(device)

@@ -23,7 +23,7 @@ from torch.nn import functional
 from mechanex.errors import ValidationError
 
 from .eager import compute_dtype, without_autocast
-from .products import widens
+from .products import wide_product, widens
 
 __all__ = ["Chunked", "Head", "Reduce", "check_target"]
 
@@ -32,6 +32,9 @@ __all__ = ["Chunked", "Head", "Reduce", "check_target"]
 _ROWS = 1024
 _LOGITS, _LOGITS_CPU = 1 << 24, 1 << 20
 _COLUMNS_CPU = 1 << 13
+# What float16 shares, at most 1, are multiplied by on their way through a product: those under 2⁻²⁵ would be 0, and a
+# large vocabulary has many.
+_FLOAT16_UNIT = 2.0**15
 
 
 @dataclass(frozen=True)
@@ -209,12 +212,15 @@ class _Products:
         n_vocab, width = weight.shape
         on_cpu = hidden.device.type == "cpu"
         half = hidden.dtype in (torch.bfloat16, torch.float16)
+        self._widens = half and widens(hidden.device, hidden.dtype)
         kept = (
-            not half or hidden.is_cuda or (hidden.dtype is torch.bfloat16 and on_cpu and _multiplies_bf16())
+            not half
+            or self._widens
+            or hidden.is_cuda
+            or (hidden.dtype is torch.bfloat16 and on_cpu and _multiplies_bf16())
         )
         self._weight = self._chunk = weight
         self.dtype = hidden.dtype if kept else torch.float32
-        self._widens = half and kept and widens(hidden.device, hidden.dtype)
         columns = (_LOGITS_CPU if on_cpu else _LOGITS) // max(n_rows, 1 if kept else width)
         if on_cpu:
             columns = min(columns, _COLUMNS_CPU)
@@ -229,14 +235,17 @@ class _Products:
             chunk = self._wide[: chunk.numel()].view(chunk.shape).copy_(chunk)
         self._chunk = chunk
         if self._widens:
-            return torch.mm(hidden, chunk.T, out_dtype=torch.float32)
+            return wide_product(hidden, chunk.T)
         shape = hidden.shape[0], chunk.shape[0]
         return torch.mm(hidden, chunk.T, out=self._products[: shape[0] * shape[1]].view(shape))
 
     def add_back(self, shares: Tensor, out: Tensor) -> None:
         """``out += shares @ weight``, with the chunk that :meth:`of` gave last."""
         if self._widens:
-            out.add_(torch.mm(shares.to(self.dtype), self._chunk, out_dtype=torch.float32))
+            unit = _FLOAT16_UNIT if self.dtype is torch.float16 else 1.0
+            narrow = torch.empty_like(shares, dtype=self.dtype)
+            torch.mul(shares, unit, out=narrow)
+            out.add_(wide_product(narrow, self._chunk), alpha=1 / unit)
         elif out.dtype is self.dtype:
             out.addmm_(shares, self._chunk)
         else:

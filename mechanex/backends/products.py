@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
 
-__all__ = ["widens"]
+__all__ = ["wide_product", "widens"]
 
 
 @functools.cache
@@ -19,3 +20,8 @@ def widens(device: torch.device, dtype: torch.dtype) -> bool:
         return torch.mm(left, right, out_dtype=torch.float32).dtype is torch.float32
     except (TypeError, RuntimeError):
         return False
+
+
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` of a half type in float32, where :func:`widens` says that it can be had."""
+    return torch.mm(left, right, out_dtype=torch.float32)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mechanex.errors import MechanexError
+from mechanex.ops.gate import Gate
 
 from . import eager
 
@@ -27,15 +28,17 @@ __all__ = [
     "interpreted",
     "missing",
     "refuses_steer",
+    "refuses_steer_many",
     "steer",
     "steer_gradients",
+    "steer_many",
 ]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Compute capability that Triton supports.
 _CAPABILITY = (8, 0)
 # Each may import those before it.
-_FILES = ("convert", "launch", "steer", "steer_gradients", "logprob", "logprob_reduce")
+_FILES = ("convert", "launch", "steer", "steer_many", "steer_gradients", "logprob", "logprob_reduce")
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -183,3 +186,45 @@ def steer_gradients(
         grad, hidden, rows, bias, left, right, needed
     )
     return found
+
+
+def refuses_steer_many(
+    hidden: Tensor,
+    rows: Tensor | None,
+    strength: Tensor | None,
+    bias: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    gate: Gate | None,
+) -> str | None:
+    """Why the kernel can't take these arguments, or None."""
+    weight, offset = (None, None) if gate is None else (gate.weight, gate.offset)
+    for more in (strength, weight, offset):
+        reason = refuses_steer(hidden, rows, more, None, None)
+        if reason is not None:
+            return reason
+    reason = refuses_steer(hidden, rows, bias, left, right)
+    widest: int = _kernel("launch").MAX_WIDTH
+    if reason is None and hidden.shape[1] > widest:
+        return f"the width is {hidden.shape[1]}, several edits take at most {widest}: a program holds a whole row"
+    return reason
+
+
+def steer_many(
+    hidden: Tensor,
+    rows: Tensor | None,
+    strength: Tensor | None,
+    bias: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    gate: Gate | None,
+) -> Tensor:
+    """Several edits of a row in order; see :func:`mechanex.backends.reference.steer_many`.
+
+    Raises:
+        ValidationError: a row index is out of range (interpreter; a GPU gives NaN rows).
+    """
+    if rows is not None and rows.device.type == "cpu":
+        eager.check_rows(rows, bias.shape[0])
+    out: Tensor = _kernel("steer_many").steer_many(hidden, rows, strength, bias, left, right, gate)
+    return out

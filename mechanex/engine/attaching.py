@@ -19,7 +19,7 @@ from torch import nn
 
 from .._private import torch as private
 
-__all__ = ["OURS", "Attached", "after", "before", "detach_all", "forward_on", "hooks_of_others"]
+__all__ = ["OURS", "Attached", "after", "before", "detach_all", "hooks_of_others", "own_forward"]
 
 _KEY = "_mechanex_hooks"
 """On a module: ids of our hooks, and the kind of each. A copy of the module has it too, as it has the hooks."""
@@ -97,11 +97,11 @@ def detach_all(model: nn.Module) -> int:
     return n
 
 
-def forward_on(module: nn.Module) -> Any:
-    """The ``forward`` that lies on a module itself, in place of its class's, ours aside; None for none."""
-    own = vars(module)
-    placed = getattr(own.get("forward"), "__func__", None) in _FORWARDS
-    return own.get(_PLACED) if placed else own.get("forward")
+def own_forward(module: nn.Module) -> Any:
+    """The ``forward`` that lies on the module itself, as others put it there, or None: ours is none of its own."""
+    state = module.__dict__
+    placed = _PLACED in state and getattr(state.get("forward"), "__func__", None) in _FORWARDS
+    return state[_PLACED] if placed else state.get("forward")
 
 
 def hooks_of_others(module: nn.Module) -> tuple[int, ...]:

@@ -9,23 +9,17 @@ from torch import Tensor, nn
 
 __all__ = ["cached_tokens", "find_cache", "is_cache", "returned_caches"]
 
-_ABILITIES = ("get_seq_length", "update", "reset")  # a cache has one of these at least
-_OTHER_KINDS = (
-    Tensor,
-    nn.Module,
-    Mapping,
-    Set,
-    str,
-    bytes,
-    type,
-)  # some of these have a method of such a name too
+_OTHER_KINDS = (Tensor, nn.Module, Mapping, Set, str, bytes, type)
 
 
 def is_cache(value: object) -> bool:
-    """Whether this object keeps what a model computed of earlier tokens."""
+    """Whether this object keeps what a model made of earlier tokens: it tells its length, or changes its tensors."""
     if value is None or isinstance(value, _OTHER_KINDS):
         return False
-    return any(callable(getattr(value, ability, None)) for ability in _ABILITIES)
+    if callable(getattr(value, "get_seq_length", None)):
+        return True
+    changes = any(callable(getattr(value, ability, None)) for ability in ("update", "reset"))
+    return changes and next(_tensors(_parts(value)), None) is not None
 
 
 def find_cache(values: Iterable[object]) -> Any:
@@ -63,8 +57,12 @@ def cached_tokens(cache: Any) -> int | None:
 
 def _blank(cache: Any) -> bool:
     """Whether a cache holds nothing but zeros, as states do before a first token."""
-    tensors = list(_tensors(vars(cache).values()))
+    tensors = list(_tensors(_parts(cache)))
     return bool(tensors) and not any(bool(tensor.any()) for tensor in tensors)
+
+
+def _parts(value: object) -> Iterable[Any]:
+    return getattr(value, "__dict__", {}).values()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

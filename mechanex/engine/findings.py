@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .attaching import OURS, forward_on, hooks_of_others
+from .attaching import OURS, hooks_of_others, own_forward
 
 if TYPE_CHECKING:
     from .models.adapter import ModelAdapter
@@ -79,7 +79,7 @@ def _build(adapter: ModelAdapter) -> Hashable:
 
 def _wrapping(module: nn.Module) -> Hashable:
     """What stands between a module's call and its class's forward, hooks aside."""
-    return type(module), id(forward_on(module)), id(vars(module).get("_compiled_call_impl"))
+    return type(module), id(own_forward(module)), id(vars(module).get("_compiled_call_impl"))
 
 
 def _way_out(adapter: ModelAdapter) -> Hashable:

@@ -1,26 +1,27 @@
-"""Generation: transformers' ``generate`` with our sampling, steering while it runs, stop texts, streaming."""
+"""Generation of whole texts and streams: prompts encoded, continued by the decoder, and given back as text."""
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import ValidationError
 from .chat import continued
-from .detokenize import Continuation
+from .decode.request import Request, Steer, Step
+from .decode.row import Row
+from .decode.run import decode
 from .given import as_whole
 from .models import adapter_for
-from .models.adapter import ModelAdapter, exclusive, undisturbed
-from .sampling import Draw, Sampling
+from .models.adapter import ModelAdapter
+from .sampling import Sampling
 from .text import Prompt, encode_prompt, prompt_text
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def generate(model: nn.Module | ModelAdapter, tokenizer: Any, prompt: Prompt, **
 def generate_batch(
     model: nn.Module | ModelAdapter, tokenizer: Any, prompts: Sequence[Prompt], **options: Any
 ) -> list[str]:
-    """Continues several prompts in one left-padded batch; row i draws as ``generate`` with ``seed + i`` does.
+    """Continues several prompts together; row i draws as ``generate`` with ``seed + i`` does.
 
     Arguments, results and errors as in ``generate``, for every prompt.
     """
@@ -133,7 +134,7 @@ class _Run:
         self.tokenizer = tokenizer if tokenizer is not None else self.adapter.tokenizer
         if self.tokenizer is None:
             raise ValidationError("generation needs the model's tokenizer: pass tokenizer=….")
-        if not hasattr(self.adapter.hf_model, "generate"):
+        if self.adapter.head is None:
             raise ValidationError(
                 f"{self.adapter.model_id} can't generate: load it with AutoModelForCausalLM, or by name."
             )
@@ -142,16 +143,15 @@ class _Run:
             prompts = [continued(prompt) for prompt in prompts]
         self.ids = [self._encode(prompt) for prompt in prompts]
         self.prompts = [prompt_text(self.tokenizer, prompt) for prompt in prompts]
-        self.max_tokens = self._room(options.max_tokens)
-        self.rows = [Continuation(self.tokenizer, ids, options.stops) for ids in self.ids]
-        plan = None if options.vector is None else options.vector.plan(self.adapter, options.strength)
-        self.plan = plan if options.strength != 0 else None
+        self.ends = end_tokens(self.adapter.hf_model, self.tokenizer)
+        self.max_tokens, self.steering = self._room(options.max_tokens), self._steering()
         self.seeds = options.seeds(len(prompts))
 
     def texts(self) -> list[str]:
         """The prompts with their continuations."""
-        self._generate(lambda: False)
-        return [prompt + row.text for prompt, row in zip(self.prompts, self.rows, strict=True)]
+        rows = self._rows(stream=False)
+        decode(self.adapter, rows, self._padding)
+        return [prompt + row.text for prompt, row in zip(self.prompts, rows, strict=True)]
 
     def stream(self) -> Iterator[str]:
         """The only row's text in pieces, from a thread that ends early when the iterator is closed."""
@@ -159,14 +159,14 @@ class _Run:
         pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
         closed = threading.Event()
 
-        def watch() -> bool:
-            pieces.put(self.rows[0].piece())
+        def tell(step: Step | None) -> bool:
+            if step is not None:
+                pieces.put(step.text)
             return closed.is_set()
 
         def work() -> None:
             try:
-                self._generate(watch)
-                pieces.put(self.rows[0].piece())
+                decode(self.adapter, self._rows(stream=True), self._padding, tell)
                 pieces.put(None)
             # Whatever it is, it belongs to the thread that reads the pieces.
             except BaseException as error:
@@ -184,37 +184,27 @@ class _Run:
             closed.set()
             thread.join()
 
-    @torch.no_grad()
-    def _generate(self, watch: Callable[[], bool]) -> None:
-        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+    def _rows(self, *, stream: bool) -> list[Row]:
+        options = self.options
+        requests = [
+            Request(ids, self.max_tokens, options, seed, options.stops, self.steering, stream=stream)
+            for ids, seed in zip(self.ids, self.seeds, strict=True)
+        ]
+        n = len(requests)
+        return [Row(one, self.tokenizer, self.ends, prompt=(i, n)) for i, one in enumerate(requests)]
 
-        hf: Any = self.adapter.hf_model
-        ends = end_tokens(hf, self.tokenizer)
-        padding = next((i for i in (self.tokenizer.pad_token_id, *ends) if i is not None), 0)
-        ids, mask = _left_padded(self.ids, padding, self.adapter.device)
-        config = GenerationConfig(  # type: ignore[no-untyped-call]
-            max_new_tokens=self.max_tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            eos_token_id=ends or None,
-            pad_token_id=padding,
-        )
-        with exclusive(self.adapter), undisturbed(hf), _caller_decides(hf), self._steering():
-            hf.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=config,
-                logits_processor=LogitsProcessorList([Draw(self.options, self.seeds)]),
-                stopping_criteria=StoppingCriteriaList([_Reader(self.rows, ends, watch)]),
-            )
-        for row in self.rows:
-            row.finish()
+    @property
+    def _padding(self) -> int:
+        return next((i for i in (self.tokenizer.pad_token_id, *self.ends) if i is not None), 0)
 
-    def _steering(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self.plan is None else self.plan.apply(self.adapter)
+    def _steering(self) -> tuple[Steer, ...]:
+        options = self.options
+        if options.vector is None:
+            return ()
+        plan = options.vector.plan(self.adapter, options.strength)
+        if options.strength == 0:
+            return ()
+        return tuple(Steer(self.adapter.layer_index(i.layer), i.edit, i.tokens) for i in plan.interventions)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         ids = encode_prompt(self.tokenizer, prompt)
@@ -226,8 +216,8 @@ class _Run:
         return ids
 
     def _room(self, max_tokens: int) -> int:
-        context = getattr(self.adapter.config, "max_position_embeddings", None)
-        if not isinstance(context, int) or context < 1:
+        context = self.adapter.context
+        if context is None:
             return max_tokens
         longest = max(map(len, self.ids))
         if longest >= context:
@@ -245,48 +235,6 @@ class _Run:
                 longest,
             )
         return min(max_tokens, context - longest)
-
-
-class _Reader:
-    """A stopping criterion that turns each step's tokens into text and ends rows whose stop text has come."""
-
-    def __init__(self, rows: Sequence[Continuation], ends: Sequence[int], watch: Callable[[], bool]) -> None:
-        self._rows, self._ends, self._watch = rows, ends, watch
-        self._done = [False] * len(rows)
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        for i, token in enumerate(input_ids[:, -1].tolist()):
-            if not self._done[i]:
-                if token not in self._ends:
-                    self._rows[i].feed(token)
-                self._done[i] = token in self._ends or self._rows[i].stopped
-        closed = self._watch()
-        return torch.tensor([closed or done for done in self._done], device=input_ids.device)
-
-
-@contextlib.contextmanager
-def _caller_decides(hf: Any) -> Iterator[None]:
-    """Hides a model's own generation_config, whose settings would add to the documented arguments."""
-    from transformers import GenerationConfig
-
-    own = hf.generation_config
-    hf.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        hf.generation_config = own
-
-
-def _left_padded(
-    prompts: Sequence[Sequence[int]], padding: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), padding, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[i, longest - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)
 
 
 def end_tokens(hf: Any, tokenizer: Any) -> list[int]:

@@ -86,8 +86,11 @@ class Intervention:
             return self.mask.to(device)
         chosen = torch.ones(batch, length, dtype=torch.bool, device=device)
         if self.rows is not None:
-            prompts = followed(batch, length).prompts.to(device)
-            if self.rows and not positions_are_given() and max(self.rows) >= (n := int(prompts.max()) + 1):
+            seen = followed(batch, length)
+            prompts, n = seen.prompts.to(device), seen.n_prompts
+            if n is None and self.rows and not positions_are_given():
+                n = int(prompts.max()) + 1
+            if n is not None and max(self.rows, default=0) >= n:
                 raise ValidationError(f"Row {max(self.rows)} was to be edited, but the batch has {n} rows.")
             among = torch.isin(prompts, torch.tensor(self.rows, dtype=torch.long, device=device))
             chosen = chosen & among[:, None]
@@ -148,10 +151,10 @@ class _LayerEdits:
             whole = tuple(range(len(self._interventions)))
             if torch.compiler.is_compiling():
                 # Composed in the graph, whose inputs the edits' tensors are: other values need no other graph.
-                return EditTable([self._compose(whole)]).apply(hidden)
-            return self._composed((whole,)).apply(hidden)
+                return self._made((whole,)).apply(hidden)
+            return self._table((whole,)).apply(hidden)
         chains, index = self._chains(hidden.shape[0], hidden.shape[1], hidden.device)
-        return self._composed(chains).apply(hidden, index) if chains else None
+        return self._table(chains).apply(hidden, index) if chains else None
 
     def _chains(self, batch: int, length: int, device: torch.device) -> tuple[_Chains, Tensor]:
         """The chains of interventions that meet on some row, and [B, T] int32 which of them, or -1."""
@@ -173,22 +176,19 @@ class _LayerEdits:
             self._known = (key, tuple(chains), index)
         return tuple(chains), index
 
-    def _composed(self, chains: _Chains) -> EditTable:
+    def _table(self, chains: _Chains) -> EditTable:
         """The table of these chains; kept while no tensor of an edit changes and none needs gradients."""
         versions = tuple(v for i in self._interventions for v in i.edit.versions())
         known = self._tables.get(chains)
         if known is not None and known[0] == versions:
             return known[1]
-        table = EditTable([self._compose(chain) for chain in chains])
+        table = self._made(chains)
         if not any(i.edit.requires_grad for i in self._interventions):
             self._tables[chains] = (versions, table)
         return table
 
-    def _compose(self, chain: tuple[int, ...]) -> Edit:
-        edit = self._interventions[chain[0]].edit
-        for i in chain[1:]:
-            edit = edit.then(self._interventions[i].edit)
-        return edit
+    def _made(self, chains: _Chains) -> EditTable:
+        return EditTable.of_chains([[self._interventions[i].edit for i in chain] for chain in chains])
 
 
 class SteeringPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -180,7 +181,7 @@ class Edit:
         if self.gate is not None or following.gate is not None:
             raise ValidationError(
                 "An edit with a gate can't be composed into one with another, whose result the gate depends on: "
-                "give the row both, in order (EditTable.apply with rows of shape [..., m])."
+                "give the row both, in order (EditTable.of_chains, or rows of shape [..., m])."
             )
         if self.width != following.width:
             raise ValidationError(f"Edits of widths {self.width} and {following.width} can't be composed.")
@@ -254,6 +255,34 @@ class EditTable:
     def __init__(self, edits: list[Edit]) -> None:
         self.edits = edits
         self._stacked: _Stack | None = None
+        self._chains: Tensor | None = None
+
+    @classmethod
+    def of_chains(cls, chains: Sequence[Sequence[Edit]]) -> EditTable:
+        """A table of which a row names a chain of edits, which run in order.
+
+        Edits that follow each other are composed into one where that is the same; one with a gate stays by itself.
+
+        Args:
+            chains: at least one, of at least one edit each.
+        """
+        edits: list[Edit] = []
+        places: list[list[int]] = []
+        for chain in chains:
+            parts: list[Edit] = []
+            for edit in chain:
+                if parts and parts[-1].gate is None and edit.gate is None:
+                    parts[-1] = parts[-1].then(edit)
+                else:
+                    parts.append(edit)
+            places.append(list(range(len(edits), len(edits) + len(parts))))
+            edits += parts
+        table = cls(edits)
+        longest = max(len(place) for place in places)
+        if longest > 1:
+            filled = [place + [-1] * (longest - len(place)) for place in places]
+            table._chains = torch.tensor(filled, dtype=torch.int32)
+        return table
 
     def _stack(self, hidden: Tensor) -> _Stack:
         dtype = compute_dtype(hidden.dtype)
@@ -292,6 +321,19 @@ class EditTable:
                 f"The edit is for a residual stream {width} wide, but this one is {hidden.shape[-1]} wide; "
                 "the vector was made for another model."
             )
+        # Whoever lays out rows knows where the model takes its tokens, not where this layer is.
+        rows = None if rows is None else rows.to(hidden.device)
+        strength = None if strength is None else strength.to(hidden.device)
+        if self._chains is not None:
+            if strength is not None:
+                raise ValidationError(
+                    "A table of chains takes no strengths: give the edits' own rows instead."
+                )
+            self._chains = chains = self._chains.to(hidden.device)
+            if rows is None:
+                rows = chains[0].expand(*hidden.shape[:-1], -1)
+            else:
+                rows = torch.where((rows >= 0)[..., None], chains[rows.clamp(min=0)], -1)
         if any(e.matrix is not None for e in self.edits):
             return self._apply_dense(hidden, rows, strength)
         table = self._stack(hidden)

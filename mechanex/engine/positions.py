@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ __all__ = [
     "current_positions",
     "given_positions",
     "positions_are_given",
+    "selects",
     "set_positions",
     "token_mask",
     "whole_pass",
@@ -39,6 +41,7 @@ class Positions:
         prompt_lengths: int64 tokens of the prompt that each token belongs to, of a shape that broadcasts to [B, T].
         prompts: [B] int64, the prompt of the batch that each row continues.
         shape: (B, T), where ``index`` is not known.
+        n_prompts: how many prompts the batch has, where not all of them need be among the rows.
 
     What isn't known is a text that says why and what to do; asking for it raises that as a ValidationError.
     """
@@ -50,7 +53,9 @@ class Positions:
         prompts: Tensor | str = _OWN_BATCHES,
         *,
         shape: tuple[int, int] | None = None,
+        n_prompts: int | None = None,
     ) -> None:
+        self.n_prompts = n_prompts
         self._index, self._prompt_lengths, self._prompts = index, prompt_lengths, prompts
         if shape is None:
             assert isinstance(index, Tensor)
@@ -130,23 +135,31 @@ def token_mask(token: int | slice, positions: Positions) -> Tensor:
 
     Negatives count from the end of the prompt; an open stop has no end; padding is never selected.
     """
-    index = positions.index
+    chosen: Tensor = selects(token, positions.index, lambda: positions.prompt_lengths)
+    return chosen
+
+
+def selects(token: int | slice, index: Any, prompt_length: Callable[[], Any]) -> Any:
+    """Whether ``token`` selects each of the absolute positions ``index``; as :func:`token_mask`.
+
+    Args:
+        token: an int or a slice.
+        index: positions, -1 for padding: an int, or an array or tensor of them, of whose kind the result is.
+        prompt_length: gives the prompts' lengths, likewise; called where a negative asks for them.
+    """
+
+    def absolute(place: int) -> Any:
+        return place if place >= 0 else prompt_length() + place
+
     if isinstance(token, int):
-        return (index == _absolute(token, positions)) & (index >= 0)
-    step = 1 if token.step is None else token.step
-    chosen = index >= 0
-    start: int | Tensor = 0
-    if token.start is not None:
-        start = _absolute(token.start, positions)
-        start = start.clamp(min=0) if isinstance(start, Tensor) else start
-        chosen = chosen & (index >= start)
+        return (index == absolute(token)) & (index >= 0)
+    start = absolute(token.start or 0)
+    start = start * (start > 0)
+    chosen = (index >= 0) & (index >= start)
     if token.stop is not None:
-        chosen = chosen & (index < _absolute(token.stop, positions))
+        chosen = chosen & (index < absolute(token.stop))
+    step = token.step or 1
     return chosen if step == 1 else chosen & ((index - start) % step == 0)
-
-
-def _absolute(place: int, positions: Positions) -> int | Tensor:
-    return place if place >= 0 else positions.prompt_lengths + place
 
 
 def whole_pass(inputs: Tensor) -> Positions:

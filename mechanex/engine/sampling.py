@@ -1,18 +1,13 @@
-"""How the next token is chosen: the sampling methods, and a sampler with random numbers of its own."""
+"""How the next token is chosen: the sampling methods and their settings."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
+from ..errors import ValidationError
 
-from ..errors import MechanexError, ValidationError
-
-__all__ = ["METHODS", "Draw", "Sampling"]
+__all__ = ["METHODS", "Sampling"]
 
 METHODS = ("greedy", "top-k", "top-p", "min-p", "typical")
 
@@ -57,58 +52,6 @@ class Sampling:
                 f"temperature is a finite number of 1e-6 or more; got {self.temperature!r}. "
                 "For the likeliest token each time, use sampling_method='greedy'."
             )
-
-    def warpers(self) -> list[Any]:
-        """What changes the logits [B, V] before drawing, in order."""
-        from transformers.generation import logits_process as hf
-
-        found: list[Any] = []
-        if self.temperature != 1.0:
-            found.append(hf.TemperatureLogitsWarper(float(self.temperature)))
-        if self.sampling_method == "top-k":
-            found.append(hf.TopKLogitsWarper(self.top_k))
-        elif self.sampling_method == "top-p" and self.top_p < 1:
-            found.append(hf.TopPLogitsWarper(float(self.top_p)))
-        elif self.sampling_method == "min-p":
-            found.append(hf.MinPLogitsWarper(float(self.min_p)))
-        elif self.sampling_method == "typical" and self.typical_p < 1:
-            found.append(hf.TypicalLogitsWarper(float(self.typical_p)))
-        return found
-
-
-class Draw:
-    """A logits processor that draws each row's token, so that ``generate`` only takes the likeliest one.
-
-    Each row has a random generator of its own: torch's global one is left alone, and a row's draws depend
-    neither on the other rows nor on what other threads draw.
-
-    Args:
-        sampling: the method.
-        seeds: one per row of the batch.
-    """
-
-    def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
-        self._greedy = sampling.sampling_method == "greedy"
-        self._warpers = [] if self._greedy else sampling.warpers()
-        self._seeds = seeds
-        self._generators: list[torch.Generator] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """[B, V] logits with -inf at every token but the drawn one; unchanged for greedy."""
-        if bool(scores.isnan().any()):
-            raise MechanexError(
-                "the model's logits are NaN: the steering is too strong for the model's dtype, or the "
-                "weights are damaged; try a smaller strength, bfloat16 or float32."
-            )
-        if self._greedy:
-            return scores
-        for warper in self._warpers:
-            scores = warper(input_ids, scores)
-        if not self._generators:
-            self._generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self._seeds]
-        rows = zip(scores.float().softmax(-1), self._generators, strict=True)
-        drawn = torch.stack([torch.multinomial(shares, 1, generator=own) for shares, own in rows])
-        return torch.full_like(scores, -math.inf).scatter_(1, drawn, 0.0)
 
 
 def _is_number(value: object) -> bool:

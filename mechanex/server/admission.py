@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from .row import Row
+from .row import ServedRow
 from .settings import Settings
 
 __all__ = ["pick", "who_makes_way"]
@@ -13,18 +13,26 @@ __all__ = ["pick", "who_makes_way"]
 _AHEAD = 128  # positions beyond a row's present length that are kept free for it when others are let in
 
 
-def pick(waiting: deque[Row], running: Sequence[Row], settings: Settings) -> list[Row]:
+def pick(
+    waiting: deque[ServedRow], running: Sequence[ServedRow], settings: Settings, most: int
+) -> list[ServedRow]:
     """Takes the requests that are read next out of those that wait, first come, first served.
 
     As many as fit: into the batch, into ``max_cache_tokens`` (one that needs more by itself runs alone), and into one
     pass of ``prefill_tokens``, where rows with the same prompt and edits count once. A prompt whose log-probabilities
     are wanted is read by itself.
+
+    Args:
+        waiting: who waits; those that are picked are taken out.
+        running: the rows of the batch.
+        settings: the limits.
+        most: rows that the batch may have.
     """
     longest = max(map(_reach, running), default=0)
-    picked: list[Row] = []
+    picked: list[ServedRow] = []
     prompts: set[object] = set()
     width = 0
-    while waiting and len(running) + len(picked) < settings.max_batch:
+    while waiting and len(running) + len(picked) < most:
         row = waiting[0]
         longest = max(longest, _reach(row))
         n_rows = len(running) + len(picked) + 1
@@ -41,7 +49,7 @@ def pick(waiting: deque[Row], running: Sequence[Row], settings: Settings) -> lis
     return picked
 
 
-def who_makes_way(rows: Sequence[Row], columns: int, settings: Settings) -> Row | None:
+def who_makes_way(rows: Sequence[ServedRow], columns: int, settings: Settings) -> ServedRow | None:
     """The row that came last, where a step of all of them would take more positions than allowed.
 
     Args:
@@ -53,6 +61,6 @@ def who_makes_way(rows: Sequence[Row], columns: int, settings: Settings) -> Row 
     return max(rows, key=lambda row: row.arrived)
 
 
-def _reach(row: Row) -> int:
+def _reach(row: ServedRow) -> int:
     """Positions that a row comes to use soon; all that it may ever use would keep others out for nothing."""
     return min(row.n_known + _AHEAD, row.final_length)

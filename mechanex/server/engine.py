@@ -72,7 +72,7 @@ class ServingEngine:
             raise ValidationError(
                 "a server needs the model's tokenizer: set_local_model(model, tokenizer), or load by name."
             )
-        if not hasattr(self.adapter.hf_model, "generate"):
+        if self.adapter.head is None:
             raise ValidationError(f"{self.adapter.model_id} can't generate: load it by name.")
         self.model_name = settings.model_name or _shown(loaded.name)
         self.metrics = Metrics()

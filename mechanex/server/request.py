@@ -1,113 +1,26 @@
-"""A request for text as the scheduler sees it, and what comes back while it runs."""
+"""A request for text as the scheduler sees it, and where its answer is awaited."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
-from ..engine.sampling import Sampling
-
-if TYPE_CHECKING:
-    from ..engine.intervention import Edit
+from ..engine.decode import request as engine
+from ..engine.decode.request import Result, Steer, Step, TokenLogprob
 
 __all__ = ["Generation", "Request", "Result", "Steer", "Step", "TokenLogprob"]
 
 
 @dataclass(frozen=True)
-class Steer:
-    """One edit of a request: of its tokens at a layer.
+class Request(engine.Request):
+    """As the engine's, with ids from ``await engine.encode(prompt)``.
 
     Args:
-        layer: 0 … n_layers.
-        edit: what is done; strength included.
-        tokens: absolute positions (int, slice, None for all), as in :class:`mechanex.engine.hooks.Intervention`.
-    """
-
-    layer: int
-    edit: Edit
-    tokens: int | slice | None = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt and how to continue it.
-
-    Args:
-        ids: token ids of the prompt, at least one (``await engine.encode(prompt)``).
-        max_tokens: most tokens to add; fewer where the model's context ends before. 0 only reads the prompt.
-        sampling: the method, as in ``generation.generate``.
-        seed: of the draws; None draws one.
-        stops: texts that end the answer and are cut off.
-        steering: the request's edits, in order; empty for none.
-        frequency_penalty: taken off a token's logit for every time that the answer has it.
-        presence_penalty: taken off once for a token that the answer has.
-        logit_bias: pairs of a token id and what is added to its logit.
-        logprobs: None, or how many of the likeliest tokens to report with each chosen one's log-probability.
-        prompt_logprobs: whether to report them for the prompt's tokens too.
         timeout: seconds; None for the server's setting.
-        stream: whether the answer is read step by step; without it, everything comes as one step at the end.
     """
 
-    ids: Sequence[int]
-    max_tokens: int = 128
-    sampling: Sampling = field(default_factory=lambda: Sampling("greedy"))
-    seed: int | None = None
-    stops: tuple[str, ...] = ()
-    steering: tuple[Steer, ...] = ()
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    logprobs: int | None = None
-    prompt_logprobs: bool = False
     timeout: float | None = None
-    stream: bool = False
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A token, its natural log-probability under the steered model, and the likeliest ones in order."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Step:
-    """What came since the last step: text (perhaps none yet) and, where asked for, log-probabilities.
-
-    Args:
-        text: to be joined to what came before.
-        logprobs: those of its tokens.
-        prompt_logprobs: those of the prompt's tokens, in the first step.
-    """
-
-    text: str
-    logprobs: tuple[TokenLogprob, ...] = ()
-    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished answer.
-
-    Args:
-        text: without the prompt.
-        finish_reason: ``"stop"``: an end token or a stop text; ``"length"``: no more tokens were allowed.
-        prompt_tokens: tokens of the prompt.
-        completion_tokens: tokens that the model chose, an end token included.
-        logprobs: one per token of the text, where asked for.
-        prompt_logprobs: one per token of the prompt, the first None, where asked for.
-    """
-
-    text: str
-    finish_reason: Literal["stop", "length"]
-    prompt_tokens: int
-    completion_tokens: int
-    logprobs: tuple[TokenLogprob, ...] = ()
-    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 class Generation:

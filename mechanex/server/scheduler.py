@@ -13,7 +13,7 @@ from ..engine.models.adapter import ModelAdapter
 from ..errors import APIError, RateLimitError, ValidationError
 from .metrics import Metrics
 from .request import Generation, Request
-from .row import Row
+from .row import ServedRow
 from .settings import Settings
 from .worker import Worker
 
@@ -39,8 +39,7 @@ class Scheduler:
     ) -> None:
         self._adapter, self._tokenizer, self._ends = adapter, tokenizer, ends
         self._settings, self._metrics = settings, metrics
-        context = getattr(adapter.config, "max_position_embeddings", None)
-        self.context: int | None = context if isinstance(context, int) and context > 0 else None
+        self.context = adapter.context
         self._accepting = False
         self._worker: Worker | None = None
         self._thread: threading.Thread | None = None
@@ -100,10 +99,10 @@ class Scheduler:
             worker.changed.notify()
         return [row.generation for row in rows]
 
-    def _row(self, generation: Generation) -> Row:
+    def _row(self, generation: Generation) -> ServedRow:
         given = generation.request.timeout
         seconds = self._settings.request_timeout if given is None else given
-        return Row(generation, self._tokenizer, self._ends, self.context, time.monotonic() + seconds)
+        return ServedRow(generation, self._tokenizer, self._ends, self.context, time.monotonic() + seconds)
 
     async def run(self, fn: Callable[[ModelAdapter], T], timeout: float | None) -> T:
         """Runs a function alone on the model; as :meth:`mechanex.server.engine.ServingEngine.run`."""

@@ -119,9 +119,12 @@ class Listening:
 
     def run(self) -> None:
         """Serves, until a signal or ``server.should_exit``."""
+        log = logging.getLogger("uvicorn.error")
+        log.addFilter(_is_no_cancellation)
         try:
             self.server.run(sockets=[self._socket])
         finally:
+            log.removeFilter(_is_no_cancellation)
             self._socket.close()
 
 
@@ -137,6 +140,12 @@ def _lively() -> Iterator[None]:
     finally:
         sys.setswitchinterval(interval)
         gc.unfreeze()  # else extensions find their objects still alive at the interpreter's end, and say so
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """False for a request that was cancelled, which uvicorn takes for a failure; it has said that it cancels them."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or not issubclass(kind, asyncio.CancelledError)
 
 
 def _leave(scheduler: Scheduler) -> None:

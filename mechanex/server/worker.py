@@ -8,20 +8,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import cast
 
 import torch
 
+from ..engine.decode.calls import Form
+from ..engine.decode.decoder import Decoder, Outcome
+from ..engine.decode.probe import form
+from ..engine.decode.reading import Reading
+from ..engine.decode.row import Row
 from ..engine.models.adapter import ModelAdapter, exclusive, undisturbed
 from ..engine.pauses import pausing
 from ..errors import APIError, MechanexError
 from .admission import pick, who_makes_way
-from .alone import answer
-from .batch import Batch, Outcome, Reading
 from .jobs import Jobs
 from .metrics import Metrics
-from .probe import rolls
 from .request import Generation, Result, Step
-from .row import Row
+from .row import ServedRow
 from .settings import Settings
 from .unanswered import Unanswered
 
@@ -53,7 +56,7 @@ class Worker:
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.changed = threading.Condition()
-        self.waiting: deque[Row] = deque()
+        self.waiting: deque[ServedRow] = deque()
         self.jobs = Jobs(self.changed)
         self.unanswered = Unanswered()
         self.closing = False
@@ -61,11 +64,11 @@ class Worker:
         self.failure: BaseException | None = None
         self._adapter, self._padding, self._settings = adapter, padding, settings
         self._metrics, self._loop = metrics, loop
-        self._batch = self._new_batch()
+        self._form: Form = "rolling"
+        self._decoder = self._new_decoder()
         self._reading: Reading | None = None
-        self._alone: Row | None = None
+        self._apart: deque[ServedRow] = deque()  # whose prompts are read one by one
         self._outbox: list[_News] = []
-        self._rolling = True
         self._steered = 0.0
         self._steps_since_pick = 0
         self._resumed = 0.0  # when other work got the model last
@@ -75,14 +78,19 @@ class Worker:
         """Requests that are read or decoded now."""
         reading = self._reading
         n_read = 0 if reading is None else len(reading.rows)
-        return len(self._batch.rows) + n_read + (self._alone is not None)
+        return len(self._decoder.rows) + len(self._apart) + n_read
+
+    @property
+    def _rows(self) -> list[ServedRow]:
+        return _served(self._decoder.rows)
 
     def run(self) -> None:
         """The thread's work, until ``close``."""
         end = APIError("The server is shutting down; the answer ends here.", 503)
         try:
             with exclusive(self._adapter):
-                self._rolling = rolls(self._adapter)
+                self._form = form(self._adapter, self._settings.max_batch)
+                self._decoder = self._new_decoder()
             self.ready.set()
             while self._wait():
                 self._turn()
@@ -95,7 +103,7 @@ class Worker:
 
     def _wait(self) -> bool:
         with self.changed:
-            while not (self.closing or self.jobs or self.waiting or self._reading or self._batch.rows):
+            while not (self.closing or self.jobs or self.waiting or self.n_running):
                 self.changed.wait()
             return not self.closing
 
@@ -107,114 +115,149 @@ class Worker:
                         if self.closing or not self._advance() or self.jobs:
                             break
                 finally:
-                    self._batch.steering.detach()
+                    self._decoder.detach()
             self._work()
         self._flush()
 
     def _advance(self) -> bool:
         """Reads some prompts and makes one step; False when there is nothing to do."""
         self._sweep()
-        if not self._rolling:
-            self._answer_alone()
-            return False
         read = self._read()
-        stepped = bool(self._batch.rows) and self._guarded("decode", self._step)
+        stepped = bool(self._decoder.rows) and self._guarded("decode", self._step)
         self._flush()
         return read or stepped
 
     def _read(self) -> bool:
         if self._reading is None:
             self._steps_since_pick += 1
-            few = len(self.waiting) < max(1, len(self._batch.rows) // 8)
-            if few and self._batch.rows and self._steps_since_pick < _PATIENCE:
+            few = len(self.waiting) < max(1, len(self._decoder.rows) // 8)
+            if few and self._decoder.rows and self._steps_since_pick < _PATIENCE:
                 return False
-            with self.changed:
-                rows = pick(self.waiting, self._batch.rows, self._settings)
+            rows = self._pick()
             if not rows:
                 return False
             self._steps_since_pick = 0
             try:
-                self._reading = self._batch.read(rows)
+                self._reading = self._decoder.read(rows)
             except Exception as error:
                 for row in rows:
                     self._end(row, _model_error(error))
                 return False
         return self._guarded("prefill", self._read_on)
 
+    def _pick(self) -> list[ServedRow]:
+        """The requests that are read next; those that the model has no place for end here, each by itself."""
+        if self._apart:
+            return [self._apart.popleft()]
+        most = self._settings.max_batch if self._form == "rolling" else 1
+        with self.changed:
+            picked = pick(self.waiting, self._rows, self._settings, most)
+        fit = []
+        for row in picked:
+            error = self._decoder.unfit(row)
+            if error is None:
+                fit.append(row)
+            else:
+                self._end(row, error)
+        return fit
+
     def _read_on(self) -> None:
         reading = self._reading
         assert reading is not None
         try:
-            done = self._batch.advance(reading)
+            done = self._decoder.advance(reading)
         except Exception as error:
             # The batch has not seen these prompts yet and goes on without them.
             self._reading = None
-            for row in reading.rows:
-                self._end(row, _model_error(error))
+            rows = _served(reading.rows)
+            if len(rows) > 1:  # whoever it is that can't be read shall not end the others
+                self._apart.extend(rows)
+                return
+            self._end(rows[0], _model_error(error))
             return
         if done:
             self._reading = None
-            for row in reading.rows:
+            for row in _served(reading.rows):
                 if not row.chosen:
                     self._metrics.first_token_seconds.observe(time.monotonic() - row.arrived)
             self._metrics.prompt_tokens.inc(sum(len(row.ids) for row in reading.prompts if not row.chosen))
             try:
-                outcomes = self._batch.join(reading)
+                outcomes = self._decoder.join(reading)
             except Exception:
-                self._batch.rows += [row for row in reading.rows if row not in self._batch.rows]
+                self._decoder.rows += [row for row in reading.rows if row not in self._decoder.rows]
                 raise
             self._settle(outcomes)
 
     def _step(self) -> None:
         self._make_room()
-        self._metrics.batch_rows.observe(len(self._batch.rows))
-        self._settle(self._batch.step())
+        if not self._decoder.rows:
+            return
+        self._metrics.batch_rows.observe(len(self._decoder.rows))
+        self._settle(self._decoder.step())
 
     def _guarded(self, kind: str, work: Callable[[], None]) -> bool:
         """Does work on the batch; an error ends the answers in it and nothing else."""
         begun = time.perf_counter()
+        before = self._rows[:]
         try:
             work()
         except Exception as error:
-            rows, self._batch = self._batch.rows, self._replaced()
-            for row in rows:
+            rows, self._decoder = {id(row): row for row in (*before, *self._rows)}, self._replaced()
+            for row in rows.values():
                 if not row.ended:  # a stream may lack its last piece
                     whole = None if row.request.stream else row.result
                     self._end(row, whole or _model_error(error))
         self._metrics.model_seconds.labels(kind).inc(time.perf_counter() - begun)
-        steered = self._batch.steering.seconds
+        steered = self._decoder.steering.seconds
         self._metrics.steering_seconds.inc(max(steered - self._steered, 0.0))
         self._steered = steered
         return True
 
     def _make_room(self) -> None:
         """Sends rows back to wait where the cache has no room for another step of all."""
-        while (last := who_makes_way(self._batch.rows, self._batch.columns, self._settings)) is not None:
-            self._batch.drop([last])
-            last.suspend()
-            with self.changed:
-                self.waiting.appendleft(last)
+        while (last := who_makes_way(self._rows, self._decoder.columns, self._settings)) is not None:
+            self._read_later(last)
+        for row in _served(self._decoder.outgrown()):
+            self._read_later(row)
+
+    def _read_later(self, row: ServedRow) -> None:
+        self._settle(self._decoder.catch_up())
+        if row.ended:
+            return
+        self._decoder.drop([row])
+        row.suspend()
+        with self.changed:
+            self.waiting.appendleft(row)
 
     def _sweep(self) -> None:
         """Lets go of requests whose client is gone or whose time is up."""
         now = time.monotonic()
         with self.changed:
-            late = [row for row in self.waiting if row.generation.cancelled or row.deadline <= now]
+            late = [row for row in self.waiting if _is_late(row, now)]
             if late:
                 gone = {id(row) for row in late}
                 self.waiting = deque(row for row in self.waiting if id(row) not in gone)
         reading = self._reading
-        if reading is not None and all(r.generation.cancelled or r.deadline <= now for r in reading.rows):
-            late += reading.rows
+        if reading is not None and all(_is_late(row, now) for row in _served(reading.rows)):
+            late += _served(reading.rows)
             self._reading = None
-        leaving = [row for row in self._batch.rows if row.generation.cancelled or row.deadline <= now]
-        self._batch.drop(leaving)
-        for row in late + leaving:
+        late += [row for row in self._apart if _is_late(row, now)]
+        self._apart = deque(row for row in self._apart if not _is_late(row, now))
+        for row in late:
+            self._end(row, _late(row))
+        if any(_is_late(row, now) for row in self._rows):
+            self._guarded("decode", lambda: self._let_go(now))
+
+    def _let_go(self, now: float) -> None:
+        self._settle(self._decoder.catch_up())
+        leaving = [row for row in self._rows if _is_late(row, now)]
+        self._decoder.drop(leaving)
+        for row in leaving:
             self._end(row, _late(row))
 
     def _settle(self, outcomes: list[Outcome]) -> None:
         chosen = 0
-        for row, news in outcomes:
+        for row, news in cast("list[tuple[ServedRow, Step | MechanexError | None]]", outcomes):
             if isinstance(news, MechanexError):
                 self._end(row, news)
                 continue
@@ -225,7 +268,7 @@ class Worker:
                 self._end(row, row.result)
         self._metrics.completion_tokens.inc(chosen)
 
-    def _end(self, row: Row, end: Result | MechanexError) -> None:
+    def _end(self, row: ServedRow, end: Result | MechanexError) -> None:
         row.ended = True
         self.unanswered.answered(row.generation)
         reason = end.finish_reason if isinstance(end, Result) else "error"
@@ -262,61 +305,33 @@ class Worker:
                 while not self.closing and self._advance() and time.perf_counter() < until:
                     pass
             finally:
-                self._batch.steering.detach()
+                self._decoder.detach()
         self._resumed = time.perf_counter()
-
-    def _answer_alone(self) -> None:
-        with self.changed:
-            if not self.waiting:
-                return
-            row = self._alone = self.waiting.popleft()
-        self._metrics.prompt_tokens.inc(len(row.ids))
-        told: list[MechanexError] = []
-
-        def tell(outcome: Outcome) -> None:
-            if len(row.chosen) <= 1:
-                self._metrics.first_token_seconds.observe(time.monotonic() - row.arrived)
-            self._settle([outcome])
-            self._flush()
-
-        def ended() -> bool:
-            if row.generation.cancelled or row.deadline <= time.monotonic():
-                told.append(_late(row))
-            elif self.closing:
-                told.append(APIError("The server is shutting down; the answer ends here.", 503))
-            return bool(told)
-
-        begun = time.perf_counter()
-        try:
-            answer(self._adapter, row, self._padding, tell, ended)
-        except Exception as error:
-            told.append(_model_error(error))
-        finally:
-            self._alone = None
-        if row.result is None:
-            self._end(row, told[0] if told else MechanexError("The model gave no answer.", 500))
-        self._metrics.batch_rows.observe(1)
-        self._metrics.model_seconds.labels("alone").inc(time.perf_counter() - begun)
-        self._flush()
 
     def _end_all(self, error: MechanexError) -> None:
         with self.changed:
             left = self.unanswered.close(error)
             self.waiting.clear()
+            self._apart.clear()
         for generation in left:
             self._metrics.answers.labels("cancelled" if generation.cancelled else "error").inc()
             self._outbox.append((generation, error))
         self.jobs.close(error)
         self._flush()
-        self._batch, self._reading = self._replaced(), None
+        self._decoder, self._reading = self._replaced(), None
 
-    def _replaced(self) -> Batch:
-        self._batch.steering.detach()
+    def _replaced(self) -> Decoder:
+        self._decoder.detach()
         self._steered = 0.0
-        return self._new_batch()
+        return self._new_decoder()
 
-    def _new_batch(self) -> Batch:
-        return Batch(self._adapter, self._padding, self._settings.prefill_tokens)
+    def _new_decoder(self) -> Decoder:
+        return Decoder(
+            self._adapter,
+            self._padding,
+            form=self._form,
+            prefill_tokens=self._settings.prefill_tokens,
+        )
 
 
 def _deliver(news: list[_News]) -> None:
@@ -324,7 +339,16 @@ def _deliver(news: list[_News]) -> None:
         generation.deliver(one)
 
 
-def _late(row: Row) -> MechanexError:
+def _served(rows: list[Row]) -> list[ServedRow]:
+    """The decoder's rows as what they are here."""
+    return cast("list[ServedRow]", rows)
+
+
+def _is_late(row: ServedRow, now: float) -> bool:
+    return row.generation.cancelled or row.deadline <= now
+
+
+def _late(row: ServedRow) -> MechanexError:
     if row.generation.cancelled:
         return APIError("The client went away.", 499)
     return APIError("The answer took longer than the server allows; ask for fewer tokens.", 504)

@@ -16,6 +16,8 @@
 #include <vector>
 
 #define __global__
+#define __host__
+#define __device__
 #define __launch_bounds__(...)
 #define MX_DEVICE inline
 #define MX_DYNAMIC_SHARED(name) unsigned char* name = cuda_on_host::block->shared.data()
@@ -173,6 +175,8 @@ inline uint32_t bfloats_of(float first, float second) { return uint32_t{bfloat_o
 
 inline float exponential(float value) { return std::exp(value); }
 inline double exponential(double value) { return std::exp(value); }
+inline float square_root(float value) { return std::sqrt(value); }
+inline double square_root(double value) { return std::sqrt(value); }
 inline float hyperbolic_tangent(float value) { return std::tanh(value); }
 inline double hyperbolic_tangent(double value) { return std::tanh(value); }
 

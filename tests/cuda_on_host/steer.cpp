@@ -2,6 +2,7 @@
 #include <stdio.h>
 
 #include "../../csrc/cuda/plan.cuh"
+#include "../../csrc/cuda/steer_many.cuh"
 
 using namespace mechanex;
 
@@ -39,4 +40,30 @@ extern "C" int steer_on_host(int dtype, int table_dtype, int64_t n_rows, int64_t
     return -1;
   }
   return chosen.layout;
+}
+
+// The general op likewise: the threads of a block, or -1 with a line on stderr.
+extern "C" int steer_many_on_host(int dtype, int table_dtype, int64_t n_rows, int64_t d, const void* x,
+                                  int64_t x_stride, void* y, int64_t y_stride, const int32_t* rows, int64_t edits,
+                                  const void* strength, const void* bias, const void* left, const void* right,
+                                  const int32_t* kinds, const void* weight, const void* offset, int64_t n_edits,
+                                  int64_t rank, unsigned seed) {
+  const SteerManyArgs args = {x,    x_stride, y,     y_stride, rows,   edits,   strength, bias,
+                              left, right,    kinds, weight,   offset, n_edits, rank,     d};
+  if (n_rows == 0 || d == 0) return 0;
+  const ManyPlan chosen = many_plan(dtype, table_dtype, args);
+  if (chosen.kernel == nullptr || chosen.threads > kManyThreads || chosen.shared > 99 * 1024) {
+    fprintf(stderr, "no launch: %d threads, %zu bytes shared\n", chosen.threads, chosen.shared);
+    return -1;
+  }
+  std::mt19937 order(seed);
+  try {
+    for (int64_t t = 0; t < n_rows; ++t)
+      cuda_on_host::run_block(static_cast<unsigned>(t), chosen.threads, chosen.shared, order,
+                              [&] { chosen.kernel(args); });
+  } catch (const std::exception& error) {
+    fprintf(stderr, "%s\n", error.what());
+    return -1;
+  }
+  return chosen.threads;
 }

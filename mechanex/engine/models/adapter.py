@@ -140,6 +140,12 @@ class ModelAdapter(ABC):
         return config.get_text_config() if hasattr(config, "get_text_config") else config
 
     @property
+    def context(self) -> int | None:
+        """Tokens that a text may have; None where the model names no limit."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    @property
     def family(self) -> str | None:
         """The architecture, as its configuration names it: checkpoints of one family have the same layers in kind."""
         family = getattr(self.config, "model_type", None)

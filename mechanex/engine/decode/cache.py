@@ -11,23 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..errors import ValidationError
+from ...errors import ValidationError
 
-__all__ = ["RollingCache", "Unmergeable", "fresh_cache"]
+__all__ = ["RollingCache", "Unmergeable"]
 
 _SPARE = 64  # columns that a new buffer has beyond what it holds, at least
 
 
 class Unmergeable(ValidationError):
     """The model keeps something else than keys and values by column, so that rows can't be put together."""
-
-
-def fresh_cache(config: Any) -> DynamicCache:
-    """An empty cache as ``generate`` would make it, for reading prompts."""
-    return DynamicCache(config=config)
 
 
 class _Buffer:
@@ -159,7 +153,7 @@ class _RollingSlidingLayer(_Rolling, DynamicSlidingWindowLayer):  # type: ignore
 
 
 class RollingCache(Cache):
-    """The cache of a batch whose rows come and go. Give it to the model as ``past_key_values``.
+    """The cache of a batch whose rows come and go. Give it to the model in place of its own cache.
 
     Args:
         like: a filled cache of the same model; only its kinds of layers are read.

@@ -1,0 +1,1 @@
+"""Decoding: rows are read, stepped together, each steered and drawn its own way, and leave when they end."""

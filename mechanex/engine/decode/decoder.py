@@ -1,0 +1,287 @@
+"""The one loop that makes text: prompts are read and join the batch, each step gives every row a token, rows leave."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ...errors import MechanexError, ValidationError
+from ..models.adapter import ModelAdapter
+from ..regimes import first_change, reads_again
+from .cache import RollingCache
+from .calls import Calls, Form, Kept
+from .choose import Choice, Chooser, are_sound, logprobs_of, not_finite
+from .reading import Reading
+from .request import Step, TokenLogprob
+from .row import Row
+from .steering import RowSteering, Span
+from .stepping import Stepping
+
+__all__ = ["Decoder", "Outcome"]
+
+Outcome = tuple[Row, "Step | MechanexError | None"]
+"""A row and what came of a step: something to tell, an error that ends it, or nothing yet."""
+
+_log = logging.getLogger(__name__)
+_LOGITS = 2**25  # most numbers in the logits of one pass over a prompt whose log-probabilities are asked for
+
+
+class Decoder:
+    """Rows that are decoded together.
+
+    Args:
+        adapter: the model; it has to be in eval mode, without gradients, and nobody else's while a method runs.
+        padding: a token id to fill rows with; it is never looked at.
+        form: how the model takes its calls (``probe.form``); but for "rolling" there is one row at a time, and its
+            prompt is read in one pass.
+        prefill_tokens: most tokens of one pass over a single long prompt.
+        overlapped: whether the host reads a step's tokens while the next step runs; None for where that helps.
+        chooser: makes what chooses for some rows on a device, given their unread tokens [rows] or None.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        padding: int,
+        *,
+        form: Form,
+        prefill_tokens: int = 4096,
+        overlapped: bool | None = None,
+        chooser: Callable[[Sequence[Row], torch.device, Tensor | None], Callable[[Tensor], Choice]] = Chooser,
+    ) -> None:
+        self.steering = RowSteering(adapter)
+        self.rows: list[Row] = []
+        self.form = form
+        self._adapter, self._padding, self._prefill_tokens = adapter, padding, prefill_tokens
+        overlaps = adapter.device.type == "cuda" if overlapped is None else overlapped
+        self._overlapped = overlaps and form != "reread"
+        turn = first_change(adapter) if form != "reread" else None
+        # The longest text whose keys are of no use to a longer one, in models that then read all of it anew.
+        self._turn = turn if turn is not None and reads_again(adapter, turn + 1) else None
+        self._new_chooser = chooser
+        self._calls = Calls(adapter, form)
+        self._kept: Kept | None = None
+        self._columns = 0
+        self._changes = 0
+        # Both are of the present rows, and made anew when those change.
+        self._stepping: Stepping | None = None
+        self._chooser: Callable[[Tensor], Choice] | None = None
+        self._latest: Choice | None = None
+        self._pending: Choice | None = None  # of a step that ran, not read yet
+
+    @property
+    def columns(self) -> int:
+        """Columns of the cache: the length of the longest row."""
+        return self._columns
+
+    def unfit(self, row: Row) -> MechanexError | None:
+        """Why a row can't be decoded with this model, if it can't; others don't suffer by it then."""
+        try:
+            self._adapter.check_token_ids(row.ids)
+            self.steering.check(row.request.steering)
+        except MechanexError as error:
+            return error
+        except (RuntimeError, TypeError, ValueError) as error:  # edits that don't go together, say
+            return ValidationError(f"the steering of this request can't be used: {error}")
+        return None
+
+    def read(self, rows: Sequence[Row]) -> Reading:
+        """Prompts to be read together, by ``advance``; one alone, for any number of rows, if it is long or its
+        log-probabilities are wanted."""
+        return Reading(rows, self._padding, self._adapter.device)
+
+    def advance(self, reading: Reading) -> bool:
+        """Makes one pass over the prompts; whether they are read to the end now."""
+        begin, end = reading.done, reading.columns
+        whole = reading.wants_logprobs
+        if len(reading.prompts) == 1 and self.form == "rolling":
+            most = self._prefill_tokens
+            if whole:
+                most = max(1, min(most, _LOGITS // max(int(self._adapter.config.vocab_size), 1)))
+            end = min(end, begin + most)
+        self.steering.prepare(reading.spans(), end - begin)
+        logits = self._call(reading, end, end - begin if whole else 1)
+        if whole:
+            reading.sound &= are_sound(logits[0])
+            self._note_prompt(reading.rows, logits[0], begin)
+        reading.done, reading.logits = end, logits[:, -1]
+        return end == reading.columns
+
+    def _call(self, reading: Reading, end: int, last: int) -> Tensor:
+        try:
+            logits, reading.kept = self._calls(reading.inputs(end), reading.kept, last)
+        finally:
+            self.steering.rest()
+        return logits
+
+    def join(self, reading: Reading) -> list[Outcome]:
+        """Chooses the first token of each prompt that was read; those that go on join the batch."""
+        assert reading.logits is not None
+        outcomes = self.catch_up()
+        if not reading.sound:
+            return [*outcomes, *((row, not_finite(row)) for row in reading.rows)]
+        empty = [i for i, row in enumerate(reading.rows) if row.max_tokens < 1]
+        outcomes += [(reading.rows[i], reading.rows[i].finish_unread()) for i in empty]
+        wanted = [i for i in range(len(reading.rows)) if i not in empty]
+        chosen: list[Outcome] = []
+        if wanted:
+            rows, places = [reading.rows[i] for i in wanted], [reading.places[i] for i in wanted]
+            logits = reading.logits
+            if places != list(range(logits.shape[0])):
+                logits = logits[torch.tensor(places, device=logits.device)]
+            chosen = self._settle(self._new_chooser(rows, logits.device, None)(logits))
+        going = {id(row) for row, news in chosen if not _has_ended(row, news)}
+        stay = [i for i, row in enumerate(reading.rows) if id(row) in going]
+        if stay:
+            self._admit(reading, stay)
+        return outcomes + chosen
+
+    def _admit(self, reading: Reading, stay: Sequence[int]) -> None:
+        rows, places = [reading.rows[i] for i in stay], [reading.places[i] for i in stay]
+        assert reading.kept is not None
+        longest = max(row.length for row in rows)
+        columns = max(self._columns, longest)
+        if self.form == "rolling":
+            ((name, source),) = reading.kept.items()
+            if self._kept is None:
+                self._kept = {name: RollingCache(source)}
+            everyone = places == list(range(len(reading.prompts)))
+            self._kept[name].admit(source, columns, None if everyone else places, longest)
+        else:
+            assert not self.rows and len(rows) == 1
+            self._kept = reading.kept
+        self._columns = columns
+        self.rows += rows
+        self._changed()
+
+    def step(self) -> list[Outcome]:
+        """Gives every row a token; finished ones leave.
+
+        Where steps overlap, the next one runs already while this one's tokens are read.
+        """
+        if self._pending is None:
+            self._pending = self._launch()
+        choice = self._pending
+        # A row that is sure to end with this token needs no further one.
+        further = self._overlapped and any(len(row.chosen) + 1 < row.max_tokens for row in self.rows)
+        if self._turn is not None:
+            further &= all(row.n_known != self._turn for row in self.rows)
+        self._pending = self._launch() if further else None
+        return self._settle_and_take_out(choice)
+
+    def _launch(self) -> Choice:
+        """Runs a step of all rows and chooses from it, without waiting for the device."""
+        device, unread = self._adapter.device, None if self._pending is None else self._pending.tokens
+        if self._chooser is None:
+            self._chooser = self._new_chooser(self.rows, device, unread)
+        if self.form == "reread":
+            self._latest = self._chooser(self._reread())
+            return self._latest
+        if self._stepping is None:
+            self._stepping = Stepping(self.rows, self._columns, device, unread)
+        else:
+            assert self._latest is not None
+            self._stepping.advance(self._latest.tokens)
+        if not self.steering.recall(self._changes):
+            ahead = int(unread is not None)
+            spans = [Span(row.request.steering, len(row.ids), row.length + ahead) for row in self.rows]
+            self.steering.prepare(spans, 1, self._changes)
+        try:
+            logits, self._kept = self._calls(self._stepping.inputs(), self._kept, 1)
+        finally:
+            self.steering.rest()
+        self._columns += 1
+        self._latest = self._chooser(logits[:, -1])
+        return self._latest
+
+    def _reread(self) -> Tensor:
+        """[1, vocabulary] logits of the only row, read from its begin."""
+        reading = self.read(self.rows)
+        self.advance(reading)
+        self._columns = reading.columns
+        assert reading.logits is not None
+        return reading.logits
+
+    def catch_up(self) -> list[Outcome]:
+        """What a step that ran ahead has chosen, told as by ``step``; needed before rows are dropped."""
+        choice, self._pending = self._pending, None
+        return [] if choice is None else self._settle_and_take_out(choice)
+
+    def outgrown(self) -> list[Row]:
+        """Rows that have to leave and be read anew, since a longer text turns its keys in another way."""
+        return [row for row in self.rows if row.n_known - 1 == self._turn]
+
+    def drop(self, rows: Sequence[Row]) -> None:
+        """Takes rows out of the batch, after ``catch_up``."""
+        assert self._pending is None
+        self._take_out(rows)
+
+    def detach(self) -> None:
+        """Leaves the model without hooks; they come back with the next call."""
+        self.steering.detach()
+        self._calls.detach()
+
+    def _settle_and_take_out(self, choice: Choice) -> list[Outcome]:
+        outcomes = self._settle(choice)
+        self._take_out([row for row, news in outcomes if _has_ended(row, news)])
+        return outcomes
+
+    def _settle(self, choice: Choice) -> list[Outcome]:
+        """Gives the rows their tokens; one whose token can't be used ends alone."""
+        outcomes: list[Outcome] = []
+        for row, found in zip(choice.rows, choice.read(), strict=True):
+            if isinstance(found, MechanexError):
+                outcomes.append((row, found))
+                continue
+            try:
+                outcomes.append((row, row.take(*found)))
+            except Exception as error:  # a tokenizer's own code may raise anything
+                _log.error("token %d can't be decoded", found[0], exc_info=error)
+                text = f"the tokenizer can't decode token {found[0]}: {type(error).__name__}."
+                outcomes.append((row, MechanexError(text, 500)))
+        return outcomes
+
+    def _take_out(self, rows: Sequence[Row]) -> None:
+        leaving = {id(row) for row in rows}
+        if not leaving.intersection(map(id, self.rows)):
+            return
+        self._changed()
+        if all(id(row) in leaving for row in self.rows):
+            self.rows, self._kept, self._columns, self._pending = [], None, 0, None
+            return
+        assert self._kept is not None
+        (cache,) = self._kept.values()
+        order = list(range(len(self.rows)))
+        for i in reversed(range(len(self.rows))):
+            if id(self.rows[i]) in leaving:
+                cache.drop(i)
+                self.rows[i], order[i] = self.rows[-1], order[-1]
+                self.rows.pop()
+                order.pop()
+        if self._pending is not None:
+            self._pending = self._pending.among(order)
+        longest = max(row.length for row in self.rows) + (self._pending is not None)
+        if longest < self._columns:
+            cache.trim(longest)
+            self._columns = longest
+
+    def _changed(self) -> None:
+        self._changes += 1
+        self._stepping = self._chooser = self._latest = None
+
+    def _note_prompt(self, rows: Sequence[Row], logits: Tensor, begin: int) -> None:
+        """Keeps the log-probabilities of the rows' one prompt that ``logits`` [n, vocabulary] predict."""
+        found: list[TokenLogprob | None] = [None] if begin == 0 else []
+        following = rows[0].ids[begin + 1 : begin + 1 + logits.shape[0]]
+        if following:
+            most = [rows[0].request.logprobs or 0] * len(following)
+            found += logprobs_of(logits[: len(following)], following, most)
+        for row in rows:
+            row.prompt_logprobs += found
+
+
+def _has_ended(row: Row, news: Step | MechanexError | None) -> bool:
+    return row.result is not None or isinstance(news, MechanexError)

@@ -1,0 +1,167 @@
+"""What a model's cache can do, found by trying it against whole passes: go on from it, and put rows together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..._private.torch import without_hooks
+from ..intervention import widest
+from ..models.adapter import ModelAdapter, undisturbed
+from ..positions import given_positions, whole_pass
+from ..selfcheck import TOLERANCE, window_of
+from .calls import Form
+from .choose import Choice
+from .decoder import Decoder
+from .request import Request
+from .row import Row
+
+__all__ = ["form", "rolls"]
+
+_log = logging.getLogger(__name__)
+_NEW_TOKENS = 5
+_LARGEST_WINDOW = 512  # a larger attention window isn't crossed: its probe would take long
+
+
+def form(adapter: ModelAdapter, n_rows: int) -> Form:
+    """How this model takes its calls; checked once per model for one row, and once for several.
+
+    Args:
+        adapter: the model, nobody else's meanwhile.
+        n_rows: how many rows there are to be decoded.
+    """
+    if n_rows > 1 and rolls(adapter):
+        return "rolling"
+    if "decoding" not in adapter.findings:
+        forms: tuple[Form, ...] = ("unmasked", "masked")
+        found: Form = next((one for one in forms if _agrees(adapter, one)), "reread")
+        if found == "reread":
+            _log.warning(
+                "%s has no cache to go on from: it reads its whole text for every token.", adapter.model_id
+            )
+        adapter.findings["decoding"] = found
+    return cast(Form, adapter.findings["decoding"])
+
+
+def rolls(adapter: ModelAdapter) -> bool:
+    """Whether prompts may join and leave a decoding batch of this model; checked once per model.
+
+    Args:
+        adapter: the model, nobody else's meanwhile.
+    """
+    if "rolling" not in adapter.findings:
+        found = adapter.findings["rolling"] = _agrees(adapter, "rolling")
+        if not found:
+            _log.warning(
+                "%s decodes one row at a time: the rows of its cache can't be put together.", adapter.model_id
+            )
+    return bool(adapter.findings["rolling"])
+
+
+def _agrees(adapter: ModelAdapter, tried: Form) -> bool:
+    """Whether decoding in this form gives the logits of whole passes."""
+    probe = _try_rolling if tried == "rolling" else partial(_try_one_row, tried=tried)
+    # What others have attached is none of the model's facts, unless it can't do without.
+    for without in (without_hooks, nullcontext):
+        try:
+            with torch.no_grad(), without(adapter.hf_model), undisturbed(adapter.hf_model):
+                return probe(adapter)
+        except Exception as error:  # a model's own code may raise anything
+            _log.debug("%s can't be decoded in the form %r: %s", adapter.model_id, tried, error)
+    return False
+
+
+class _Mute:
+    def decode(self, *_: object, **__: object) -> str:
+        return ""
+
+
+class _Checked:
+    """Rows with the tokens that they are to have, and the logits that whole passes give for them."""
+
+    def __init__(self, adapter: ModelAdapter, lengths: Sequence[int]) -> None:
+        self._adapter = adapter
+        self._tokens: dict[int, list[int]] = {}
+        self._truths: dict[int, Tensor] = {}
+        self.agrees = True
+        self.rows = [self._row(length, seed) for seed, length in enumerate(lengths)]
+
+    def _row(self, length: int, seed: int) -> Row:
+        vocab = int(self._adapter.config.vocab_size)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(vocab - vocab // 4, (length + _NEW_TOKENS,), generator=generator) + vocab // 8
+        ids = drawn.tolist()
+        inputs = drawn[None].to(self._adapter.device)
+        with given_positions(whole_pass(inputs)):
+            truth: Tensor = self._adapter.call(input_ids=inputs).logits
+        row = Row(Request(ids[:length], max_tokens=_NEW_TOKENS), _Mute(), ())
+        self._tokens[id(row)] = ids[length:]
+        self._truths[id(row)] = truth[0, length - 1 : -1]
+        return row
+
+    def chooser(
+        self, rows: Sequence[Row], device: torch.device, unread: Tensor | None
+    ) -> Callable[[Tensor], Choice]:
+        """Takes the given tokens and compares the logits on the way."""
+        rows = list(rows)
+
+        def choose(logits: Tensor) -> Choice:
+            tokens = []
+            for row, ours in zip(rows, logits, strict=True):
+                step = len(row.chosen)
+                truth = self._truths[id(row)][step].to(ours.device, widest(ours.device))
+                off = (ours.to(truth.dtype) - truth).norm() / truth.norm().clamp_min(1e-12)
+                self.agrees &= bool(off <= TOLERANCE.get(self._adapter.dtype, 1e-4))
+                tokens.append(self._tokens[id(row)][step])
+            return Choice(rows, (), torch.tensor(tokens, device=device), torch.ones(len(rows)).bool(), None)
+
+        return choose
+
+
+def _try_one_row(adapter: ModelAdapter, tried: Form) -> bool:
+    checked = _Checked(adapter, [_fitting(adapter, 7)])
+    decoder = Decoder(adapter, 0, form=tried, overlapped=False, chooser=checked.chooser)
+    try:
+        _join(decoder, checked.rows)
+        while decoder.rows:
+            decoder.step()
+    finally:
+        decoder.detach()
+    return checked.agrees
+
+
+def _try_rolling(adapter: ModelAdapter) -> bool:
+    window = window_of(adapter)
+    beyond = window if window is not None and window <= _LARGEST_WINDOW else 0
+    checked = _Checked(adapter, [_fitting(adapter, n) for n in (11 + beyond, 4, 7)])
+    first, second, third = checked.rows
+    decoder = Decoder(adapter, 0, form="rolling", overlapped=False, chooser=checked.chooser)
+    try:
+        _join(decoder, [first, second])
+        decoder.step()
+        _join(decoder, [third])
+        decoder.step()
+        decoder.drop([first])
+        while decoder.rows:
+            decoder.step()
+    finally:
+        decoder.detach()
+    return checked.agrees
+
+
+def _fitting(adapter: ModelAdapter, length: int) -> int:
+    room = adapter.context
+    return length if room is None else max(1, min(length, room - _NEW_TOKENS))
+
+
+def _join(decoder: Decoder, rows: list[Row]) -> None:
+    reading = decoder.read(rows)
+    while not decoder.advance(reading):
+        pass
+    decoder.join(reading)

@@ -1,0 +1,92 @@
+"""Prompts on their way into the batch: laid out left-padded, and read in one or more passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..positions import Positions
+from .calls import Kept, StepInputs
+from .row import Row
+from .steering import Span
+
+__all__ = ["Numbers", "Reading"]
+
+
+class Reading:
+    """Rows whose prompts are read together.
+
+    Rows with the same prompt and the same edits share one reading: ``prompts`` has the first row of each, and
+    ``places`` says for every row where its prompt is among them.
+
+    Args:
+        rows: at least one.
+        padding: a token id to fill rows with; it is never looked at.
+        device: the model's.
+    """
+
+    def __init__(self, rows: Sequence[Row], padding: int, device: torch.device) -> None:
+        self.rows = list(rows)
+        found: dict[object, int] = {}
+        self.places = [found.setdefault(row.prompt_key, len(found)) for row in rows]
+        self.prompts = [rows[self.places.index(i)] for i in range(len(found))]
+        known = [row.known for row in self.prompts]
+        self.columns = max(map(len, known))
+        self._padding = [self.columns - len(tokens) for tokens in known]
+        ids = torch.full((len(known), self.columns), padding, dtype=torch.long)
+        for i, tokens in enumerate(known):
+            ids[i, self._padding[i] :] = torch.tensor(tokens)
+        index = torch.arange(self.columns)[None] - torch.tensor(self._padding)[:, None]
+        self._ids, self._index = ids.to(device), index.clamp(min=-1).to(device)
+        self._mask, self._positions = (self._index >= 0).long(), self._index.clamp(min=0)
+        self._numbers = Numbers(self.prompts, device)
+        self._text_lengths = torch.tensor([[len(tokens)] for tokens in known], device=device)
+        self.wants_logprobs = self.prompts[0].wants_prompt_logprobs
+        self.sound = True
+        """Whether the log-probabilities of the prompt are numbers."""
+        self.done = 0
+        self.kept: Kept | None = None
+        self.logits: Tensor | None = None
+
+    def spans(self) -> list[Span]:
+        """Where the prompts' next tokens stand."""
+        return [
+            Span(row.request.steering, len(row.ids), self.done - padding)
+            for row, padding in zip(self.prompts, self._padding, strict=True)
+        ]
+
+    def inputs(self, end: int) -> StepInputs:
+        """The call that reads on to this column."""
+        columns = slice(self.done, end)
+        return StepInputs(
+            self._ids[:, columns],
+            self._mask[:, :end],
+            self._positions[:, columns],
+            self._numbers.stated(self._index[:, columns]),
+            self._text_lengths,
+        )
+
+
+class Numbers:
+    """What selectors of tokens and rows ask of rows besides positions.
+
+    Args:
+        rows: the rows of a call.
+        device: the model's.
+    """
+
+    def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
+        self._lengths = torch.tensor([[len(row.ids)] for row in rows], device=device)
+        named = [row.prompt for row in rows if row.prompt is not None]
+        self._prompts = (
+            torch.tensor([i for i, _ in named], device=device) if len(named) == len(rows) else None
+        )
+        self._n_prompts = max((n for _, n in named), default=0)
+
+    def stated(self, index: Tensor) -> Positions:
+        """The positions [rows, columns] of a call, -1 for padding, as selectors see them."""
+        if self._prompts is None:
+            return Positions(index, self._lengths)
+        return Positions(index, self._lengths, self._prompts, n_prompts=self._n_prompts)

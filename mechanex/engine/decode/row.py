@@ -1,0 +1,167 @@
+"""One answer while it is written: its tokens, its text, its random numbers, and when it ends."""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..detokenize import Continuation
+from .request import Request, Result, Step, TokenLogprob
+
+__all__ = ["Row"]
+
+_DRAWN = 64  # uniform numbers that are made at a time: one alone costs nearly as much
+
+
+class Row:
+    """A request on its way through the model.
+
+    Args:
+        request: the prompt and how to continue it.
+        tokenizer: decodes tokens.
+        ends: ids of the tokens that end an answer.
+        room: positions that the model's context has, or None.
+        prompt: which prompt of the caller's batch it is, and of how many, for interventions that name rows; None where
+            none may.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: Any,
+        ends: Sequence[int],
+        room: int | None = None,
+        prompt: tuple[int, int] | None = None,
+    ) -> None:
+        self.request, self.prompt = request, prompt
+        self.ids = list(request.ids)
+        self.max_tokens = (
+            request.max_tokens if room is None else min(request.max_tokens, room - len(self.ids))
+        )
+        self.chosen: list[int] = []
+        self.counts: Counter[int] = Counter()
+        self.prompt_logprobs: list[TokenLogprob | None] = []
+        self.prompt_key: tuple[object, ...] = _key_of(request, prompt)
+        """Equal for rows whose prompts come to the same keys and values, edits included."""
+        self.result: Result | None = None
+        self._ends = frozenset(ends)
+        self._text = Continuation(tokenizer, self.ids, request.stops)
+        self._logprobs: list[TokenLogprob] = []
+        # For each of them where its text begins in the answer, and whether it has any of its own.
+        self._places: list[tuple[int, bool]] = []
+        self._told = 0
+        self._prompt_told = False
+        self._generator: torch.Generator | None = None
+        self._uniform: list[float] = []
+
+    @property
+    def text(self) -> str:
+        """The answer so far; what stands at its end may yet turn out to begin a stop text."""
+        return self._text.text
+
+    @property
+    def known(self) -> list[int]:
+        """All of its tokens so far: what has to be read before the next one can be chosen."""
+        return [*self.ids, *self.chosen]
+
+    @property
+    def n_known(self) -> int:
+        """How many these are."""
+        return len(self.ids) + len(self.chosen)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of the prompt's tokens are still to come."""
+        return self.request.prompt_logprobs and not self.prompt_logprobs
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache: the prompt and all that was chosen but the last, which the next step reads."""
+        return len(self.ids) + max(len(self.chosen) - 1, 0)
+
+    @property
+    def final_length(self) -> int:
+        """The most positions that it can come to use."""
+        return len(self.ids) + self.max_tokens
+
+    def suspend(self) -> None:
+        """Leaves the batch for the queue; what was chosen stays, and is read again with the prompt."""
+        self.prompt_key = (id(self),)
+
+    def uniform(self) -> float:
+        """The row's next random number in [0, 1), below 1 also in float32."""
+        if not self._uniform:
+            if self._generator is None:
+                seed = self.request.seed
+                self._generator = torch.Generator().manual_seed(
+                    secrets.randbits(62) if seed is None else seed
+                )
+            self._uniform = torch.rand(_DRAWN, generator=self._generator).tolist()[::-1]
+        return self._uniform.pop()
+
+    def take(self, token: int, logprob: TokenLogprob | None) -> Step | None:
+        """Adds the token that was chosen; sets ``result`` when the answer is done.
+
+        Returns:
+            What there is to tell a reader that follows step by step.
+        """
+        self.chosen.append(token)
+        self.counts[token] += 1
+        if token in self._ends:
+            return self._finish("stop")
+        begin = self._text.feed(token)
+        if logprob is not None:
+            self._logprobs.append(logprob)
+            self._places.append((begin, self._text.stopped or len(self._text.text) > begin))
+        if self._text.stopped:
+            return self._finish("stop")
+        if len(self.chosen) >= self.max_tokens:
+            return self._finish("length")
+        return self._step() if self.request.stream else None
+
+    def finish_unread(self) -> Step | None:
+        """Ends an answer that was to have no tokens."""
+        return self._finish("length")
+
+    def _finish(self, reason: Any) -> Step | None:
+        self._text.finish()
+        kept = len(self._text.text)
+        if self._text.stopped:  # what was cut off with the stop text has no log-probabilities either
+            while self._places and self._places[-1][0] >= kept:
+                self._places.pop()
+                self._logprobs.pop()
+        step = self._step(last=True)
+        self.result = Result(
+            self._text.text,
+            reason,
+            len(self.ids),
+            len(self.chosen),
+            tuple(self._logprobs),
+            tuple(self.prompt_logprobs),
+        )
+        return step
+
+    def _step(self, last: bool = False) -> Step | None:
+        text, told = self._text.piece(), self._told
+        while self._told < len(self._logprobs) and (last or self._is_out(*self._places[self._told])):
+            self._told += 1
+        news = tuple(self._logprobs[told : self._told])
+        prompt, self._prompt_told = () if self._prompt_told else tuple(self.prompt_logprobs), True
+        return Step(text, news, prompt) if text or news or prompt else None
+
+    def _is_out(self, begin: int, has_text: bool) -> bool:
+        """Whether a token's text was given out; it may be kept back as the begin of a stop text."""
+        given = self._text.given
+        return begin < given or (not has_text and begin == given)
+
+
+def _key_of(request: Request, prompt: tuple[int, int] | None) -> tuple[object, ...]:
+    # Edits of the same content are the same objects, alive as long as the row. A slice has no hash.
+    steering = tuple((steer.layer, id(steer.edit), repr(steer.tokens)) for steer in request.steering)
+    wanted = request.prompt_logprobs, request.prompt_logprobs and request.logprobs
+    # Whoever names rows of the batch may steer two equal prompts differently.
+    return tuple(request.ids), steering, wanted, prompt

@@ -1,0 +1,162 @@
+"""Steering the rows of a batch each its own way: one steer op per layer for all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from ...errors import ValidationError
+from ..hooks import attach
+from ..intervention import Edit, EditTable
+from ..models.adapter import Handles, ModelAdapter, ResidualHook
+from ..positions import check_tokens, selects
+from .request import Steer
+
+__all__ = ["RowSteering", "Span"]
+
+
+class Span:
+    """Where one row's tokens of a model call stand.
+
+    Args:
+        steering: the row's edits.
+        prompt_length: tokens of its prompt, for positions that count from the prompt's end.
+        first: absolute position of the call's first column for this row; negative where that is padding.
+    """
+
+    __slots__ = ("first", "prompt_length", "steering")
+
+    def __init__(self, steering: tuple[Steer, ...], prompt_length: int, first: int) -> None:
+        self.steering, self.prompt_length, self.first = steering, prompt_length, first
+
+
+class RowSteering:
+    """Attaches to a model and edits its calls row by row; calls that weren't prepared pass unedited.
+
+    Args:
+        adapter: the model.
+    """
+
+    def __init__(self, adapter: ModelAdapter) -> None:
+        self._adapter = adapter
+        self._handles = Handles()
+        self._attached: set[int] = set()
+        self._current: dict[int, tuple[EditTable, Tensor | None]] = {}
+        self._tables: dict[int, tuple[tuple[tuple[Edit, ...], ...], EditTable]] = {}
+        self._known: tuple[object, dict[int, tuple[EditTable, Tensor | None]]] | None = None
+        self.seconds = 0.0
+        """Time spent in edits so far, as the CPU sees it."""
+
+    def check(self, steering: Sequence[Steer]) -> None:
+        """Raises a ValidationError for edits that this model has no place for."""
+        adapter = self._adapter
+        chains: dict[int, list[Edit]] = {}
+        for steer in steering:
+            if steer.edit.width != adapter.d_model:
+                raise ValidationError(
+                    f"An edit at layer {steer.layer} is {steer.edit.width} wide, but the residual stream of "
+                    f"{adapter.model_id} is {adapter.d_model} wide; the vector was made for another model."
+                )
+            if steer.layer not in range(adapter.n_layers + 1):
+                adapter.layer_index(steer.layer)
+                raise ValidationError(f"A request's layers count from 0; got layer {steer.layer}.")
+            check_tokens(steer.tokens)
+            chains.setdefault(steer.layer, []).append(steer.edit)
+        for chain in chains.values():
+            EditTable.of_chains([chain])
+
+    def recall(self, key: object) -> bool:
+        """Prepares the next model call as the one that was prepared under ``key``; whether that could be."""
+        if self._known is None or self._known[0] != key:
+            return False
+        self._current = self._known[1]
+        return True
+
+    def prepare(self, spans: Sequence[Span], columns: int, key: object = None) -> None:
+        """Says what the next model call, [len(spans), columns], is.
+
+        Args:
+            spans: one per row.
+            columns: tokens of each row in the call, padding included.
+            key: by which calls of the same rows may ``recall`` this one, if no edit of theirs depends on positions.
+        """
+        begun = time.perf_counter()
+        layers = sorted({steer.layer for span in spans for steer in span.steering})
+        tables = {layer: self._table(layer, spans, columns) for layer in layers}
+        self._current = {layer: table for layer, table in tables.items() if table is not None}
+        fixed = key is not None and all(s.tokens is None for span in spans for s in span.steering)
+        self._known = (key, self._current) if fixed else None
+        for layer in layers:
+            if layer not in self._attached:
+                self._handles.add(attach(self._adapter, [(layer, self._hook(layer))]))
+                self._attached.add(layer)
+        self.seconds += time.perf_counter() - begun
+
+    def rest(self) -> None:
+        """Ends the prepared call: what the model computes next is left alone."""
+        self._current = {}
+
+    def detach(self) -> None:
+        """Takes the hooks off the model; they come back with the next prepared call."""
+        self._current, self._known = {}, None
+        self._handles.remove()
+        self._attached.clear()
+
+    def _hook(self, layer: int) -> ResidualHook:
+        def edit(hidden: Tensor) -> Tensor | None:
+            found = self._current.get(layer)
+            if found is None:
+                return None
+            begun = time.perf_counter()
+            edited = found[0].apply(hidden, found[1])
+            self.seconds += time.perf_counter() - begun
+            return edited
+
+        return edit
+
+    def _table(
+        self, layer: int, spans: Sequence[Span], columns: int
+    ) -> tuple[EditTable, Tensor | None] | None:
+        """The table of the edits that meet at this layer, and [rows, columns] int32 which one, or -1.
+
+        None for the index where every token has the only edit; None for both where no token has any.
+        """
+        slots: dict[tuple[Edit, ...], int] = {}
+        index = numpy.full((len(spans), columns), -1, dtype=numpy.int32)
+        for row, span in zip(index, spans, strict=True):
+            here = [steer for steer in span.steering if steer.layer == layer]
+            begin = max(0, -span.first)
+            if all(steer.tokens is None for steer in here):
+                if here:
+                    row[begin:] = slots.setdefault(tuple(steer.edit for steer in here), len(slots))
+            elif columns == 1:
+                chain = tuple(steer.edit for steer in here if _reaches(steer, span.first, span))
+                if chain:
+                    row[0] = slots.setdefault(chain, len(slots))
+            else:
+                places = numpy.arange(span.first, span.first + columns)
+                reached = numpy.stack([_reaches(steer, places, span) & (places >= 0) for steer in here], 1)
+                # Neighbours mostly have the same edits; each kind of column is looked up once.
+                kinds, kind = numpy.unique(reached, axis=0, return_inverse=True)
+                found = [tuple(s.edit for s, on in zip(here, one, strict=True) if on) for one in kinds]
+                slot = [slots.setdefault(chain, len(slots)) if chain else -1 for chain in found]
+                row[:] = numpy.array(slot, dtype=numpy.int32)[kind.reshape(-1)]
+        if not slots:
+            return None
+        chains = tuple(slots)
+        known = self._tables.get(layer)
+        if known is None or known[0] != chains:
+            known = self._tables[layer] = (chains, EditTable.of_chains(chains))
+        if len(chains) == 1 and bool((index == 0).all()):
+            return known[1], None
+        return known[1], torch.from_numpy(index).to(self._adapter.device)
+
+
+def _reaches(steer: Steer, index: Any, span: Span) -> Any:
+    """Whether an edit reaches the positions ``index`` (an int or an array) of a row."""
+    return steer.tokens is None or selects(steer.tokens, index, lambda: span.prompt_length)
