@@ -1,4 +1,7 @@
-"""``python -m mechanex``: say what is installed, which backends run here and why the others don't."""
+"""``python -m mechanex``: say what is installed, which backends run here and why the others don't.
+
+With arguments it is the command line: ``python -m mechanex serve mx-tiny``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,11 @@ from mechanex.doctor import examine
 
 
 def main() -> int:
-    """Print the report; the exit status is 0."""
+    """Print the report, or run the command that the arguments name; the exit status."""
+    if sys.argv[1:]:
+        from mechanex.cli import main as command_line
+
+        command_line(prog_name="python -m mechanex")
     with suppress(BrokenPipeError):  # a pipe that is closed early has read enough
         sys.stdout.write(f"{examine()}\n")
         sys.stdout.flush()

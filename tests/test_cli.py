@@ -301,3 +301,13 @@ def test_an_unknown_suffix_is_told_before_anything_is_computed() -> None:
         main, ["steer", "no-such-model", "--data", "calm_angry", "--prompt", "x", "--save", "a.txt"]
     )
     assert done.exit_code == 1 and "'.txt'" in done.output
+
+
+def test_the_module_with_arguments_is_the_command_line(monkeypatch, capsys):
+    import runpy
+
+    monkeypatch.setattr("sys.argv", ["mechanex", "models", "--local", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("mechanex", run_name="__main__")
+    assert ended.value.code in (0, None)
+    assert json.loads(capsys.readouterr().out)[0]["name"] == "mx-tiny"

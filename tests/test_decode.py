@@ -171,6 +171,15 @@ def test_a_cache_is_found_by_what_the_model_returns(kind: Any, forms: tuple[str,
     assert written(model, steered) == written(build("llama"), steered) != expected
 
 
+def test_a_forward_that_names_no_arguments_is_called_as_it_was() -> None:
+    model, ids = FAMILIES["llama"](), ids_of()
+    expected = [truth(model, one) for one in ids]
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    assert written(model, [Request(one, N_NEW) for one in ids]) == expected
+    assert form(adapter_for(model), 3) == "rolling"
+
+
 def test_a_hooked_transformer_of_version_3_generates() -> None:
     torch.manual_seed(4)
     hooked = HookedTransformer().eval()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import BOS, D_MODEL, EOS, MAX_POSITIONS, build, tiny_tokenizer
+from families import BOS, D_MODEL, EOS, FAMILIES, MAX_POSITIONS, build, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mechanex import Mechanex, MechanexError, NotFoundError, SteeringVector, ValidationError
 from mechanex.engine.detokenize import Continuation
-from mechanex.engine.generate import generate_batch
+from mechanex.engine.generate import end_tokens, generate_batch
 
 PROMPT = "The morning was cold"
 
@@ -224,6 +224,22 @@ def test_generation_ends_at_the_models_context_and_says_so(
         text = generate(client, ids, 50)
     assert "stopping after 3 tokens" in caplog.text
     assert text.startswith(client.tokenizer.decode(ids))
+
+
+def test_a_long_neighbour_leaves_a_short_prompt_its_room() -> None:
+    model, tokenizer = build("llama"), tiny_tokenizer()
+    prompts = [[5, 6, 7], [5] * (MAX_POSITIONS - 3)]
+    alone = [
+        generate_batch(model, tokenizer, [p], max_tokens=30, seed=1 + i)[0] for i, p in enumerate(prompts)
+    ]
+    assert generate_batch(model, tokenizer, prompts, max_tokens=30, seed=1) == alone
+
+
+@pytest.mark.parametrize("ends", [torch.tensor(5), torch.tensor([5, 6]), [5, 6], 5])
+def test_end_tokens_may_be_given_as_a_tensor(ends: object) -> None:
+    model = FAMILIES["llama"]()
+    model.generation_config.eos_token_id = ends
+    assert end_tokens(model, tiny_tokenizer())[0] == 5
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,11 @@ class Continuation:
         self._add("", mark)
         return begin
 
+    def feed_all(self, tokens: Sequence[int]) -> None:
+        """Takes tokens that nobody needs one by one: where there are no stop texts, and no pieces are read before."""
+        self._ids += tokens
+        self._advance(final=False)
+
     def piece(self) -> str:
         """The text since the last piece; an end that may be the start of a stop text is kept back."""
         safe = len(self.text) if self.stopped or self._ended else self._safe()

@@ -144,7 +144,8 @@ class _Run:
         self.ids = [self._encode(prompt) for prompt in prompts]
         self.prompts = [prompt_text(self.tokenizer, prompt) for prompt in prompts]
         self.ends = end_tokens(self.adapter.hf_model, self.tokenizer)
-        self.max_tokens, self.steering = self._room(options.max_tokens), self._steering()
+        self._check_room(options.max_tokens)
+        self.steering = self._steering()
         self.seeds = options.seeds(len(prompts))
 
     def texts(self) -> list[str]:
@@ -187,11 +188,11 @@ class _Run:
     def _rows(self, *, stream: bool) -> list[Row]:
         options = self.options
         requests = [
-            Request(ids, self.max_tokens, options, seed, options.stops, self.steering, stream=stream)
+            Request(ids, options.max_tokens, options, seed, options.stops, self.steering, stream=stream)
             for ids, seed in zip(self.ids, self.seeds, strict=True)
         ]
-        n = len(requests)
-        return [Row(one, self.tokenizer, self.ends, prompt=(i, n)) for i, one in enumerate(requests)]
+        n, room = len(requests), self.adapter.context
+        return [Row(one, self.tokenizer, self.ends, room, prompt=(i, n)) for i, one in enumerate(requests)]
 
     @property
     def _padding(self) -> int:
@@ -215,10 +216,11 @@ class _Run:
         self.adapter.check_token_ids(ids)
         return ids
 
-    def _room(self, max_tokens: int) -> int:
+    def _check_room(self, max_tokens: int) -> None:
+        """Raises for a prompt that fills the model's context, and says where an answer will end at it."""
         context = self.adapter.context
         if context is None:
-            return max_tokens
+            return
         longest = max(map(len, self.ids))
         if longest >= context:
             raise ValidationError(
@@ -234,7 +236,6 @@ class _Run:
                 context,
                 longest,
             )
-        return min(max_tokens, context - longest)
 
 
 def end_tokens(hf: Any, tokenizer: Any) -> list[int]:
@@ -243,4 +244,6 @@ def end_tokens(hf: Any, tokenizer: Any) -> list[int]:
     found = own if own is not None else tokenizer.eos_token_id
     if found is None:
         return []
+    if isinstance(found, torch.Tensor):
+        found = found.tolist()
     return [int(end) for end in (found if isinstance(found, (list, tuple)) else [found])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from .room import Room
 from .row import ServedRow
 from .settings import Settings
 
@@ -14,11 +15,11 @@ _AHEAD = 128  # positions beyond a row's present length that are kept free for i
 
 
 def pick(
-    waiting: deque[ServedRow], running: Sequence[ServedRow], settings: Settings, most: int
+    waiting: deque[ServedRow], running: Sequence[ServedRow], settings: Settings, room: Room, most: int
 ) -> list[ServedRow]:
     """Takes the requests that are read next out of those that wait, first come, first served.
 
-    As many as fit: into the batch, into ``max_cache_tokens`` (one that needs more by itself runs alone), and into one
+    As many as fit: into the batch, into the room (one that needs more by itself runs alone), and into one
     pass of ``prefill_tokens``, where rows with the same prompt and edits count once. A prompt whose log-probabilities
     are wanted is read by itself.
 
@@ -26,6 +27,7 @@ def pick(
         waiting: who waits; those that are picked are taken out.
         running: the rows of the batch.
         settings: the limits.
+        room: what fits into memory.
         most: rows that the batch may have.
     """
     longest = max(map(_reach, running), default=0)
@@ -36,7 +38,7 @@ def pick(
         row = waiting[0]
         longest = max(longest, _reach(row))
         n_rows = len(running) + len(picked) + 1
-        if n_rows > 1 and longest * n_rows > settings.max_cache_tokens:
+        if n_rows > 1 and longest * n_rows > room.cache_tokens:
             break
         if picked and row.prompt_key not in prompts:
             wider = max(width, row.n_known) * (len(prompts) + 1)
@@ -49,14 +51,15 @@ def pick(
     return picked
 
 
-def who_makes_way(rows: Sequence[ServedRow], columns: int, settings: Settings) -> ServedRow | None:
+def who_makes_way(rows: Sequence[ServedRow], columns: int, room: Room) -> ServedRow | None:
     """The row that came last, where a step of all of them would take more positions than allowed.
 
     Args:
         rows: the batch's.
         columns: of the cache, before the step.
+        room: what fits into memory.
     """
-    if len(rows) < 2 or (columns + 1) * len(rows) <= settings.max_cache_tokens:
+    if len(rows) < 2 or (columns + 1) * len(rows) <= room.cache_tokens:
         return None
     return max(rows, key=lambda row: row.arrived)
 

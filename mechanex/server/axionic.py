@@ -99,6 +99,7 @@ async def generate(body: GenerateBody, request: Request, who: Worker) -> Respons
                 seed=body.seed,
                 stops=_stops(body.stop),
                 steering=steering + engine.steerings.corrections,
+                owner=who.account_id,
             )
         ]
     )

@@ -163,6 +163,7 @@ async def _common(engine: ServingEngine, body: GenerationBody, who: Principal) -
         "presence_penalty": body.presence_penalty or 0.0,
         "logit_bias": biases,
         "steering": await _steering(engine, body, who),
+        "owner": who.account_id,
     }
 
 

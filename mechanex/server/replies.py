@@ -71,7 +71,13 @@ class Reply:
         """Tokens read and chosen; a prompt counts once, however many answers it has."""
         prompt = sum(result.prompt_tokens for result in results[::n])
         chosen = sum(result.completion_tokens for result in results)
-        return {"prompt_tokens": prompt, "completion_tokens": chosen, "total_tokens": prompt + chosen}
+        cached = sum(result.cached_tokens for result in results[::n])
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": chosen,
+            "total_tokens": prompt + chosen,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
 
 
 class ChatReply(Reply):

@@ -35,7 +35,10 @@ class Settings:
         max_batch: most requests that are decoded together.
         max_waiting: most requests that wait for a place; a later one gets 429.
         max_cache_tokens: most positions that the rows of the batch may come to hold together, padding included; a
-            request that needs more by itself runs alone.
+            request that needs more by itself runs alone. None: as many as fit into half of the memory that is free
+            when the server starts.
+        prefix_bytes: most memory of keys and values that are kept of answered requests, for those of the same sender
+            that begin alike; 0 keeps none. None: a sixteenth of the free memory, 1 GiB at most.
         prefill_tokens: most prompt tokens (padding included) that are read between two decoding steps.
         max_body_bytes: largest request body.
         max_choices: most answers that one request may ask for (prompts times ``n``).
@@ -67,7 +70,8 @@ class Settings:
     model_name: str | None = None
     max_batch: int = 64
     max_waiting: int = 512
-    max_cache_tokens: int = 262144
+    max_cache_tokens: int | None = None
+    prefix_bytes: int | None = None
     prefill_tokens: int = 4096
     max_body_bytes: int = 4 * 2**20
     max_choices: int = 128
@@ -94,7 +98,6 @@ class Settings:
         counts = (
             "max_batch",
             "max_waiting",
-            "max_cache_tokens",
             "prefill_tokens",
             "max_body_bytes",
             "max_choices",
@@ -105,6 +108,14 @@ class Settings:
         for name in (*counts, "rate_limit", "api_rate_limit"):
             if not _whole(getattr(self, name)) or getattr(self, name) < 1:
                 raise ValidationError(f"{name} is a whole number of 1 or more; got {getattr(self, name)!r}.")
+        if self.max_cache_tokens is not None and (
+            not _whole(self.max_cache_tokens) or self.max_cache_tokens < 1
+        ):
+            raise ValidationError(
+                f"max_cache_tokens is a whole number of 1 or more; got {self.max_cache_tokens!r}."
+            )
+        if self.prefix_bytes is not None and (not _whole(self.prefix_bytes) or self.prefix_bytes < 0):
+            raise ValidationError(f"prefix_bytes is a whole number of 0 or more; got {self.prefix_bytes!r}.")
         for name in ("request_timeout", "shutdown_grace", "access_token_minutes", "refresh_token_days"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from anyio.to_thread import run_sync
 
 from ..engine.intervention import Edit
+from ..engine.memory import tensor_bytes
 from ..engine.models.adapter import ModelAdapter
 from ..engine.positions import TokenSelector
 from ..engine.vector_store import VectorStore
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["Steerings"]
 
 _logger = logging.getLogger(__name__)
-_KEPT_EDITS = 1024
+_KEPT_DIGESTS = 1024
+_MOST_EDIT_BYTES = 2**28  # a vector of every layer of a large model has megabytes, at every strength again
 
 
 class Steerings:
@@ -53,6 +55,7 @@ class Steerings:
         self._behaviors = make_behaviors(adapter, settings.behaviors)
         self._digests: OrderedDict[int, tuple[SteeringVector, bytes]] = OrderedDict()
         self._edits: OrderedDict[tuple[bytes, float], tuple[tuple[int, Edit], ...]] = OrderedDict()
+        self._edit_bytes = 0
         self._corrected = {name: self._to_correct(name) for name in settings.corrected_behaviors}
 
     @property
@@ -129,8 +132,9 @@ class Steerings:
             plan = vector.plan(self._adapter, strength)
             known = tuple((i.layer, i.edit) for i in plan.interventions)
             self._edits[key] = known
-            if len(self._edits) > _KEPT_EDITS:
-                self._edits.popitem(last=False)
+            self._edit_bytes += _bytes_of(known)
+            while len(self._edits) > 1 and self._edit_bytes > _MOST_EDIT_BYTES:
+                self._edit_bytes -= _bytes_of(self._edits.popitem(last=False)[1])
         self._edits.move_to_end(key)
         if strength == 0:
             return ()
@@ -146,7 +150,7 @@ class Steerings:
             digest.update(f"{layer}:{direction.dtype}:{direction.numel()};".encode())
             digest.update(direction.cpu().numpy().tobytes())
         self._digests[id(vector)] = (vector, digest.digest())
-        if len(self._digests) > _KEPT_EDITS:
+        if len(self._digests) > _KEPT_DIGESTS:
             self._digests.popitem(last=False)
         return digest.digest()
 
@@ -192,3 +196,7 @@ class Steerings:
             raise ValidationError(
                 f"the vector {name} doesn't fit {self._adapter.model_id}: {error}"
             ) from error
+
+
+def _bytes_of(edits: Sequence[tuple[int, Edit]]) -> int:
+    return tensor_bytes(tensor for _, edit in edits for tensor in edit.tensors)

@@ -14,6 +14,7 @@ import torch
 
 from ..engine.decode.calls import Form
 from ..engine.decode.decoder import Decoder, Outcome
+from ..engine.decode.prefixes import Prefixes
 from ..engine.decode.probe import form
 from ..engine.decode.reading import Reading
 from ..engine.decode.row import Row
@@ -24,6 +25,7 @@ from .admission import pick, who_makes_way
 from .jobs import Jobs
 from .metrics import Metrics
 from .request import Generation, Result, Step
+from .room import Room
 from .row import ServedRow
 from .settings import Settings
 from .unanswered import Unanswered
@@ -65,6 +67,8 @@ class Worker:
         self._adapter, self._padding, self._settings = adapter, padding, settings
         self._metrics, self._loop = metrics, loop
         self._form: Form = "rolling"
+        self._room = Room(1, 0)  # until the model is known
+        self._prefixes = Prefixes(0)
         self._decoder = self._new_decoder()
         self._reading: Reading | None = None
         self._apart: deque[ServedRow] = deque()  # whose prompts are read one by one
@@ -90,6 +94,8 @@ class Worker:
         try:
             with exclusive(self._adapter):
                 self._form = form(self._adapter, self._settings.max_batch)
+                self._room = Room.of(self._adapter, self._settings)
+                self._prefixes = Prefixes(self._room.prefix_bytes)
                 self._decoder = self._new_decoder()
             self.ready.set()
             while self._wait():
@@ -151,7 +157,7 @@ class Worker:
             return [self._apart.popleft()]
         most = self._settings.max_batch if self._form == "rolling" else 1
         with self.changed:
-            picked = pick(self.waiting, self._rows, self._settings, most)
+            picked = pick(self.waiting, self._rows, self._settings, self._room, most)
         fit = []
         for row in picked:
             error = self._decoder.unfit(row)
@@ -215,7 +221,7 @@ class Worker:
 
     def _make_room(self) -> None:
         """Sends rows back to wait where the cache has no room for another step of all."""
-        while (last := who_makes_way(self._rows, self._decoder.columns, self._settings)) is not None:
+        while (last := who_makes_way(self._rows, self._decoder.columns, self._room)) is not None:
             self._read_later(last)
         for row in _served(self._decoder.outgrown()):
             self._read_later(row)
@@ -326,10 +332,13 @@ class Worker:
         return self._new_decoder()
 
     def _new_decoder(self) -> Decoder:
+        """A decoder without rows; what an error left behind in kept texts is not gone on from."""
+        self._prefixes.clear()
         return Decoder(
             self._adapter,
             self._padding,
             form=self._form,
+            prefixes=self._prefixes,
             prefill_tokens=self._settings.prefill_tokens,
         )
 

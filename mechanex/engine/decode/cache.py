@@ -95,13 +95,14 @@ class _Rolling:
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Appends a step's keys and values [B, heads, q, width] and gives all that the step may look at."""
-        for buffer, states in zip(self._kept, (key_states, value_states), strict=True):
-            buffer.push(states)
-        shown = self._show(key_states.shape[2])
-        for buffer in self._kept:
-            if self.window is not None:
-                buffer.start = max(buffer.start, buffer.end - (self.window - 1))
-        self._show(0)
+        keys, values = self._kept
+        keys.push(key_states)
+        values.push(value_states)
+        shown = self._show()
+        if self.window is not None and keys.end - keys.start >= self.window:
+            for buffer in self._kept:
+                buffer.start = buffer.end - (self.window - 1)
+            self._show()
         return shown
 
     def admit(self, source: DynamicLayer, rows: Tensor | None, length: int, columns: int) -> None:
@@ -110,26 +111,34 @@ class _Rolling:
             chosen = states if rows is None else states.index_select(0, rows.to(states.device))
             buffer.admit(chosen[:, :, -min(columns, chosen.shape[2]) :])
         self.is_initialized = True
-        self._show(0)
+        self._show()
+        self.lengthen(length)
+
+    def admit_states(self, states: tuple[Tensor, Tensor], n: int, length: int) -> None:
+        self.is_initialized = True
+        for buffer, kept in zip(self._kept, states, strict=True):
+            buffer.admit(kept[:, :, :n])
+        self._show()
         self.lengthen(length)
 
     def drop(self, row: int) -> None:
         for buffer in self._kept:
             buffer.drop(row)
-        self._show(0)
+        self._show()
 
     def trim(self, length: int) -> None:
         for buffer in self._kept:
             buffer.start = max(buffer.start, buffer.end - length)
-        self._show(0)
+        self._show()
         self.lengthen(length)
 
     def lengthen(self, length: int) -> None:
         """Notes the columns that the whole batch has had."""
 
-    def _show(self, new: int) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = (buffer.view for buffer in self._kept)
-        return self.keys, self.values
+    def _show(self) -> tuple[Tensor, Tensor]:
+        keys, values = self._kept
+        self.keys, self.values = shown = keys.view, values.view
+        return shown
 
 
 class _RollingLayer(_Rolling, DynamicLayer):  # type: ignore[no-untyped-call]
@@ -156,7 +165,7 @@ class RollingCache(Cache):
     """The cache of a batch whose rows come and go. Give it to the model in place of its own cache.
 
     Args:
-        like: a filled cache of the same model; only its kinds of layers are read.
+        like: a cache of the same model; only its kinds of layers are read.
 
     Raises:
         Unmergeable: a layer of another kind than transformers' plain and sliding-window ones.
@@ -165,9 +174,9 @@ class RollingCache(Cache):
     def __init__(self, like: Cache) -> None:
         layers: list[Any] = []
         for layer in like.layers:
-            if type(layer) is DynamicLayer:
+            if isinstance(layer, _RollingLayer) or type(layer) is DynamicLayer:
                 layers.append(_RollingLayer())
-            elif type(layer) is DynamicSlidingWindowLayer:
+            elif isinstance(layer, _RollingSlidingLayer) or type(layer) is DynamicSlidingWindowLayer:
                 layers.append(_RollingSlidingLayer(int(layer.sliding_window)))
             else:
                 raise Unmergeable(f"the model's cache has layers of the kind {type(layer).__name__}.")
@@ -192,6 +201,45 @@ class RollingCache(Cache):
                 if other.keys.ndim != 4 or other.values.ndim != 4:
                     raise Unmergeable("the model's cache isn't [rows, heads, columns, width].")
                 own.admit(other, chosen, length, wanted)
+
+    @property
+    def column_bytes(self) -> int:
+        """Memory of one column of one row."""
+        states = [kept for layer in self._filled() for kept in (layer.keys, layer.values)]
+        return sum(kept.shape[1] * kept.shape[3] * kept.element_size() for kept in states)
+
+    def states_of(self, row: int, columns: slice) -> tuple[tuple[Tensor, Tensor] | None, ...] | None:
+        """Each layer's keys and values [1, heads, columns, width] of some columns of a row, as views; None for a layer
+        that holds nothing.
+
+        None where a layer with a window has let go of some of these columns.
+        """
+        layers: list[Any] = self.layers
+        whole = self.get_seq_length()
+        begin, end = columns.start - whole, (columns.stop - whole) or None
+        states: list[tuple[Tensor, Tensor] | None] = []
+        for layer in layers:
+            if not layer.is_initialized:
+                states.append(None)
+            elif layer.keys.shape[2] < -begin:
+                return None
+            else:
+                row_of = slice(row, row + 1)
+                states.append((layer.keys[row_of, :, begin:end], layer.values[row_of, :, begin:end]))
+        return tuple(states)
+
+    def admit_states(self, states: Sequence[tuple[Tensor, Tensor] | None], n: int, length: int) -> None:
+        """Adds a row below from what ``states_of`` gave.
+
+        Args:
+            states: by layer.
+            n: how many of the first columns.
+            length: columns of the batch.
+        """
+        layers: list[Any] = self.layers
+        for layer, pair in zip(layers, states, strict=True):
+            if pair is not None:
+                layer.admit_states(pair, n, length)
 
     def drop(self, row: int) -> None:
         """Removes a row; the last row takes its place."""

@@ -59,9 +59,10 @@ class Calls:
     def __init__(self, adapter: ModelAdapter, form: Form) -> None:
         self._adapter, self._form = adapter, form
         self._model: Any = adapter.hf_model
-        self._accepts = _parameters(adapter)
+        self._accepts = _Names.of(adapter)
         self._handles = Handles()
-        self._attached = False
+        self.attached = False
+        """Whether it has a hook on the model now."""
         self._last = 0
 
     def __call__(self, inputs: StepInputs, kept: Kept | None, last: int) -> tuple[Tensor, Kept]:
@@ -95,7 +96,7 @@ class Calls:
     def detach(self) -> None:
         """Leaves the model as it was."""
         self._handles.remove()
-        self._attached = False
+        self.attached = False
 
     def _kept(self, found: Any) -> Kept:
         """What the model gave back under names of its own arguments: its cache alone where there is one."""
@@ -105,9 +106,9 @@ class Calls:
         return caches or given
 
     def _attach(self) -> None:
-        if self._attached:
+        if self.attached:
             return
-        self._attached = True
+        self.attached = True
         head = self._adapter.head
         if head is not None:
             self._handles.add(before(head, self._narrow))
@@ -126,17 +127,25 @@ class Calls:
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): hidden})
 
 
-def _parameters(adapter: ModelAdapter) -> frozenset[str]:
-    """Names of the arguments that the model's forward takes, also those that a wrapper hands on by ``**kwargs``."""
-    names: set[str] = set()
-    module: nn.Module = adapter.hf_model
-    while True:
-        parameters = inspect.signature(module.forward).parameters
-        names |= {n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-        inner = _inside(module, adapter)
-        if inner is None or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            return frozenset(names)
-        module = inner
+class _Names(frozenset[str]):
+    """Names of the arguments that a model's forward takes, also those that a wrapper hands on by ``**kwargs``.
+
+    Where none is named, any may be one.
+    """
+
+    @classmethod
+    def of(cls, adapter: ModelAdapter) -> _Names:
+        names: set[str] = set()
+        module: nn.Module | None = adapter.hf_model
+        while module is not None:
+            parameters = inspect.signature(module.forward).parameters.values()
+            names |= {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+            hands_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
+            module = _inside(module, adapter) if hands_on else None
+        return cls(names)
+
+    def __contains__(self, name: object) -> bool:
+        return not self or super().__contains__(name)
 
 
 def _inside(module: nn.Module, adapter: ModelAdapter) -> nn.Module | None:

@@ -14,6 +14,7 @@ from ..regimes import first_change, reads_again
 from .cache import RollingCache
 from .calls import Calls, Form, Kept
 from .choose import Choice, Chooser, are_sound, logprobs_of, not_finite
+from .prefixes import Prefixes
 from .reading import Reading
 from .request import Step, TokenLogprob
 from .row import Row
@@ -39,6 +40,7 @@ class Decoder:
             prompt is read in one pass.
         prefill_tokens: most tokens of one pass over a single long prompt.
         overlapped: whether the host reads a step's tokens while the next step runs; None for where that helps.
+        prefixes: where texts are kept that others may begin with, and looked for; None for nowhere.
         chooser: makes what chooses for some rows on a device, given their unread tokens [rows] or None.
     """
 
@@ -50,6 +52,7 @@ class Decoder:
         form: Form,
         prefill_tokens: int = 4096,
         overlapped: bool | None = None,
+        prefixes: Prefixes | None = None,
         chooser: Callable[[Sequence[Row], torch.device, Tensor | None], Callable[[Tensor], Choice]] = Chooser,
     ) -> None:
         self.steering = RowSteering(adapter)
@@ -61,6 +64,8 @@ class Decoder:
         turn = first_change(adapter) if form != "reread" else None
         # The longest text whose keys are of no use to a longer one, in models that then read all of it anew.
         self._turn = turn if turn is not None and reads_again(adapter, turn + 1) else None
+        # Where a text's length changes its keys, a longer one has no use for them.
+        self._prefixes = prefixes if form == "rolling" and first_change(adapter) is None else None
         self._new_chooser = chooser
         self._calls = Calls(adapter, form)
         self._kept: Kept | None = None
@@ -77,6 +82,12 @@ class Decoder:
         """Columns of the cache: the length of the longest row."""
         return self._columns
 
+    @property
+    def token_bytes(self) -> int | None:
+        """Memory that a token takes in the cache; None where that is empty or of a kind of its own."""
+        caches = [one for one in (self._kept or {}).values() if isinstance(one, RollingCache)]
+        return sum(one.column_bytes for one in caches) or None
+
     def unfit(self, row: Row) -> MechanexError | None:
         """Why a row can't be decoded with this model, if it can't; others don't suffer by it then."""
         try:
@@ -91,7 +102,9 @@ class Decoder:
     def read(self, rows: Sequence[Row]) -> Reading:
         """Prompts to be read together, by ``advance``; one alone, for any number of rows, if it is long or its
         log-probabilities are wanted."""
-        return Reading(rows, self._padding, self._adapter.device)
+        if self._prefixes is not None and not self._attached:
+            self._prefixes.made_under(self._hooks())
+        return Reading(rows, self._padding, self._adapter.device, self._prefixes)
 
     def advance(self, reading: Reading) -> bool:
         """Makes one pass over the prompts; whether they are read to the end now."""
@@ -214,6 +227,16 @@ class Decoder:
         """Rows that have to leave and be read anew, since a longer text turns its keys in another way."""
         return [row for row in self.rows if row.n_known - 1 == self._turn]
 
+    @property
+    def _attached(self) -> bool:
+        return self.steering.attached or self._calls.attached
+
+    def _hooks(self) -> tuple[object, ...]:
+        """What others have attached to the model, which may change what it computes."""
+        model = self._adapter
+        modules = (*model.layers, model.trunk, model.hf_model)
+        return tuple((*one._forward_pre_hooks, *one._forward_hooks) for one in modules)
+
     def drop(self, rows: Sequence[Row]) -> None:
         """Takes rows out of the batch, after ``catch_up``."""
         assert self._pending is None
@@ -226,8 +249,19 @@ class Decoder:
 
     def _settle_and_take_out(self, choice: Choice) -> list[Outcome]:
         outcomes = self._settle(choice)
+        if self._prefixes is not None:
+            for row, news in outcomes:
+                if _has_ended(row, news) and not isinstance(news, MechanexError):
+                    self._keep(row, self._prefixes)
         self._take_out([row for row, news in outcomes if _has_ended(row, news)])
         return outcomes
+
+    def _keep(self, row: Row, prefixes: Prefixes) -> None:
+        """Keeps what was read of a row that has ended well, for texts that go on from there."""
+        place = next(i for i, one in enumerate(self.rows) if one is row)
+        n = row.length + (self._pending is not None)
+        assert self._kept is not None
+        prefixes.keep(row, n, self._kept, place, self._columns)
 
     def _settle(self, choice: Choice) -> list[Outcome]:
         """Gives the rows their tokens; one whose token can't be used ends alone."""

@@ -22,7 +22,7 @@ from .decoder import Decoder
 from .request import Request
 from .row import Row
 
-__all__ = ["form", "rolls"]
+__all__ = ["form", "rolls", "token_bytes"]
 
 _log = logging.getLogger(__name__)
 _NEW_TOKENS = 5
@@ -62,6 +62,11 @@ def rolls(adapter: ModelAdapter) -> bool:
                 "%s decodes one row at a time: the rows of its cache can't be put together.", adapter.model_id
             )
     return bool(adapter.findings["rolling"])
+
+
+def token_bytes(adapter: ModelAdapter) -> int | None:
+    """Memory that the keys and values of a token take in a batch; None where rows can't be put together."""
+    return cast("int | None", adapter.findings.get("token bytes")) if rolls(adapter) else None
 
 
 def _agrees(adapter: ModelAdapter, tried: Form) -> bool:
@@ -146,6 +151,7 @@ def _try_rolling(adapter: ModelAdapter) -> bool:
         _join(decoder, [first, second])
         decoder.step()
         _join(decoder, [third])
+        adapter.findings["token bytes"] = decoder.token_bytes
         decoder.step()
         decoder.drop([first])
         while decoder.rows:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..positions import Positions
 from .calls import Kept, StepInputs
+from .prefixes import Prefixes
 from .row import Row
 from .steering import Span
 
@@ -25,9 +26,12 @@ class Reading:
         rows: at least one.
         padding: a token id to fill rows with; it is never looked at.
         device: the model's.
+        prefixes: texts that were read before, or None.
     """
 
-    def __init__(self, rows: Sequence[Row], padding: int, device: torch.device) -> None:
+    def __init__(
+        self, rows: Sequence[Row], padding: int, device: torch.device, prefixes: Prefixes | None = None
+    ) -> None:
         self.rows = list(rows)
         found: dict[object, int] = {}
         self.places = [found.setdefault(row.prompt_key, len(found)) for row in rows]
@@ -49,6 +53,22 @@ class Reading:
         self.done = 0
         self.kept: Kept | None = None
         self.logits: Tensor | None = None
+        if prefixes is not None and not self.wants_logprobs:
+            self._begin_behind(prefixes)
+
+    def _begin_behind(self, prefixes: Prefixes) -> None:
+        """Starts behind what was read before of every prompt."""
+        found = [prefixes.find(row) for row in self.prompts]
+        ends = [p + (0 if one is None else one[1]) for p, one in zip(self._padding, found, strict=True)]
+        begin = min(ends)
+        if begin < 1:
+            return
+        used = [max(begin - padding, 0) for padding in self._padding]
+        taken = [None if one is None else (one[0], n) for one, n in zip(found, used, strict=True)]
+        self.kept, self.done = prefixes.cache(taken, begin), begin
+        for row, place in zip(self.rows, self.places, strict=True):
+            if not row.chosen:
+                row.cached_tokens = used[place]
 
     def spans(self) -> list[Span]:
         """Where the prompts' next tokens stand."""

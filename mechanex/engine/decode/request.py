@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -44,6 +44,7 @@ class Request:
         logit_bias: pairs of a token id and what is added to its logit.
         logprobs: None, or how many of the likeliest tokens to report with each chosen one's log-probability.
         prompt_logprobs: whether to report them for the prompt's tokens too.
+        owner: whose it is: texts of others are not gone on from.
         stream: whether the answer is read step by step; without it, everything comes as one step at the end.
     """
 
@@ -59,6 +60,7 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     stream: bool = False
+    owner: Hashable = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Result:
         completion_tokens: tokens that the model chose, an end token included.
         logprobs: one per token of the text, where asked for.
         prompt_logprobs: one per token of the prompt, the first None, where asked for.
+        cached_tokens: tokens of the prompt that were not read, since a text before began alike.
     """
 
     text: str
@@ -104,3 +107,4 @@ class Result:
     completion_tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    cached_tokens: int = 0

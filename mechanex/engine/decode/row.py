@@ -47,9 +47,13 @@ class Row:
         self.prompt_logprobs: list[TokenLogprob | None] = []
         self.prompt_key: tuple[object, ...] = _key_of(request, prompt)
         """Equal for rows whose prompts come to the same keys and values, edits included."""
+        self.cached_tokens = 0
+        """Tokens of the prompt that needn't be read, since a text before began alike."""
         self.result: Result | None = None
         self._ends = frozenset(ends)
         self._text = Continuation(tokenizer, self.ids, request.stops)
+        # Nobody looks at the text before its end.
+        self._late = not (request.stream or request.stops) and request.logprobs is None
         self._logprobs: list[TokenLogprob] = []
         # For each of them where its text begins in the answer, and whether it has any of its own.
         self._places: list[tuple[int, bool]] = []
@@ -60,7 +64,7 @@ class Row:
 
     @property
     def text(self) -> str:
-        """The answer so far; what stands at its end may yet turn out to begin a stop text."""
+        """The answer once it has ended; before, as far as somebody follows it."""
         return self._text.text
 
     @property
@@ -113,6 +117,8 @@ class Row:
         self.counts[token] += 1
         if token in self._ends:
             return self._finish("stop")
+        if self._late:
+            return self._finish("length") if len(self.chosen) >= self.max_tokens else None
         begin = self._text.feed(token)
         if logprob is not None:
             self._logprobs.append(logprob)
@@ -128,6 +134,8 @@ class Row:
         return self._finish("length")
 
     def _finish(self, reason: Any) -> Step | None:
+        if self._late:
+            self._text.feed_all([token for token in self.chosen if token not in self._ends])
         self._text.finish()
         kept = len(self._text.text)
         if self._text.stopped:  # what was cut off with the stop text has no log-probabilities either
@@ -142,6 +150,7 @@ class Row:
             len(self.chosen),
             tuple(self._logprobs),
             tuple(self.prompt_logprobs),
+            self.cached_tokens,
         )
         return step
 
@@ -164,4 +173,4 @@ def _key_of(request: Request, prompt: tuple[int, int] | None) -> tuple[object, .
     steering = tuple((steer.layer, id(steer.edit), repr(steer.tokens)) for steer in request.steering)
     wanted = request.prompt_logprobs, request.prompt_logprobs and request.logprobs
     # Whoever names rows of the batch may steer two equal prompts differently.
-    return tuple(request.ids), steering, wanted, prompt
+    return tuple(request.ids), steering, wanted, prompt, request.owner

@@ -52,6 +52,11 @@ class RowSteering:
         self.seconds = 0.0
         """Time spent in edits so far, as the CPU sees it."""
 
+    @property
+    def attached(self) -> bool:
+        """Whether it has hooks on the model now."""
+        return bool(self._attached)
+
     def check(self, steering: Sequence[Steer]) -> None:
         """Raises a ValidationError for edits that this model has no place for."""
         adapter = self._adapter

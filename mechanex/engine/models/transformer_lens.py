@@ -170,9 +170,3 @@ class _AsTransformers(nn.Module):
             )
         logits = self.hooked(input_ids, attention_mask=attention_mask, return_type="logits")
         return SimpleNamespace(logits=logits)
-
-    def generate(self, *_: Any, **__: Any) -> Any:
-        raise ValidationError(
-            "A HookedTransformer has its own generate(): steer it with `with plan.apply(model):` and call "
-            "model.generate(...) there, or load the model with mechanex.load(name)."
-        )
