@@ -265,7 +265,7 @@ def truth(name: str, tied: bool = False) -> Any:
     return WORK[name](llama(tie_word_embeddings=tied))
 
 
-@pytest.mark.parametrize(("world", "place", "name", "tied"), cases())
+@pytest.mark.parametrize(("world", "place", "name", "tied"), [*cases()])
 def test_a_spread_model_gives_what_one_device_gives(world, place, name, tied):
     if world == "real" and place == "two GPUs" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
