@@ -109,7 +109,8 @@ def test_only_what_was_steered_alike_is_shared(before: Any, now: Any, shared: in
 def test_prompts_of_several_lengths_are_read_together_from_where_all_can() -> None:
     model, serving = build("llama"), Serving(build("llama"))
     firsts = serving.answers(Request(FIRST, 5), Request(FIRST[5:30], 5), Request(FIRST[::-1], 5))
-    asked = [Request([*row.ids, *row.chosen, *more], 6) for row, more in zip(firsts, more, strict=True)]
+    additions = ([7], [8, 9], [10, 11, 12])
+    asked = [Request([*row.ids, *row.chosen, *new], 6) for row, new in zip(firsts, additions, strict=True)]
     rows = serving.answers(*asked)
     # All are read from their last four tokens on, of which the shorter additions need fewer.
     assert [row.cached_tokens for row in rows] == [42, 28, 44]
