@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -15,11 +16,14 @@ import pytest
 import torch
 from families import D_MODEL, FAMILIES, N_LAYERS, tiny_tokenizer
 from pretend_devices import pretend_devices
+from test_scheduler import run as scheduled_run
+from test_scheduler import steers
 from torch import Tensor
 
 import mechanex
 from mechanex.engine.beam import most_likely_completions
 from mechanex.engine.caa import caa_vectors
+from mechanex.engine.decode.probe import rolls
 from mechanex.engine.directions import pca_vectors
 from mechanex.engine.few_shot import few_shot_vectors
 from mechanex.engine.generate import generate, generate_batch, stream
@@ -29,6 +33,7 @@ from mechanex.engine.models import adapter_for
 from mechanex.engine.score import completion_logprobs, perplexity, rank_completions
 from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import ValidationError
+from mechanex.server.request import Request
 from mechanex.utils.steering_opt import (
     TrainingDatapoint,
     hf_hooks_contextmanager,
@@ -173,6 +178,17 @@ def written(model: Any) -> Any:
     return [alone, together, list(stream(model, TOKENIZER, PROMPTS[1], **options))]
 
 
+def served(model: Any) -> Any:
+    """Greedy answers of one batch whose rows are steered their own ways, and the log-probabilities of the tokens."""
+    loaded = SimpleNamespace(model=model, tokenizer=TOKENIZER)
+    ways = [(), steers(vector(1, 3)), steers(vector(0), -1.0, slice(-1, None))]
+    asked = [
+        Request(list(TOKENIZER(text)["input_ids"]), max_tokens=5, steering=way, logprobs=0)
+        for text, way in zip(PROMPTS, ways, strict=True)
+    ]
+    return [[one.text, [t.logprob for t in one.logprobs]] for one in scheduled_run(loaded, asked)]
+
+
 FORWARD: dict[str, Callable[[Any], Any]] = {
     "caa": lambda model: caa_vectors(model, PROMPTS, GOOD, BAD, range(N_LAYERS), TOKENIZER),
     "pca": lambda model: pca_vectors(model, PROMPTS, GOOD, BAD, [1, 3], TOKENIZER),
@@ -183,6 +199,7 @@ FORWARD: dict[str, Callable[[Any], Any]] = {
     "hooks": hooked,
     "plan": planned,
     "generation": written,
+    "server": served,
     "beams": likely,
 }
 BACKWARD: dict[str, Callable[[Any], Any]] = {
@@ -202,7 +219,7 @@ WORK = FORWARD | BACKWARD
 
 def cases() -> Iterator[Any]:
     """World, place, work, and whether the embeddings are tied: all work at one place, and some at every place."""
-    some = ("caa", "scores", "hooks", "generation", "beams", "optimization")
+    some = ("caa", "scores", "hooks", "generation", "server", "beams", "optimization")
     for world in ("pretended", "real"):
         # Gradients are taken back by torch's own code, to which two devices that pretend are one.
         wanted = [
@@ -233,13 +250,22 @@ def same(found: Any, truth: Any) -> None:
         assert found == (pytest.approx(truth, rel=1e-3) if isinstance(truth, float) else truth)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors are small: on a busy machine threads would wait for each other at every one of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @cache
 def truth(name: str, tied: bool = False) -> Any:
     """What the work gives on the CPU."""
     return WORK[name](llama(tie_word_embeddings=tied))
 
 
-@pytest.mark.parametrize(("world", "place", "name", "tied"), cases())
+@pytest.mark.parametrize(("world", "place", "name", "tied"), [*cases()])
 def test_a_spread_model_gives_what_one_device_gives(world, place, name, tied):
     if world == "real" and place == "two GPUs" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
@@ -292,3 +318,10 @@ def test_the_quick_start_runs_on_an_apple_gpu(monkeypatch):
         point = TrainingDatapoint(prompt, dst_completions=[" The streets of Rome"])
         v, info = optimize_vector(model, [point], 2, tokenizer=tokenizer, max_iters=3, seed=0)
         assert v.device.type == "mps" and info["loss"] < info["starting_loss"]
+
+
+@pytest.mark.parametrize("place", [*PLACES, "Apple GPU"])
+def test_rows_are_decoded_together_wherever_the_layers_are(place):
+    with devices("pretended") as names:
+        model = llama().to("mps") if place == "Apple GPU" else spread(llama(), place, names)
+        assert rolls(adapter_for(model))

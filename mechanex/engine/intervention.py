@@ -321,6 +321,9 @@ class EditTable:
                 f"The edit is for a residual stream {width} wide, but this one is {hidden.shape[-1]} wide; "
                 "the vector was made for another model."
             )
+        # Whoever lays out rows knows where the model takes its tokens, not where this layer is.
+        rows = None if rows is None else rows.to(hidden.device)
+        strength = None if strength is None else strength.to(hidden.device)
         if self._chains is not None:
             if strength is not None:
                 raise ValidationError(

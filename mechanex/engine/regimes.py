@@ -129,7 +129,10 @@ def length_dependent(model: nn.Module) -> list[nn.Module]:
 
 
 def _makes_factors(module: nn.Module) -> bool:
-    return any(name.endswith("inv_freq") for name in module._buffers)
+    # A model without numbers is refused elsewhere, and nothing is noted of it that would be wrong once it has some.
+    return any(
+        name.endswith("inv_freq") and not (b is not None and b.is_meta) for name, b in module._buffers.items()
+    )
 
 
 @contextmanager

@@ -46,8 +46,9 @@ class Draws:
             best: [rows] the highest of each.
             uniform: [rows] float32 on the host, in [0, 1).
         """
-        if uniform.device != scores.device:
-            uniform = uniform.pin_memory().to(scores.device, non_blocking=True)
+        # Only CUDA is known to keep pinned memory until its copy is done.
+        pinned = uniform.pin_memory() if scores.is_cuda else uniform
+        uniform = pinned.to(scores.device, non_blocking=scores.is_cuda)
         scores = scores - best[:, None]
         if self._heat is not None:
             scores = scores / self._heat

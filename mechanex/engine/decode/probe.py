@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._private.torch import without_hooks
+from ..intervention import widest
 from ..models.adapter import ModelAdapter, undisturbed
 from ..positions import given_positions, whole_pass
 from ..selfcheck import TOLERANCE, window_of
@@ -119,8 +120,8 @@ class _Checked:
             tokens = []
             for row, ours in zip(rows, logits, strict=True):
                 step = len(row.chosen)
-                truth = self._truths[id(row)][step].double()
-                off = (ours.double() - truth).norm() / truth.norm().clamp_min(1e-12)
+                truth = self._truths[id(row)][step].to(ours.device, widest(ours.device))
+                off = (ours.to(truth.dtype) - truth).norm() / truth.norm().clamp_min(1e-12)
                 self.agrees &= bool(off <= TOLERANCE.get(self._adapter.dtype, 1e-4))
                 tokens.append(self._tokens[id(row)][step])
             return Choice(rows, (), torch.tensor(tokens, device=device), torch.ones(len(rows)).bool(), None)
