@@ -195,7 +195,7 @@ except mechanex.MechanexError:
     assert out.startswith("The")
 
 
-@pytest.mark.parametrize("name", ["nothing", "log_in", "_private", "__wrapped__"])
+@pytest.mark.parametrize("name", ["nothing", "log_in", "_hidden", "__wrapped__"])
 def test_unknown_names_are_attribute_errors(name: str) -> None:
     for module in (mechanex, mechanex.steering, mechanex.generation):
         with pytest.raises(AttributeError, match=name):

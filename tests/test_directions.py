@@ -102,7 +102,7 @@ def test_wrong_examples_are_errors(compute):
     for examples, layers, message in (
         ((PROMPTS, POSITIVE[:2], NEGATIVE), [1], "4, 2 and 4"),
         (([], [], []), [1], "no examples"),
-        (EXAMPLES, [N_LAYERS], f"Layer {N_LAYERS}"),
+        (EXAMPLES, [N_LAYERS + 1], f"Layer {N_LAYERS + 1}"),
         (EXAMPLES, [], "no layers"),
         ((PROMPTS, POSITIVE, ["", *NEGATIVE[1:]]), [1], "no tokens"),
     ):

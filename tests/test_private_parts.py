@@ -98,7 +98,7 @@ def test_torch_keeps_hooks_in_tables_by_their_handles_id() -> None:
         torch_parts.remove_hook(module, handle.id)
     module(torch.ones(2))
     assert not seen, (
-        "torch keeps hooks elsewhere: mechanex.reset would leave steering on (engine/models/attaching.py)"
+        "torch keeps hooks elsewhere: mechanex.reset would leave steering on (engine/attaching.py)"
     )
 
 
@@ -114,7 +114,7 @@ def test_compiled_code_looks_at_a_modules_own_forward() -> None:
     handle = before(model[1], lambda module, args, kwargs: ((args[0] + 1,), kwargs), traced=True)
     assert not torch.equal(compiled(torch.ones(2)), plain), (
         "torch's compiled code no longer looks whether a module has a forward of its own: a compiled model would go "
-        "on unsteered (mechanex/engine/models/attaching.py)"
+        "on unsteered (mechanex/engine/attaching.py)"
     )
     handle.remove()
     assert torch.equal(compiled(torch.ones(2)), plain)
@@ -196,7 +196,7 @@ REACHES = re.compile(
     r"transformers\.models\.|uvicorn\.protocols|_captured_signals|GGUFReader\)|register_forward_(pre_)?hook|"
     r"register_full_backward"
 )
-DOORS = {"engine/models/attaching.py": "register_forward"}
+DOORS = {"engine/attaching.py": "register_forward"}
 
 
 def test_nothing_else_reaches_for_such_parts() -> None:
@@ -209,4 +209,4 @@ def test_nothing_else_reaches_for_such_parts() -> None:
         and DOORS.get(path.relative_to(PACKAGE).as_posix(), "no door") not in line
         and "``" not in line
     ]
-    assert not found, "use mechanex._private, and engine/models/attaching.py for hooks:\n" + "\n".join(found)
+    assert not found, "use mechanex._private, and engine/attaching.py for hooks:\n" + "\n".join(found)

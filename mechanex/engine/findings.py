@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._private.torch import writes
 from .attaching import OURS, hooks_of_others, own_forward
 
 if TYPE_CHECKING:
@@ -141,4 +142,4 @@ def _contents(tensors: list[Tensor]) -> Hashable:
             if t.is_floating_point() and not t.is_meta
         ]
         sizes = tuple(repr(float(n)) for n in norms)
-    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors), sizes
+    return tuple((id(t), writes(t)) for t in tensors), sizes

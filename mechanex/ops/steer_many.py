@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from mechanex import backends
+from mechanex._private.torch import dispatch_modes, transforms_are_active
 from mechanex.backends import eager
 from mechanex.errors import ValidationError
 
@@ -94,9 +94,9 @@ def _dispatch(
     tensors = (hidden, rows, strength, bias, left, right, kinds, weight, offset)
     if torch.compiler.is_compiling():
         return schema.steer_many(*tensors, backend)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if transforms_are_active():
         return eager.steer_many(hidden, rows, strength, bias, left, right, gate)
-    if any(type(t) not in _PLAIN for t in tensors) or torch._C._len_torch_dispatch_stack():
+    if any(type(t) not in _PLAIN for t in tensors) or dispatch_modes():
         return schema.steer_many(*tensors, backend)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         edited: Tensor = _SteerMany.apply(*tensors, backend)  # type: ignore[no-untyped-call]

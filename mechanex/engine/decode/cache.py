@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from ..._private.transformers import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from ...errors import ValidationError
 
 __all__ = ["RollingCache", "Unmergeable"]
