@@ -313,3 +313,41 @@ def test_a_generate_that_is_watched_is_put_back_and_copies_alone():
         assert twin.generate.__self__ is twin
     assert "generate" not in model.__dict__
     assert torch.equal(generate(twin), generate(model))
+
+
+# ---- A cache whose rows a loop of one's own changes
+
+
+@pytest.mark.parametrize("order", [[1, 0], [1], [0, 0, 1, 1]], ids=str)
+def test_the_prompts_end_follows_the_rows_of_a_cache(order):
+    model, rows = build("llama"), torch.tensor(order)
+
+    def run():
+        held = returned_caches(model(input_ids=PADDED, attention_mask=MASK, use_cache=True))
+        next(iter(held.values())).reorder_cache(rows)
+        mask = torch.cat([MASK, torch.ones_like(MASK[:, :1])], 1)[rows]
+        model(input_ids=PADDED[rows, -1:], attention_mask=mask, use_cache=True, **held)
+
+    ends = [[4, 7][row] for row in order]
+    assert watched(model, run, lengths=True)[1] == ([[end] for end in ends], ends)
+
+
+def test_values_written_to_a_mask_or_an_edit_count_from_the_next_call():
+    model = build("llama")
+
+    def logits(plan, change=None):
+        with plan.apply(model):
+            first = model(input_ids=IDS).logits
+            if change is not None:
+                change()
+                return model(input_ids=IDS).logits
+            return first
+
+    mask = torch.zeros(IDS.shape, dtype=torch.bool)
+    masked = SteeringPlan([Intervention(1, Edit.add(torch.ones(D_MODEL)), mask=mask)])
+    with torch.no_grad():
+        assert torch.equal(logits(masked, lambda: mask.fill_(True)), logits(masked))
+    with torch.inference_mode():
+        vector = torch.ones(D_MODEL)
+        steered = SteeringPlan([Intervention(1, Edit.add(vector))])
+        assert torch.equal(logits(steered, lambda: vector.mul_(-3)), logits(steered))

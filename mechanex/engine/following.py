@@ -86,10 +86,10 @@ def _alike(shown: Tensor, count: int) -> bool:
 
 @dataclass
 class _History:
-    """What a cache took in: [B, n] which columns are real, and its prompts' lengths [B] or why they aren't known."""
+    """What a cache took in: [B, n] which columns are real, and where its prompts end or why that isn't known."""
 
     real: Tensor
-    lengths: Tensor | str
+    columns: int | str
     prompts: Prompts | None
 
 
@@ -196,9 +196,10 @@ class Followed(threading.local):
             return _unknown(hidden, why)
         index = (before.sum(1, keepdim=True) + real.cumsum(1) - 1).masked_fill(~real, -1)
         whole = torch.cat([before, real], 1)
-        lengths = self._lengths(hidden, whole, past, history if past else None)
+        columns = self._columns(hidden, past, history if past else None)
+        lengths = columns if isinstance(columns, str) else _lengths(whole, columns)
         if cache is not None:
-            _put(self._histories, cache, _History(whole, lengths, self._prompts))
+            _put(self._histories, cache, _History(whole, columns, self._prompts))
         prompts = (
             torch.arange(batch, device=hidden.device)
             if self._prompts is None
@@ -237,23 +238,23 @@ class Followed(threading.local):
             return torch.ones(batch, past, dtype=torch.bool, device=hidden.device)
         return f"its cache was filled before steering began, and no mask tells its padding; {_ATTACH}"
 
-    def _lengths(self, hidden: Tensor, real: Tensor, past: int, history: _History | None) -> Tensor | str:
-        """[B] lengths of the prompts, or why they aren't known; ``real`` is [B, past + T]."""
+    def _columns(self, hidden: Tensor, past: int, history: _History | None) -> int | str:
+        """Columns of the prompts, padding included, or why that isn't known."""
         prompts, length = self._prompts, hidden.shape[1]
         if prompts is None:
             if not past:
-                return real.sum(1)
+                return length
             if history is None:
                 return _end("steering began after the prompt was already in the cache", _ATTACH)
-            if length == 1 or isinstance(history.lengths, str):
-                return history.lengths
+            if length == 1 or isinstance(history.columns, str):
+                return history.columns
             return _end(f"{length} more tokens came after the first call with this cache", _STATE)
         if past and history is not None and history.prompts is prompts and not prompts.stated:
-            return history.lengths
+            return history.columns
         columns = prompts.note(past, length)
         total = past + length
         if prompts.stated:
-            return real[:, :columns].sum(1) + max(0, columns - total)
+            return columns
         if total < columns:
             return _end(
                 f"generate gave this call {length} of the prompt's {columns} tokens",
@@ -264,7 +265,17 @@ class Followed(threading.local):
                 "generate called the model with something else than the prompts it was given",
                 f"leave guidance and other searches out, or {_STATE}",
             )
-        return real[:, :columns].sum(1)
+        return columns
+
+
+def _lengths(real: Tensor, columns: int) -> Tensor:
+    """[B] lengths of the prompts, by the rows as they are now: a cache may have been given others since.
+
+    Args:
+        real: [B, n] bool, columns so far that are no padding; those that are yet to come are real.
+        columns: where the prompts end.
+    """
+    return real[:, :columns].sum(1) + max(0, columns - real.shape[1])
 
 
 def _unknown(hidden: Tensor, why: str) -> Positions:

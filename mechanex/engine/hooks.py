@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .._private.torch import writes
 from ..errors import ValidationError
 from .intervention import Edit, EditTable
 from .models import adapter_for
@@ -144,7 +145,7 @@ class _LayerEdits:
         self.traced = self._everywhere
         self._changes_with_call = any(i.tokens is not None or i.rows is not None for i in interventions)
         self._tables: dict[_Chains, tuple[tuple[int, ...], EditTable]] = {}
-        self._known: tuple[tuple[int, int, torch.device], _Chains, Tensor] | None = None
+        self._known: tuple[tuple[object, ...], _Chains, Tensor] | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor | None:
         if self._everywhere:
@@ -158,7 +159,8 @@ class _LayerEdits:
 
     def _chains(self, batch: int, length: int, device: torch.device) -> tuple[_Chains, Tensor]:
         """The chains of interventions that meet on some row, and [B, T] int32 which of them, or -1."""
-        key = (batch, length, device)
+        masks = [i.mask for i in self._interventions if i.mask is not None]
+        key = (batch, length, device, *map(writes, masks))
         if self._known is not None and self._known[0] == key:
             return self._known[1], self._known[2]
         # A row moves to a longer chain each time one more intervention applies to it.
@@ -172,7 +174,7 @@ class _LayerEdits:
                 before = known[k] if k >= 0 else ()
                 moved[active & (index == k)] = chains.setdefault((*before, i), len(chains))
             index = moved
-        if not self._changes_with_call:
+        if not self._changes_with_call and not any(m.is_inference() for m in masks):
             self._known = (key, tuple(chains), index)
         return tuple(chains), index
 
@@ -183,7 +185,9 @@ class _LayerEdits:
         if known is not None and known[0] == versions:
             return known[1]
         table = self._made(chains)
-        if not any(i.edit.requires_grad for i in self._interventions):
+        edits = [i.edit for i in self._interventions]
+        # Inference tensors don't count what is written to them.
+        if not any(e.requires_grad or any(t.is_inference() for t in e.tensors) for e in edits):
             self._tables[chains] = (versions, table)
         return table
 
