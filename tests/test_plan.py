@@ -377,3 +377,22 @@ def test_naming_the_layers_keeps_the_tokenizer_of_a_model():
 def test_an_intervention_says_at_once_what_is_wrong_with_it(arguments):
     with pytest.raises(ValidationError):
         Intervention(**({"layer": 0, "edit": Edit.add(torch.ones(D_MODEL))} | arguments))
+
+
+def test_an_edit_has_one_gate():
+    once = Edit.add(torch.ones(4)).gated("step", torch.ones(4), -1.0)
+    with pytest.raises(ValidationError, match="has a gate already"):
+        once.gated("norm")
+
+
+def test_factors_and_matrices_may_be_lists_and_arrays():
+    rows = torch.randn(3, 4)
+    left, right, matrix = torch.randn(2, 4), torch.randn(2, 4), torch.randn(4, 4)
+    bias = [0.5, 0.0, -1.0, 2.0]
+    truth = Edit.affine(torch.tensor(bias), left, right)
+    for as_given in (torch.Tensor.tolist, torch.Tensor.numpy):
+        assert torch.equal(Edit.affine(bias, as_given(left), as_given(right)).apply(rows), truth.apply(rows))
+        found = Edit.dense(bias, as_given(matrix)).apply(rows)
+        assert torch.equal(found, Edit.dense(torch.tensor(bias), matrix).apply(rows))
+    with pytest.raises(ValidationError, match="left"):
+        Edit.affine(bias, "ab", right)

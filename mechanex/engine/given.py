@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ValidationError
 
-__all__ = ["as_vector", "as_whole"]
+__all__ = ["as_table", "as_vector", "as_whole"]
 
 
 def as_whole(value: object) -> int | None:
@@ -22,6 +22,20 @@ def as_whole(value: object) -> int | None:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         return None
+
+
+def as_table(name: str, value: object) -> Tensor:
+    """Numbers of any shape, floating; a floating tensor keeps its dtype, device and gradient.
+
+    Args:
+        name: what they are called in messages.
+        value: a tensor, NumPy array or nested list of numbers.
+
+    Raises:
+        ValidationError: something else.
+    """
+    found = value if isinstance(value, Tensor) else _from_numbers(name, value)
+    return found if found.is_floating_point() else found.float()
 
 
 def as_vector(name: str, value: object) -> Tensor:
@@ -53,7 +67,7 @@ def _from_numbers(name: str, value: object) -> Tensor:
         array = np.asarray(None)
     if array.dtype.kind not in "fiu":
         raise ValidationError(
-            f"{name} must be a vector [d]: a tensor, a NumPy array or a list of numbers; got {type(value).__name__}."
+            f"{name} must be numbers: a tensor, a NumPy array or a list of numbers; got {type(value).__name__}."
         )
     wide = isinstance(value, np.ndarray) and array.dtype.itemsize >= 8 and array.dtype.kind == "f"
     return torch.from_numpy(np.array(array, dtype=np.float64 if wide else np.float32))

@@ -13,7 +13,7 @@ from ..backends.eager import openings, with_norm_of
 from ..errors import ValidationError
 from ..ops.gate import NORM, Gate
 from ..ops.steer import steer
-from .given import as_vector
+from .given import as_table, as_vector
 
 __all__ = ["Edit", "EditTable", "compute_dtype"]
 
@@ -34,6 +34,7 @@ def _vector(given: object, name: str) -> Tensor:
 
 
 def _factor(m: Tensor, width: int, name: str) -> Tensor:
+    m = as_table(name, m)
     if m.ndim != 2 or m.shape[1] != width:
         raise ValidationError(f"{name} must have shape [rank, {width}]; got {list(m.shape)}.")
     return m if m.dtype in (torch.float32, torch.float64) else m.float()
@@ -92,6 +93,8 @@ class Edit:
                 raise ValidationError(
                     f"left and right must have the same rank; got {self.left.shape[0]} and {self.right.shape[0]}."
                 )
+        if self.matrix is not None:
+            object.__setattr__(self, "matrix", as_table("matrix", self.matrix))
         if self.matrix is not None and tuple(self.matrix.shape) != (self.width, self.width):
             raise ValidationError(
                 f"matrix must have shape [{self.width}, {self.width}]; got {list(self.matrix.shape)}."
@@ -152,8 +155,12 @@ class Edit:
             offset: one number.
 
         Raises:
-            ValidationError: the kind is unknown, or it needs a weight.
+            ValidationError: the kind is unknown, it needs a weight, or the edit has a gate already.
         """
+        if self.gate is not None:
+            raise ValidationError(
+                "This edit has a gate already, and an edit has one; gate the edit without it, or give a row two edits."
+            )
         if weight is None:
             if kind in ("step", "sigmoid", "relu"):
                 raise ValidationError(

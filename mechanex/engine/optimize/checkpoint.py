@@ -125,7 +125,11 @@ def begin(job: Job) -> Run:
     try:
         with safe_open(path, "pt") as file:
             content = json.loads((file.metadata() or {}).get("mechanex", "{}"))
-            tensors = {name: file.get_tensor(name).to(job.adapter.device) for name in file.keys()}  # noqa: SIM118
+            # Copied: a file's tensors lie anywhere in memory, and sums round by where their numbers lie.
+            tensors = {
+                name: file.get_tensor(name).to(job.adapter.device, copy=True)
+                for name in file.keys()  # noqa: SIM118
+            }
     except (SafetensorError, OSError, ValueError) as error:
         raise ValidationError(
             f"{path} is not a readable checkpoint: {error} Remove it to start anew."
