@@ -38,7 +38,9 @@ def test_cached_equals_uncached_equals_plain_passes(name):
         np.testing.assert_allclose(cached.scores, whole.scores, **ROUNDING)
         expected = [true_scores(model, ids, DST, src) for ids in cached.token_ids]
         np.testing.assert_allclose(cached.scores, expected, **ROUNDING)
-    assert adapter_for(model).findings["beam form"] == "together"
+    # The first versions of transformers 5 give no state of Mamba back that one can go on from with several rows.
+    forms = ("together", "whole") if name == "mamba" else ("together",)
+    assert adapter_for(model).findings["beam form"] in forms
 
 
 @pytest.mark.parametrize("name", [*SLIDING, "gpt_neo"])

@@ -373,7 +373,7 @@ def test_a_row_whose_token_cannot_be_decoded_ends_alone() -> None:
                 raise OverflowError("out of range")
             return str(tokenizer.decode(tokens, **options))
 
-    rows = [Row(Request(one, N_NEW), Picky(), ()) for one in ids]
+    rows = [Row(Request(one, N_NEW, stream=True), Picky(), ()) for one in ids]
     decoder = Decoder(adapter_for(model), 0, form="rolling")
     with torch.no_grad():
         reading = decoder.read(rows)
