@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from mechanex.engine.beam import most_likely_completions
-from mechanex.engine.caches import find_cache, is_cache
+from mechanex.engine.caches import find_cache, is_cache, returned_caches
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for, lens
@@ -38,9 +38,11 @@ def test_cached_equals_uncached_equals_plain_passes(name):
         np.testing.assert_allclose(cached.scores, whole.scores, **ROUNDING)
         expected = [true_scores(model, ids, DST, src) for ids in cached.token_ids]
         np.testing.assert_allclose(cached.scores, expected, **ROUNDING)
-    # The first versions of transformers 5 give no state of Mamba back that one can go on from with several rows.
-    forms = ("together", "whole") if name == "mamba" else ("together",)
-    assert adapter_for(model).findings["beam form"] in forms
+    # Mamba's state in the first versions of transformers 5 has no way to reorder its rows.
+    caches = returned_caches(model(torch.tensor([[5, 6, 7]]), use_cache=True, return_dict=True)).values()
+    reorders = all(hasattr(cache, "reorder_cache") for cache in caches)
+    assert adapter_for(model).findings["beam form"] == ("together" if reorders else "whole")
+    assert reorders or name == "mamba"
 
 
 @pytest.mark.parametrize("name", [*SLIDING, "gpt_neo"])

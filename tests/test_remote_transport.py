@@ -378,7 +378,11 @@ def test_an_upload_that_nobody_reads_costs_no_more_than_the_timeout() -> None:
         started = time.monotonic()
         with pytest.raises(APIError, match=r"no answer in time|time for this call is over"):
             to(proxy, timeout=0.5).post("/generate", {"prompt": "x" * (32 << 20)})
-        assert time.monotonic() - started < PATIENCE and proxy.connections <= 1
+        assert time.monotonic() - started < PATIENCE
+        # The call may end before the proxy has got to its connection.
+        while not proxy.connections and time.monotonic() - started < PATIENCE:
+            time.sleep(0.01)
+        assert proxy.connections == 1
 
 
 def test_the_timeout_holds_all_tries_together(proxy: FaultyProxy) -> None:
