@@ -24,8 +24,8 @@ from mechanex.engine.decode.row import Row
 from mechanex.engine.decode.run import decode
 from mechanex.engine.decode.slot_steering import SlotSteering
 from mechanex.engine.decode.slots import SlotCache
-from mechanex.engine.decode.steering import RowSteering
 from mechanex.engine.decode.static import StaticBatch, StaticStep, bucket
+from mechanex.engine.decode.steering import RowSteering
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
@@ -45,13 +45,6 @@ DEVICES = [
 class HostGraphs(Graphs):
     """In the place of CUDA graphs: what was captured is run again by the host, with the sizes of that time."""
 
-    all: list[HostGraphs] = []
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.all.append(self)
-        self.replays = 0
-
     @staticmethod
     def possible(device: torch.device) -> bool:
         return True
@@ -65,7 +58,6 @@ class HostGraphs(Graphs):
 
     def replay(self, key: Key) -> Tensor:
         self._kept.move_to_end(key)
-        self.replays += 1
         again: Any = self._kept[key][0]
         return again()  # type: ignore[no-any-return]
 
@@ -74,7 +66,6 @@ class HostGraphs(Graphs):
 def device(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where models are; steps are captured there, on a CPU in the way that it can."""
     if request.param == "cpu":
-        HostGraphs.all = []
         monkeypatch.setattr(static, "Graphs", HostGraphs)
     return str(request.param)
 
