@@ -13,7 +13,7 @@ from families import D_MODEL, FAMILIES, SLIDING, build, sliding_family, tiny_tok
 from test_decode import N_NEW, PROMPTS, _all_of, ids_of, truth
 from torch import Tensor
 
-from mechanex.engine.decode import static
+from mechanex.engine.decode import grouped, static
 from mechanex.engine.decode.calls import Calls
 from mechanex.engine.decode.decoder import Decoder
 from mechanex.engine.decode.graphs import Graphs, Key, state_of
@@ -104,8 +104,35 @@ V = random_edit(0).bias
 W = random_edit(1).bias
 
 
+TYPICAL = (
+    "llama",
+    "mixtral",
+    "gpt2",
+    "gpt_neox",
+    "falcon",
+    "opt",
+    "gemma2",
+    "gpt_oss",
+    "deepseek_v3",
+    "cohere2",
+)
+
+
 @pytest.mark.parametrize(
-    "family", [*(f for f in FAMILIES if f not in OTHERS), *(f"{name} with a window" for name in SLIDING)]
+    "family",
+    [
+        *(
+            f if f in TYPICAL else pytest.param(f, marks=pytest.mark.long)
+            for f in FAMILIES
+            if f not in OTHERS
+        ),
+        *(
+            f"{f} with a window"
+            if f in ("mistral", "gemma2")
+            else pytest.param(f"{f} with a window", marks=pytest.mark.long)
+            for f in SLIDING
+        ),
+    ],
 )
 def test_tokens_are_those_of_transformers_generate(family: str, device: str) -> None:
     name, _, windowed = family.partition(" ")
@@ -352,3 +379,33 @@ def test_the_state_of_a_model_tells_switches_from_numbers() -> None:
     assert state_of(model) == before
     model.model.layers[0].self_attn.scaling = 3.0
     assert state_of(model) != before
+
+
+@pytest.mark.parametrize("new", [1, 3])
+def test_keys_that_queries_share_are_not_copied_and_attend_alike(
+    new: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 8, new, 16, generator=draw), torch.randn(2, 2, 5, 16, generator=draw)
+    value, mask = torch.randn(2, 2, 5, 16, generator=draw), torch.randn(2, 1, new, 5, generator=draw)
+    found, _ = grouped._attend(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+    many = [states.repeat_interleave(4, dim=1) for states in (key, value)]
+    right = torch.nn.functional.scaled_dot_product_attention(query, *many, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(found, right.transpose(1, 2))
+
+
+def test_older_transformers_attend_so_inside_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "GROUPS_QUERIES", False)
+    calls: list[int] = []
+    attend = grouped._attend
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(grouped, "_attend", counted)
+    monkeypatch.setattr(grouped, "_NAME", "counted")
+    model = build("llama")
+    both(model, [Request(one, 5) for one in ids_of()])
+    assert len(calls) == 4 * adapter_for(model).n_layers
+    assert model.config._attn_implementation == "sdpa"

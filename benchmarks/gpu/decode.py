@@ -166,7 +166,7 @@ class Bench:
                     decoder.catch_up()
                     decoder.drop(decoder.rows[:4])
             finally:
-                decoder.detach()
+                decoder.close()
 
     def exact(self) -> None:
         """Tokens against eager runs of each row alone, in float32; near ties in bfloat16."""

@@ -224,6 +224,13 @@ class Decoder:
         self._batch.detach()
         self._calls.detach()
 
+    def close(self) -> None:
+        """Ends with whatever rows there are; leaves the model without hooks."""
+        self._pending, self.rows = None, []
+        self._batch.clear()
+        self._changed()
+        self.detach()
+
     def _settle_and_take_out(self, choice: Choice) -> list[Outcome]:
         outcomes = self._settle(choice)
         if self._prefixes is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ Key = tuple[int, int, frozenset[int]]
 
 _log = logging.getLogger(__name__)
 _MOST = 32
+_FEW_ROWS = 8  # up to so many rows a step takes about as long as with one
+_PATIENCE = 64  # steps of other sizes than those captured
 _PLAIN = (bool, int, float, str, bytes, type(None))
 _TENSORS = ("_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -38,6 +42,7 @@ class Graphs:
         self._kept: OrderedDict[Key, tuple[torch.cuda.CUDAGraph, Tensor]] = OrderedDict()
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
+        self._missed: dict[Key, int] = {}
         self.captures = 0
         """How many steps were captured so far."""
         self.failure: str | None = None
@@ -51,10 +56,31 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._kept)
 
-    @property
-    def known(self) -> list[Key]:
-        """What there are graphs of, the latest last."""
-        return list(self._kept)
+    def serving(self, key: Key) -> Key | None:
+        """The captured step that serves for this one, or None where it has to be captured.
+
+        More layers at which edits change nothing, and somewhat more rows and columns, cost less than a capture, unless
+        the step is wanted again and again.
+        """
+        if key in self._kept:
+            return key
+        rows, columns, layers = key
+        known = [
+            one
+            for one in self._kept
+            if rows <= one[0] <= max(2 * rows, _FEW_ROWS)
+            and columns <= one[1] <= 2 * columns
+            and layers <= one[2]
+        ]
+        if not known:
+            return None
+        best = min(known, key=lambda one: (one[0] * one[1], len(one[2])))
+        if best[:2] != key[:2]:
+            self._missed[key] = self._missed.get(key, 0) + 1
+            if self._missed[key] > _PATIENCE:
+                del self._missed[key]
+                return None
+        return best
 
     def replay(self, key: Key) -> Tensor:
         """Runs a captured step; its result stands in the same tensor every time, until any step runs again."""
@@ -76,18 +102,18 @@ class Graphs:
             self._pool = torch.cuda.graph_pool_handle()
         here = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(here)
         try:
-            # What is set up or compiled at a first run can't be captured.
-            self._stream.wait_stream(here)
-            with torch.cuda.stream(self._stream):
-                for _ in range(2):
-                    step()
-                    undo()
+            with torch.cuda.stream(self._stream), _uncollected():
+                step()  # what is set up or compiled at a first run can't be captured
+                undo()
+                # torch.cuda.graph would empty the allocator's cache too, which costs more than the capture.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    result = step()
+                finally:
+                    graph.capture_end()
             here.wait_stream(self._stream)
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                result = step()
         except Exception as error:  # a model's own code may do anything, and raise anything
             torch.cuda.synchronize(self._device)
             self.failure = f"{type(error).__name__}: {error}"
@@ -104,7 +130,20 @@ class Graphs:
     def clear(self) -> None:
         """Forgets all of them."""
         self._kept.clear()
+        self._missed.clear()
         self.failure = None
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Runs a block in which Python collects no garbage: what that might free on the device can't be captured."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def hooks_on(model: nn.Module) -> Iterator[int]:

@@ -149,7 +149,7 @@ def _try_one_row(adapter: ModelAdapter, tried: Form) -> bool:
         while decoder.rows:
             decoder.step()
     finally:
-        decoder.detach()
+        decoder.close()
     return checked.agrees
 
 
@@ -169,7 +169,7 @@ def _try_together(adapter: ModelAdapter, tried: Form) -> bool:
         while decoder.rows:
             decoder.step()
     finally:
-        decoder.detach()
+        decoder.close()
     return checked.agrees
 
 

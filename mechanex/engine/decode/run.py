@@ -49,7 +49,7 @@ def decode(adapter: ModelAdapter, rows: Sequence[Row], padding: int, tell: _Tell
                 if not _step(decoder, tell):
                     return
         finally:
-            decoder.detach()
+            decoder.close()
 
 
 def _read(decoder: Decoder, rows: Sequence[Row], tell: _Tell) -> bool:

@@ -22,6 +22,7 @@ from ..selfcheck import TREES, packing_form, window_of
 from .cache import Unmergeable
 from .calls import Calls, Kept, StepInputs
 from .graphs import Graphs, hooks_on, state_of
+from .grouped import grouped_attention
 from .reading import Numbers, Reading
 from .row import Row
 from .slot_steering import SlotSteering
@@ -31,6 +32,9 @@ from .steering import RowSteering, Span
 __all__ = ["StaticBatch", "StaticStep", "bucket"]
 
 _FEWEST_COLUMNS = 128
+_FEWEST_ROWS = 8
+_FORESEEN = 512  # columns that rows which may grow so long are given at once
+_AMPLE_SHARE = 32  # of the device's memory that more room than needed may take
 _IDLE_SHARE = 8  # of the device's memory that may be held between uses
 _OURS = "a captured step is seen by no hook, and asks for no positions"
 
@@ -175,9 +179,9 @@ class StaticBatch:
         ((self._name, source),) = reading.kept.items()
         step = self._taken(source)
         lengths = [row.length for row in rows]
-        last = max(row.final_length for row in rows)
         longest = max(*lengths, self.columns)
-        self._reserve(step, step.cache.n + len(rows), min(max(last, longest), 2 * longest) + 1, source)
+        last = max(longest, *(row.final_length for row in rows))
+        self._reserve(step, step.cache.n + len(rows), min(last, max(2 * longest, _FORESEEN)) + 1, source)
         step.cache.admit(source, places, lengths)
         self.columns = longest
         self._changed()
@@ -254,11 +258,17 @@ class StaticBatch:
 
     def _reserve(self, step: StaticStep, rows: int, columns: int, like: Any = None) -> None:
         cache = step.cache
-        if rows > cache.rows or columns > cache.columns:
-            step.reserve(
-                max(bucket(rows), cache.rows), max(bucket(columns, _FEWEST_COLUMNS), cache.columns), like
-            )
-            self._changed()
+        if rows <= cache.rows and columns <= cache.columns:
+            return
+        columns = max(bucket(columns, _FEWEST_COLUMNS), cache.columns)
+        n_rows = max(bucket(rows), cache.rows)
+        # Moving to a larger place voids what was captured: a small one takes more room than it needs now.
+        ample = max(bucket(rows), 2 * cache.rows if rows > cache.rows else cache.rows, _FEWEST_ROWS)
+        each = cache.column_bytes or _bytes_of(like)
+        if each * ample * columns <= total_bytes(self._adapter.device) // _AMPLE_SHARE:
+            n_rows = ample
+        step.reserve(n_rows, columns, like)
+        self._changed()
 
     def _look(self) -> None:
         """Sees to it that no captured step outlives what it is true of."""
@@ -284,10 +294,9 @@ class StaticBatch:
             step.move(n)
             return logits
         rows, active = min(bucket(n), step.cache.rows), step.steering.active
-        # Where nobody is steered an edit changes nothing: a step with more of them serves too.
-        known = [layers for r, c, layers in graphs.known if (r, c) == (rows, columns) and active <= layers]
-        if known:
-            return graphs.replay((rows, columns, min(known, key=len)))
+        key = rows, columns, active
+        if (served := graphs.serving(key)) is not None:
+            return graphs.replay(served)
         lengths = step.lengths.clone()
 
         def once() -> Tensor:
@@ -295,7 +304,6 @@ class StaticBatch:
             step.move(rows)
             return logits
 
-        key = rows, columns, active
         if graphs.capture(key, once, lambda: step.lengths.copy_(lengths)):
             return graphs.replay(key)
         step.lengths.copy_(lengths)
@@ -313,7 +321,8 @@ class StaticBatch:
         inputs = StepInputs(ids, self._mask(back), positions, stated)
         self._running = True
         try:
-            return self._calls(inputs, {self._name: step.cache}, new)[0]
+            with grouped_attention(self._adapter.hf_model):
+                return self._calls(inputs, {self._name: step.cache}, new)[0]
         finally:
             self._running = False
 
@@ -350,3 +359,11 @@ class StaticBatch:
 
     def _changed(self) -> None:
         self._spans = None
+
+
+def _bytes_of(cache: Any) -> int:
+    """Memory of one column of one row."""
+    if cache is None:
+        return 0
+    states = [kept for layer in cache.layers if layer.is_initialized for kept in (layer.keys, layer.values)]
+    return sum(kept.shape[1] * kept.shape[3] * kept.element_size() for kept in states if kept.ndim == 4)
