@@ -159,6 +159,22 @@ class Bench:
                     in_a_graph=round(on_device["auto"] / min(on_device[name] for name in self.names), 3),
                 )
 
+    def captured(self) -> None:
+        """The edit of a captured decoding step of a model 2,048 wide: what steering a layer adds to the step."""
+        width = 64 if self.rounds == 3 else 2048
+        for n in (1, 16, 128):
+            first, *args = SteerCase(n, width, n_edits=8, rank=1, rows="mixed", table=WIDE).make(
+                torch.bfloat16, self.device
+            )
+            ways: dict[str, Sequence[Call]] = {"copy": [first.clone] * 64}
+            for name in (*self.names, "auto"):
+                ways[name] = [partial(steer, first, *args, backend=name)] * 64
+            found = device_seconds(ways, self.rounds)
+            note = ", ".join(f"{name} {seconds * 1e6:.2f}" for name, seconds in found.items())
+            self.record.add(
+                f"8 clamps by row, {n}x{width}, in a graph: auto", found["auto"] * 1e6, "µs", note=note
+            )
+
 
 def _step(args: ManyArgs, name: str) -> object:
     hidden, rows, strength, bias, left, right, gate = args
@@ -173,6 +189,7 @@ def main() -> int:
     with torch.no_grad():
         bench.shares()
         bench.launches()
+        bench.captured()
         bench.table()
     return 0
 
