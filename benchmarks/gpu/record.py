@@ -1,6 +1,6 @@
 """What the parts of ``run.sh`` share: whose numbers they are, rows with goals and verdicts, one file for all parts.
 
-As a program it prints the rows of a file that have goals: ``python record.py RESULT.json``.
+As a program it prints the goals that were missed: ``python record.py RESULT.json``.
 """
 
 from __future__ import annotations
@@ -116,13 +116,16 @@ def line_of(row: Row) -> str:
 
 
 def summary(path: Path) -> str:
-    """The rows that have goals, part by part, and how many of them are met."""
+    """The goals that were missed, part by part, and how many were met."""
     lines: list[str] = []
     met = total = 0
     for part, found in json.loads(path.read_text()).items():
         judged: Sequence[Row] = [row for row in found["rows"] if "goal" in row]
         met, total = met + sum(bool(row["met"]) for row in judged), total + len(judged)
-        lines += [f"-- {part}, {found['seconds']} s, tests: {found['tests']}", *map(line_of, judged)]
+        lines += [
+            f"-- {part}, {found['seconds']} s, tests: {found['tests']}",
+            *(line_of(row) for row in judged if not row["met"]),
+        ]
     return "\n".join([*lines, f"{met} of {total} goals met ({path})", ""])
 
 

@@ -64,7 +64,7 @@ if wanted test; then
   workers=()
   if "$PYTHON" -c "import xdist" 2>/dev/null; then workers=(-n "${WORKERS:-8}"); fi
   tests=("$root"/tests/test_{steer_op,steer_many,steer_table,steer_gpu,logprob_op,logprob_gpu,backends}.py)
-  for more in "$root"/tests/test_{triton*,decode_gpu}.py; do [ ! -e "$more" ] || tests+=("$more"); done
+  for more in "$root"/tests/test_{triton,static}*.py; do [ ! -e "$more" ] || tests+=("$more"); done
   outcome=passed
   timeout 240 "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" "${tests[@]}" || status=$?
   if [ "$status" -ne 0 ]; then

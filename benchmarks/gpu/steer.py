@@ -42,10 +42,11 @@ SHARES = (
 # Rows of the table of `auto`; the kinds are those that a model's hooks make.
 SIZES = (1, 16, 64, 256, 1024, 4096)
 KINDS = (
-    ("add", 1, 0, "none"),
-    ("clamp", 1, 1, "none"),
-    ("rank 4", 1, 4, "none"),
-    ("8 clamps by row", 8, 1, "mixed"),
+    ("add", 1, 0, "none", False),
+    ("clamp", 1, 1, "none", False),
+    ("rank 4", 1, 4, "none", False),
+    ("8 clamps by row", 8, 1, "mixed", False),
+    ("8 clamps by row with strengths", 8, 1, "mixed", True),
 )
 NEAR_FASTEST = 1.1
 # Bytes of input that a round of calls walks through: several times any cache.
@@ -133,13 +134,15 @@ class Bench:
     def table(self) -> None:
         """What `auto` takes by size: calls one after another, and the same on the device alone, as in a graph."""
         sizes = (1, 16) if self.rounds == 3 else SIZES
-        for what, n_edits, rank, rows in KINDS:
+        for what, n_edits, rank, rows, with_strengths in KINDS:
             for n in sizes:
                 args = SteerCase(n, self.width, n_edits=n_edits, rank=rank, rows=rows, table=WIDE).make(
                     torch.bfloat16, self.device
                 )
+                strength = torch.rand(n, device=self.device) if with_strengths else None
                 calls: dict[str, Call] = {
-                    name: partial(steer, *args, backend=name) for name in (*self.names, "auto")
+                    name: partial(steer, *args, strength=strength, backend=name)
+                    for name in (*self.names, "auto")
                 }
                 found = call_seconds(calls, 9, 50 if n <= 256 else 10)
                 on_device = device_seconds({name: [call] * 20 for name, call in calls.items()}, 7)
@@ -156,6 +159,22 @@ class Bench:
                     in_a_graph=round(on_device["auto"] / min(on_device[name] for name in self.names), 3),
                 )
 
+    def captured(self) -> None:
+        """The edit of a captured decoding step of a model 2,048 wide: what steering a layer adds to the step."""
+        width = 64 if self.rounds == 3 else 2048
+        for n in (1, 16, 128):
+            first, *args = SteerCase(n, width, n_edits=8, rank=1, rows="mixed", table=WIDE).make(
+                torch.bfloat16, self.device
+            )
+            ways: dict[str, Sequence[Call]] = {"copy": [first.clone] * 64}
+            for name in (*self.names, "auto"):
+                ways[name] = [partial(steer, first, *args, backend=name)] * 64
+            found = device_seconds(ways, self.rounds)
+            note = ", ".join(f"{name} {seconds * 1e6:.2f}" for name, seconds in found.items())
+            self.record.add(
+                f"8 clamps by row, {n}x{width}, in a graph: auto", found["auto"] * 1e6, "µs", note=note
+            )
+
 
 def _step(args: ManyArgs, name: str) -> object:
     hidden, rows, strength, bias, left, right, gate = args
@@ -170,6 +189,7 @@ def main() -> int:
     with torch.no_grad():
         bench.shares()
         bench.launches()
+        bench.captured()
         bench.table()
     return 0
 
