@@ -118,22 +118,15 @@ TYPICAL = (
 )
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        *(
-            f if f in TYPICAL else pytest.param(f, marks=pytest.mark.long)
-            for f in FAMILIES
-            if f not in OTHERS
-        ),
-        *(
-            f"{f} with a window"
-            if f in ("mistral", "gemma2")
-            else pytest.param(f"{f} with a window", marks=pytest.mark.long)
-            for f in SLIDING
-        ),
-    ],
-)
+WINDOWED = ("mistral with a window", "gemma2 with a window")
+
+
+def every_family() -> list[Any]:
+    names = [*(f for f in FAMILIES if f not in OTHERS), *(f"{f} with a window" for f in SLIDING)]
+    return [n if n in (*TYPICAL, *WINDOWED) else pytest.param(n, marks=pytest.mark.long) for n in names]
+
+
+@pytest.mark.parametrize("family", every_family())
 def test_tokens_are_those_of_transformers_generate(family: str, device: str) -> None:
     name, _, windowed = family.partition(" ")
     model = (sliding_family(name, 8) if windowed else build(name)).to(device)
