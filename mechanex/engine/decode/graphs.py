@@ -99,6 +99,7 @@ class Graphs:
         """
         if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         here = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
@@ -130,6 +131,7 @@ class Graphs:
     def clear(self) -> None:
         """Forgets all of them."""
         self._kept.clear()
+        self._pool = None  # a pool ends with the last graph of it
         self._missed.clear()
         self.failure = None
 
