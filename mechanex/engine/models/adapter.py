@@ -298,6 +298,9 @@ class ModelAdapter(ABC):
         def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             followed.begin(args, kwargs)
 
+        def embed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            followed.embed(args, kwargs)
+
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             followed.enter(*hidden_and_others(args, kwargs))
 
@@ -306,6 +309,8 @@ class ModelAdapter(ABC):
 
         following = Following(followed)
         following.add(before(trunk, begin, first=True))
+        if (embedding := self._part("get_input_embeddings")) is not None:
+            following.add(before(embedding, embed, first=True))
         # Before the hooks that ask, whenever those were attached.
         following.add(before(first, enter, first=True))
         following.add(after(trunk, end, always=True))
