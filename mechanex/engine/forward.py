@@ -19,6 +19,7 @@ from .intervention import compute_dtype
 from .models.adapter import Handles, ModelAdapter
 from .pack import BATCH_TOKENS, BATCH_TOKENS_GPU, ROW_TOKENS, Pack, Pair, build_packs
 from .regimes import regimes_of
+from .stream import residual, with_residual
 
 __all__ = [
     "Resumed",
@@ -275,7 +276,7 @@ class Resumed:
         residual: [B, T, d_model] entering ``layer`` or the last block, without gradient; None when the model is run
             whole.
         residuals: the same by layer, for that one and ``also``.
-        arguments: what each layer from there up was called with, beside the residual.
+        arguments: what each layer from there up was called with; where the residual was, nothing.
     """
 
     def __init__(self, adapter: ModelAdapter, pack: Pack, layer: int, also: Sequence[int] = ()) -> None:
@@ -296,10 +297,10 @@ class Resumed:
         handles = Handles()
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            layer = self._layer + len(self.arguments)
+            layer, hidden = self._layer + len(self.arguments), residual(args, kwargs)
             if layer in self._keep:
-                self.residuals[layer] = (args[0] if args else kwargs["hidden_states"]).detach()
-            self.arguments.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+                self.residuals[layer] = hidden.detach()
+            self.arguments.append(with_residual(hidden.new_empty(0, 0, 0), args, kwargs))
             if layer == self._adapter.n_layers - 1:
                 raise _Enough
 
@@ -322,6 +323,7 @@ class Resumed:
         hidden = self.residual
         with pack.running(adapter.hf_model):
             for block, (args, kwargs) in zip(adapter.layers[self._layer :], self.arguments, strict=True):
-                out = block(hidden, *args, **kwargs)
+                args, kwargs = with_residual(hidden, args, kwargs)
+                out = block(*args, **kwargs)
                 hidden = out[0] if isinstance(out, tuple) else out
         return adapter.finish(pack.predictors_of(hidden))
