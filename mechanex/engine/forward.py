@@ -19,7 +19,7 @@ from .intervention import compute_dtype
 from .models.adapter import Handles, ModelAdapter
 from .pack import BATCH_TOKENS, BATCH_TOKENS_GPU, ROW_TOKENS, Pack, Pair, build_packs
 from .regimes import regimes_of
-from .stream import residual, with_residual
+from .stream import others, residual
 
 __all__ = [
     "Resumed",
@@ -276,7 +276,7 @@ class Resumed:
         residual: [B, T, d_model] entering ``layer`` or the last block, without gradient; None when the model is run
             whole.
         residuals: the same by layer, for that one and ``also``.
-        arguments: what each layer from there up was called with; where the residual was, nothing.
+        arguments: what each layer from there up was called with, beside the residual.
     """
 
     def __init__(self, adapter: ModelAdapter, pack: Pack, layer: int, also: Sequence[int] = ()) -> None:
@@ -300,7 +300,7 @@ class Resumed:
             layer, hidden = self._layer + len(self.arguments), residual(args, kwargs)
             if layer in self._keep:
                 self.residuals[layer] = hidden.detach()
-            self.arguments.append(with_residual(hidden.new_empty(0, 0, 0), args, kwargs))
+            self.arguments.append(others(args, kwargs))
             if layer == self._adapter.n_layers - 1:
                 raise _Enough
 
@@ -323,7 +323,6 @@ class Resumed:
         hidden = self.residual
         with pack.running(adapter.hf_model):
             for block, (args, kwargs) in zip(adapter.layers[self._layer :], self.arguments, strict=True):
-                args, kwargs = with_residual(hidden, args, kwargs)
-                out = block(*args, **kwargs)
+                out = block(hidden, *args, **kwargs)
                 hidden = out[0] if isinstance(out, tuple) else out
         return adapter.finish(pack.predictors_of(hidden))

@@ -53,12 +53,12 @@ def with_residual(new: Tensor, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kw
     return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, _name(kwargs): new})
 
 
-def others(args: _Args, kwargs: _Kwargs) -> list[Any]:
-    """The values of all arguments but the residual stream."""
+def others(args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs]:
+    """All arguments but the residual stream."""
     if args:
-        return [*args[1:], *kwargs.values()]
+        return args[1:], kwargs
     name = _name(kwargs)
-    return [value for key, value in kwargs.items() if key != name]
+    return (), {key: value for key, value in kwargs.items() if key != name}
 
 
 def _name(kwargs: _Kwargs) -> str:

@@ -293,7 +293,8 @@ class ModelAdapter(ABC):
             followed.embed(args, kwargs)
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            followed.enter(residual(args, kwargs), others(args, kwargs))
+            positional, named = others(args, kwargs)
+            followed.enter(residual(args, kwargs), [*positional, *named.values()])
 
         def end(*_: Any) -> None:
             followed.end()

@@ -1,4 +1,4 @@
-"""Adapters of peft (LoRA and its like), in a folder or on the Hub: a base model that they name, and what was trained."""
+"""Adapters of peft (LoRA and its like), in a folder or on the Hub: a base model by name, and what was trained on it."""
 
 from __future__ import annotations
 

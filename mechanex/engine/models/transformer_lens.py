@@ -116,7 +116,8 @@ class _BlockFollower:
 
     def entering(self, index: int) -> Any:
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, given = residual(args, kwargs), others(args, kwargs)
+            hidden, (positional, named) = residual(args, kwargs), others(args, kwargs)
+            given = [*positional, *named.values()]
             if self._pass is None or index <= self._last or self._pass.shape != tuple(hidden.shape[:2]):
                 # A block's own keys and values, which it adds to when it runs.
                 cache = next((v for v in given if hasattr(v, "past_keys")), None)
