@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 
-from ..engine.decode.calls import Form
+from ..engine.decode.calls import TOGETHER, Form
 from ..engine.decode.decoder import Decoder, Outcome
 from ..engine.decode.prefixes import Prefixes
 from ..engine.decode.probe import form
@@ -155,7 +155,7 @@ class Worker:
         """The requests that are read next; those that the model has no place for end here, each by itself."""
         if self._apart:
             return [self._apart.popleft()]
-        most = self._settings.max_batch if self._form == "rolling" else 1
+        most = self._settings.max_batch if self._form in TOGETHER else 1
         with self.changed:
             picked = pick(self.waiting, self._rows, self._settings, self._room, most)
         fit = []

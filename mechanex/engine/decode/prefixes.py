@@ -13,6 +13,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from ..._private.transformers import Cache
 from ..intervention import Edit
 from ..memory import tensor_bytes
 from ..positions import selects
@@ -80,7 +81,7 @@ class Prefixes:
         self._kept: OrderedDict[int, Prefix] = OrderedDict()
         self._by_start: dict[tuple[object, ...], list[int]] = {}
         self._number = 0
-        self._like: dict[str, RollingCache] = {}
+        self._like: dict[str, Cache] = {}
         self._hooks: object = None
         self.n_bytes = 0
         """Memory that they take."""
@@ -125,7 +126,7 @@ class Prefixes:
             made.admit_states(prefix, n, columns)
         return {name: made}
 
-    def keep(self, row: Row, n: int, kept: Kept, place: int, columns: int) -> None:
+    def keep(self, row: Row, n: int, kept: Kept, place: int) -> None:
         """Copies a row's keys and values; what one of the kept texts has already is not kept twice.
 
         Args:
@@ -133,13 +134,12 @@ class Prefixes:
             n: how many of its tokens are there.
             kept: the batch's cache, by the name of its argument.
             place: the row's place there.
-            columns: of the cache, at whose end they are.
         """
         tokens, steering, prompt_length = row.known[:n], row.request.steering, len(row.ids)
         if len(tokens) < _LEAST or self._most <= 0:
             return
         ((name, cache),) = kept.items()
-        states = cache.states_of(place, slice(columns - n, columns))
+        states = cache.states_of(place, n)
         if states is None:
             return
         n_bytes = sum(one.nbytes for layer in states if layer is not None for one in layer)
