@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attaching import OURS
+from ..attaching import KEY
 
 __all__ = ["Graphs", "Key", "hooks_on", "state_of"]
 
@@ -27,7 +27,7 @@ _PLAIN = (bool, int, float, str, bytes, type(None))
 _TENSORS = ("_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # What torch keeps on every module and says nothing of what it computes, or is looked at otherwise.
-_UNREAD = frozenset((*OURS, *_TENSORS, *_HOOKS, *vars(nn.Module()), "warnings_issued")) - {"training"}
+_UNREAD = frozenset((KEY, *_TENSORS, *_HOOKS, *vars(nn.Module()), "warnings_issued")) - {"training"}
 
 
 class Graphs:
