@@ -5,7 +5,7 @@ from __future__ import annotations
 import optable
 import pytest
 import torch
-from optable import DTYPES, MANY_CASES, MANY_GRADIENT_CASES, ManyCase, SteerCase
+from optable import DTYPES, MANY_CASES, MANY_GRADIENT_CASES, ManyCase, SteerCase, pairs
 from test_steer_op import guarded
 from tolerances import assert_within, many_truth
 from torch import Tensor
@@ -49,8 +49,7 @@ def assert_matches_oracle(case: ManyCase, dtype: torch.dtype, backend: str, devi
 
 
 @pytest.mark.parametrize(("backend", "device"), PLACES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", MANY_CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), pairs(MANY_CASES, DTYPES), ids=str)
 def test_matches_the_oracle(case: ManyCase, dtype: torch.dtype, backend: str, device: str) -> None:
     assert_matches_oracle(case, dtype, backend, device)
 
