@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BAKED := pyproject.toml constraints.txt CMakeLists.txt mechanex/_version.py $(shell find csrc -type f)
 SOURCES := csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/cuda_on_host/*
 
-unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-long test-real test-versions lint bench wheel clean
 .DEFAULT_GOAL := help

@@ -110,7 +110,7 @@ def test_an_unknown_backend_lists_the_known_ones(name: object) -> None:
             steer(*ARGS, backend=name)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("name", "status"), [("eager", "eager"), (" AUTO ", "auto"), ("", "auto")])
+@pytest.mark.parametrize(("name", "status"), [(" Eager ", "eager"), ("", "auto")])
 def test_the_environment_chooses(name: str, status: str) -> None:
     done = python("from mechanex import backends; print(backends.active())", MECHANEX_BACKEND=name)
     assert done.stdout.strip() == status, done.stderr

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import build
+from families import FAMILIES
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -224,7 +224,7 @@ def test_hook_functions_steer_and_see_a_compiled_model():
 
 
 def test_a_compiled_model_generates_as_the_plain_one_under_steering_by_position():
-    reference = build("llama")
+    reference = FAMILIES["llama"](num_hidden_layers=2)
     model = copy.deepcopy(reference)
     model.forward = torch.compile(model.forward, backend="eager")
     options = {

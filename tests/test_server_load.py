@@ -13,7 +13,7 @@ from serving_load import Job, load, prompt_of, solo_answers
 from mechanex.engine.models.resolve import load as load_model
 
 N_CLIENTS = 64
-SECONDS = 10
+SECONDS = 3
 
 
 @pytest.fixture(scope="module")
