@@ -23,6 +23,8 @@ from mechanex.server.passwords import Passwords
 from mechanex.server.settings import Settings
 from mechanex.server.store import open_store
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES: dict[str, Any] = {
     "prompts": ["The man said", "The woman said"],
     "positive_answers": [" he was happy", " she was glad"],

@@ -21,6 +21,8 @@ from mechanex.cli import main
 from mechanex.engine.generate import generate_batch
 from mechanex.engine.models.resolve import load
 
+pytestmark = pytest.mark.slow
+
 ENDLESS = 10**9  # steps
 # The command, which writes a file once it has made some steps. A shell may have told it to ignore Ctrl-C.
 TELLING = """

@@ -44,6 +44,8 @@ from mechanex.utils.steering_opt import (
     optimize_vector_minibatch_hf,
 )
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = tiny_tokenizer()
 PROMPTS = ["The morning was", "She said that the bread", "A woman"]
 GOOD, BAD = [" calm.", " was warm", " sings"], [" cold and dark", " fell", " shouts at him"]

@@ -25,7 +25,10 @@ from server_process import serving
 from mechanex.server.settings import Settings
 from mechanex.server.store import Store, open_store
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX"),
+]
 
 EXAMPLES = {
     "prompts": ["The man said", "The woman said"],

@@ -20,6 +20,8 @@ from server_process import ServerProcess, serving
 from mechanex.server.bodies import GenerateBody, RaagBody, SteeringBody
 from mechanex.server.openai_schemas import ChatBody, CompletionBody
 
+pytestmark = pytest.mark.slow
+
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/generate", "/steering/generate", "/auth/login")
 VICTIM = {"prompt": "Anna went to the market on Friday.", "max_tokens": 30, "temperature": 0}
 RELAXED = settings(

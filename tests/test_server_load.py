@@ -12,6 +12,8 @@ from serving_load import Job, load, prompt_of, solo_answers
 
 from mechanex.engine.models.resolve import load as load_model
 
+pytestmark = pytest.mark.slow
+
 N_CLIENTS = 64
 SECONDS = 3
 

@@ -19,6 +19,8 @@ from server_process import serving
 from mechanex.bundled import model_path
 from mechanex.engine.vectors import SteeringVector
 
+pytestmark = pytest.mark.slow
+
 
 def test_sigterm_under_load_ends_streams_within_ten_seconds(tmp_path: Path) -> None:
     with serving(home=tmp_path, fresh=True) as running:

@@ -31,6 +31,8 @@ from mechanex.server.settings import Settings
 from mechanex.server.store import StorageError, Store, open_store
 from mechanex.server.tokens import SECRET_VARIABLE
 
+pytestmark = pytest.mark.slow
+
 DAY = 86_400.0
 CHEAP = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 VECTOR = SteeringVector({2: torch.tensor([1.0, -2.0, 0.5])}, model="m", method="caa")
