@@ -23,7 +23,7 @@ help:
 	@echo "make test   run the tests"
 	@echo "make test-real   run the tests that need SmolLM2-135M (fetched once, 93 MB)"
 	@echo "make test-versions   run those that depend on transformers most, with its oldest and its newest version"
-	@echo "make test-long   run the tests that take minutes: every family of transformers"
+	@echo "make test-long   run the tests that take minutes: every family of transformers, every case under Triton's interpreter"
 	@echo "make lint   ruff, mypy --strict, clang-format"
 	@echo "make bench  run the benchmarks, write benchmarks/RESULTS.md; BENCH_ARGS=\"--compare FILE.json\""
 	@echo "make wheel  build a wheel into dist/ and try it in a fresh environment"

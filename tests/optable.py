@@ -132,6 +132,7 @@ CASES = (
     SteerCase(3, 0, rank=1),
     SteerCase(6, 47, n_edits=2, rank=2, rows="off"),
     SteerCase(65, 31, n_edits=40, rank=2, rows="mixed"),
+    SteerCase(5, 64, n_edits=4, rank=1, rows="mixed"),
     SteerCase(40, 1024, n_edits=4, rank=1, rows="mixed"),
     SteerCase(9, 64, rank=64),
     *(
