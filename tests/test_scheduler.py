@@ -20,6 +20,7 @@ from transformers import DynamicCache
 
 from mechanex.engine.caa import caa_vectors
 from mechanex.engine.decode.cache import RollingCache
+from mechanex.engine.decode.decoder import Decoder
 from mechanex.engine.decode.probe import rolls
 from mechanex.engine.decode.reading import Reading
 from mechanex.engine.directions import pca_vectors
@@ -35,6 +36,7 @@ from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import APIError, MechanexError, RateLimitError, ValidationError
 from mechanex.server.metrics import Metrics
 from mechanex.server.request import Generation, Request, Result, Steer
+from mechanex.server.row import ServedRow
 from mechanex.server.scheduler import Scheduler
 from mechanex.server.settings import Settings
 
@@ -328,6 +330,44 @@ def test_answers_to_one_prompt_share_its_reading_where_it_is_steered_alike(tiny:
     assert len({result.text for result in results}) > 8
 
 
+def test_next_turns_are_read_together_by_what_is_new_of_them(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = ids_of(tiny.tokenizer, PROMPTS[3])
+    firsts = [[*ids, *ids_of(tiny.tokenizer, text)[1:]] for text in PROMPTS]
+    n_read: list[tuple[int, int]] = []
+    read = Decoder.read
+
+    def noted(self: Decoder, rows: Any) -> Reading:
+        reading = read(self, rows)
+        n_read.append((len(rows), reading.columns - reading.done))
+        return reading
+
+    monkeypatch.setattr(Decoder, "read", noted)
+
+    async def turns() -> list[Result]:
+        async with scheduled(tiny.model, tiny.tokenizer, prefill_tokens=64) as running:
+            answers = [await running.submit(Request(one, 6)).result() for one in firsts]
+            n_read.clear()
+            held = threading.Event()
+            work = asyncio.create_task(running.run(lambda _: held.wait(20), None))
+            await asyncio.sleep(0)  # all are here before the first is read
+            asked = [
+                Request([*one, *ids_of(tiny.tokenizer, answer.text)[1:]], 4)
+                for one, answer in zip(firsts, answers, strict=True)
+            ]
+            again = [running.submit(one) for one in asked]
+            held.set()
+            await work
+            return [await one.result() for one in again]
+
+    results = asyncio.run(turns())
+    assert all(len(one) > 20 for one in firsts)  # so that a pass has room for two of them
+    assert [n for n, _ in n_read] == [len(firsts)]
+    assert n_read[0][1] * len(firsts) <= 64
+    assert all(result.cached_tokens >= 16 for result in results)
+
+
 def test_stop_texts_end_tokens_and_lengths(tiny: Any) -> None:
     ids = ids_of(tiny.tokenizer, PROMPTS[0])
     (whole,) = run(tiny, [Request(ids, 400)])
@@ -351,8 +391,56 @@ def test_steps_joined_are_the_answer(tiny: Any) -> None:
 
     found, result = asyncio.run(pieces())
     assert "".join(found) == result.text
-    assert len(found) > 3
+    assert len(found) > 1
     assert result.text.endswith("two ")
+
+
+@pytest.mark.parametrize("stops", [(), ("zzz",)])
+def test_a_reader_is_told_at_once_and_then_at_a_pace_that_is_read(tiny: Any, stops: tuple[str, ...]) -> None:
+    ids, text = ids_of(tiny.tokenizer, PROMPTS[0]), ""
+    row = ServedRow(
+        Generation(Request(ids, 60, stops=stops, stream=True)), tiny.tokenizer, (), None, math.inf
+    )
+    row.pace = 3600.0
+    begin, *tokens = ids_of(tiny.tokenizer, PROMPTS[3])
+    assert row.take(begin, None) is None  # it has no text
+    first, *between = [row.take(token, None) for token in tokens]
+    assert first is not None and first.text
+    assert between == [None] * len(between)
+    text += first.text
+    told = row.news()  # what keeps the answer waiting asks for it
+    assert told is not None
+    text += told.text
+    assert row.news() is None
+    while row.result is None:
+        last = row.take(tokens[len(row.chosen) % len(tokens)], None)
+    assert last is not None
+    assert text + last.text == row.result.text
+    whole = tiny.tokenizer.decode([*ids, *row.chosen], skip_special_tokens=True)
+    assert whole == tiny.tokenizer.decode(ids, skip_special_tokens=True) + row.result.text
+
+
+def test_a_reader_gets_what_was_written_before_other_work_takes_the_model(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ServedRow, "pace", 3600.0)
+
+    async def pieces() -> tuple[list[str], str]:
+        async with scheduled(tiny.model, tiny.tokenizer) as running:
+            generation = running.submit(Request(ids_of(tiny.tokenizer, PROMPTS[0]), 400, stream=True, seed=1))
+            steps = generation.__aiter__()
+            first = (await steps.__anext__()).text
+            held = threading.Event()
+            work = asyncio.create_task(running.run(lambda _: held.wait(20), None))
+            second = (await steps.__anext__()).text  # while the work goes on
+            held.set()
+            await work
+            rest = [step.text async for step in steps]
+            return [first, second, *rest], (await generation.result()).text
+
+    found, text = asyncio.run(pieces())
+    assert "".join(found) == text
+    assert all(found[:2])
 
 
 def test_a_row_that_breaks_leaves_the_others_alone(tiny: Any) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
 
-from ..engine.decode.calls import Form
+from ..engine.decode.calls import TOGETHER, Form
 from ..engine.decode.decoder import Decoder, Outcome
 from ..engine.decode.prefixes import Prefixes
 from ..engine.decode.probe import form
@@ -122,6 +123,9 @@ class Worker:
                             break
                 finally:
                     self._decoder.detach()
+            if self.jobs:
+                self._tell(self._rows)
+                self._flush()
             self._work()
         self._flush()
 
@@ -155,9 +159,9 @@ class Worker:
         """The requests that are read next; those that the model has no place for end here, each by itself."""
         if self._apart:
             return [self._apart.popleft()]
-        most = self._settings.max_batch if self._form == "rolling" else 1
+        most = self._settings.max_batch if self._form in TOGETHER else 1
         with self.changed:
-            picked = pick(self.waiting, self._rows, self._settings, self._room, most)
+            picked = pick(self.waiting, self._rows, self._settings, self._room, most, self._n_unread)
         fit = []
         for row in picked:
             error = self._decoder.unfit(row)
@@ -166,6 +170,10 @@ class Worker:
             else:
                 self._end(row, error)
         return fit
+
+    def _n_unread(self, row: ServedRow) -> int:
+        found = None if row.wants_prompt_logprobs else self._prefixes.find(row)
+        return row.n_known - (0 if found is None else found[1])
 
     def _read_on(self) -> None:
         reading = self._reading
@@ -186,7 +194,8 @@ class Worker:
             for row in _served(reading.rows):
                 if not row.chosen:
                     self._metrics.first_token_seconds.observe(time.monotonic() - row.arrived)
-            self._metrics.prompt_tokens.inc(sum(len(row.ids) for row in reading.prompts if not row.chosen))
+            new = [row for row in reading.prompts if not row.chosen]
+            self._metrics.prompt_tokens.inc(sum(len(row.ids) - row.cached_tokens for row in new))
             try:
                 outcomes = self._decoder.join(reading)
             except Exception:
@@ -230,6 +239,7 @@ class Worker:
         self._settle(self._decoder.catch_up())
         if row.ended:
             return
+        self._tell([row])
         self._decoder.drop([row])
         row.suspend()
         with self.changed:
@@ -274,7 +284,17 @@ class Worker:
                 self._end(row, row.result)
         self._metrics.completion_tokens.inc(chosen)
 
+    def _tell(self, rows: Iterable[ServedRow]) -> None:
+        """Gives readers what they were not told yet of answers that don't go on now."""
+        for row in rows:
+            # A token that can't be decoded ends its row with the next one.
+            with contextlib.suppress(Exception):
+                if row.request.stream and (news := row.news()) is not None:
+                    self._outbox.append((row.generation, news))
+
     def _end(self, row: ServedRow, end: Result | MechanexError) -> None:
+        if isinstance(end, MechanexError):
+            self._tell([row])
         row.ended = True
         self.unanswered.answered(row.generation)
         reason = end.finish_reason if isinstance(end, Result) else "error"
@@ -315,6 +335,7 @@ class Worker:
         self._resumed = time.perf_counter()
 
     def _end_all(self, error: MechanexError) -> None:
+        self._tell(self._rows)
         with self.changed:
             left = self.unanswered.close(error)
             self.waiting.clear()
