@@ -74,7 +74,7 @@ def test_serving(report, tmp_path, n_prompt):
     ]
     seconds: dict[str, float] = {}
     arguments = ("--vectors", str(tmp_path / "vectors"), "--log-level", "warning")
-    with serving(*arguments, home=tmp_path / "home") as server:
+    with serving(*arguments, home=tmp_path / "home", fresh=True) as server:
         load(server.port, plain, N_CLIENTS, 2.0)
         alone, begun = {}, time.perf_counter()
         for job in (*plain, *steered):
