@@ -8,11 +8,13 @@ a few that hold any others.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..attention_plans import with_plans
 from ..hooks import attach
 from ..memory import total_bytes
 from ..models.adapter import Handles, ModelAdapter
@@ -300,7 +302,8 @@ class StaticBatch:
         lengths = step.lengths.clone()
 
         def once() -> Tensor:
-            logits = self._forward(step, rows, columns, active)
+            with with_plans() if rows == 1 else nullcontext():
+                logits = self._forward(step, rows, columns, active)
             step.move(rows)
             return logits
 

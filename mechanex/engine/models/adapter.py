@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import ValidationError
 from ..attaching import after, before, detach_all
+from ..attention_plans import without_plans
 from ..findings import Findings
 from ..following import Followed, Prompts
 from ..generate_calls import watch_generate
@@ -374,25 +375,6 @@ def exclusive(adapter: ModelAdapter) -> Iterator[None]:
 
 
 @contextmanager
-def _without_plans() -> Iterator[None]:
-    """Runs a block in which attention on CUDA doesn't go through cuDNN.
-
-    cuDNN makes a plan for every shape of its arguments, which takes a fifth of a second each, and batches of texts have
-    ever new ones. torch keeps the choice for the whole process.
-    """
-    cuda: Any = torch.backends.cuda
-    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    if not initialized or not cuda.cudnn_sdp_enabled():
-        yield
-        return
-    cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        cuda.enable_cudnn_sdp(True)
-
-
-@contextmanager
 def undisturbed(model: nn.Module, *, freeze: bool = True) -> Iterator[None]:
     """Runs a block in eval mode, without weight gradients, with every row as it is alone; then all is put back.
 
@@ -413,7 +395,7 @@ def undisturbed(model: nn.Module, *, freeze: bool = True) -> Iterator[None]:
             module.training = False
         for module, name in trainable:
             getattr(module, name).requires_grad_(False)
-        with each_alone(model), _without_plans():
+        with each_alone(model), without_plans():
             yield
     finally:
         for module in training:
