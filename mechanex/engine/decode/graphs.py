@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..attaching import KEY
 
-__all__ = ["Graphs", "Key", "hooks_on", "state_of"]
+__all__ = ["Graphs", "Key", "state_of"]
 
 Key = tuple[int, int, frozenset[int]]
 """Of what a step is captured: how many rows, of how many columns, and the layers at which they may be edited."""
@@ -146,13 +146,6 @@ def _uncollected() -> Iterator[None]:
     finally:
         if on:
             gc.enable()
-
-
-def hooks_on(model: nn.Module) -> Iterator[int]:
-    """Ids of the hooks on a model's modules."""
-    for module in model.modules():
-        for name in _HOOKS:
-            yield from getattr(module, name)
 
 
 def state_of(model: nn.Module) -> Hashable:

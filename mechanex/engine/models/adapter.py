@@ -278,6 +278,7 @@ class ModelAdapter(ABC):
     def detach_all(self) -> int:
         """Removes every hook of ours from the model, whoever holds the handles; returns how many there were."""
         n = sum(detach_all(module) for module in {self.model, self.hf_model})
+        self.kept.applied.clear()
         following, self.kept.following = self.kept.following, None
         if following is not None:
             following.end()
