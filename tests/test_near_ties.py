@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def gap(model: Any, ids: list[int], one: int, other: int) -> float:
 
 
 def test_rows_in_bfloat16_differ_from_each_alone_at_near_ties_only() -> None:
-    model = build("llama").to(torch.bfloat16)
+    model = copy.deepcopy(build("llama")).to(torch.bfloat16)
     drawn = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, N_VOCAB, (6 + i % 5,), generator=drawn).tolist() for i in range(N_ROWS)]
     alone = [written(model, [ids])[0] for ids in prompts]
