@@ -36,6 +36,7 @@ __all__ = ["Worker"]
 _logger = logging.getLogger(__name__)
 _News = tuple[Generation, "Step | Result | BaseException"]
 _TURN = 32  # steps before the model is offered to other threads of the process
+_GATHERING = 0.003  # seconds in which those whose answers ended together may send what is next, to be read together too
 _PATIENCE = 3  # steps that a few prompts wait for more to be read together with, while others are decoded
 
 
@@ -75,7 +76,7 @@ class Worker:
         self._apart: deque[ServedRow] = deque()  # whose prompts are read one by one
         self._outbox: list[_News] = []
         self._steered = 0.0
-        self._steps_since_pick = 0
+        self._steps_since_pick = self._ended_since_pick = 0
         self._resumed = 0.0  # when other work got the model last
 
     @property
@@ -143,10 +144,11 @@ class Worker:
             few = len(self.waiting) < max(1, len(self._decoder.rows) // 8)
             if few and self._decoder.rows and self._steps_since_pick < _PATIENCE:
                 return False
+            self._gather()
             rows = self._pick()
             if not rows:
                 return False
-            self._steps_since_pick = 0
+            self._steps_since_pick = self._ended_since_pick = 0
             try:
                 self._reading = self._decoder.read(rows)
             except Exception as error:
@@ -154,6 +156,16 @@ class Worker:
                     self._end(row, _model_error(error))
                 return False
         return self._guarded("prefill", self._read_on)
+
+    def _gather(self) -> None:
+        """Waits a moment where nothing is decoded, and fewer requests have come than answers have ended."""
+        with self.changed:
+            if not self.waiting or self._decoder.rows or self._apart:
+                return
+            wanted = min(self._ended_since_pick, self._settings.max_batch)
+            self.changed.wait_for(
+                lambda: len(self.waiting) >= wanted or self.closing or bool(self.jobs), _GATHERING
+            )
 
     def _pick(self) -> list[ServedRow]:
         """The requests that are read next; those that the model has no place for end here, each by itself."""
@@ -296,6 +308,7 @@ class Worker:
         if isinstance(end, MechanexError):
             self._tell([row])
         row.ended = True
+        self._ended_since_pick += 1
         self.unanswered.answered(row.generation)
         reason = end.finish_reason if isinstance(end, Result) else "error"
         self._metrics.answers.labels("cancelled" if row.generation.cancelled else reason).inc()
