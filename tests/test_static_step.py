@@ -13,7 +13,7 @@ from families import D_MODEL, FAMILIES, SLIDING, build, sliding_family, tiny_tok
 from test_decode import N_NEW, PROMPTS, _all_of, ids_of, truth
 from torch import Tensor
 
-from mechanex.engine.decode import grouped, static
+from mechanex.engine.decode import grouped, static_step
 from mechanex.engine.decode.calls import Calls
 from mechanex.engine.decode.decoder import Decoder
 from mechanex.engine.decode.graphs import Graphs, Key, state_of
@@ -24,7 +24,8 @@ from mechanex.engine.decode.row import Row
 from mechanex.engine.decode.run import decode
 from mechanex.engine.decode.slot_steering import SlotSteering
 from mechanex.engine.decode.slots import SlotCache
-from mechanex.engine.decode.static import StaticBatch, StaticStep, bucket
+from mechanex.engine.decode.static import StaticBatch
+from mechanex.engine.decode.static_step import StaticStep, bucket
 from mechanex.engine.decode.steering import RowSteering
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
@@ -45,9 +46,7 @@ DEVICES = [
 class HostGraphs(Graphs):
     """In the place of CUDA graphs: what was captured is run again by the host, with the sizes of that time."""
 
-    @staticmethod
-    def possible(device: torch.device) -> bool:
-        return True
+    possible = True
 
     def capture(self, key: Key, step: Callable[[], Tensor], undo: Callable[[], object]) -> bool:
         step()
@@ -66,7 +65,7 @@ class HostGraphs(Graphs):
 def device(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where models are; steps are captured there, on a CPU in the way that it can."""
     if request.param == "cpu":
-        monkeypatch.setattr(static, "Graphs", HostGraphs)
+        monkeypatch.setattr(static_step, "Graphs", HostGraphs)
     return str(request.param)
 
 

@@ -1,8 +1,9 @@
 // The direct way as a Python module whose kernels run on the CPU, on the CPU's tensors.
 #define MX_SERVED_DEVICE dlpack::kCpu
+#include "../../csrc/cuda/direct.h"
+
 #include <Python.h>
 
-#include "../../csrc/cuda/direct.h"
 #include "../../csrc/cuda/plan.cuh"
 
 namespace mechanex {
@@ -24,9 +25,10 @@ void launch_steer(int row_dtype, int table_dtype, SteerArgs args, int64_t n_rows
 static PyObject* launched(PyObject*, PyObject*) { return PyLong_FromLong(mechanex::launches); }
 
 PyMODINIT_FUNC PyInit_direct_on_host() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "direct_on_host", nullptr, -1, nullptr, nullptr, nullptr,
-                                   nullptr,               nullptr};
-  static PyMethodDef more[] = {{"launched", &launched, METH_NOARGS, "Launches so far."}, {nullptr, nullptr, 0, nullptr}};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "direct_on_host", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyMethodDef more[] = {{"launched", &launched, METH_NOARGS, "Launches so far."},
+                               {nullptr, nullptr, 0, nullptr}};
   PyObject* module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
   if (PyModule_AddFunctions(module, mechanex::direct_methods()) != 0 || PyModule_AddFunctions(module, more) != 0)

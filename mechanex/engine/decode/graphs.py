@@ -48,10 +48,10 @@ class Graphs:
         self.failure: str | None = None
         """Why this model's steps can't be captured, once that was tried in vain."""
 
-    @staticmethod
-    def possible(device: torch.device) -> bool:
-        """Whether steps on this device can be captured."""
-        return device.type == "cuda"
+    @property
+    def possible(self) -> bool:
+        """Whether steps can be captured."""
+        return self._device.type == "cuda" and self.failure is None
 
     def __len__(self) -> int:
         return len(self._kept)
