@@ -13,7 +13,7 @@ from mechanex.engine.decode.request import Steer
 from mechanex.engine.decode.steering import RowSteering, Span
 from mechanex.engine.directions import answer_means, pca_vectors
 from mechanex.engine.hooks import Intervention, SteeringPlan
-from mechanex.engine.intervention import Edit
+from mechanex.engine.intervention import Edit, EditTable
 from mechanex.engine.models import adapter_for
 from mechanex.engine.score import completion_logprobs
 from mechanex.utils.steering_opt import (
@@ -220,3 +220,22 @@ def test_a_hidden_state_of_another_width_is_several_streams_too():
         SteeringVector({1: vector()}).apply(model),
     ):
         model(IDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bound_table_edits_as_the_table_does(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    edits = [Edit.clamp(torch.randn(48, generator=draw), 2.0), Edit.add(torch.randn(48, generator=draw))]
+    gated = Edit.add(torch.ones(48)).gated("sigmoid", torch.ones(48))
+    for chains in ([[edits[0]], [edits[1]]], [edits, [gated]], [[gated, edits[0]], [edits[1]]]):
+        table = EditTable.of_chains(chains)
+        rows = torch.tensor([[0], [-1], [1]], dtype=torch.int32)
+        bound = table.bound(rows)
+        with torch.no_grad():
+            for _ in range(3):
+                hidden = torch.randn(3, 1, 48, generator=draw).to(dtype)
+                before = hidden.clone()
+                torch.testing.assert_close(bound(hidden), table.apply(hidden, rows), rtol=0, atol=0)
+                assert torch.equal(hidden, before)
+            other = torch.randn(3, 1, 48, generator=draw).double()
+            torch.testing.assert_close(bound(other), table.apply(other, rows), rtol=0, atol=0)

@@ -12,6 +12,7 @@ added to every row is a plain torch addition, which serves all of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from mechanex.errors import ValidationError
 from . import schema, steer_many
 from .gate import Gate
 
-__all__ = ["Gate", "steer"]
+__all__ = ["Gate", "bind", "steer"]
 
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
@@ -102,6 +103,28 @@ def steer(
     return _dispatch(flat, None if rows is None else rows.reshape(-1), bias, left, right, backend).view(
         hidden.shape
     )
+
+
+def bind(
+    hidden: Tensor, rows: Tensor | None, bias: Tensor, left: Tensor | None = None, right: Tensor | None = None
+) -> Callable[[Tensor], Tensor]:
+    """The op for many calls that differ in the numbers of ``hidden`` only: what else there is is looked at now.
+
+    For loops of one's own: nobody may trace, transform or differentiate the calls. Of the choice of a backend counts
+    what is in force now.
+
+    Args:
+        hidden: of the shape, dtype and device of those to come, two dimensions or more.
+        rows, bias, left, right: as for :func:`steer`, one edit a row at most.
+
+    Raises:
+        ValidationError: as :func:`steer`.
+    """
+    _check(hidden, rows, bias, left, right)
+    shape, flat = hidden.shape, (-1, hidden.shape[-1])
+    flat_rows = None if rows is None else rows.reshape(-1)
+    run = backends.kernel("steer", None, hidden.reshape(flat), flat_rows, bias, left, right)
+    return lambda hidden: run(hidden.reshape(flat), flat_rows, bias, left, right).view(shape)
 
 
 def _is_plain_call(hidden: Tensor, bias: Tensor, left: Tensor | None, right: Tensor | None) -> bool:

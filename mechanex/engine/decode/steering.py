@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy
@@ -18,6 +18,9 @@ from ..positions import check_tokens, selects
 from .request import Steer
 
 __all__ = ["RowSteering", "Span", "meeting"]
+
+
+_Edited = Callable[[Tensor], Tensor]
 
 
 class Span:
@@ -46,9 +49,9 @@ class RowSteering:
         self._adapter = adapter
         self._handles = Handles()
         self._attached: set[int] = set()
-        self._current: dict[int, tuple[EditTable, Tensor | None]] = {}
+        self._current: dict[int, _Edited] = {}
         self._tables: dict[int, tuple[tuple[tuple[Edit, ...], ...], EditTable]] = {}
-        self._known: tuple[object, dict[int, tuple[EditTable, Tensor | None]]] | None = None
+        self._known: tuple[object, dict[int, _Edited]] | None = None
         self.seconds = 0.0
         """Time spent in edits so far, as the CPU sees it."""
 
@@ -118,19 +121,14 @@ class RowSteering:
             if found is None:
                 return None
             begun = time.perf_counter()
-            edited = found[0].apply(hidden, found[1])
+            edited = found(hidden)
             self.seconds += time.perf_counter() - begun
             return edited
 
         return edit
 
-    def _table(
-        self, layer: int, spans: Sequence[Span], columns: int
-    ) -> tuple[EditTable, Tensor | None] | None:
-        """The table of the edits that meet at this layer, and [rows, columns] int32 which one, or -1.
-
-        None for the index where every token has the only edit; None for both where no token has any.
-        """
+    def _table(self, layer: int, spans: Sequence[Span], columns: int) -> _Edited | None:
+        """What edits the call at this layer; None where no token of it is edited."""
         chains, index = meeting(layer, spans, columns)
         if not chains:
             return None
@@ -138,8 +136,8 @@ class RowSteering:
         if known is None or known[0] != chains:
             known = self._tables[layer] = (chains, EditTable.of_chains(chains))
         if len(chains) == 1 and bool((index == 0).all()):
-            return known[1], None
-        return known[1], torch.from_numpy(index).to(self._adapter.device)
+            return known[1].bound()
+        return known[1].bound(torch.from_numpy(index).to(self._adapter.device))
 
 
 def meeting(layer: int, spans: Sequence[Span], columns: int) -> tuple[tuple[tuple[Edit, ...], ...], Any]:
