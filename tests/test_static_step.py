@@ -262,8 +262,10 @@ def test_hooks_of_others_are_heard_at_every_step(device: str) -> None:
     assert decoded(model, requests) == plain and len(calls) == N_NEW
 
 
-def test_texts_that_were_read_are_gone_on_from(device: str) -> None:
-    model, prefixes = build("gemma2").to(device), Prefixes(2**30)
+@pytest.mark.parametrize("window", [None, 8])
+def test_texts_that_were_read_are_gone_on_from(device: str, window: int | None) -> None:
+    model = (build("gemma2") if window is None else sliding_family("mistral", window)).to(device)
+    prefixes = Prefixes(2**30)
     first = list(range(20, 60))
 
     def answer(tokens: list[int], **options: Any) -> Row:
@@ -274,8 +276,28 @@ def test_texts_that_were_read_are_gone_on_from(device: str) -> None:
     one = answer(first)
     asked = [*first, *one.chosen, 5, 6, 7, 8]
     two = answer(asked)
-    assert two.cached_tokens >= len(first) + 6
-    assert [two.chosen] == decoded(model, [Request(asked, 7)])
+    # Of a first prompt that is longer than the window, a layer with one never had all.
+    assert two.cached_tokens >= (len(first) + 6 if window is None else 0)
+    assert (
+        [two.chosen] == decoded(model, [Request(asked, 7)]) == decoded(model, [Request(asked, 7)], "rolling")
+    )
+    short = answer(first[:18])
+    again = [*first[:18], *short.chosen, 9]
+    assert [answer(again).chosen] == decoded(model, [Request(again, 7)])
+
+
+def test_a_text_that_outgrew_a_window_step_by_step_is_gone_on_from(device: str) -> None:
+    model, prefixes = sliding_family("mistral", 32).to(device), Prefixes(2**30)
+    found = []
+    for kind in ("static", "rolling"):
+        rows = rows_of([Request(list(range(20, 40)), 30)])
+        run(Decoder(adapter_for(model), 0, form=kind, prefixes=prefixes), rows)  # type: ignore[arg-type]
+        asked = [*range(20, 40), *rows[0].chosen, 7]
+        rows = rows_of([Request(asked, 5)])
+        run(Decoder(adapter_for(model), 0, form=kind, prefixes=prefixes), rows)  # type: ignore[arg-type]
+        found.append((rows[0].chosen, rows[0].cached_tokens))
+        assert [rows[0].chosen] == decoded(model, [Request(asked, 5)])
+    assert found[0] == (found[1][0], 49)
 
 
 def test_a_slot_with_broken_numbers_does_not_break_who_has_it_next(device: str) -> None:

@@ -125,8 +125,9 @@ class _Rolling(OwnLayer):
 
     def admit_states(self, states: tuple[Tensor, Tensor], n: int, length: int) -> None:
         self.is_initialized = True
+        begin = 0 if self.window is None else max(n - self.window + 1, 0)
         for buffer, kept in zip(self._kept, states, strict=True):
-            buffer.admit(kept[:, :, :n])
+            buffer.admit(kept[:, :, begin:n])
         self._show()
         self.lengthen(length)
 
