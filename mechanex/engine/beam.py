@@ -17,10 +17,10 @@ from ..ops.logprob import log1mexp
 from .beam_rows import rows_for
 from .caches import is_cache
 from .forward import check_length
-from .given import as_whole
 from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .text import Prompt, encode_prompt
+from .whole import as_whole
 
 __all__ = ["LikelyCompletions", "most_likely_completions"]
 

@@ -18,11 +18,11 @@ from .chat import continued
 from .decode.request import Request, Steer, Step
 from .decode.row import Row
 from .decode.run import decode
-from .given import as_whole
 from .models import adapter_for
 from .models.adapter import ModelAdapter
 from .sampling import Sampling
 from .text import Prompt, encode_prompt, prompt_text
+from .whole import as_whole
 
 if TYPE_CHECKING:
     from .vectors import SteeringVector

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .._private.torch import writes
 from ..errors import ValidationError
-from .given import as_whole
 from .intervention import Edit, EditTable
 from .models import adapter_for
 from .models.adapter import Handles, ModelAdapter, ResidualHook, exclusive
@@ -23,6 +22,7 @@ from .positions import (
     positions_are_given,
     token_mask,
 )
+from .whole import as_whole
 
 _Chains = tuple[tuple[int, ...], ...]
 

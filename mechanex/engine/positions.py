@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ValidationError
-from .given import as_whole
+from .whole import as_whole
 
 __all__ = [
     "Positions",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ValidationError
-from .given import as_whole
+from .whole import as_whole
 
 __all__ = ["METHODS", "Sampling"]
 

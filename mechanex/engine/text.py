@@ -8,8 +8,8 @@ from typing import Any
 from ..errors import ValidationError
 from .chat import Chat, chat_ids, chat_text
 from .encode import check_characters, encode_text
-from .given import as_whole
 from .joins import continue_ids, split_texts
+from .whole import as_whole
 
 __all__ = ["Prompt", "as_chat", "encode_pair", "encode_prompt", "prompt_text"]
 

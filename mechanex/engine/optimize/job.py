@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ValidationError
-from ..given import as_whole
 from ..intervention import compute_dtype
 from ..models import adapter_for
 from ..models.adapter import ModelAdapter
+from ..whole import as_whole
 from .datapoints import Completion, TrainingDatapoint, by_datapoint, completions_of
 from .layout import Layout, LayoutSpec
 from .losses import Objective, counted, plain_sum, satisficing

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ValidationError
-from ..given import as_whole
+from ..whole import as_whole
 from .datapoints import TrainingDatapoint
 
 __all__ = ["LIMIT", "LossOptions", "Settings", "settings_of"]
