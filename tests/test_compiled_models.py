@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import build
+from families import FAMILIES
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -18,6 +18,8 @@ from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
 from mechanex.utils.hooks import hf_hooks_contextmanager, make_activs_hook_hf, make_steering_hook_hf
+
+pytestmark = pytest.mark.slow
 
 D_MODEL = 8
 IDS = torch.arange(2, 14).view(2, 6)
@@ -224,7 +226,7 @@ def test_hook_functions_steer_and_see_a_compiled_model():
 
 
 def test_a_compiled_model_generates_as_the_plain_one_under_steering_by_position():
-    reference = build("llama")
+    reference = FAMILIES["llama"](num_hidden_layers=2)
     model = copy.deepcopy(reference)
     model.forward = torch.compile(model.forward, backend="eager")
     options = {

@@ -402,3 +402,45 @@ def test_older_transformers_attend_so_inside_the_step(monkeypatch: pytest.Monkey
     both(model, [Request(one, 5) for one in ids_of()])
     assert len(calls) == 4 * adapter_for(model).n_layers
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_applied_plans_are_part_of_the_step(device: str) -> None:
+    model, ids = build("llama").to(device), ids_of()
+    adapter = adapter_for(model)
+    requests = [
+        Request(ids[0], 8),
+        Request(ids[1], 8, steering=(Steer(1, random_edit(5)),)),
+        Request(ids[2], 8),
+    ]
+    plain = decoded(model, requests)
+    first = SteeringPlan([Intervention(1, random_edit(0)), Intervention(2, Edit.clamp(V, 2.0), rows=[0, 1])])
+    second = SteeringPlan([Intervention(-1, random_edit(3), tokens=slice(-1, None))])
+    with first.apply(model), second.apply(model):
+        steered = decoded(model, requests)
+        assert adapter.kept.step.graphs.captures and not adapter.kept.step.graphs.failure
+        n = sum(len(module._forward_pre_hooks) for module in model.modules())
+        assert steered == decoded(model, requests, "rolling") != plain
+        assert n == sum(len(module._forward_pre_hooks) for module in model.modules())
+    assert adapter.kept.applied == [] and decoded(model, requests) == plain
+
+
+def test_a_plan_that_comes_while_rows_are_decoded_counts_from_the_next_step(device: str) -> None:
+    model, ids = build("llama").to(device), ids_of()
+    found = []
+    for kind in ("static", "rolling"):
+        rows = rows_of([Request(one, 9) for one in ids])
+        decoder = Decoder(adapter_for(model), 0, form=kind, overlapped=False)  # type: ignore[arg-type]
+        with torch.no_grad():
+            reading = decoder.read(rows)
+            decoder.advance(reading)
+            decoder.join(reading)
+            for _ in range(3):
+                decoder.step()
+            with SteeringPlan([Intervention(1, random_edit(0, 9.0))]).apply(model):
+                decoder.step()
+                decoder.step()
+            while decoder.rows:
+                decoder.step()
+        decoder.close()
+        found.append([row.chosen for row in rows])
+    assert found[0] == found[1] != decoded(model, [Request(one, 9) for one in ids])

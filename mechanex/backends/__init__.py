@@ -178,7 +178,6 @@ _AUTO = {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")}
 # cheaper launch is the quicker way.
 LAUNCH_BOUND = 1 << 22
 _BY_SIZE = ("steer", "steer_many")
-_NATIVE_FIRST = {"cuda": ("native", "triton", "eager")}
 # What edits larger hidden states on a GPU. Shares of a copy of the same bytes on an H100, [8192, 4096], native beside
 # triton (benchmarks/gpu/steer.py prints them and what `auto` takes at every size):
 #   bfloat16  add .97 .95 · rank 1 .90 .98 · rank 4 .82 .58 (float32 edits .70 .52) · 16 edits of rank 1 by row .78 .63
@@ -260,7 +259,7 @@ def selection() -> str:
     """What ``auto`` takes on each device, first to last, and what it leaves to plain torch; for people."""
     lines = [f"{device}: {', '.join(names)}" for device, names in _AUTO.items()]
     lines += [
-        f"cuda, steer of hidden states of at most {LAUNCH_BOUND} numbers: {', '.join(_NATIVE_FIRST['cuda'])}",
+        f"cuda, steer of hidden states of at most {LAUNCH_BOUND} numbers: native, triton, eager",
         f"cuda, steer of larger ones: {'; '.join(_LARGE)}",
         "other devices: eager",
         "one vector for every row, in hidden's own dtype: a plain torch addition",
@@ -313,7 +312,10 @@ def _select(op: str, name: str | None, by_size: bool, tensor: Tensor, *rest: Any
     chosen = name or _setting or active()
     if chosen == "auto":
         native_first = by_size and op in _BY_SIZE and _is_native_quicker(op, tensor, rest[0], rest[2])
-        for candidate in _candidates(op, tensor.device.type, native_first):
+        quick = _native(op) if native_first and tensor.is_cuda else None
+        if quick and quick.refuses(tensor, *rest) is None and quick.declines(tensor, *rest) is None:
+            return quick
+        for candidate in _candidates(op, tensor.device.type):
             if candidate.refuses(tensor, *rest) is None and candidate.declines(tensor, *rest) is None:
                 return candidate
         return _REGISTRY["eager"].ops[op]
@@ -375,14 +377,17 @@ def _is_native_quicker(op: str, hidden: Tensor, rows: Tensor | None, left: Tenso
 
 
 @functools.cache
-def _candidates(op: str, device: str, native_first: bool = False) -> tuple[Kernel, ...]:
+def _native(op: str) -> Kernel | None:
+    """The compiled kernel of an op on a GPU, if it can run. Trying Triton takes seconds."""
+    backend = _REGISTRY["native"]
+    return backend.ops.get(op) if backend.lacks("cuda") is None else None
+
+
+@functools.cache
+def _candidates(op: str, device: str) -> tuple[Kernel, ...]:
     found: list[Kernel] = []
     reasons: list[str] = []
     first = "plain torch"
-    if native_first and device in _NATIVE_FIRST:
-        usual = _candidates(op, device)
-        order = [_REGISTRY[name].ops.get(op) for name in _NATIVE_FIRST[device]]
-        return tuple(kernel for kernel in order if kernel in usual and kernel is not None)
     for name in _AUTO.get(device, ("eager",)):
         backend = _REGISTRY[name]
         reason = backend.lacks(device)

@@ -20,12 +20,24 @@ from torch import nn
 from .._private import torch as private
 from ..errors import ValidationError
 
-__all__ = ["KEY", "Attached", "after", "before", "detach_all", "hooks_of_others", "own_class"]
+__all__ = [
+    "KEY",
+    "Attached",
+    "after",
+    "before",
+    "changes",
+    "detach_all",
+    "hooks_of_others",
+    "hooks_on",
+    "own_class",
+]
 
 KEY = "_mechanex_hooks"
 """On a module: ids of our hooks, and the kind of each. A copy of the module has it too, as it has the hooks."""
 
 _Hook = Callable[..., Any]
+
+_n_changes = 0
 
 
 class Attached:
@@ -33,6 +45,7 @@ class Attached:
 
     def __init__(self, module: nn.Module, handle: Any, kind: str) -> None:
         self._handle, self._module = handle, weakref.ref(module)
+        _count()
         module.__dict__.setdefault(KEY, {})[handle.id] = kind
         try:
             _notice(module)
@@ -47,6 +60,7 @@ class Attached:
     def remove(self) -> None:
         """Takes the hook away; nothing happens where it is gone already."""
         self._handle.remove()
+        _count()
         module = self._module()
         if module is not None and module.__dict__.get(KEY, {}).pop(self._handle.id, None) is not None:
             _notice(module)
@@ -92,6 +106,7 @@ def after(
 def detach_all(model: nn.Module) -> int:
     """Removes every hook of ours from a model, whoever holds the handles; returns how many there were."""
     n = 0
+    _count()
     for module in model.modules():
         for hook_id in module.__dict__.pop(KEY, {}):
             private.remove_hook(module, hook_id)
@@ -103,6 +118,26 @@ def detach_all(model: nn.Module) -> int:
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module, without what hooks of ours make of it."""
     return _own.get(type(module), type(module))
+
+
+def changes() -> int:
+    """A count that changes whenever a hook of ours comes or goes, on whatever model."""
+    return _n_changes
+
+
+def _count() -> None:
+    global _n_changes
+    _n_changes += 1
+
+
+def hooks_on(model: nn.Module) -> frozenset[int]:
+    """Ids of the hooks on a model and its parts, whoever's they are."""
+    return frozenset(
+        i
+        for module in model.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for i in hooks
+    )
 
 
 def hooks_of_others(module: nn.Module) -> tuple[int, ...]:

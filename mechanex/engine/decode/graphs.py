@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..attaching import KEY
 
-__all__ = ["Graphs", "Key", "hooks_on", "state_of"]
+__all__ = ["Graphs", "Key", "state_of"]
 
 Key = tuple[int, int, frozenset[int]]
 """Of what a step is captured: how many rows, of how many columns, and the layers at which they may be edited."""
@@ -99,6 +99,7 @@ class Graphs:
         """
         if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         here = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
@@ -130,6 +131,7 @@ class Graphs:
     def clear(self) -> None:
         """Forgets all of them."""
         self._kept.clear()
+        self._pool = None  # a pool ends with the last graph of it
         self._missed.clear()
         self.failure = None
 
@@ -144,13 +146,6 @@ def _uncollected() -> Iterator[None]:
     finally:
         if on:
             gc.enable()
-
-
-def hooks_on(model: nn.Module) -> Iterator[int]:
-    """Ids of the hooks on a model's modules."""
-    for module in model.modules():
-        for name in _HOOKS:
-            yield from getattr(module, name)
 
 
 def state_of(model: nn.Module) -> Hashable:

@@ -8,12 +8,15 @@ a few that hold any others.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..hooks import attach
+from ..attaching import changes, hooks_on
+from ..attention_plans import with_plans
+from ..hooks import Intervention, attach, taken_over
 from ..memory import total_bytes
 from ..models.adapter import Handles, ModelAdapter
 from ..positions import Positions
@@ -21,9 +24,10 @@ from ..regimes import first_change
 from ..selfcheck import TREES, packing_form, window_of
 from .cache import Unmergeable
 from .calls import Calls, Kept, StepInputs
-from .graphs import Graphs, hooks_on, state_of
+from .graphs import Graphs, state_of
 from .grouped import grouped_attention
 from .reading import Numbers, Reading
+from .request import Steer
 from .row import Row
 from .slot_steering import SlotSteering
 from .slots import SlotCache
@@ -35,6 +39,7 @@ _FEWEST_COLUMNS = 128
 _FEWEST_ROWS = 8
 _FORESEEN = 512  # columns that rows which may grow so long are given at once
 _AMPLE_SHARE = 32  # of the device's memory that more room than needed may take
+_LOOK = 32  # steps after which the model is looked at anew for what others did to it
 _IDLE_SHARE = 8  # of the device's memory that may be held between uses
 _OURS = "a captured step is seen by no hook, and asks for no positions"
 
@@ -154,8 +159,11 @@ class StaticBatch:
         self._handles = Handles()
         self._hooked: frozenset[int] = frozenset()
         self._running = False
-        self._watched = False  # by hooks of others
-        self._known = False  # whether that, and the model, were looked at since others may have had the model
+        # Who else looks on, as it was when the model was looked at last.
+        self._watched = False
+        self._plan: tuple[Intervention, ...] = ()
+        self._seen: int | None = None
+        self._since_look = 0
         self._numbers: Numbers | None = None
         self._spans: list[Span] | None = None
         window = window_of(adapter)
@@ -201,7 +209,7 @@ class StaticBatch:
             step.ids[:n, 0] = ids.to(step.ids.device, non_blocking=True)
             self._numbers = Numbers(rows, step.ids.device)
             self._spans = [
-                Span(row.request.steering, len(row.ids), length)
+                Span(self._steers(row), len(row.ids), length)
                 for row, length in zip(rows, lengths, strict=True)
             ]
             step.steering.prepare(self._spans, step.cache.rows)
@@ -238,8 +246,8 @@ class StaticBatch:
 
     def detach(self) -> None:
         """Leaves the model as it was, and without rows what it stepped over to whoever decodes next."""
-        self._handles.remove()
-        self._hooked, self._known = frozenset(), False
+        self._leave_model()
+        self._seen = None
         if self._step is not None and not self._step.cache.n:
             if self._step.n_bytes <= total_bytes(self._adapter.device) // _IDLE_SHARE:
                 self._adapter.kept.step = self._step
@@ -271,21 +279,38 @@ class StaticBatch:
         self._changed()
 
     def _look(self) -> None:
-        """Sees to it that no captured step outlives what it is true of."""
-        if self._known or not self._captures:
+        """Sees to it that no captured step outlives what it is true of, and that hooks of others are heard."""
+        self._since_look += 1
+        if self._seen == changes() and self._since_look < _LOOK:
             return
         assert self._step is not None
-        self._handles.remove()
-        self._hooked = frozenset()
+        self._leave_model()
         self._calls.detach()
         self._steering.detach()
-        model = self._adapter.hf_model
-        self._watched = any(True for _ in hooks_on(model))
-        now = state_of(model)
-        if self._step.model_state != now:
-            self._step.graphs.clear()
-            self._step.model_state = now
-        self._known = True
+        model, applied = self._adapter.hf_model, self._adapter.kept.applied
+        plan = tuple(i for one in applied for i in one.interventions)
+        named = hooks_on(model).difference(*(one.hooks for one in applied))
+        watched = bool(named) or any(i.mask is not None for i in plan)
+        if (watched, plan) != (self._watched, self._plan):
+            self._watched, self._plan = watched, plan
+            self._changed()
+        if self._captures:
+            now = state_of(model)
+            if self._step.model_state != now:
+                self._step.graphs.clear()
+                self._step.model_state = now
+        self._seen, self._since_look = changes(), 0
+
+    def _steers(self, row: Row) -> tuple[Steer, ...]:
+        """What edits a row inside the step: applied plans, then its own edits."""
+        if self._watched:  # the plans' hooks do theirs
+            return row.request.steering
+        planned = (
+            Steer(i.layer, i.edit, i.tokens)
+            for i in self._plan
+            if i.rows is None or (row.prompt is not None and row.prompt[0] in i.rows)
+        )
+        return (*planned, *row.request.steering)
 
     def _run(self, step: StaticStep, n: int, columns: int) -> Tensor:
         graphs = step.graphs
@@ -300,7 +325,8 @@ class StaticBatch:
         lengths = step.lengths.clone()
 
         def once() -> Tensor:
-            logits = self._forward(step, rows, columns, active)
+            with with_plans() if rows == 1 else nullcontext():
+                logits = self._forward(step, rows, columns, active)
             step.move(rows)
             return logits
 
@@ -321,7 +347,8 @@ class StaticBatch:
         inputs = StepInputs(ids, self._mask(back), positions, stated)
         self._running = True
         try:
-            with grouped_attention(self._adapter.hf_model):
+            silent = nullcontext() if self._watched else taken_over()
+            with grouped_attention(self._adapter.hf_model), silent:
                 return self._calls(inputs, {self._name: step.cache}, new)[0]
         finally:
             self._running = False
@@ -348,14 +375,17 @@ class StaticBatch:
     def _attach(self, step: StaticStep, layers: frozenset[int]) -> None:
         if layers == self._hooked:
             return
-        self._handles.remove()
-        self._hooked = frozenset()
+        self._leave_model()
 
         def hook(layer: int) -> Any:
             return lambda hidden: step.steering.edit(layer, hidden) if self._running else None
 
         self._handles.add(attach(self._adapter, [(layer, hook(layer)) for layer in sorted(layers)]))
         self._hooked = layers
+
+    def _leave_model(self) -> None:
+        self._handles.remove()
+        self._hooked = frozenset()
 
     def _changed(self) -> None:
         self._spans = None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import ValidationError
 from ..attaching import after, before, detach_all
+from ..attention_plans import without_plans
 from ..findings import Findings
 from ..following import Followed, Prompts
 from ..generate_calls import watch_generate
@@ -277,6 +278,7 @@ class ModelAdapter(ABC):
     def detach_all(self) -> int:
         """Removes every hook of ours from the model, whoever holds the handles; returns how many there were."""
         n = sum(detach_all(module) for module in {self.model, self.hf_model})
+        self.kept.applied.clear()
         following, self.kept.following = self.kept.following, None
         if following is not None:
             following.end()
@@ -394,7 +396,7 @@ def undisturbed(model: nn.Module, *, freeze: bool = True) -> Iterator[None]:
             module.training = False
         for module, name in trainable:
             getattr(module, name).requires_grad_(False)
-        with each_alone(model):
+        with each_alone(model), without_plans():
             yield
     finally:
         for module in training:
