@@ -19,11 +19,18 @@ from mechanex import SteeringVector, ValidationError
 from mechanex.cli import main
 from mechanex.engine.caa import caa_vectors
 from mechanex.engine.generate import generate
-from mechanex.engine.hooks import Intervention, SteeringPlan
+from mechanex.engine.hooks import Intervention, SteeringPlan, positions
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
 from mechanex.engine.vector_store import VectorStore
-from mechanex.utils.steering_opt import TrainingDatapoint, make_abl_mat, optimize_vector
+from mechanex.utils.beam_search import sample_most_likely_completions_hf
+from mechanex.utils.hooks import hf_hooks_contextmanager, make_steering_hook_hf
+from mechanex.utils.steering_opt import (
+    TrainingDatapoint,
+    make_abl_mat,
+    optimize_vector,
+    optimize_vector_minibatch_hf,
+)
 
 IDS = torch.tensor([[BOS, 9, 30, 71, 12, 8, 45]])
 
@@ -100,6 +107,56 @@ def test_numpy_integers_are_seeds_and_layers(tmp_path: Path) -> None:
     for bad in (1.5, True, "3"):
         with pytest.raises(ValidationError, match="seed"):
             SteeringVector({0: [1.0]}, seed=bad)  # type: ignore[arg-type]
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers_everywhere() -> None:
+    model, tokenizer = build("llama"), tiny_tokenizer()
+    ids, forms = tokenizer.encode("The morning was"), (int, np.int64, np.int32)
+
+    def text(kind: type) -> str:
+        options = {"max_tokens": kind(5), "top_k": kind(2), "seed": kind(3)}
+        return generate(model, tokenizer, [kind(i) for i in ids], **options)
+
+    def beams(kind: type) -> list[str]:
+        return sample_most_likely_completions_hf(model, tokenizer, ids, k=kind(2), iters=kind(1))[0]
+
+    def steered(kind: type) -> list[Any]:
+        seen: list[Any] = []
+        edit = Edit.add(torch.ones(D_MODEL))
+        for tokens in (kind(-1), slice(kind(1), None, kind(2))):
+            plan = SteeringPlan([Intervention(kind(1), edit, tokens=tokens, rows=[kind(0)])])
+            hook = make_steering_hook_hf(torch.ones(D_MODEL), token=tokens)
+            followed = positions(model, prompt_tokens=kind(len(ids)))
+            with (
+                plan.apply(model),
+                hf_hooks_contextmanager(model, [(kind(2), hook)]),
+                followed,
+                torch.no_grad(),
+            ):
+                seen += model(torch.tensor([ids])).logits.flatten().tolist()
+        return seen
+
+    def optimized(kind: type) -> list[float]:
+        data = TrainingDatapoint(ids, [" calm"], token=kind(-1))
+        options = {"max_iters": kind(2), "affine_rank": kind(1), "seed": kind(1), "batch_tokens": kind(64)}
+        return optimize_vector(model, [data], kind(1), tokenizer=tokenizer, **options)[0].tolist()
+
+    def minibatches(kind: type) -> list[float]:
+        found = optimize_vector_minibatch_hf(
+            model,
+            tokenizer,
+            ["A", "The", "He"],
+            kind(1),
+            [" calm"],
+            minibatch_size=kind(2),
+            max_iters=kind(2),
+            seed=1,
+        )
+        return found[0].tolist()
+
+    for run in (text, beams, steered, optimized, minibatches):
+        results = [run(form) for form in forms]
+        assert results[0] == results[1] == results[2], run.__name__
 
 
 # repeng and llama.cpp

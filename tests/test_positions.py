@@ -369,7 +369,7 @@ LEFT = torch.tensor([[1, 1, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6]])
 
 @pytest.mark.parametrize("name", ["mx-tiny", "llama", "gemma3", "gpt2", "gpt_neo"])
 def test_position_ids_count_as_masks_and_the_cache_say_or_are_refused(name):
-    model = load(name).model if name == "mx-tiny" else build(name)
+    model = load(name, backend="transformers").model if name == "mx-tiny" else build(name)
 
     def run(ids=PADDED, **more):
         return lambda: model(input_ids=ids, **more)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
 import pytest
 import torch
-from families import FAMILIES, n_hooks
+from families import FAMILIES, n_hooks, tiny_tokenizer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mechanex
 from mechanex.engine import forward, selfcheck
 from mechanex.engine.beam import most_likely_completions
 from mechanex.engine.beam_rows import Rows, rows_for
 from mechanex.engine.caa import caa_vectors
+from mechanex.engine.generate import generate_batch
 from mechanex.engine.models import adapter_for
 from mechanex.engine.models.adapter import undisturbed
 from mechanex.engine.pack import build_packs
@@ -191,6 +196,31 @@ def test_generation_does_not_depend_on_what_ran_before(name):
         with undisturbed(model):
             after = model.generate(prompt, **options).logits
     torch.testing.assert_close(torch.cat(after), torch.cat(truth), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["phi3", "longrope"])
+def test_answers_beside_a_long_neighbour_are_those_alone_in_python_and_over_http(name):
+    make, tokenizer = MODELS[name], tiny_tokenizer()
+    # Of the short ones one stays below the length at which factors change, one crosses it, one begins there.
+    prompts, new = [ids(4, 1), ids(45, 2), ids(12, 3), ids(ORIGINAL, 4)], 8
+    truths = []
+    for prompt in prompts:
+        found = make().generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False)
+        truths.append(tokenizer.decode(found[0, len(prompt) :], skip_special_tokens=True))
+    model = make()
+    options = {"max_tokens": new, "sampling_method": "greedy"}
+    texts = generate_batch(model, tokenizer, prompts, **options)
+    assert texts == [generate_batch(make(), tokenizer, [prompt], **options)[0] for prompt in prompts]
+    assert all(text.endswith(truth) for text, truth in zip(texts, truths, strict=True))
+
+    def ask(url, prompt):
+        asked = {"model": type(model).__name__, "prompt": prompt, "max_tokens": new, "temperature": 0}
+        return httpx.post(f"{url}/v1/completions", json=asked, timeout=60).json()["choices"][0]["text"]
+
+    client = mechanex.Mechanex().set_local_model(model, tokenizer)
+    with client.serve(host="127.0.0.1", port=0, block=False) as server, ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda prompt: ask(server.url, prompt), prompts * 2))
+    assert answers == truths * 2
 
 
 def test_lengths_of_equal_factors_have_equal_keys():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -239,3 +241,25 @@ def test_a_bound_table_edits_as_the_table_does(dtype: torch.dtype) -> None:
                 assert torch.equal(hidden, before)
             other = torch.randn(3, 1, 48, generator=draw).double()
             torch.testing.assert_close(bound(other), table.apply(other, rows), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "runs"), [("llama", "model.layers", 4), ("gpt2", "transformer.h", 5)]
+)
+def test_blocks_that_are_listed_and_not_run_are_no_layers(name, path, runs):
+    """Checkpoints that predict several tokens at once append blocks to the list that a plain pass leaves out."""
+    model = FAMILIES[name]()
+    blocks = model.get_submodule(path)
+    blocks.append(copy.deepcopy(blocks[-1]))
+    adapter, seen = adapter_for(model), []
+    assert adapter.n_layers == runs and adapter_for(model) is adapter
+    ids = torch.tensor([[1, 9, 30]])
+    handle = adapter.on_residual(adapter.n_layers, lambda hidden: seen.append(hidden))
+    with torch.no_grad():
+        logits = model(ids).logits
+        handle.remove()
+        torch.testing.assert_close(adapter.unembedding.logits(adapter.finish(seen[0])), logits)
+    model.get_input_embeddings().weight = torch.nn.Parameter(torch.zeros(0, 48))
+    del adapter
+    with pytest.raises(ValidationError, match=r"lists 5 decoder layers.*Error: .*num_hidden_layers"):
+        adapter_for(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from .forward import check_length
 from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .text import Prompt, encode_prompt
+from .whole import as_whole
 
 __all__ = ["LikelyCompletions", "most_likely_completions"]
 
@@ -106,6 +108,7 @@ def most_likely_completions(
     if tokenizer is None:
         raise ValidationError("completions are decoded with the model's tokenizer: pass tokenizer=….")
     _check(k, iters, coldness)
+    k, iters = operator.index(k), operator.index(iters)
     extra = dict(model_kwargs or {})
     extra.pop("return_dict", None)
     taken = [n for n, v in extra.items() if v is not None and (n in RESERVED or is_cache(v))]
@@ -133,7 +136,7 @@ def most_likely_completions(
 
 def _check(k: int, iters: int, coldness: float) -> None:
     for name, value, least in (("k", k, 1), ("iters", iters, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if (found := as_whole(value)) is None or found < least:
             raise ValidationError(f"{name} is a whole number, {least} or more; got {value!r}.")
     if isinstance(coldness, bool) or not isinstance(coldness, int | float) or not math.isfinite(coldness):
         raise ValidationError(f"coldness is a finite number; got {coldness!r}.")

@@ -18,11 +18,11 @@ from .chat import continued
 from .decode.request import Request, Steer, Step
 from .decode.row import Row
 from .decode.run import decode
-from .given import as_whole
 from .models import adapter_for
 from .models.adapter import ModelAdapter
 from .sampling import Sampling
 from .text import Prompt, encode_prompt, prompt_text
+from .whole import as_whole
 
 if TYPE_CHECKING:
     from .vectors import SteeringVector
@@ -96,8 +96,10 @@ class Options(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
+        most = as_whole(self.max_tokens)
+        if most is None or most < 1:
             raise ValidationError(f"max_tokens is a number of tokens, at least 1; got {self.max_tokens!r}.")
+        object.__setattr__(self, "max_tokens", most)
         if self.seed is not None:
             seed = as_whole(self.seed)
             if seed is None or not 0 <= seed < 2**63:

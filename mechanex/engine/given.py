@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
@@ -11,17 +10,7 @@ from torch import Tensor
 
 from ..errors import ValidationError
 
-__all__ = ["as_table", "as_vector", "as_whole"]
-
-
-def as_whole(value: object) -> int | None:
-    """A whole number of any integer type, NumPy's and 0-d tensors' too, as an int; None for anything else."""
-    if isinstance(value, bool | np.bool_) or (isinstance(value, Tensor) and value.dtype == torch.bool):
-        return None
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        return None
+__all__ = ["as_table", "as_vector"]
 
 
 def as_table(name: str, value: object) -> Tensor:

@@ -25,6 +25,7 @@ from .positions import (
     positions_are_given,
     token_mask,
 )
+from .whole import as_whole
 
 _Chains = tuple[tuple[int, ...], ...]
 
@@ -319,8 +320,7 @@ def positions(model: nn.Module | ModelAdapter, *, prompt_tokens: int | None = No
     Raises:
         ValidationError: prompt_tokens is no number of tokens.
     """
-    if prompt_tokens is not None and (
-        isinstance(prompt_tokens, bool) or not isinstance(prompt_tokens, int) or prompt_tokens < 1
-    ):
+    columns = as_whole(prompt_tokens)
+    if prompt_tokens is not None and (columns is None or columns < 1):
         raise ValidationError(f"prompt_tokens is a number of tokens, at least 1; got {prompt_tokens!r}.")
-    return adapter_for(model).track_positions(prompt_tokens=prompt_tokens)
+    return adapter_for(model).track_positions(prompt_tokens=columns)

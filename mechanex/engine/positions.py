@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ValidationError
+from .whole import as_whole
 
 __all__ = [
     "Positions",
@@ -116,12 +117,12 @@ def given_positions(positions: Positions) -> Iterator[None]:
 
 def check_tokens(tokens: object) -> None:
     """Raises a ValidationError unless this selects tokens: None, an int, or a slice with a step of 1 or more."""
-    if tokens is None or (isinstance(tokens, int) and not isinstance(tokens, bool)):
+    if tokens is None or as_whole(tokens) is not None:
         return
     if not isinstance(tokens, slice):
         raise ValidationError(f"token must be an int, a slice or None; got {tokens!r}.")
     for part in (tokens.start, tokens.stop, tokens.step):
-        if part is not None and (isinstance(part, bool) or not isinstance(part, int)):
+        if part is not None and as_whole(part) is None:
             raise ValidationError(f"A token slice is made of ints; got {tokens!r}.")
     if tokens.step is not None and tokens.step < 1:
         raise ValidationError(f"A token slice needs a step of 1 or more; got {tokens.step}.")
@@ -148,7 +149,7 @@ def selects(token: int | slice, index: Any, prompt_length: Callable[[], Any]) ->
     def absolute(place: int) -> Any:
         return place if place >= 0 else prompt_length() + place
 
-    if isinstance(token, int):
+    if not isinstance(token, slice):
         return (index == absolute(token)) & (index >= 0)
     start = absolute(token.start or 0)
     start = start * (start > 0)

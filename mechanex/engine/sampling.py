@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import ValidationError
+from .whole import as_whole
 
 __all__ = ["METHODS", "Sampling"]
 
@@ -41,8 +44,10 @@ class Sampling:
             raise ValidationError(
                 f"sampling_method is one of {', '.join(METHODS)}; got {self.sampling_method!r}."
             )
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1:
+        top_k = as_whole(self.top_k)
+        if top_k is None or top_k < 1:
             raise ValidationError(f"top_k is a number of tokens, at least 1; got {self.top_k!r}.")
+        object.__setattr__(self, "top_k", top_k)
         for name in ("top_p", "min_p", "typical_p"):
             share = getattr(self, name)
             if not _is_number(share) or not 0 < share <= 1:
@@ -54,5 +59,5 @@ class Sampling:
             )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

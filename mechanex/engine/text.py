@@ -9,6 +9,7 @@ from ..errors import ValidationError
 from .chat import Chat, chat_ids, chat_text
 from .encode import check_characters, encode_text
 from .joins import continue_ids, split_texts
+from .whole import as_whole
 
 __all__ = ["Prompt", "as_chat", "encode_pair", "encode_prompt", "prompt_text"]
 
@@ -45,10 +46,13 @@ def _ids(prompt: Any) -> list[int]:
             f"A prompt is text, token ids or chat messages, a completion text or token ids; got "
             f"{type(prompt).__name__}."
         )
+    ids = []
     for token in prompt:
-        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+        found = as_whole(token)
+        if found is None or found < 0:
             raise ValidationError(f"A prompt given as token ids must hold ints of 0 or more; got {token!r}.")
-    return list(prompt)
+        ids.append(found)
+    return ids
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:

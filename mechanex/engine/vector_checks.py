@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ValidationError
-from .given import as_vector, as_whole
+from .given import as_vector
+from .whole import as_whole
 
 __all__ = [
     "RESERVED_FIELDS",

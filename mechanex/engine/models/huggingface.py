@@ -6,12 +6,14 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..._private.torch import without_hooks
 from ...errors import ValidationError
 from ..attaching import after, before
 from ..stream import Stream, residual, with_residual
-from .adapter import ModelAdapter, ResidualHook, Unembedding
+from .adapter import Handles, ModelAdapter, ResidualHook, Unembedding, undisturbed
 from .kept import Kept
 
 __all__ = ["HuggingFaceAdapter", "find_layers"]
@@ -99,6 +101,34 @@ def _candidates(model: nn.Module) -> str:
     return f"Its module lists: {', '.join(lists[:8]) or 'none'}."
 
 
+def _that_run(model: nn.Module, listed: list[nn.Module]) -> list[nn.Module]:
+    """The layers of a list that a pass goes through: some checkpoints append blocks that predict further tokens.
+
+    Raises:
+        ValidationError: that can't be seen, or they aren't the first of the list.
+    """
+    ran: list[nn.Module] = []
+    embed: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    device = next((w.device for w in (model if embed is None else embed).parameters()), None)
+    handles, problem = Handles(), ""
+    try:
+        with torch.no_grad(), without_hooks(model), undisturbed(model):
+            for block in listed:
+                handles.add(before(block, lambda module, *_: ran.append(module)))
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)
+    except Exception as error:  # a model's own code may raise anything
+        problem = f" ({type(error).__name__}: {error})"
+    finally:
+        handles.remove()
+    if problem or not ran or ran != listed[: len(ran)]:
+        raise ValidationError(
+            f"{type(model).__name__} lists {len(listed)} decoder layers and its configuration names fewer; a pass over "
+            f"two tokens doesn't tell which of them run{problem}. Set num_hidden_layers, or name the list of the "
+            "layers that run: adapter_for(model, layers='…')."
+        )
+    return ran
+
+
 def is_traced(fn: ResidualHook) -> bool:
     """Whether compilers may look into an edit: it says so itself, by an attribute ``traced``."""
     return bool(getattr(fn, "traced", False))
@@ -149,7 +179,10 @@ class HuggingFaceAdapter(ModelAdapter):
     def _locate(self, layers: str | None) -> None:
         self.kept.override = layers
         self._path, found = find_layers(self.hf_model, layers)
-        self.layers = list(found)
+        self._listed = list(found)
+        depth = _configured_depth(self.hf_model)
+        longer = depth is not None and len(found) > depth
+        self.layers = _that_run(self.hf_model, self._listed) if longer else self._listed
         parent, _, _ = self._path.rpartition(".")
         self._trunk: nn.Module = _descend(self.hf_model, parent) if parent else self.hf_model
         config = self.config
@@ -162,7 +195,7 @@ class HuggingFaceAdapter(ModelAdapter):
 
     def is_current(self) -> bool:
         found = _descend(self.hf_model, self._path)
-        return isinstance(found, nn.ModuleList) and list(found) == self.layers
+        return isinstance(found, nn.ModuleList) and list(found) == self._listed
 
     def on_residual(self, layer: int, fn: ResidualHook) -> Any:
         return self.on_block(layer, _residual_hook(self.stream, fn), with_kwargs=True, traced=is_traced(fn))

@@ -86,7 +86,7 @@ class Completion:
     def _edited(self, only_prompt: bool) -> Iterator[int]:
         n = len(self.prompt)
         places = range(n if only_prompt else n + len(self.ids) - 1)
-        if isinstance(self.token, int):
+        if self.token is not None and not isinstance(self.token, slice):
             place = self.token if self.token >= 0 else n + self.token
             return iter([place] if place in places else [])
         if self.token is None:

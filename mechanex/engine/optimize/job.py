@@ -14,6 +14,7 @@ from ...errors import ValidationError
 from ..intervention import compute_dtype
 from ..models import adapter_for
 from ..models.adapter import ModelAdapter
+from ..whole import as_whole
 from .datapoints import Completion, TrainingDatapoint, by_datapoint, completions_of
 from .layout import Layout, LayoutSpec
 from .losses import Objective, counted, plain_sum, satisficing
@@ -63,11 +64,9 @@ class Job:
         self.start_vector = None
         if settings.starting_vec is not None:
             self.start_vector = self.parameters.check(settings.starting_vec)
-        if minibatch_size is not None and (
-            isinstance(minibatch_size, bool) or not isinstance(minibatch_size, int) or minibatch_size < 1
-        ):
+        self.minibatch_size = as_whole(minibatch_size)
+        if minibatch_size is not None and (self.minibatch_size is None or self.minibatch_size < 1):
             raise ValidationError(f"minibatch_size is a whole number of 1 or more; got {minibatch_size!r}.")
-        self.minibatch_size = minibatch_size
         self.minibatches: Minibatches | None = None
         self.reseed(_seed(settings))
         self.spec = LayoutSpec(

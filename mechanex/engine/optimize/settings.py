@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ValidationError
+from ..whole import as_whole
 from .datapoints import TrainingDatapoint
 
 __all__ = ["LIMIT", "LossOptions", "Settings", "settings_of"]
@@ -93,9 +94,10 @@ class Settings:
             value = getattr(self, name)
             if value is None and name not in _NEEDED:
                 continue
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+            found = as_whole(value)
+            if found is None or found < least:
                 raise ValidationError(f"{name} is a whole number of {least} or more; got {value!r}.")
-            object.__setattr__(self, name, int(value))
+            object.__setattr__(self, name, found)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
