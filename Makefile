@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
 REAL_HOME := $(CURDIR)/build/real
 VENV := .venv
@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BAKED := pyproject.toml constraints.txt CMakeLists.txt mechanex/_version.py $(shell find csrc -type f)
 SOURCES := csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/cuda_on_host/*
 
-unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-long test-real test-versions lint bench wheel clean
 .DEFAULT_GOAL := help
@@ -23,7 +23,7 @@ help:
 	@echo "make test   run the tests"
 	@echo "make test-real   run the tests that need SmolLM2-135M (fetched once, 93 MB)"
 	@echo "make test-versions   run those that depend on transformers most, with its oldest and its newest version"
-	@echo "make test-long   run the tests that take minutes: every family of transformers"
+	@echo "make test-long   run the tests that take minutes: every family of transformers, every case under Triton's interpreter"
 	@echo "make lint   ruff, mypy --strict, clang-format"
 	@echo "make bench  run the benchmarks, write benchmarks/RESULTS.md; BENCH_ARGS=\"--compare FILE.json\""
 	@echo "make wheel  build a wheel into dist/ and try it in a fresh environment"

@@ -5,6 +5,8 @@ pytest benchmarks/test_decode.py
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from interleaved import medians
@@ -25,7 +27,14 @@ def tiny():
     return load("mx-tiny", backend="transformers", device="cpu").model
 
 
-MODELS = [("mx-tiny", tiny), ("llama 110 M", llama_110m)]
+def smollm2():
+    folder = os.environ.get("MECHANEX_REAL_HOME")
+    if folder is None:
+        pytest.skip("make it with scripts/real_model.py --home HOME, and set MECHANEX_REAL_HOME=HOME")
+    return load(f"{folder}/models/smollm2-135m", backend="transformers", device="cpu", dtype="float32").model
+
+
+MODELS = [("mx-tiny", tiny), ("llama 110 M", llama_110m), ("SmolLM2", smollm2)]
 
 
 def transformers_generate(model, ids):

@@ -1,4 +1,4 @@
-"""A server under 64 streaming clients, a minute steered and a minute not, beside one client and one static batch.
+"""A server beside ``generate_batch``, and under 64 streaming clients, a minute steered and a minute not.
 
 pytest benchmarks/test_serving.py
 """
@@ -10,14 +10,54 @@ import time
 
 import pytest
 import torch
+from interleaved import medians
 from server_process import serving
 from serving_data import NAMES, tone_vectors
 from serving_load import Job, load, prompt_of
+from serving_models import MODELS
 
+from mechanex.engine.generate import generate_batch
 from mechanex.engine.models.resolve import load as load_model
 
 N_CLIENTS, N_TOKENS = 64, 40
+LEAST = {("mx-tiny", 1): 0.9, ("mx-tiny", 64): 0.65, ("llama 110 M", 1): 0.9, ("llama 110 M", 64): 0.85}
 ROUNDS, SLICE = 12, 5.0  # in every round a slice without steering and one with: a minute of each
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the server is started, whose clients and event loop need the other cores
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("n_clients", [1, N_CLIENTS])
+@pytest.mark.parametrize(("name", "rounds"), [("mx-tiny", 15), ("llama 110 M", 5)])
+def test_a_server_against_generate_batch(report, one_thread, tmp_path, name, rounds, n_clients):
+    """The same prompts, answered by both in turns; the server streams each to a client of its own."""
+    folder = MODELS[name](tmp_path / "model")
+    local = load_model(str(folder), backend="transformers", device="cpu")
+    if name == "mx-tiny":
+        prompts = [prompt_of(i, 20, local.tokenizer) for i in range(n_clients)]
+    else:
+        prompts = [" ".join(f"w{97 * i + 31 * k}" for k in range(20)) for i in range(n_clients)]
+    jobs = [Job(prompt, max_tokens=N_TOKENS) for prompt in prompts]
+
+    def batch():
+        generate_batch(local.model, local.tokenizer, prompts, max_tokens=N_TOKENS, sampling_method="greedy")
+
+    with serving("--log-level", "warning", home=tmp_path / "home", model=str(folder)) as server:
+
+        def served():
+            answers, _ = load(server.port, jobs, n_clients, 0)
+            assert all(a.done and a.tokens == N_TOKENS for a in answers), answers[0]
+
+        found = medians({"generate_batch": batch, "server": served}, rounds)
+    rates = {way: f"{n_clients * N_TOKENS / each:.0f} tokens/s" for way, each in found.items()}
+    title = f"{n_clients} rows of {N_TOKENS} tokens, {name}, through a server and as one batch"
+    report.add(title, found, "generate_batch", notes=rates)
+    assert found["generate_batch"] / found["server"] >= LEAST[name, n_clients]
 
 
 @pytest.mark.parametrize("n_prompt", [20, 200])
@@ -32,9 +72,9 @@ def test_serving(report, tmp_path, n_prompt):
         Job(prompt, NAMES[i % 4], (-1.5, 1.0)[i // 4 % 2], max_tokens=N_TOKENS, fixed=True)
         for i, prompt in enumerate(prompts)
     ]
-    seconds = {"one static batch": _static(local, prompts)}
+    seconds: dict[str, float] = {}
     arguments = ("--vectors", str(tmp_path / "vectors"), "--log-level", "warning")
-    with serving(*arguments, home=tmp_path / "home") as server:
+    with serving(*arguments, home=tmp_path / "home", fresh=True) as server:
         load(server.port, plain, N_CLIENTS, 2.0)
         alone, begun = {}, time.perf_counter()
         for job in (*plain, *steered):
@@ -60,25 +100,3 @@ def test_serving(report, tmp_path, n_prompt):
         *rates.values(), strict=True
     )  # of one round, so that what the machine does otherwise is in both
     assert statistics.median(steered_s / plain_s for plain_s, steered_s in pairs) <= 1.1
-
-
-@torch.no_grad()
-def _static(local, prompts):
-    """Seconds per token of one left-padded batch through transformers' ``generate``, without a server."""
-    ids = [local.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    longest = max(map(len, ids))
-    batch = torch.tensor([[2] * (longest - len(one)) + one for one in ids])
-    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in ids])
-    times = []
-    for _ in range(4):
-        begun = time.perf_counter()
-        local.model.generate(
-            batch,
-            attention_mask=mask,
-            max_new_tokens=N_TOKENS,
-            min_new_tokens=N_TOKENS,
-            do_sample=False,
-            pad_token_id=2,
-        )
-        times.append((time.perf_counter() - begun) / (len(ids) * N_TOKENS))
-    return statistics.median(times[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = [
     "block_for",
     "contiguous",
     "current",
+    "divided_up",
 ]
 
 # The dtype of the arithmetic, as torch and as Triton name it.
@@ -75,8 +77,12 @@ MAX_WIDTH = _ROW_BLOCKS[-1][0]
 
 def block_for(n_rows: int, width: int, rank: int, wide: torch.dtype) -> Block:
     """The entry of the table for these sizes; float64 takes two registers, so half the rows."""
-    many = n_rows >= _MANY_ROWS
-    if rank == 0:
+    return _block(n_rows >= _MANY_ROWS, width, rank > 0, wide)
+
+
+@functools.lru_cache(maxsize=256)
+def _block(many: bool, width: int, ranked: bool, wide: torch.dtype) -> Block:
+    if not ranked:
         columns, rows, warps = _ADD_BLOCK
         columns = min(triton.next_power_of_2(width), columns)
     else:
@@ -151,6 +157,11 @@ class Launcher:
                 key.append((argument.dtype, address % 16 == 0))
                 values.append(address)
         return tuple(key), values
+
+
+def divided_up(n: int, by: int) -> int:
+    """``n / by``, rounded up; Triton's own costs as much as a launch."""
+    return -(-n // by)
 
 
 def adjacent(rows: Tensor) -> Tensor:

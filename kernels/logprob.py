@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .convert import _INTERPRETED, widen
-from .launch import OPTIONS, adjacent, contiguous, current
+from .launch import OPTIONS, adjacent, contiguous, current, divided_up
 
 __all__ = ["MINUS_INFINITY", "Tile", "logprob", "tanh", "tile_for"]
 
@@ -298,9 +298,9 @@ def logprob(
     if n_rows == 0 or n_vocab == 0:
         return out.fill_(torch.nan), lse.fill_(torch.nan)
     tile = tile or tile_for(n_rows, hidden.dtype)
-    row_blocks, blocks = triton.cdiv(n_rows, tile.rows), triton.cdiv(n_vocab, tile.columns)
-    blocks_each = max(1, triton.cdiv(blocks * row_blocks, _PROGRAMS))
-    n_splits = triton.cdiv(blocks, blocks_each)
+    row_blocks, blocks = divided_up(n_rows, tile.rows), divided_up(n_vocab, tile.columns)
+    blocks_each = max(1, divided_up(blocks * row_blocks, _PROGRAMS))
+    n_splits = divided_up(blocks, blocks_each)
     peak, total = (hidden.new_empty(n_splits, n_rows, dtype=torch.float32) for _ in range(2))
     chosen = torch.empty_like(out)
     hidden, target, bias = adjacent(hidden), target.contiguous(), contiguous(bias)
@@ -333,7 +333,7 @@ def logprob(
             **OPTIONS,
         )
         rows = 32
-        _join_kernel[(triton.cdiv(n_rows, rows),)](
+        _join_kernel[(divided_up(n_rows, rows),)](
             peak, total, chosen, target, out, lse, n_rows, n_vocab, n_splits, rows, 32, num_warps=4, **OPTIONS
         )
     return out, lse

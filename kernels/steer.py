@@ -14,7 +14,7 @@ from torch import Tensor
 from mechanex.backends.eager import compute_dtype
 
 from .convert import narrow, widen
-from .launch import IN_TRITON, Block, Launcher, adjacent, block_for, contiguous, current
+from .launch import IN_TRITON, Block, Launcher, adjacent, block_for, contiguous, current, divided_up
 
 __all__ = ["steer"]
 
@@ -122,7 +122,7 @@ def steer(
     hidden = adjacent(hidden)
     with current(hidden):
         _launch(
-            (triton.cdiv(n_rows, block.rows), triton.cdiv(width, block.columns), 1),
+            (divided_up(n_rows, block.rows), divided_up(width, block.columns), 1),
             hidden.device,
             (
                 hidden,

@@ -17,7 +17,7 @@ from torch import Tensor
 from mechanex.backends.eager import compute_dtype
 
 from .convert import narrow
-from .launch import IN_TRITON, MAX_RANK, OPTIONS, adjacent, block_for, contiguous, current
+from .launch import IN_TRITON, MAX_RANK, OPTIONS, adjacent, block_for, contiguous, current, divided_up
 
 __all__ = ["gradients"]
 
@@ -208,7 +208,7 @@ def _coordinates(vectors: Tensor, rows: Tensor | None, table: Tensor, wide: torc
     if out.numel() == 0 or width == 0:
         return out
     block = block_for(n_rows, width, rank, wide)
-    _project_kernel[(triton.cdiv(n_rows, block.rows),)](
+    _project_kernel[(divided_up(n_rows, block.rows),)](
         vectors,
         rows,
         contiguous(table),
@@ -238,11 +238,11 @@ def _sums(
     if out.numel() == 0 or n_rows == 0:
         return out.zero_()
     chunk = next(size for most, size in _CHUNKS if n_rows <= most)
-    n_chunks = triton.cdiv(n_rows, chunk)
+    n_chunks = divided_up(n_rows, chunk)
     partial = vectors.new_empty(n_chunks + n_edits, rank, width, dtype=wide)
     block_rows, block_ranks = next(sizes for most, *sizes in _SUM_BLOCKS if rank <= most)
     columns = min(triton.next_power_of_2(width), 256)
-    _partial_sums_kernel[n_chunks, triton.cdiv(width, columns), triton.cdiv(rank, block_ranks)](
+    _partial_sums_kernel[n_chunks, divided_up(width, columns), divided_up(rank, block_ranks)](
         vectors,
         coordinates,
         None if segments is None else segments.edits,
@@ -264,7 +264,7 @@ def _sums(
     )
     size = rank * width
     elements = min(triton.next_power_of_2(size), 256)
-    _add_partial_sums_kernel[n_edits, triton.cdiv(size, elements)](
+    _add_partial_sums_kernel[n_edits, divided_up(size, elements)](
         partial,
         None if segments is None else segments.starts,
         out,

@@ -9,6 +9,11 @@ import signal
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Workers of pytest-xdist, and the processes that their tests start, share what one process would use; threads that
+# spin while they wait for work would take it from the others.
+_THREADS = max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 for _name in (
     "MECHANEX_ALLOW_HTTP",
     "MECHANEX_API_KEY",
@@ -53,6 +58,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         real = [item for item in items if item.get_closest_marker("real")]
         config.hook.pytest_deselected(items=real)
         items[:] = [item for item in items if not item.get_closest_marker("real")]
+    # Files with slow tests come first: workers that take file after file then end together.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch
@@ -75,8 +83,7 @@ def _interrupts() -> None:
 def _threads() -> None:
     import torch
 
-    # Workers of pytest-xdist share what one process would use.
-    torch.set_num_threads(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+    torch.set_num_threads(_THREADS)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -104,6 +111,19 @@ def postgresql() -> Iterator[Postgres]:
         pytest.skip("PostgreSQL is not installed")
     with postgres_server.postgres() as running:
         yield running
+
+
+@pytest.fixture(params=["generic", "avx2", "avx512"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The native kernels run with one instruction set after the other; skipped where there is none or not this one."""
+    from mechanex.backends import native
+
+    if native.missing() is not None or request.param not in native.levels():
+        pytest.skip(f"this processor or build lacks {request.param}")
+    native._module().select_level(request.param)
+    assert native.describe().startswith(f"{request.param} ")
+    yield request.param
+    native._module().select_level("")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -27,12 +28,21 @@ LogprobArgs = tuple[Tensor, Tensor, Tensor, "Tensor | None", float, "float | Non
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def pairs(cases: Sequence[Any], others: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """Each case with each of the others; under Triton's slow interpreter, each case and each of the others is there."""
+def pairs(cases: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """Each case with each of the others, as parameters of a test.
+
+    Under Triton's interpreter, which is slow, each case and each of the others is there; a case of a kind that was
+    there before is marked ``long``.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1":
         return [(case, other) for case in cases for other in others]
     in_turn = [(case, others[i % len(others)]) for i, case in enumerate(cases)]
-    return in_turn + [pair for other in others if (pair := (cases[0], other)) not in in_turn]
+    kinds = [case.kind for case in cases]
+    few = [
+        pytest.param(*pair, marks=[pytest.mark.long] if kinds[i] in kinds[:i] else [])
+        for i, pair in enumerate(in_turn)
+    ]
+    return few + [pair for other in others if (pair := (cases[0], other)) not in in_turn]
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,13 @@ class SteerCase:
     def __str__(self) -> str:
         table = "" if self.table is None else f"-{str(self.table).removeprefix('torch.')}"
         return f"{self.n_rows}x{self.width}-K{self.n_edits}-r{self.rank}-{self.rows}-{self.layout}{table}"
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What kernels tell apart: cases that agree in it take the same branches."""
+        ranks = sum(self.rank > limit for limit in (0, 1, 4, 16))
+        empty, aligned = self.n_rows * self.width == 0, self.width % 16 == 0
+        return ranks, self.rows, self.layout, self.table, self.n_edits > 16, self.n_rows == 1, empty, aligned
 
     def make(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Args:
         """Arguments of ``steer`` for this case, drawn from ``seed``."""
@@ -115,6 +132,7 @@ CASES = (
     SteerCase(3, 0, rank=1),
     SteerCase(6, 47, n_edits=2, rank=2, rows="off"),
     SteerCase(65, 31, n_edits=40, rank=2, rows="mixed"),
+    SteerCase(5, 64, n_edits=4, rank=1, rows="mixed"),
     SteerCase(40, 1024, n_edits=4, rank=1, rows="mixed"),
     SteerCase(9, 64, rank=64),
     *(
@@ -170,6 +188,11 @@ class ManyCase:
         return (
             f"{self.base}-m{self.edits}{'-s' if self.strength else ''}{''.join(f'-{g}' for g in self.gates)}"
         )
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What kernels tell apart."""
+        return self.base.kind, self.edits, self.strength, self.gates
 
     def make(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> ManyArgs:
         """Arguments of the op ``steer_many``, drawn from ``seed``; rows and strengths are ``[T, m]``."""
@@ -255,6 +278,12 @@ class LogprobCase:
         plain = ["s1.0", "capNone", "c1.0"]
         parts = [f"{self.n_rows}x{self.width}x{self.n_vocab}", *(n for n in numbers if n not in plain)]
         return "-".join([*parts, *(["bias"] if self.bias else []), self.layout])
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What kernels tell apart."""
+        numbers = (self.scale != 1.0, self.softcap is None, self.coldness != 1.0, self.coldness > 0)
+        return self.n_rows, self.width, self.n_vocab, self.bias, *numbers, self.layout
 
     def make(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> LogprobArgs:
         """Arguments of ``completion_logprob`` for this case, drawn from ``seed``; products have a deviation of 3."""

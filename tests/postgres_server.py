@@ -47,7 +47,7 @@ class Postgres:
             stderr=subprocess.DEVNULL,
             **_as_user(),
         )
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         ready = [self.programs / "pg_isready", "-h", "127.0.0.1", "-p", str(self.port), "-U", "tester"]
         while subprocess.run(ready, stdout=subprocess.DEVNULL, check=False).returncode != 0:
             assert time.monotonic() < until and self._process.poll() is None, "PostgreSQL does not start"
@@ -57,7 +57,7 @@ class Postgres:
         """Ends it at once, connections and all."""
         if self._process is not None:
             self._process.send_signal(2)
-            self._process.wait(60)
+            self._process.wait(300)
             self._process = None
 
     def _run(self, program: str, *arguments: str) -> None:

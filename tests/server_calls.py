@@ -22,7 +22,7 @@ ENDLESS = {"prompt": PROMPT, "max_tokens": 480, "temperature": 0, "logit_bias": 
 def call(
     server: ServerProcess, method: str, path: str, body: Any = None, **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
     try:
         raw = None if body is None else json.dumps(body).encode()
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -33,7 +33,7 @@ def call(
         connection.close()
 
 
-def until(condition: Any, seconds: float = 20) -> None:
+def until(condition: Any, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come to that"
@@ -44,7 +44,7 @@ def until(condition: Any, seconds: float = 20) -> None:
 def streaming(server: ServerProcess, body: dict[str, Any]) -> Iterator[socket.socket]:
     """A client that has seen the begin of a stream."""
     raw = json.dumps({**body, "stream": True}).encode()
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=120) as client:
         client.sendall(
             b"POST /v1/completions HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: "
             + str(len(raw)).encode()

@@ -18,10 +18,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from forked import Forked, fork
 
 __all__ = ["ServerProcess", "free_port", "serving"]
 
@@ -30,7 +32,7 @@ __all__ = ["ServerProcess", "free_port", "serving"]
 class ServerProcess:
     """A running server; ``url`` has no slash at its end, ``log`` is the file with its output."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     port: int
     home: Path
     log: Path
@@ -45,7 +47,7 @@ class ServerProcess:
 
     def get(self, path: str) -> str:
         """The body of a plain GET."""
-        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=120) as answer:
             return str(answer.read().decode())
 
     def metric(self, name: str) -> float:
@@ -55,7 +57,7 @@ class ServerProcess:
                 return float(line.rpartition(" ")[2])
         return 0.0
 
-    def stop(self, how: signal.Signals = signal.SIGTERM, timeout: float = 20) -> int:
+    def stop(self, how: signal.Signals = signal.SIGTERM, timeout: float = 120) -> int:
         """Ends the server and gives its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(how)
@@ -81,8 +83,9 @@ def serving(
     model: str = "mx-tiny",
     host: str = "127.0.0.1",
     environment: Mapping[str, str] | None = None,
-    command: Sequence[str] | None = None,
-    timeout: float = 90,
+    program: str | None = None,
+    fresh: bool = False,
+    timeout: float = 300,
 ) -> Iterator[ServerProcess]:
     """Starts ``mechanex serve MODEL --host --port ARGUMENTS``, waits until it is ready, kills it at the end.
 
@@ -90,12 +93,12 @@ def serving(
         arguments: further arguments of the command.
         home: its ``MECHANEX_HOME``.
         environment: further environment variables.
-        command: another program in place of ``mechanex serve``; it is given ``--port PORT`` too.
+        program: Python that serves, in place of ``mechanex serve``; its arguments are ``--port PORT``.
+        fresh: whether it is started as a shell starts it, not forked from a process that has imported what it needs.
     """
     port, log = free_port(), home / f"server-{time.monotonic_ns()}.log"
-    program = (
-        list(command) if command else [sys.executable, "-m", "mechanex.cli", "serve", model, "--host", host]
-    )
+    given = [] if program else ["serve", model, "--host", host]
+    given += ["--port", str(port), *arguments]
     variables = {
         **os.environ,
         "MECHANEX_HOME": str(home),
@@ -106,10 +109,16 @@ def serving(
         **(environment or {}),
     }
     home.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [*program, "--port", str(port), *arguments], stdout=out, stderr=subprocess.STDOUT, env=variables
-        )
+    process: subprocess.Popen[bytes] | Forked
+    if fresh:
+        start = ["-c", program] if program else ["-m", "mechanex.cli"]
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [sys.executable, *start, *given], stdout=out, stderr=subprocess.STDOUT, env=variables
+            )
+    else:
+        log.touch()
+        process = fork(given, variables, log, program=program)
     server = ServerProcess(process, port, home, log)
     try:
         _wait_until_ready(server, timeout)

@@ -37,7 +37,7 @@ def pause_at(path):
     def hook(event, found):
         if path in map(str, found):
             print("<paused>", file=sys.stderr, flush=True)
-            time.sleep(60)
+            time.sleep(600)
 
     return hook
 
@@ -166,7 +166,7 @@ def terminal(**environment: str) -> Iterator[Terminal]:
     for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
         variables.pop(name, None)
     child = pexpect.spawn(
-        sys.executable, ["-c", _SHELL], encoding="utf-8", timeout=60, dimensions=(24, 200), env=variables
+        sys.executable, ["-c", _SHELL], encoding="utf-8", timeout=300, dimensions=(24, 200), env=variables
     )
     child.delaybeforesend = None
     try:

@@ -23,6 +23,8 @@ from mechanex.server.passwords import Passwords
 from mechanex.server.settings import Settings
 from mechanex.server.store import open_store
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES: dict[str, Any] = {
     "prompts": ["The man said", "The woman said"],
     "positive_answers": [" he was happy", " she was glad"],
@@ -666,11 +668,11 @@ def test_an_account_computes_one_vector_at_a_time(client: TestClient) -> None:
 
     def hold(adapter: Any) -> None:
         begun.set()
-        release.wait(20)
+        release.wait(120)
 
     portal: Any = client.portal
     held = portal.start_task_soon(app.state.engine.run, hold)
-    assert begun.wait(20)
+    assert begun.wait(120)
     body = EXAMPLES | {"method": "caa"}
     with ThreadPoolExecutor(3) as pool:
         waiting = [

@@ -152,10 +152,17 @@ def test_scores_are_wide_whatever_the_models_dtype(dtype):
 # Steering
 
 
+TOKENS = [None, 0, 3, slice(2, None), slice(-2, None), slice(None, -1), -1, 8]
+
+
 @pytest.mark.parametrize(
-    "token", [None, 0, 3, slice(2, None), slice(-2, None), slice(None, -1), -1, 8], ids=str
+    ("name", "token"),
+    [
+        *(("llama", token) for token in TOKENS),
+        *((name, token) for name in ("gpt2", "bloom", "mamba") for token in (None, 3, slice(-2, None))),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "mamba"])
 def test_steering_counts_at_the_positions_that_each_completion_has_alone(name, token):
     model = FAMILIES[name]()
     vector = 3 * torch.randn(D_MODEL, generator=torch.Generator().manual_seed(3))

@@ -196,7 +196,6 @@ def test_pipes_and_no_color_get_plain_text(model: str, data: str) -> None:
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout
     assert max(map(len, done.stdout.splitlines()[1:])) <= 60
-    assert json.loads(as_process(*arguments, "--json").stdout)["results"]
 
 
 def test_model_text_cannot_steer_the_terminal() -> None:
@@ -266,9 +265,16 @@ def test_a_text_is_of_the_tone_that_has_most_words_in_it() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif("mx-tiny" not in mechanex.bundled.model_names(), reason="mx-tiny is not in this tree")
-def test_the_demo_shows_that_steering_works(tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_tones", [1, pytest.param(3, marks=pytest.mark.long)])
+def test_the_demo_shows_that_steering_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_tones: int
+) -> None:
+    from mechanex import demo
+
+    monkeypatch.setattr(demo, "TONES", demo.TONES[:n_tones])
     run("demo", "--out", tmp_path)
     report = json.loads((tmp_path / "steering.json").read_text())
+    assert len(report["steering"]) == n_tones
     for steering in report["steering"]:
         by_strength = {
             one["strength"]: one for one in report["measurements"] if one["tone"] == steering["tone"]
@@ -291,7 +297,7 @@ def test_text_that_the_terminal_lacks_does_not_stop_it(tmp_path: Path) -> None:
     ]
     options = ["--data", "calm_angry", "--layer", "3", "--max-tokens", "2"]
     done = subprocess.run(
-        command + options, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, timeout=120
+        command + options, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, timeout=300
     )
     assert done.returncode == 0, done.stderr.decode()
 

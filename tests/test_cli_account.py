@@ -62,7 +62,7 @@ def as_process(*arguments: str, **environment: str) -> subprocess.CompletedProce
         text=True,
         stdin=subprocess.DEVNULL,
         env=os.environ | environment,
-        timeout=60,
+        timeout=300,
     )
 
 
@@ -229,7 +229,7 @@ def test_json_is_read_everywhere_and_steers_no_terminal(
                 [*COMMAND, "whoami", "--json"],
                 capture_output=True,
                 env=os.environ | variables | {"PYTHONIOENCODING": encoding},
-                timeout=60,
+                timeout=300,
             )
             assert done.returncode == 0, done.stderr
             printed = done.stdout.decode()

@@ -16,6 +16,8 @@ from families import FAMILIES, tiny_tokenizer
 import mechanex
 from mechanex import AuthenticationError, Mechanex, MechanexError, NotFoundError, ValidationError
 
+pytestmark = pytest.mark.slow
+
 
 def python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import build
+from families import FAMILIES
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -18,6 +18,8 @@ from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
 from mechanex.utils.hooks import hf_hooks_contextmanager, make_activs_hook_hf, make_steering_hook_hf
+
+pytestmark = pytest.mark.slow
 
 D_MODEL = 8
 IDS = torch.arange(2, 14).view(2, 6)
@@ -224,7 +226,7 @@ def test_hook_functions_steer_and_see_a_compiled_model():
 
 
 def test_a_compiled_model_generates_as_the_plain_one_under_steering_by_position():
-    reference = build("llama")
+    reference = FAMILIES["llama"](num_hidden_layers=2)
     model = copy.deepcopy(reference)
     model.forward = torch.compile(model.forward, backend="eager")
     options = {
@@ -242,3 +244,54 @@ def test_a_compiled_model_generates_as_the_plain_one_under_steering_by_position(
         assert torch.equal(model.generate(IDS, **options), expected)
     assert not torch.equal(plain, expected)
     assert torch.equal(model.generate(IDS, **options), plain)
+
+
+def closed_over(block: nn.Module) -> Callable[[], None]:
+    inner = block.forward
+    block.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    return lambda: vars(block).pop("forward")
+
+
+def put_in_place(block: nn.Module) -> Callable[[], None]:
+    kept = type(block).forward
+    block.forward = lambda hidden, attention_mask=None: kept(block, hidden, attention_mask)
+    return lambda: vars(block).pop("forward")
+
+
+def hooked_by_accelerate(block: nn.Module) -> Callable[[], None]:
+    hooks = pytest.importorskip("accelerate.hooks")
+    hooks.add_hook_to_module(block, hooks.ModelHook())
+    return lambda: hooks.remove_hook_from_module(block)
+
+
+def compiled_by_itself(block: nn.Module) -> Callable[[], None]:
+    block.forward = torch.compile(block.forward, backend="eager")
+    return lambda: vars(block).pop("forward")
+
+
+@pytest.mark.parametrize("unwrap_under_steering", [False, True])
+@pytest.mark.parametrize("wrap", [closed_over, put_in_place, hooked_by_accelerate, compiled_by_itself])
+def test_steering_is_noticed_whoever_wraps_a_forward_meanwhile(wrap, unwrap_under_steering):
+    reference = tiny()
+    model = wrapped(copy.deepcopy(reference), CompileCounter())
+    block, plain, plans = adapter_for(model).layers[LAYER], logits(reference), []
+    for seed in range(2):
+        plan = SteeringPlan(EDITS["add"](seed))
+        with plan.apply(reference):
+            plans.append((plan, logits(reference)))
+    with plans[0][0].apply(model):
+        logits(model)
+        unwrap = wrap(block)
+        torch.testing.assert_close(logits(model), plans[0][1])
+    for seed, (plan, expected) in enumerate(plans):
+        torch.testing.assert_close(logits(model), plain)
+        with plan.apply(model):
+            torch.testing.assert_close(logits(model), expected)
+            if unwrap_under_steering and seed == 0:
+                unwrap()
+                torch.testing.assert_close(logits(model), expected)
+    if not unwrap_under_steering:
+        unwrap()
+    torch.testing.assert_close(logits(model), plain)
+    with plans[0][0].apply(model):
+        torch.testing.assert_close(logits(model), plans[0][1])

@@ -99,7 +99,7 @@ def test_making_and_importing_reads_and_writes_nothing(config: Path) -> None:
     code = (
         "import mechanex; mechanex.Mechanex(); mechanex.steering; mechanex.login; mechanex.set_key('a-key')"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
     assert os.listdir(config.parent) == ["config.json"]
 
 
@@ -362,7 +362,7 @@ def held_by_another_process(config: Path) -> Iterator[None]:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         yield
     finally:
-        holder.communicate(timeout=30)
+        holder.communicate(timeout=120)
 
 
 def test_a_call_waits_for_a_process_that_hangs_no_longer_than_its_timeout(config: Path) -> None:

@@ -44,6 +44,8 @@ from mechanex.utils.steering_opt import (
     optimize_vector_minibatch_hf,
 )
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = tiny_tokenizer()
 PROMPTS = ["The morning was", "She said that the bread", "A woman"]
 GOOD, BAD = [" calm.", " was warm", " sings"], [" cold and dark", " fell", " shouts at him"]
@@ -217,6 +219,16 @@ WORK = FORWARD | BACKWARD
 """What is done with a model, and gives numbers or texts."""
 
 
+def quick(place: str, name: str) -> bool:
+    """Whether it is tried where devices pretend, which is slow, in ``make test`` too: what others don't stand for."""
+    everywhere = ("caa", "scores", "hooks")
+    if place == "upper half on the CPU":
+        return name not in ("rank", "perplexity", "upper layer", "minibatches", "melbo", "clamp, noise")
+    if place == "lower half waits on the CPU":
+        return name in (*everywhere, "generation", "server", "optimization")
+    return name in everywhere
+
+
 def cases() -> Iterator[Any]:
     """World, place, work, and whether the embeddings are tied: all work at one place, and some at every place."""
     some = ("caa", "scores", "hooks", "generation", "server", "beams", "optimization")
@@ -233,7 +245,8 @@ def cases() -> Iterator[Any]:
         marks = [pytest.mark.gpu] if world == "real" else []
         for place, name, tied in wanted:
             label = f"{world}, {place}, {name}{', tied' if tied else ''}"
-            yield pytest.param(world, place, name, tied, id=label, marks=marks)
+            more = [pytest.mark.long] if world == "pretended" and not (tied or quick(place, name)) else []
+            yield pytest.param(world, place, name, tied, id=label, marks=marks + more)
 
 
 def same(found: Any, truth: Any) -> None:
@@ -274,7 +287,13 @@ def test_a_spread_model_gives_what_one_device_gives(world, place, name, tied):
         same(WORK[name](model), truth(name, tied))
 
 
-@pytest.mark.parametrize("name", WORK)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] if name in ("rank", "upper layer") else [])
+        for name in WORK
+    ],
+)
 def test_an_apple_gpu_gives_what_the_cpu_gives_and_sees_no_float64(name):
     with pretend_devices():
         same(WORK[name](llama().to("mps")), truth(name))

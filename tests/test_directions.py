@@ -21,6 +21,8 @@ from mechanex.engine.text import encode_pair
 from mechanex.engine.vectors import SteeringVector
 from mechanex.utils.steering_opt import TrainingDatapoint, optimize_vector, sample_most_likely_completions_hf
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = tiny_tokenizer()
 PROMPTS = ["The morning was", "She said that the", "A woman", "In the winter the snow covers the roofs and"]
 POSITIVE = [" calm.", " bread was warm.", " opened", " sings"]

@@ -1,13 +1,18 @@
-"""``benchmarks/gpu/run.sh`` takes its times whatever the tests say, and tells how they ended."""
+"""``benchmarks/gpu/run.sh`` runs its parts alone or together, and takes times whatever the tests say, telling so."""
 
 from __future__ import annotations
 
+import json
 import os
+import runpy
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu" / "run.sh"
@@ -16,7 +21,7 @@ SCRIPT = ROOT / "benchmarks" / "gpu" / "run.sh"
 PYTHON = """#!/bin/sh
 case "$*" in
   *"-m pytest"*) exit "$TESTS" ;;
-  *timings.py*) echo "timings: $*"; exit "$TIMINGS" ;;
+  *steer.py*|*logprob.py*|*decode.py*) echo "timings: $*"; exit "$TIMINGS" ;;
   *"import xdist"*) exit 1 ;;
 esac
 """
@@ -26,28 +31,116 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a copy of the script with a Python that only says what it was asked."""
+    for folder in ("benchmarks/gpu", "scripts", "tests", "results"):
+        (tmp_path / folder).mkdir(parents=True)
+    stage = '#!/bin/sh\necho "$1" >>staged; mkdir -p "$1"\n'
+    for path, text in {"python": PYTHON, "scripts/stage.sh": stage}.items():
+        (tmp_path / path).write_text(text)
+        (tmp_path / path).chmod(0o755)
+    copy = shutil.copy(SCRIPT, tmp_path / "benchmarks" / "gpu" / "run.sh")
+
+    def run(*arguments: str, tests: int = 0, timings: int = 0) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", copy, *arguments],
+            cwd=tmp_path,
+            env=os.environ
+            | {"PYTHON": str(tmp_path / "python"), "TESTS": str(tests), "TIMINGS": str(timings)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("tests", "timings", "status", "said"),
     [(0, 0, 0, "passed"), (1, 0, 1, "failed (1)"), (1, 3, 3, "failed (1)"), (0, 3, 3, "passed")],
 )
 def test_it_times_also_where_tests_fail_and_says_so(
-    tests: int, timings: int, status: int, said: str, tmp_path: Path
+    tests: int, timings: int, status: int, said: str, run: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    for folder in ("benchmarks/gpu", "scripts", "tests", "results"):
-        (tmp_path / folder).mkdir(parents=True)
-    for path, text in {"python": PYTHON, "scripts/stage.sh": "#!/bin/sh\n"}.items():
-        (tmp_path / path).write_text(text)
-        (tmp_path / path).chmod(0o755)
-    copy = shutil.copy(SCRIPT, tmp_path / "benchmarks" / "gpu" / "run.sh")
-    done = subprocess.run(
-        ["bash", copy, "results"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHON": str(tmp_path / "python"), "TESTS": str(tests), "TIMINGS": str(timings)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run("results", tests=tests, timings=timings)
     assert done.returncode == status, done.stderr
-    assert "timings:" in done.stdout and f"--tests {said}" in done.stdout
+    timed = [line for line in done.stdout.splitlines() if line.startswith("timings:")]
+    assert [Path(line.split()[1]).stem for line in timed] == ["steer", "logprob", "decode"]
+    assert all(f"--tests {said}" in line for line in timed)
     assert "== done" in done.stdout
     assert ("tests failed (1): the timings that follow say so" in done.stderr) == (tests == 1)
+
+
+def test_parts_run_alone_on_what_was_built_before(
+    tmp_path: Path, run: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    done = run("results", "--only", "decode", "--", "--rows", "1")
+    assert done.returncode == 0, done.stderr
+    (timed,) = (line for line in done.stdout.splitlines() if line.startswith("timings:"))
+    assert "decode.py" in timed and timed.endswith("--tests not run --rows 1")
+    run("results", "--only", "decode,steer")
+    # Built for the first, since there was nothing, and only then.
+    assert len((tmp_path / "staged").read_text().splitlines()) == 1
+    run("results", "--only", "build")
+    assert len((tmp_path / "staged").read_text().splitlines()) == 2
+
+
+def test_unknown_parts_are_refused(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = run("results", "--only", "steer,decoding")
+    assert done.returncode == 2 and "unknown part decoding" in done.stderr
+
+
+PARTS = {
+    "steer": ((), "share of copy", "launch: torch add", "times the fastest"),
+    "logprob": ((), "share of product", "times as fast as whole logits"),
+    "decode": (
+        ("--rows", "1,3", "--quick"),
+        "first request after loading",
+        "float32, steered: rows with the tokens of eager runs alone",
+        "against plain",
+        "graphs captured by rows that join with other vectors",
+        "64 clients, steered eight ways",
+        "3 rows: ours, plain, against transformers, static cache compiled",
+    ),
+}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads of tensors as small as these wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_runs_to_its_end(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the CPU and with sizes at which times mean nothing."""
+    options, *expected = PARTS[part]
+    assert _main(monkeypatch, part, str(tmp_path), "--device", "cpu", "--tiny", *options) == 0
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())[part]
+    assert found["machine"]["torch"] == torch.__version__ and found["machine"]["date"]
+    for text in expected:
+        assert any(text in row["what"] for row in found["rows"]), text
+    assert all(row["value"] is not None for row in found["rows"])
+    judged = [row for row in found["rows"] if "goal" in row]
+    capsys.readouterr()
+    assert _main(monkeypatch, "record", str(tmp_path)) == 0
+    said = capsys.readouterr().out
+    assert f"{sum(row['met'] for row in judged)} of {len(judged)} goals met" in said
+
+
+def _main(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> object:
+    """Runs a script of the folder as a program; what it ends with."""
+    script = SCRIPT.parent / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    return ended.value.code

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from families import D_MODEL, FAMILIES, N_LAYERS, SLIDING, build, n_hooks, sliding_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from mechanex.engine.caches import returned_caches
-from mechanex.engine.hooks import positions
+from mechanex.engine.hooks import Intervention, SteeringPlan, positions
+from mechanex.engine.intervention import Edit
 from mechanex.errors import ValidationError
 from mechanex.utils.steering_opt import (
     hf_hooks_contextmanager,
@@ -439,3 +442,46 @@ def test_make_abl_mat_of_a_long_half_precision_vector():
 def test_a_vector_that_is_none_is_an_error(bad):
     with pytest.raises(ValidationError):
         steered_logits(build("llama"), bad)
+
+
+class Named(nn.Module):
+    """A model whose layers are given everything by names of its own."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(8, 8)
+
+        def forward(self, *, mask: Tensor, stream: Tensor) -> Tensor:
+            return stream + self.up(stream).cumsum(1) * mask[..., None]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=20, hidden_size=8, num_hidden_layers=2)
+        self.embed, self.lm_head = nn.Embedding(20, 8), nn.Linear(8, 20)
+        self.layers = nn.ModuleList(self.Block() for _ in range(2))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(mask=torch.ones_like(input_ids), stream=hidden)
+        return hidden
+
+
+def test_the_stream_is_found_among_arguments_of_any_name():
+    torch.manual_seed(0)
+    model, ids, vector, seen = Named(), torch.arange(6)[None], torch.ones(8), []
+    with torch.no_grad():
+        plain = model(ids)
+        with SteeringPlan([Intervention(0, Edit.add(vector), tokens=slice(2, None))]).apply(model):
+            planned = model(ids)
+        hooks = [(0, make_steering_hook_hf(vector, token=slice(2, None))), (0, make_activs_hook_hf(seen))]
+        with hf_hooks_contextmanager(model, hooks):
+            torch.testing.assert_close(model(ids), planned)
+        moved = model.embed(ids) + vector * (torch.arange(6) >= 2)[:, None]
+        torch.testing.assert_close(seen[0], moved)
+        torch.testing.assert_close(planned[:, :2], plain[:, :2])
+        assert not torch.allclose(planned[:, 2:], plain[:, 2:])

@@ -58,6 +58,31 @@ def test_a_folder_of_an_adapter_loads_with_its_base(saved, backend):
     assert not any(p.requires_grad for n, p in loaded.model.named_parameters() if "lora" in n)
 
 
+def in_the_hubs_cache(cache: Path, name: str, folder: Path, revision: str = "main") -> None:
+    """Lays a folder out as the Hub's client keeps a repository that it has downloaded."""
+    kept, commit = cache / f"models--{name.replace('/', '--')}", "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(folder, kept / "snapshots" / commit)
+    (kept / "refs").mkdir()
+    (kept / "refs" / revision).write_text(commit)
+
+
+@pytest.mark.parametrize("revision", ["main", "v2"])
+def test_an_adapter_on_the_hub_loads_with_its_base(saved, tmp_path, revision):
+    folder, whole, _ = saved
+    lora = Path(shutil.copytree(folder, tmp_path / "lora"))
+    config = json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "some/base"}))
+    in_the_hubs_cache(tmp_path / "hub", "some/lora", lora, revision)
+    in_the_hubs_cache(tmp_path / "hub", "some/base", folder.parent / "base")
+    options = {} if revision == "main" else {"revision": revision}
+    loaded = load("some/lora", cache_dir=str(tmp_path / "hub"), **options)
+    assert (loaded.name, loaded.backend) == ("some/lora", "transformers")
+    torch.testing.assert_close(logits(loaded.model), logits(whole))
+    shutil.rmtree(tmp_path / "hub" / "models--some--base")
+    with pytest.raises(NotFoundError, match="some/base"):
+        load("some/lora", cache_dir=str(tmp_path / "hub"), **options)
+
+
 def test_an_adapted_model_is_read_scored_and_steered(saved):
     folder, whole, _ = saved
     model, tokenizer = load(folder).model, tiny_tokenizer()

@@ -68,11 +68,17 @@ def lose_a_handle(model: nn.Module) -> None:
     mechanex.reset(model)
 
 
+def stay_steered(model: nn.Module) -> None:
+    plan(rows=[0], tokens=slice(-2, None)).apply(model)
+    logits(model)
+    model.generate(IDS, max_new_tokens=2, do_sample=False)
+
+
 def look(model: nn.Module) -> None:
     adapter_for(model).findings["seen"] = True
 
 
-@pytest.mark.parametrize("use", [look, extract, score, write, steer, lose_a_handle])
+@pytest.mark.parametrize("use", [look, extract, score, write, steer, lose_a_handle, stay_steered])
 def test_a_model_goes_when_its_last_name_goes(use: Callable[[nn.Module], None]):
     model = FAMILIES["llama"]()
     gone = weakref.ref(model)

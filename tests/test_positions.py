@@ -15,6 +15,7 @@ from mechanex.engine.caches import returned_caches
 from mechanex.engine.hooks import Intervention, SteeringPlan, positions
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
+from mechanex.engine.models.resolve import load
 from mechanex.engine.positions import current_positions
 from mechanex.errors import ValidationError
 
@@ -72,8 +73,10 @@ def test_a_padded_batch_needs_no_position_ids(name):
 def test_the_kind_of_attention_changes_no_position(name, attention):
     model = FAMILIES[name]()
     model.set_attn_implementation(attention)
-    assert watched(model, lambda: model(input_ids=PADDED, attention_mask=MASK)) == [ABSOLUTE]
-    assert watched(model, lambda: model(input_ids=PADDED[1:])) == [ABSOLUTE[1:]]
+    # transformers compiles flex attention, which takes half a minute and makes no other masks.
+    with torch.compiler.set_stance("force_eager"):
+        assert watched(model, lambda: model(input_ids=PADDED, attention_mask=MASK)) == [ABSOLUTE]
+        assert watched(model, lambda: model(input_ids=PADDED[1:])) == [ABSOLUTE[1:]]
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
@@ -351,3 +354,58 @@ def test_values_written_to_a_mask_or_an_edit_count_from_the_next_call():
         vector = torch.ones(D_MODEL)
         steered = SteeringPlan([Intervention(1, Edit.add(vector))])
         assert torch.equal(logits(steered, lambda: vector.mul_(-3)), logits(steered))
+
+
+# ---- Position ids that are given
+
+
+def refused(run_of, *, model, match="position ids are"):
+    with pytest.raises(ValidationError, match=match):
+        watched(model, run_of)
+
+
+LEFT = torch.tensor([[1, 1, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6]])
+
+
+@pytest.mark.parametrize("name", ["mx-tiny", "llama", "gemma3", "gpt2", "gpt_neo"])
+def test_position_ids_count_as_masks_and_the_cache_say_or_are_refused(name):
+    model = load(name).model if name == "mx-tiny" else build(name)
+
+    def run(ids=PADDED, **more):
+        return lambda: model(input_ids=ids, **more)
+
+    for right in (LEFT, LEFT + 1, torch.arange(7).expand(2, 7), torch.arange(7)[None]):
+        assert watched(model, run(attention_mask=MASK, position_ids=right)) == [ABSOLUTE]
+    assert watched(model, run(position_ids=LEFT[1:])) == [[list(range(7))] * 2]
+    # Padding that no mask tells of, and tokens that come before in no cache.
+    for wrong in (LEFT, LEFT * (LEFT > 1), torch.arange(5, 12)[None], LEFT * 2, LEFT.flip(1)):
+        refused(run(position_ids=wrong), model=model)
+    refused(run(attention_mask=MASK, position_ids=LEFT + 2), model=model)
+    empty = dict.fromkeys(returned_caches(model(input_ids=IDS, use_cache=True)))
+
+    def filled():
+        return {name: transformers.DynamicCache(config=model.config) for name in empty}
+
+    refused(run(position_ids=torch.arange(5, 12)[None], **filled()), model=model)
+    refused(run(ids=IDS[:, :1], position_ids=torch.tensor([[5]]), **filled()), model=model)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neo"])
+def test_position_ids_of_a_step_follow_the_cache_or_are_refused(name):
+    model = build(name)
+
+    def held():
+        return returned_caches(model(input_ids=PADDED, attention_mask=MASK, use_cache=True))
+
+    def step(at, held=held, mask=None):
+        return lambda: model(
+            input_ids=PADDED[:, -1:], attention_mask=mask, position_ids=torch.tensor(at), **held()
+        )
+
+    mask = torch.cat([MASK, torch.ones_like(MASK[:, :1])], 1)
+    before = held()
+    assert watched(model, step([[4], [7]], mask=mask))[-1] == [[4], [7]]
+    assert watched(model, step([[4], [7]]))[-1] == [[4], [7]]  # the prompt's pass was seen
+    refused(step([[4], [9]], mask=mask), model=model)
+    # A cache from before, of whose padding nothing tells but the ids.
+    refused(step([[4], [7]], held=lambda: before), model=model, match="7 tokens before")

@@ -102,7 +102,7 @@ def test_torch_keeps_hooks_in_tables_by_their_handles_id() -> None:
     )
 
 
-def test_compiled_code_looks_at_a_modules_own_forward() -> None:
+def test_compiled_code_looks_at_a_modules_class() -> None:
     from torch._dynamo.testing import CompileCounter
 
     from mechanex.engine.attaching import before
@@ -113,7 +113,7 @@ def test_compiled_code_looks_at_a_modules_own_forward() -> None:
     plain = compiled(torch.ones(2))
     handle = before(model[1], lambda module, args, kwargs: ((args[0] + 1,), kwargs), traced=True)
     assert not torch.equal(compiled(torch.ones(2)), plain), (
-        "torch's compiled code no longer looks whether a module has a forward of its own: a compiled model would go "
+        "torch's compiled code no longer looks at the classes of modules: a compiled model would go "
         "on unsteered (mechanex/engine/attaching.py)"
     )
     handle.remove()

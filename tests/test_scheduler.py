@@ -20,6 +20,7 @@ from transformers import DynamicCache
 
 from mechanex.engine.caa import caa_vectors
 from mechanex.engine.decode.cache import RollingCache
+from mechanex.engine.decode.decoder import Decoder
 from mechanex.engine.decode.probe import rolls
 from mechanex.engine.decode.reading import Reading
 from mechanex.engine.directions import pca_vectors
@@ -35,8 +36,11 @@ from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import APIError, MechanexError, RateLimitError, ValidationError
 from mechanex.server.metrics import Metrics
 from mechanex.server.request import Generation, Request, Result, Steer
+from mechanex.server.row import ServedRow
 from mechanex.server.scheduler import Scheduler
 from mechanex.server.settings import Settings
+
+pytestmark = pytest.mark.slow
 
 PROMPTS = (
     "Anna went to the market on Friday.",
@@ -300,9 +304,11 @@ def test_answers_to_one_prompt_share_its_reading_where_it_is_steered_alike(tiny:
 
     async def together() -> list[Result]:
         async with scheduled(tiny.model, tiny.tokenizer) as running:
-            held = asyncio.create_task(running.run(lambda _: time.sleep(0.3), 10))
-            await asyncio.sleep(0.1)  # all are here before the first is read
+            begun, release = threading.Event(), threading.Event()
+            held = asyncio.create_task(running.run(_hold(begun, release), 60))
+            await _until(begun.is_set)
             generations = [running.submit(request) for request in requests]
+            release.set()  # all are here before the first is read
             results = [await generation.result() for generation in generations]
             await held
             counted.append(running._metrics.prompt_tokens._value.get())
@@ -322,6 +328,44 @@ def test_answers_to_one_prompt_share_its_reading_where_it_is_steered_alike(tiny:
             if one is not None and other is not None:
                 assert one.token == other.token and one.logprob == pytest.approx(other.logprob, abs=1e-4)
     assert len({result.text for result in results}) > 8
+
+
+def test_next_turns_are_read_together_by_what_is_new_of_them(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = ids_of(tiny.tokenizer, PROMPTS[3])
+    firsts = [[*ids, *ids_of(tiny.tokenizer, text)[1:]] for text in PROMPTS]
+    n_read: list[tuple[int, int]] = []
+    read = Decoder.read
+
+    def noted(self: Decoder, rows: Any) -> Reading:
+        reading = read(self, rows)
+        n_read.append((len(rows), reading.columns - reading.done))
+        return reading
+
+    monkeypatch.setattr(Decoder, "read", noted)
+
+    async def turns() -> list[Result]:
+        async with scheduled(tiny.model, tiny.tokenizer, prefill_tokens=64) as running:
+            answers = [await running.submit(Request(one, 6)).result() for one in firsts]
+            n_read.clear()
+            held = threading.Event()
+            work = asyncio.create_task(running.run(lambda _: held.wait(20), None))
+            await asyncio.sleep(0)  # all are here before the first is read
+            asked = [
+                Request([*one, *ids_of(tiny.tokenizer, answer.text)[1:]], 4)
+                for one, answer in zip(firsts, answers, strict=True)
+            ]
+            again = [running.submit(one) for one in asked]
+            held.set()
+            await work
+            return [await one.result() for one in again]
+
+    results = asyncio.run(turns())
+    assert all(len(one) > 20 for one in firsts)  # so that a pass has room for two of them
+    assert [n for n, _ in n_read] == [len(firsts)]
+    assert n_read[0][1] * len(firsts) <= 64
+    assert all(result.cached_tokens >= 16 for result in results)
 
 
 def test_stop_texts_end_tokens_and_lengths(tiny: Any) -> None:
@@ -347,8 +391,56 @@ def test_steps_joined_are_the_answer(tiny: Any) -> None:
 
     found, result = asyncio.run(pieces())
     assert "".join(found) == result.text
-    assert len(found) > 3
+    assert len(found) > 1
     assert result.text.endswith("two ")
+
+
+@pytest.mark.parametrize("stops", [(), ("zzz",)])
+def test_a_reader_is_told_at_once_and_then_at_a_pace_that_is_read(tiny: Any, stops: tuple[str, ...]) -> None:
+    ids, text = ids_of(tiny.tokenizer, PROMPTS[0]), ""
+    row = ServedRow(
+        Generation(Request(ids, 60, stops=stops, stream=True)), tiny.tokenizer, (), None, math.inf
+    )
+    row.pace = 3600.0
+    begin, *tokens = ids_of(tiny.tokenizer, PROMPTS[3])
+    assert row.take(begin, None) is None  # it has no text
+    first, *between = [row.take(token, None) for token in tokens]
+    assert first is not None and first.text
+    assert between == [None] * len(between)
+    text += first.text
+    told = row.news()  # what keeps the answer waiting asks for it
+    assert told is not None
+    text += told.text
+    assert row.news() is None
+    while row.result is None:
+        last = row.take(tokens[len(row.chosen) % len(tokens)], None)
+    assert last is not None
+    assert text + last.text == row.result.text
+    whole = tiny.tokenizer.decode([*ids, *row.chosen], skip_special_tokens=True)
+    assert whole == tiny.tokenizer.decode(ids, skip_special_tokens=True) + row.result.text
+
+
+def test_a_reader_gets_what_was_written_before_other_work_takes_the_model(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ServedRow, "pace", 3600.0)
+
+    async def pieces() -> tuple[list[str], str]:
+        async with scheduled(tiny.model, tiny.tokenizer) as running:
+            generation = running.submit(Request(ids_of(tiny.tokenizer, PROMPTS[0]), 400, stream=True, seed=1))
+            steps = generation.__aiter__()
+            first = (await steps.__anext__()).text
+            held = threading.Event()
+            work = asyncio.create_task(running.run(lambda _: held.wait(20), None))
+            second = (await steps.__anext__()).text  # while the work goes on
+            held.set()
+            await work
+            rest = [step.text async for step in steps]
+            return [first, second, *rest], (await generation.result()).text
+
+    found, text = asyncio.run(pieces())
+    assert "".join(found) == text
+    assert all(found[:2])
 
 
 def test_a_row_that_breaks_leaves_the_others_alone(tiny: Any) -> None:
@@ -428,7 +520,7 @@ def test_an_error_of_the_model_ends_its_answers_and_nothing_else(tiny: Any) -> N
     assert n_hooks(tiny.model) == 0
 
 
-async def _until(condition: Callable[[], bool], seconds: float = 10) -> None:
+async def _until(condition: Callable[[], bool], seconds: float = 60) -> None:
     for _ in range(int(seconds / 0.005)):
         if condition():
             return
@@ -530,7 +622,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(tiny: Any) -> None:
 
             def hold(adapter: Any) -> None:
                 entered.set()
-                leave.wait(10)
+                leave.wait(60)
 
             job = asyncio.create_task(running.run(hold, None))
             await _until(entered.is_set)
@@ -580,14 +672,16 @@ def test_other_work_runs_between_steps_and_its_errors_come_back(tiny: Any) -> No
 
 
 def test_text_goes_on_while_a_vector_is_computed_and_neither_changes(tiny: Any) -> None:
-    n = 40
-    examples = (
-        [f"{i} {text}" for i, text in zip(range(n), PROMPTS * n, strict=False)],
-        [" She smiled softly and was glad."] * n,
-        [" He shouted and was angry at all."] * n,
-    )
+    def examples(n: int) -> tuple[list[str], list[str], list[str]]:
+        return (
+            [f"{i} {text}" for i, text in zip(range(n), PROMPTS * n, strict=False)],
+            [" She smiled softly and was glad."] * n,
+            [" He shouted and was angry at all."] * n,
+        )
+
+    given = {caa_vectors: examples(40), few_shot_vectors: examples(8)}
     truths = {
-        compute: compute(tiny.model, *examples, [2, 4], tiny.tokenizer)
+        compute: compute(tiny.model, *given[compute], [2, 4], tiny.tokenizer)
         for compute in (caa_vectors, few_shot_vectors)
     }
     asked = [
@@ -599,7 +693,7 @@ def test_text_goes_on_while_a_vector_is_computed_and_neither_changes(tiny: Any) 
     async def both(compute: Any) -> None:
         async with scheduled(tiny.model, tiny.tokenizer) as running:
             work = asyncio.create_task(
-                running.run(lambda adapter: compute(adapter, *examples, [2, 4], tiny.tokenizer), 60)
+                running.run(lambda adapter: compute(adapter, *given[compute], [2, 4], tiny.tokenizer), 60)
             )
             worker = running._worker
             await _until(lambda: worker is not None and worker.jobs.busy)
@@ -632,20 +726,33 @@ def test_work_that_nobody_waits_for_ends_at_its_next_pause(tiny: Any) -> None:
                 with pytest.raises(APIError, match="took longer"):
                     await running.run(work, 0.05)
                 # As many as may wait have gone, too, and don't keep others out.
-                hold = asyncio.create_task(running.run(lambda _: time.sleep(0.3), 10))
-                await asyncio.sleep(0.1)
-                gone = [asyncio.create_task(running.run(work, 10)) for _ in range(64)]
+                begun, release = threading.Event(), threading.Event()
+                hold = asyncio.create_task(running.run(_hold(begun, release), 60))
+                await _until(begun.is_set)
+                worker = running._worker
+                gone = [asyncio.create_task(running.run(work, 60)) for _ in range(64)]
                 await asyncio.sleep(0.05)
                 for one in gone:
                     one.cancel()
                 await asyncio.gather(*gone, return_exceptions=True)
-                assert await running.run(lambda _: "done", 10) == "done"
+                last = asyncio.create_task(running.run(lambda _: "done", 60))
+                release.set()
+                assert await last == "done"
                 await hold
-                worker = running._worker
                 await _until(lambda worker=worker: worker is not None and not worker.jobs.busy)
                 assert len(passes) < 12  # of dozens
 
     asyncio.run(leave())
+
+
+def _hold(begun: threading.Event, release: threading.Event) -> Callable[[Any], None]:
+    """Work that is at it from ``begun`` to ``release``."""
+
+    def wait(adapter: Any) -> None:
+        begun.set()
+        assert release.wait(60)
+
+    return wait
 
 
 def _raise(error: Exception) -> Callable[[Any], Any]:
@@ -697,7 +804,7 @@ def test_shutdown_waits_for_other_work_and_then_gives_it_up(tiny: Any) -> None:
             await running.drain(20)
             assert await short is None
         async with scheduled(tiny.model, tiny.tokenizer) as running:
-            long = asyncio.create_task(running.run(lambda adapter: release.wait(20), None))
+            long = asyncio.create_task(running.run(lambda adapter: release.wait(120), None))
             await asyncio.sleep(0.05)
             draining = asyncio.create_task(running.drain(0.05))
             with pytest.raises(APIError, match="shutting down") as error:
@@ -739,11 +846,11 @@ def test_the_batch_holds_no_more_positions_than_allowed(tiny: Any) -> None:
 def test_rows_that_outgrow_the_cache_wait_and_go_on_where_they_were(tiny: Any) -> None:
     found, endless = vector(128, 3), ((1, -100.0), (5, -100.0))
     requests = [
-        Request(ids_of(tiny.tokenizer, PROMPTS[0]), 300, logit_bias=endless, stream=True),
-        Request(ids_of(tiny.tokenizer, PROMPTS[1]), 250, logit_bias=endless, steering=steers(found, -2.0)),
+        Request(ids_of(tiny.tokenizer, PROMPTS[0]), 220, logit_bias=endless, stream=True),
+        Request(ids_of(tiny.tokenizer, PROMPTS[1]), 190, logit_bias=endless, steering=steers(found, -2.0)),
         Request(
             ids_of(tiny.tokenizer, PROMPTS[0]),
-            280,
+            200,
             Sampling("top-k", 50),
             seed=4,
             logit_bias=endless,
@@ -751,13 +858,14 @@ def test_rows_that_outgrow_the_cache_wait_and_go_on_where_they_were(tiny: Any) -
         ),
         Request(
             ids_of(tiny.tokenizer, PROMPTS[2]),
-            200,
+            170,
             logit_bias=endless,
             steering=steers(found, 1.0, slice(4, 90)),
         ),
     ]
     truths = [run(tiny, [request])[0] for request in requests]
     most: list[int] = []
+    rows: list[int] = []
     n_read = 0
 
     async def together() -> list[Result]:
@@ -768,19 +876,18 @@ def test_rows_that_outgrow_the_cache_wait_and_go_on_where_they_were(tiny: Any) -
 
             def watched() -> Any:
                 most.append((batch.columns + 1) * len(batch.rows))
+                rows.append(len(batch.rows))
                 return step()
 
             batch.step = watched  # type: ignore[method-assign]
             generations = [running.submit(request) for request in requests]
-            await _until(
-                lambda: running.n_running == 4
-            )  # none of them is kept out for what it may need later
             results = [await generation.result() for generation in generations]
             n_read = int(running._metrics.prompt_tokens._value.get())
             return results
 
     results = asyncio.run(together())
     assert max(most) <= 600
+    assert max(rows) == 4  # none of them is kept out for what it may need later
     assert n_read <= sum(len(request.ids) for request in requests)  # what is read again is not counted again
     for truth, result in zip(truths, results, strict=True):
         assert (truth.text, truth.finish_reason) == (result.text, result.finish_reason)

@@ -28,7 +28,7 @@ def answer(url: str, key: str | None) -> dict[str, Any]:
         {} if key is None else {"authorization": f"Bearer {key}"}
     )
     with urllib.request.urlopen(
-        urllib.request.Request(f"{url}/v1/completions", body, headers), timeout=60
+        urllib.request.Request(f"{url}/v1/completions", body, headers), timeout=300
     ) as got:
         found: dict[str, Any] = json.load(got)
     return found

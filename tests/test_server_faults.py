@@ -25,7 +25,10 @@ from server_process import serving
 from mechanex.server.settings import Settings
 from mechanex.server.store import Store, open_store
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX"),
+]
 
 EXAMPLES = {
     "prompts": ["The man said", "The woman said"],
@@ -92,7 +95,7 @@ def written(process: subprocess.Popen[str], lines: int | None) -> list[dict[str,
             acknowledged.append(json.loads(line))
         if len(acknowledged) == lines:
             process.send_signal(signal.SIGKILL)
-    process.wait(60)
+    process.wait(300)
     return acknowledged
 
 
@@ -211,7 +214,7 @@ def test_a_full_disk_is_an_error_with_a_reason_and_heals(
 def call(url: str, body: dict[str, Any] | None = None, token: str | None = None) -> Any:
     headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {token}"} if token else {})
     data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=60) as answer:
+    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=300) as answer:
         return json.loads(answer.read())
 
 
@@ -243,7 +246,7 @@ def test_kill_9_of_a_server_loses_nothing_that_it_answered(mechanex_home: Path, 
 
     with serving(*arguments, home=mechanex_home) as server, ThreadPoolExecutor(4) as pool:
         clients = [pool.submit(work, server.url, number) for number in range(4)]
-        assert enough.wait(60)
+        assert enough.wait(300)
         assert server.stop(signal.SIGKILL) == -signal.SIGKILL
         for client in clients:
             client.result()

@@ -20,6 +20,8 @@ from server_process import ServerProcess, serving
 from mechanex.server.bodies import GenerateBody, RaagBody, SteeringBody
 from mechanex.server.openai_schemas import ChatBody, CompletionBody
 
+pytestmark = pytest.mark.slow
+
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/generate", "/steering/generate", "/auth/login")
 VICTIM = {"prompt": "Anna went to the market on Friday.", "max_tokens": 30, "temperature": 0}
 RELAXED = settings(
@@ -40,7 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 def post(
     server: ServerProcess, path: str, body: bytes, content_type: str = "application/json"
 ) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
     try:
         connection.request("POST", path, body, {"Content-Type": content_type})
         answer = connection.getresponse()
@@ -70,7 +72,7 @@ def test_the_documented_api_never_fails(server: ServerProcess) -> None:
         @given(case=operation.as_strategy())
         @RELAXED
         def attempt(case: Any) -> None:
-            answer = case.call(base_url=server.url, timeout=60)
+            answer = case.call(base_url=server.url, timeout=300)
             assert answer.status_code not in (500, 502, 503, 504), answer.text
             if answer.status_code >= 400 and case.path.startswith("/v1/"):
                 assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
@@ -113,15 +115,15 @@ BODIES = {
     "many messages": json.dumps({"messages": [{"role": "user", "content": "a"}] * 20_000}).encode(),
     "many biases": json.dumps({"prompt": "a", "logit_bias": {str(i): 1 for i in range(2_000)}}).encode(),
     "many vectors": json.dumps({"prompt": "a", "steering": [{"vector": "x"}] * 5_000}).encode(),
-    "many wrong prompts": b'{"prompt": [' + b'"", 0, ' * 500_000 + b"0]}",
-    "many objects for prompts": b'{"prompt": [' + b"{}," * 1_000_000 + b"0]}",
-    "many lists of objects": b'{"prompt": [' + b"[{}]," * 600_000 + b"[0]]}",
+    "many wrong prompts": b'{"prompt": [' + b'"", 0, ' * 100_000 + b"0]}",
+    "many objects for prompts": b'{"prompt": [' + b"{}," * 200_000 + b"0]}",
+    "many lists of objects": b'{"prompt": [' + b"[{}]," * 120_000 + b"[0]]}",
     "many wrong examples": b'{"positive_answers": [], "negative_answers": [], "prompts": ['
-    + b"{}," * 1_000_000
+    + b"{}," * 200_000
     + b"0]}",
-    "many wrong parts": b'{"messages": [{"role": "user", "content": [' + b"{}," * 1_000_000 + b"0]}]}",
+    "many wrong parts": b'{"messages": [{"role": "user", "content": [' + b"{}," * 200_000 + b"0]}]}",
     "many wrong fields": b'{"prompt": "a", "metadata": {'
-    + b",".join(b'"%d":1' % i for i in range(300_000))
+    + b",".join(b'"%d":1' % i for i in range(60_000))
     + b"}}",
     "token ids beyond any integer of C": b'{"prompt": [4294967296, 5], "echo": true}',
     "control characters": bytes(range(256)),
@@ -148,9 +150,10 @@ def test_hostile_bodies_are_refused(server: ServerProcess, name: str, undisturbe
 @pytest.mark.parametrize("name", [name for name in BODIES if name.startswith("many")])
 def test_a_wrong_body_is_told_in_few_words(name: str) -> None:
     """Each error takes the event loop time, in which nobody else is served: a million of them take half a minute."""
+    given = json.loads(BODIES[name])
     for body in (CompletionBody, ChatBody, SteeringBody, GenerateBody, RaagBody):
         try:
-            body.model_validate(json.loads(BODIES[name]))
+            body.model_validate(given)
         except ValidationError as error:
             assert error.error_count() < 20
 
@@ -222,7 +225,7 @@ def test_fields_of_any_kind(
 def test_bytes_that_are_no_http(server: ServerProcess, undisturbed: str) -> None:
     draw = random.Random(0)
     for _ in range(20):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=120) as raw:
             raw.sendall(draw.randbytes(200) + b"\r\n\r\n")
             raw.recv(1000)
     for head in (
@@ -232,7 +235,7 @@ def test_bytes_that_are_no_http(server: ServerProcess, undisturbed: str) -> None
         b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: a\x00b\r\nAuthorization: Bearer \xff\xfe\r\n\r\n",
     ):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=120) as raw:
             try:
                 raw.sendall(head)
                 raw.recv(1000)
@@ -242,7 +245,7 @@ def test_bytes_that_are_no_http(server: ServerProcess, undisturbed: str) -> None
 
 
 def test_a_body_without_a_length_is_cut_at_the_limit(server: ServerProcess) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as raw:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=120) as raw:
         raw.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Transfer-Encoding: chunked\r\n\r\n"

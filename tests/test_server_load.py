@@ -12,8 +12,10 @@ from serving_load import Job, load, prompt_of, solo_answers
 
 from mechanex.engine.models.resolve import load as load_model
 
+pytestmark = pytest.mark.slow
+
 N_CLIENTS = 64
-SECONDS = 10
+SECONDS = 3
 
 
 @pytest.fixture(scope="module")

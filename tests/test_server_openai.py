@@ -429,7 +429,7 @@ def test_wrong_requests_are_named(
         f"{server.url}/v1/completions", raw, {"Content-Type": "application/json"}
     )
     with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(request, timeout=30)
+        urllib.request.urlopen(request, timeout=120)
     assert caught.value.code == 400
     error = json.loads(caught.value.read())["error"]
     assert set(error) == {"message", "type", "param", "code"}

@@ -205,7 +205,7 @@ def test_clients_that_vanish_free_their_places(server: ServerProcess, stream: bo
         raw = json.dumps({**ENDLESS, "n": 3}).encode()
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(raw)}"
-        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=120) as client:
             client.sendall(head.encode() + b"\r\n\r\n" + raw)
             until(lambda: server.metric("mechanex_running_requests") == 3)
     until(lambda: server.metric("mechanex_running_requests") == 0)
@@ -230,7 +230,7 @@ def test_a_full_queue_is_429_with_a_time(server: ServerProcess) -> None:
             client.completions.create(model="mx-tiny", prompt=PROMPT)
         assert int(error.value.response.headers["retry-after"]) >= 1
     for one in waiting:
-        one.join(30)
+        one.join(120)
     until(lambda: server.metric("mechanex_running_requests") == 0)
 
 
@@ -244,11 +244,11 @@ def test_connections_that_say_nothing_lock_nobody_out(tmp_path: Path) -> None:
         "mechanex.Mechanex().serve('mx-tiny', host='127.0.0.1', port=int(sys.argv[2]))\n"
     )
     with (
-        serving(home=tmp_path, command=[sys.executable, "-c", program]) as running,
+        serving(home=tmp_path, program=program) as running,
         contextlib.ExitStack() as clients,
     ):
         busy = clients.enter_context(streaming(running, ENDLESS))
-        silent = [socket.create_connection(("127.0.0.1", running.port), timeout=30) for _ in range(800)]
+        silent = [socket.create_connection(("127.0.0.1", running.port), timeout=120) for _ in range(800)]
         for one in silent:
             clients.callback(one.close)
         for one in silent[::2]:
@@ -258,7 +258,7 @@ def test_connections_that_say_nothing_lock_nobody_out(tmp_path: Path) -> None:
         assert call(running, "POST", "/v1/completions", {"prompt": PROMPT, "max_tokens": 1})[0] == 200
         # Many that come at once make as many others go.
         for _ in range(6):
-            burst = [socket.create_connection(("127.0.0.1", running.port), timeout=30) for _ in range(60)]
+            burst = [socket.create_connection(("127.0.0.1", running.port), timeout=120) for _ in range(60)]
             for one in burst:
                 clients.callback(one.close)
         assert json.loads(running.get("/health"))["status"] == "ok"
@@ -272,14 +272,14 @@ def test_connections_that_say_nothing_lock_nobody_out(tmp_path: Path) -> None:
 
 def test_a_connection_that_owes_a_body_is_closed(guarded: ServerProcess) -> None:
     """Its request was answered without its body; nothing that it sends after that keeps it for ever."""
-    with socket.create_connection(("127.0.0.1", guarded.port), timeout=30) as client:
+    with socket.create_connection(("127.0.0.1", guarded.port), timeout=120) as client:
         client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n")
         seen = b""
         while b"\r\n\r\n" not in seen:
             seen += client.recv(4096)
         assert b" 401 " in seen
         client.sendall(b"x")
-        until_closed = time.monotonic() + 25
+        until_closed = time.monotonic() + 120
         with contextlib.suppress(ConnectionError):
             while client.recv(4096):
                 assert time.monotonic() < until_closed

@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -20,9 +19,11 @@ from server_process import serving
 from mechanex.bundled import model_path
 from mechanex.engine.vectors import SteeringVector
 
+pytestmark = pytest.mark.slow
+
 
 def test_sigterm_under_load_ends_streams_within_ten_seconds(tmp_path: Path) -> None:
-    with serving(home=tmp_path) as running:
+    with serving(home=tmp_path, fresh=True) as running:
         ends: list[bytes] = []
 
         def follow() -> None:
@@ -38,7 +39,7 @@ def test_sigterm_under_load_ends_streams_within_ten_seconds(tmp_path: Path) -> N
         until(lambda: running.metric("mechanex_running_requests") == 12)
         assert running.stop(signal.SIGTERM, timeout=120) == 0
         for client in clients:
-            client.join(60)
+            client.join(300)
         assert len(ends) == 12
         for end in ends:
             assert end.endswith(b"data: [DONE]\n\n")  # finished, or an error event before it
@@ -65,7 +66,7 @@ def test_sigterm_while_a_vector_is_computed_is_a_clean_end(tmp_path: Path, stuck
         "few.visit_residuals = begin\n"
     )
     program += "mechanex.Mechanex().serve('mx-tiny', host='127.0.0.1', port=int(sys.argv[2]))\n"
-    with serving(home=tmp_path, command=[sys.executable, "-c", program]) as running:
+    with serving(home=tmp_path, program=program, fresh=stuck) as running:
         answers: list[Any] = []
         asking = threading.Thread(
             target=lambda: answers.append(call(running, "POST", "/steering/generate", MANY))
@@ -73,7 +74,7 @@ def test_sigterm_while_a_vector_is_computed_is_a_clean_end(tmp_path: Path, stuck
         asking.start()
         until(begun.exists)  # its examples are read, and the model is at work
         assert running.stop(signal.SIGTERM, timeout=120) == 0, running.output()
-        asking.join(60)
+        asking.join(300)
         status, _, answer = answers[0]
         assert status == 503 and b"shutting down" in answer
         assert ("the process ends without it" in running.output()) is stuck
@@ -131,14 +132,14 @@ def test_serve_of_a_client(tmp_path: Path) -> None:
         "mx.serve('mx-tiny', host='127.0.0.1', port=int(sys.argv[2]), max_batch=3)\n"
         "print('served', mx.model_name)\n"
     )
-    with serving(home=tmp_path, command=[sys.executable, "-c", program]) as running:
+    with serving(home=tmp_path, program=program, fresh=True) as running:
         assert json.loads(running.get("/v1/models"))["data"][0]["id"] == "mx-tiny"
         assert running.stop(signal.SIGINT) == 0
         assert "served mx-tiny" in running.output()
 
 
 def test_an_ended_server_leaves_nothing_but_its_log(tmp_path: Path) -> None:
-    with serving(home=tmp_path) as running:
+    with serving(home=tmp_path, fresh=True) as running:
         assert call(running, "POST", "/v1/completions", {"prompt": PROMPT, "max_tokens": 4})[0] == 200
         assert running.stop(signal.SIGINT) == 0
         lines = running.output().splitlines()
@@ -154,7 +155,7 @@ def test_the_end_comes_in_the_middle_of_a_body(tmp_path: Path) -> None:
             b"Content-Length: 1000\r\n\r\n{"
         )
         time.sleep(0.5)
-        assert running.stop(signal.SIGTERM, timeout=30) == 0
+        assert running.stop(signal.SIGTERM, timeout=120) == 0
         assert "Traceback" not in running.output()
 
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import optable
 import pytest
 import torch
-from optable import DTYPES, MANY_CASES, MANY_GRADIENT_CASES, ManyCase, SteerCase
+from optable import DTYPES, MANY_CASES, MANY_GRADIENT_CASES, ManyCase, SteerCase, pairs
 from test_steer_op import guarded
 from tolerances import assert_within, many_truth
 from torch import Tensor
 
 from mechanex import backends
-from mechanex.backends import native
 from mechanex.errors import ValidationError
 from mechanex.ops.gate import KINDS, Gate
 from mechanex.ops.steer import steer
@@ -54,8 +49,7 @@ def assert_matches_oracle(case: ManyCase, dtype: torch.dtype, backend: str, devi
 
 
 @pytest.mark.parametrize(("backend", "device"), PLACES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", MANY_CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), pairs(MANY_CASES, DTYPES), ids=str)
 def test_matches_the_oracle(case: ManyCase, dtype: torch.dtype, backend: str, device: str) -> None:
     assert_matches_oracle(case, dtype, backend, device)
 
@@ -347,29 +341,7 @@ def test_fake_tensors_and_transforms_see_the_op() -> None:
     torch.testing.assert_close(tangent, slope, rtol=1e-5, atol=1e-6)
 
 
-FORCED = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-from optable import DTYPES, MANY_CASES
-from test_steer_many import assert_matches_oracle
-from mechanex.backends import native
-assert native.describe().startswith(sys.argv[2] + " "), native.describe()
-for case in MANY_CASES:
-    for dtype in DTYPES:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set_matches_the_oracle(dtype: torch.dtype, instruction_set: str) -> None:
+    for case in MANY_CASES:
         assert_matches_oracle(case, dtype, "native")
-"""
-
-
-@pytest.mark.skipif("native" not in AVAILABLE, reason="no native module")
-@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
-def test_every_instruction_set_matches_the_oracle(level: str) -> None:
-    if level not in native.levels():
-        pytest.skip(f"this processor or build lacks {level}")
-    done = subprocess.run(
-        [sys.executable, "-c", FORCED, os.path.dirname(__file__), level],
-        env={**os.environ, "MECHANEX_CPU_ISA": level},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr

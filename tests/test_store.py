@@ -31,6 +31,8 @@ from mechanex.server.settings import Settings
 from mechanex.server.store import StorageError, Store, open_store
 from mechanex.server.tokens import SECRET_VARIABLE
 
+pytestmark = pytest.mark.slow
+
 DAY = 86_400.0
 CHEAP = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 VECTOR = SteeringVector({2: torch.tensor([1.0, -2.0, 0.5])}, model="m", method="caa")
@@ -587,7 +589,7 @@ def test_a_new_database_can_be_opened_by_many_at_once(database: str | None, tmp_
         process.stdin.write("x")
         process.stdin.flush()
     for process in starting:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert out == "opened\n", err
 
 
@@ -619,7 +621,7 @@ def test_several_servers_can_share_a_database(database: str | None) -> None:
         server.stdin.write("x")
         server.stdin.flush()
     for server in servers:
-        out, err = server.communicate(timeout=60)
+        out, err = server.communicate(timeout=300)
         assert server.returncode == 0, err
         assert store.accounts.refresh(out.strip())
     store.close()

@@ -1,7 +1,7 @@
 """The Triton backend: what its kernels must do beyond the op's own tests, and where it runs.
 
-Triton reads ``TRITON_INTERPRET`` when it is imported, so one test runs this file and the op's tests again in a
-process that has it set; the tests of `PLACES` need either that or a GPU.
+Triton reads ``TRITON_INTERPRET`` when it is imported, so one test runs this file, ``test_triton_logprob.py`` and the
+op's tests again in a process that has it set; the tests of `PLACES` need either that or a GPU.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ pytest.importorskip("triton")
 HERE = Path(__file__).resolve().parent
 INTERPRETED = backend.interpreted()
 PLACES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
+
+# What others of its kind stand for where kernels run slowly.
+LONG = [pytest.mark.long] if INTERPRETED else []
 
 on_each_device = pytest.mark.parametrize("device", PLACES)
 outside_the_interpreter = pytest.mark.skipif(INTERPRETED, reason="runs outside the interpreter only")
@@ -71,16 +74,22 @@ def assert_forward(got: Tensor, args: optable.Args) -> None:
 
 @pytest.mark.slow
 @outside_the_interpreter
-def test_under_the_interpreter() -> None:
+@pytest.mark.parametrize("cases", ["one of a kind", pytest.param("all", marks=pytest.mark.long)])
+def test_under_the_interpreter(cases: str) -> None:
     # Finite differences take thousands of calls: `test_second_derivatives_exist` stands for them. The op's test of
     # equal bits has 700 rows; the one here does the same with fewer.
     selection = "triton and not finite_differences and not the_same_call"
-    files = "test_steer_op.py", "test_steer_many.py", "test_triton.py"
-    arguments = "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, "-k", selection
-    done = python("-m", "pytest", *arguments, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    files = "test_steer_op.py", "test_steer_many.py", "test_triton.py", "test_triton_logprob.py"
+    arguments = "-q", "-p", "no:cacheprovider", *files, "-k", selection
+    done = python(
+        *("-m", "pytest", *arguments, *(["-m", ""] if cases == "all" else [])),
+        TRITON_INTERPRET="1",
+        CUDA_VISIBLE_DEVICES="",
+        PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed[1]) > 100, done.stdout[-1000:]
+    assert passed is not None and int(passed[1]) > 160, done.stdout[-1000:]
 
 
 @outside_the_interpreter
@@ -133,8 +142,8 @@ def test_the_second_launch_of_a_kind_goes_to_the_compiled_kernel_itself(
 
 
 @on_each_device
-@pytest.mark.parametrize("rank", [0, 1, 3])
-@pytest.mark.parametrize("rows_at_a_time", [1, 4, 16])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=LONG), 3])
+@pytest.mark.parametrize("rows_at_a_time", [1, pytest.param(4, marks=LONG), 16])
 def test_rows_that_share_a_program_keep_their_own_edits(
     kernels: SimpleNamespace, device: str, rows_at_a_time: int, rank: int
 ) -> None:
@@ -170,7 +179,7 @@ def test_every_width_has_a_block(kernels: SimpleNamespace, device: str) -> None:
 
 
 @on_each_device
-@pytest.mark.parametrize("rank", [0, 1, 5])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=LONG), pytest.param(1, marks=LONG), 5])
 def test_table_gradients_over_many_chunks_and_edits_without_rows(device: str, rank: int) -> None:
     hidden, rows, *tables = SteerCase(70, 31, n_edits=9, rank=rank, rows="mixed").make(torch.float32, device)
     # Edit 4 fills a chunk and more; edits 5, 6 and 8 have no row.

@@ -46,16 +46,17 @@ from optable import MANY_CASES, SAE_CASES, SteerCase
 steer = triton._kernel("steer").steer
 many = triton._kernel("steer_many").steer_many
 gradients = triton._kernel("steer_gradients").gradients
-for case in (
-    SteerCase(1, 1), SteerCase(64, 2048, 16, 1, "mixed"), SteerCase(1024, 1024, 2, 4, "mixed"),
+cases = (
+    SteerCase(1024, 1024, 2, 4, "mixed"), SteerCase(1, 1), SteerCase(64, 2048, 16, 1, "mixed"),
     SteerCase(5, 47, 2, 64, "mixed", "offset"), SteerCase(2, 20000, 2, 1, "mixed"),
-):
-    for name in sys.argv[2:]:
+)
+for case in cases[: int(sys.argv[2])]:
+    for name in sys.argv[3:]:
         args = case.make(getattr(torch, name))
         steer(*args)
         gradients(torch.zeros_like(args[0]), *args, (True, True, True))
-for case in MANY_CASES[2:12:3]:
-    for name in sys.argv[2:]:
+for case in MANY_CASES[2:12:3][-int(sys.argv[2]):]:
+    for name in sys.argv[3:]:
         many(*case.make(getattr(torch, name)))
 sae = triton._kernel("sae")
 for case in SAE_CASES[2:5]:
@@ -66,8 +67,18 @@ print(sorted(compiled), all(all(found) for found in compiled.values()))
 """
 
 
+# A GPU's capability, how many cases, and dtypes.
+TARGETS = [
+    ("90", "2", "bfloat16", "float32", "float64"),
+    *(
+        pytest.param((capability, "5", "bfloat16", "float16", "float32", "float64"), marks=pytest.mark.long)
+        for capability in ("80", "90")
+    ),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [("80", "bfloat16", "float64"), ("90", "float32")], ids=str)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_every_kernel_compiles_for_a_gpu_that_is_not_there(target: tuple[str, ...], tmp_path: Path) -> None:
     done = python("-c", COMPILE, *target, TRITON_CACHE_DIR=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     names = (

@@ -1,4 +1,7 @@
-"""Clocks of a GPU: what calls take on the device, and what they cost the calling thread."""
+"""Clocks of a GPU: what calls take on the device, and what they cost the calling thread.
+
+Without a GPU everything is timed by the host's clock, which tells nothing but that the calls run.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,45 @@ from collections.abc import Callable, Sequence
 import torch
 
 Call = Callable[[], object]
-Row = dict[str, object]
 
 
-def graph_of(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    """All the calls as one graph; each has run before, so that nothing is compiled inside."""
+def _in_turn(runs: dict[str, Call], rounds: int, warm: int = 2) -> dict[str, float]:
+    """Median seconds on the device of each, the ways taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for n in range(rounds + warm):
+        for name, run in runs.items():
+            seconds = _seconds(run)
+            if n >= warm:
+                times[name].append(seconds)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def _seconds(run: Call) -> float:
+    if not torch.cuda.is_available():
+        begun = time.perf_counter()
+        run()
+        return time.perf_counter() - begun
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _all(calls: Sequence[Call]) -> Call:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
+def graph_of(calls: Sequence[Call]) -> Call:
+    """Runs all the calls as one graph; each has run before, so that nothing is compiled inside."""
+    if not torch.cuda.is_available():
+        return _all(calls)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -24,23 +61,19 @@ def graph_of(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return graph
+    return graph.replay
 
 
 def device_seconds(ways: dict[str, Sequence[Call]], rounds: int = 25) -> dict[str, float]:
-    """Median seconds on the device of one call of each way."""
-    graphs = {name: graph_of(calls) for name, calls in ways.items()}
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for n in range(rounds + 3):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if n >= 3:
-                times[name].append(start.elapsed_time(end) / 1e3 / len(ways[name]))
-    return {name: statistics.median(found) for name, found in times.items()}
+    """Median seconds on the device of one call of each way, in a graph of all of them."""
+    found = _in_turn({name: graph_of(calls) for name, calls in ways.items()}, rounds, 3)
+    return {name: seconds / len(ways[name]) for name, seconds in found.items()}
+
+
+def call_seconds(ways: dict[str, Call], rounds: int = 7, calls: int = 3) -> dict[str, float]:
+    """Median seconds of one call of each way, one after another: the longer of its launch and its work."""
+    found = _in_turn({name: _all([call] * calls) for name, call in ways.items()}, rounds)
+    return {name: seconds / calls for name, seconds in found.items()}
 
 
 def launch_seconds(ways: dict[str, Call], rounds: int = 15, calls: int = 200) -> dict[str, float]:
@@ -48,28 +81,16 @@ def launch_seconds(ways: dict[str, Call], rounds: int = 15, calls: int = 200) ->
     times: dict[str, list[float]] = {name: [] for name in ways}
     for n in range(rounds + 2):
         for name, call in ways.items():
-            torch.cuda.synchronize()
+            synchronize()
             start = time.perf_counter()
             for _ in range(calls):
                 call()
             if n >= 2:
                 times[name].append((time.perf_counter() - start) / calls)
-    torch.cuda.synchronize()
+    synchronize()
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def call_seconds(ways: dict[str, Call], rounds: int = 7, calls: int = 3) -> dict[str, float]:
-    """Median seconds of one call of each way, launches and gaps included; for calls that need no graph to be seen."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for n in range(rounds + 2):
-        for name, call in ways.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            start.record()
-            for _ in range(calls):
-                call()
-            end.record()
-            end.synchronize()
-            if n >= 2:
-                times[name].append(start.elapsed_time(end) / 1e3 / calls)
-    return {name: statistics.median(found) for name, found in times.items()}
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

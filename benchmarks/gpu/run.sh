@@ -1,53 +1,85 @@
 #!/usr/bin/env bash
-# Build, test and time the ops on a machine with a GPU, without a network, from what such a machine usually has: torch, pytest,
-# pybind11, cmake and, for the CUDA sources, nvcc. Under nine minutes. Usage: benchmarks/gpu/run.sh [RESULT.json or folder]
-# Where a test fails the times are taken too, marked as such, and the exit status is that of the tests.
+# Build, test and time on a machine with a GPU, without a network, from what such a machine usually has: torch, transformers,
+# pytest, pybind11, cmake and, for the CUDA sources, nvcc. All parts together take under nine minutes.
+#
+#   benchmarks/gpu/run.sh [RESULT.json or folder] [--only PART,...] [-- options of the timed part]
+#
+# Parts: build, test, steer, logprob, decode. Without "build" what was built before is used, if there is anything. Where a test
+# fails the times are taken too, marked as such; a part that fails or takes too long doesn't stop the ones that follow. The
+# exit status is that of the last part that failed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD
-result=${1:-benchmarks/results}
+result=benchmarks/results
+parts=build,test,steer,logprob,decode
+options=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --only) parts=$2; shift 2 ;;
+    --) shift; options=("$@"); break ;;
+    -*) echo "unknown option $1; see the head of $0" >&2; exit 2 ;;
+    *) result=$1; shift ;;
+  esac
+done
+for part in ${parts//,/ }; do
+  case $part in build | test | steer | logprob | decode) ;; *) echo "unknown part $part; see the head of $0" >&2; exit 2 ;; esac
+done
 case $result in *.json) mkdir -p "$(dirname "$result")" ;; *) mkdir -p "$result" ;; esac
 result=$(realpath "$result")
 export PYTHON=${PYTHON:-python3}
 case $PYTHON in */*) PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON") ;; esac
+site=$root/build/gpu/site
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+wanted() { case ,$parts, in *,$1,*) return 0 ;; *) return 1 ;; esac }
 step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
-step "build"
-command -v nvcc >/dev/null || [ ! -x /usr/local/cuda/bin/nvcc ] || export PATH=/usr/local/cuda/bin:$PATH
-options=()
-if command -v nvcc >/dev/null; then
-  nvcc --version | tail -n 2
-  # Code for the GPU at hand; without one, the list of a build from source.
-  if command -v nvidia-smi >/dev/null; then
-    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .) || capability=
-    [[ ! $capability =~ ^[0-9]+$ ]] || options+=("-DMECHANEX_CUDA_ARCHITECTURES=$capability")
+if wanted build || [ ! -d "$site" ]; then
+  step build
+  command -v nvcc >/dev/null || [ ! -x /usr/local/cuda/bin/nvcc ] || export PATH=/usr/local/cuda/bin:$PATH
+  definitions=()
+  if command -v nvcc >/dev/null; then
+    nvcc --version | tail -n 2
+    # Code for the GPU at hand; without one, the list of a build from source.
+    if command -v nvidia-smi >/dev/null; then
+      capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .) || capability=
+      [[ ! $capability =~ ^[0-9]+$ ]] || definitions+=("-DMECHANEX_CUDA_ARCHITECTURES=$capability")
+    fi
+  else
+    echo "no nvcc: built without the CUDA kernels"
   fi
-else
-  echo "no nvcc: built without the CUDA kernels"
+  rm -rf "$site"
+  JOBS=${JOBS:-$(nproc)} scripts/stage.sh "$site" "${definitions[@]}" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
 fi
-JOBS=${JOBS:-$(nproc)} scripts/stage.sh "$work/site" "${options[@]}" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
 
 # From another folder: the source tree, which has no compiled modules, would come before the staged package.
-export PYTHONPATH=$work/site HF_HUB_OFFLINE=1 MECHANEX_HOME=$work/home PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH=$site HF_HUB_OFFLINE=1 MECHANEX_HOME=$work/home PYTHONDONTWRITEBYTECODE=1
 cd "$work"
-"$PYTHON" -m mechanex
+! wanted build || "$PYTHON" -m mechanex
 
-step "test"
-workers=()
-if "$PYTHON" -c "import xdist" 2>/dev/null; then workers=(-n "${WORKERS:-8}"); fi
-tests=("$root"/tests/test_{steer_op,steer_many,steer_table,steer_gpu,logprob_op,logprob_gpu,backends}.py)
-for more in "$root"/tests/test_triton*.py; do [ ! -e "$more" ] || tests+=("$more"); done
 status=0
-timeout 360 "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" "${tests[@]}" || status=$?
-outcome=passed
-if [ "$status" -ne 0 ]; then
-  outcome="failed ($status)"
-  echo "tests $outcome: the timings that follow say so, and may be of wrong results" >&2
+outcome="not run"
+if wanted test; then
+  step test
+  workers=()
+  if "$PYTHON" -c "import xdist" 2>/dev/null; then workers=(-n "${WORKERS:-8}"); fi
+  tests=("$root"/tests/test_{steer_op,steer_many,steer_table,steer_gpu,logprob_op,logprob_gpu,backends}.py)
+  for more in "$root"/tests/test_{triton,static}*.py; do [ ! -e "$more" ] || tests+=("$more"); done
+  outcome=passed
+  timeout 240 "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" "${tests[@]}" || status=$?
+  if [ "$status" -ne 0 ]; then
+    outcome="failed ($status)"
+    echo "tests $outcome: the timings that follow say so, and may be of wrong results" >&2
+  fi
 fi
 
-step "time"
-timeout 120 "$PYTHON" "$root/benchmarks/gpu/timings.py" "$result" --tests "$outcome" || status=$?
+for part in steer:90 logprob:90 decode:240; do
+  name=${part%:*}
+  wanted "$name" || continue
+  step "$name"
+  timeout "${part#*:}" "$PYTHON" "$root/benchmarks/gpu/$name.py" "$result" --tests "$outcome" "${options[@]}" || status=$?
+done
+step goals
+"$PYTHON" "$root/benchmarks/gpu/record.py" "$result" || status=$?
 step "done"
 exit "$status"

@@ -1,6 +1,7 @@
 // The Python door of the CUDA kernels: raw addresses and a raw stream in, nothing of torch included or linked.
 #include <pybind11/pybind11.h>
 
+#include "direct.h"
 #include "launch.h"
 
 namespace py = pybind11;
@@ -90,5 +91,6 @@ PYBIND11_MODULE(_native_cuda, m, py::mod_gil_not_used()) {
   m.def("check_device", &check_device, "Raise RuntimeError unless the kernels can run on this device.");
   m.def("steer", &steer, "Put one steer call on a stream, by raw addresses; see csrc/cuda/launch.h.");
   m.def("steer_many", &steer_many, "Put one call of the general steer op on a stream, likewise.");
+  if (PyModule_AddFunctions(m.ptr(), direct_methods()) != 0) throw py::error_already_set();
   m.def("reduce", &reduce, "Put one chunk of completion_logprob on a stream, likewise.");
 }

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 __all__ = [
     "dispatch_modes",
+    "exchange_table",
     "parallel_for_address",
     "remove_hook",
     "stream_getter",
@@ -57,6 +58,12 @@ def stream_getter() -> Callable[[int], int]:
     """
     raw: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     return raw or (lambda device: torch.cuda.current_stream(device).cuda_stream)
+
+
+def exchange_table() -> object | None:
+    """torch's table of C functions for its tensors, a capsule (DLPack's; torch 2.10 and later); None without."""
+    table: object | None = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    return table
 
 
 def parallel_for_address() -> int:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mechanex.errors import MechanexError, ValidationError
@@ -39,6 +41,7 @@ __all__ = [
     "Kernel",
     "active",
     "backends",
+    "direct_steer",
     "get",
     "gradients",
     "kernel",
@@ -194,7 +197,16 @@ _AUTO = {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")}
 # cheaper launch is the quicker way.
 LAUNCH_BOUND = 1 << 22
 _BY_SIZE = ("steer", "steer_many")
-_AUTO_LAUNCH_BOUND = {"cuda": ("native", "triton", "eager")}
+# What edits larger hidden states on a GPU. Shares of a copy of the same bytes on an H100, [8192, 4096], native beside
+# triton (benchmarks/gpu/steer.py prints them and what `auto` takes at every size):
+#   bfloat16  add .97 .95 · rank 1 .90 .98 · rank 4 .82 .58 (float32 edits .70 .52) · 16 edits of rank 1 by row .78 .63
+#   float32   rank 4 .73 .80
+_LARGE = (
+    "native, but triton for one edit of rank 1 for every row, and of any rank for float32 rows",
+    "steer_many: triton",
+)
+# Above this rank one edit is two matrix products; the usual way decides.
+_DIRECT_RANK = 16
 
 _setting: str | None = None
 
@@ -266,10 +278,8 @@ def selection() -> str:
     """What ``auto`` takes on each device, first to last, and what it leaves to plain torch; for people."""
     lines = [f"{device}: {', '.join(names)}" for device, names in _AUTO.items()]
     lines += [
-        f"{device}, steer of hidden states of at most {LAUNCH_BOUND} numbers: {', '.join(names)}"
-        for device, names in _AUTO_LAUNCH_BOUND.items()
-    ]
-    lines += [
+        f"cuda, steer of hidden states of at most {LAUNCH_BOUND} numbers: native, triton, eager",
+        f"cuda, steer of larger ones: {'; '.join(_LARGE)}",
         "other devices: eager",
         "one vector for every row, in hidden's own dtype: a plain torch addition",
         f"one edit on a CPU, of rank above {native.TORCH_RANK}, or on one row with factors of more than "
@@ -322,8 +332,11 @@ def _select(op: str, name: str | None, by_size: bool, tensor: Tensor, *rest: Any
     """As :func:`select`; the size of a call counts where asked for: gradients keep to the kernels that repeat bits."""
     chosen = name or _setting or active()
     if chosen == "auto":
-        small = by_size and op in _BY_SIZE and tensor.numel() <= LAUNCH_BOUND
-        for candidate in _candidates(op, tensor.device.type, small):
+        native_first = by_size and op in _BY_SIZE and _is_native_quicker(op, tensor, rest[0], rest[2])
+        quick = _native(op) if native_first and tensor.is_cuda else None
+        if quick and quick.refuses(tensor, *rest) is None and quick.declines(tensor, *rest) is None:
+            return quick
+        for candidate in _candidates(op, tensor.device.type):
             if candidate.refuses(tensor, *rest) is None and candidate.declines(tensor, *rest) is None:
                 return candidate
         return _REGISTRY["eager"].ops[op]
@@ -347,15 +360,55 @@ def _select(op: str, name: str | None, by_size: bool, tensor: Tensor, *rest: Any
     return found
 
 
+def direct_steer(
+    name: str | None, hidden: Tensor, rows: Tensor | None, left: Tensor | None
+) -> Callable[..., Tensor | None] | None:
+    """What may edit these plain tensors on a GPU as they are given, unchecked; it gives None for what it doesn't take.
+
+    Args:
+        name: as for :func:`select`.
+        hidden, rows, left: the op's arguments.
+    """
+    if not _is_on_gpu(hidden):
+        return None
+    chosen = name or _setting or active()
+    if chosen == "auto":
+        if left is not None and not (
+            isinstance(left, Tensor) and left.dim() == 3 and left.shape[1] <= _DIRECT_RANK
+        ):
+            return None
+        if not _is_native_quicker("steer", hidden, rows, left):
+            return None
+    elif chosen != "native":
+        return None
+    return native_cuda.direct()
+
+
+_is_on_gpu = operator.attrgetter("is_cuda")
+
+
+def _is_native_quicker(op: str, hidden: Tensor, rows: Tensor | None, left: Tensor | None) -> bool:
+    """Whether the compiled kernel is the quicker one on a GPU, as was measured (see above)."""
+    if hidden.numel() <= LAUNCH_BOUND:
+        return True
+    if op != "steer":
+        return False
+    one_edit = rows is None and left is not None
+    return not one_edit or (left is not None and left.shape[1] > 1 and hidden.dtype is not torch.float32)
+
+
 @functools.cache
-def _candidates(op: str, device: str, launch_bound: bool = False) -> tuple[Kernel, ...]:
+def _native(op: str) -> Kernel | None:
+    """The compiled kernel of an op on a GPU, if it can run. Trying Triton takes seconds."""
+    backend = _REGISTRY["native"]
+    return backend.ops.get(op) if backend.lacks("cuda") is None else None
+
+
+@functools.cache
+def _candidates(op: str, device: str) -> tuple[Kernel, ...]:
     found: list[Kernel] = []
     reasons: list[str] = []
     first = "plain torch"
-    if launch_bound and device in _AUTO_LAUNCH_BOUND:
-        usual = _candidates(op, device)
-        order = [_REGISTRY[name].ops.get(op) for name in _AUTO_LAUNCH_BOUND[device]]
-        return tuple(kernel for kernel in order if kernel in usual and kernel is not None)
     for name in _AUTO.get(device, ("eager",)):
         backend = _REGISTRY[name]
         reason = backend.lacks(device)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from mechanex._private.torch import stream_getter
+from mechanex._private.torch import exchange_table, stream_getter
 from mechanex._version import __version__
 
 from .eager import compute_dtype
 
-__all__ = ["MANY_WIDTH", "describe", "missing", "steer"]
+__all__ = ["MANY_WIDTH", "describe", "direct", "missing", "steer"]
 
 # Widest row of a half type that takes several edits: it waits in a block's shared memory, float32.
 MANY_WIDTH = 24_000
@@ -83,6 +84,24 @@ def _readable(version: int) -> str:
 
 
 _stream_getter = functools.cache(stream_getter)
+
+
+@functools.cache
+def direct() -> Callable[..., Tensor | None] | None:
+    """The steer op on torch's tensors themselves, a fraction of :func:`steer`'s work for the calling thread.
+
+    It takes hidden ``[..., d]``, rows, bias, left and right, and gives None for whatever isn't plain: an argument that
+    isn't contiguous, dtypes that would have to be converted, shapes that don't fit. None where the kernels don't run or
+    torch (before 2.10) doesn't show its tensors to compiled code.
+    """
+    table = exchange_table()
+    if missing() is not None or table is None:
+        return None
+    module = _module()
+    if not module.direct_setup(table, torch.Tensor, torch.nn.Parameter, torch.empty_like):
+        return None
+    found: Callable[..., Tensor | None] = module.steer_direct
+    return found
 
 
 def steer(

@@ -130,17 +130,28 @@ def refuses_steer(
     hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
 ) -> str | None:
     """Why the kernels can't take these arguments, or None."""
+    # Spelled out: this is asked before every launch.
+    if (
+        hidden.dtype not in _DTYPES
+        or (bias is not None and bias.dtype not in _DTYPES)
+        or (left is not None and left.dtype not in _DTYPES)
+        or (right is not None and right.dtype not in _DTYPES)
+    ):
+        found = [t.dtype for t in (hidden, bias, left, right) if t is not None and t.dtype not in _DTYPES]
+        return f"a dtype is {found[0]}, the kernels take float32, float64, bfloat16 and float16"
+    if (
+        hidden.is_neg()
+        or (bias is not None and bias.is_neg())
+        or (left is not None and left.is_neg())
+        or (right is not None and right.is_neg())
+    ):
+        return "an argument is a lazily negated view, whose memory holds other values: call resolve_neg()"
+    if left is None:
+        return None
     limits = _kernel("launch")
-    for tensor in (hidden, bias, left, right):
-        if tensor is None:
-            continue
-        if tensor.dtype not in _DTYPES:
-            return f"a dtype is {tensor.dtype}, the kernels take float32, float64, bfloat16 and float16"
-        if tensor.is_neg():
-            return "an argument is a lazily negated view, whose memory holds other values: call resolve_neg()"
-    if left is not None and left.shape[1] > limits.MAX_RANK:
+    if left.shape[1] > limits.MAX_RANK:
         return f"the rank is {left.shape[1]}, the kernels take at most {limits.MAX_RANK}"
-    if left is not None and left.shape[2] > limits.MAX_WIDTH:
+    if left.shape[2] > limits.MAX_WIDTH:
         return (
             f"the width is {left.shape[2]}, edits with a rank may be at most {limits.MAX_WIDTH} wide: "
             "a program holds a whole row"

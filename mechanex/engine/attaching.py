@@ -1,15 +1,15 @@
 """The one door for hooks on a model's modules: torch's compiled code notices them, and they can be found again.
 
 Code that torch compiled doesn't look at empty tables of hooks (``torch._dynamo.config.skip_nnmodule_hook_guards``), and
-would go on without a hook that came later. It does check whether a ``forward`` lies on the module itself and which one,
-so while hooks of ours are attached, one does that calls the module's own. Code without them waits meanwhile, and serves
-again when they are gone; other models' code is not touched.
+would go on without a hook that came later. It does check the class of every module, so a module with hooks of ours is
+of a class that differs from its own in nothing else; torch's parametrizations and sharding give modules such ones too.
+The ``forward`` is left to others who wrap it: offloading, casts, compilers. Code without hooks waits meanwhile, and
+serves again when they are gone; other models' code is not touched.
 """
 
 from __future__ import annotations
 
 import functools
-import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,19 +18,26 @@ import torch
 from torch import nn
 
 from .._private import torch as private
+from ..errors import ValidationError
 
-__all__ = ["OURS", "Attached", "after", "before", "detach_all", "hooks_of_others", "own_forward"]
+__all__ = [
+    "KEY",
+    "Attached",
+    "after",
+    "before",
+    "changes",
+    "detach_all",
+    "hooks_of_others",
+    "hooks_on",
+    "own_class",
+]
 
-_KEY = "_mechanex_hooks"
+KEY = "_mechanex_hooks"
 """On a module: ids of our hooks, and the kind of each. A copy of the module has it too, as it has the hooks."""
 
-_PLACED = "_mechanex_placed"
-"""On a module while a ``forward`` of ours lies on it: the one that lay there before (accelerate's, say), or None."""
-
-OURS = (_KEY, _PLACED)
-"""Names of what the library keeps on modules that it hooks."""
-
 _Hook = Callable[..., Any]
+
+_n_changes = 0
 
 
 class Attached:
@@ -38,14 +45,24 @@ class Attached:
 
     def __init__(self, module: nn.Module, handle: Any, kind: str) -> None:
         self._handle, self._module = handle, weakref.ref(module)
-        module.__dict__.setdefault(_KEY, {})[handle.id] = kind
-        _notice(module)
+        _count()
+        module.__dict__.setdefault(KEY, {})[handle.id] = kind
+        try:
+            _notice(module)
+        except TypeError as error:
+            self.remove()
+            raise ValidationError(
+                f"A {type(module).__name__} can't be hooked: its class can't be exchanged for one of the same kind "
+                f"({error}), and code that torch compiled would go on without the hook. Wrap it in a module of an "
+                "ordinary class."
+            ) from error
 
     def remove(self) -> None:
         """Takes the hook away; nothing happens where it is gone already."""
         self._handle.remove()
+        _count()
         module = self._module()
-        if module is not None and module.__dict__.get(_KEY, {}).pop(self._handle.id, None) is not None:
+        if module is not None and module.__dict__.get(KEY, {}).pop(self._handle.id, None) is not None:
             _notice(module)
 
 
@@ -89,24 +106,43 @@ def after(
 def detach_all(model: nn.Module) -> int:
     """Removes every hook of ours from a model, whoever holds the handles; returns how many there were."""
     n = 0
+    _count()
     for module in model.modules():
-        for hook_id in module.__dict__.pop(_KEY, {}):
+        for hook_id in module.__dict__.pop(KEY, {}):
             private.remove_hook(module, hook_id)
             n += 1
         _notice(module)
     return n
 
 
-def own_forward(module: nn.Module) -> Any:
-    """The ``forward`` that lies on the module itself, as others put it there, or None: ours is none of its own."""
-    state = module.__dict__
-    placed = _PLACED in state and getattr(state.get("forward"), "__func__", None) in _FORWARDS
-    return state[_PLACED] if placed else state.get("forward")
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, without what hooks of ours make of it."""
+    return _own.get(type(module), type(module))
+
+
+def changes() -> int:
+    """A count that changes whenever a hook of ours comes or goes, on whatever model."""
+    return _n_changes
+
+
+def _count() -> None:
+    global _n_changes
+    _n_changes += 1
+
+
+def hooks_on(model: nn.Module) -> frozenset[int]:
+    """Ids of the hooks on a model and its parts, whoever's they are."""
+    return frozenset(
+        i
+        for module in model.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for i in hooks
+    )
 
 
 def hooks_of_others(module: nn.Module) -> tuple[int, ...]:
     """Ids of the hooks on a module that aren't ours."""
-    ours = vars(module).get(_KEY, {})
+    ours = vars(module).get(KEY, {})
     return tuple(
         i for hooks in (module._forward_pre_hooks, module._forward_hooks) for i in hooks if i not in ours
     )
@@ -143,51 +179,30 @@ def _outside() -> _Hook:
 
 
 def _notice(module: nn.Module) -> None:
-    """Puts in place the ``forward`` that tells compiled code which kinds of our hooks the module has."""
-    state = module.__dict__
-    if _PLACED in state:
-        if getattr(state.get("forward"), "__func__", None) not in _FORWARDS:
-            return  # someone has put another around it since, which calls it
-        own = state.pop(_PLACED)
-        del state["forward"]
-        if own is not None:
-            state["forward"] = own
-    kinds = frozenset(state.get(_KEY, {}).values())
-    function = getattr(type(module), "forward", None)
-    if kinds and isinstance(function, types.FunctionType):
-        state[_PLACED] = state.get("forward")
-        state["forward"] = types.MethodType(_forwards(function)[kinds], module)
+    """Gives a module the class that tells compiled code which kinds of our hooks it has."""
+    own: Any = own_class(module)
+    kinds = frozenset(module.__dict__.get(KEY, {}).values())
+    wanted = _hooked(own, kinds) if kinds else own
+    if wanted is not type(module):
+        object.__setattr__(module, "__class__", wanted)
 
 
-_FORWARDS: set[Any] = set()
+_own: dict[type[Any], type[nn.Module]] = {}
+"""From our classes to those that they stand for."""
+
+
+class _Quiet:
+    """Keeps classes from noticing that one is derived from them: they may ask for arguments, or keep lists."""
+
+    def __init_subclass__(cls) -> None:
+        pass
 
 
 @functools.cache
-def _forwards(function: types.FunctionType) -> dict[frozenset[str], _Hook]:
-    """For each set of kinds of hooks, a function that does what a class's ``forward`` does.
-
-    They are told apart by their code, which is what compiled code looks at.
-    """
-
-    @functools.wraps(function)
-    def forward_after_hooks(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        own = self.__dict__.get(_PLACED)
-        return function(self, *args, **kwargs) if own is None else own(*args, **kwargs)
-
-    @functools.wraps(function)
-    def forward_before_hooks(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        own = self.__dict__.get(_PLACED)
-        return function(self, *args, **kwargs) if own is None else own(*args, **kwargs)
-
-    @functools.wraps(function)
-    def forward_between_hooks(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        own = self.__dict__.get(_PLACED)
-        return function(self, *args, **kwargs) if own is None else own(*args, **kwargs)
-
-    made: dict[frozenset[str], _Hook] = {
-        frozenset({"before"}): forward_after_hooks,
-        frozenset({"after"}): forward_before_hooks,
-        frozenset({"before", "after"}): forward_between_hooks,
-    }
-    _FORWARDS.update(made.values())
+def _hooked(own: type[Any], kinds: frozenset[str]) -> type[nn.Module]:
+    """A class like ``own`` for modules with hooks of these kinds."""
+    same = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
+    kind: Any = type(own)
+    made: type[nn.Module] = kind(own.__name__, (_Quiet, own), same)
+    _own[made] = own
     return made

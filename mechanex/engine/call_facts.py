@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["flat", "new_tokens", "old_tokens", "unreadable"]
+__all__ = ["contradiction", "flat", "keeps_a_list", "new_tokens", "old_tokens", "without"]
 
 _MASKED = -5e3  # an additive mask bars with the dtype's lowest number, -1e4 or -inf; biases are smaller
 
@@ -35,11 +35,16 @@ def new_tokens(values: Iterable[Any], batch: int, length: int, past: int) -> Ten
         past: tokens in the cache before the call, padding included.
     """
     real: Tensor | None = None
-    for value in values:
+    # Masks of queries and keys first: ones and zeros, one a token, may also be positions, which these tell apart.
+    for value in sorted(values, key=lambda v: isinstance(v, Tensor) and v.ndim < 4):
         found = _new_by(value, batch, length, past)
-        if found is not None:
-            found = found.expand(batch, length)
-            real = found if real is None else real & found.to(real.device)
+        if found is None:
+            continue
+        found = found.expand(batch, length)
+        if real is None:
+            real = found
+        elif not (value.ndim == 2 and not past and bool(_fits(value, real, real.cumsum(1) - 1).all())):
+            real = real & found.to(real.device)
     return real
 
 
@@ -118,32 +123,80 @@ def old_tokens(values: Iterable[Any], batch: int, length: int, past: int | None)
     return None
 
 
-def unreadable(values: Iterable[Any], real: Tensor, *, cached: bool) -> str | None:
-    """Why the facts of a call don't tell where its tokens stand, or None.
+def without(values: Iterable[Any], taken: Iterable[Tensor]) -> list[Any]:
+    """The values that aren't among these tensors, nor views of them."""
+    places = {tensor.untyped_storage().data_ptr() for tensor in taken}
+    return [v for v in values if not (isinstance(v, Tensor) and v.untyped_storage().data_ptr() in places)]
+
+
+def keeps_a_list(values: Iterable[Any]) -> bool:
+    """Whether states of earlier tokens may come in a list, which doesn't tell of how many."""
+    return any(isinstance(v, list) and any(isinstance(part, Tensor) for part in v) for v in values)
+
+
+def contradiction(
+    given: Iterable[Any], around: Iterable[Any], before: Tensor, real: Tensor, *, counted: bool
+) -> str | None:
+    """Why position ids among a call's arguments can't be those of the tokens that masks and cache tell of, or None.
 
     Args:
-        values: arguments of the first decoder layer.
-        real: [B, T] bool, which tokens of the call are no padding.
-        cached: whether a cache tells how many tokens came before.
+        given: arguments of the first decoder layer, without token ids.
+        around: arguments of the decoder stack, without token ids.
+        before: [B, past] bool, which cached tokens are no padding.
+        real: [B, T] bool, which tokens of the call are none.
+        counted: whether the cache counts its tokens; else ids of one dimension are places in something of its own.
     """
-    batch, length = real.shape
-    for value in values:
-        if isinstance(value, list) and any(isinstance(part, Tensor) for part in value) and not cached:
-            return "its layers keep states in a list, which doesn't tell what came before"
-        if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
-            continue
-        ids = value[None] if value.ndim == 1 else value
-        if ids.ndim != 2 or ids.shape[0] not in (1, batch) or ids.shape[1] != length:
-            continue
-        ids = ids.expand(batch, length).to(real.device)
-        steps, both = ids.diff(dim=1), real[:, 1:] & real[:, :-1]
-        runs, restarts = (steps == 1) | ~both, (ids[:, 1:] == 0) & (steps < 0) & both
-        if not bool((runs | restarts).all()) or bool(((ids <= 1) | ~real).all()):
-            continue  # no positions, or too few to tell
-        if bool(restarts.any()):
-            return "a row holds several sequences, each with positions of its own"
-        # Positions count from 0 or 1, at the row's first column or at its first token.
-        start = (ids - torch.arange(length, device=ids.device)).masked_fill(~real, 0).amax(1)
-        if not cached and bool((start > 1).any()):
-            return f"its positions start at {int(start.max())}, but no cache tells of the tokens before"
+    (batch, length), past = real.shape, before.shape[1]
+    index = before.sum(1, keepdim=True) + real.cumsum(1) - 1
+    for ids in _position_ids(given, around, batch, length, counted):
+        ids = ids.to(real.device).expand(batch, length)
+        fits = _fits(ids, real, index, past)
+        if not bool(fits.all()):
+            row = int((~fits).nonzero()[0, 0])
+            return _contradicted(ids[row], real[row], int(before[row].sum()))
     return None
+
+
+def _position_ids(
+    given: Iterable[Any], around: Iterable[Any], batch: int, length: int, counted: bool
+) -> Iterator[Tensor]:
+    """[B or 1, T] each: integers, one a token, that are no mask and no kinds of tokens."""
+    for in_layer, values in ((True, given), (False, around)):
+        for value in values:
+            if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
+                continue
+            if value.ndim == 1 and not counted:
+                continue
+            ids = value[None] if value.ndim == 1 else value
+            if ids.ndim != 2 or ids.shape[0] not in (1, batch) or ids.shape[1] != length:
+                continue
+            # Layers get no kinds of tokens, which are ones and zeros too.
+            if _is_row_mask(ids, length) or not (in_layer or bool(((ids < 0) | (ids > 1)).any())):
+                continue
+            distances = length > 1 and ids.shape[0] == length and bool((ids == -ids.T).all())
+            if not distances:
+                yield ids
+
+
+def _fits(ids: Tensor, real: Tensor, index: Tensor, past: int = 0) -> Tensor:
+    """[B] bool: whether ids count real tokens or columns, from 0 or from 1, in every real token of a row."""
+    ids = ids.to(real.device)
+    columns = torch.arange(past, past + real.shape[1], device=real.device)
+    found = [((ids - counted == start) | ~real).all(1) for counted in (index, columns) for start in (0, 1)]
+    return torch.stack(found).any(0)
+
+
+def _contradicted(ids: Tensor, real: Tensor, past: int) -> str:
+    steps = ids[real].diff()
+    if bool(((ids[real][1:] == 0) & (steps < 0)).any()) and bool(((steps == 1) | (steps < 0)).all()):
+        return "a row holds several sequences, each with positions of its own"
+    shown = ", ".join(map(str, ids[real][:8].tolist())) + (", …" if int(real.sum()) > 8 else "")
+    told = (
+        f"a cache and masks tell of {past} tokens before them"
+        if past
+        else "no cache tells of tokens before them"
+    )
+    return (
+        f"a row's position ids are {shown} for tokens that no mask says are padding, and {told}; mark padding by an "
+        "attention_mask, and leave position_ids out or count each row's tokens on from there"
+    )

@@ -71,7 +71,7 @@ class Continuation:
         return begin
 
     def feed_all(self, tokens: Sequence[int]) -> None:
-        """Takes tokens that nobody needs one by one: where there are no stop texts, and no pieces are read before."""
+        """Takes tokens whose texts nobody needs one by one, where there are no stop texts."""
         self._ids += tokens
         self._advance(final=False)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._private.torch import writes
-from .attaching import OURS, hooks_of_others, own_forward
+from .attaching import KEY, hooks_of_others, own_class
 
 if TYPE_CHECKING:
     from .models.adapter import ModelAdapter
@@ -80,7 +80,7 @@ def _build(adapter: ModelAdapter) -> Hashable:
 
 def _wrapping(module: nn.Module) -> Hashable:
     """What stands between a module's call and its class's forward, hooks aside."""
-    return type(module), id(own_forward(module)), id(vars(module).get("_compiled_call_impl"))
+    return own_class(module), id(vars(module).get("forward")), id(vars(module).get("_compiled_call_impl"))
 
 
 def _way_out(adapter: ModelAdapter) -> Hashable:
@@ -126,7 +126,7 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
             else ()
         )
         if (
-            name not in (*_UNREAD, *OURS)
+            name not in (*_UNREAD, KEY)
             and not name.endswith(("_hooks", "_hooks_with_kwargs"))
             and (isinstance(value, _PLAIN) or (items and all(isinstance(item, _PLAIN) for item in items)))
         ):

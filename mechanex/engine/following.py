@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .caches import cached_tokens, find_cache
-from .call_facts import flat, new_tokens, old_tokens, unreadable
+from .call_facts import contradiction, flat, keeps_a_list, new_tokens, old_tokens, without
 from .positions import Positions, current_positions, positions_are_given, set_positions
 
 __all__ = ["Followed", "Prompts"]
@@ -101,6 +101,7 @@ class _Call:
     around: list[Any]
     cache: Any
     past: int | None
+    tokens: list[Tensor] = field(default_factory=list)  # what its input embedding was given
     read: bool = False
 
 
@@ -134,6 +135,11 @@ class Followed(threading.local):
         if not positions_are_given():
             set_positions(None)
 
+    def embed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes a call of the input embedding."""
+        if self._calls:
+            self._calls[-1].tokens += [v for v in flat(args, kwargs.values()) if isinstance(v, Tensor)]
+
     def enter(self, hidden: Tensor, values: Sequence[Any]) -> None:
         """Works out the positions of the call that runs from what its first layer is given.
 
@@ -148,7 +154,7 @@ class Followed(threading.local):
         if cache is not None and cache is not call.cache:
             call.cache, call.past = cache, cached_tokens(cache)
         call.read = True
-        set_positions(self.derive(hidden, found, call.around, call.cache, call.past))
+        set_positions(self.derive(hidden, found, call.around, call.cache, call.past, call.tokens))
 
     def end(self) -> None:
         """Notes that the call ended, also by an exception."""
@@ -161,7 +167,13 @@ class Followed(threading.local):
             self.end()
 
     def derive(
-        self, hidden: Tensor, values: Sequence[Any], around: Sequence[Any], cache: Any, past: int | None
+        self,
+        hidden: Tensor,
+        values: Sequence[Any],
+        around: Sequence[Any],
+        cache: Any,
+        past: int | None,
+        tokens: Sequence[Tensor] = (),
     ) -> Positions:
         """The positions of a call.
 
@@ -171,6 +183,7 @@ class Followed(threading.local):
             around: arguments of the whole decoder stack.
             cache: the cache of the call, or None.
             past: tokens that it holds, padding included; None where it doesn't tell.
+            tokens: token ids among the arguments.
         """
         if hidden.ndim != 3:
             return _unknown(
@@ -178,6 +191,7 @@ class Followed(threading.local):
             )
         batch, length, _ = hidden.shape
         history = None if cache is None else _get(self._histories, cache)
+        counted = cache is None or past is not None
         if cache is None:
             past = 0
         elif past is None and history is not None:
@@ -190,8 +204,13 @@ class Followed(threading.local):
         if not past or length > 1:
             new = new_tokens(values, batch, length, past)
         real = before.new_ones(batch, length) if new is None else new.to(before.device)
-        # A step's only token is real, and its positions were checked with the prompt's.
-        why = unreadable(values, real, cached=cache is not None) if not past or length > 1 else None
+        if cache is None and keeps_a_list(values):
+            return _unknown(
+                hidden, "its layers keep states in a list, which doesn't tell of the tokens before"
+            )
+        # Which integers around the stack are positions is told by what its embedding took.
+        stack = without(around, tokens) if tokens else ()
+        why = contradiction(without(values, tokens), stack, before, real, counted=counted)
         if why is not None:
             return _unknown(hidden, why)
         index = (before.sum(1, keepdim=True) + real.cumsum(1) - 1).masked_fill(~real, -1)

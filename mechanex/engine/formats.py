@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import MechanexError, NotFoundError, ValidationError
 from ..home import atomic_path
-from .formats_record import check_record, with_checksum
+from .formats_record import CHECKSUM, check_record, own_checksum, with_checksum
 from .formats_site import Site, check_site, declared, layer_in, shift
 
 __all__ = [
@@ -124,7 +124,7 @@ def write_layers(
     Args:
         path: the file to make or replace; missing parent folders are made.
         layers: ``{layer: tensor [d]}``.
-        fields: text fields to keep beside them (JSON has no place for them and drops them).
+        fields: text fields to keep beside them (JSON drops them, but for the checksum).
 
     Raises:
         ValidationError: unknown suffix, or layers that the format can't hold.
@@ -208,7 +208,11 @@ def _read_json(path: Path) -> Contents:
     found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
     if not isinstance(found, dict):
         raise ValueError(f"the top level is a {type(found).__name__}, and {{layer: [numbers]}} is expected")
-    return Contents({_layer_number(key): _json_vector(key, values) for key, values in found.items()}, {})
+    checksum = found.pop(CHECKSUM, None)
+    layers = {_layer_number(key): _json_vector(key, values) for key, values in found.items()}
+    if checksum is None:
+        return Contents(layers, {})
+    return Contents(layers, {CHECKSUM: own_checksum(checksum)})
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -225,8 +229,9 @@ def _json_vector(key: str, values: object) -> Tensor:
 
 
 def _write_json(path: Path, layers: Mapping[int, Tensor], fields: Mapping[str, str]) -> None:
-    lines = {str(layer): tensor.detach().cpu().tolist() for layer, tensor in layers.items()}
-    path.write_text(json.dumps(lines, allow_nan=False), encoding="utf-8")
+    stored = {layer: tensor.detach().cpu().float() for layer, tensor in layers.items()}
+    lines = {str(layer): tensor.tolist() for layer, tensor in stored.items()}
+    path.write_text(json.dumps(lines | with_checksum(stored, {}), allow_nan=False), encoding="utf-8")
 
 
 def _read_gguf(path: Path) -> Contents:

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["FORMAT_VERSION", "check_record", "with_checksum"]
+__all__ = ["CHECKSUM", "FORMAT_VERSION", "check_record", "own_checksum", "with_checksum"]
 
 FORMAT_VERSION = "2"
 """The version that is written; files of version 1 have no checksum."""
 _READ = ("1", FORMAT_VERSION)
-_CHECKSUM = "checksum"
+CHECKSUM = "checksum"
+_KIND = "sha256:"
 
 
 def with_checksum(layers: Mapping[int, Tensor], fields: Mapping[str, str]) -> dict[str, str]:
@@ -24,7 +25,16 @@ def with_checksum(layers: Mapping[int, Tensor], fields: Mapping[str, str]) -> di
         layers: ``{layer: tensor [d]}`` as it is stored, float32 or float64.
         fields: text fields of the file.
     """
-    return {**fields, _CHECKSUM: _checksum(layers, fields)}
+    return {**fields, CHECKSUM: _checksum(layers, fields)}
+
+
+def own_checksum(found: object) -> str:
+    """A checksum of ours, where a format has no other; raises a ValueError for anything else."""
+    if not isinstance(found, str) or not found.startswith(_KIND):
+        raise ValueError(
+            "its checksum is of no kind that is known here: copy or save it again, or delete the entry"
+        )
+    return found
 
 
 def check_record(layers: Mapping[int, Tensor], fields: Mapping[str, str]) -> None:
@@ -40,8 +50,9 @@ def check_record(layers: Mapping[int, Tensor], fields: Mapping[str, str]) -> Non
             f"it has format version {version[:20]!r}, and this library reads {' and '.join(_READ)}: update mechanex, "
             "or save the vector again with this version"
         )
-    found = fields.get(_CHECKSUM)
-    ours = found is not None and found.startswith("sha256:")
+    found = fields.get(CHECKSUM)
+    # A file without a version may be another tool's, with a checksum of another kind.
+    ours = found is not None and found.startswith(_KIND)
     if version == FORMAT_VERSION and not ours:
         raise ValueError("its checksum is missing: the file was damaged or edited; copy or save it again")
     if ours and found != _checksum(layers, fields):
@@ -66,6 +77,6 @@ def _checksum(layers: Mapping[int, Tensor], fields: Mapping[str, str]) -> str:
         digest.update(f"{layer}:{tensor.dtype}:{tensor.numel()};".encode())
         stored = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
         digest.update(stored.tobytes())
-    named = sorted((name, text) for name, text in fields.items() if name != _CHECKSUM)
+    named = sorted((name, text) for name, text in fields.items() if name != CHECKSUM)
     digest.update(json.dumps(named).encode())
-    return f"sha256:{digest.hexdigest()}"
+    return _KIND + digest.hexdigest()

@@ -19,6 +19,7 @@ from .intervention import compute_dtype
 from .models.adapter import Handles, ModelAdapter
 from .pack import BATCH_TOKENS, BATCH_TOKENS_GPU, ROW_TOKENS, Pack, Pair, build_packs
 from .regimes import regimes_of
+from .stream import others, residual
 
 __all__ = [
     "Resumed",
@@ -296,10 +297,10 @@ class Resumed:
         handles = Handles()
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            layer = self._layer + len(self.arguments)
+            layer, hidden = self._layer + len(self.arguments), residual(args, kwargs)
             if layer in self._keep:
-                self.residuals[layer] = (args[0] if args else kwargs["hidden_states"]).detach()
-            self.arguments.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+                self.residuals[layer] = hidden.detach()
+            self.arguments.append(others(args, kwargs))
             if layer == self._adapter.n_layers - 1:
                 raise _Enough
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from .._private.torch import writes
 from ..errors import ValidationError
+from .attaching import hooks_on
 from .intervention import Edit, EditTable
 from .models import adapter_for
 from .models.adapter import Handles, ModelAdapter, ResidualHook, exclusive
@@ -25,7 +28,7 @@ from .positions import (
 
 _Chains = tuple[tuple[int, ...], ...]
 
-__all__ = ["Handle", "Intervention", "SteeringPlan", "positions", "reset"]
+__all__ = ["Applied", "Handle", "Intervention", "SteeringPlan", "positions", "reset", "taken_over"]
 
 Handle = Handles
 
@@ -153,7 +156,9 @@ class _LayerEdits:
             if torch.compiler.is_compiling():
                 # Composed in the graph, whose inputs the edits' tensors are: other values need no other graph.
                 return self._made((whole,)).apply(hidden)
-            return self._table((whole,)).apply(hidden)
+            return None if _elsewhere.get() else self._table((whole,)).apply(hidden)
+        if _elsewhere.get():
+            return None
         chains, index = self._chains(hidden.shape[0], hidden.shape[1], hidden.device)
         return self._table(chains).apply(hidden, index) if chains else None
 
@@ -228,7 +233,50 @@ class SteeringPlan:
         hooks: list[tuple[int, ResidualHook]] = [
             (n, _LayerEdits(found)) for n, found in sorted(by_layer.items())
         ]
-        return attach(adapter, hooks, follow=asks)
+        before = hooks_on(adapter.hf_model)
+        handle = attach(adapter, hooks, follow=asks)
+        placed = [replace(i, layer=adapter.layer_index(i.layer)) for i in self.interventions]
+        applied = Applied(tuple(placed), hooks_on(adapter.hf_model) - before)
+        adapter.kept.applied.append(applied)
+        handle.add(_Listed(applied, adapter.kept.applied))
+        return handle
+
+
+@dataclass(frozen=True, eq=False)
+class Applied:
+    """A plan that steers a model now.
+
+    Args:
+        interventions: with layers of 0 or more.
+        hooks: ids of the hooks that do it.
+    """
+
+    interventions: tuple[Intervention, ...]
+    hooks: frozenset[int]
+
+
+class _Listed:
+    """The place of a plan in the list of those that are applied, until it is removed."""
+
+    def __init__(self, applied: Applied, listed: list[Applied]) -> None:
+        self._applied, self._listed = applied, listed
+
+    def remove(self) -> None:
+        if self._applied in self._listed:
+            self._listed.remove(self._applied)
+
+
+_elsewhere: ContextVar[bool] = ContextVar("mechanex_taken_over", default=False)
+
+
+@contextmanager
+def taken_over() -> Iterator[None]:
+    """Runs a block in which somebody else does what applied plans would; their hooks leave the model's calls alone."""
+    token = _elsewhere.set(True)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
 
 
 def attach(

@@ -15,7 +15,7 @@ from ..ops.gate import NORM, Gate
 from ..ops.steer import steer
 from .given import as_table, as_vector
 
-__all__ = ["Edit", "EditTable", "compute_dtype"]
+__all__ = ["Edit", "EditTable", "composed", "compute_dtype"]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -250,6 +250,17 @@ class Edit:
         return EditTable([self]).apply(hidden)
 
 
+def composed(chain: Sequence[Edit]) -> list[Edit]:
+    """As few edits as do the same one after another: neighbours become one, but for those with a gate."""
+    parts: list[Edit] = []
+    for edit in chain:
+        if parts and parts[-1].gate is None and edit.gate is None:
+            parts[-1] = parts[-1].then(edit)
+        else:
+            parts.append(edit)
+    return parts
+
+
 class EditTable:
     """Edits stacked for the ``steer`` op; factors of lower rank are filled up with zero rows.
 
@@ -276,12 +287,7 @@ class EditTable:
         edits: list[Edit] = []
         places: list[list[int]] = []
         for chain in chains:
-            parts: list[Edit] = []
-            for edit in chain:
-                if parts and parts[-1].gate is None and edit.gate is None:
-                    parts[-1] = parts[-1].then(edit)
-                else:
-                    parts.append(edit)
+            parts = composed(chain)
             places.append(list(range(len(edits), len(edits) + len(parts))))
             edits += parts
         table = cls(edits)

@@ -114,9 +114,6 @@ def given_positions(positions: Positions) -> Iterator[None]:
         _current.reset(current)
 
 
-PackPositions, pack_positions = Positions, given_positions  # their earlier names
-
-
 def check_tokens(tokens: object) -> None:
     """Raises a ValidationError unless this selects tokens: None, an int, or a slice with a step of 1 or more."""
     if tokens is None or (isinstance(tokens, int) and not isinstance(tokens, bool)):

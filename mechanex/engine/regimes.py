@@ -15,14 +15,16 @@ import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from .._private.torch import without_hooks
 from ..errors import ValidationError
 from .attaching import after
+from .caches import returned_caches
 
 if TYPE_CHECKING:
     from .models.adapter import ModelAdapter
@@ -116,11 +118,19 @@ def reads_again(adapter: ModelAdapter, length: int) -> bool:
     cache.update(kept, kept, 0)
     ids = torch.zeros(1, length, dtype=torch.int64, device=adapter.device)
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "next_sequence_length": 1}
-    for name in ("past_key_values", "cache"):
-        if name in inspect.signature(adapter.hf_model.forward).parameters:
-            options[name] = cache
+    options |= dict.fromkeys(_cache_names(adapter), cache)
     made = prepare(ids, use_cache=True, **options)
     return bool(made["input_ids"].shape[1] == length)
+
+
+def _cache_names(adapter: ModelAdapter) -> tuple[str, ...]:
+    """What the model calls the cache that it returns and takes, as a pass over one token shows."""
+    if "cache names" not in adapter.findings:
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=adapter.device)
+        with torch.no_grad(), without_hooks(adapter.hf_model):
+            out: Any = adapter.hf_model(input_ids=ids, use_cache=True, return_dict=True)
+        adapter.findings["cache names"] = tuple(returned_caches(out))
+    return cast("tuple[str, ...]", adapter.findings["cache names"])
 
 
 def length_dependent(model: nn.Module) -> list[nn.Module]:

@@ -110,6 +110,11 @@ class SteerTable:
         return steer(hidden, rows, self._bias, self._left, self._right, strength=strength, gate=self._gate)
 
     @property
+    def gates(self) -> bool:
+        """Whether edits may have gates."""
+        return self._gate is not None
+
+    @property
     def n_bytes(self) -> int:
         """Memory that the table takes."""
         gate = () if self._gate is None else (self._gate.kinds, self._gate.weight, self._gate.offset)

@@ -84,6 +84,12 @@ def steer(
     ):
         # One rounding of the float32 sum, as promised: torch adds half types in float32.
         return hidden + bias if hidden.dim() > 1 else hidden + bias[0]
+    if strength is None and gate is None and not torch.compiler.is_compiling() and type(hidden) in _PLAIN:
+        direct = backends.direct_steer(backend, hidden, rows, left)
+        if direct is not None and _is_plain_call(hidden, bias, left, right):
+            edited = direct(hidden, rows, bias, left, right)
+            if edited is not None:
+                return edited
     _check(hidden, rows, bias, left, right)
     if strength is not None or gate is not None or (rows is not None and rows.dim() == hidden.dim()):
         steer_many.check(hidden, rows, strength, bias, gate)
@@ -95,6 +101,15 @@ def steer(
     flat = hidden.reshape(-1, hidden.shape[-1])
     return _dispatch(flat, None if rows is None else rows.reshape(-1), bias, left, right, backend).view(
         hidden.shape
+    )
+
+
+def _is_plain_call(hidden: Tensor, bias: Tensor, left: Tensor | None, right: Tensor | None) -> bool:
+    """Whether nobody traces, transforms or differentiates this call."""
+    if transforms_are_active() or dispatch_modes():
+        return False
+    return not torch.is_grad_enabled() or not any(
+        isinstance(t, Tensor) and t.requires_grad for t in (hidden, bias, left, right)
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .room import Room
 from .row import ServedRow
@@ -15,13 +15,18 @@ _AHEAD = 128  # positions beyond a row's present length that are kept free for i
 
 
 def pick(
-    waiting: deque[ServedRow], running: Sequence[ServedRow], settings: Settings, room: Room, most: int
+    waiting: deque[ServedRow],
+    running: Sequence[ServedRow],
+    settings: Settings,
+    room: Room,
+    most: int,
+    n_unread: Callable[[ServedRow], int],
 ) -> list[ServedRow]:
     """Takes the requests that are read next out of those that wait, first come, first served.
 
     As many as fit: into the batch, into the room (one that needs more by itself runs alone), and into one
-    pass of ``prefill_tokens``, where rows with the same prompt and edits count once. A prompt whose log-probabilities
-    are wanted is read by itself.
+    pass of ``prefill_tokens``, where rows with the same prompt and edits count once and what was read before doesn't
+    count. A prompt whose log-probabilities are wanted is read by itself.
 
     Args:
         waiting: who waits; those that are picked are taken out.
@@ -29,6 +34,7 @@ def pick(
         settings: the limits.
         room: what fits into memory.
         most: rows that the batch may have.
+        n_unread: how many tokens of a row are to be read.
     """
     longest = max(map(_reach, running), default=0)
     picked: list[ServedRow] = []
@@ -40,12 +46,12 @@ def pick(
         n_rows = len(running) + len(picked) + 1
         if n_rows > 1 and longest * n_rows > room.cache_tokens:
             break
-        if picked and row.prompt_key not in prompts:
-            wider = max(width, row.n_known) * (len(prompts) + 1)
-            alone = row.wants_prompt_logprobs or picked[0].wants_prompt_logprobs
-            if alone or wider > settings.prefill_tokens:
+        if row.prompt_key not in prompts:
+            wider = max(width, n_unread(row))
+            alone = any(one.wants_prompt_logprobs for one in (row, *picked[:1]))
+            if picked and (alone or wider * (len(prompts) + 1) > settings.prefill_tokens):
                 break
-        width = max(width, row.n_known)
+            width = wider
         prompts.add(row.prompt_key)
         picked.append(waiting.popleft())
     return picked

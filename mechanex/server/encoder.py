@@ -13,6 +13,8 @@ from ..errors import ValidationError
 
 __all__ = ["Encoder"]
 
+_SHORT = 1000  # characters or tokens
+
 
 class Encoder:
     """Encodes and decodes; its methods block, and may be called from any thread.
@@ -37,6 +39,17 @@ class Encoder:
             self.check_size("".join(str(message.get("content", "")) for message in chat.messages))
         with self._lock:
             return encode_prompt(self._tokenizer, prompt)
+
+    def encode_soon(self, prompt: Prompt) -> list[int] | None:
+        """As ``encode``, for a prompt that takes no longer than handing it to another thread; None for one that may."""
+        if isinstance(prompt, Chat) or as_chat(prompt) is not None or len(prompt) > _SHORT:
+            return None
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            return encode_prompt(self._tokenizer, prompt)
+        finally:
+            self._lock.release()
 
     def text(self, prompt: Prompt) -> str:
         """A prompt that ``encode`` took, as text: itself, the template's rendering of messages, or decoded ids."""

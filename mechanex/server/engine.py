@@ -133,12 +133,14 @@ class ServingEngine:
         return await self.scheduler.run(fn, timeout)
 
     async def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt (text, ids, chat messages), in a thread.
+        """Token ids of a prompt (text, ids, chat messages), of all but short ones in a thread.
 
         Raises:
             ValidationError: as ``encode_prompt``, and ids that the model doesn't have.
         """
-        ids = await run_sync(self._encoder.encode, prompt)
+        ids = self._encoder.encode_soon(prompt)
+        if ids is None:
+            ids = await run_sync(self._encoder.encode, prompt)
         self.adapter.check_token_ids(ids)
         return ids
 

@@ -153,7 +153,8 @@ async def _common(engine: ServingEngine, body: GenerationBody, who: Principal) -
     sampling = Sampling("greedy") if greedy else Sampling("top-p", top_p=top_p, temperature=temperature)
     biases = tuple((int(token), bias) for token, bias in (body.logit_bias or {}).items())
     try:
-        engine.adapter.check_token_ids(token for token, _ in biases)
+        if biases:
+            engine.adapter.check_token_ids(token for token, _ in biases)
     except ValidationError as error:
         raise _invalid(f"Invalid value for 'logit_bias': {error.message}", "logit_bias") from error
     return {

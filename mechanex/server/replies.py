@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import codecs
 import json
+import random
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,17 +17,16 @@ __all__ = ["DONE", "ChatReply", "CompletionReply", "Reply", "event"]
 
 DONE = b"data: [DONE]\n\n"
 _LEAST = -9999.0  # what OpenAI writes for a probability of nothing
+_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 def event(body: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return (
-        b"data: "
-        + json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(
-            "utf-8", "replace"
-        )
-        + b"\n\n"
-    )
+    return _event(_json(body))
+
+
+def _event(text: str) -> bytes:
+    return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
 
 
 class Reply:
@@ -45,8 +44,10 @@ class Reply:
 
     def __init__(self, model: str, texts: TokenTexts, with_logprobs: bool) -> None:
         self._texts, self._with_logprobs = texts, with_logprobs
-        self._id, self._created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+        self._id, self._created = f"{self.prefix}-{random.getrandbits(128):032x}", int(time.time())
         self._model = model
+        # The same in all events of a stream.
+        self._begin = _json(self._head(self.part))[:-1] + ',"choices":'
 
     def complete(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         """The whole answer."""
@@ -54,8 +55,8 @@ class Reply:
 
     def chunk(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None, ask: bool) -> bytes:
         """One event of a stream; ``ask`` is whether the client asked for the usage."""
-        body = self._head(self.part) | {"choices": list(choices)}
-        return event(body | {"usage": usage} if ask else body)
+        end = f',"usage":{_json(usage)}}}' if ask else "}"
+        return _event(self._begin + _json(list(choices)) + end)
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {

@@ -44,25 +44,29 @@ class Generation:
             self._end = news
         self._news.set()
 
+    async def news(self) -> list[Step | Result]:
+        """What came since it was last asked for, the result last; waits for something to come.
+
+        Raises:
+            MechanexError: as ``result``, once all that came before was asked for.
+        """
+        while not self._steps and self._end is None:
+            self._news.clear()
+            await self._news.wait()
+        steps, self._steps = self._steps, []
+        found: list[Step | Result] = [_joined(steps)] if steps else []
+        if isinstance(self._end, Result):
+            found.append(self._end)
+        elif self._end is not None and not found:
+            raise self._end
+        return found
+
     async def __aiter__(self) -> AsyncIterator[Step]:
         while True:
-            if self._steps:
-                steps, self._steps = self._steps, []
-                if len(steps) == 1:
-                    yield steps[0]
-                else:
-                    yield Step(
-                        "".join(step.text for step in steps),
-                        tuple(one for step in steps for one in step.logprobs),
-                        steps[0].prompt_logprobs,
-                    )
-            elif self._end is not None:
-                break
-            else:
-                self._news.clear()
-                await self._news.wait()
-        if isinstance(self._end, BaseException):
-            raise self._end
+            for one in await self.news():
+                if isinstance(one, Result):
+                    return
+                yield one
 
     async def result(self) -> Result:
         """The whole answer, also after (part of) it was read step by step.
@@ -81,3 +85,10 @@ class Generation:
     def cancel(self) -> None:
         """Ends it and frees its place."""
         self.cancelled = True
+
+
+def _joined(steps: list[Step]) -> Step:
+    if len(steps) == 1:
+        return steps[0]
+    text, logprobs = "".join(step.text for step in steps), [one for step in steps for one in step.logprobs]
+    return Step(text, tuple(logprobs), steps[0].prompt_logprobs)

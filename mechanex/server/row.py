@@ -23,6 +23,9 @@ class ServedRow(Row):
         deadline: when, on ``time.monotonic()``'s clock, it is too late.
     """
 
+    # As smooth to a reader as more would be, and where steps are short far fewer wake-ups of the event loop.
+    pace = 0.02
+
     def __init__(
         self, generation: Generation, tokenizer: Any, ends: Sequence[int], room: int | None, deadline: float
     ) -> None:

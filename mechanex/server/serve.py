@@ -131,6 +131,8 @@ class Listening:
 @contextlib.contextmanager
 def _lively() -> Iterator[None]:
     """Lets the threads of this process, which does nothing but serve, take turns quickly."""
+    # Prompts are encoded one by one, for which the tokenizer's threads are only woken and waited for.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     interval = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_SECONDS)
     # What is loaded now stays; looking through it again and again would only hold up answers.

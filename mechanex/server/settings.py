@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from ..errors import ValidationError
@@ -121,7 +122,7 @@ class Settings:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValidationError(f"{name} is a finite number above 0; got {value!r}.")
 
-    @property
+    @cached_property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the bound address; the peer's address never decides."""
         if self.host.lower() == "localhost":

@@ -15,7 +15,7 @@ from .request import Generation, Result, Step
 
 __all__ = ["chat_events", "completion_events", "stream_response"]
 
-_News = tuple[int, "Step | Result | Exception"]
+_News = list[tuple[int, "Step | Result"]]
 
 
 def stream_response(events: AsyncIterator[bytes], generations: Sequence[Generation]) -> StreamingResponse:
@@ -41,18 +41,17 @@ async def chat_events(
     reply: ChatReply, generations: Sequence[Generation], n: int, ask: bool
 ) -> AsyncIterator[bytes]:
     """The events of a chat's answers; ``ask`` is whether the usage is wanted, of ``n`` answers to a prompt."""
-    for i in range(len(generations)):
-        yield reply.chunk([reply.first(i)], None, ask)
+    yield b"".join(reply.chunk([reply.first(i)], None, ask) for i in range(len(generations)))
     results: dict[int, Result] = {}
-    async for i, news in _merged(generations):
-        if isinstance(news, Step):
-            yield reply.chunk([reply.piece(i, news.text, news.logprobs)], None, ask)
-        else:
-            results[i] = news
-            yield reply.chunk([reply.last(i, news.finish_reason)], None, ask)
-    if ask:
-        yield reply.chunk([], _usage(reply, results, n), ask)
-    yield DONE
+    async for batch in _merged(generations):
+        events: list[bytes] = []
+        for i, news in batch:
+            if isinstance(news, Step):
+                events.append(reply.chunk([reply.piece(i, news.text, news.logprobs)], None, ask))
+            else:
+                results[i] = news
+                events.append(reply.chunk([reply.last(i, news.finish_reason)], None, ask))
+        yield b"".join(events + _end(reply, results, len(generations), n, ask))
 
 
 async def completion_events(
@@ -69,51 +68,57 @@ async def completion_events(
         begun[i], offsets[i] = True, len(echoes[i])
         return [reply.chunk([reply.echoed(i, echoes[i], generations[i].request.ids, logprobs)], None, ask)]
 
-    async for i, news in _merged(generations):
-        for chunk in echo(i, news.prompt_logprobs):
-            yield chunk
-        if isinstance(news, Step):
-            if news.text or news.logprobs:
-                yield reply.chunk([reply.piece(i, news.text, news.logprobs, offsets[i])], None, ask)
+    async for batch in _merged(generations):
+        events: list[bytes] = []
+        for i, news in batch:
+            events += echo(i, news.prompt_logprobs)
+            if isinstance(news, Result):
+                results[i] = news
+                events.append(reply.chunk([reply.last(i, news.finish_reason)], None, ask))
+            elif news.text or news.logprobs:
+                events.append(reply.chunk([reply.piece(i, news.text, news.logprobs, offsets[i])], None, ask))
                 offsets[i] += len(news.text)
-        else:
-            results[i] = news
-            yield reply.chunk([reply.last(i, news.finish_reason)], None, ask)
-    if ask:
-        yield reply.chunk([], _usage(reply, results, n), ask)
-    yield DONE
+        yield b"".join(events + _end(reply, results, len(generations), n, ask))
 
 
-def _usage(reply: Reply, results: dict[int, Result], n: int) -> dict[str, Any]:
-    return reply.usage([results[i] for i in range(len(results))], n)
+def _end(reply: Reply, results: dict[int, Result], n_answers: int, n: int, ask: bool) -> list[bytes]:
+    """What comes behind the last of all answers."""
+    if len(results) < n_answers:
+        return []
+    usage = reply.usage([results[i] for i in range(n_answers)], n) if ask else None
+    return [reply.chunk([], usage, ask), DONE] if ask else [DONE]
 
 
-async def _merged(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, Step | Result]]:
-    """The steps of several answers as they come, and each one's result at its end."""
+async def _merged(generations: Sequence[Generation]) -> AsyncIterator[_News]:
+    """What there is to tell of several answers, as it comes, each one's result at its end."""
     if len(generations) == 1:
-        async for step in generations[0]:
-            yield 0, step
-        yield 0, await generations[0].result()
+        going = True
+        while going:
+            found = await generations[0].news()
+            going = not isinstance(found[-1], Result)
+            yield [(0, one) for one in found]
         return
-    news: asyncio.Queue[_News] = asyncio.Queue()
+    queue: asyncio.Queue[_News | Exception] = asyncio.Queue()
 
     async def follow(i: int, generation: Generation) -> None:
         try:
-            async for step in generation:
-                news.put_nowait((i, step))
-            news.put_nowait((i, await generation.result()))
+            going = True
+            while going:
+                found = await generation.news()
+                going = not isinstance(found[-1], Result)
+                queue.put_nowait([(i, one) for one in found])
         except Exception as error:
-            news.put_nowait((i, error))
+            queue.put_nowait(error)
 
     tasks = [asyncio.create_task(follow(i, one)) for i, one in enumerate(generations)]
     try:
-        going = len(tasks)
-        while going:
-            i, one = await news.get()
-            if isinstance(one, Exception):
-                raise one
-            going -= isinstance(one, Result)
-            yield i, one
+        left = len(tasks)
+        while left:
+            news = await queue.get()
+            if isinstance(news, Exception):
+                raise news
+            left -= isinstance(news[-1][1], Result)
+            yield news
     finally:
         for task in tasks:
             task.cancel()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
 
-from ..engine.decode.calls import Form
+from ..engine.decode.calls import TOGETHER, Form
 from ..engine.decode.decoder import Decoder, Outcome
 from ..engine.decode.prefixes import Prefixes
 from ..engine.decode.probe import form
@@ -35,6 +36,7 @@ __all__ = ["Worker"]
 _logger = logging.getLogger(__name__)
 _News = tuple[Generation, "Step | Result | BaseException"]
 _TURN = 32  # steps before the model is offered to other threads of the process
+_GATHERING = 0.003  # seconds in which those whose answers ended together may send what is next, to be read together too
 _PATIENCE = 3  # steps that a few prompts wait for more to be read together with, while others are decoded
 
 
@@ -74,7 +76,7 @@ class Worker:
         self._apart: deque[ServedRow] = deque()  # whose prompts are read one by one
         self._outbox: list[_News] = []
         self._steered = 0.0
-        self._steps_since_pick = 0
+        self._steps_since_pick = self._ended_since_pick = 0
         self._resumed = 0.0  # when other work got the model last
 
     @property
@@ -122,6 +124,9 @@ class Worker:
                             break
                 finally:
                     self._decoder.detach()
+            if self.jobs:
+                self._tell(self._rows)
+                self._flush()
             self._work()
         self._flush()
 
@@ -139,10 +144,11 @@ class Worker:
             few = len(self.waiting) < max(1, len(self._decoder.rows) // 8)
             if few and self._decoder.rows and self._steps_since_pick < _PATIENCE:
                 return False
+            self._gather()
             rows = self._pick()
             if not rows:
                 return False
-            self._steps_since_pick = 0
+            self._steps_since_pick = self._ended_since_pick = 0
             try:
                 self._reading = self._decoder.read(rows)
             except Exception as error:
@@ -151,13 +157,23 @@ class Worker:
                 return False
         return self._guarded("prefill", self._read_on)
 
+    def _gather(self) -> None:
+        """Waits a moment where nothing is decoded, and fewer requests have come than answers have ended."""
+        with self.changed:
+            if not self.waiting or self._decoder.rows or self._apart:
+                return
+            wanted = min(self._ended_since_pick, self._settings.max_batch)
+            self.changed.wait_for(
+                lambda: len(self.waiting) >= wanted or self.closing or bool(self.jobs), _GATHERING
+            )
+
     def _pick(self) -> list[ServedRow]:
         """The requests that are read next; those that the model has no place for end here, each by itself."""
         if self._apart:
             return [self._apart.popleft()]
-        most = self._settings.max_batch if self._form == "rolling" else 1
+        most = self._settings.max_batch if self._form in TOGETHER else 1
         with self.changed:
-            picked = pick(self.waiting, self._rows, self._settings, self._room, most)
+            picked = pick(self.waiting, self._rows, self._settings, self._room, most, self._n_unread)
         fit = []
         for row in picked:
             error = self._decoder.unfit(row)
@@ -166,6 +182,10 @@ class Worker:
             else:
                 self._end(row, error)
         return fit
+
+    def _n_unread(self, row: ServedRow) -> int:
+        found = None if row.wants_prompt_logprobs else self._prefixes.find(row)
+        return row.n_known - (0 if found is None else found[1])
 
     def _read_on(self) -> None:
         reading = self._reading
@@ -186,7 +206,8 @@ class Worker:
             for row in _served(reading.rows):
                 if not row.chosen:
                     self._metrics.first_token_seconds.observe(time.monotonic() - row.arrived)
-            self._metrics.prompt_tokens.inc(sum(len(row.ids) for row in reading.prompts if not row.chosen))
+            new = [row for row in reading.prompts if not row.chosen]
+            self._metrics.prompt_tokens.inc(sum(len(row.ids) - row.cached_tokens for row in new))
             try:
                 outcomes = self._decoder.join(reading)
             except Exception:
@@ -230,6 +251,7 @@ class Worker:
         self._settle(self._decoder.catch_up())
         if row.ended:
             return
+        self._tell([row])
         self._decoder.drop([row])
         row.suspend()
         with self.changed:
@@ -274,8 +296,19 @@ class Worker:
                 self._end(row, row.result)
         self._metrics.completion_tokens.inc(chosen)
 
+    def _tell(self, rows: Iterable[ServedRow]) -> None:
+        """Gives readers what they were not told yet of answers that don't go on now."""
+        for row in rows:
+            # A token that can't be decoded ends its row with the next one.
+            with contextlib.suppress(Exception):
+                if row.request.stream and (news := row.news()) is not None:
+                    self._outbox.append((row.generation, news))
+
     def _end(self, row: ServedRow, end: Result | MechanexError) -> None:
+        if isinstance(end, MechanexError):
+            self._tell([row])
         row.ended = True
+        self._ended_since_pick += 1
         self.unanswered.answered(row.generation)
         reason = end.finish_reason if isinstance(end, Result) else "error"
         self._metrics.answers.labels("cancelled" if row.generation.cancelled else reason).inc()
@@ -315,6 +348,7 @@ class Worker:
         self._resumed = time.perf_counter()
 
     def _end_all(self, error: MechanexError) -> None:
+        self._tell(self._rows)
         with self.changed:
             left = self.unanswered.close(error)
             self.waiting.clear()

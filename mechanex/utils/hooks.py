@@ -17,9 +17,10 @@ from ..backends import prefers_torch
 from ..engine.given import as_vector
 from ..engine.hooks import Handle, selected
 from ..engine.intervention import Edit, EditTable, compute_dtype
-from ..engine.models import ModelAdapter, adapter_for
-from ..engine.models.huggingface import hidden_argument, is_traced
+from ..engine.models import adapter_for
+from ..engine.models.huggingface import is_traced
 from ..engine.positions import check_tokens, current_positions, token_mask, whole_pass
+from ..engine.stream import Stream, residual, with_residual
 from ..errors import ValidationError
 
 __all__ = [
@@ -63,7 +64,7 @@ def hf_hooks_contextmanager(
         if any(getattr(hook, "token", None) is not None for _, hook in hook_infos):
             handles.add(adapter.track_positions())
         for layer, hook in hook_infos:
-            handles.add(adapter.on_block(layer, _one_stream(adapter), with_kwargs=True, traced=True))
+            handles.add(adapter.on_block(layer, _one_stream(adapter.stream), with_kwargs=True, traced=True))
             handles.add(
                 adapter.on_block(layer, hook, with_kwargs=_takes_kwargs(hook), traced=is_traced(hook))
             )
@@ -72,12 +73,11 @@ def hf_hooks_contextmanager(
         handles.remove()
 
 
-def _one_stream(adapter: ModelAdapter) -> Callable[..., None]:
+def _one_stream(stream: Stream) -> Callable[..., None]:
     """A pre-hook that refuses a block's call that holds more than one residual stream."""
 
     def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args or "hidden_states" in kwargs:
-            adapter.check_stream(hidden_argument(args, kwargs))
+        stream.check(residual(args, kwargs))
 
     return check
 
@@ -176,7 +176,7 @@ class _SteeringHookHF(_Steer):
         self._plain: Tensor | None = vector if plain and vector.numel() > 1 else None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        hidden = hidden_argument(args, kwargs or {})
+        hidden = residual(args, kwargs or {})
         steered = None
         # Decoding makes this call once a layer and token: a vector of the stream's own dtype goes straight to torch, as
         # the op would send it. What doesn't fit is told, or moved, below.
@@ -187,7 +187,7 @@ class _SteeringHookHF(_Steer):
             steered = self.steer(hidden)
         if kwargs is None:
             return (steered, *args[1:])
-        return ((steered, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": steered})
+        return with_residual(steered, args, kwargs)
 
 
 class _SteeringHookTL(_Steer):
@@ -255,6 +255,6 @@ def make_activs_hook_hf(outlist: list[Tensor]) -> Callable[..., None]:
     """A hook that appends the residual stream [B, T, d_model] to ``outlist``, as it passes and unchanged."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        outlist.append(hidden_argument(args, kwargs or {}))
+        outlist.append(residual(args, kwargs or {}))
 
     return hook

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..._private.transformers import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from ...errors import ValidationError
 
-__all__ = ["RollingCache", "Unmergeable"]
+__all__ = ["OwnLayer", "RollingCache", "Unmergeable", "kinds"]
 
 _SPARE = 64  # columns that a new buffer has beyond what it holds, at least
 
@@ -82,13 +82,22 @@ class _Buffer:
         self._data, self.start, self.end = moved, left, left + width
 
 
-class _Rolling:
+class OwnLayer:
+    """A layer of a cache of ours.
+
+    Attributes:
+        window: of columns that its tokens see, or None for all.
+    """
+
+    window: int | None = None
+
+
+class _Rolling(OwnLayer):
     """What both kinds of layer share; mixed in before transformers' own class."""
 
     keys: Tensor | None
     values: Tensor | None
     is_initialized: bool
-    window: int | None = None
 
     def start_empty(self) -> None:
         self._kept = (_Buffer(), _Buffer())
@@ -161,6 +170,26 @@ class _RollingSlidingLayer(_Rolling, DynamicSlidingWindowLayer):  # type: ignore
         self.cumulative_length = length
 
 
+def kinds(cache: Cache) -> list[int | None]:
+    """For each layer of a cache the window of columns that it keeps, or None for all.
+
+    Raises:
+        Unmergeable: a layer of another kind than transformers' plain and sliding-window ones, and ours.
+    """
+    found: list[int | None] = []
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        if type(layer) is DynamicSlidingWindowLayer:
+            found.append(int(layer.sliding_window))
+        elif isinstance(layer, OwnLayer):
+            found.append(layer.window)
+        elif type(layer) is DynamicLayer:
+            found.append(None)
+        else:
+            raise Unmergeable(f"the model's cache has layers of the kind {type(layer).__name__}.")
+    return found
+
+
 class RollingCache(Cache):
     """The cache of a batch whose rows come and go. Give it to the model in place of its own cache.
 
@@ -172,14 +201,9 @@ class RollingCache(Cache):
     """
 
     def __init__(self, like: Cache) -> None:
-        layers: list[Any] = []
-        for layer in like.layers:
-            if isinstance(layer, _RollingLayer) or type(layer) is DynamicLayer:
-                layers.append(_RollingLayer())
-            elif isinstance(layer, _RollingSlidingLayer) or type(layer) is DynamicSlidingWindowLayer:
-                layers.append(_RollingSlidingLayer(int(layer.sliding_window)))
-            else:
-                raise Unmergeable(f"the model's cache has layers of the kind {type(layer).__name__}.")
+        layers: list[Any] = [
+            _RollingLayer() if window is None else _RollingSlidingLayer(window) for window in kinds(like)
+        ]
         super().__init__(layers=layers)
 
     def admit(
@@ -208,24 +232,22 @@ class RollingCache(Cache):
         states = [kept for layer in self._filled() for kept in (layer.keys, layer.values)]
         return sum(kept.shape[1] * kept.shape[3] * kept.element_size() for kept in states)
 
-    def states_of(self, row: int, columns: slice) -> tuple[tuple[Tensor, Tensor] | None, ...] | None:
-        """Each layer's keys and values [1, heads, columns, width] of some columns of a row, as views; None for a layer
+    def states_of(self, row: int, n: int) -> tuple[tuple[Tensor, Tensor] | None, ...] | None:
+        """Each layer's keys and values [1, heads, n, width] of a row's ``n`` tokens, as views; None for a layer
         that holds nothing.
 
-        None where a layer with a window has let go of some of these columns.
+        None where a layer with a window has let go of some of them.
         """
         layers: list[Any] = self.layers
-        whole = self.get_seq_length()
-        begin, end = columns.start - whole, (columns.stop - whole) or None
         states: list[tuple[Tensor, Tensor] | None] = []
         for layer in layers:
             if not layer.is_initialized:
                 states.append(None)
-            elif layer.keys.shape[2] < -begin:
+            elif layer.keys.shape[2] < n:
                 return None
             else:
                 row_of = slice(row, row + 1)
-                states.append((layer.keys[row_of, :, begin:end], layer.values[row_of, :, begin:end]))
+                states.append((layer.keys[row_of, :, -n:], layer.values[row_of, :, -n:]))
         return tuple(states)
 
     def admit_states(self, states: Sequence[tuple[Tensor, Tensor] | None], n: int, length: int) -> None:

@@ -15,15 +15,19 @@ from ..models.adapter import Handles, ModelAdapter
 from ..positions import Positions, given_positions
 from ..regimes import text_lengths
 
-__all__ = ["Calls", "Form", "Kept", "StepInputs"]
+__all__ = ["TOGETHER", "Calls", "Form", "Kept", "StepInputs"]
 
-Form = Literal["rolling", "unmasked", "masked", "reread"]
+Form = Literal["static", "rolling", "unmasked", "masked", "reread"]
 """How a model is called for decoding.
 
+static: rows come and go; every step is over the same tensors, so that a CUDA graph can be captured of it.
 rolling: rows come and go; they are padded and masked.
 unmasked, masked: one row, going on from the cache that the model made, without a mask or with one.
 reread: one row, without a cache: every step reads all of it.
 """
+
+TOGETHER: tuple[Form, ...] = ("static", "rolling")
+"""The forms in which rows come and go."""
 
 Kept = Mapping[str, Any]
 """What a model returned to be given in its next call, by the names of its arguments: its cache, under whatever name."""
@@ -35,14 +39,14 @@ class StepInputs:
 
     Args:
         ids: [rows, columns] token ids.
-        mask: [rows, past + columns] int64, 0 for padding.
+        mask: [rows, past + columns] int64, 0 for padding; for a static step what the model takes in its place.
         positions: [rows, columns] int64 absolute positions, 0 for padding.
         stated: the same for whoever selects tokens.
         text_lengths: [rows, 1] int64 tokens of the rows' whole texts where the call is only a part of them, else None.
     """
 
     ids: Tensor
-    mask: Tensor
+    mask: Tensor | dict[str, Tensor]
     positions: Tensor
     stated: Positions
     text_lengths: Tensor | None = None

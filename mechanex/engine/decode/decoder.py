@@ -11,15 +11,15 @@ from torch import Tensor
 from ...errors import MechanexError, ValidationError
 from ..models.adapter import ModelAdapter
 from ..regimes import first_change, reads_again
-from .cache import RollingCache
-from .calls import Calls, Form, Kept
+from .batch import Batch, CalledBatch
+from .calls import TOGETHER, Calls, Form
 from .choose import Choice, Chooser, are_sound, logprobs_of, not_finite
 from .prefixes import Prefixes
 from .reading import Reading
 from .request import Step, TokenLogprob
 from .row import Row
-from .steering import RowSteering, Span
-from .stepping import Stepping
+from .static import StaticBatch
+from .steering import RowSteering
 
 __all__ = ["Decoder", "Outcome"]
 
@@ -36,8 +36,8 @@ class Decoder:
     Args:
         adapter: the model; it has to be in eval mode, without gradients, and nobody else's while a method runs.
         padding: a token id to fill rows with; it is never looked at.
-        form: how the model takes its calls (``probe.form``); but for "rolling" there is one row at a time, and its
-            prompt is read in one pass.
+        form: how the model takes its calls (``probe.form``); but for "rolling" and "static" there is one row at a time,
+            and its prompt is read in one pass.
         prefill_tokens: most tokens of one pass over a single long prompt.
         overlapped: whether the host reads a step's tokens while the next step runs; None for where that helps.
         prefixes: where texts are kept that others may begin with, and looked for; None for nowhere.
@@ -65,14 +65,15 @@ class Decoder:
         # The longest text whose keys are of no use to a longer one, in models that then read all of it anew.
         self._turn = turn if turn is not None and reads_again(adapter, turn + 1) else None
         # Where a text's length changes its keys, a longer one has no use for them.
-        self._prefixes = prefixes if form == "rolling" and first_change(adapter) is None else None
+        self._prefixes = prefixes if form in TOGETHER and first_change(adapter) is None else None
         self._new_chooser = chooser
         self._calls = Calls(adapter, form)
-        self._kept: Kept | None = None
-        self._columns = 0
-        self._changes = 0
+        self._batch: Batch
+        if form == "static":
+            self._batch = StaticBatch(adapter, self._calls, self.steering)
+        else:
+            self._batch = CalledBatch(adapter, form, self._calls, self.steering)
         # Both are of the present rows, and made anew when those change.
-        self._stepping: Stepping | None = None
         self._chooser: Callable[[Tensor], Choice] | None = None
         self._latest: Choice | None = None
         self._pending: Choice | None = None  # of a step that ran, not read yet
@@ -80,13 +81,13 @@ class Decoder:
     @property
     def columns(self) -> int:
         """Columns of the cache: the length of the longest row."""
-        return self._columns
+        return self._batch.columns
 
     @property
     def token_bytes(self) -> int | None:
         """Memory that a token takes in the cache; None where that is empty or of a kind of its own."""
-        caches = [one for one in (self._kept or {}).values() if isinstance(one, RollingCache)]
-        return sum(one.column_bytes for one in caches) or None
+        kept = (self._batch.kept or {}).values() if self.form in TOGETHER else ()
+        return sum(cache.column_bytes for cache in kept) or None
 
     def unfit(self, row: Row) -> MechanexError | None:
         """Why a row can't be decoded with this model, if it can't; others don't suffer by it then."""
@@ -110,7 +111,7 @@ class Decoder:
         """Makes one pass over the prompts; whether they are read to the end now."""
         begin, end = reading.done, reading.columns
         whole = reading.wants_logprobs
-        if len(reading.prompts) == 1 and self.form == "rolling":
+        if len(reading.prompts) == 1 and self.form in TOGETHER:
             most = self._prefill_tokens
             if whole:
                 most = max(1, min(most, _LOGITS // max(int(self._adapter.config.vocab_size), 1)))
@@ -154,19 +155,7 @@ class Decoder:
 
     def _admit(self, reading: Reading, stay: Sequence[int]) -> None:
         rows, places = [reading.rows[i] for i in stay], [reading.places[i] for i in stay]
-        assert reading.kept is not None
-        longest = max(row.length for row in rows)
-        columns = max(self._columns, longest)
-        if self.form == "rolling":
-            ((name, source),) = reading.kept.items()
-            if self._kept is None:
-                self._kept = {name: RollingCache(source)}
-            everyone = places == list(range(len(reading.prompts)))
-            self._kept[name].admit(source, columns, None if everyone else places, longest)
-        else:
-            assert not self.rows and len(rows) == 1
-            self._kept = reading.kept
-        self._columns = columns
+        self._batch.admit(rows, reading, places)
         self.rows += rows
         self._changed()
 
@@ -193,28 +182,15 @@ class Decoder:
         if self.form == "reread":
             self._latest = self._chooser(self._reread())
             return self._latest
-        if self._stepping is None:
-            self._stepping = Stepping(self.rows, self._columns, device, unread)
-        else:
-            assert self._latest is not None
-            self._stepping.advance(self._latest.tokens)
-        if not self.steering.recall(self._changes):
-            ahead = int(unread is not None)
-            spans = [Span(row.request.steering, len(row.ids), row.length + ahead) for row in self.rows]
-            self.steering.prepare(spans, 1, self._changes)
-        try:
-            logits, self._kept = self._calls(self._stepping.inputs(), self._kept, 1)
-        finally:
-            self.steering.rest()
-        self._columns += 1
-        self._latest = self._chooser(logits[:, -1])
+        latest = None if self._latest is None else self._latest.tokens
+        self._latest = self._chooser(self._batch.step(self.rows, unread, latest))
         return self._latest
 
     def _reread(self) -> Tensor:
         """[1, vocabulary] logits of the only row, read from its begin."""
         reading = self.read(self.rows)
         self.advance(reading)
-        self._columns = reading.columns
+        self._batch.columns = reading.columns
         assert reading.logits is not None
         return reading.logits
 
@@ -245,7 +221,15 @@ class Decoder:
     def detach(self) -> None:
         """Leaves the model without hooks; they come back with the next call."""
         self.steering.detach()
+        self._batch.detach()
         self._calls.detach()
+
+    def close(self) -> None:
+        """Ends with whatever rows there are; leaves the model without hooks."""
+        self._pending, self.rows = None, []
+        self._batch.clear()
+        self._changed()
+        self.detach()
 
     def _settle_and_take_out(self, choice: Choice) -> list[Outcome]:
         outcomes = self._settle(choice)
@@ -260,8 +244,8 @@ class Decoder:
         """Keeps what was read of a row that has ended well, for texts that go on from there."""
         place = next(i for i, one in enumerate(self.rows) if one is row)
         n = row.length + (self._pending is not None)
-        assert self._kept is not None
-        prefixes.keep(row, n, self._kept, place, self._columns)
+        assert self._batch.kept is not None
+        prefixes.keep(row, n, self._batch.kept, place)
 
     def _settle(self, choice: Choice) -> list[Outcome]:
         """Gives the rows their tokens; one whose token can't be used ends alone."""
@@ -284,27 +268,22 @@ class Decoder:
             return
         self._changed()
         if all(id(row) in leaving for row in self.rows):
-            self.rows, self._kept, self._columns, self._pending = [], None, 0, None
+            self.rows, self._pending = [], None
+            self._batch.clear()
             return
-        assert self._kept is not None
-        (cache,) = self._kept.values()
         order = list(range(len(self.rows)))
         for i in reversed(range(len(self.rows))):
             if id(self.rows[i]) in leaving:
-                cache.drop(i)
+                self._batch.leave(i)
                 self.rows[i], order[i] = self.rows[-1], order[-1]
                 self.rows.pop()
                 order.pop()
         if self._pending is not None:
             self._pending = self._pending.among(order)
-        longest = max(row.length for row in self.rows) + (self._pending is not None)
-        if longest < self._columns:
-            cache.trim(longest)
-            self._columns = longest
+        self._batch.trim(max(row.length for row in self.rows) + (self._pending is not None))
 
     def _changed(self) -> None:
-        self._changes += 1
-        self._stepping = self._chooser = self._latest = None
+        self._chooser = self._latest = None
 
     def _note_prompt(self, rows: Sequence[Row], logits: Tensor, begin: int) -> None:
         """Keeps the log-probabilities of the rows' one prompt that ``logits`` [n, vocabulary] predict."""

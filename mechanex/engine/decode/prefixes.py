@@ -6,6 +6,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from ..._private.transformers import Cache
 from ..intervention import Edit
 from ..memory import tensor_bytes
 from ..positions import selects
@@ -49,11 +51,14 @@ class Prefix:
         """Memory of the keys and values."""
         return tensor_bytes(states for layer in self.states if layer is not None for states in layer)
 
-    def shared(self, tokens: Sequence[int], steering: Sequence[Steer], prompt_length: int) -> int:
-        """How many of the first tokens have the same keys and values in a text that is steered so."""
+    @cached_property
+    def _ids(self) -> Any:
+        return numpy.array(self.tokens)
+
+    def shared(self, tokens: Any, steering: Sequence[Steer], prompt_length: int) -> int:
+        """How many of the first tokens, an array of ids, have the same keys and values in a text that is steered so."""
         n = min(len(self.tokens), len(tokens))
-        mine, theirs = numpy.array(self.tokens[:n]), numpy.array(tokens[:n])
-        differs = numpy.flatnonzero(mine != theirs)
+        differs = numpy.flatnonzero(self._ids[:n] != tokens[:n])
         n = int(differs[0]) if len(differs) else n
         ours = _reaches(self.steering, n, self.prompt_length)
         others = _reaches(steering, n, prompt_length)
@@ -80,7 +85,7 @@ class Prefixes:
         self._kept: OrderedDict[int, Prefix] = OrderedDict()
         self._by_start: dict[tuple[object, ...], list[int]] = {}
         self._number = 0
-        self._like: dict[str, RollingCache] = {}
+        self._like: dict[str, Cache] = {}
         self._hooks: object = None
         self.n_bytes = 0
         """Memory that they take."""
@@ -101,8 +106,10 @@ class Prefixes:
         """
         tokens, steering, prompt_length = row.known[:-1], row.request.steering, len(row.ids)
         best: tuple[int, int] | None = None
-        for number in self._by_start.get(_start(row.request.owner, tokens), ()):
-            n = self._kept[number].shared(tokens, steering, prompt_length)
+        numbers = self._by_start.get(_start(row.request.owner, tokens), ())
+        ids = numpy.array(tokens) if numbers else None
+        for number in numbers:
+            n = self._kept[number].shared(ids, steering, prompt_length)
             if n >= _LEAST and (best is None or n > best[0]):
                 best = n, number
         if best is None:
@@ -125,7 +132,7 @@ class Prefixes:
             made.admit_states(prefix, n, columns)
         return {name: made}
 
-    def keep(self, row: Row, n: int, kept: Kept, place: int, columns: int) -> None:
+    def keep(self, row: Row, n: int, kept: Kept, place: int) -> None:
         """Copies a row's keys and values; what one of the kept texts has already is not kept twice.
 
         Args:
@@ -133,22 +140,21 @@ class Prefixes:
             n: how many of its tokens are there.
             kept: the batch's cache, by the name of its argument.
             place: the row's place there.
-            columns: of the cache, at whose end they are.
         """
         tokens, steering, prompt_length = row.known[:n], row.request.steering, len(row.ids)
         if len(tokens) < _LEAST or self._most <= 0:
             return
         ((name, cache),) = kept.items()
-        states = cache.states_of(place, slice(columns - n, columns))
+        states = cache.states_of(place, n)
         if states is None:
             return
         n_bytes = sum(one.nbytes for layer in states if layer is not None for one in layer)
         if n_bytes > self._most:
             return
-        start = _start(row.request.owner, tokens)
+        start, ids = _start(row.request.owner, tokens), numpy.array(tokens)
         for number in list(self._by_start.get(start, ())):
             other = self._kept[number]
-            common = other.shared(tokens, steering, prompt_length)
+            common = other.shared(ids, steering, prompt_length)
             if common == n:
                 self._kept.move_to_end(number)
                 return

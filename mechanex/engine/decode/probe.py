@@ -16,13 +16,13 @@ from ..intervention import widest
 from ..models.adapter import ModelAdapter, undisturbed
 from ..positions import given_positions, whole_pass
 from ..selfcheck import TOLERANCE, window_of
-from .calls import Form
+from .calls import TOGETHER, Form
 from .choose import Choice
 from .decoder import Decoder
 from .request import Request
 from .row import Row
 
-__all__ = ["form", "rolls", "token_bytes"]
+__all__ = ["form", "rolls", "together", "token_bytes"]
 
 _log = logging.getLogger(__name__)
 _NEW_TOKENS = 5
@@ -36,8 +36,9 @@ def form(adapter: ModelAdapter, n_rows: int) -> Form:
         adapter: the model, nobody else's meanwhile.
         n_rows: how many rows there are to be decoded.
     """
-    if n_rows > 1 and rolls(adapter):
-        return "rolling"
+    shared = together(adapter) if n_rows > 1 or _is_on_gpu(adapter) else None
+    if shared is not None and (n_rows > 1 or shared == "static"):
+        return shared
     if "decoding" not in adapter.findings:
         forms: tuple[Form, ...] = ("unmasked", "masked")
         found: Form = next((one for one in forms if _agrees(adapter, one)), "reread")
@@ -49,19 +50,30 @@ def form(adapter: ModelAdapter, n_rows: int) -> Form:
     return cast(Form, adapter.findings["decoding"])
 
 
-def rolls(adapter: ModelAdapter) -> bool:
-    """Whether prompts may join and leave a decoding batch of this model; checked once per model.
+def together(adapter: ModelAdapter) -> Form | None:
+    """The form in which prompts may join and leave a decoding batch of this model, if any; checked once per model.
 
     Args:
         adapter: the model, nobody else's meanwhile.
     """
-    if "rolling" not in adapter.findings:
-        found = adapter.findings["rolling"] = _agrees(adapter, "rolling")
-        if not found:
+    if "together" not in adapter.findings:
+        forms: tuple[Form, ...] = TOGETHER if _is_on_gpu(adapter) else ("rolling",)
+        found = adapter.findings["together"] = next((one for one in forms if _agrees(adapter, one)), None)
+        if found is None:
             _log.warning(
                 "%s decodes one row at a time: the rows of its cache can't be put together.", adapter.model_id
             )
-    return bool(adapter.findings["rolling"])
+    return cast("Form | None", adapter.findings["together"])
+
+
+def rolls(adapter: ModelAdapter) -> bool:
+    """Whether prompts may join and leave a decoding batch of this model."""
+    return together(adapter) is not None
+
+
+def _is_on_gpu(adapter: ModelAdapter) -> bool:
+    """Whether all of the model is on one CUDA device, where steps that are captured pay."""
+    return all(p.is_cuda and p.device == adapter.device for p in adapter.hf_model.parameters())
 
 
 def token_bytes(adapter: ModelAdapter) -> int | None:
@@ -71,7 +83,7 @@ def token_bytes(adapter: ModelAdapter) -> int | None:
 
 def _agrees(adapter: ModelAdapter, tried: Form) -> bool:
     """Whether decoding in this form gives the logits of whole passes."""
-    probe = _try_rolling if tried == "rolling" else partial(_try_one_row, tried=tried)
+    probe = partial(_try_together if tried in TOGETHER else _try_one_row, tried=tried)
     # What others have attached is none of the model's facts, unless it can't do without.
     for without in (without_hooks, nullcontext):
         try:
@@ -137,16 +149,16 @@ def _try_one_row(adapter: ModelAdapter, tried: Form) -> bool:
         while decoder.rows:
             decoder.step()
     finally:
-        decoder.detach()
+        decoder.close()
     return checked.agrees
 
 
-def _try_rolling(adapter: ModelAdapter) -> bool:
+def _try_together(adapter: ModelAdapter, tried: Form) -> bool:
     window = window_of(adapter)
     beyond = window if window is not None and window <= _LARGEST_WINDOW else 0
     checked = _Checked(adapter, [_fitting(adapter, n) for n in (11 + beyond, 4, 7)])
     first, second, third = checked.rows
-    decoder = Decoder(adapter, 0, form="rolling", overlapped=False, chooser=checked.chooser)
+    decoder = Decoder(adapter, 0, form=tried, overlapped=False, chooser=checked.chooser)
     try:
         _join(decoder, [first, second])
         decoder.step()
@@ -157,7 +169,7 @@ def _try_rolling(adapter: ModelAdapter) -> bool:
         while decoder.rows:
             decoder.step()
     finally:
-        decoder.detach()
+        decoder.close()
     return checked.agrees
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,9 @@ class Row:
             none may.
     """
 
+    pace = 0.0
+    """Seconds from one piece that a reader is told to the next; what comes between is told with it."""
+
     def __init__(
         self,
         request: Request,
@@ -52,8 +56,10 @@ class Row:
         self.result: Result | None = None
         self._ends = frozenset(ends)
         self._text = Continuation(tokenizer, self.ids, request.stops)
-        # Nobody looks at the text before its end.
-        self._late = not (request.stream or request.stops) and request.logprobs is None
+        # Where nobody asks for the text of each token, several are decoded at once.
+        self._joined = not request.stops and request.logprobs is None
+        self._n_decoded = 0
+        self._due = 0.0
         self._logprobs: list[TokenLogprob] = []
         # For each of them where its text begins in the answer, and whether it has any of its own.
         self._places: list[tuple[int, bool]] = []
@@ -117,25 +123,33 @@ class Row:
         self.counts[token] += 1
         if token in self._ends:
             return self._finish("stop")
-        if self._late:
-            return self._finish("length") if len(self.chosen) >= self.max_tokens else None
-        begin = self._text.feed(token)
-        if logprob is not None:
-            self._logprobs.append(logprob)
-            self._places.append((begin, self._text.stopped or len(self._text.text) > begin))
-        if self._text.stopped:
-            return self._finish("stop")
+        if not self._joined:
+            begin = self._text.feed(token)
+            if logprob is not None:
+                self._logprobs.append(logprob)
+                self._places.append((begin, self._text.stopped or len(self._text.text) > begin))
+            if self._text.stopped:
+                return self._finish("stop")
         if len(self.chosen) >= self.max_tokens:
             return self._finish("length")
-        return self._step() if self.request.stream else None
+        if not self.request.stream or (self.pace and time.monotonic() < self._due):
+            return None
+        return self.news()
+
+    def news(self) -> Step | None:
+        """What a reader that follows was not told yet."""
+        self._decode()
+        step = self._step()
+        if step is not None and self.pace:
+            self._due = time.monotonic() + self.pace
+        return step
 
     def finish_unread(self) -> Step | None:
         """Ends an answer that was to have no tokens."""
         return self._finish("length")
 
     def _finish(self, reason: Any) -> Step | None:
-        if self._late:
-            self._text.feed_all([token for token in self.chosen if token not in self._ends])
+        self._decode()
         self._text.finish()
         kept = len(self._text.text)
         if self._text.stopped:  # what was cut off with the stop text has no log-probabilities either
@@ -153,6 +167,12 @@ class Row:
             self.cached_tokens,
         )
         return step
+
+    def _decode(self) -> None:
+        """Brings the text up to the tokens."""
+        if self._joined and len(self.chosen) > self._n_decoded:
+            tokens, self._n_decoded = self.chosen[self._n_decoded :], len(self.chosen)
+            self._text.feed_all([token for token in tokens if token not in self._ends])
 
     def _step(self, last: bool = False) -> Step | None:
         text, told = self._text.piece(), self._told

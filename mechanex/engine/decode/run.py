@@ -8,6 +8,7 @@ import torch
 
 from ...errors import MechanexError
 from ..models.adapter import ModelAdapter, exclusive, undisturbed
+from .calls import TOGETHER
 from .decoder import Decoder, Outcome
 from .probe import form
 from .request import Step
@@ -33,7 +34,7 @@ def decode(adapter: ModelAdapter, rows: Sequence[Row], padding: int, tell: _Tell
     """
     with exclusive(adapter), undisturbed(adapter.hf_model), torch.no_grad():
         decoder = Decoder(adapter, padding, form=form(adapter, len(rows)))
-        together = decoder.form == "rolling"
+        together = decoder.form in TOGETHER
         for row in rows:
             if (error := decoder.unfit(row)) is not None:
                 raise error
@@ -48,7 +49,7 @@ def decode(adapter: ModelAdapter, rows: Sequence[Row], padding: int, tell: _Tell
                 if not _step(decoder, tell):
                     return
         finally:
-            decoder.detach()
+            decoder.close()
 
 
 def _read(decoder: Decoder, rows: Sequence[Row], tell: _Tell) -> bool:

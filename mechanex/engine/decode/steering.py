@@ -17,7 +17,7 @@ from ..models.adapter import Handles, ModelAdapter, ResidualHook
 from ..positions import check_tokens, selects
 from .request import Steer
 
-__all__ = ["RowSteering", "Span"]
+__all__ = ["RowSteering", "Span", "meeting"]
 
 
 class Span:
@@ -131,35 +131,46 @@ class RowSteering:
 
         None for the index where every token has the only edit; None for both where no token has any.
         """
-        slots: dict[tuple[Edit, ...], int] = {}
-        index = numpy.full((len(spans), columns), -1, dtype=numpy.int32)
-        for row, span in zip(index, spans, strict=True):
-            here = [steer for steer in span.steering if steer.layer == layer]
-            begin = max(0, -span.first)
-            if all(steer.tokens is None for steer in here):
-                if here:
-                    row[begin:] = slots.setdefault(tuple(steer.edit for steer in here), len(slots))
-            elif columns == 1:
-                chain = tuple(steer.edit for steer in here if _reaches(steer, span.first, span))
-                if chain:
-                    row[0] = slots.setdefault(chain, len(slots))
-            else:
-                places = numpy.arange(span.first, span.first + columns)
-                reached = numpy.stack([_reaches(steer, places, span) & (places >= 0) for steer in here], 1)
-                # Neighbours mostly have the same edits; each kind of column is looked up once.
-                kinds, kind = numpy.unique(reached, axis=0, return_inverse=True)
-                found = [tuple(s.edit for s, on in zip(here, one, strict=True) if on) for one in kinds]
-                slot = [slots.setdefault(chain, len(slots)) if chain else -1 for chain in found]
-                row[:] = numpy.array(slot, dtype=numpy.int32)[kind.reshape(-1)]
-        if not slots:
+        chains, index = meeting(layer, spans, columns)
+        if not chains:
             return None
-        chains = tuple(slots)
         known = self._tables.get(layer)
         if known is None or known[0] != chains:
             known = self._tables[layer] = (chains, EditTable.of_chains(chains))
         if len(chains) == 1 and bool((index == 0).all()):
             return known[1], None
         return known[1], torch.from_numpy(index).to(self._adapter.device)
+
+
+def meeting(layer: int, spans: Sequence[Span], columns: int) -> tuple[tuple[tuple[Edit, ...], ...], Any]:
+    """The chains of edits that meet on some token of a call at this layer, and [rows, columns] int32 which one, or -1.
+
+    Args:
+        layer: 0 … n_layers.
+        spans: one per row of the call.
+        columns: of the call.
+    """
+    slots: dict[tuple[Edit, ...], int] = {}
+    index = numpy.full((len(spans), columns), -1, dtype=numpy.int32)
+    for row, span in zip(index, spans, strict=True):
+        here = [steer for steer in span.steering if steer.layer == layer]
+        begin = max(0, -span.first)
+        if all(steer.tokens is None for steer in here):
+            if here:
+                row[begin:] = slots.setdefault(tuple(steer.edit for steer in here), len(slots))
+        elif columns == 1:
+            chain = tuple(steer.edit for steer in here if _reaches(steer, span.first, span))
+            if chain:
+                row[0] = slots.setdefault(chain, len(slots))
+        else:
+            places = numpy.arange(span.first, span.first + columns)
+            reached = numpy.stack([_reaches(steer, places, span) & (places >= 0) for steer in here], 1)
+            # Neighbours mostly have the same edits; each kind of column is looked up once.
+            kinds, kind = numpy.unique(reached, axis=0, return_inverse=True)
+            found = [tuple(s.edit for s, on in zip(here, one, strict=True) if on) for one in kinds]
+            slot = [slots.setdefault(chain, len(slots)) if chain else -1 for chain in found]
+            row[:] = numpy.array(slot, dtype=numpy.int32)[kind.reshape(-1)]
+    return tuple(slots), index
 
 
 def _reaches(steer: Steer, index: Any, span: Span) -> Any:

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from ...errors import ValidationError
 from ..attaching import after, before, detach_all
+from ..attention_plans import without_plans
 from ..findings import Findings
 from ..following import Followed, Prompts
 from ..generate_calls import watch_generate
 from ..regimes import each_alone
+from ..stream import Stream, others, residual
 from .kept import Kept
 from .offload import is_absent, where_it_runs
 
@@ -189,20 +191,10 @@ class ModelAdapter(ABC):
             )
         return layer if layer >= 0 else layer + self.n_layers
 
-    def check_stream(self, hidden: object) -> None:
-        """Refuses what blocks pass on if it isn't one residual stream [B, T, d_model].
-
-        Raises:
-            ValidationError: several streams side by side, or another width.
-        """
-        if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[-1] == self.d_model:
-            return
-        got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-        raise ValidationError(
-            f"The blocks of {self.model_id} pass on {got}, and steering needs one residual stream "
-            f"[batch, tokens, {self.d_model}]. A model that keeps several streams side by side (AltUp, "
-            "hyper-connections) can be run and scored, but not read or edited at its layers."
-        )
+    @property
+    def stream(self) -> Stream:
+        """The model's residual stream, to check what its blocks pass on."""
+        return Stream(self.d_model, self.model_id)
 
     def check_token_ids(self, ids: Iterable[int]) -> None:
         """Raises a ValidationError for a token id that is outside the model's vocabulary."""
@@ -286,6 +278,7 @@ class ModelAdapter(ABC):
     def detach_all(self) -> int:
         """Removes every hook of ours from the model, whoever holds the handles; returns how many there were."""
         n = sum(detach_all(module) for module in {self.model, self.hf_model})
+        self.kept.applied.clear()
         following, self.kept.following = self.kept.following, None
         if following is not None:
             following.end()
@@ -298,30 +291,26 @@ class ModelAdapter(ABC):
         def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             followed.begin(args, kwargs)
 
+        def embed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            followed.embed(args, kwargs)
+
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            followed.enter(*hidden_and_others(args, kwargs))
+            positional, named = others(args, kwargs)
+            followed.enter(residual(args, kwargs), [*positional, *named.values()])
 
         def end(*_: Any) -> None:
             followed.end()
 
         following = Following(followed)
         following.add(before(trunk, begin, first=True))
+        if (embedding := self._part("get_input_embeddings")) is not None:
+            following.add(before(embedding, embed, first=True))
         # Before the hooks that ask, whenever those were attached.
         following.add(before(first, enter, first=True))
         following.add(after(trunk, end, always=True))
         for watched in watch_generate([self.model, *self.hf_model.modules()], followed, self.d_model):
             following.add(watched)
         return following
-
-
-def hidden_and_others(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, list[Any]]:
-    """The hidden state that a layer is given, first or the only tensor [B, T, d] by name, and all other arguments."""
-    if args:
-        return args[0], [*args[1:], *kwargs.values()]
-    name = next(
-        n for n, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point() and v.ndim == 3
-    )
-    return kwargs[name], [v for n, v in kwargs.items() if n != name]
 
 
 class Following:
@@ -407,7 +396,7 @@ def undisturbed(model: nn.Module, *, freeze: bool = True) -> Iterator[None]:
             module.training = False
         for module, name in trainable:
             getattr(module, name).requires_grad_(False)
-        with each_alone(model):
+        with each_alone(model), without_plans():
             yield
     finally:
         for module in training:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ...errors import ValidationError
 from ..attaching import after, before
+from ..stream import Stream, residual, with_residual
 from .adapter import ModelAdapter, ResidualHook, Unembedding
 from .kept import Kept
 
-__all__ = ["HuggingFaceAdapter", "find_layers", "hidden_argument"]
+__all__ = ["HuggingFaceAdapter", "find_layers"]
 
 LAYER_PATHS = (
     "model.layers",
@@ -98,27 +99,19 @@ def _candidates(model: nn.Module) -> str:
     return f"Its module lists: {', '.join(lists[:8]) or 'none'}."
 
 
-def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The residual stream among the arguments of a decoder layer: the first one, or ``hidden_states``."""
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
-
-
 def is_traced(fn: ResidualHook) -> bool:
     """Whether compilers may look into an edit: it says so itself, by an attribute ``traced``."""
     return bool(getattr(fn, "traced", False))
 
 
-def _residual_hook(adapter: ModelAdapter, fn: ResidualHook) -> Any:
+def _residual_hook(stream: Stream, fn: ResidualHook) -> Any:
     """A forward pre-hook for a decoder layer: ``fn`` of its hidden state takes its place, other arguments are kept."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = hidden_argument(args, kwargs)
-        adapter.check_stream(hidden)
+        hidden = residual(args, kwargs)
+        stream.check(hidden)
         new = fn(hidden)
-        if new is None:
-            return None
-        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+        return None if new is None else with_residual(new, args, kwargs)
 
     return hook
 
@@ -172,7 +165,7 @@ class HuggingFaceAdapter(ModelAdapter):
         return isinstance(found, nn.ModuleList) and list(found) == self.layers
 
     def on_residual(self, layer: int, fn: ResidualHook) -> Any:
-        return self.on_block(layer, _residual_hook(self, fn), with_kwargs=True, traced=is_traced(fn))
+        return self.on_block(layer, _residual_hook(self.stream, fn), with_kwargs=True, traced=is_traced(fn))
 
     def on_block(
         self, layer: int, hook: Callable[..., Any], *, with_kwargs: bool, traced: bool = False

@@ -29,6 +29,8 @@ class Kept:
         model_id: its name or path.
         override: the user's dotted path of the decoder layers.
         following: who follows the model's calls, if someone does.
+        applied: plans that steer the model now (``mechanex.engine.hooks.Applied``), in order.
+        step: what an idle decoder has left for the next one (``mechanex.engine.decode.static.StaticStep``), or None.
     """
 
     layers: list[nn.Module] = field(default_factory=list)
@@ -37,6 +39,8 @@ class Kept:
     model_id: str = ""
     override: str | None = None
     following: Any = None
+    applied: list[Any] = field(default_factory=list)
+    step: Any = None
     owner: weakref.ref[nn.Module] | None = None
     adapter: weakref.ref[ModelAdapter] | None = None
 

@@ -53,8 +53,8 @@ def load(
     """Loads a causal language model by bundled name, local folder, Hub name or TransformerLens short name.
 
     Args:
-        name_or_path: ``mx-tiny``, a folder, ``EleutherAI/pythia-70m``, ``gpt2-small``, …; also a folder that peft
-            wrote (a LoRA adapter), whose base model is loaded with it, as a plain model.
+        name_or_path: ``mx-tiny``, a folder, ``EleutherAI/pythia-70m``, ``gpt2-small``, …; also a folder or Hub name
+            of an adapter of peft's (LoRA), whose base model is loaded with it, as a plain model.
         backend: "transformers" for the plain model, "transformer_lens" for a ``TransformerBridge``; "auto"
             takes the bridge where the ``lens`` extra is installed and can wrap the model, and logs which.
         dtype: "float32", "bfloat16", "float16", "float64", a torch dtype, or "auto" for the checkpoint's own.
@@ -82,9 +82,12 @@ def load(
             )
     use_lens = backend != "transformers" and layers is None and lens.installed()
     source = find_source(name_or_path, ask_transformer_lens=lens.installed())
-    parts = adapted(source)
-    base = source if parts is None else parts.base
     kwargs.setdefault("trust_remote_code", False)
+    if source.kind == "hub" and unreachable():
+        kwargs.setdefault("local_files_only", True)
+    parts = adapted(source, kwargs)
+    base = source if parts is None else parts.base
+    kwargs = kwargs if parts is None else parts.options
     if base.kind == "hub" and unreachable():
         kwargs.setdefault("local_files_only", True)
     if dtype is None:
@@ -110,8 +113,8 @@ def load(
 
     def read() -> nn.Module:
         model: nn.Module = read_model(base, precision, wanted, kwargs)
-        if parts is not None and parts.base is not source:
-            add_adapter(model, source)
+        if parts is not None and parts.adapter is not None:
+            add_adapter(model, parts.adapter)
         return model
 
     model = read()

@@ -13,7 +13,8 @@ from ..call_facts import flat
 from ..following import Followed
 from ..generate_calls import watch_generate
 from ..positions import Positions, positions_are_given, set_positions
-from .adapter import Following, ResidualHook, Unembedding, hidden_and_others
+from ..stream import others, residual
+from .adapter import Following, ResidualHook, Unembedding
 from .huggingface import HuggingFaceAdapter, is_traced
 
 __all__ = ["HookedTransformerAdapter", "TransformerLensAdapter", "is_transformer_lens"]
@@ -71,9 +72,10 @@ class TransformerLensAdapter(HuggingFaceAdapter):
         last = index == self.n_layers
         point = self.layers[-1].hook_resid_post if last else self.layers[index].hook_resid_pre
         assert isinstance(point, nn.Module)
+        stream = self.stream
 
         def hook(_module: nn.Module, _inputs: Any, hidden: Tensor) -> Tensor | None:
-            self.check_stream(hidden)
+            stream.check(hidden)
             return fn(hidden)
 
         # Not point.add_hook: reset_hooks() would remove it behind our back.
@@ -114,12 +116,13 @@ class _BlockFollower:
 
     def entering(self, index: int) -> Any:
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, others = hidden_and_others(args, kwargs)
+            hidden, (positional, named) = residual(args, kwargs), others(args, kwargs)
+            given = [*positional, *named.values()]
             if self._pass is None or index <= self._last or self._pass.shape != tuple(hidden.shape[:2]):
                 # A block's own keys and values, which it adds to when it runs.
-                cache = next((v for v in others if hasattr(v, "past_keys")), None)
+                cache = next((v for v in given if hasattr(v, "past_keys")), None)
                 past = 0 if cache is None else int(cache.past_keys.shape[1])
-                self._pass = self._followed.derive(hidden, flat(others), (), cache, past)
+                self._pass = self._followed.derive(hidden, flat(given), (), cache, past)
             self._last = index
             self._followed.begin((), {})
             if not positions_are_given():

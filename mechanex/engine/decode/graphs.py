@@ -1,0 +1,176 @@
+"""CUDA graphs of decoding steps, the latest ones, and what of a model they are true of."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attaching import KEY
+
+__all__ = ["Graphs", "Key", "state_of"]
+
+Key = tuple[int, int, frozenset[int]]
+"""Of what a step is captured: how many rows, of how many columns, and the layers at which they may be edited."""
+
+_log = logging.getLogger(__name__)
+_MOST = 32
+_FEW_ROWS = 8  # up to so many rows a step takes about as long as with one
+_PATIENCE = 64  # steps of other sizes than those captured
+_PLAIN = (bool, int, float, str, bytes, type(None))
+_TENSORS = ("_parameters", "_buffers")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# What torch keeps on every module and says nothing of what it computes, or is looked at otherwise.
+_UNREAD = frozenset((KEY, *_TENSORS, *_HOOKS, *vars(nn.Module()), "warnings_issued")) - {"training"}
+
+
+class Graphs:
+    """Captured steps by what they are of. All share one memory pool: they run one after another.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._kept: OrderedDict[Key, tuple[torch.cuda.CUDAGraph, Tensor]] = OrderedDict()
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+        self._missed: dict[Key, int] = {}
+        self.captures = 0
+        """How many steps were captured so far."""
+        self.failure: str | None = None
+        """Why this model's steps can't be captured, once that was tried in vain."""
+
+    @staticmethod
+    def possible(device: torch.device) -> bool:
+        """Whether steps on this device can be captured."""
+        return device.type == "cuda"
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def serving(self, key: Key) -> Key | None:
+        """The captured step that serves for this one, or None where it has to be captured.
+
+        More layers at which edits change nothing, and somewhat more rows and columns, cost less than a capture, unless
+        the step is wanted again and again.
+        """
+        if key in self._kept:
+            return key
+        rows, columns, layers = key
+        known = [
+            one
+            for one in self._kept
+            if rows <= one[0] <= max(2 * rows, _FEW_ROWS)
+            and columns <= one[1] <= 2 * columns
+            and layers <= one[2]
+        ]
+        if not known:
+            return None
+        best = min(known, key=lambda one: (one[0] * one[1], len(one[2])))
+        if best[:2] != key[:2]:
+            self._missed[key] = self._missed.get(key, 0) + 1
+            if self._missed[key] > _PATIENCE:
+                del self._missed[key]
+                return None
+        return best
+
+    def replay(self, key: Key) -> Tensor:
+        """Runs a captured step; its result stands in the same tensor every time, until any step runs again."""
+        self._kept.move_to_end(key)
+        graph, result = self._kept[key]
+        graph.replay()
+        return result
+
+    def capture(self, key: Key, step: Callable[[], Tensor], undo: Callable[[], object]) -> bool:
+        """Captures a step without having run it, to be replayed; whether that could be.
+
+        Args:
+            key: what it is of.
+            step: works on tensors that stay, and gives the result.
+            undo: takes back what running the step has changed.
+        """
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        here = torch.cuda.current_stream(self._device)
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(here)
+        try:
+            with torch.cuda.stream(self._stream), _uncollected():
+                step()  # what is set up or compiled at a first run can't be captured
+                undo()
+                # torch.cuda.graph would empty the allocator's cache too, which costs more than the capture.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    result = step()
+                finally:
+                    graph.capture_end()
+            here.wait_stream(self._stream)
+        except Exception as error:  # a model's own code may do anything, and raise anything
+            torch.cuda.synchronize(self._device)
+            self.failure = f"{type(error).__name__}: {error}"
+            _log.warning(
+                "decoding steps are not captured as CUDA graphs, each is run by the host: %s", self.failure
+            )
+            return False
+        self.captures += 1
+        self._kept[key] = graph, result
+        while len(self._kept) > _MOST:
+            self._kept.popitem(last=False)
+        return True
+
+    def clear(self) -> None:
+        """Forgets all of them."""
+        self._kept.clear()
+        self._pool = None  # a pool ends with the last graph of it
+        self._missed.clear()
+        self.failure = None
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Runs a block in which Python collects no garbage: what that might free on the device can't be captured."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
+def state_of(model: nn.Module) -> Hashable:
+    """What of a model a captured step depends on: where its weights lie, and every plain setting of its modules.
+
+    Numbers that are written into the weights count for nothing: a captured step reads them anew each time.
+    """
+    found: list[Hashable] = []
+    for module in model.modules():
+        found.append(id(module))
+        state = module.__dict__
+        for name in _TENSORS:
+            found += [0 if t is None else t.data_ptr() for t in state[name].values()]
+        for name, value in state.items():
+            if name in _UNREAD:
+                continue
+            kind = type(value)
+            if kind in _PLAIN:
+                found.append(value)
+            elif kind in (list, tuple, set, dict):
+                found.append(repr(value))
+            elif isinstance(value, Tensor):
+                found.append(value.data_ptr())
+            elif name == "forward":
+                found.append(id(value))
+    config = getattr(model, "config", None)
+    found.append(getattr(config, "_attn_implementation", None))
+    return tuple(found)
