@@ -17,7 +17,7 @@ from mechanex.engine.models.adapter import ModelAdapter
 from mechanex.engine.models.resolve import load
 from mechanex.engine.sae.autoencoder import SparseAutoencoder
 from mechanex.engine.sae.behavior import Behavior
-from mechanex.engine.sae.calibration import calibrated, per_answer, share
+from mechanex.engine.sae.calibration import calibrated, per_answer, share, widened
 from mechanex.engine.sae.corrections import Correction
 from mechanex.engine.sae.create import create
 from mechanex.engine.sae.detectors import FeatureDetector, auroc, fit_features, fit_probe
@@ -285,6 +285,12 @@ def test_thresholds_keep_the_promised_rate() -> None:
     fresh = torch.randn(4000, 64, generator=generator)
     found = float((fresh > calibrated(many, 0.05)).any(1).float().mean())
     assert found == pytest.approx(0.05, abs=0.015)
+
+
+def test_thresholds_are_as_high_as_what_is_to_be_found_allows() -> None:
+    found = [torch.tensor([0.0, high]) for high in torch.linspace(2, 3, 21).tolist()]
+    assert widened(1.0, found) == pytest.approx((1.0 + 2.05) / 2)
+    assert widened(2.5, found) == 2.5
 
 
 def test_rates_have_intervals() -> None:

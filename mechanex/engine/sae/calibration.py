@@ -6,12 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-__all__ = ["ANSWER_TOKENS", "Rate", "calibrated", "per_answer", "share"]
+__all__ = ["ANSWER_TOKENS", "Rate", "calibrated", "per_answer", "share", "widened"]
 
 ANSWER_TOKENS = 64
 """False alarms are counted for an answer of so many tokens."""
+_MISSED = 0.05  # share of answers whose highest scores needn't leave room above the threshold
 _TAIL = 0.1  # share of the largest scores whose excess is fitted
 
 
@@ -54,6 +56,21 @@ def calibrated(scores: Tensor, rate: float) -> float:
     if n * per_token >= 1:  # enough tokens to read it off
         found = float(ordered[min(n - 1, math.ceil((1 - per_token) * n) - 1)])
     return found
+
+
+def widened(threshold: float, positive: Sequence[Tensor]) -> float:
+    """A higher threshold where answers with the behavior leave room for it, halfway to what nearly all of them exceed.
+
+    Texts that are met later differ more from the behavior's examples than these do from each other, and alarms among
+    them cost; a detection that is far above the threshold does not need it to be low.
+
+    Args:
+        threshold: the least that it is to be.
+        positive: scores of the tokens of each answer with the behavior.
+    """
+    highest = torch.stack([one.max() for one in positive]).double()
+    nearly_all = float(highest.quantile(_MISSED))
+    return threshold if nearly_all <= threshold else (threshold + nearly_all) / 2
 
 
 def per_answer(scores: Sequence[Tensor], threshold: float) -> Rate:

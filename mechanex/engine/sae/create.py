@@ -19,7 +19,7 @@ from ..text import Prompt
 from ..vectors import SteeringVector
 from .autoencoder import SparseAutoencoder
 from .behavior import Behavior
-from .calibration import ANSWER_TOKENS, calibrated, per_answer, share
+from .calibration import ANSWER_TOKENS, calibrated, per_answer, share, widened
 from .corrections import WAYS, Correction, Way
 from .detectors import Detector, FeatureDetector, ProbeDetector, auroc, fit_features, fit_probe
 from .examples import Examples, answer_logprobs, read_examples
@@ -247,7 +247,7 @@ def _choose(
         if found is None:
             continue
         area, low, high = found.auroc
-        thresholds[kind] = calibrated(torch.cat(found.negative), false_alarms)
+        thresholds[kind] = widened(calibrated(torch.cat(found.negative), false_alarms), found.positive)
         alarms = per_answer(found.negative, thresholds[kind])
         hits = share([bool((one > thresholds[kind]).any()) for one in found.positive])
         figures[kind + "_figures"] = {

@@ -109,6 +109,8 @@ class WatchingSteering(RowSteering):
         super().prepare(spans, columns, key)
         answers = columns == 1 and all(span.first >= span.prompt_length for span in spans)
         watches = [getattr(span.steering, "watch", None) for span in spans]
+        if not answers:
+            _refuse_answers_read_again(spans, watches, columns)
         self._rows = watches if answers and any(watches) else []
         self._remembered = self._rows
         for watch in self._rows:
@@ -178,6 +180,16 @@ class WatchingSteering(RowSteering):
         if key not in self._scorers:
             self._scorers[key] = Scorer(behaviors, device)
         return self._scorers[key]
+
+
+def _refuse_answers_read_again(spans: Sequence[Span], watches: Sequence[Watch | None], columns: int) -> None:
+    """A text that is read anew would lose the corrections of what was read before."""
+    for span, watch in zip(spans, watches, strict=True):
+        if watch is not None and watch.seen and span.first + columns > span.prompt_length:
+            raise ValidationError(
+                "the answer grew to where this model reads its text anew, and corrections of what it read before would "
+                "be lost: ask for fewer tokens, or don't watch it."
+            )
 
 
 def check_fits(adapter: ModelAdapter, behavior: Behavior) -> None:
