@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..._version import __version__
 from ...errors import MechanexError, NotFoundError, ValidationError
-from ...home import atomic_path, mechanex_home
+from ...home import atomic_path, behaviors_folder
 from . import registry
 from .autoencoder import SparseAutoencoder
 from .behavior import Behavior
@@ -55,7 +55,7 @@ class BehaviorStore:
     @property
     def folder(self) -> Path:
         """Where the files are; it need not be there."""
-        return self._folder or mechanex_home() / "behaviors"
+        return self._folder or behaviors_folder()
 
     def names(self) -> list[str]:
         """The names of all, in order."""
