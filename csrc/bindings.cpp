@@ -179,6 +179,91 @@ void reduce(int dtype, int64_t n_rows, int64_t n_columns, uintptr_t products, ui
   run_rows(job, n_rows, n_columns, kReduceGrain);
 }
 
+// Numbers of an encoder that are worth waking a thread for.
+constexpr int64_t kSaeGrain = 1 << 15;
+
+void check_encoder(int type, int64_t n_features, int64_t d) {
+  if (type < 0 || type >= kEncoderTypes) throw py::value_error("unknown encoder code " + std::to_string(type));
+  if (n_features < 0 || d < 0) throw py::value_error("sizes are 0 or more");
+}
+
+SaeArgs sae_args(int64_t n_rows, int64_t n_features, int64_t d, uintptr_t x, uintptr_t encoder, uintptr_t scale,
+                 uintptr_t bias) {
+  SaeArgs args = {};
+  args.x = reinterpret_cast<const void*>(x);
+  args.encoder = reinterpret_cast<const void*>(encoder);
+  args.scale = reinterpret_cast<const void*>(scale);
+  args.bias = reinterpret_cast<const void*>(bias);
+  args.n_rows = n_rows;
+  args.n_features = n_features;
+  args.d = d;
+  return args;
+}
+
+void sae_features(int type, int64_t n_rows, int64_t n_features, int64_t d, uintptr_t x, uintptr_t encoder,
+                  uintptr_t scale, uintptr_t bias, uintptr_t threshold, uintptr_t gain, uintptr_t offset,
+                  uintptr_t out) {
+  check_encoder(type, n_features, d);
+  if (n_rows <= 0 || n_features <= 0) return;
+  Job<SaeArgs> job = {in_use.load()->sae->features[type], sae_args(n_rows, n_features, d, x, encoder, scale, bias)};
+  job.args.threshold = reinterpret_cast<const void*>(threshold);
+  job.args.gain = reinterpret_cast<const void*>(gain);
+  job.args.offset = reinterpret_cast<const void*>(offset);
+  job.args.out = reinterpret_cast<void*>(out);
+  run_rows(job, n_features, d > 0 ? d : 1, kSaeGrain);
+}
+
+// The k best of a row, of the lists that the pieces made, each of which has its best first.
+template <class S>
+void merge(const SaeArgs& args, int64_t t, std::vector<int64_t>& at, S* values, int64_t* places) {
+  const auto size = [&](S value) { return args.sized && value < 0 ? -value : value; };
+  for (int64_t& i : at) i = 0;
+  for (int64_t i = 0; i < args.k; ++i) {
+    int64_t best = -1;
+    S found = 0;
+    for (int64_t piece = 0; piece < args.pieces; ++piece) {
+      const int64_t place = (piece * args.n_rows + t) * args.k + at[piece];
+      if (at[piece] >= args.k || args.places[place] < 0) continue;
+      const S value = static_cast<const S*>(args.values)[place];
+      // Pieces follow each other, so that an earlier one has the first of equal features.
+      if (best < 0 || size(value) > size(found) || (value != value && found == found)) {
+        best = piece;
+        found = value;
+      }
+    }
+    places[t * args.k + i] = args.places[(best * args.n_rows + t) * args.k + at[best]++];
+    values[t * args.k + i] = !args.sized && found < 0 ? 0 : found;
+  }
+}
+
+void sae_top_features(int type, int64_t n_rows, int64_t n_features, int64_t d, uintptr_t x, uintptr_t encoder,
+                      uintptr_t scale, uintptr_t bias, uintptr_t norms, int64_t k, bool sized, int64_t pieces,
+                      uintptr_t values, uintptr_t places) {
+  check_encoder(type, n_features, d);
+  if (k < 1 || k > n_features) throw py::value_error("k is from 1 to the number of features");
+  if (n_rows <= 0) return;
+  Job<SaeArgs> job = {in_use.load()->sae->top[type], sae_args(n_rows, n_features, d, x, encoder, scale, bias)};
+  const int64_t most = n_features * d / kSaeGrain;
+  job.args.pieces = pieces < 1 || most < 1 ? 1 : (pieces > most ? most : pieces);
+  job.args.norms = reinterpret_cast<const void*>(norms);
+  job.args.k = k;
+  job.args.sized = sized;
+  const bool wide = type == kFloat64;
+  std::vector<double> kept((job.args.pieces * n_rows * k * (wide ? 8 : 4) + 7) / 8);
+  std::vector<int64_t> kept_places(job.args.pieces * n_rows * k);
+  job.args.values = kept.data();
+  job.args.places = kept_places.data();
+  run_rows(job, job.args.pieces, n_features * d / job.args.pieces + 1, kSaeGrain);
+  py::gil_scoped_release release;
+  std::vector<int64_t> at(job.args.pieces);
+  for (int64_t t = 0; t < n_rows; ++t) {
+    if (wide)
+      merge(job.args, t, at, reinterpret_cast<double*>(values), reinterpret_cast<int64_t*>(places));
+    else
+      merge(job.args, t, at, reinterpret_cast<float*>(values), reinterpret_cast<int64_t*>(places));
+  }
+}
+
 }  // namespace
 }  // namespace mechanex
 
@@ -196,5 +281,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("steer", &steer, "One steer call over raw addresses; see csrc/steer.h.");
   m.def("steer_many", &steer_many, "One call of the general steer op, likewise.");
   m.def("reduce", &reduce, "One chunk of completion_logprob over raw addresses; see csrc/logprob.h.");
+  m.def("sae_features", &sae_features, "Features of an encoder over raw addresses; see csrc/sae.h.");
+  m.def("sae_top_features", &sae_top_features, "The k largest features of every row, likewise.");
   select_level("");
 }

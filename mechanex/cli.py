@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ._version import __version__
-from .commands import tools, with_model
+from .commands import sae_group, tools, with_model
 from .commands.group import Group
 from .commands.options import email_option, json_option, password_option
 
@@ -95,7 +95,7 @@ def logout() -> None:
 
 for _command in (
     *(with_model.steer, with_model.score, with_model.optimize, with_model.serve, with_model.demo),
-    *(tools.models, tools.vectors, tools.doctor),
+    *(tools.models, tools.vectors, tools.doctor, sae_group.sae),
 ):
     main.add_command(_command)
 

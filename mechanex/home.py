@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .errors import MechanexError
 
-__all__ = ["atomic_path", "expanded", "mechanex_home", "vectors_folder"]
+__all__ = ["atomic_path", "behaviors_folder", "expanded", "mechanex_home", "vectors_folder"]
 
 
 def mechanex_home() -> Path:
@@ -32,6 +32,11 @@ def mechanex_home() -> Path:
 def vectors_folder() -> Path:
     """The folder of stored steering vectors, ``<home>/vectors``; not created."""
     return mechanex_home() / "vectors"
+
+
+def behaviors_folder() -> Path:
+    """The folder of behaviors, ``<home>/behaviors``; not created."""
+    return mechanex_home() / "behaviors"
 
 
 def expanded(path: str) -> Path:

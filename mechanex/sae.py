@@ -5,21 +5,49 @@ The module is also the default client's door: ``mechanex.sae.generate(...)`` cal
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from .base import _BaseModule, default_attribute
 from .engine.datasets import read_pairs
-from .errors import ValidationError
+from .errors import APIError, AuthenticationError, NotFoundError, ValidationError
+from .home import behaviors_folder
 from .remote.answers import field, listed, object_of
 from .remote.bodies import examples, list_of, texts
 
+if TYPE_CHECKING:
+    from .client import Mechanex
+    from .engine.models.resolve import LoadedModel
+    from .engine.sae.autoencoder import SparseAutoencoder
+    from .engine.sae.behavior import Behavior
+    from .engine.sae.explain import Explained
+    from .engine.sae.generate import WatchedText
+    from .engine.sae.store import BehaviorStore
+
 __all__ = ["SAEModule"]
+
+_logger = logging.getLogger(__name__)
+
+_SAMPLING = {
+    "sampling_method",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "temperature",
+    "seed",
+    "stop",
+}
 
 
 class SAEModule(_BaseModule):
-    """Module for SAE-based steering and behavior management, on a server: its local engine is not there yet."""
+    """Module for SAE-based steering and behavior management."""
+
+    def __init__(self, client: Mechanex) -> None:
+        super().__init__(client)
+        self._kept: BehaviorStore | None = None
 
     def create_behavior(
         self,
@@ -29,8 +57,18 @@ class SAEModule(_BaseModule):
         negative_answers: Sequence[str],
         description: str = "",
         steering_vector_id: str | None = None,
+        *,
+        sae: str | os.PathLike[str] | None = None,
+        detector: Literal["auto", "features", "probe"] = "auto",
+        correction: Literal["auto", "cap", "subtract", "clamp", "features"] = "auto",
+        false_alarms: float = 0.01,
+        progress: bool = False,
     ) -> dict[str, Any]:
-        """Define a new behavior from contrastive answers.
+        """Define a new behavior from contrastive answers, on the server or on the local model.
+
+        Here, features of the model's autoencoder and the plain difference of means are compared on examples held out, a
+        threshold is calibrated, and the correction is chosen that works best; what is kept survives the process, in
+        place of a behavior of this name.
 
         Args:
             behavior_name: what ``generate`` calls it by.
@@ -38,26 +76,72 @@ class SAEModule(_BaseModule):
             positive_answers: for each prompt, an answer that shows the behavior.
             negative_answers: for each prompt, an answer that shows its opposite.
             description: for people.
-            steering_vector_id: vectors that correct the behavior; None lets the server compute them.
+            steering_vector_id: vectors that correct the behavior; None for the examples' own direction.
+            sae: the autoencoder: a name of ``mechanex sae list``, a folder or a Hub name; None for the model's default,
+                and where it has none, or it can't be had, for the difference of means alone. This and what follows run
+                locally only.
+            detector: ``"features"``, ``"probe"`` (the difference of means), or ``"auto"``, the better one.
+            correction: ``"cap"``, ``"subtract"``, ``"clamp"``, ``"features"``, or ``"auto"``.
+            false_alarms: wanted rate per answer of 64 tokens.
+            progress: show a progress bar.
 
         Returns:
-            The behavior, as the server describes it.
+            The behavior, as the server describes it; here, with the figures that were measured.
 
         Raises:
-            ValidationError: no name, empty lists or lists of unequal length, or what the server finds wrong.
-            MechanexError: there is no server to ask, and whatever ``transport.call`` raises.
+            ValidationError: no name, empty lists or lists of unequal length, examples that don't separate, or what the
+                server finds wrong. Nothing is kept then.
+            NotFoundError: no such autoencoder or vector.
+            MechanexError: there is neither a server nor a model, and whatever ``transport.call`` raises.
         """
         if not isinstance(behavior_name, str) or not behavior_name.strip():
             raise ValidationError(f"behavior_name is a text that isn't empty; got {behavior_name!r}.")
-        body: dict[str, Any] = {
-            "behavior_name": behavior_name,
-            **examples(prompts, positive_answers, negative_answers),
-            "description": description,
-        }
+        given = examples(prompts, positive_answers, negative_answers)
+        body: dict[str, Any] = {"behavior_name": behavior_name, **given, "description": description}
         if steering_vector_id is not None:
             body["steering_vector_id"] = steering_vector_id
         call, transport = "sae.create_behavior", self._client.transport
-        return self._run(call, lambda: object_of(transport.post("/behaviors/create", body), call), None)
+
+        def local(loaded: LoadedModel) -> dict[str, Any]:
+            from .engine.sae.create import create
+            from .engine.sae.store import check_name
+
+            check_name(behavior_name)
+            source, autoencoder = self._autoencoder(loaded, sae, detector == "probe")
+            vector = None if steering_vector_id is None else self._client.vectors.get(steering_vector_id)
+            made = create(
+                loaded.model,
+                behavior_name,
+                given["prompts"],
+                given["positive_answers"],
+                given["negative_answers"],
+                sae=autoencoder,
+                source=source,
+                description=description,
+                vector=vector,
+                steering_vector_id=steering_vector_id,
+                detector=detector,
+                correction=correction,
+                false_alarms=false_alarms,
+                tokenizer=loaded.tokenizer,
+                progress=progress,
+            )
+            self._store.put(made)
+            return made.as_dict()
+
+        only_local = None
+        if (sae, detector, correction, false_alarms) != (None, "auto", "auto", 0.01):
+            only_local = (
+                "an autoencoder, a detector, a correction and a rate of false alarms are chosen locally"
+            )
+        elif steering_vector_id is not None and self._is_here(steering_vector_id):
+            only_local = "the vector is stored on this machine"
+        return self._run(
+            call,
+            lambda: object_of(transport.post("/behaviors/create", body), call),
+            local,
+            only_local=only_local,
+        )
 
     def create_behavior_from_jsonl(
         self,
@@ -65,14 +149,23 @@ class SAEModule(_BaseModule):
         dataset_path: str | os.PathLike[str],
         description: str = "",
         steering_vector_id: str | None = None,
+        *,
+        split: str | None = None,
+        **options: Any,
     ) -> dict[str, Any]:
         """Helper to create a behavior from a .jsonl file, in the format of ``steering.generate_from_jsonl``.
+
+        Args:
+            behavior_name, description, steering_vector_id: as in ``create_behavior``.
+            dataset_path: the file.
+            split: use only the lines whose ``"split"`` is this.
+            options: further keyword arguments of ``create_behavior``.
 
         Raises:
             NotFoundError: there is no such file.
             ValidationError: a bad line, with its number, and all that ``create_behavior`` raises.
         """
-        pairs = read_pairs(dataset_path)
+        pairs = read_pairs(dataset_path, split=split)
         return self.create_behavior(
             behavior_name,
             texts(pairs.prompts),
@@ -80,26 +173,108 @@ class SAEModule(_BaseModule):
             pairs.negative_answers,
             description,
             steering_vector_id,
+            **options,
         )
 
     def list_behaviors(self) -> list[dict[str, Any]]:
-        """Returns the behaviors of this account.
+        """Returns behaviors: those of this account on the server, where there is one, and those kept on this machine.
 
         Raises:
-            MechanexError: there is no server to ask, and whatever ``transport.call`` raises.
+            MechanexError: the mode is ``remote`` and there is no server to ask, and whatever ``transport.call`` raises
+                where nothing is kept here.
         """
-        call, transport = "sae.list_behaviors", self._client.transport
-        return self._run(call, lambda: listed(transport.get("/behaviors"), call, "behaviors"), None)
+        call, client = "sae.list_behaviors", self._client
+        here = (
+            [] if client.execution_mode == "remote" else [self._store.get(n).as_dict() for n in self._names()]
+        )
+        if client.execution_mode == "local" or (client.execution_mode == "auto" and not client.is_remote):
+            return here
+        try:
+            theirs = self._run(
+                call, lambda: listed(client.transport.get("/behaviors"), call, "behaviors"), lambda _: []
+            )
+        except (AuthenticationError, APIError) as error:
+            if not here:
+                raise
+            _logger.warning(
+                "%s lists those of this machine alone: the server did not answer (%s)", call, error
+            )
+            return here
+        return [*theirs, *here]
 
     def delete_behavior(self, behavior_name: str) -> None:
-        """Deletes a behavior of this account on a server of one's own; its vectors stay.
+        """Deletes a behavior: the one that is kept on this machine, else that of this account on a server of one's own.
+
+        Its vectors stay.
 
         Raises:
-            NotFoundError: the account has no behavior of this name.
+            NotFoundError: there is no behavior of this name.
             MechanexError: there is no server to ask, and whatever ``transport.call`` raises.
         """
-        transport = self._client.transport
-        self._run("sae.delete_behavior", lambda: transport.delete("/behaviors/", behavior_name), None)
+        client = self._client
+        mode, remote = client.execution_mode, client.is_remote
+        if mode != "remote" and (behavior_name in self._names() or mode == "local" or not remote):
+            self._store.delete(behavior_name)
+            return
+        self._run(
+            "sae.delete_behavior",
+            lambda: client.transport.delete("/behaviors/", behavior_name),
+            lambda _: self._store.delete(behavior_name),
+        )
+
+    def explain(
+        self, behavior_name: str, texts: Sequence[str], *, features: int = 5, contexts: int = 5
+    ) -> list[Explained]:
+        """The features that count most in a behavior kept here, with the contexts in which each says most.
+
+        Args:
+            behavior_name: the behavior.
+            texts: where to look for contexts.
+            features: how many features.
+            contexts: how many contexts of each.
+
+        Raises:
+            NotFoundError: there is no behavior of this name on this machine.
+            MechanexError: no model is loaded.
+        """
+        from .engine.sae.explain import explain
+
+        behavior = self._store.get(behavior_name)
+        loaded = self._client.require_local("sae.explain", "behaviors are explained locally")
+        return explain(
+            loaded.model,
+            behavior,
+            list_of("texts", texts, "texts"),
+            tokenizer=loaded.tokenizer,
+            features=features,
+            contexts=contexts,
+        )
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 50,
+        behavior_names: Sequence[str] | None = None,
+        force_steering: Sequence[str] | None = None,
+        *,
+        action: Literal["correct", "abort", "report"] = "correct",
+        return_trace: Literal[False] = False,
+        **sampling: Any,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 50,
+        behavior_names: Sequence[str] | None = None,
+        force_steering: Sequence[str] | None = None,
+        *,
+        action: Literal["correct", "abort", "report"] = "correct",
+        return_trace: Literal[True],
+        **sampling: Any,
+    ) -> WatchedText: ...
 
     def generate(
         self,
@@ -107,29 +282,115 @@ class SAEModule(_BaseModule):
         max_new_tokens: int = 50,
         behavior_names: Sequence[str] | None = None,
         force_steering: Sequence[str] | None = None,
-    ) -> str:
-        """Generation with SAE monitoring: behaviors that show up are corrected.
+        *,
+        action: Literal["correct", "abort", "report"] = "correct",
+        return_trace: bool = False,
+        **sampling: Any,
+    ) -> str | WatchedText:
+        """Generation with SAE monitoring: every token is scored, and behaviors that show up are corrected.
 
         Args:
             prompt: the text to continue.
             max_new_tokens: most tokens to add.
-            behavior_names: behaviors to watch; None for the server's choice.
+            behavior_names: behaviors to watch; None for the server's choice, and here for all that are kept for this
+                model.
             force_steering: behaviors to correct from the start, seen or not.
+            action: what is done where a behavior is detected: ``"correct"`` it from that token on, ``"abort"`` the
+                answer, or only ``"report"`` it. Another than the first, a trace and sampling settings run locally only.
+            return_trace: give the text with the scores, detections and corrections of every token.
+            sampling: as in ``generation.generate``: ``sampling_method``, ``top_k``, ``top_p``, ``min_p``,
+                ``typical_p``, ``temperature``, ``seed``, ``stop``.
 
         Returns:
-            The text.
+            The text: the prompt and its continuation where it ran here. With ``return_trace``, a ``WatchedText``.
 
         Raises:
             NotFoundError: no such behavior.
-            MechanexError: there is no server to ask, and whatever ``transport.call`` raises.
+            ValidationError: a behavior of another model, or an argument out of its range.
+            MechanexError: there is neither a server nor a model, and whatever ``transport.call`` raises.
         """
         if not isinstance(prompt, str):
             raise ValidationError(f"prompt is a text; got {type(prompt).__name__}.")
         body: dict[str, Any] = {"prompt": prompt, "max_new_tokens": max_new_tokens}
         for name, given in (("behavior_names", behavior_names), ("force_steering", force_steering)):
             body[name] = None if given is None else list_of(name, given, "names")
+        unknown = sorted(set(sampling) - _SAMPLING)
+        if unknown:
+            raise ValidationError(f"sampling settings are {', '.join(sorted(_SAMPLING))}; got {unknown}.")
         call, transport = "sae.generate", self._client.transport
-        return self._run(call, lambda: field(transport.post("/sae/generate", body), call, str, "text"), None)
+
+        def local(loaded: LoadedModel) -> str | WatchedText:
+            from .engine.sae.generate import generate_watched
+
+            (found,) = generate_watched(
+                loaded.model,
+                loaded.tokenizer,
+                [prompt],
+                self._chosen(loaded, body["behavior_names"]),
+                action=action,
+                forced=[self._store.get(name) for name in body["force_steering"] or ()],
+                max_tokens=max_new_tokens,
+                **sampling,
+            )
+            return found if return_trace else found.text
+
+        only_local = None
+        named = [*(body["behavior_names"] or ()), *(body["force_steering"] or ())]
+        if return_trace or action != "correct" or sampling:
+            only_local = (
+                "a trace, another action than 'correct' and sampling settings are for the local model"
+            )
+        elif self._client.local_model is not None and any(name in self._names() for name in named):
+            only_local = "the behavior is kept on this machine"
+        return self._run(
+            call,
+            lambda: field(transport.post("/sae/generate", body), call, str, "text"),
+            local,
+            only_local=only_local,
+        )
+
+    @property
+    def _store(self) -> BehaviorStore:
+        if self._kept is None:
+            from .engine.sae.store import BehaviorStore
+
+            self._kept = BehaviorStore()
+        return self._kept
+
+    def _names(self) -> list[str]:
+        """Names of the behaviors kept here, found without importing torch."""
+        return sorted(path.stem for path in behaviors_folder().glob("*.safetensors"))
+
+    def _is_here(self, vector_id: str) -> bool:
+        client = self._client
+        return (
+            client.execution_mode != "remote"
+            and client.local_model is not None
+            and client.has_vector(vector_id)
+        )
+
+    def _chosen(self, loaded: LoadedModel, names: Sequence[str] | None) -> list[Behavior]:
+        if names is not None:
+            return [self._store.get(name) for name in dict.fromkeys(names)]
+        kept = [self._store.get(name) for name in self._names()]
+        return [behavior for behavior in kept if behavior.model == loaded.name]
+
+    def _autoencoder(
+        self, loaded: LoadedModel, asked: str | os.PathLike[str] | None, unwanted: bool
+    ) -> tuple[str | None, SparseAutoencoder | None]:
+        """The autoencoder that was asked for, or the model's default where it can be had, and where it comes from."""
+        from .engine.sae import registry
+
+        if asked is not None:
+            return os.fspath(asked), registry.load(os.fspath(asked))
+        if unwanted:
+            return None, None
+        try:
+            entry = registry.find(loaded.name)
+            return entry.name, registry.load(entry.name)
+        except NotFoundError as error:
+            _logger.warning("the difference of means watches alone: %s", error.message)
+            return None, None
 
 
 if TYPE_CHECKING:
@@ -139,6 +400,7 @@ if TYPE_CHECKING:
     create_behavior = _default.create_behavior
     create_behavior_from_jsonl = _default.create_behavior_from_jsonl
     delete_behavior = _default.delete_behavior
+    explain = _default.explain
     generate = _default.generate
     list_behaviors = _default.list_behaviors
 else:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from optable import CASES, DTYPES, LOGPROB_CASES, MANY_CASES, SteerCase
+from optable import CASES, DTYPES, ENCODERS, LOGPROB_CASES, MANY_CASES, SAE_CASES, TOP_CASES, SteerCase
 from torch import Tensor
 
-from mechanex.backends import native, native_logprob, native_many
+from mechanex.backends import native, native_logprob, native_many, native_sae
 
 # Ranks and widths at which groups of sums, vectors and rows end.
 MORE = [SteerCase(13, width, n_edits=2, rank=rank, rows="mixed") for width in (47, 256) for rank in (4, 6, 7)]
@@ -27,6 +27,10 @@ def results() -> list[Tensor]:
         for case in LOGPROB_CASES:
             args = case.make(dtype)
             found += [*native_logprob.OP.run(*args), *native_logprob.OP.with_slope(*args)]
+    for encoder in ENCODERS:
+        found += [native_sae.sae_features(*case.make(torch.float32, encoder)) for case in SAE_CASES]
+        for case in TOP_CASES:
+            found += native_sae.sae_top_features(*case.make_top(torch.float32, encoder))
     return found
 
 

@@ -348,3 +348,93 @@ LOGPROB_GRADIENT_CASES = (
 LOGPROB_BENCHMARK_CASES = tuple(
     LogprobCase(n_rows, 512, n_vocab) for n_vocab in (1 << 14, 1 << 17) for n_rows in (16, 64, 256, 1024)
 )
+
+
+SaeArgs = tuple[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
+TopArgs = tuple[Tensor, Tensor, Tensor, int, "Tensor | None", "Tensor | None", bool]
+
+ENCODERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
+
+
+@dataclass(frozen=True)
+class SaeCase:
+    """Shapes of one call of ``sae_features`` or ``sae_top_features``.
+
+    Attributes:
+        n_rows, width, n_features: T, d and F.
+        kind: ``"relu"``, ``"jumprelu"`` or ``"gated"``, of the first op.
+        k: of the second.
+        norms, signed: of the second.
+        layout: as for :class:`SteerCase`, of the rows.
+    """
+
+    n_rows: int
+    width: int
+    n_features: int
+    kind: str = "relu"
+    k: int = 1
+    norms: bool = False
+    signed: bool = False
+    layout: str = "plain"
+
+    def __str__(self) -> str:
+        flags = "".join(f"-{name}" for name in ("norms", "signed") if getattr(self, name))
+        return f"{self.n_rows}x{self.width}x{self.n_features}-{self.kind}-k{self.k}{flags}-{self.layout}"
+
+    def _drawn(self, dtype: torch.dtype, encoder: torch.dtype, device: str) -> dict[str, Any]:
+        from mechanex.ops.sae import quantized
+
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        wide = torch.float64 if torch.float64 in (dtype, encoder) else torch.float32
+        rows = draw(self.n_rows, self.width).to(device, dtype)
+        weight = draw(self.n_features, self.width) / max(self.width, 1) ** 0.5
+        stored, scale = quantized(weight) if encoder is torch.int8 else (weight.to(encoder), None)
+        found = {
+            "hidden": SteerCase(self.n_rows, self.width, layout=self.layout)._lay_out(rows),
+            "encoder": stored.to(device),
+            "scale": None if scale is None else scale.to(device),
+        }
+        for name in ("bias", "threshold", "gain", "offset", "norms"):
+            found[name] = (draw(self.n_features) / 2).to(device, wide)
+        found["threshold"], found["norms"] = found["threshold"].abs(), found["norms"].abs() + 0.1
+        return found
+
+    def make(self, dtype: torch.dtype, encoder: torch.dtype, device: str = "cpu") -> SaeArgs:
+        """Arguments of ``sae_features``."""
+        a = self._drawn(dtype, encoder, device)
+        threshold = a["threshold"] if self.kind == "jumprelu" else None
+        gain, offset = (a["gain"], a["offset"]) if self.kind == "gated" else (None, None)
+        return a["hidden"], a["encoder"], a["bias"], threshold, gain, offset, a["scale"]
+
+    def make_top(self, dtype: torch.dtype, encoder: torch.dtype, device: str = "cpu") -> TopArgs:
+        """Arguments of ``sae_top_features``."""
+        a = self._drawn(dtype, encoder, device)
+        norms = a["norms"] if self.norms else None
+        return a["hidden"], a["encoder"], a["bias"], self.k, norms, a["scale"], self.signed
+
+
+SAE_CASES = (
+    SaeCase(0, 31, 5),
+    SaeCase(1, 1, 1),
+    SaeCase(1, 123, 47, "jumprelu"),
+    SaeCase(4, 64, 64, "gated"),
+    SaeCase(5, 47, 130, "jumprelu", layout="sliced"),
+    SaeCase(7, 31, 9, "gated", layout="transposed"),
+    SaeCase(18, 40, 33, "jumprelu", layout="skipping"),
+    SaeCase(2, 0, 3),
+)
+
+TOP_CASES = (
+    SaeCase(0, 31, 5),
+    SaeCase(1, 1, 1),
+    SaeCase(1, 123, 47, k=47),
+    SaeCase(4, 64, 64, k=5, norms=True),
+    SaeCase(5, 47, 130, k=16, signed=True, layout="sliced"),
+    SaeCase(7, 31, 9, k=3, norms=True, signed=True, layout="transposed"),
+    SaeCase(3, 64, 3000, k=40),
+    SaeCase(18, 40, 33, k=2, layout="skipping"),
+)

@@ -234,12 +234,7 @@ def test_what_the_server_cannot_do_yet_arrives_as_its_501(remote: Mechanex, name
     assert raised.value.status_code == 501 and str(raised.value).startswith("[501] ")
 
 
-LOCAL_TO_COME = {
-    **TO_COME,
-    "sae.create_behavior": lambda client: client.sae.create_behavior("angry", **EXAMPLES),
-    "sae.list_behaviors": lambda client: client.sae.list_behaviors(),
-    "sae.delete_behavior": lambda client: client.sae.delete_behavior("angry"),
-}
+LOCAL_TO_COME = {name: call for name, call in TO_COME.items() if name != "sae.generate"}
 
 
 @pytest.mark.parametrize("name", LOCAL_TO_COME)
@@ -354,8 +349,7 @@ def test_bodies_are_those_of_the_wire_contract(proxy: FaultyProxy, both: Mechane
     with pytest.raises(APIError):
         both.raag.generate([{"q": 1}], pinecone_index_name="index")
     assert proxy.requests[-1].json() == {"qa_entries": [{"q": 1}], "pinecone_index_name": "index"}
-    with pytest.raises(APIError):
-        both.sae.generate("Hi")
+    assert both.sae.generate("Hi").startswith("Hi")  # here, after the server's 501
     assert proxy.requests[-1].json() == {
         "prompt": "Hi",
         "max_new_tokens": 50,

@@ -42,7 +42,7 @@ def compile_only(self, *args, grid, warmup, **options):
 
 JITFunction.run = compile_only
 from mechanex.backends import triton
-from optable import MANY_CASES, SteerCase
+from optable import MANY_CASES, SAE_CASES, SteerCase
 steer = triton._kernel("steer").steer
 many = triton._kernel("steer_many").steer_many
 gradients = triton._kernel("steer_gradients").gradients
@@ -58,6 +58,11 @@ for case in cases[: int(sys.argv[2])]:
 for case in MANY_CASES[2:12:3][-int(sys.argv[2]):]:
     for name in sys.argv[3:]:
         many(*case.make(getattr(torch, name)))
+sae = triton._kernel("sae")
+for case in SAE_CASES[2:5]:
+    for encoder in (torch.float32, torch.bfloat16, torch.int8):
+        sae.features(*case.make(torch.bfloat16, encoder))
+        sae.top_features(*case.make_top(torch.float32, encoder))
 print(sorted(compiled), all(all(found) for found in compiled.values()))
 """
 
@@ -76,7 +81,13 @@ TARGETS = [
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_every_kernel_compiles_for_a_gpu_that_is_not_there(target: tuple[str, ...], tmp_path: Path) -> None:
     done = python("-c", COMPILE, *target, TRITON_CACHE_DIR=str(tmp_path), CUDA_VISIBLE_DEVICES="")
-    names = "_add_partial_sums_kernel", "_partial_sums_kernel", "_project_kernel", "_steer_kernel"
+    names = (
+        "_add_partial_sums_kernel",
+        "_partial_sums_kernel",
+        "_project_kernel",
+        "_sae_kernel",
+        "_steer_kernel",
+    )
     names = (*names, "_steer_many_kernel")
     assert done.stdout.strip() == f"{list(names)} True", done.stderr[-3000:]
 

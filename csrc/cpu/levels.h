@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../logprob.h"
+#include "../sae.h"
 #include "../steer.h"
 
 namespace mechanex {
@@ -12,6 +13,7 @@ struct CpuLevel {
   const CpuKernels* kernels;
   const SteerManyKernels* many;
   const LogprobKernels* logprob;
+  const SaeKernels* sae;
   bool runs_here;
 };
 

@@ -24,13 +24,16 @@ from mechanex.errors import MechanexError, ValidationError
 from . import (
     eager,
     eager_logprob,
+    eager_sae,
     native,
     native_cuda,
     native_logprob,
     native_many,
+    native_sae,
     reference,
     triton,
     triton_logprob,
+    triton_sae,
 )
 
 __all__ = [
@@ -116,6 +119,8 @@ _REGISTRY = {
                 "completion_logprob": Kernel(
                     reference.completion_logprob, gradients=reference.completion_logprob_gradients
                 ),
+                "sae_features": Kernel(reference.sae_features),
+                "sae_top_features": Kernel(reference.sae_top_features),
             },
         ),
         Backend(
@@ -130,6 +135,8 @@ _REGISTRY = {
                     gradients=eager_logprob.OP.gradients,
                     with_slope=eager_logprob.OP.with_slope,
                 ),
+                "sae_features": Kernel(eager_sae.sae_features),
+                "sae_top_features": Kernel(eager_sae.sae_top_features),
             },
         ),
         Backend(
@@ -143,6 +150,12 @@ _REGISTRY = {
                     native_logprob.OP.run,
                     gradients=native_logprob.OP.gradients,
                     with_slope=native_logprob.OP.with_slope,
+                ),
+                "sae_features": Kernel(
+                    native_sae.sae_features, native_sae.refuses, native_sae.declines_many_rows
+                ),
+                "sae_top_features": Kernel(
+                    native_sae.sae_top_features, native_sae.refuses, native_sae.declines_many_rows
                 ),
             },
             native.missing,
@@ -163,6 +176,12 @@ _REGISTRY = {
                     triton_logprob.refuses_completion_logprob,
                     gradients=triton_logprob.OP.gradients,
                     with_slope=triton_logprob.OP.with_slope,
+                ),
+                "sae_features": Kernel(
+                    triton_sae.sae_features, triton_sae.refuses, triton_sae.declines_many_rows
+                ),
+                "sae_top_features": Kernel(
+                    triton_sae.sae_top_features, triton_sae.refuses, triton_sae.declines_many_rows
                 ),
             },
             triton.missing,
@@ -267,6 +286,8 @@ def selection() -> str:
         f"{native.TORCH_TABLE} numbers: eager",
         "completion_logprob: no size is left to eager; whole logits and torch.log_softmax save tens of microseconds a "
         "call up to about 2^18 logits, and lose the digits of 1 − p",
+        f"sae_features and sae_top_features: eager from {triton_sae.TORCH_ROWS} rows on a GPU, and on a CPU from "
+        + ", ".join(f"{n} ({str(t).removeprefix('torch.')})" for t, n in native_sae.TORCH_ROWS.items()),
     ]
     return "\n".join(lines)
 

@@ -8,7 +8,14 @@ from torch import Tensor
 from mechanex.errors import ValidationError
 from mechanex.ops.gate import KINDS, Gate
 
-__all__ = ["completion_logprob", "completion_logprob_gradients", "steer", "steer_many"]
+__all__ = [
+    "completion_logprob",
+    "completion_logprob_gradients",
+    "sae_features",
+    "sae_top_features",
+    "steer",
+    "steer_many",
+]
 
 
 def steer(
@@ -168,3 +175,69 @@ def _logits(
     if softcap is None:
         return coldness * z, torch.full_like(z, scale * coldness)
     return coldness * softcap * torch.tanh(z / softcap), scale * coldness * (1 - torch.tanh(z / softcap) ** 2)
+
+
+def sae_features(
+    hidden: Tensor,
+    encoder: Tensor,
+    bias: Tensor,
+    threshold: Tensor | None,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    scale: Tensor | None,
+) -> Tensor:
+    """What each feature says of each row: ``relu(gain·p + offset)`` where ``p + bias > threshold``; ``p = scale·(Ex)``.
+
+    Args:
+        hidden: ``[T, d]``.
+        encoder: ``[F, d]``, floating point or int8.
+        bias: ``[F]``.
+        threshold: ``[F]``; None: 0.
+        gain, offset: ``[F]``; None: 1 and ``bias``.
+        scale: ``[F]``, of int8; None: 1.
+
+    Returns:
+        ``[T, F]`` float32 (float64 where ``hidden`` or ``encoder`` is).
+    """
+    p, bias = _products(hidden, encoder, scale), bias.to(_wide(hidden, encoder))
+    said = p + bias if gain is None or offset is None else gain.to(p) * p + offset.to(p)
+    level = 0.0 if threshold is None else threshold.to(p)
+    shut = torch.where(torch.isnan(p + bias), torch.nan, 0.0).to(p)
+    return torch.where(p + bias > level, said.relu(), shut)
+
+
+def sae_top_features(
+    hidden: Tensor,
+    encoder: Tensor,
+    bias: Tensor,
+    k: int,
+    norms: Tensor | None,
+    scale: Tensor | None,
+    signed: bool,
+) -> tuple[Tensor, Tensor]:
+    """The k largest of ``z = (p + bias)·norms`` in every row, not below 0, or by size with their signs.
+
+    Args:
+        hidden, encoder, bias, scale: as for :func:`sae_features`.
+        k: how many.
+        norms: ``[F]``; None: 1.
+        signed: keep those of largest size, with their signs.
+
+    Returns:
+        Values ``[T, k]``, largest first, and their features, int64; of equal ones the first.
+    """
+    z = _products(hidden, encoder, scale) + bias.to(_wide(hidden, encoder))
+    z = z if norms is None else z * norms.to(z)
+    places = torch.sort(z.abs() if signed else z, dim=1, descending=True, stable=True).indices[:, :k]
+    values = z.gather(1, places)
+    return values if signed else values.relu(), places
+
+
+def _wide(hidden: Tensor, encoder: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (hidden.dtype, encoder.dtype) else torch.float32
+
+
+def _products(hidden: Tensor, encoder: Tensor, scale: Tensor | None) -> Tensor:
+    wide = _wide(hidden, encoder)
+    products = hidden.to(wide) @ encoder.to(wide).T
+    return products if scale is None else products * scale.to(wide)

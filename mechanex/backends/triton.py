@@ -38,7 +38,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Compute capability that Triton supports.
 _CAPABILITY = (8, 0)
 # Each may import those before it.
-_FILES = ("convert", "launch", "steer", "steer_many", "steer_gradients", "logprob", "logprob_reduce")
+_FILES = ("convert", "launch", "steer", "steer_many", "steer_gradients", "logprob", "logprob_reduce", "sae")
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 

@@ -60,6 +60,24 @@ def dataset_path(name_or_path: str | Path) -> Path:
         ) from None
 
 
+def sae_path(name: str) -> Path:
+    """Returns the folder of the sparse autoencoder of a bundled model.
+
+    Raises:
+        NotFoundError: none of that name is bundled.
+    """
+    folder = _HERE / "saes" / name
+    if not (folder / "cfg.json").exists():
+        there = sorted(path.parent.name for path in _HERE.glob("saes/*/cfg.json"))
+        raise NotFoundError(f"no bundled sparse autoencoder {name!r}; there is: {', '.join(there) or 'none'}")
+    return folder
+
+
+def saes_file() -> Path:
+    """Returns the list of sparse autoencoders that are known by their models' names."""
+    return _HERE / "saes.json"
+
+
 def tone_words() -> dict[str, list[str]]:
     """Returns the words that tell each tone of `mx-tiny`'s texts, such as "calm" or "angry"."""
     words: dict[str, list[str]] = json.loads((_HERE / "data" / "tone_words.json").read_text(encoding="utf-8"))

@@ -27,7 +27,7 @@ from .whole import as_whole
 if TYPE_CHECKING:
     from .vectors import SteeringVector
 
-__all__ = ["Options", "end_tokens", "generate", "generate_batch", "stream"]
+__all__ = ["Generating", "Options", "end_tokens", "generate", "generate_batch", "stream"]
 
 _logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def generate(model: nn.Module | ModelAdapter, tokenizer: Any, prompt: Prompt, **
     Raises:
         ValidationError: an argument out of its range, an empty prompt, or one that fills the model's context.
     """
-    return _Run(model, tokenizer, [prompt], Options(**options)).texts()[0]
+    return Generating(model, tokenizer, [prompt], Options(**options)).texts()[0]
 
 
 def generate_batch(
@@ -59,7 +59,7 @@ def generate_batch(
     """
     if isinstance(prompts, str) or not prompts:
         raise ValidationError(f"generate_batch takes a list with at least one prompt; got {prompts!r}.")
-    return _Run(model, tokenizer, prompts, Options(**options)).texts()
+    return Generating(model, tokenizer, prompts, Options(**options)).texts()
 
 
 def stream(model: nn.Module | ModelAdapter, tokenizer: Any, prompt: Prompt, **options: Any) -> Iterator[str]:
@@ -68,7 +68,7 @@ def stream(model: nn.Module | ModelAdapter, tokenizer: Any, prompt: Prompt, **op
     The pieces joined are what ``generate`` returns for the same arguments, which are checked at once. The
     model runs in a thread of its own and stops early when the iterator is closed.
     """
-    return _Run(model, tokenizer, [prompt], Options(**options)).stream()
+    return Generating(model, tokenizer, [prompt], Options(**options)).stream()
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Options(Sampling):
         return [(seed + i) % 2**63 for i in range(n_rows)]
 
 
-class _Run:
+class Generating:
     """One checked call of ``generate``; nothing runs before ``texts`` or the first piece of ``stream``."""
 
     def __init__(
@@ -152,8 +152,8 @@ class _Run:
 
     def texts(self) -> list[str]:
         """The prompts with their continuations."""
-        rows = self._rows(stream=False)
-        decode(self.adapter, rows, self._padding)
+        rows = self.rows(stream=False)
+        decode(self.adapter, rows, self.padding)
         return [prompt + row.text for prompt, row in zip(self.prompts, rows, strict=True)]
 
     def stream(self) -> Iterator[str]:
@@ -169,7 +169,7 @@ class _Run:
 
         def work() -> None:
             try:
-                decode(self.adapter, self._rows(stream=True), self._padding, tell)
+                decode(self.adapter, self.rows(stream=True), self.padding, tell)
                 pieces.put(None)
             # Whatever it is, it belongs to the thread that reads the pieces.
             except BaseException as error:
@@ -187,18 +187,23 @@ class _Run:
             closed.set()
             thread.join()
 
-    def _rows(self, *, stream: bool) -> list[Row]:
+    def rows(self, *, stream: bool) -> list[Row]:
         options = self.options
         requests = [
             Request(ids, options.max_tokens, options, seed, options.stops, self.steering, stream=stream)
             for ids, seed in zip(self.ids, self.seeds, strict=True)
         ]
+        requests = [self.request(i, one) for i, one in enumerate(requests)]
         n, room = len(requests), self.adapter.context
         return [Row(one, self.tokenizer, self.ends, room, prompt=(i, n)) for i, one in enumerate(requests)]
 
     @property
-    def _padding(self) -> int:
+    def padding(self) -> int:
         return next((i for i in (self.tokenizer.pad_token_id, *self.ends) if i is not None), 0)
+
+    def request(self, i: int, request: Request) -> Request:
+        """What is asked of the decoder for prompt ``i``; for subclasses to add to."""
+        return request
 
     def _steering(self) -> tuple[Steer, ...]:
         options = self.options

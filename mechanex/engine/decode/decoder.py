@@ -42,6 +42,7 @@ class Decoder:
         overlapped: whether the host reads a step's tokens while the next step runs; None for where that helps.
         prefixes: where texts are kept that others may begin with, and looked for; None for nowhere.
         chooser: makes what chooses for some rows on a device, given their unread tokens [rows] or None.
+        steering: edits the calls; None for what requests ask for alone.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class Decoder:
         overlapped: bool | None = None,
         prefixes: Prefixes | None = None,
         chooser: Callable[[Sequence[Row], torch.device, Tensor | None], Callable[[Tensor], Choice]] = Chooser,
+        steering: RowSteering | None = None,
     ) -> None:
-        self.steering = RowSteering(adapter)
+        self.steering = RowSteering(adapter) if steering is None else steering
         self.rows: list[Row] = []
         self.form = form
         self._adapter, self._padding, self._prefill_tokens = adapter, padding, prefill_tokens

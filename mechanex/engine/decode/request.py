@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -45,6 +45,7 @@ class Request:
         logprobs: None, or how many of the likeliest tokens to report with each chosen one's log-probability.
         prompt_logprobs: whether to report them for the prompt's tokens too.
         owner: whose it is: texts of others are not gone on from.
+        until: asked before each token but the first; a text ends the answer there, as its finish reason.
         stream: whether the answer is read step by step; without it, everything comes as one step at the end.
     """
 
@@ -61,6 +62,7 @@ class Request:
     prompt_logprobs: bool = False
     stream: bool = False
     owner: Hashable = None
+    until: Callable[[], Literal["behavior"] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class Result:
 
     Args:
         text: without the prompt.
-        finish_reason: ``"stop"``: an end token or a stop text; ``"length"``: no more tokens were allowed.
+        finish_reason: ``"stop"``: an end token or a stop text; ``"length"``: no more tokens were allowed;
+            ``"behavior"``: one was detected on which the answer was to end.
         prompt_tokens: tokens of the prompt.
         completion_tokens: tokens that the model chose, an end token included.
         logprobs: one per token of the text, where asked for.
@@ -102,7 +105,7 @@ class Result:
     """
 
     text: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "behavior"]
     prompt_tokens: int
     completion_tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()

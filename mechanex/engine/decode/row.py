@@ -119,6 +119,8 @@ class Row:
         Returns:
             What there is to tell a reader that follows step by step.
         """
+        if self.chosen and self.request.until is not None and (reason := self.request.until()) is not None:
+            return self._finish(reason)
         self.chosen.append(token)
         self.counts[token] += 1
         if token in self._ends:

@@ -13,6 +13,7 @@ from .decoder import Decoder, Outcome
 from .probe import form
 from .request import Step
 from .row import Row
+from .steering import RowSteering
 
 __all__ = ["decode"]
 
@@ -20,7 +21,13 @@ _Tell = Callable[["Step | None"], bool] | None
 _READ_TOKENS = 16384  # most positions, padding included, of the prompts that one pass reads
 
 
-def decode(adapter: ModelAdapter, rows: Sequence[Row], padding: int, tell: _Tell = None) -> None:
+def decode(
+    adapter: ModelAdapter,
+    rows: Sequence[Row],
+    padding: int,
+    tell: _Tell = None,
+    steering: RowSteering | None = None,
+) -> None:
     """Continues every row until its ``result`` is there.
 
     Args:
@@ -28,12 +35,16 @@ def decode(adapter: ModelAdapter, rows: Sequence[Row], padding: int, tell: _Tell
         rows: what to continue.
         padding: a token id to fill rows with.
         tell: is given what each step brings of each row, perhaps nothing; True stops where it is.
+        steering: as for the decoder; with one of its own no step is captured.
 
     Raises:
         MechanexError: the first row that can't be continued: its edits don't fit, its logits aren't finite, …
     """
     with exclusive(adapter), undisturbed(adapter.hf_model), torch.no_grad():
-        decoder = Decoder(adapter, padding, form=form(adapter, len(rows)))
+        found = form(adapter, len(rows))
+        if steering is not None and found == "static":
+            found = "rolling"
+        decoder = Decoder(adapter, padding, form=found, steering=steering)
         together = decoder.form in TOGETHER
         for row in rows:
             if (error := decoder.unfit(row)) is not None:

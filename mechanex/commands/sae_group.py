@@ -1,0 +1,212 @@
+"""The commands of ``mechanex sae``. What they do is in a module of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import complete_model, device_option, dtype_option, json_option, seed_option
+
+__all__ = ["sae"]
+
+_model = click.argument("model", shell_complete=complete_model)
+_file = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.group()
+def sae() -> None:
+    """Train sparse autoencoders; list, show, explain and trace behaviors."""
+
+
+@sae.command("list")
+@json_option
+def list_saes(*, as_json: bool) -> None:
+    """List the sparse autoencoders that are known by name, and the behaviors kept here."""
+    from .sae import run_list
+
+    run_list(as_json)
+
+
+@sae.command()
+@click.argument("name")
+@json_option
+def show(name: str, *, as_json: bool) -> None:
+    """Show a behavior with its figures, or an autoencoder.
+
+    NAME is a behavior's, an autoencoder's, a folder, or a folder on the Hub.
+    """
+    from .sae import run_show
+
+    run_show(name, as_json)
+
+
+@sae.command()
+@_model
+@click.argument("behavior")
+@click.option("--data", type=_file, required=True, help="Texts to look in: plain text or JSON lines.")
+@click.option(
+    "--features", type=click.IntRange(min=1), default=5, show_default=True, help="How many features."
+)
+@click.option(
+    "--contexts", type=click.IntRange(min=1), default=5, show_default=True, help="How many contexts of each."
+)
+@device_option
+@dtype_option
+@json_option
+def explain(
+    model: str, behavior: str, *, data: Path, features: int, contexts: int, as_json: bool, **options: Any
+) -> None:
+    """Show the features that count most in a behavior, where each says most."""
+    from .sae import run_explain
+
+    run_explain(model, behavior, data, features, contexts, options, as_json)
+
+
+@sae.command()
+@_model
+@click.option("--prompt", "prompts", multiple=True, required=True, help="Text to continue; may be repeated.")
+@click.option(
+    "--behavior",
+    "behaviors",
+    multiple=True,
+    show_default="all kept here",
+    help="What to watch; may be repeated.",
+)
+@click.option(
+    "--action",
+    type=click.Choice(["correct", "abort", "report"]),
+    default="correct",
+    show_default=True,
+    help="What is done where a behavior shows.",
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=50, show_default=True, help="Most tokens to write."
+)
+@click.option(
+    "--sampling-method",
+    default="top-k",
+    show_default=True,
+    help="How tokens are drawn: greedy, top-k, top-p, min-p or typical.",
+)
+@seed_option
+@device_option
+@dtype_option
+@json_option
+def trace(
+    model: str,
+    *,
+    prompts: tuple[str, ...],
+    behaviors: tuple[str, ...],
+    action: str,
+    max_tokens: int,
+    sampling_method: str,
+    seed: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Generate while behaviors are watched, and show what was seen in every token.
+
+    Detected tokens are red and bold, corrected ones underlined; --json has the scores.
+    """
+    from .sae import run_trace
+
+    run_trace(model, prompts, behaviors, action, max_tokens, sampling_method, seed, options, as_json)
+
+
+@sae.command()
+@_model
+@click.option(
+    "--data",
+    type=_file,
+    multiple=True,
+    required=True,
+    help="Texts to train on: plain text, paragraph by paragraph, or JSON lines; may be repeated.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write to."
+)
+@click.option(
+    "--point", show_default="the stream at two thirds", help="Where to read, such as resid.4 or mlp_out.3."
+)
+@click.option(
+    "--rule",
+    type=click.Choice(["topk", "batchtopk", "jumprelu"]),
+    default="topk",
+    show_default=True,
+    help="Which features a token has.",
+)
+@click.option(
+    "--features", type=click.IntRange(min=1), default=4096, show_default=True, help="How many features."
+)
+@click.option("--k", type=click.IntRange(min=1), default=32, show_default=True, help="Features of a token.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=4000, show_default=True, help="How many batches."
+)
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=2048, show_default=True, help="Activations of a batch."
+)
+@click.option(
+    "--buffer",
+    type=click.IntRange(min=1),
+    default=65536,
+    show_default=True,
+    help="Activations that are shuffled.",
+)
+@click.option("--lr", type=float, show_default="by the number of features", help="Adam's rate.")
+@click.option(
+    "--context",
+    type=click.IntRange(min=2),
+    default=128,
+    show_default=True,
+    help="Tokens of a text at most.",
+)
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File from which a stopped run goes on.",
+)
+@seed_option
+@device_option
+@dtype_option
+@json_option
+def train(
+    model: str,
+    *,
+    data: tuple[Path, ...],
+    out: Path,
+    point: str | None,
+    rule: str,
+    features: int,
+    k: int,
+    steps: int,
+    batch: int,
+    buffer: int,
+    lr: float | None,
+    context: int,
+    checkpoint: Path | None,
+    seed: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train a sparse autoencoder on a model's activations, and report what it is worth.
+
+    It is written in SAELens' format, and becomes the model's default. The report is of texts that training has not
+    seen: how much of the variance is explained, features a token, and how much of the loss is recovered when
+    reconstructions take the activations' place.
+    """
+    settings = {
+        "rule": rule,
+        "n_features": features,
+        "k": k,
+        "steps": steps,
+        "batch": batch,
+        "buffer": buffer,
+        "lr": lr,
+        "context": context,
+        "seed": seed,
+    }
+    from .sae import run_train
+
+    run_train(model, data, out, point, checkpoint, settings, options, as_json)

@@ -1,0 +1,1 @@
+"""Sparse autoencoders: read, trained, and asked which of their features tell a behavior."""

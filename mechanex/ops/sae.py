@@ -1,0 +1,177 @@
+"""Features of a sparse autoencoder: those of some rows of its encoder, or the k largest of all in one walk.
+
+The encoder may be kept in bfloat16, float16 or int8 with a scale for every feature; arithmetic is in float32, or
+float64 where an argument is. ``[T, n_features]`` is stored only by :func:`sae_features`, which is meant for the few
+features that somebody watches. There are no gradients. Ways to a backend are those of :mod:`mechanex.ops.steer`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mechanex import backends
+from mechanex._private.torch import dispatch_modes, transforms_are_active
+from mechanex.backends import eager_sae
+from mechanex.errors import ValidationError
+
+from . import schema_sae as schema
+
+__all__ = ["quantized", "sae_features", "sae_top_features"]
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_HIDDEN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ENCODERS = (*_HIDDEN, torch.int8)
+
+
+def sae_features(
+    hidden: Tensor,
+    encoder: Tensor,
+    bias: Tensor,
+    threshold: Tensor | None = None,
+    gain: Tensor | None = None,
+    offset: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """What each feature says of each row: ``relu(gain·p + offset)`` where ``p + bias > threshold``, else 0.
+
+    ``p`` is the product of the row and the feature's row of the encoder, times ``scale``. Without gain and offset they
+    are 1 and the bias: ReLU without a threshold, JumpReLU with one, gated with both. NaN stays NaN.
+
+    Args:
+        hidden: activations as the encoder takes them, ``[T, d]`` (or ``[..., d]``), float32, bfloat16, float16 or
+            float64.
+        encoder: ``[F, d]``, one row a feature, one of these dtypes or int8.
+        bias: ``[F]``, floating point, like all that follow.
+        threshold: ``[F]``, or None for 0.
+        gain, offset: ``[F]`` both, or neither.
+        scale: ``[F]``, what int8 rows are multiplied by; None for others.
+        backend: a registered backend for this call; None: the one in force (:func:`mechanex.backends.use`).
+
+    Returns:
+        ``[T, F]`` (or ``[..., F]``), float32 (float64 where ``hidden`` or ``encoder`` is).
+
+    Raises:
+        ValidationError: shapes, dtypes or devices don't fit, or an argument needs a gradient.
+        MechanexError: an explicitly chosen backend can't run here.
+    """
+    more = {"bias": bias, "threshold": threshold, "gain": gain, "offset": offset, "scale": scale}
+    _check(hidden, encoder, more)
+    if (gain is None) != (offset is None):
+        raise ValidationError("gain and offset go together: give both, of a gated autoencoder, or neither")
+    flat = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
+    args = (flat, encoder, bias, threshold, gain, offset, scale)
+    if torch.compiler.is_compiling():
+        found = schema.sae_features(*args, backend)
+    elif transforms_are_active():
+        found = eager_sae.sae_features(*args)
+    elif any(type(t) not in _PLAIN for t in args) or dispatch_modes():
+        found = schema.sae_features(*args, backend)
+    else:
+        found = backends.kernel("sae_features", backend, *args)(*args)
+    return found if hidden.dim() == 2 else found.view(*hidden.shape[:-1], encoder.shape[0])
+
+
+def sae_top_features(
+    hidden: Tensor,
+    encoder: Tensor,
+    bias: Tensor,
+    k: int,
+    norms: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    signed: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k features that say most of each row, in one walk over the encoder.
+
+    Of ``z = (p + bias) · norms`` the k largest are kept, and those below 0 are 0; ``signed`` keeps the k of largest
+    size, with their signs. ``p`` as for :func:`sae_features`. NaN counts as the largest.
+
+    Args:
+        hidden, encoder, bias, scale, backend: as for :func:`sae_features`.
+        k: how many, from 1 to F.
+        norms: ``[F]``, what the results are multiplied by before they are compared; None: 1.
+        signed: compare sizes.
+
+    Returns:
+        The values ``[T, k]`` (or ``[..., k]``), largest first, float32 (float64 where ``hidden`` or ``encoder`` is),
+        and the features that they are of, int64; of equal ones any.
+
+    Raises:
+        ValidationError, MechanexError: as there, or k is out of range.
+    """
+    _check(hidden, encoder, {"bias": bias, "norms": norms, "scale": scale})
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= encoder.shape[0]:
+        raise ValidationError(f"k is from 1 to the encoder's {encoder.shape[0]} features; got {k!r}")
+    flat = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
+    args = (flat, encoder, bias, k, norms, scale, bool(signed))
+    tensors = (flat, encoder, bias, norms, scale)
+    if torch.compiler.is_compiling():
+        values, places = schema.sae_top_features(*args, backend)
+    elif transforms_are_active():
+        values, places = eager_sae.sae_top_features(*args)
+    elif any(type(t) not in _PLAIN for t in tensors) or dispatch_modes():
+        values, places = schema.sae_top_features(*args, backend)
+    else:
+        values, places = backends.select("sae_top_features", backend, *args).run(*args)
+    shape = (*hidden.shape[:-1], k)
+    return (values, places) if hidden.dim() == 2 else (values.view(shape), places.view(shape))
+
+
+def quantized(encoder: Tensor) -> tuple[Tensor, Tensor]:
+    """An encoder in int8: every row divided by a scale of its own, so that its largest number is 127.
+
+    Args:
+        encoder: ``[F, d]``, floating point.
+
+    Returns:
+        The rows, int8, and their scales ``[F]``, float32.
+    """
+    if encoder.shape[1] == 0:
+        return encoder.to(torch.int8), encoder.new_ones(encoder.shape[0], dtype=torch.float32)
+    largest = encoder.float().abs().amax(1)
+    scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+    return (encoder.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def _check(hidden: Tensor, encoder: Tensor, more: dict[str, Tensor | None]) -> None:
+    """Raise :class:`ValidationError` unless the arguments fit; values are not looked at."""
+    for name, tensor in {"hidden": hidden, "encoder": encoder, **more}.items():
+        if tensor is None and name != "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ValidationError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.device != hidden.device:
+            raise ValidationError(
+                f"{name} is on {tensor.device}, hidden on {hidden.device}: move one of them"
+            )
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValidationError(
+                f"{name} needs a gradient, and this op has none: detach it, call it under torch.no_grad(), or encode "
+                "with the autoencoder's own encode"
+            )
+    if hidden.dtype not in _HIDDEN or hidden.dim() < 1:
+        raise ValidationError(
+            f"hidden must be float32, bfloat16, float16 or float64 of shape [T, d], got {hidden.dtype} "
+            f"{list(hidden.shape)}"
+        )
+    if encoder.dtype not in _ENCODERS or encoder.dim() != 2 or encoder.shape[1] != hidden.shape[-1]:
+        raise ValidationError(
+            f"encoder must be [F, {hidden.shape[-1]}] (hidden's width) of floating numbers or int8, got "
+            f"{encoder.dtype} {list(encoder.shape)}"
+        )
+    for name, tensor in more.items():
+        if tensor is not None and (
+            tuple(tensor.shape) != (encoder.shape[0],) or not tensor.is_floating_point()
+        ):
+            raise ValidationError(
+                f"{name} must be floating point [{encoder.shape[0]}], one number a feature, got {tensor.dtype} "
+                f"{list(tensor.shape)}"
+            )
+    if (encoder.dtype is torch.int8) != (more["scale"] is not None):
+        raise ValidationError(
+            "an int8 encoder comes with a scale for every feature, and others without: see quantized"
+        )
