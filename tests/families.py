@@ -211,16 +211,9 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
 SLIDING = ("mistral", "starcoder2", "gemma2", "gemma3", "cohere2", "gpt_oss")
 
 
-def build(name: str) -> PreTrainedModel:
-    """The shared model of a family; callers leave its weights and configuration as they are, and no hooks on it."""
-    model = _built(name)
-    hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    assert not hooks, f"a test before has left hooks on the shared {name}: {hooks}"
-    return model
-
-
 @cache
-def _built(name: str) -> PreTrainedModel:
+def build(name: str) -> PreTrainedModel:
+    """The shared model of a family; callers leave its weights and configuration as they are."""
     return FAMILIES[name]()
 
 

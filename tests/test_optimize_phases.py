@@ -235,7 +235,7 @@ def melbo_by_hand(model, data, layer, target, edits) -> float:
 @pytest.mark.parametrize("target", [3, 4])
 @pytest.mark.parametrize("name", ["llama", "bloom"])
 def test_melbo_is_the_mean_distance_of_each_completion_at_the_target_layer(name, target):
-    model, data = build(name), DATA[:2]
+    model, data = FAMILIES[name](), DATA[:2]
     assert (
         len({len(TOKENIZER.encode(text)) for d in data for text in d.src_completions + d.dst_completions}) > 1
     )

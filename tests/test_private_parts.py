@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import uvicorn
+from families import FAMILIES
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +24,7 @@ from mechanex._private import gguf as gguf_parts
 from mechanex._private import torch as torch_parts
 from mechanex._private import transformers as transformers_parts
 from mechanex._private import uvicorn as uvicorn_parts
+from mechanex.engine.attaching import hooks_on
 
 PACKAGE = Path(mechanex.__file__).parent
 
@@ -210,3 +212,30 @@ def test_nothing_else_reaches_for_such_parts() -> None:
         and "``" not in line
     ]
     assert not found, "use mechanex._private, and engine/attaching.py for hooks:\n" + "\n".join(found)
+
+
+def test_hooks_that_transformers_leaves_are_known() -> None:
+    model = FAMILIES["llama"]()
+    model(torch.tensor([[1, 2]]), output_hidden_states=True)
+    assert hooks_on(model) == frozenset(), (
+        "transformers' hooks for hidden states are of another module now: after one call that asks for them, a GPU's "
+        "decoding steps would no longer be captured (mechanex/engine/decode/static.py)"
+    )
+
+
+def test_transformers_takes_another_attention_for_a_block() -> None:
+    model = FAMILIES["llama"]()
+    calls: list[int] = []
+
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return transformers_parts.ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+
+    transformers_parts.ALL_ATTENTION_FUNCTIONS.register("ours", attend)
+    with transformers_parts.attending_by(model, "ours"):
+        model(torch.tensor([[1, 2]]))
+    model(torch.tensor([[1, 2]]))
+    assert len(calls) == model.config.num_hidden_layers, (
+        "transformers keeps the attention's name elsewhere now: in its older versions keys would be copied for every "
+        "query again (mechanex/engine/decode/grouped.py)"
+    )

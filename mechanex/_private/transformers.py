@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
+    "CAPTURING",
     "GROUPS_QUERIES",
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
@@ -26,6 +27,9 @@ __all__ = [
     "attending_by",
 ]
 # Of the layers, the rolling cache uses: keys, values, is_initialized, update, get_seq_length and get_mask_sizes.
+
+CAPTURING = "transformers.utils.output_capturing"
+"""The module of the hooks by which transformers collects hidden states; they stay on a model."""
 
 GROUPS_QUERIES = hasattr(sdpa_attention, "pack_gqa")
 """Whether transformers' own way to call torch's attention reads keys once for all queries that share them."""

@@ -131,12 +131,19 @@ def _count() -> None:
 
 
 def hooks_on(model: nn.Module) -> frozenset[int]:
-    """Ids of the hooks on a model and its parts, whoever's they are."""
+    """Ids of the hooks on a model and its parts, whoever's they are.
+
+    But for transformers' own: they stay on every model that was asked for hidden states once, and do nothing until the
+    next time.
+    """
+    from .._private.transformers import CAPTURING
+
     return frozenset(
         i
         for module in model.modules()
         for hooks in (module._forward_pre_hooks, module._forward_hooks)
-        for i in hooks
+        for i, hook in hooks.items()
+        if getattr(hook, "__module__", None) != CAPTURING
     )
 
 
