@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from families import D_MODEL, build, n_hooks
+from families import D_MODEL, FAMILIES, build, n_hooks
 from test_optimize_loop import DATA, TOKENIZER, naive, optimize, start_of
 
 from mechanex.engine.models import adapter_for
