@@ -51,7 +51,12 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "whoami": ([], "{email}"),
 }
 ASKING = {"login", "signup"}
-ELSEWHERE = {"delete-api-key", "serve"}
+# Autoencoders have a file of tests of their own.
+ELSEWHERE = {
+    "delete-api-key",
+    "serve",
+    *(f"sae {name}" for name in ("explain", "list", "show", "trace", "train")),
+}
 WITHOUT_DATA = {*ASKING, *ELSEWHERE, "logout", "vectors delete", "vectors export"}
 
 
