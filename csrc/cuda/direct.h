@@ -1,5 +1,5 @@
-// The steer op on torch's own tensors: checked, described and launched without a line of Python in between, for the plain
-// calls that a model's hooks make. Anything else is left to the caller, who says what is wrong with it.
+// The steer op on torch's own tensors: checked, described and launched without a line of Python in between, for the
+// plain calls that a model's hooks make. Anything else is left to the caller, who says what is wrong with it.
 #pragma once
 
 #include <Python.h>
@@ -36,8 +36,7 @@ inline PyObject* direct_setup(PyObject*, PyObject* const* args, Py_ssize_t n) {
     PyErr_SetString(PyExc_TypeError, "direct_setup takes a capsule, two types and a function");
     return nullptr;
   }
-  const auto* exchange =
-      static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(args[0], "dlpack_exchange_api"));
+  const auto* exchange = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(args[0], "dlpack_exchange_api"));
   if (exchange == nullptr) return nullptr;
   if (exchange->major != 1 || exchange->read == nullptr || exchange->current_stream == nullptr) Py_RETURN_FALSE;
   for (Py_ssize_t i = 0; i < n; ++i) Py_INCREF(args[i]);
@@ -96,7 +95,8 @@ struct DirectCall {
     row_dtype = dtype_of(x);
     if (row_dtype < 0 || n_rows == 0 || args.d == 0) return false;
 
-    if (!read_plain(bias, &table) || table.ndim != 2 || table.shape[1] != args.d || table.device != device) return false;
+    if (!read_plain(bias, &table) || table.ndim != 2 || table.shape[1] != args.d || table.device != device)
+      return false;
     args.bias = table.data;
     args.n_edits = table.shape[0];
     table_dtype = dtype_of(table);
@@ -130,7 +130,8 @@ struct DirectCall {
   }
 };
 
-// steer_direct(hidden, rows, bias, left, right): the edited tensor, or None where the call isn't plain. hidden is [..., d].
+// steer_direct(hidden, rows, bias, left, right): the edited tensor, or None where the call isn't plain. hidden is [...,
+// d].
 inline PyObject* steer_direct(PyObject*, PyObject* const* args, Py_ssize_t n) {
   if (n != 5 || torch_given().exchange == nullptr) Py_RETURN_NONE;
   DirectCall call;
@@ -139,8 +140,7 @@ inline PyObject* steer_direct(PyObject*, PyObject* const* args, Py_ssize_t n) {
   if (out == nullptr) return nullptr;
   dlpack::Tensor y;
   void* stream = nullptr;
-  if (!read_plain(out, &y) ||
-      torch_given().exchange->current_stream(MX_SERVED_DEVICE, call.device, &stream) != 0) {
+  if (!read_plain(out, &y) || torch_given().exchange->current_stream(MX_SERVED_DEVICE, call.device, &stream) != 0) {
     Py_DECREF(out);
     PyErr_Clear();
     Py_RETURN_NONE;
