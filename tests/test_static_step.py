@@ -13,7 +13,7 @@ from families import D_MODEL, FAMILIES, SLIDING, build, sliding_family, tiny_tok
 from test_decode import N_NEW, PROMPTS, _all_of, ids_of, truth
 from torch import Tensor
 
-from mechanex.engine.decode import grouped, static_step
+from mechanex.engine.decode import grouped, static, static_step
 from mechanex.engine.decode.calls import Calls
 from mechanex.engine.decode.decoder import Decoder
 from mechanex.engine.decode.graphs import Graphs, Key, state_of
@@ -46,7 +46,7 @@ DEVICES = [
 class HostGraphs(Graphs):
     """In the place of CUDA graphs: what was captured is run again by the host, with the sizes of that time."""
 
-    possible = True
+    supported = True
 
     def capture(self, key: Key, step: Callable[[], Tensor], undo: Callable[[], object]) -> bool:
         step()
@@ -465,3 +465,124 @@ def test_a_plan_that_comes_while_rows_are_decoded_counts_from_the_next_step(devi
         decoder.close()
         found.append([row.chosen for row in rows])
     assert found[0] == found[1] != decoded(model, [Request(one, 9) for one in ids])
+
+
+def test_writes_that_torch_does_not_count_reach_the_next_run(device: str) -> None:
+    model, ids = build("llama").to(device), ids_of()
+    numbers = V.numpy().copy()
+    shared = Edit.add(torch.from_numpy(numbers))
+    plain = Edit.add(V.clone())
+    with torch.inference_mode():
+        inferred = Edit.add(V.clone())
+    for edit, write in (
+        (shared, lambda: numbers.__imul__(-3)),
+        (plain, lambda: plain.bias.data.mul_(-2)),
+        (inferred, lambda: inferred.bias.mul_(-2)),
+    ):
+        requests = [Request(ids[0], 8, steering=(Steer(1, edit),))]
+        both(model, requests)
+        with torch.inference_mode():
+            write()
+        both(model, requests)
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_edits_that_are_written_to_while_rows_are_decoded_count_at_once(device: str, planned: bool) -> None:
+    model, ids = build("llama").to(device), ids_of()
+    found = []
+    for kind in ("static", "rolling"):
+        edit = Edit.add(V.clone())
+        steering = () if planned else (Steer(1, edit),)
+        rows = rows_of([Request(one, 12, steering=steering) for one in ids])
+        decoder = Decoder(adapter_for(model), 0, form=kind, overlapped=False)  # type: ignore[arg-type]
+        with torch.no_grad(), SteeringPlan([Intervention(1, edit)] if planned else []).apply(model):
+            reading = decoder.read(rows)
+            decoder.advance(reading)
+            decoder.join(reading)
+            for _ in range(3):
+                decoder.step()
+            edit.bias.mul_(-3)
+            while decoder.rows:
+                decoder.step()
+        decoder.close()
+        found.append([row.chosen for row in rows])
+    assert found[0] == found[1]
+
+
+def test_a_plan_on_a_compiled_model_is_applied_once(device: str) -> None:
+    model, ids = FAMILIES["llama"]().to(device), ids_of()
+    model.compile(backend="eager")
+    with SteeringPlan([Intervention(1, random_edit(0)), Intervention(2, random_edit(1))]).apply(model):
+        both(model, [Request(one, 8) for one in ids])
+    torch.compiler.reset()
+
+
+def test_hooks_on_all_modules_are_heard(device: str) -> None:
+    model, ids = build("llama").to(device), ids_of()
+    requests = [Request(ids[0], 6)]
+    decoded(model, requests)
+    seen: list[int] = []
+    head = model.get_output_embeddings()
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda m, *_: seen.append(1) if m is head else None
+    )
+    try:
+        decoded(model, requests)
+    finally:
+        hook.remove()
+    assert len(seen) == 6
+
+
+def test_settings_and_functions_of_a_model_are_part_of_its_state() -> None:
+    model = FAMILIES["gemma2"]()
+    mlp, config = model.model.layers[0].mlp, model.config
+    states = [state_of(model)]
+    config.final_logit_softcapping = 1.0
+    states.append(state_of(model))
+    mlp.act = torch.relu
+    states.append(state_of(model))
+    mlp.act = torch.tanh
+    states.append(state_of(model))
+    mlp.forward = lambda x: x
+    states.append(state_of(model))
+    mlp.forward = lambda x: -x
+    states.append(state_of(model))
+    assert state_of(model) == states[-1]
+    assert all(a != b for i, a in enumerate(states) for b in states[:i])
+
+
+def test_room_that_takes_much_memory_is_not_taken_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static, "total_bytes", lambda _: 2**20)
+    model, ids = FAMILIES["llama"](), [list(range(3, 150))] * 9
+    rows = rows_of([Request(one, 50) for one in ids])
+    decoder = Decoder(adapter_for(model), 0, form="static")
+    with torch.no_grad():
+        reading = decoder.read(rows)
+        decoder.advance(reading)
+        decoder.join(reading)
+        decoder.step()
+        (cache,) = decoder._batch.kept.values()  # type: ignore[union-attr]
+        assert (cache.rows, cache.columns) == (9, 256)
+        while decoder.rows:
+            decoder.step()
+    decoder.close()
+    assert rows[0].chosen == decoded(model, [Request(ids[0], 50)], "rolling")[0]
+
+
+def test_prefixes_do_not_survive_what_is_written_to_plans_and_weights() -> None:
+    model, prefixes, first = FAMILIES["llama"](), Prefixes(2**30), list(range(20, 60))
+    edit = Edit.add(V.clone())
+
+    def answer() -> Row:
+        (row,) = rows_of([Request(first, 5)])
+        run(Decoder(adapter_for(model), 0, form="rolling", prefixes=prefixes), [row])
+        return row
+
+    with SteeringPlan([Intervention(1, edit)]).apply(model):
+        answer()
+        assert answer().cached_tokens
+        edit.bias.mul_(-1)
+        assert not answer().cached_tokens
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.5)
+        assert not answer().cached_tokens

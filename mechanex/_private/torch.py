@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 __all__ = [
     "dispatch_modes",
     "exchange_table",
+    "global_hooks",
     "parallel_for_address",
     "remove_hook",
     "stream_getter",
@@ -74,6 +75,12 @@ def parallel_for_address() -> int:
         return ctypes.cast(library.torch_parallel_for, ctypes.c_void_p).value or 0
     except (OSError, AttributeError):
         return 0
+
+
+def global_hooks() -> list[int]:
+    """Ids of the forward hooks and pre-hooks that are called with every module of the process."""
+    tables = torch.nn.modules.module
+    return [*tables._global_forward_hooks, *tables._global_forward_pre_hooks]
 
 
 def remove_hook(module: nn.Module, hook_id: int) -> None:

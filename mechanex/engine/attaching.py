@@ -29,6 +29,7 @@ __all__ = [
     "detach_all",
     "hooks_of_others",
     "hooks_on",
+    "hooks_on_all",
     "own_class",
 ]
 
@@ -145,6 +146,11 @@ def hooks_on(model: nn.Module) -> frozenset[int]:
         for i, hook in hooks.items()
         if getattr(hook, "__module__", None) != CAPTURING
     )
+
+
+def hooks_on_all() -> frozenset[int]:
+    """Ids of the hooks that torch calls with every module of the process."""
+    return frozenset(private.global_hooks())
 
 
 def hooks_of_others(module: nn.Module) -> tuple[int, ...]:

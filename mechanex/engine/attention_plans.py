@@ -7,6 +7,7 @@ a second with it, and 388 without.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 __all__ = ["with_plans", "without_plans"]
 
 _cuda: Any = torch.backends.cuda
+_lock = threading.Lock()
 _withheld = 0
 """How many blocks that are running keep attention from cuDNN. torch holds the choice for the whole process."""
 
@@ -28,14 +30,16 @@ def without_plans() -> Iterator[None]:
     if not initialized or not (_withheld or _cuda.cudnn_sdp_enabled()):
         yield
         return
-    _withheld += 1
-    _cuda.enable_cudnn_sdp(False)
+    with _lock:
+        _withheld += 1
+        _cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
-        _withheld -= 1
-        if not _withheld:
-            _cuda.enable_cudnn_sdp(True)
+        with _lock:
+            _withheld -= 1
+            if not _withheld:
+                _cuda.enable_cudnn_sdp(True)
 
 
 @contextmanager

@@ -345,6 +345,8 @@ class Worker:
                     pass
             finally:
                 self._decoder.detach()
+        self._tell(self._rows)  # before the other work goes on for as long
+        self._flush()
         self._resumed = time.perf_counter()
 
     def _end_all(self, error: MechanexError) -> None:

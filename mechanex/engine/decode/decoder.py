@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..._private.torch import writes
 from ...errors import MechanexError, ValidationError
 from ..models.adapter import ModelAdapter
 from ..regimes import first_change, reads_again
@@ -210,10 +211,12 @@ class Decoder:
         return self.steering.attached or self._calls.attached
 
     def _hooks(self) -> tuple[object, ...]:
-        """What others have attached to the model, which may change what it computes."""
+        """What may change what the model makes of a text: hooks of others, numbers of applied plans and of weights."""
         model = self._adapter
         modules = (*model.layers, model.trunk, model.hf_model)
-        return tuple((*one._forward_pre_hooks, *one._forward_hooks) for one in modules)
+        hooks = tuple((*one._forward_pre_hooks, *one._forward_hooks) for one in modules)
+        plans = tuple(i.edit.versions() for one in model.kept.applied for i in one.interventions)
+        return hooks, plans, sum(writes(p) for p in model.hf_model.parameters())
 
     def drop(self, rows: Sequence[Row]) -> None:
         """Takes rows out of the batch, after ``catch_up``."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -12,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attaching import KEY
+from ..attaching import KEY, own_class
 
-__all__ = ["Graphs", "Key", "state_of"]
+__all__ = ["Graphs", "Key", "autocast_on", "state_of"]
 
 Key = tuple[int, int, frozenset[int]]
 """Of what a step is captured: how many rows, of how many columns, and the layers at which they may be edited."""
@@ -49,9 +51,9 @@ class Graphs:
         """Why this model's steps can't be captured, once that was tried in vain."""
 
     @property
-    def possible(self) -> bool:
-        """Whether steps can be captured."""
-        return self._device.type == "cuda" and self.failure is None
+    def supported(self) -> bool:
+        """Whether steps on this device can be captured at all."""
+        return self._device.type == "cuda"
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -148,14 +150,20 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
+def autocast_on(device: torch.device) -> torch.dtype | None:
+    """What torch's autocast computes in on this device, if it is on."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def state_of(model: nn.Module) -> Hashable:
-    """What of a model a captured step depends on: where its weights lie, and every plain setting of its modules.
+    """What of a model a captured step depends on: where its weights lie, and every plain setting of it and its modules.
 
     Numbers that are written into the weights count for nothing: a captured step reads them anew each time.
     """
     found: list[Hashable] = []
+    configs: dict[int, Any] = {}
     for module in model.modules():
-        found.append(id(module))
+        found += [id(module), _Same(own_class(module))]
         state = module.__dict__
         for name in _TENSORS:
             found += [0 if t is None else t.data_ptr() for t in state[name].values()]
@@ -169,8 +177,37 @@ def state_of(model: nn.Module) -> Hashable:
                 found.append(repr(value))
             elif isinstance(value, Tensor):
                 found.append(value.data_ptr())
-            elif name == "forward":
-                found.append(id(value))
-    config = getattr(model, "config", None)
-    found.append(getattr(config, "_attn_implementation", None))
+            elif name == "config" and hasattr(value, "__dict__"):
+                configs[id(value)] = value
+            elif callable(value) and not isinstance(value, nn.Module):
+                found.append(_Same(value))  # the thing itself: its id may come to be another's
+    found += [repr(sorted(vars(config).items(), key=_name)) for config in configs.values()]
     return tuple(found)
+
+
+def _name(item: tuple[str, object]) -> str:
+    return item[0]
+
+
+class _Same:
+    """A function or the like that is equal to itself alone, as long as it is there. It is not kept alive."""
+
+    def __init__(self, thing: Any) -> None:
+        parts = (thing.__func__, thing.__self__) if isinstance(thing, types.MethodType) else (thing,)
+        self._parts = [_reference(part) for part in parts]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Same) or len(self._parts) != len(other._parts):
+            return False
+        mine, theirs = [part() for part in self._parts], [part() for part in other._parts]
+        return all(a is not None and a is b for a, b in zip(mine, theirs, strict=True))
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def _reference(thing: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(thing)
+    except TypeError:  # built-in functions are there for good
+        return lambda: thing

@@ -52,12 +52,14 @@ class _Layer:
         slots: list[int | None] = []
         for part, versions in wanted:
             slot = held.get(id(part))
-            slots.append(slot if slot is not None and self._held[slot] == (part, versions) else None)
+            known = slot is not None and self._held[slot] == (part, versions) and _counts(part)
+            slots.append(slot if known else None)
         taken = {slot for slot in slots if slot is not None}
         free = (slot for slot in range(self.table.slots) if slot not in taken)
         for i, one in enumerate(wanted):
             if slots[i] is None:
                 slot = slots[i] = next(free)
+                self._held[slot] = None  # should writing be broken off
                 self.table.write(slot, one[0])
                 self._held[slot] = one
         return [slot for slot in slots if slot is not None]
@@ -67,12 +69,17 @@ class _Layer:
         wanted = numpy.full_like(self._known, -1)
         wanted[: index.shape[0], : index.shape[1]] = index
         if not numpy.array_equal(wanted, self._known):
-            self._known = wanted
             sent = torch.from_numpy(wanted)
             # Only CUDA is known to keep pinned memory until its copy is done.
             self.index.copy_(
                 sent.pin_memory() if self.index.is_cuda else sent, non_blocking=self.index.is_cuda
             )
+            self._known = wanted
+
+    def forget(self) -> None:
+        """Lets go of the edits: whatever is wanted next is written anew."""
+        self._held = [None] * self.table.slots
+        self._known = numpy.full_like(self._known, -2)  # unlike anything wanted
 
     def apply(self, hidden: Tensor) -> Tensor:
         """The edited copy of ``hidden`` [rows, columns, d_model]."""
@@ -132,7 +139,8 @@ class SlotSteering:
                 continue
             keys = [(chain, *(edit.versions() for edit in chain)) for chain in chains]
             parts_of = [
-                self._composed.get(key) or composed(chain) for key, chain in zip(keys, chains, strict=True)
+                (all(map(_counts, chain)) and self._composed.get(key)) or composed(chain)
+                for key, chain in zip(keys, chains, strict=True)
             ]
             used |= zip(keys, parts_of, strict=True)
             parts = list({id(part): part for found in parts_of for part in found}.values())
@@ -149,6 +157,13 @@ class SlotSteering:
         self._composed = used
         self.active = frozenset(active)
         self.is_static = not self._dense
+
+    def forget(self) -> None:
+        """Lets go of the edits, which may be written to before they come again in ways that torch doesn't count."""
+        self._composed, self._dense = {}, {}
+        self.active, self.is_static = frozenset(), True
+        for layer in self._layers.values():
+            layer.forget()
 
     def edit(self, layer: int, hidden: Tensor) -> Tensor:
         """The edited residual stream of a layer at which some row is steered, or was.
@@ -182,3 +197,8 @@ class SlotSteering:
         most = max(edits, 0 if known is None else known.most_edits)
         made = self._layers[number] = _Layer(table, most, rows, self._device)
         return made
+
+
+def _counts(edit: Edit) -> bool:
+    """Whether writes to the edit's tensors are counted."""
+    return not any(tensor.is_inference() for tensor in edit.tensors)

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attaching import changes, hooks_on
+from ... import backends
+from ..attaching import changes, hooks_on, hooks_on_all
 from ..attention_plans import with_plans
 from ..hooks import Intervention, attach, taken_over
+from ..intervention import Edit
 from ..memory import total_bytes
 from ..models.adapter import Handles, ModelAdapter
 from ..positions import Positions
@@ -24,7 +26,7 @@ from ..regimes import first_change
 from ..selfcheck import TREES, packing_form, window_of
 from .cache import Unmergeable
 from .calls import Calls, Kept, StepInputs
-from .graphs import state_of
+from .graphs import autocast_on, state_of
 from .grouped import grouped_attention
 from .reading import Numbers, Reading
 from .request import Steer
@@ -71,6 +73,9 @@ class StaticBatch:
         self._since_look = 0
         self._numbers: Numbers | None = None
         self._spans: list[Span] | None = None
+        self._moving = False  # whether an edit depends on where a token stands
+        self._edits: list[Edit] = []
+        self._versions: list[tuple[int, ...]] = []  # of the edits, as they were copied into place
         window = window_of(adapter)
         self._window = window
         self._masks = packing_form(adapter, (window or 0) + 1)
@@ -94,7 +99,8 @@ class StaticBatch:
         lengths = [row.length for row in rows]
         longest = max(*lengths, self.columns)
         last = max(longest, *(row.final_length for row in rows))
-        self._reserve(step, step.cache.n + len(rows), min(last, max(2 * longest, _FORESEEN)) + 1, source)
+        ample = min(last, max(2 * longest, _FORESEEN)) + 1
+        self._reserve(step, step.cache.n + len(rows), longest + 1, ample, source)
         step.cache.admit(source, places, lengths)
         self.columns = longest
         self._changed()
@@ -104,7 +110,7 @@ class StaticBatch:
         step, n = self._step, len(rows)
         assert step is not None
         self._look()
-        self._reserve(step, n, self.columns + 1)
+        self._reserve(step, n, self.columns + 1, 2 * self.columns)
         replaced = step.steering.replaced
         if self._spans is None:
             ahead = int(unread is not None)
@@ -117,20 +123,35 @@ class StaticBatch:
                 Span(self._steers(row), len(row.ids), length)
                 for row, length in zip(rows, lengths, strict=True)
             ]
-            step.steering.prepare(self._spans, step.cache.rows)
+            steers = [steer for span in self._spans for steer in span.steering]
+            self._edits = list({id(steer.edit): steer.edit for steer in steers}.values())
+            self._moving = any(steer.tokens is not None for steer in steers)
+            self._place(step)
         else:
             assert latest is not None
             step.ids[:n, 0] = latest
             for span in self._spans:
                 span.first += 1
-            if any(steer.tokens is not None for span in self._spans for steer in span.steering):
-                step.steering.prepare(self._spans, step.cache.rows)
+            if self._moving or self._written():
+                self._place(step)
         if step.steering.replaced != replaced:
             step.graphs.clear()
         columns = bucket(self.columns + 1, _FEWEST_COLUMNS)
         logits = self._run(step, n, min(columns, step.cache.columns))
         self.columns += 1
         return logits[:n, -1]
+
+    def _place(self, step: StaticStep) -> None:
+        """Copies the edits of the next step into place."""
+        assert self._spans is not None
+        self._versions = [edit.versions() for edit in self._edits]
+        step.steering.prepare(self._spans, step.cache.rows)
+
+    def _written(self) -> bool:
+        """Whether an edit was written to since; many are looked at once in a while only."""
+        if len(self._edits) > _LOOK and self._since_look:
+            return False
+        return [edit.versions() for edit in self._edits] != self._versions
 
     def leave(self, place: int) -> None:
         """Takes the row at this place out."""
@@ -155,6 +176,7 @@ class StaticBatch:
         self._seen = None
         if self._step is not None and not self._step.cache.n:
             if self._step.n_bytes <= total_bytes(self._adapter.device) // _IDLE_SHARE:
+                self._step.steering.forget()
                 self._adapter.kept.step = self._step
             self._step = None
 
@@ -169,18 +191,24 @@ class StaticBatch:
         self.kept = {self._name: self._step.cache}
         return self._step
 
-    def _reserve(self, step: StaticStep, rows: int, columns: int, like: Any = None) -> None:
+    def _reserve(self, step: StaticStep, rows: int, columns: int, ample: int = 0, like: Any = None) -> None:
+        """Makes room for so many rows of so many columns, or of ``ample`` ones where that takes little memory."""
         cache = step.cache
         if rows <= cache.rows and columns <= cache.columns:
             return
-        columns = max(bucket(columns, _FEWEST_COLUMNS), cache.columns)
-        n_rows = max(bucket(rows), cache.rows)
-        # Moving to a larger place voids what was captured: a small one takes more room than it needs now.
-        ample = max(bucket(rows), 2 * cache.rows if rows > cache.rows else cache.rows, _FEWEST_ROWS)
         each = cache.column_bytes or _bytes_of(like)
-        if each * ample * columns <= total_bytes(self._adapter.device) // _AMPLE_SHARE:
-            n_rows = ample
-        step.reserve(n_rows, columns, like)
+        # Moving to a larger place voids what was captured: a small one takes more room than it needs now.
+        more = max(bucket(rows), 2 * cache.rows if rows > cache.rows else cache.rows, _FEWEST_ROWS)
+        for n_rows, n_columns in ((more, ample), (bucket(rows), ample), (bucket(rows), columns)):
+            n_rows, n_columns = (
+                max(n_rows, cache.rows),
+                max(bucket(n_columns, _FEWEST_COLUMNS), cache.columns),
+            )
+            if each * n_rows * n_columns <= total_bytes(self._adapter.device) // _AMPLE_SHARE:
+                break
+        else:
+            n_rows, n_columns = max(rows, cache.rows), max(-(-columns // 128) * 128, cache.columns)
+        step.reserve(n_rows, n_columns, like)
         self._changed()
 
     def _look(self) -> None:
@@ -194,13 +222,14 @@ class StaticBatch:
         self._steering.detach()
         model, applied = self._adapter.hf_model, self._adapter.kept.applied
         plan = tuple(i for one in applied for i in one.interventions)
-        named = hooks_on(model).difference(*(one.hooks for one in applied))
-        watched = bool(named) or any(i.mask is not None for i in plan)
+        named = hooks_on(model).difference(*(one.hooks for one in applied)) | hooks_on_all()
+        # Compiled code holds the plans' edits itself.
+        watched = bool(named) or any(i.mask is not None for i in plan) or (bool(plan) and _is_compiled(model))
         if (watched, plan) != (self._watched, self._plan):
             self._watched, self._plan = watched, plan
             self._changed()
-        if self._step.graphs.possible:
-            now = state_of(model)
+        if self._step.graphs.supported:
+            now = state_of(model), backends.active(), autocast_on(self._adapter.device)
             if self._step.model_state != now:
                 self._step.graphs.clear()
                 self._step.model_state = now
@@ -219,7 +248,7 @@ class StaticBatch:
 
     def _run(self, step: StaticStep, n: int, columns: int) -> Tensor:
         graphs = step.graphs
-        if not graphs.possible or self._watched or not step.steering.is_static:
+        if not graphs.supported or graphs.failure or self._watched or not step.steering.is_static:
             logits = self._forward(step, n, columns, step.steering.active)
             step.move(n)
             return logits
@@ -238,7 +267,9 @@ class StaticBatch:
         if graphs.capture(key, once, lambda: step.lengths.copy_(lengths)):
             return graphs.replay(key)
         step.lengths.copy_(lengths)
-        return self._run(step, n, columns)
+        logits = self._forward(step, n, columns, active)
+        step.move(n)
+        return logits
 
     def _forward(
         self, step: StaticStep, rows: int, columns: int, layers: frozenset[int], new: int = 1
@@ -294,6 +325,16 @@ class StaticBatch:
 
     def _changed(self) -> None:
         self._spans = None
+
+
+def _is_compiled(model: Any) -> bool:
+    """Whether torch compiles a part of the model."""
+    return any(
+        m._compiled_call_impl is not None
+        or hasattr(m.forward, "_torchdynamo_orig_callable")
+        or hasattr(m, "_orig_mod")
+        for m in model.modules()
+    )
 
 
 def _bytes_of(cache: Any) -> int:
