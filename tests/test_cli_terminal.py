@@ -57,7 +57,7 @@ ELSEWHERE = {
     "serve",
     *(f"sae {name}" for name in ("explain", "list", "show", "trace", "train")),
 }
-WITHOUT_DATA = {*ASKING, *ELSEWHERE, "logout", "vectors delete", "vectors export"}
+WITHOUT_DATA = {*ASKING, "delete-api-key", "serve", "logout", "vectors delete", "vectors export"}
 
 
 def commands(group: click.Group = main, prefix: str = "") -> Iterator[tuple[str, click.Command]]:

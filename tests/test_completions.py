@@ -305,7 +305,7 @@ def test_an_empty_prompt_needs_a_bos():
 
 def test_no_tokenizer_at_all_is_an_error():
     with pytest.raises(ValidationError, match="needs a tokenizer"):
-        get_completion_logprob(build("llama"), PROMPT, COMPLETION)
+        get_completion_logprob(FAMILIES["llama"](), PROMPT, COMPLETION)
     with pytest.raises(ValidationError, match="got str"):
         get_completion_logprob("mx-tiny", PROMPT, COMPLETION)
 

@@ -400,7 +400,7 @@ def test_wrong_options_are_errors(options, message):
 
 def test_text_without_a_tokenizer_is_an_error():
     with pytest.raises(ValidationError, match="needs a tokenizer"):
-        completion_logprobs(build("llama"), "a", ["b"])
+        completion_logprobs(FAMILIES["llama"](), "a", ["b"])
 
 
 # Ranking
