@@ -239,3 +239,19 @@ def test_transformers_takes_another_attention_for_a_block() -> None:
         "transformers keeps the attention's name elsewhere now: in its older versions keys would be copied for every "
         "query again (mechanex/engine/decode/grouped.py)"
     )
+
+
+def test_torch_tells_what_it_compiles() -> None:
+    why = (
+        "torch no longer tells that it compiles {}: applied plans would count twice in a GPU's decoding steps"
+    )
+    for how in ("a module", "in place", "a forward"):
+        model = nn.Sequential(nn.Linear(2, 2))
+        assert not torch_parts.is_compiled(model)
+        if how == "a module":
+            model = torch.compile(model, backend="eager")  # type: ignore[assignment]
+        elif how == "in place":
+            model[0].compile(backend="eager")
+        else:
+            model[0].forward = torch.compile(model[0].forward, backend="eager")
+        assert torch_parts.is_compiled(model), why.format(how)

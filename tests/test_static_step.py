@@ -408,6 +408,22 @@ def test_keys_that_queries_share_are_not_copied_and_attend_alike(
     torch.testing.assert_close(found, right.transpose(1, 2))
 
 
+@pytest.mark.parametrize("extra", [{"softcap": 30.0}, {"s_aux": torch.zeros(8)}])
+def test_attention_that_bends_its_scores_is_left_to_transformers(
+    extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    def plain(*_: Any, **options: Any) -> tuple[Tensor, None]:
+        given.append(options)
+        return torch.zeros(0), None
+
+    monkeypatch.setitem(grouped.ALL_ATTENTION_FUNCTIONS, "sdpa", plain)
+    query, key = torch.zeros(2, 8, 1, 16), torch.zeros(2, 2, 5, 16)
+    grouped._attend(torch.nn.Module(), query, key, key, torch.zeros(2, 1, 1, 5), **extra)
+    assert given and given[0].items() >= extra.items()
+
+
 def test_older_transformers_attend_so_inside_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped, "GROUPS_QUERIES", False)
     calls: list[int] = []

@@ -18,6 +18,7 @@ __all__ = [
     "dispatch_modes",
     "exchange_table",
     "global_hooks",
+    "is_compiled",
     "parallel_for_address",
     "remove_hook",
     "stream_getter",
@@ -81,6 +82,16 @@ def global_hooks() -> list[int]:
     """Ids of the forward hooks and pre-hooks that are called with every module of the process."""
     tables = torch.nn.modules.module
     return [*tables._global_forward_hooks, *tables._global_forward_pre_hooks]
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch compiles a model or a part of it: as a module in another, in place, or its forward."""
+    return any(
+        module._compiled_call_impl is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
 
 
 def remove_hook(module: nn.Module, hook_id: int) -> None:

@@ -55,9 +55,6 @@ class Graphs:
         """Whether steps on this device can be captured at all."""
         return self._device.type == "cuda"
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
     def serving(self, key: Key) -> Key | None:
         """The captured step that serves for this one, or None where it has to be captured.
 

@@ -38,6 +38,8 @@ def _attend(
         or attention_mask is None
         or attention_mask.ndim != 4
         or attention_mask.shape[:3] != (rows, 1, new)
+        # A tensor or a fraction may bend the scores (sinks, a bias, a soft cap).
+        or any(isinstance(extra, float) for extra in kwargs.values())
         or any(isinstance(extra, Tensor) and name not in _UNUSED for name, extra in kwargs.items())
     ):
         plain = ALL_ATTENTION_FUNCTIONS[_PLAIN]

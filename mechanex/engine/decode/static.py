@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
+from ..._private.torch import is_compiled
 from ..attaching import changes, hooks_on, hooks_on_all
 from ..attention_plans import with_plans
 from ..hooks import Intervention, attach, taken_over
@@ -85,11 +86,6 @@ class StaticBatch:
             raise Unmergeable(f"{adapter.model_id} computes otherwise from some length of its texts on.")
         self.columns = 0
         self.kept: Kept | None = None
-
-    @property
-    def captures(self) -> int:
-        """How many steps were captured so far."""
-        return 0 if self._step is None else self._step.graphs.captures
 
     def admit(self, rows: Sequence[Row], reading: Reading, places: Sequence[int]) -> None:
         """Adds rows that were read."""
@@ -224,7 +220,7 @@ class StaticBatch:
         plan = tuple(i for one in applied for i in one.interventions)
         named = hooks_on(model).difference(*(one.hooks for one in applied)) | hooks_on_all()
         # Compiled code holds the plans' edits itself.
-        watched = bool(named) or any(i.mask is not None for i in plan) or (bool(plan) and _is_compiled(model))
+        watched = bool(named) or any(i.mask is not None for i in plan) or (bool(plan) and is_compiled(model))
         if (watched, plan) != (self._watched, self._plan):
             self._watched, self._plan = watched, plan
             self._changed()
@@ -275,6 +271,7 @@ class StaticBatch:
         self, step: StaticStep, rows: int, columns: int, layers: frozenset[int], new: int = 1
     ) -> Tensor:
         """[rows, new, vocabulary] logits of a call over the first slots."""
+        before = changes()
         self._attach(step, layers)
         ids, positions, back = step.show(rows, columns, new)
         stated = Positions(positions, _OURS)
@@ -288,6 +285,8 @@ class StaticBatch:
                 return self._calls(inputs, {self._name: step.cache}, new)[0]
         finally:
             self._running = False
+            if self._seen is not None:  # the step's own hooks are no reason to look at the model anew
+                self._seen += changes() - before
 
     def _mask(self, back: Tensor) -> Tensor | dict[str, Tensor]:
         """What the model takes as its mask, from how far back each token stands that is seen."""
@@ -325,16 +324,6 @@ class StaticBatch:
 
     def _changed(self) -> None:
         self._spans = None
-
-
-def _is_compiled(model: Any) -> bool:
-    """Whether torch compiles a part of the model."""
-    return any(
-        m._compiled_call_impl is not None
-        or hasattr(m.forward, "_torchdynamo_orig_callable")
-        or hasattr(m, "_orig_mod")
-        for m in model.modules()
-    )
 
 
 def _bytes_of(cache: Any) -> int:

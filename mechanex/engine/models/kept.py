@@ -30,7 +30,8 @@ class Kept:
         override: the user's dotted path of the decoder layers.
         following: who follows the model's calls, if someone does.
         applied: plans that steer the model now (``mechanex.engine.hooks.Applied``), in order.
-        step: what an idle decoder has left for the next one (``mechanex.engine.decode.static.StaticStep``), or None.
+        step: what an idle decoder has left for the next one (``mechanex.engine.decode.static_step.StaticStep``), or
+            None.
     """
 
     layers: list[nn.Module] = field(default_factory=list)
