@@ -10,7 +10,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from .base import _BaseModule, default_attribute
+from . import _default
+from .base import _BaseModule
 from .engine.datasets import read_pairs
 from .errors import APIError, AuthenticationError, NotFoundError, ValidationError
 from .home import behaviors_folder
@@ -394,16 +395,14 @@ class SAEModule(_BaseModule):
 
 
 if TYPE_CHECKING:
-    from .client import default_client
-
-    _default = default_client().sae
-    create_behavior = _default.create_behavior
-    create_behavior_from_jsonl = _default.create_behavior_from_jsonl
-    delete_behavior = _default.delete_behavior
-    explain = _default.explain
-    generate = _default.generate
-    list_behaviors = _default.list_behaviors
+    _door: SAEModule = _default.client().sae
+    create_behavior = _door.create_behavior
+    create_behavior_from_jsonl = _door.create_behavior_from_jsonl
+    delete_behavior = _door.delete_behavior
+    explain = _door.explain
+    generate = _door.generate
+    list_behaviors = _door.list_behaviors
 else:
 
     def __getattr__(name: str) -> Any:
-        return default_attribute("sae", name)
+        return _default.attribute("sae", name)
