@@ -22,7 +22,8 @@ import json, os, signal, sys, time
 from tqdm.std import TqdmDefaultWriteLock
 from mechanex.cli import main
 from mechanex.commands import account, doctor, models, optimize, score, serve, steer, vectors
-from mechanex.demo import measure, run as demo
+from mechanex.demo import measure
+from mechanex.demo import run as demo
 from mechanex.server import serve
 
 # A lock that forked processes share: one that is interrupted while it has it would hold up the next.

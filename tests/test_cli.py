@@ -268,9 +268,9 @@ def test_a_text_is_of_the_tone_that_has_most_words_in_it() -> None:
 def test_the_demo_shows_that_steering_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_tones: int
 ) -> None:
-    from mechanex import demo
+    from mechanex.demo import run as demo
 
-    monkeypatch.setattr(run, "TONES", demo.TONES[:n_tones])
+    monkeypatch.setattr(demo, "TONES", demo.TONES[:n_tones])
     run("demo", "--out", tmp_path)
     report = json.loads((tmp_path / "steering.json").read_text())
     assert len(report["steering"]) == n_tones
