@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from .errors import APIError, AuthenticationError, MechanexError, ValidationError
-from .remote.answers import UnexpectedAnswer
-from .remote.failures import say_more
+from .remote.answers import UnexpectedAnswer, say_more
 
 if TYPE_CHECKING:
     from torch import nn

@@ -15,7 +15,7 @@ from .generation import GenerationModule
 from .home import vectors_folder
 from .model import ModelModule
 from .raag import RAAGModule
-from .remote.account import Account
+from .remote.account import AccountCalls
 from .remote.address import Address
 from .remote.answers import names
 from .remote.credentials import CredentialStore
@@ -37,7 +37,7 @@ _logger = logging.getLogger(__name__)
 EXECUTION_MODES = ("auto", "remote", "local")
 
 
-class Mechanex(Account):
+class Mechanex(AccountCalls):
     """A client for interacting with the Axionic API, and for steering language models on this machine.
 
     Making one does no I/O. Local work needs no key; ``set_execution_mode`` says where calls run.
