@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from . import _default
-from .base import _BaseModule
+from .base import Client, _BaseModule
 from .engine.datasets import read_pairs
 from .errors import APIError, AuthenticationError, NotFoundError, ValidationError
 from .home import behaviors_folder
@@ -19,7 +19,6 @@ from .remote.answers import field, listed, object_of
 from .remote.bodies import examples, list_of, texts
 
 if TYPE_CHECKING:
-    from .client import Mechanex
     from .engine.models.resolve import LoadedModel
     from .engine.sae.autoencoder import SparseAutoencoder
     from .engine.sae.behavior import Behavior
@@ -46,7 +45,7 @@ _SAMPLING = {
 class SAEModule(_BaseModule):
     """Module for SAE-based steering and behavior management."""
 
-    def __init__(self, client: Mechanex) -> None:
+    def __init__(self, client: Client) -> None:
         super().__init__(client)
         self._kept: BehaviorStore | None = None
 

@@ -29,7 +29,7 @@ from .activations import Rounds, as_pairs
 from .autoencoder import SparseAutoencoder
 from .hook_points import HookPoint, hook_point
 from .quality import measured
-from .training import TrainingSettings, TrainedWeights, folded, step
+from .training import TrainedWeights, TrainingSettings, folded, step
 
 __all__ = ["Trained", "train_sae"]
 
@@ -189,7 +189,9 @@ def _round(rounds: Rounds, cursor: int) -> tuple[Tensor, int]:
     return x, following
 
 
-def _begin(path: Path | None, told: str, rounds: Rounds, settings: TrainingSettings) -> tuple[_State, Tensor, int]:
+def _begin(
+    path: Path | None, told: str, rounds: Rounds, settings: TrainingSettings
+) -> tuple[_State, Tensor, int]:
     """The run at its start or where its checkpoint left it, the present round, and where the next one begins."""
     state = None if path is None or not path.exists() else _read(path, told)
     x, following = _round(rounds, 0 if state is None else state.cursor)
@@ -260,7 +262,9 @@ def _read(path: Path, told: str) -> _State:
     return _State(weights, **numbers, mean=tensors["mean"])
 
 
-def _fingerprint(adapter: ModelAdapter, pairs: Sequence[Pair], point: HookPoint, settings: TrainingSettings) -> str:
+def _fingerprint(
+    adapter: ModelAdapter, pairs: Sequence[Pair], point: HookPoint, settings: TrainingSettings
+) -> str:
     texts = hashlib.sha256(repr([[*a, *b] for a, b in pairs]).encode()).hexdigest()
     model = adapter.model_id, adapter.d_model, adapter.n_layers, str(adapter.dtype)
     return hashlib.sha256(repr((model, texts, str(point), asdict(settings))).encode()).hexdigest()

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from ...errors import ValidationError
 from .autoencoder import SparseAutoencoder
 
-__all__ = ["Rule", "TrainingSettings", "TrainedWeights", "folded", "step"]
+__all__ = ["Rule", "TrainedWeights", "TrainingSettings", "folded", "step"]
 
 Rule = Literal["topk", "batchtopk", "jumprelu"]
 
@@ -237,7 +237,9 @@ def _adam(weights: TrainedWeights, gradients: dict[str, Tensor], rate: float) ->
         weights.parameters[name] = moved
 
 
-def folded(weights: TrainedWeights, x: Tensor, factor: float, settings: TrainingSettings, **facts: Any) -> SparseAutoencoder:
+def folded(
+    weights: TrainedWeights, x: Tensor, factor: float, settings: TrainingSettings, **facts: Any
+) -> SparseAutoencoder:
     """The autoencoder of a model's own activations, of one that was trained on ``factor`` times them.
 
     Args:
