@@ -13,7 +13,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from .._version import __version__
+from .. import __version__
 from ..errors import AuthenticationError, MechanexError
 from .auth import Principal, principal
 from .axionic import axionic_router

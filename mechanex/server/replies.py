@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from .._version import __version__
+from .. import __version__
 from .request import Result, TokenLogprob
 from .token_texts import TokenTexts
 
