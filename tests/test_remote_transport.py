@@ -27,7 +27,7 @@ from mechanex import (
     RateLimitError,
     ValidationError,
 )
-from mechanex.remote import connections, deadline
+from mechanex.remote import deadline, transport
 from mechanex.remote.address import PUBLIC_BACKEND, address
 from mechanex.remote.credentials import CredentialStore
 from mechanex.remote.identity import Credentials, Tokens
@@ -373,7 +373,7 @@ def test_a_slow_server_costs_no_more_than_the_timeout(proxy: FaultyProxy, method
 
 
 def test_an_upload_may_take_longer_than_connecting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "_CONNECT_TIMEOUT", 0.5)
+    monkeypatch.setattr(transport, "_CONNECT_TIMEOUT", 0.5)
     with FaultyProxy(reads_after=1.5) as proxy:
         assert to(proxy, timeout=30).post("/generate", {"prompt": "x" * (32 << 20)})["ok"]
         assert len(proxy.requests[0].json()["prompt"]) == 32 << 20

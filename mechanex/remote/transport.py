@@ -26,6 +26,8 @@ TIMEOUT = 30.0
 """Seconds for a call that only looks something up."""
 COMPUTE_TIMEOUT = 600.0
 """Seconds for a call that runs a model."""
+_CONNECT_TIMEOUT = 10.0
+_LOST = (502, 504)
 
 
 class Transport:
@@ -169,7 +171,9 @@ class Transport:
     def _sent(
         self, method: str, server: Address, path: str, data: bytes | None, used: Credentials, deadline: float
     ) -> Answer:
-        from .connections import exchange, new_session
+        """The answer, read to its end; GET and DELETE are tried again where that may help."""
+        from .connections import FAILURES, new_session, reason_of
+        from .deadline import left, until
 
         with self._lock:
             # After a fork, the parent's sockets are not the child's to use.
@@ -177,10 +181,42 @@ class Transport:
                 self._session, self._pid = new_session(), os.getpid()
             session = self._session
         request_id = uuid.uuid4().hex
-        answer = exchange(session, method, server, path, data, used, deadline, request_id)
-        if isinstance(answer, Answer):
-            return answer
-        failed = without_secrets(answer, used.secrets())
+        headers = {"Accept": "application/json", "x-request-id": request_id}
+        if data is not None:
+            headers["Content-Type"] = "application/json"
+        if used.api_key is not None:
+            headers["x-api-key"] = used.api_key
+        if used.access_token is not None:
+            headers["Authorization"] = f"Bearer {used.access_token}"
+        try:
+            with until(deadline):
+                response = session.request(
+                    method,
+                    server.url + path,
+                    data=data,
+                    headers=headers,
+                    auth=lambda request: request,  # without one, requests looks into ~/.netrc
+                    timeout=(_CONNECT_TIMEOUT, left()),
+                    allow_redirects=False,
+                    stream=True,
+                    # Proxies are for other machines; one that sees loopback calls would see their keys.
+                    proxies=dict.fromkeys(("http", "https", "all"), "") if server.is_loopback else None,
+                )
+        except FAILURES as error:
+            failed = without_secrets(reason_of(error), used.secrets())
+        else:
+            status, body = response.status_code, response.raw.data
+            tries = response.raw.retries.history if response.raw.retries else ()
+            # What was deleted by a try whose answer got lost isn't there for the next one.
+            if (
+                method == "DELETE"
+                and status == 404
+                and any(one.error or one.status in _LOST for one in tries)
+            ):
+                status, body = 204, b""
+            their_id = response.headers.get("x-request-id") or request_id
+            return Answer(status, response.reason or "", response.headers, body, their_id)
+        # Raised here, outside of the except block: the library's own exception holds the request and its headers.
         end = "" if failed.endswith("?") else "."
         raise APIError(f"{method} {server.url}{path}: {failed}{end}", request_id=request_id)
 
