@@ -9,10 +9,14 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grimp
 import pytest
+
+if TYPE_CHECKING:
+    import grimp
+else:
+    grimp = pytest.importorskip("grimp", reason="grimp needs Python 3.11")
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mechanex"
