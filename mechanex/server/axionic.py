@@ -9,9 +9,9 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
+from ..engine.methods import check_method, vectors_by
 from ..engine.sampling import Sampling
 from ..errors import APIError, ValidationError
-from ..steering import check_method, vectors_by
 from . import axionic_accounts
 from .auth import Principal
 from .axionic_accounts import limited, one_at_a_time, store_of, timestamp

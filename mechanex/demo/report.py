@@ -1,4 +1,4 @@
-"""``mechanex demo``: its tables, its examples and its plot."""
+"""The demo's tables, examples and plot."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from .console import console, model_text
+from ..commands.console import console, model_text
 
 if TYPE_CHECKING:
-    from ..demo import Steering
-    from .demo_measure import Measurement
+    from .measure import Measurement, Steering
 
 __all__ = ["print_report", "save_plot"]
 
@@ -119,7 +118,7 @@ def _by_tone(measured: Sequence[Measurement]) -> list[tuple[str, list[Measuremen
 
 def _telling(plain: Measurement, most: Measurement) -> int:
     """The prompt whose completion won the most words of the tone."""
-    from .demo_measure import count_words
+    from .measure import count_words
 
     pairs = zip(plain.completions, most.completions, strict=True)
     won = [count_words(after, most.tone) - count_words(before, most.tone) for before, after in pairs]

@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .bundled import data_path
-from .commands.console import echo_json, json_text
-from .commands.demo_measure import Measurement, measure
-from .commands.demo_report import print_report, save_plot
-from .engine.caa import caa_vectors
-from .engine.datasets import ContrastivePairs, read_pairs
-from .engine.models import adapter_for
-from .engine.models.resolve import LoadedModel, load
-from .engine.vectors import SteeringVector
+from ..bundled import data_path
+from ..commands.console import echo_json, json_text
+from ..engine.caa import caa_vectors
+from ..engine.datasets import ContrastivePairs, read_pairs
+from ..engine.models import adapter_for
+from ..engine.models.resolve import LoadedModel, load
+from ..engine.vectors import SteeringVector
+from .measure import Measurement, Steering, measure
+from .report import print_report, save_plot
 
-__all__ = ["STRENGTHS", "TONES", "Steering", "Tone", "run_demo"]
+__all__ = ["STRENGTHS", "TONES", "Tone", "run_demo"]
 
 MODEL = "mx-tiny"
 STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
@@ -52,23 +52,6 @@ TONES = (
     Tone("hopeful", "hopeful_gloomy", 1),
     Tone("gloomy", "hopeful_gloomy", -1),
 )
-
-
-@dataclass(frozen=True)
-class Steering:
-    """How a tone is steered, as chosen on the train split.
-
-    Args:
-        tone: the tone's name.
-        layer: the layer that is steered.
-        unit: how many mean-difference vectors strength 1 adds.
-        norm: Euclidean norm of one mean-difference vector.
-    """
-
-    tone: str
-    layer: int
-    unit: float
-    norm: float
 
 
 def run_demo(out: Path, *, seed: int = 0, as_json: bool = False) -> list[Measurement]:

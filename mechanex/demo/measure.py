@@ -1,4 +1,4 @@
-"""``mechanex demo``: completions of prompts at one strength, and the figures that describe them."""
+"""How a tone is steered, completions of prompts at one strength, and the figures that describe them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,26 @@ from ..engine.models.resolve import LoadedModel
 from ..engine.score import perplexity
 from ..engine.vectors import SteeringVector
 
-__all__ = ["MAX_TOKENS", "Measurement", "count_words", "measure", "tone_of"]
+__all__ = ["MAX_TOKENS", "Measurement", "Steering", "count_words", "measure", "tone_of"]
 
 MAX_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Steering:
+    """How a tone is steered, as chosen on the train split.
+
+    Args:
+        tone: the tone's name.
+        layer: the layer that is steered.
+        unit: how many mean-difference vectors strength 1 adds.
+        norm: Euclidean norm of one mean-difference vector.
+    """
+
+    tone: str
+    layer: int
+    unit: float
+    norm: float
 
 
 @dataclass(frozen=True)
