@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..engine.models.adapter import ModelAdapter
 from ..engine.optimize.datapoints import TrainingDatapoint
-from ..engine.optimize.job import Job
-from ..engine.optimize.jobs import Result, run_jobs
+from ..engine.optimize.loop import Result, run_jobs
 from ..engine.optimize.melbo import make_melbo_loss_funcs
-from ..engine.optimize.settings import Settings, settings_of
+from ..engine.optimize.problem import OptimizationJob
+from ..engine.optimize.settings import OptimizeSettings, settings_of
 from ..engine.text import Prompt
 from ..errors import ValidationError
 
@@ -165,8 +165,52 @@ def optimize_vector(
         ValueError: bad datapoints (named), layers or options; a starting vector that holds NaN, is of another width, or
             gives a loss that is not finite; a checkpoint of another optimization.
     """
-    options = _settings(locals())
-    job = Job(model, datapoints, layer, options, tokenizer)
+    settings = OptimizeSettings(
+        eps=eps,
+        lr=lr,
+        max_iters=max_iters,
+        coldness=coldness,
+        normalize_token_length=bool(normalize_token_length or normalize_completion_length),
+        only_hook_prompt=only_hook_prompt,
+        target_loss=target_loss,
+        do_target_loss_sum=do_target_loss_sum,
+        return_info=return_info,
+        return_loss_history=return_loss_history,
+        return_vec_history=return_vec_history,
+        target_loss_target_iters=target_loss_target_iters,
+        satisfice=satisfice,
+        do_one_minus=do_one_minus,
+        max_norm=max_norm,
+        starting_norm=starting_norm,
+        starting_vec=starting_vec,
+        vector_clamp=vector_clamp,
+        affine_rank=affine_rank,
+        max_affine_norm=max_affine_norm,
+        starting_affine_norm=starting_affine_norm,
+        noise_scale=noise_scale,
+        do_tangent_space_noise=do_tangent_space_noise,
+        do_noise_abl_relu=do_noise_abl_relu,
+        noise_iters=noise_iters,
+        do_antipgd=do_antipgd,
+        do_output_constr=do_output_constr,
+        custom_output_constr_loss_func=custom_output_constr_loss_func,
+        custom_output_constr_pre_loss_func=custom_output_constr_pre_loss_func,
+        output_constr_norm_initial_scale=output_constr_norm_initial_scale,
+        output_constr_lr=output_constr_lr,
+        max_output_constr_iters=max_output_constr_iters,
+        debug=debug,
+        seed=seed,
+        generator=generator,
+        batch_tokens=batch_tokens,
+        callback=callback,
+        checkpoint=checkpoint,
+        lr_schedule=lr_schedule,
+        grad_clip=grad_clip,
+        eval_datapoints=eval_datapoints,
+        patience=patience,
+        keep_on_interrupt=keep_on_interrupt,
+    )
+    job = OptimizationJob(model, datapoints, layer, settings, tokenizer)
     return run_jobs([job], progress=progress)[0]
 
 
@@ -273,12 +317,28 @@ def optimize_vector_minibatch_hf(
             raise ValidationError(f"{name} is a list of completions; got {given!r}: write [{given!r}].")
     src, dst = list(src_completions or []), list(dst_completions or [])
     datapoints = [TrainingDatapoint(prompt, src, dst) for prompt in prompts]
-    named = _named(locals()) | _renamed(options)
-    job = Job(model, datapoints, layer, settings_of(named), tokenizer, minibatch_size=minibatch_size)
+    settings = settings_of(
+        eps=eps,
+        lr=lr,
+        max_iters=max_iters,
+        coldness=coldness,
+        target_loss=target_loss,
+        target_loss_target_iters=target_loss_target_iters,
+        satisfice=satisfice,
+        starting_norm=starting_norm,
+        max_norm=max_norm,
+        affine_rank=affine_rank,
+        max_affine_norm=max_affine_norm,
+        debug=debug,
+        return_info=return_info,
+        vector_clamp=vector_clamp,
+        **options,
+    )
+    job = OptimizationJob(model, datapoints, layer, settings, tokenizer, minibatch_size=minibatch_size)
     return run_jobs([job], progress=progress)[0]
 
 
-def _job(model: nn.Module | ModelAdapter, given: dict[str, Any], tokenizer: Any) -> Job:
+def _job(model: nn.Module | ModelAdapter, given: dict[str, Any], tokenizer: Any) -> OptimizationJob:
     """A job of the keyword arguments of :func:`optimize_vector`."""
     missing = [name for name in ("datapoints", "layer") if name not in given]
     if missing:
@@ -286,24 +346,6 @@ def _job(model: nn.Module | ModelAdapter, given: dict[str, Any], tokenizer: Any)
     datapoints, layer = given.pop("datapoints"), given.pop("layer")
     own = given.pop("tokenizer", None)
     given.pop("use_transformer_lens", None)
-    return Job(model, datapoints, layer, settings_of(_renamed(given)), own if own is not None else tokenizer)
-
-
-def _settings(given: dict[str, Any]) -> Settings:
-    return Settings(
-        **_renamed(_named(given) | {"normalize_completion_length": given["normalize_completion_length"]})
+    return OptimizationJob(
+        model, datapoints, layer, settings_of(**given), own if own is not None else tokenizer
     )
-
-
-def _named(given: dict[str, Any]) -> dict[str, Any]:
-    """The options among a function's arguments."""
-    return {name: given[name] for name in Settings.__dataclass_fields__ if name in given}
-
-
-def _renamed(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with the documented alias under its first name."""
-    if "normalize_completion_length" not in options:
-        return options
-    options = dict(options)
-    alias = options.pop("normalize_completion_length")
-    return options | {"normalize_token_length": bool(alias or options.get("normalize_token_length"))}

@@ -7,6 +7,8 @@ www.lesswrong.com/posts/ioPnHKFyy4Cw2Gr2x.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,12 +17,12 @@ from torch import Tensor, nn
 from ...errors import ValidationError
 from ..intervention import compute_dtype
 from ..models import adapter_for
-from .custom import running_job
+from .constrain import OfJob
 from .datapoints import TrainingDatapoint, completions_of
-from .job import layer_indices
 from .layout import Layout, LayoutSpec, StepPack
-from .parameters import Parameters
+from .parameters import Parameters, Table
 from .passes import Passes
+from .problem import OptimizationJob, layer_indices
 
 __all__ = ["make_melbo_loss_funcs"]
 
@@ -76,45 +78,77 @@ def make_melbo_loss_funcs(target_layer: int) -> tuple[Callable[..., dict[str, An
     return melbo_pre_loss_func, melbo_loss_func
 
 
-class _Distance:
-    """Distance at a layer between steered and unsteered activations, as a function of the steering parameters."""
+@dataclass(frozen=True, eq=False)
+class _Distance(OfJob):
+    """Distance at a layer between steered and unsteered activations, as a function of the steering parameters.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        datapoints: Sequence[TrainingDatapoint],
-        layer: int | Sequence[int],
-        rank: int,
-        only_prompt: bool,
-        target_layer: int,
-    ) -> None:
-        adapter, job = adapter_for(model), running_job()
-        self._layers, self._target = layer_indices(adapter, layer), adapter.layer_index(target_layer)
+    Args:
+        model, datapoints, layer, rank, only_prompt: what is steered, and on what.
+        target_layer: where the distance is measured.
+        tokenizer: of the datapoints; None for the model's.
+        clamp: as in :class:`.parameters.Parameters`.
+    """
+
+    model: nn.Module
+    datapoints: Sequence[TrainingDatapoint]
+    layer: int | Sequence[int]
+    rank: int
+    only_prompt: bool
+    target_layer: int
+    tokenizer: Any = None
+    clamp: float | None = None
+
+    def __post_init__(self) -> None:
         if self._target <= self._layers[0]:
             raise ValidationError(
                 f"MELBO measures at layer {self._target}, but steering begins at layer {self._layers[0]} and changes "
                 "nothing there yet; name a higher target_layer."
             )
-        tokenizer = adapter.tokenizer if job is None else job.tokenizer
-        completions = completions_of(datapoints, tokenizer, only_prompt=only_prompt)
-        clamp = None if job is None else job.settings.vector_clamp
-        self._parameters = Parameters(adapter.d_model, rank, clamp)
-        self._layout = Layout(adapter, LayoutSpec(tuple(completions), only_prompt, to_the_end=True))
-        self._passes = Passes(adapter, self._layers, self._layers[:1], 1)
-        self._unsteered = []
-        with torch.no_grad(), self._passes:
-            for step_pack in self._layout.packs:
-                hidden = self._passes.residual(step_pack, self._layers, None, self._target)
-                self._unsteered.append(_measured(hidden, step_pack))
+
+    def for_job(self, job: OptimizationJob) -> _Distance:
+        return replace(self, tokenizer=job.tokenizer, clamp=job.settings.vector_clamp)
+
+    @cached_property
+    def _target(self) -> int:
+        return adapter_for(self.model).layer_index(self.target_layer)
+
+    @cached_property
+    def _layers(self) -> tuple[int, ...]:
+        return layer_indices(adapter_for(self.model), self.layer)
+
+    @cached_property
+    def _passes(self) -> Passes:
+        return Passes(adapter_for(self.model), self._layers, self._layers[:1], 1)
+
+    @cached_property
+    def _layout(self) -> Layout:
+        adapter = adapter_for(self.model)
+        tokenizer = adapter.tokenizer if self.tokenizer is None else self.tokenizer
+        completions = completions_of(self.datapoints, tokenizer, only_prompt=self.only_prompt)
+        return Layout(adapter, LayoutSpec(tuple(completions), self.only_prompt, to_the_end=True))
+
+    @cached_property
+    def _unsteered(self) -> list[Tensor]:
+        with torch.no_grad():
+            return [self._measured(step_pack, None) for step_pack in self._layout.packs]
+
+    def _measured(self, step_pack: StepPack, table: Table | None) -> Tensor:
+        """[M, d_model] the activations at the end of every completion's prompt and at its own tokens."""
+        hidden = self._passes.residual(step_pack, self._layers, table, self._target)
+        pack, width = step_pack.pack, hidden.shape[1]
+        ends = (pack.row * width + pack.predictor)[_ends(step_pack)]
+        places = torch.cat([ends, pack.row * width + pack.column]).to(hidden.device)
+        chosen = hidden.flatten(0, 1).index_select(0, places)
+        return chosen.to(compute_dtype(chosen.dtype))
 
     def __call__(self, vector: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
         factors = None if left is None or right is None else (left, right)
-        table = self._parameters.table(self._parameters.join(vector, factors), self._layout.signs)
+        parameters = Parameters(vector.shape[-1], self.rank, self.clamp)
+        table = parameters.table(parameters.join(vector, factors), self._layout.signs)
         total = vector.new_zeros(())
         with self._passes:
             for step_pack, before in zip(self._layout.packs, self._unsteered, strict=True):
-                hidden = self._passes.residual(step_pack, self._layers, table, self._target)
-                distances = (_measured(hidden, step_pack) - before).norm(dim=-1)
+                distances = (self._measured(step_pack, table) - before).norm(dim=-1)
                 total = total + (_shares(step_pack).to(distances) * distances).sum().to(total)
         return total
 
@@ -125,15 +159,6 @@ def _ends(step_pack: StepPack) -> Tensor:
     first = torch.ones_like(pair, dtype=torch.bool)
     first[1:] = pair[1:] != pair[:-1]
     return first
-
-
-def _measured(hidden: Tensor, step_pack: StepPack) -> Tensor:
-    """[M, d_model] the activations at the end of every completion's prompt and at its own tokens."""
-    pack, width = step_pack.pack, hidden.shape[1]
-    ends = (pack.row * width + pack.predictor)[_ends(step_pack)]
-    places = torch.cat([ends, pack.row * width + pack.column]).to(hidden.device)
-    chosen = hidden.flatten(0, 1).index_select(0, places)
-    return chosen.to(compute_dtype(chosen.dtype))
 
 
 def _shares(step_pack: StepPack) -> Tensor:
