@@ -93,7 +93,7 @@ def test_step(report, benchmark, prompt_tokens):
     theta = job.start()
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
-        passes = stack.enter_context(Passes(job.adapter, job.layers, job.layers[:1], 1024))
+        passes = stack.enter_context(Passes(job.adapter, [job.layers], 1024))
 
         def step():
             return passes.run([job.request(theta, plain_sum)])[0]
@@ -133,7 +133,7 @@ def test_jobs_together(report, benchmark):
     """Four layers at once against one after another."""
     model, data = llama_46m(), datapoints(12)
     jobs = [OptimizationJob(model, data, layer, OptimizeSettings(seed=0)) for layer in (5, 7, 9, 11)]
-    with undisturbed(model), Passes(jobs[0].adapter, [5, 7, 9, 11], [5, 7, 9, 11], 4096) as passes:
+    with undisturbed(model), Passes(jobs[0].adapter, [job.layers for job in jobs], 4096) as passes:
         requests = [job.request(job.start(), plain_sum) for job in jobs]
         ways = {
             "one after another": lambda: [passes.run([request]) for request in requests],

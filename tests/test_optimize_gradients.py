@@ -68,7 +68,7 @@ def doubled(name: str = "gpt2"):
 def evaluate(job: OptimizationJob, theta: torch.Tensor, **changes) -> Evaluation:
     from dataclasses import replace
 
-    with undisturbed(job.adapter.hf_model), Passes(job.adapter, job.layers, job.layers[:1], 1024) as passes:
+    with undisturbed(job.adapter.hf_model), Passes(job.adapter, [job.layers], 1024) as passes:
         request = job.request(theta, changes.pop("objective", job.objective))
         return passes.run([replace(request, **changes)])[0]
 
@@ -258,7 +258,7 @@ def test_the_lower_layers_run_once_and_the_head_only_on_scored_rows():
     evaluate(job, job.start())  # what the model can do is tried, which runs all of it
     heads.clear()
     calls.update({1: 0, 3: 0})
-    with undisturbed(model), Passes(job.adapter, job.layers, job.layers[:1], 1024) as passes:
+    with undisturbed(model), Passes(job.adapter, [job.layers], 1024) as passes:
         for _ in range(5):
             passes.run([job.request(job.start(), plain_sum)])
     for handle in handles:
@@ -275,12 +275,11 @@ def test_kept_residuals_have_a_bound_in_bytes_and_packs_beyond_it_give_the_same(
         OptimizationJob(model, datapoints, n, OptimizeSettings(seed=0, batch_tokens=64), TOKENIZER)
         for n in starts
     ]
-    layers = sorted({n for job in jobs for n in job.layers})
 
     def run(most_bytes):
         with (
             undisturbed(model),
-            Passes(jobs[0].adapter, layers, list(starts), 64, most_bytes=most_bytes) as passes,
+            Passes(jobs[0].adapter, [job.layers for job in jobs], 64, most_bytes=most_bytes) as passes,
         ):
             found = [passes.run([job.request(job.start(), plain_sum)])[0] for job in jobs]
             return passes.kept_bytes, found

@@ -64,33 +64,28 @@ class Checkpoint:
         self._written = time.monotonic()
         self._fingerprint = ""
 
-    def open(self) -> None:
-        """Writes a first time, so that a file that can't be written is known before the work is done.
-
-        Raises:
-            ValidationError: it can't be written.
-        """
-        try:
-            self._write()
-        except OSError as error:
-            raise ValidationError(f"The checkpoint {self._path} can't be written: {error}") from error
-
     def write_sometimes(self) -> None:
         """Writes, unless that was done a few seconds ago."""
-        if self._path is not None and time.monotonic() - self._written >= SECONDS_BETWEEN:
+        if time.monotonic() - self._written >= SECONDS_BETWEEN:
             self.write()
 
-    def write(self) -> None:
-        """Writes the state as of the last whole step; a failure is logged, since what was found is worth more."""
-        try:
-            self._write()
-        except OSError as error:
-            _log.warning("The checkpoint %s can't be written now: %s", self._path, error)
+    def write(self, *, first: bool = False) -> None:
+        """Writes the state as of the last whole step; a failure is logged, since what was found is worth more.
 
-    def _write(self) -> None:
-        run = self._run
+        Raises:
+            ValidationError: it can't be written, the ``first`` time: then it is known before the work is done.
+        """
         if self._path is None:
             return
+        try:
+            self._write(self._path)
+        except OSError as error:
+            if first:
+                raise ValidationError(f"The checkpoint {self._path} can't be written: {error}") from error
+            _log.warning("The checkpoint %s can't be written now: %s", self._path, error)
+
+    def _write(self, path: Path) -> None:
+        run = self._run
         self._fingerprint = self._fingerprint or _fingerprint(run.job)
         tensors: dict[str, Tensor] = {}
         content = {
@@ -106,7 +101,7 @@ class Checkpoint:
         if run.vectors:
             tensors["vectors"] = torch.stack(run.vectors)
         kept = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-        with atomic_path(self._path) as temporary:
+        with atomic_path(path) as temporary:
             save_file(kept, temporary, {"mechanex": json.dumps(content)})
         self._written = time.monotonic()
 

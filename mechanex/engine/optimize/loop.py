@@ -55,12 +55,11 @@ def run_jobs(jobs: Sequence[OptimizationJob], *, progress: bool = False) -> list
         )
     given = [job.settings.batch_tokens for job in jobs if job.settings.batch_tokens is not None]
     usual = BATCH_TOKENS if adapter.device.type == "cpu" else BATCH_TOKENS_GPU
-    layers = [layer for job in jobs for layer in job.layers]
     with (
         exclusive(adapter),
         torch.inference_mode(False),
         undisturbed(adapter.hf_model),
-        Passes(adapter, layers, [job.layers[0] for job in jobs], min(given, default=usual)) as passes,
+        Passes(adapter, [job.layers for job in jobs], min(given, default=usual)) as passes,
     ):
         for job in jobs:
             for spec in (job.spec, job.eval_spec):
@@ -80,7 +79,7 @@ def optimize(runs: Sequence[Run], passes: Passes, show: Callable[[], None]) -> l
     try:
         for run in runs:
             checkpoint = Checkpoint(run)
-            checkpoint.open()
+            checkpoint.write(first=True)
             checkpoints[run] = checkpoint
             phases.append(_phase(run))
         while phases:

@@ -118,7 +118,7 @@ class _Distance(OfJob):
 
     @cached_property
     def _passes(self) -> Passes:
-        return Passes(adapter_for(self.model), self._layers, self._layers[:1], 1)
+        return Passes(adapter_for(self.model), [self._layers], 1)
 
     @cached_property
     def _layout(self) -> Layout:

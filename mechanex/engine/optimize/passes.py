@@ -80,8 +80,7 @@ class Passes:
 
     Args:
         adapter: the model, frozen and in eval mode for as long.
-        layers: every layer that any request edits.
-        starts: the lowest layer of each job.
+        members: the layers that each job's requests edit, in order.
         batch_tokens: most tokens of a pass, unless one pack alone has more.
         most_bytes: most memory for what is kept of the layers below the edits; packs beyond it run whole each time.
             None for a quarter of the device's memory.
@@ -93,8 +92,7 @@ class Passes:
     def __init__(
         self,
         adapter: ModelAdapter,
-        layers: Sequence[int],
-        starts: Sequence[int],
+        members: Sequence[Sequence[int]],
         batch_tokens: int,
         *,
         most_bytes: int | None = None,
@@ -102,9 +100,12 @@ class Passes:
         self.adapter = adapter
         self._most_bytes = total_bytes(adapter.device) // 4 if most_bytes is None else most_bytes
         self.kept_bytes = 0
-        self.starts = sorted({min(start, adapter.n_layers - 1) for start in starts})
+        self._starts = sorted({min(layers[0], adapter.n_layers - 1) for layers in members})
         self._batch_tokens = batch_tokens
-        self._hooks, self._graphs = EditHooks(adapter, layers), StepGraphs()
+        self._hooks, self._graphs = (
+            EditHooks(adapter, {n for layers in members for n in layers}),
+            StepGraphs(),
+        )
         self._layouts: dict[LayoutSpec, Layout] = {}
         self._replays: dict[StepPack, Replay] = {}
         self._stacks: dict[Any, Stack] = {}
@@ -155,7 +156,7 @@ class Passes:
     def replay(self, step_pack: StepPack) -> Replay:
         """What is kept of a pack's lower layers; made on first use."""
         if step_pack not in self._replays:
-            made = self._replays[step_pack] = Replay(self.adapter, step_pack.pack, self.starts)
+            made = self._replays[step_pack] = Replay(self.adapter, step_pack.pack, self._starts)
             size = tensor_bytes(made.tensors)
             if self.kept_bytes + size > self._most_bytes:
                 made.give_up()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,8 +36,8 @@ class EditHooks:
         layers: every layer that any pass edits.
     """
 
-    def __init__(self, adapter: ModelAdapter, layers: Sequence[int]) -> None:
-        self.adapter, self._layers = adapter, sorted(set(layers))
+    def __init__(self, adapter: ModelAdapter, layers: Iterable[int]) -> None:
+        self.adapter, self._layers = adapter, sorted(layers)
         self._handles: Handles | None = None
         self._rows: Mapping[int, Tensor | None] = {}
         self._table: Table = ()
