@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.models.adapter import ModelAdapter
+from ..engine.optimize.costs import make_melbo_loss_funcs
 from ..engine.optimize.datapoints import TrainingDatapoint
 from ..engine.optimize.loop import Result, run_jobs
-from ..engine.optimize.melbo import make_melbo_loss_funcs
 from ..engine.optimize.problem import OptimizationJob
 from ..engine.optimize.settings import OptimizeSettings
 

@@ -6,7 +6,6 @@ In reading order:
    :mod:`.problem`, which holds them together as a job.
 2. What is minimised: :mod:`.layout` (the completions as packs), :mod:`.objective`, and :mod:`.passes`, where losses and
    gradients are computed and the time goes: one :mod:`.stack` of jobs at a time, on layers that :mod:`.replay` runs.
-3. How: :mod:`.state` (what a run knows between two steps), :mod:`.descend`, :mod:`.constrain`, and :mod:`.loop`, which
-   takes runs through both phases.
-4. Besides: :mod:`.checkpoint` (a state as a file), :mod:`.melbo` (costs for the second phase).
+3. How: :mod:`.state` (what a run knows between two steps), :mod:`.descend`, :mod:`.constrain` with its :mod:`.costs`,
+   and :mod:`.loop`, which takes runs through both phases; :mod:`.checkpoint` is a run's state as a file.
 """

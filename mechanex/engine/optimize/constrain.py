@@ -12,22 +12,19 @@ from __future__ import annotations
 
 import logging
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import ValidationError
+from .costs import CustomCost
 from .objective import Objective, plain_sum
 from .parameters import AdamState, Parameters, adam_step, clipped
 from .passes import Evaluation, EvaluationRequest, Passes
-from .problem import OptimizationJob
 from .state import Best, ConstrainState, Outcome, Run
 
-__all__ = ["Constraint", "OfJob"]
+__all__ = ["Constraint"]
 
 _log = logging.getLogger(__name__)
 
@@ -241,77 +238,3 @@ def _size(parameters: Parameters) -> Cost:
         return float(value.detach()), slope
 
     return size
-
-
-class OfJob(ABC):
-    """What a preparing function returned that depends on the job: the loss function gets ``for_job(job)`` in its place.
-
-    So a function of the documented arguments learns of the job's tokenizer and clamp.
-    """
-
-    @abstractmethod
-    def for_job(self, job: OptimizationJob) -> Any:
-        """The same for this job."""
-
-
-class CustomCost:
-    """A user's loss function as a cost of θ; its preparing function is called once, now.
-
-    Args:
-        job: whose functions these are.
-        theta: where the phase starts.
-    """
-
-    def __init__(self, job: OptimizationJob, theta: Tensor) -> None:
-        self._job = job
-        prepare = job.settings.custom_output_constr_pre_loss_func
-        self._kwargs: Mapping[str, Any] = {}
-        if prepare is None:
-            return
-        kwargs = prepare(*self._arguments(job.parameters.vector(theta), job.parameters.factors(theta)))
-        if not isinstance(kwargs, Mapping):
-            raise ValidationError(
-                "custom_output_constr_pre_loss_func must return a dict of keyword arguments for "
-                f"custom_output_constr_loss_func; it returned {type(kwargs).__name__}."
-            )
-        self._kwargs = {
-            name: value.for_job(job) if isinstance(value, OfJob) else value for name, value in kwargs.items()
-        }
-
-    def _arguments(self, vector: Tensor, factors: tuple[Tensor, Tensor] | None) -> tuple[Any, ...]:
-        job = self._job
-        left, right = (None, None) if factors is None else factors
-        only_prompt = job.settings.only_hook_prompt
-        return job.adapter.model, job.datapoints, job.layer, vector, left, right, only_prompt
-
-    def __call__(self, theta: Tensor) -> tuple[float, Tensor]:
-        """The cost and its gradient [n].
-
-        A function that has called backward() itself may return a number; else what it returns is differentiated.
-        """
-        job = self._job
-        function = job.settings.custom_output_constr_loss_func
-        assert function is not None
-        with torch.enable_grad():
-            vector = job.parameters.vector(theta).detach().clone().requires_grad_()
-            factors = job.parameters.factors(theta)
-            if factors is not None:
-                factors = tuple(f.detach().clone().requires_grad_() for f in factors)  # type: ignore[assignment]
-            leaves = [vector, *(factors or ())]
-            cost = function(*self._arguments(vector, factors), **self._kwargs)
-        if isinstance(cost, Tensor) and cost.requires_grad:
-            if cost.numel() != 1:
-                raise ValidationError(
-                    f"custom_output_constr_loss_func must return a scalar; got a tensor {list(cost.shape)}."
-                )
-            slopes = torch.autograd.grad(cost.reshape(()), leaves, allow_unused=True)
-        else:
-            slopes = tuple(leaf.grad for leaf in leaves)
-        if all(slope is None for slope in slopes):
-            raise ValidationError(
-                "custom_output_constr_loss_func returned what doesn't depend on the vector: return a scalar tensor "
-                "computed from it, or call backward() inside and return a number."
-            )
-        made = [torch.zeros_like(leaf) if s is None else s for leaf, s in zip(leaves, slopes, strict=True)]
-        gradient = torch.cat([slope.flatten() for slope in made])
-        return float(cost.detach() if isinstance(cost, Tensor) else cost), gradient.to(theta)

@@ -1,12 +1,12 @@
-"""MELBO: loss functions that look for the vector that changes later activations most.
+"""What the output-constrained phase may minimise in place of the norm: a function of the user's, and MELBO's.
 
-A. Mack and A. Turner, *Mechanistically Eliciting Latent Behaviors in Language Models* (MELBO), 2024,
-www.lesswrong.com/posts/ioPnHKFyy4Cw2Gr2x.
+MELBO looks for the vector that changes later activations most: A. Mack and A. Turner, *Mechanistically Eliciting Latent
+Behaviors in Language Models* (MELBO), 2024, www.lesswrong.com/posts/ioPnHKFyy4Cw2Gr2x.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,14 +17,78 @@ from torch import Tensor, nn
 from ...errors import ValidationError
 from ..intervention import compute_dtype
 from ..models import adapter_for
-from .constrain import OfJob
 from .datapoints import TrainingDatapoint, completions_of
 from .layout import Layout, LayoutSpec, StepPack
 from .parameters import Parameters, Table
 from .passes import Passes
 from .problem import OptimizationJob, layer_indices
 
-__all__ = ["make_melbo_loss_funcs"]
+__all__ = ["CustomCost", "make_melbo_loss_funcs"]
+
+
+class CustomCost:
+    """A user's loss function as a cost of θ; its preparing function is called once, now.
+
+    Args:
+        job: whose functions these are.
+        theta: where the phase starts.
+    """
+
+    def __init__(self, job: OptimizationJob, theta: Tensor) -> None:
+        self._job = job
+        prepare = job.settings.custom_output_constr_pre_loss_func
+        self._kwargs: Mapping[str, Any] = {}
+        if prepare is None:
+            return
+        kwargs = prepare(*self._arguments(job.parameters.vector(theta), job.parameters.factors(theta)))
+        if not isinstance(kwargs, Mapping):
+            raise ValidationError(
+                "custom_output_constr_pre_loss_func must return a dict of keyword arguments for "
+                f"custom_output_constr_loss_func; it returned {type(kwargs).__name__}."
+            )
+        # The documented arguments tell nothing of the job's tokenizer and clamp, which MELBO's distance depends on.
+        self._kwargs = {
+            name: value.for_job(job) if isinstance(value, _Distance) else value
+            for name, value in kwargs.items()
+        }
+
+    def _arguments(self, vector: Tensor, factors: tuple[Tensor, Tensor] | None) -> tuple[Any, ...]:
+        job = self._job
+        left, right = (None, None) if factors is None else factors
+        only_prompt = job.settings.only_hook_prompt
+        return job.adapter.model, job.datapoints, job.layer, vector, left, right, only_prompt
+
+    def __call__(self, theta: Tensor) -> tuple[float, Tensor]:
+        """The cost and its gradient [n].
+
+        A function that has called backward() itself may return a number; else what it returns is differentiated.
+        """
+        job = self._job
+        function = job.settings.custom_output_constr_loss_func
+        assert function is not None
+        with torch.enable_grad():
+            vector = job.parameters.vector(theta).detach().clone().requires_grad_()
+            factors = job.parameters.factors(theta)
+            if factors is not None:
+                factors = tuple(f.detach().clone().requires_grad_() for f in factors)  # type: ignore[assignment]
+            leaves = [vector, *(factors or ())]
+            cost = function(*self._arguments(vector, factors), **self._kwargs)
+        if isinstance(cost, Tensor) and cost.requires_grad:
+            if cost.numel() != 1:
+                raise ValidationError(
+                    f"custom_output_constr_loss_func must return a scalar; got a tensor {list(cost.shape)}."
+                )
+            slopes = torch.autograd.grad(cost.reshape(()), leaves, allow_unused=True)
+        else:
+            slopes = tuple(leaf.grad for leaf in leaves)
+        if all(slope is None for slope in slopes):
+            raise ValidationError(
+                "custom_output_constr_loss_func returned what doesn't depend on the vector: return a scalar tensor "
+                "computed from it, or call backward() inside and return a number."
+            )
+        made = [torch.zeros_like(leaf) if s is None else s for leaf, s in zip(leaves, slopes, strict=True)]
+        gradient = torch.cat([slope.flatten() for slope in made])
+        return float(cost.detach() if isinstance(cost, Tensor) else cost), gradient.to(theta)
 
 
 def make_melbo_loss_funcs(target_layer: int) -> tuple[Callable[..., dict[str, Any]], Callable[..., Tensor]]:
@@ -41,7 +105,8 @@ def make_melbo_loss_funcs(target_layer: int) -> tuple[Callable[..., dict[str, An
 
     Returns:
         (melbo_pre_loss_func, melbo_loss_func), to be passed to ``optimize_vector`` as
-        ``custom_output_constr_pre_loss_func`` and ``custom_output_constr_loss_func``.
+        ``custom_output_constr_pre_loss_func`` and ``custom_output_constr_loss_func``. Called without what the first one
+        returned, the second knows of no clamp and takes the model's own tokenizer.
 
     Raises:
         ValidationError: when called, where ``target_layer`` is not above the lowest steered layer.
@@ -79,7 +144,7 @@ def make_melbo_loss_funcs(target_layer: int) -> tuple[Callable[..., dict[str, An
 
 
 @dataclass(frozen=True, eq=False)
-class _Distance(OfJob):
+class _Distance:
     """Distance at a layer between steered and unsteered activations, as a function of the steering parameters.
 
     Args:
@@ -106,6 +171,7 @@ class _Distance(OfJob):
             )
 
     def for_job(self, job: OptimizationJob) -> _Distance:
+        """The same with what a job knows of its datapoints and edits."""
         return replace(self, tokenizer=job.tokenizer, clamp=job.settings.vector_clamp)
 
     @cached_property
