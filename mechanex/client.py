@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from .engine.models.resolve import LoadedModel
     from .engine.vector_store import VectorStore
-    from .server.background import RunningServer
+    from .server.serve import RunningServer
 
 __all__ = ["EXECUTION_MODES", "Mechanex", "default_client"]
 

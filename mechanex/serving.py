@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .client import Mechanex
     from .engine.models.resolve import LoadedModel
     from .engine.vector_store import VectorStore
-    from .server.background import RunningServer
+    from .server.serve import RunningServer
 
 __all__ = ["serve"]
 

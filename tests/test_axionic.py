@@ -18,10 +18,10 @@ from fastapi.testclient import TestClient
 from mechanex import Mechanex
 from mechanex.engine.models.resolve import LoadedModel, load
 from mechanex.errors import ValidationError
+from mechanex.server.accounts.passwords import Passwords
+from mechanex.server.accounts.store import open_store
 from mechanex.server.app import create_app
-from mechanex.server.passwords import Passwords
 from mechanex.server.settings import Settings
-from mechanex.server.store import open_store
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ def model() -> LoadedModel:
 def connect(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Connect]:
     """Makes a running application of its own for each test, with passwords that are hashed quickly."""
     cheap = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
-    monkeypatch.setattr("mechanex.server.store.Passwords", lambda: Passwords(cheap))
+    monkeypatch.setattr("mechanex.server.accounts.store.Passwords", lambda: Passwords(cheap))
     with ExitStack() as stack:
 
         def start(host: str = "127.0.0.1", **settings: Any) -> TestClient:

@@ -33,7 +33,7 @@ from mechanex.engine.models import adapter_for
 from mechanex.engine.score import completion_logprobs, perplexity, rank_completions
 from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import ValidationError
-from mechanex.server.request import Request
+from mechanex.server.model.requests import Request
 from mechanex.utils.steering_opt import (
     TrainingDatapoint,
     hf_hooks_contextmanager,

@@ -26,9 +26,8 @@ from mechanex.engine.models.resolve import LoadedModel  # noqa: E402
 from mechanex.engine.sampling import Sampling  # noqa: E402
 from mechanex.engine.score import completion_logprobs  # noqa: E402
 from mechanex.engine.text import encode_pair, encode_prompt, prompt_text  # noqa: E402
-from mechanex.server.encoder import Encoder  # noqa: E402
-from mechanex.server.request import Request  # noqa: E402
-from mechanex.server.token_texts import TokenTexts  # noqa: E402
+from mechanex.server.model.requests import Request  # noqa: E402
+from mechanex.server.model.texts import Encoder, TokenTexts  # noqa: E402
 
 QUESTION = [{"role": "user", "content": "Where is Anna?"}]
 STARTED = [*QUESTION, {"role": "assistant", "content": "She is at the"}]

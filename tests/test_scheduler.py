@@ -35,9 +35,8 @@ from mechanex.engine.sampling import Sampling
 from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import APIError, MechanexError, RateLimitError, ValidationError
 from mechanex.server.metrics import Metrics
-from mechanex.server.request import Generation, Request, Result, Steer
-from mechanex.server.row import ServedRow
-from mechanex.server.scheduler import Scheduler
+from mechanex.server.model.requests import Generation, Request, Result, ServedRow, Steer
+from mechanex.server.model.scheduler import Scheduler
 from mechanex.server.settings import Settings
 
 pytestmark = pytest.mark.slow

@@ -12,12 +12,12 @@ from families import build, tiny_tokenizer
 
 from mechanex.engine.models import adapter_for
 from mechanex.errors import APIError, MechanexError
+from mechanex.server.http.middleware import RequestMiddleware
 from mechanex.server.metrics import Metrics
-from mechanex.server.middleware import RequestMiddleware
-from mechanex.server.request import Generation, Request, Step
-from mechanex.server.scheduler import Scheduler
+from mechanex.server.model.requests import Generation, Request, Step
+from mechanex.server.model.scheduler import Scheduler
+from mechanex.server.openai.streams import _merged
 from mechanex.server.settings import Settings
-from mechanex.server.streams import _merged
 
 TOKENIZER = tiny_tokenizer()
 PATIENCE = 60.0  # seconds after which a test counts as hanging

@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 from server_process import serving
 
+from mechanex.server.accounts.store import Store, open_store
 from mechanex.server.settings import Settings
-from mechanex.server.store import Store, open_store
 
 pytestmark = [
     pytest.mark.slow,
@@ -44,9 +44,9 @@ WRITER = textwrap.dedent(
     from argon2 import PasswordHasher
     from mechanex import SteeringVector
     from mechanex.errors import MechanexError
-    from mechanex.server.passwords import Passwords
+    from mechanex.server.accounts.passwords import Passwords
     from mechanex.server.settings import Settings
-    from mechanex.server.store import open_store
+    from mechanex.server.accounts.store import open_store
 
     limit = int(sys.argv[1])
     store = open_store(

@@ -14,9 +14,9 @@ from mechanex.engine.memory import tensor_bytes
 from mechanex.engine.models import adapter_for
 from mechanex.engine.vector_store import VectorStore
 from mechanex.engine.vectors import SteeringVector
-from mechanex.server import steerings as module
+from mechanex.server.library import steerings as module
+from mechanex.server.library.steerings import Steerings
 from mechanex.server.settings import Settings
-from mechanex.server.steerings import Steerings
 
 
 def test_many_strengths_of_a_vector_take_no_more_memory_than_allowed(

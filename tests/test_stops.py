@@ -17,8 +17,8 @@ from mechanex.engine.detokenize import Continuation, special_tokens
 from mechanex.engine.generate import generate, generate_batch, stream
 from mechanex.engine.models.resolve import LoadedModel
 from mechanex.engine.sampling import Sampling
-from mechanex.server.request import Request
-from mechanex.server.token_texts import TokenTexts
+from mechanex.server.model.requests import Request
+from mechanex.server.model.texts import TokenTexts
 
 PROMPT = "The morning was cold"
 TOKENS = 12

@@ -23,13 +23,13 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.schema import CreateTable
 
 from mechanex import AuthenticationError, NotFoundError, SteeringVector, ValidationError
-from mechanex.server.database import Database
-from mechanex.server.limits import RateLimit, client_address
-from mechanex.server.passwords import Passwords
-from mechanex.server.schema import VERSION, metadata
+from mechanex.server.accounts.passwords import Passwords
+from mechanex.server.accounts.store import StorageError, Store, open_store
+from mechanex.server.accounts.tokens import SECRET_VARIABLE
+from mechanex.server.http.limits import RateLimit, client_address
+from mechanex.server.library.database import Database
+from mechanex.server.library.schema import VERSION, metadata
 from mechanex.server.settings import Settings
-from mechanex.server.store import StorageError, Store, open_store
-from mechanex.server.tokens import SECRET_VARIABLE
 
 pytestmark = pytest.mark.slow
 
@@ -571,7 +571,7 @@ def test_another_schema_version_is_refused_and_left_alone(
 @on_each_database
 def test_a_new_database_can_be_opened_by_many_at_once(database: str | None, tmp_path: Path) -> None:
     code = (
-        "import sys; from mechanex.server.database import Database\n"
+        "import sys; from mechanex.server.library.database import Database\n"
         "sys.stdin.read(1); Database(sys.argv[1]).close(); print('opened')"
     )
     starting = [
@@ -597,7 +597,8 @@ def test_a_new_database_can_be_opened_by_many_at_once(database: str | None, tmp_
 def test_several_servers_can_share_a_database(database: str | None) -> None:
     store = opened(database)
     code = (
-        "import sys; from mechanex.server.settings import Settings; from mechanex.server.store import open_store\n"
+        "import sys; from mechanex.server.settings import Settings\n"
+        "from mechanex.server.accounts.store import open_store\n"
         "store, token = open_store(Settings(database=sys.argv[2] or None)), sys.argv[1]\n"
         "print('ready', flush=True); sys.stdin.read(1)\n"
         "for _ in range(60): token = store.accounts.refresh(token).refresh_token\n"
@@ -636,7 +637,7 @@ def test_writing_while_another_process_holds_the_database_waits_or_says_so(
     ann, _ = sqlite_store.accounts.sign_up("ann@example.org", "correct horse")
     assert sqlite_store.accounts.get(ann.id) == ann
     sqlite_store.close()
-    monkeypatch.setattr("mechanex.server.database.BUSY_MS", 50)
+    monkeypatch.setattr("mechanex.server.library.database.BUSY_MS", 50)
     impatient = opened()
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StorageError, match=r"\[503\] .*busy or away \(database is locked\): try again"):

@@ -40,7 +40,7 @@ from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
 from mechanex.engine.models.adapter import exclusive, undisturbed
-from mechanex.server.request import Request as Asked
+from mechanex.server.model.requests import Request as Asked
 
 SECTIONS = ("first", "exact", "pace", "captures", "served", "compiled")
 # The decoder's window of tokens: long enough for a rate, short enough for one bucket of columns.

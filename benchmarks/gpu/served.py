@@ -11,8 +11,8 @@ from decode_model import Letters
 
 from mechanex.engine.models.adapter import ModelAdapter
 from mechanex.server.metrics import Metrics
-from mechanex.server.request import Request
-from mechanex.server.scheduler import Scheduler
+from mechanex.server.model.requests import Request
+from mechanex.server.model.scheduler import Scheduler
 from mechanex.server.settings import Settings
 
 RequestOf = Callable[[int, int], Request]

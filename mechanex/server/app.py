@@ -15,15 +15,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from .. import __version__
 from ..errors import AuthenticationError, MechanexError
-from .auth import Principal, principal
-from .axionic import axionic_router
-from .engine import ServingEngine
-from .gate import Gate
-from .http_errors import add_handlers
-from .middleware import RequestMiddleware
-from .openai import openai_router
+from .accounts.auth import Gate, Principal, principal
+from .accounts.store import StorageError, open_store
+from .axionic.routes import axionic_router
+from .http.errors import add_handlers
+from .http.middleware import RequestMiddleware
+from .model.engine import ServingEngine
+from .openai.routes import openai_router
 from .settings import Settings
-from .store import StorageError, open_store
 
 if TYPE_CHECKING:
     from ..engine.models.resolve import LoadedModel
@@ -44,14 +43,14 @@ def create_app(
     ``app.state`` holds what handlers share:
 
     * ``settings``: the :class:`Settings`.
-    * ``engine``: the :class:`~mechanex.server.engine.ServingEngine`: ``await engine.submit(requests)`` for text,
+    * ``engine``: the :class:`~mechanex.server.model.engine.ServingEngine`: ``await engine.submit(requests)`` for text,
       ``await engine.run(fn)`` for any other work on the model (``fn(adapter)`` runs alone on it, in its thread).
-    * ``store``: accounts, their vectors and behaviors; see :class:`~mechanex.server.auth.Accounts`.
+    * ``store``: accounts, their vectors and behaviors; see :class:`~mechanex.server.accounts.auth.Accounts`.
     * ``server_key``: the key that opens the whole server, or None on a loopback address without one.
     * ``started``: seconds since 1970.
 
-    Handlers learn the sender from :func:`mechanex.server.auth.principal`. They raise the library's errors, which
-    become ``{"detail": …}`` with the status of the wire contract, and OpenAI's envelope under ``/v1``.
+    Handlers learn the sender from :func:`mechanex.server.accounts.auth.principal`. They raise the library's errors,
+    which become ``{"detail": …}`` with the status of the wire contract, and OpenAI's envelope under ``/v1``.
 
     Args:
         settings: how to serve.

@@ -1,0 +1,1 @@
+"""The Axionic API: routes and bodies; imports ``accounts``, ``library``, ``model``, ``http``, not ``openai``."""

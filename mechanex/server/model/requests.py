@@ -1,0 +1,154 @@
+"""A request for text on its way through the model: where its answer is awaited, its row, and who still waits."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...engine.decode import request as engine
+from ...engine.decode.request import Result, Steer, Step, TokenLogprob
+from ...engine.decode.row import Row
+from ...errors import MechanexError
+
+__all__ = ["Generation", "Request", "Result", "ServedRow", "Steer", "Step", "TokenLogprob", "Unanswered"]
+
+
+@dataclass(frozen=True)
+class Request(engine.Request):
+    """As the engine's, with ids from ``await engine.encode(prompt)``.
+
+    Args:
+        timeout: seconds; None for the server's setting.
+    """
+
+    timeout: float | None = None
+
+
+class Generation:
+    """A request that was accepted: an asynchronous iterator of :class:`Step`, and its :class:`Result`.
+
+    It belongs to the event loop that submitted it; the model's thread reaches it through ``deliver`` alone.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.cancelled = False
+        self._steps: list[Step] = []
+        self._end: Result | BaseException | None = None
+        self._news = asyncio.Event()
+
+    def deliver(self, news: Step | Result | BaseException) -> None:
+        """Takes what came; on the event loop's thread."""
+        if isinstance(news, Step):
+            self._steps.append(news)
+        elif self._end is None:
+            self._end = news
+        self._news.set()
+
+    async def news(self) -> list[Step | Result]:
+        """What came since it was last asked for, the result last; waits for something to come.
+
+        Raises:
+            MechanexError: as ``result``, once all that came before was asked for.
+        """
+        while not self._steps and self._end is None:
+            self._news.clear()
+            await self._news.wait()
+        steps, self._steps = self._steps, []
+        found: list[Step | Result] = [_joined(steps)] if steps else []
+        if isinstance(self._end, Result):
+            found.append(self._end)
+        elif self._end is not None and not found:
+            raise self._end
+        return found
+
+    async def __aiter__(self) -> AsyncIterator[Step]:
+        while True:
+            for one in await self.news():
+                if isinstance(one, Result):
+                    return
+                yield one
+
+    async def result(self) -> Result:
+        """The whole answer, also after (part of) it was read step by step.
+
+        Raises:
+            APIError: the answer took too long (504), or the server shut down (503).
+            MechanexError: the model failed (NaN logits, say).
+        """
+        while self._end is None:
+            self._news.clear()
+            await self._news.wait()
+        if isinstance(self._end, BaseException):
+            raise self._end
+        return self._end
+
+    def cancel(self) -> None:
+        """Ends it and frees its place."""
+        self.cancelled = True
+
+
+def _joined(steps: list[Step]) -> Step:
+    if len(steps) == 1:
+        return steps[0]
+    text, logprobs = "".join(step.text for step in steps), [one for step in steps for one in step.logprobs]
+    return Step(text, tuple(logprobs), steps[0].prompt_logprobs)
+
+
+class ServedRow(Row):
+    """A request on its way through the model; for the model's thread.
+
+    Args:
+        generation: what the answer goes to.
+        tokenizer: decodes tokens.
+        ends: ids of the tokens that end an answer.
+        room: positions that the model's context has, or None.
+        deadline: when, on ``time.monotonic()``'s clock, it is too late.
+    """
+
+    # As smooth to a reader as more would be, and where steps are short far fewer wake-ups of the event loop.
+    pace = 0.02
+
+    def __init__(
+        self, generation: Generation, tokenizer: Any, ends: Sequence[int], room: int | None, deadline: float
+    ) -> None:
+        super().__init__(generation.request, tokenizer, ends, room)
+        self.generation, self.deadline = generation, deadline
+        self.arrived = time.monotonic()
+        self.ended = False  # whether its end was told
+
+
+class Unanswered:
+    """Requests that were taken and have no end yet. Any thread may use it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._there: dict[int, Generation] = {}
+        self._closed: MechanexError | None = None
+
+    def take(self, generations: Iterable[Generation]) -> None:
+        """Promises answers, to all of them or none.
+
+        Raises:
+            MechanexError: that which it was closed with; nobody would answer any more.
+        """
+        with self._lock:
+            if self._closed is not None:
+                raise self._closed.with_traceback(None)
+            self._there.update((id(one), one) for one in generations)
+
+    def answered(self, generation: Generation) -> None:
+        """One of them has its end."""
+        with self._lock:
+            self._there.pop(id(generation), None)
+
+    def close(self, error: MechanexError) -> list[Generation]:
+        """Takes no more, for this reason; returns those that still wait for an end."""
+        with self._lock:
+            self._closed = error
+            left, self._there = list(self._there.values()), {}
+        return left
