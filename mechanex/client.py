@@ -248,7 +248,7 @@ class Mechanex(Account):
             corrected_behaviors: names of behaviors that every answer is steered by, unless its request names others.
             block: False, for notebooks and programs that go on, serves from a thread.
             settings: ``vectors`` (a folder of vector files for every client), ``behaviors`` (contrastive examples),
-                ``database``, ``key`` and the limits of ``mechanex.server.settings.Settings``.
+                ``database``, ``key`` and the limits of ``mechanex.server.settings.ServerSettings``.
 
         Returns:
             With ``block=False``, once it answers, a handle with ``url``, ``key`` and ``stop()``, which is a context

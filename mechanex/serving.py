@@ -50,7 +50,7 @@ def serve(
     _check_no_loop(block)
     try:
         from .server.serve import check_vllm, serve_loaded
-        from .server.settings import Settings
+        from .server.settings import ServerSettings
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("mechanex"):
             raise
@@ -63,7 +63,7 @@ def serve(
         if isinstance(given, str):
             raise ValidationError(f"{name} is a list of texts; got the text {given!r}.")
     try:
-        found = Settings(
+        found = ServerSettings(
             host=host,
             port=port,
             corrected_behaviors=tuple(corrected_behaviors or ()),

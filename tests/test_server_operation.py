@@ -30,7 +30,7 @@ from mechanex.engine.models.resolve import load
 from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import MechanexError, NotFoundError, ValidationError
 from mechanex.server.http.listener import listen
-from mechanex.server.settings import Settings
+from mechanex.server.settings import ServerSettings
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_a_loopback_server_takes_any_key_or_none(server: ServerProcess) -> None:
     ],
 )
 def test_what_counts_as_loopback(host: str, loopback: bool) -> None:
-    assert Settings(host=host).is_loopback is loopback
+    assert ServerSettings(host=host).is_loopback is loopback
 
 
 def test_request_ids_and_unknown_urls(server: ServerProcess) -> None:
@@ -354,7 +354,7 @@ def test_answers_are_sent_at_once() -> None:
             options.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             writer.close()
 
-        with listen(Settings(host="127.0.0.1", port=0)) as listening:
+        with listen(ServerSettings(host="127.0.0.1", port=0)) as listening:
             async with await asyncio.start_server(note, sock=listening):
                 _, writer = await asyncio.open_connection(*listening.getsockname())
                 while not options:

@@ -15,14 +15,16 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from .. import __version__
 from ..errors import AuthenticationError, MechanexError
-from .accounts.auth import Gate, Principal, principal
+from .accounts.auth import WRONG_KEYS_PER_MINUTE, AuthenticationMiddleware, Principal, principal
 from .accounts.store import StorageError, open_store
+from .axionic.guards import Guards
 from .axionic.routes import axionic_router
 from .http.errors import add_handlers
+from .http.limits import RateLimit
 from .http.middleware import RequestMiddleware
 from .model.engine import ServingEngine
 from .openai.routes import openai_router
-from .settings import Settings
+from .settings import ServerSettings
 
 if TYPE_CHECKING:
     from ..engine.models.resolve import LoadedModel
@@ -36,16 +38,16 @@ _SHORT_KEY = 16
 
 
 def create_app(
-    settings: Settings, loaded_model: LoadedModel, *, vectors: VectorStore | None = None
+    settings: ServerSettings, loaded_model: LoadedModel, *, vectors: VectorStore | None = None
 ) -> FastAPI:
     """The server's application; the model's thread runs while the application does.
 
     ``app.state`` holds what handlers share:
 
-    * ``settings``: the :class:`Settings`.
+    * ``settings``: the :class:`ServerSettings`.
     * ``engine``: the :class:`~mechanex.server.model.engine.ServingEngine`: ``await engine.submit(requests)`` for text,
       ``await engine.run(fn)`` for any other work on the model (``fn(adapter)`` runs alone on it, in its thread).
-    * ``store``: accounts, their vectors and behaviors; see :class:`~mechanex.server.accounts.auth.Accounts`.
+    * ``store``: accounts, their vectors and behaviors; see :class:`~mechanex.server.accounts.store.Store`.
     * ``server_key``: the key that opens the whole server, or None on a loopback address without one.
     * ``started``: seconds since 1970.
 
@@ -71,7 +73,7 @@ def create_app(
     except StorageError as error:
         raise MechanexError(error.message) from error  # nobody asked over HTTP, so no status
     try:
-        engine = ServingEngine(settings, loaded_model, store, vectors)
+        engine = ServingEngine(settings, loaded_model, store.library, vectors)
     except BaseException:
         store.close()
         raise
@@ -97,11 +99,13 @@ def create_app(
     )
     app.state.settings, app.state.engine, app.state.store = settings, engine, store
     app.state.server_key, app.state.started = key, time.time()
+    app.state.wrong_keys = RateLimit("wrong keys from this address", WRONG_KEYS_PER_MINUTE)
+    app.state.guards = Guards(settings)
     add_handlers(app)
     app.include_router(openai_router())
     app.include_router(axionic_router())
     _add_operation(app)
-    app.add_middleware(Gate)
+    app.add_middleware(AuthenticationMiddleware)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -26,7 +26,7 @@ from .._private.uvicorn import forget_signals
 from ..errors import MechanexError, ValidationError
 from .app import create_app
 from .http.listener import BACKLOG, bounded, listen, most_connections
-from .settings import Settings
+from .settings import ServerSettings
 
 if TYPE_CHECKING:
     from ..engine.models.resolve import LoadedModel
@@ -42,7 +42,7 @@ _SWITCH_SECONDS = (
 
 
 def serve_loaded(
-    settings: Settings, loaded: LoadedModel, vectors: VectorStore | None = None, *, block: bool = True
+    settings: ServerSettings, loaded: LoadedModel, vectors: VectorStore | None = None, *, block: bool = True
 ) -> RunningServer | None:
     """Serves a model until SIGINT or SIGTERM, or in a thread of its own.
 
@@ -82,7 +82,7 @@ class Listening:
         grace: seconds that running answers have when it ends.
     """
 
-    def __init__(self, settings: Settings, loaded: LoadedModel, vectors: VectorStore | None) -> None:
+    def __init__(self, settings: ServerSettings, loaded: LoadedModel, vectors: VectorStore | None) -> None:
         made: str | None = None
         if settings.server_key() is None and not settings.is_loopback:
             made = f"mx-{secrets.token_urlsafe(32)}"

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from ..errors import ValidationError
 
-__all__ = ["Settings"]
+__all__ = ["ServerSettings"]
 
 KEY_VARIABLE = "MECHANEX_SERVER_KEY"
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """How a server listens, whom it lets in, and how much it takes on.
 
     Args:

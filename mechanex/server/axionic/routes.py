@@ -13,11 +13,12 @@ from ...engine.sampling import Sampling
 from ...errors import APIError, ValidationError
 from ...steering import check_method, vectors_by
 from ..accounts.auth import Principal
-from ..http.disconnect import done_or_gone, results_or_gone
-from ..library.records import Behavior
-from ..model.requests import Request as TextRequest
+from ..accounts.store import store_of
+from ..http.disconnect import done_or_gone
+from ..library.records import KeptBehavior
+from ..model.requests import TextRequest, results_of
 from . import accounts
-from .accounts import limited, one_at_a_time, store_of, timestamp
+from .accounts import timestamp
 from .bodies import (
     BehaviorBody,
     GenerateBody,
@@ -28,6 +29,7 @@ from .bodies import (
     ScoresBody,
     SteeringBody,
 )
+from .guards import Sender, guards_of
 
 if TYPE_CHECKING:
     from ...engine.models.adapter import ModelAdapter
@@ -50,10 +52,10 @@ def axionic_router() -> APIRouter:
     return whole
 
 
-async def _worker(request: Request, who: Annotated[Principal, Depends(limited)]) -> Principal:
+async def _worker(request: Request, who: Sender) -> Principal:
     """The sender of a request for the model: one whose account didn't ask for another model."""
     if who.account_id is not None:
-        chosen = (await run_sync(store_of(request).accounts.get, who.account_id)).model_name
+        chosen = (await run_sync(store_of(request).users.get, who.account_id)).model_name
         served = _engine(request).model_name
         if chosen is not None and chosen != served:
             raise ValidationError(
@@ -63,12 +65,11 @@ async def _worker(request: Request, who: Annotated[Principal, Depends(limited)])
     return who
 
 
-Who = Annotated[Principal, Depends(limited)]
 Worker = Annotated[Principal, Depends(_worker)]
 
 
 @router.get("/models")
-async def models(request: Request, who: Who) -> dict[str, Any]:
+async def models(request: Request, who: Sender) -> dict[str, Any]:
     """The models that the server runs: one."""
     return {"models": [{"name": _engine(request).model_name}]}
 
@@ -89,7 +90,9 @@ async def generate(body: GenerateBody, request: Request, who: Worker) -> Respons
         body.top_p,
         **{name: value for name, value in settings.items() if value is not None},
     )
-    steering = await engine.steerings.by_vector(who, body.steering_vector_id, body.steering_strength)
+    steering = await engine.steerings.by_vector(
+        who.account_id, body.steering_vector_id, body.steering_strength
+    )
     answers = await engine.submit(
         [
             TextRequest(
@@ -103,10 +106,8 @@ async def generate(body: GenerateBody, request: Request, who: Worker) -> Respons
             )
         ]
     )
-    results = await results_or_gone(request, answers)
-    if results is None:
-        return Response(status_code=499)
-    return JSONResponse({"output": await engine.prompt_text(body.prompt) + results[0].text})
+    (result,) = await done_or_gone(request, results_of(answers))
+    return JSONResponse({"output": await engine.prompt_text(body.prompt) + result.text})
 
 
 @router.post("/steering/generate")
@@ -136,7 +137,7 @@ async def create_behavior(body: BehaviorBody, request: Request, who: Worker) -> 
         vector = body.steering_vector_id
     else:
         # One of the operator's: the account keeps a copy, which stays when the operator's goes.
-        vector = await engine.steerings.vector(who, body.steering_vector_id)
+        vector = await engine.steerings.vector(who.account_id, body.steering_vector_id)
     made = await run_sync(
         library.add_behavior, who.account_id, body.behavior_name, body.description, examples, vector
     )
@@ -144,7 +145,7 @@ async def create_behavior(body: BehaviorBody, request: Request, who: Worker) -> 
 
 
 @router.get("/steering/vectors")
-async def kept_vectors(request: Request, who: Who) -> list[dict[str, Any]]:
+async def kept_vectors(request: Request, who: Sender) -> list[dict[str, Any]]:
     """The account's steering vectors, oldest first."""
     return [
         {
@@ -157,13 +158,13 @@ async def kept_vectors(request: Request, who: Who) -> list[dict[str, Any]]:
 
 
 @router.delete("/steering/vectors/{vector_id:path}", status_code=204, response_class=Response)
-async def delete_vector(vector_id: str, request: Request, who: Who) -> None:
+async def delete_vector(vector_id: str, request: Request, who: Sender) -> None:
     """Deletes a steering vector that no behavior uses."""
     await run_sync(store_of(request).library.delete_vector, who.account_id, vector_id)
 
 
 @router.get("/behaviors")
-async def behaviors(request: Request, who: Who) -> list[dict[str, Any]]:
+async def behaviors(request: Request, who: Sender) -> list[dict[str, Any]]:
     """The account's behaviors, oldest first."""
     return [
         _shown(behavior) for behavior in await run_sync(store_of(request).library.behaviors, who.account_id)
@@ -171,37 +172,37 @@ async def behaviors(request: Request, who: Who) -> list[dict[str, Any]]:
 
 
 @router.delete("/behaviors/{behavior_name:path}", status_code=204, response_class=Response)
-async def delete_behavior(behavior_name: str, request: Request, who: Who) -> None:
+async def delete_behavior(behavior_name: str, request: Request, who: Sender) -> None:
     """Deletes a behavior; its steering vector stays."""
     await run_sync(store_of(request).library.delete_behavior, who.account_id, behavior_name)
 
 
 @router.post("/sae/generate", status_code=501)
-async def sae_generate(body: SaeBody, who: Who) -> None:
+async def sae_generate(body: SaeBody, who: Sender) -> None:
     """Generation under the watch of a sparse autoencoder: not part of this version."""
     raise _absent("Generation with a sparse autoencoder", "POST /generate steers with a behavior's vector")
 
 
 @router.get("/graph", status_code=501)
-async def graph(who: Who) -> None:
+async def graph(who: Sender) -> None:
     """The model's computation graph: not part of this version."""
     raise _absent("The model's graph")
 
 
 @router.get("/paths", status_code=501)
-async def paths(who: Who) -> None:
+async def paths(who: Sender) -> None:
     """The model's module paths: not part of this version."""
     raise _absent("The list of module paths")
 
 
 @router.post("/attribution-patching/scores", status_code=501)
-async def attribution_scores(body: ScoresBody, who: Who) -> None:
+async def attribution_scores(body: ScoresBody, who: Sender) -> None:
     """Attribution patching: not part of this version."""
     raise _absent("Attribution patching")
 
 
 @router.post("/raag/generate", status_code=501)
-async def raag_generate(body: RaagBody, who: Who) -> None:
+async def raag_generate(body: RaagBody, who: Sender) -> None:
     """Retrieval-augmented answers with attribution: not part of this version."""
     raise _absent("Retrieval-augmented answer generation")
 
@@ -226,7 +227,7 @@ async def _computed(
     def work(adapter: ModelAdapter) -> SteeringVector:
         return compute(adapter, *examples.values(), layer_idxs, tokenizer=engine.tokenizer)
 
-    with one_at_a_time(request, who):
+    with guards_of(request).one_at_a_time(who):
         return await done_or_gone(request, engine.run(work))
 
 
@@ -256,7 +257,7 @@ def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
     return stops
 
 
-def _shown(behavior: Behavior) -> dict[str, Any]:
+def _shown(behavior: KeptBehavior) -> dict[str, Any]:
     return {
         "id": behavior.id,
         "behavior_name": behavior.behavior_name,

@@ -1,50 +1,32 @@
-"""How often one client may ask: token buckets in memory, one per client."""
+"""How often one client may ask, counted in memory."""
 
 from __future__ import annotations
 
 import ipaddress
 import math
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import FixedWindowRateLimiter
 
 from ...errors import RateLimitError
 
 __all__ = ["RateLimit", "client_address"]
 
 
-@dataclass
-class _Bucket:
-    tokens: float
-    filled_at: float
-
-
 class RateLimit:
-    """Lets each client ask ``per_minute`` times at once, and then as often as a minute brings new chances.
+    """Lets each client ask ``per_minute`` times in a minute that begins with the first; then it is forgotten.
 
     Args:
         what: named in the error.
         per_minute: requests.
-        clock: seconds, never going back.
-        clients: most clients that are remembered; the one that was silent longest is forgotten first.
     """
 
-    def __init__(
-        self,
-        what: str,
-        per_minute: int,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        clients: int = 10_000,
-    ) -> None:
-        self._what = what
-        self._size = per_minute
-        self._clock = clock
-        self._clients = clients
-        self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
-        self._lock = threading.Lock()
+    def __init__(self, what: str, per_minute: int) -> None:
+        self._what, self._item = what, RateLimitItemPerMinute(per_minute)
+        self._storage = MemoryStorage()
+        self._limiter = FixedWindowRateLimiter(self._storage)
 
     def take(self, client: str) -> None:
         """Counts one request.
@@ -52,38 +34,26 @@ class RateLimit:
         Raises:
             RateLimitError: too many; ``retry_after`` is when the next one may come, in whole seconds.
         """
-        self._spend(client, 1)
+        self.check(client)
+        self._limiter.hit(self._item, client)
 
     def check(self, client: str) -> None:
         """Raises what ``take`` would, and counts nothing."""
-        if client in self._buckets:
-            self._spend(client, 0)
-
-    def _spend(self, client: str, tokens: int) -> None:
-        now, rate = self._clock(), self._size / 60
-        with self._lock:
-            bucket = self._buckets.setdefault(client, _Bucket(self._size, now))
-            self._buckets.move_to_end(client)
-            if len(self._buckets) > self._clients:
-                self._buckets.popitem(last=False)
-            bucket.tokens = min(self._size, bucket.tokens + (now - bucket.filled_at) * rate)
-            bucket.filled_at = now
-            if bucket.tokens >= 1:
-                bucket.tokens -= tokens
-                return
-            wait = math.ceil((1 - bucket.tokens) / rate)
+        if self._limiter.test(self._item, client):
+            return
+        ends_at = self._limiter.get_window_stats(self._item, client).reset_time
+        wait = max(1, math.ceil(ends_at - time.time()))
         raise RateLimitError(
-            f"Too many {self._what}: at most {self._size} a minute. Try again in {wait} s.",
+            f"Too many {self._what}: at most {self._item.amount} a minute. Try again in {wait} s.",
             429,
             retry_after=wait,
         )
 
     def give_back(self, client: str) -> None:
         """Uncounts one request."""
-        with self._lock:
-            bucket = self._buckets.get(client)
-            if bucket is not None:
-                bucket.tokens = min(self._size, bucket.tokens + 1)
+        key = self._item.key_for(client)
+        if self._storage.get(key):  # else its minute is over
+            self._storage.decr(key)
 
 
 def client_address(host: str | None) -> str:

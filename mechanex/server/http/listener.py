@@ -9,7 +9,7 @@ from typing import Any
 
 from ..._private.uvicorn import H11Protocol
 from ...errors import MechanexError
-from ..settings import Settings
+from ..settings import ServerSettings
 
 __all__ = ["BACKLOG", "bounded", "listen", "most_connections"]
 
@@ -25,7 +25,7 @@ _OTHER_FILES = (
 _MOST_FILES = 65_536
 
 
-def listen(settings: Settings) -> socket.socket:
+def listen(settings: ServerSettings) -> socket.socket:
     """A socket that listens at the settings' address.
 
     Raises:

@@ -23,7 +23,7 @@ from sqlalchemy.exc import (
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from ...errors import MechanexError, ValidationError
-from .schema import SHARED_ACCOUNT, VERSION, metadata, schema_info, users
+from .schema import OLDEST_VERSION, SHARED_ACCOUNT, VERSION, metadata, migrate, schema_info, users
 
 __all__ = ["Database", "StorageError"]
 
@@ -112,6 +112,11 @@ class Database:
         there, versions = self._found()
         if not there:
             versions = self._create()
+        if len(versions) == 1 and OLDEST_VERSION <= versions[0] < VERSION:
+            _logger.info("database %s: from schema version %d to %d", self.name, versions[0], VERSION)
+            with self.write() as connection:
+                migrate(connection)
+            versions = [VERSION]
         if versions == [VERSION]:
             return
         if not versions:
@@ -120,14 +125,10 @@ class Database:
                 "a mechanex server's, or it is damaged. Name another one with --database."
             )
         found = max(versions)
-        way = (
-            "update mechanex, or name another database with --database"
-            if found > VERSION
-            else "serve it with the version that made it, or name another database with --database"
-        )
+        way = "update mechanex" if found > VERSION else "serve it with the version that made it"
         raise StorageError(
             f"the database {self.name} has schema version {found}, and this version of mechanex reads "
-            f"{VERSION}: {way}. Nothing was changed."
+            f"{OLDEST_VERSION} to {VERSION}: {way}, or name another database with --database. Nothing was changed."
         )
 
     def _found(self) -> tuple[set[str], list[int]]:

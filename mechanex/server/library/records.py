@@ -18,11 +18,11 @@ from .schema import SHARED_ACCOUNT, behaviors, is_id, new_id, users, vectors
 if TYPE_CHECKING:
     from ...engine.vectors import SteeringVector
 
-__all__ = ["Behavior", "KeptVector", "Library"]
+__all__ = ["KeptBehavior", "KeptVector", "Library"]
 
 
 @dataclass(frozen=True)
-class Behavior:
+class KeptBehavior:
     """A named vector; ``n_examples`` is how many it was made from."""
 
     id: str
@@ -137,7 +137,7 @@ class Library:
         description: str,
         examples: Mapping[str, Sequence[Any]],
         vector: SteeringVector | str,
-    ) -> Behavior:
+    ) -> KeptBehavior:
         """Keeps a behavior: with a vector, which is kept too, or with the id of one that is there.
 
         Raises:
@@ -153,7 +153,7 @@ class Library:
         else:
             vector_id = new_id()
             self._files.save(vector_id, vector)
-        made = Behavior(new_id(), name, description, vector_id, len(examples["prompts"]), self._clock())
+        made = KeptBehavior(new_id(), name, description, vector_id, len(examples["prompts"]), self._clock())
         try:
             with self._database.write() as connection:
                 self._check_room(connection, account_id, behaviors)
@@ -196,14 +196,14 @@ class Library:
             )
         return found
 
-    def behaviors(self, account_id: str | None) -> list[Behavior]:
+    def behaviors(self, account_id: str | None) -> list[KeptBehavior]:
         """The account's behaviors, oldest first; their examples, which may be long, stay unread."""
         columns = [column for column in behaviors.c if column.name not in ("examples", "user_id")]
         wanted = select(*columns).where(behaviors.c.user_id == (account_id or SHARED_ACCOUNT))
         with self._database.read() as connection:
             rows = connection.execute(wanted.order_by(behaviors.c.created_at, behaviors.c.id)).all()
         return [
-            Behavior(
+            KeptBehavior(
                 row.id, row.behavior_name, row.description, row.vector_id, row.n_examples, row.created_at
             )
             for row in rows

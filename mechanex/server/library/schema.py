@@ -1,4 +1,7 @@
-"""The tables of the server's database. ``VERSION`` counts up with every change of them."""
+"""The tables of the server's database, and the way to them from earlier versions.
+
+``VERSION`` counts up with every change of them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import uuid
 
 from sqlalchemy import (
     Column,
+    Connection,
     Double,
     ForeignKey,
     Index,
@@ -16,24 +20,31 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    select,
+    update,
 )
+from sqlalchemy.schema import CreateColumn
 
 __all__ = [
+    "OLDEST_VERSION",
     "SHARED_ACCOUNT",
     "VERSION",
     "api_keys",
     "behaviors",
     "is_id",
     "metadata",
+    "migrate",
     "new_id",
-    "refresh_tokens",
     "schema_info",
+    "session_tokens",
     "sessions",
     "users",
     "vectors",
 ]
 
-VERSION = 2
+VERSION = 3
+OLDEST_VERSION = 2
+"""From which ``migrate`` leads on."""
 
 SHARED_ACCOUNT = "local"
 """Id of the account that requests without one act as; nobody can log in to it."""
@@ -70,14 +81,18 @@ sessions = Table(
     Column("revoked_at", Double),
 )
 
-# All tokens that a session ever had: one that comes back after its use was copied by somebody.
-refresh_tokens = Table(
+# All pairs that a session ever had, a refresh token and the access token that came with it, as hashes: a refresh
+# token that comes back after its use was copied by somebody.
+session_tokens = Table(
     "mechanex_refresh_tokens",
     metadata,
     Column("token_hash", _HASH, primary_key=True),
     Column("session_id", _ID, ForeignKey(sessions.c.id, ondelete="CASCADE"), nullable=False, index=True),
     Column("used_at", Double),
+    Column("access_hash", _HASH),
+    Column("access_expires_at", Double),
 )
+_by_access_token = Index("mechanex_refresh_tokens_access", session_tokens.c.access_hash, unique=True)
 
 api_keys = Table(
     "mechanex_api_keys",
@@ -125,3 +140,15 @@ def new_id() -> str:
 def is_id(text: str) -> bool:
     """Whether a text has an id's form; nothing else needs to reach the database."""
     return _IS_ID.fullmatch(text) is not None
+
+
+def migrate(connection: Connection) -> None:
+    """Makes a database of ``OLDEST_VERSION`` or later one of ``VERSION``, in the transaction of ``connection``."""
+    # Another process may be doing the same: the second waits here, and finds it done.
+    found = connection.scalar(select(schema_info.c.version).with_for_update())
+    if found == 2:  # it kept nothing of access tokens, which were signed
+        for column in (session_tokens.c.access_hash, session_tokens.c.access_expires_at):
+            described = CreateColumn(column).compile(dialect=connection.dialect)
+            connection.exec_driver_sql(f"ALTER TABLE {session_tokens.name} ADD COLUMN {described}")
+        _by_access_token.create(connection)
+    connection.execute(update(schema_info).values(version=VERSION))

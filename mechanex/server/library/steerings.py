@@ -6,10 +6,10 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from anyio.to_thread import run_sync
 
+from ...engine.decode.request import Steer
 from ...engine.intervention import Edit
 from ...engine.memory import tensor_bytes
 from ...engine.models.adapter import ModelAdapter
@@ -17,12 +17,9 @@ from ...engine.positions import TokenSelector
 from ...engine.vector_store import VectorStore
 from ...engine.vectors import SteeringVector
 from ...errors import APIError, NotFoundError, ValidationError
-from ..model.requests import Steer
-from ..settings import Settings
+from ..settings import ServerSettings
+from .records import Library
 from .shared import SharedVectors, make_behaviors
-
-if TYPE_CHECKING:
-    from ..accounts.auth import Accounts, Principal
 
 __all__ = ["Steerings"]
 
@@ -37,7 +34,7 @@ class Steerings:
     Args:
         adapter: the model.
         settings: the folder of vectors, the behaviors, the corrected ones.
-        accounts: accounts' vectors and behaviors, or None.
+        library: accounts' vectors and behaviors, or None.
         vectors: the operator's vectors.
 
     Raises:
@@ -46,9 +43,9 @@ class Steerings:
     """
 
     def __init__(
-        self, adapter: ModelAdapter, settings: Settings, accounts: Accounts | None, vectors: VectorStore
+        self, adapter: ModelAdapter, settings: ServerSettings, library: Library | None, vectors: VectorStore
     ) -> None:
-        self._adapter, self._accounts, self._vectors = adapter, accounts, vectors
+        self._adapter, self._library, self._vectors = adapter, library, vectors
         self._shared = SharedVectors(settings.vectors)
         for name, vector in self._shared:
             self._check_fits(name, vector)
@@ -70,7 +67,7 @@ class Steerings:
 
     async def by_vector(
         self,
-        who: Principal,
+        account_id: str | None,
         vector_id: str | None,
         strength: float = 1.0,
         *,
@@ -82,7 +79,7 @@ class Steerings:
         Looks among the server's own (``--vectors``), then the account's, then, for the operator, the stored ones.
 
         Args:
-            who: the sender.
+            account_id: the sender's account, or None for the operator.
             vector_id: the vector's id.
             strength: multiplies it; 0 steers nothing.
             layers: only these of its layers.
@@ -94,18 +91,20 @@ class Steerings:
         """
         if vector_id is None:
             return ()
-        vector = await self.vector(who, vector_id)
+        vector = await self.vector(account_id, vector_id)
         if layers is not None:
             vector = vector.restricted([self._adapter.layer_index(layer) for layer in layers])
         return self.edits(vector, strength, tokens)
 
-    async def by_behavior(self, who: Principal, name: str, strength: float = 1.0) -> tuple[Steer, ...]:
+    async def by_behavior(
+        self, account_id: str | None, name: str, strength: float = 1.0
+    ) -> tuple[Steer, ...]:
         """The edits of a behavior's vector; as ``by_vector``.
 
         Raises:
             NotFoundError: this sender has no such behavior, and the server neither.
         """
-        vector = await run_sync(self._behavior_vector, who.account_id, name)
+        vector = await run_sync(self._behavior_vector, account_id, name)
         if vector is None:
             raise NotFoundError(
                 f"no behavior is called {name!r} here: make one with POST /behaviors/create, or use one that the "
@@ -113,11 +112,11 @@ class Steerings:
             )
         return self.edits(vector, strength)
 
-    async def vector(self, who: Principal, vector_id: str) -> SteeringVector:
+    async def vector(self, account_id: str | None, vector_id: str) -> SteeringVector:
         """The stored vector that ``by_vector`` would use; errors as there."""
         found = self._shared.loaded(vector_id)
         if found is None:
-            found = await run_sync(self._find, who, vector_id)
+            found = await run_sync(self._find, account_id, vector_id)
         if found is None:
             raise NotFoundError(f"no steering vector has the id {vector_id!r} here.")
         return found
@@ -154,11 +153,11 @@ class Steerings:
             self._digests.popitem(last=False)
         return digest.digest()
 
-    def _find(self, who: Principal, vector_id: str) -> SteeringVector | None:
-        found = self._accounts.vector(who.account_id, vector_id) if self._accounts is not None else None
+    def _find(self, account_id: str | None, vector_id: str) -> SteeringVector | None:
+        found = self._library.vector(account_id, vector_id) if self._library is not None else None
         if found is None:
             found = self._shared.get(vector_id)
-        if found is None and who.account_id is None and vector_id in self._vectors:
+        if found is None and account_id is None and vector_id in self._vectors:
             try:
                 found = self._vectors.get(vector_id)
             except (OSError, ValidationError) as error:
@@ -170,10 +169,10 @@ class Steerings:
         return found
 
     def _behavior_vector(self, account_id: str | None, name: str) -> SteeringVector | None:
-        if self._accounts is not None:
-            vector_id = self._accounts.behavior_vector_id(account_id, name)
+        if self._library is not None:
+            vector_id = self._library.behavior_vector_id(account_id, name)
             if vector_id is not None:
-                return self._accounts.vector(account_id, vector_id)
+                return self._library.vector(account_id, vector_id)
         shared = self._behaviors.get(name)
         return None if shared is None else shared.vector
 

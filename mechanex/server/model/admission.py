@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ...engine.decode.probe import token_bytes
 from ...engine.memory import free_bytes
 from ...engine.models.adapter import ModelAdapter
-from ..settings import Settings
+from ..settings import ServerSettings
 from .requests import ServedRow
 
 __all__ = ["Room", "pick", "who_makes_way"]
@@ -21,7 +21,7 @@ _AHEAD = 128  # positions beyond a row's present length that are kept free for i
 def pick(
     waiting: deque[ServedRow],
     running: Sequence[ServedRow],
-    settings: Settings,
+    settings: ServerSettings,
     room: Room,
     most: int,
     n_unread: Callable[[ServedRow], int],
@@ -97,7 +97,7 @@ class Room:
     prefix_bytes: int
 
     @classmethod
-    def of(cls, adapter: ModelAdapter, settings: Settings) -> Room:
+    def of(cls, adapter: ModelAdapter, settings: ServerSettings) -> Room:
         """As the settings say, and else by the memory that is free now."""
         free, each = free_bytes(adapter.device), token_bytes(adapter)
         prefix_bytes = settings.prefix_bytes

@@ -18,14 +18,14 @@ from ...engine.vector_store import VectorStore
 from ...errors import ValidationError
 from ..library.steerings import Steerings
 from ..metrics import Metrics
-from ..settings import Settings
-from .requests import Generation, Request
+from ..settings import ServerSettings
+from .requests import Generation, TextRequest
 from .scheduler import Scheduler
 from .texts import Encoder, TokenTexts
 
 if TYPE_CHECKING:
     from ...engine.models.resolve import LoadedModel
-    from ..accounts.auth import Accounts
+    from ..library.records import Library
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class ServingEngine:
         adapter: the model's adapter. Only ``run``'s functions may call the model.
         tokenizer: the model's tokenizer, for ``run``'s functions; ``encode`` is the way to token ids elsewhere.
         model_name: the name that clients see.
-        steerings: whose vectors and behaviors there are, as edits for ``Request.steering``.
+        steerings: whose vectors and behaviors there are, as edits for ``TextRequest.steering``.
         scheduler: who runs when.
         token_texts: single tokens as text, for log-probabilities.
         metrics: what is counted.
@@ -47,7 +47,7 @@ class ServingEngine:
     Args:
         settings: the limits, the folder of vectors, the behaviors.
         loaded: the model, with a tokenizer.
-        store: accounts' vectors and behaviors, or None.
+        library: accounts' vectors and behaviors, or None.
         vectors: the operator's vectors; by default those under ``MECHANEX_HOME``.
 
     Raises:
@@ -60,9 +60,9 @@ class ServingEngine:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: ServerSettings,
         loaded: LoadedModel,
-        store: Accounts | None = None,
+        library: Library | None = None,
         vectors: VectorStore | None = None,
     ) -> None:
         self.adapter = adapter_for(loaded.model)
@@ -75,7 +75,7 @@ class ServingEngine:
             raise ValidationError(f"{self.adapter.model_id} can't generate: load it by name.")
         self.model_name = settings.model_name or _shown(loaded.name)
         self.metrics = Metrics()
-        self.steerings = Steerings(self.adapter, settings, store, vectors or VectorStore())
+        self.steerings = Steerings(self.adapter, settings, library, vectors or VectorStore())
         self.token_texts = TokenTexts(copy.deepcopy(self.tokenizer))
         ends = end_tokens(self.adapter.hf_model, self.tokenizer)
         self.scheduler = Scheduler(self.adapter, copy.deepcopy(self.tokenizer), ends, settings, self.metrics)
@@ -90,7 +90,7 @@ class ServingEngine:
         """Tokens that a prompt and its answer may have together; None where the model names no limit."""
         return self.scheduler.context
 
-    async def submit(self, requests: Sequence[Request]) -> list[Generation]:
+    async def submit(self, requests: Sequence[TextRequest]) -> list[Generation]:
         """Queues requests, all or none, and gives the :class:`Generation` of each.
 
         ``text = (await generation.result()).text`` for the whole, ``async for step in generation`` for the pieces;

@@ -14,13 +14,13 @@ from typing import Any
 from ...engine.models.adapter import ModelAdapter
 from ...errors import MechanexError
 
-__all__ = ["Job", "Jobs"]
+__all__ = ["ModelJob", "ModelJobs"]
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class Job:
+class ModelJob:
     """A piece of work: ``future`` has its result, and ``gone`` is set when nobody waits for that any more."""
 
     work: Callable[[ModelAdapter], Any]
@@ -28,7 +28,7 @@ class Job:
     gone: threading.Event = field(default_factory=threading.Event)
 
 
-class Jobs:
+class ModelJobs:
     """What waits for the model, and what runs on it. Any thread may add; the model's thread does.
 
     Args:
@@ -37,8 +37,8 @@ class Jobs:
 
     def __init__(self, changed: threading.Condition) -> None:
         self._changed = changed
-        self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+        self._waiting: deque[ModelJob] = deque()
+        self._running: ModelJob | None = None
         self._closed: Exception | None = None
 
     def __len__(self) -> int:
@@ -61,13 +61,13 @@ class Jobs:
         """Whether somebody still waits for what runs."""
         return self._running is not None and not self._running.gone.is_set()
 
-    def add(self, work: Callable[[ModelAdapter], Any]) -> Job:
+    def add(self, work: Callable[[ModelAdapter], Any]) -> ModelJob:
         """Queues work.
 
         Raises:
             Exception: that which the queue was closed with; nobody would do the work any more.
         """
-        job = Job(work)
+        job = ModelJob(work)
         with self._changed:
             if self._closed is not None:
                 raise self._closed.with_traceback(None)

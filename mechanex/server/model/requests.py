@@ -1,31 +1,17 @@
-"""A request for text on its way through the model: where its answer is awaited, its row, and who still waits."""
+"""A request for text on its way through the model: its row there, and the generation that awaits its answer."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from ...engine.decode import request as engine
+from ...engine.decode.request import Request as TextRequest
 from ...engine.decode.request import Result, Steer, Step, TokenLogprob
 from ...engine.decode.row import Row
-from ...errors import MechanexError
 
-__all__ = ["Generation", "Request", "Result", "ServedRow", "Steer", "Step", "TokenLogprob", "Unanswered"]
-
-
-@dataclass(frozen=True)
-class Request(engine.Request):
-    """As the engine's, with ids from ``await engine.encode(prompt)``.
-
-    Args:
-        timeout: seconds; None for the server's setting.
-    """
-
-    timeout: float | None = None
+__all__ = ["Generation", "Result", "ServedRow", "Steer", "Step", "TextRequest", "TokenLogprob", "results_of"]
 
 
 class Generation:
@@ -34,7 +20,7 @@ class Generation:
     It belongs to the event loop that submitted it; the model's thread reaches it through ``deliver`` alone.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: TextRequest) -> None:
         self.request = request
         self.cancelled = False
         self._steps: list[Step] = []
@@ -99,6 +85,19 @@ def _joined(steps: list[Step]) -> Step:
     return Step(text, tuple(logprobs), steps[0].prompt_logprobs)
 
 
+async def results_of(generations: Sequence[Generation]) -> list[Result]:
+    """The whole answers, in order; where one fails or the caller waits no longer, all are ended.
+
+    Raises:
+        MechanexError: that of the first answer that failed.
+    """
+    try:
+        return await asyncio.gather(*(one.result() for one in generations))
+    finally:
+        for one in generations:
+            one.cancel()
+
+
 class ServedRow(Row):
     """A request on its way through the model; for the model's thread.
 
@@ -120,35 +119,3 @@ class ServedRow(Row):
         self.generation, self.deadline = generation, deadline
         self.arrived = time.monotonic()
         self.ended = False  # whether its end was told
-
-
-class Unanswered:
-    """Requests that were taken and have no end yet. Any thread may use it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._there: dict[int, Generation] = {}
-        self._closed: MechanexError | None = None
-
-    def take(self, generations: Iterable[Generation]) -> None:
-        """Promises answers, to all of them or none.
-
-        Raises:
-            MechanexError: that which it was closed with; nobody would answer any more.
-        """
-        with self._lock:
-            if self._closed is not None:
-                raise self._closed.with_traceback(None)
-            self._there.update((id(one), one) for one in generations)
-
-    def answered(self, generation: Generation) -> None:
-        """One of them has its end."""
-        with self._lock:
-            self._there.pop(id(generation), None)
-
-    def close(self, error: MechanexError) -> list[Generation]:
-        """Takes no more, for this reason; returns those that still wait for an end."""
-        with self._lock:
-            self._closed = error
-            left, self._there = list(self._there.values()), {}
-        return left

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from ...engine.models.adapter import ModelAdapter
 from ...errors import APIError, RateLimitError, ValidationError
 from ..metrics import Metrics
-from ..settings import Settings
-from .requests import Generation, Request, ServedRow
+from ..settings import ServerSettings
+from .requests import Generation, ServedRow, TextRequest
 from .worker import Worker
 
 __all__ = ["Scheduler"]
@@ -34,7 +34,12 @@ class Scheduler:
     """
 
     def __init__(
-        self, adapter: ModelAdapter, tokenizer: Any, ends: list[int], settings: Settings, metrics: Metrics
+        self,
+        adapter: ModelAdapter,
+        tokenizer: Any,
+        ends: list[int],
+        settings: ServerSettings,
+        metrics: Metrics,
     ) -> None:
         self._adapter, self._tokenizer, self._ends = adapter, tokenizer, ends
         self._settings, self._metrics = settings, metrics
@@ -69,11 +74,11 @@ class Scheduler:
         self._thread = threading.Thread(target=self._worker.run, name="mechanex-model", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request) -> Generation:
+    def submit(self, request: TextRequest) -> Generation:
         """Queues one request; as ``submit_all``."""
         return self.submit_all([request])[0]
 
-    def submit_all(self, requests: Sequence[Request]) -> list[Generation]:
+    def submit_all(self, requests: Sequence[TextRequest]) -> list[Generation]:
         """Queues requests, all or none; errors as :meth:`mechanex.server.model.engine.ServingEngine.submit`.
 
         An empty queue takes any number, else some could never be asked for.
@@ -87,21 +92,20 @@ class Scheduler:
                     f"{self.context}: shorten the prompt.",
                     details={"code": "context_length_exceeded"},
                 )
-        rows = [self._row(Generation(request)) for request in requests]
+        deadline = time.monotonic() + self._settings.request_timeout
+        rows = [
+            ServedRow(Generation(request), self._tokenizer, self._ends, self.context, deadline)
+            for request in requests
+        ]
         with worker.changed:
             # Those whose client has gone only wait to be swept out.
             waiting = sum(not row.generation.cancelled for row in worker.waiting)
             if waiting and waiting + len(rows) > self._settings.max_waiting:
                 raise self._full(waiting)
-            worker.unanswered.take(row.generation for row in rows)
+            worker.answers.promise(row.generation for row in rows)
             worker.waiting.extend(rows)
             worker.changed.notify()
         return [row.generation for row in rows]
-
-    def _row(self, generation: Generation) -> ServedRow:
-        given = generation.request.timeout
-        seconds = self._settings.request_timeout if given is None else given
-        return ServedRow(generation, self._tokenizer, self._ends, self.context, time.monotonic() + seconds)
 
     async def run(self, fn: Callable[[ModelAdapter], T], timeout: float | None) -> T:
         """Runs a function alone on the model; as :meth:`mechanex.server.model.engine.ServingEngine.run`."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -23,15 +22,15 @@ from ...engine.models.adapter import ModelAdapter, exclusive, undisturbed
 from ...engine.pauses import pausing
 from ...errors import APIError, MechanexError
 from ..metrics import Metrics
-from ..settings import Settings
+from ..settings import ServerSettings
 from .admission import Room, pick, who_makes_way
-from .jobs import Jobs
-from .requests import Generation, Result, ServedRow, Step, Unanswered
+from .answers import Answers
+from .jobs import ModelJobs
+from .requests import ServedRow, Step
 
 __all__ = ["Worker"]
 
 _logger = logging.getLogger(__name__)
-_News = tuple[Generation, "Step | Result | BaseException"]
 _TURN = 32  # steps before the model is offered to other threads of the process
 _GATHERING = 0.003  # seconds in which those whose answers ended together may send what is next, to be read together too
 _PATIENCE = 3  # steps that a few prompts wait for more to be read together with, while others are decoded
@@ -52,28 +51,27 @@ class Worker:
         self,
         adapter: ModelAdapter,
         padding: int,
-        settings: Settings,
+        settings: ServerSettings,
         metrics: Metrics,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.changed = threading.Condition()
         self.waiting: deque[ServedRow] = deque()
-        self.jobs = Jobs(self.changed)
-        self.unanswered = Unanswered()
+        self.jobs = ModelJobs(self.changed)
+        self.answers = Answers(metrics, loop)
         self.closing = False
         self.ready = threading.Event()
         self.failure: BaseException | None = None
         self._adapter, self._padding, self._settings = adapter, padding, settings
-        self._metrics, self._loop = metrics, loop
+        self._metrics = metrics
         self._form: Form = "rolling"
         self._room = Room(1, 0)  # until the model is known
         self._prefixes = Prefixes(0)
         self._decoder = self._new_decoder()
         self._reading: Reading | None = None
         self._apart: deque[ServedRow] = deque()  # whose prompts are read one by one
-        self._outbox: list[_News] = []
         self._steered = 0.0
-        self._steps_since_pick = self._ended_since_pick = 0
+        self._steps_since_pick = self._ended_at_pick = 0
         self._resumed = 0.0  # when other work got the model last
 
     @property
@@ -122,17 +120,17 @@ class Worker:
                 finally:
                     self._decoder.detach()
             if self.jobs:
-                self._tell(self._rows)
-                self._flush()
+                self.answers.catch_up(self._rows)
+                self.answers.flush()
             self._work()
-        self._flush()
+        self.answers.flush()
 
     def _advance(self) -> bool:
         """Reads some prompts and makes one step; False when there is nothing to do."""
         self._sweep()
         read = self._read()
         stepped = bool(self._decoder.rows) and self._guarded("decode", self._step)
-        self._flush()
+        self.answers.flush()
         return read or stepped
 
     def _read(self) -> bool:
@@ -145,12 +143,12 @@ class Worker:
             rows = self._pick()
             if not rows:
                 return False
-            self._steps_since_pick = self._ended_since_pick = 0
+            self._steps_since_pick, self._ended_at_pick = 0, self.answers.n_ended
             try:
                 self._reading = self._decoder.read(rows)
             except Exception as error:
                 for row in rows:
-                    self._end(row, _model_error(error))
+                    self.answers.end(row, _model_error(error))
                 return False
         return self._guarded("prefill", self._read_on)
 
@@ -159,7 +157,7 @@ class Worker:
         with self.changed:
             if not self.waiting or self._decoder.rows or self._apart:
                 return
-            wanted = min(self._ended_since_pick, self._settings.max_batch)
+            wanted = min(self.answers.n_ended - self._ended_at_pick, self._settings.max_batch)
             self.changed.wait_for(
                 lambda: len(self.waiting) >= wanted or self.closing or bool(self.jobs), _GATHERING
             )
@@ -177,7 +175,7 @@ class Worker:
             if error is None:
                 fit.append(row)
             else:
-                self._end(row, error)
+                self.answers.end(row, error)
         return fit
 
     def _n_unread(self, row: ServedRow) -> int:
@@ -196,7 +194,7 @@ class Worker:
             if len(rows) > 1:  # whoever it is that can't be read shall not end the others
                 self._apart.extend(rows)
                 return
-            self._end(rows[0], _model_error(error))
+            self.answers.end(rows[0], _model_error(error))
             return
         if done:
             self._reading = None
@@ -230,7 +228,7 @@ class Worker:
             for row in rows.values():
                 if not row.ended:  # a stream may lack its last piece
                     whole = None if row.request.stream else row.result
-                    self._end(row, whole or _model_error(error))
+                    self.answers.end(row, whole or _model_error(error))
         self._metrics.model_seconds.labels(kind).inc(time.perf_counter() - begun)
         steered = self._decoder.steering.seconds
         self._metrics.steering_seconds.inc(max(steered - self._steered, 0.0))
@@ -248,7 +246,7 @@ class Worker:
         self._settle(self._decoder.catch_up())
         if row.ended:
             return
-        self._tell([row])
+        self.answers.catch_up([row])
         self._decoder.drop([row])
         row.suspend()
         with self.changed:
@@ -269,7 +267,7 @@ class Worker:
         late += [row for row in self._apart if _is_late(row, now)]
         self._apart = deque(row for row in self._apart if not _is_late(row, now))
         for row in late:
-            self._end(row, _late(row))
+            self.answers.end(row, _late(row))
         if any(_is_late(row, now) for row in self._rows):
             self._guarded("decode", lambda: self._let_go(now))
 
@@ -278,47 +276,20 @@ class Worker:
         leaving = [row for row in self._rows if _is_late(row, now)]
         self._decoder.drop(leaving)
         for row in leaving:
-            self._end(row, _late(row))
+            self.answers.end(row, _late(row))
 
     def _settle(self, outcomes: list[Outcome]) -> None:
         chosen = 0
         for row, news in cast("list[tuple[ServedRow, Step | MechanexError | None]]", outcomes):
             if isinstance(news, MechanexError):
-                self._end(row, news)
+                self.answers.end(row, news)
                 continue
             chosen += row.max_tokens > 0
             if news is not None:
-                self._outbox.append((row.generation, news))
+                self.answers.add(row, news)
             if row.result is not None:
-                self._end(row, row.result)
+                self.answers.end(row, row.result)
         self._metrics.completion_tokens.inc(chosen)
-
-    def _tell(self, rows: Iterable[ServedRow]) -> None:
-        """Gives readers what they were not told yet of answers that don't go on now."""
-        for row in rows:
-            # A token that can't be decoded ends its row with the next one.
-            with contextlib.suppress(Exception):
-                if row.request.stream and (news := row.news()) is not None:
-                    self._outbox.append((row.generation, news))
-
-    def _end(self, row: ServedRow, end: Result | MechanexError) -> None:
-        if isinstance(end, MechanexError):
-            self._tell([row])
-        row.ended = True
-        self._ended_since_pick += 1
-        self.unanswered.answered(row.generation)
-        reason = end.finish_reason if isinstance(end, Result) else "error"
-        self._metrics.answers.labels("cancelled" if row.generation.cancelled else reason).inc()
-        self._outbox.append((row.generation, end))
-
-    def _flush(self) -> None:
-        if not self._outbox:
-            return
-        news, self._outbox = self._outbox, []
-        try:
-            self._loop.call_soon_threadsafe(_deliver, news)
-        except RuntimeError:  # the loop is closed, and nobody waits any more
-            _logger.debug("%d answers had no one to go to", len(news))
 
     def _work(self) -> None:
         """Does one piece of other work."""
@@ -342,21 +313,18 @@ class Worker:
                     pass
             finally:
                 self._decoder.detach()
-        self._tell(self._rows)  # before the other work goes on for as long
-        self._flush()
+        self.answers.catch_up(self._rows)  # before the other work goes on for as long
+        self.answers.flush()
         self._resumed = time.perf_counter()
 
     def _end_all(self, error: MechanexError) -> None:
-        self._tell(self._rows)
+        self.answers.catch_up(self._rows)
         with self.changed:
-            left = self.unanswered.close(error)
+            self.answers.close(error)
             self.waiting.clear()
             self._apart.clear()
-        for generation in left:
-            self._metrics.answers.labels("cancelled" if generation.cancelled else "error").inc()
-            self._outbox.append((generation, error))
         self.jobs.close(error)
-        self._flush()
+        self.answers.flush()
         self._decoder, self._reading = self._replaced(), None
 
     def _replaced(self) -> Decoder:
@@ -374,11 +342,6 @@ class Worker:
             prefixes=self._prefixes,
             prefill_tokens=self._settings.prefill_tokens,
         )
-
-
-def _deliver(news: list[_News]) -> None:
-    for generation, one in news:
-        generation.deliver(one)
 
 
 def _served(rows: list[Row]) -> list[ServedRow]:

@@ -12,11 +12,10 @@ from ...engine.chat import Chat
 from ...engine.sampling import Sampling
 from ...errors import NotFoundError, ValidationError
 from ..accounts.auth import Principal, principal
-from ..http.disconnect import results_or_gone
+from ..http.disconnect import done_or_gone
 from ..model.engine import ServingEngine
-from ..model.requests import Request as TextRequest
-from ..model.requests import Steer
-from ..settings import Settings
+from ..model.requests import Steer, TextRequest, results_of
+from ..settings import ServerSettings
 from .bodies import ChatBody, CompletionBody, GenerationBody
 from .replies import ChatReply, CompletionReply
 from .streams import chat_events, completion_events, stream_response
@@ -92,9 +91,7 @@ async def _completions(body: CompletionBody, request: Request, who: Who) -> Resp
         return stream_response(
             completion_events(reply, generations, echoes, n, _wants_usage(body)), generations
         )
-    results = await results_or_gone(request, generations)
-    if results is None:
-        return Response(status_code=499)
+    results = await done_or_gone(request, results_of(generations))
     choices = [
         reply.choice(i, result, None if echoes is None else echoes[i], requests[i].ids)
         for i, result in enumerate(results)
@@ -137,9 +134,7 @@ async def _chat(body: ChatBody, request: Request, who: Who) -> Response:
     generations = await engine.submit(requests)
     if body.stream:
         return stream_response(chat_events(reply, generations, n, _wants_usage(body)), generations)
-    results = await results_or_gone(request, generations)
-    if results is None:
-        return Response(status_code=499)
+    results = await done_or_gone(request, results_of(generations))
     choices = [reply.choice(i, result) for i, result in enumerate(results)]
     return JSONResponse(reply.complete(choices, reply.usage(results, n)))
 
@@ -183,15 +178,15 @@ async def _steering(engine: ServingEngine, body: GenerationBody, who: Principal)
     steerings = engine.steerings
     param = "steering_vector"
     try:
-        found += await steerings.by_vector(who, vector, strength)
+        found += await steerings.by_vector(who.account_id, vector, strength)
         param = "steering"
         for item in body.steering or ():
             found += await steerings.by_vector(
-                who, item.vector, item.strength, layers=item.layers, tokens=item.selector
+                who.account_id, item.vector, item.strength, layers=item.layers, tokens=item.selector
             )
         param = "behavior_names"
         for name in names:
-            found += await steerings.by_behavior(who, name, strength)
+            found += await steerings.by_behavior(who.account_id, name, strength)
     except (NotFoundError, ValidationError) as error:
         raise _invalid(error.message, param) from error
     if not names:
@@ -213,7 +208,7 @@ def _check_model(engine: ServingEngine, name: str | None) -> None:
         )
 
 
-def _check_choices(settings: Settings, n: int) -> None:
+def _check_choices(settings: ServerSettings, n: int) -> None:
     if n > settings.max_choices:
         raise _invalid(
             f"{n} answers were asked for (prompts times n), and this server gives {settings.max_choices} at most.",
@@ -250,6 +245,6 @@ def _engine(request: Request) -> ServingEngine:
     return engine
 
 
-def _settings(request: Request) -> Settings:
-    settings: Settings = request.app.state.settings
+def _settings(request: Request) -> ServerSettings:
+    settings: ServerSettings = request.app.state.settings
     return settings
