@@ -693,7 +693,7 @@ def test_an_account_computes_one_vector_at_a_time(client: TestClient) -> None:
         release.wait(120)
 
     portal: Any = client.portal
-    held = portal.start_task_soon(app.state.engine.run, hold)
+    held = portal.start_task_soon(app.state.engine.scheduler.run, hold)
     assert begun.wait(120)
     body = EXAMPLES | {"method": "caa"}
     with ThreadPoolExecutor(3) as pool:

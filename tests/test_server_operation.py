@@ -29,7 +29,7 @@ from mechanex.cli import main
 from mechanex.engine.models.resolve import load
 from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import MechanexError, NotFoundError, ValidationError
-from mechanex.server.http.listener import listen
+from mechanex.server.http.connections import listen
 from mechanex.server.settings import ServerSettings
 
 
@@ -239,8 +239,8 @@ def test_connections_that_say_nothing_lock_nobody_out(tmp_path: Path) -> None:
     program = (
         "import resource, sys, mechanex\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (600, 600))\n"
-        "import mechanex.server.http.listener as listener\n"
-        "listener.HEAD_SECONDS = 3.0\n"
+        "import mechanex.server.http.head_deadline as head\n"
+        "head.HEAD_SECONDS = 3.0\n"
         "mechanex.Mechanex().serve('mx-tiny', host='127.0.0.1', port=int(sys.argv[2]))\n"
     )
     with (

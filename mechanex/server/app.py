@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from .. import __version__
-from ..errors import AuthenticationError, MechanexError
+from ..errors import AuthenticationError, MechanexError, ValidationError
 from .accounts.auth import WRONG_KEYS_PER_MINUTE, AuthenticationMiddleware, Principal, principal
 from .accounts.store import StorageError, open_store
 from .axionic.guards import Guards
@@ -45,8 +45,8 @@ def create_app(
     ``app.state`` holds what handlers share:
 
     * ``settings``: the :class:`ServerSettings`.
-    * ``engine``: the :class:`~mechanex.server.model.engine.ServingEngine`: ``await engine.submit(requests)`` for text,
-      ``await engine.run(fn)`` for any other work on the model (``fn(adapter)`` runs alone on it, in its thread).
+    * ``engine``: the :class:`~mechanex.server.model.engine.ServingEngine`: ``engine.scheduler.submit_all(requests)``
+      for text, ``await engine.scheduler.run(fn)`` for any other work on the model.
     * ``store``: accounts, their vectors and behaviors; see :class:`~mechanex.server.accounts.store.Store`.
     * ``server_key``: the key that opens the whole server, or None on a loopback address without one.
     * ``started``: seconds since 1970.
@@ -65,7 +65,10 @@ def create_app(
     """
     key = settings.server_key()
     if key is None and not settings.is_loopback:
-        raise _needs_key(settings.host)
+        raise ValidationError(
+            f"a server at {settings.host} is reached by other machines and needs a key: set MECHANEX_SERVER_KEY or "
+            "key=…, or bind 127.0.0.1."
+        )
     if key is not None and len(key) < _SHORT_KEY:
         _logger.warning("the server's key has %d characters: take %d or more", len(key), _SHORT_KEY)
     try:
@@ -116,15 +119,6 @@ def create_app(
         )
     app.add_middleware(RequestMiddleware, metrics=engine.metrics, max_body_bytes=settings.max_body_bytes)
     return app
-
-
-def _needs_key(host: str) -> Exception:
-    from ..errors import ValidationError
-
-    return ValidationError(
-        f"a server at {host} is reached by other machines and needs a key: set MECHANEX_SERVER_KEY or key=…, or "
-        "bind 127.0.0.1."
-    )
 
 
 def _add_operation(app: FastAPI) -> None:

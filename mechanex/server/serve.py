@@ -25,7 +25,7 @@ import uvicorn
 from .._private.uvicorn import forget_signals
 from ..errors import MechanexError, ValidationError
 from .app import create_app
-from .http.listener import BACKLOG, bounded, listen, most_connections
+from .http.connections import BACKLOG, bounded, listen, most_connections
 from .settings import ServerSettings
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from ..accounts.auth import Principal
 from ..accounts.store import store_of
 from ..http.disconnect import done_or_gone
 from ..library.records import KeptBehavior
+from ..model.engine import Engine, ServingEngine
 from ..model.requests import TextRequest, results_of
 from . import accounts
 from .accounts import timestamp
@@ -34,7 +35,6 @@ from .guards import Sender, guards_of
 if TYPE_CHECKING:
     from ...engine.models.adapter import ModelAdapter
     from ...engine.vectors import SteeringVector
-    from ..model.engine import ServingEngine
 
 __all__ = ["axionic_router"]
 
@@ -52,11 +52,11 @@ def axionic_router() -> APIRouter:
     return whole
 
 
-async def _worker(request: Request, who: Sender) -> Principal:
+async def _worker(request: Request, engine: Engine, who: Sender) -> Principal:
     """The sender of a request for the model: one whose account didn't ask for another model."""
     if who.account_id is not None:
         chosen = (await run_sync(store_of(request).users.get, who.account_id)).model_name
-        served = _engine(request).model_name
+        served = engine.model_name
         if chosen is not None and chosen != served:
             raise ValidationError(
                 f"this account chose the model {chosen!r}, and this server runs {served!r} now: choose it with "
@@ -69,15 +69,14 @@ Worker = Annotated[Principal, Depends(_worker)]
 
 
 @router.get("/models")
-async def models(request: Request, who: Sender) -> dict[str, Any]:
+async def models(engine: Engine, who: Sender) -> dict[str, Any]:
     """The models that the server runs: one."""
-    return {"models": [{"name": _engine(request).model_name}]}
+    return {"models": [{"name": engine.model_name}]}
 
 
 @router.post("/generate", responses={200: {"model": Output}})
-async def generate(body: GenerateBody, request: Request, who: Worker) -> Response:
+async def generate(body: GenerateBody, request: Request, engine: Engine, who: Worker) -> Response:
     """Continues a prompt; ``output`` is the prompt with its continuation."""
-    engine = _engine(request)
     if body.steering_vector_id is None and body.steering_strength != 0:
         raise ValidationError(
             f"steering_strength is {body.steering_strength} and there is no steering_vector_id: give one, or leave "
@@ -93,8 +92,8 @@ async def generate(body: GenerateBody, request: Request, who: Worker) -> Respons
     steering = await engine.steerings.by_vector(
         who.account_id, body.steering_vector_id, body.steering_strength
     )
-    answers = await engine.submit(
-        [
+    answers = [
+        engine.scheduler.submit(
             TextRequest(
                 await engine.encode(body.prompt),
                 max_tokens=body.max_tokens,
@@ -104,35 +103,39 @@ async def generate(body: GenerateBody, request: Request, who: Worker) -> Respons
                 steering=steering + engine.steerings.corrections,
                 owner=who.account_id,
             )
-        ]
-    )
+        )
+    ]
     (result,) = await done_or_gone(request, results_of(answers))
     return JSONResponse({"output": await engine.prompt_text(body.prompt) + result.text})
 
 
 @router.post("/steering/generate")
-async def generate_vectors(body: SteeringBody, request: Request, who: Worker) -> dict[str, str]:
+async def generate_vectors(
+    body: SteeringBody, request: Request, engine: Engine, who: Worker
+) -> dict[str, str]:
     """Computes a steering vector from contrastive answers and keeps it for the account."""
-    vector = await _computed(request, who, _examples(request, body), body.layer_idxs, body.method)
+    vector = await _computed(request, engine, who, _examples(engine, body), body.layer_idxs, body.method)
     return {
         "steering_vector_id": await run_sync(store_of(request).library.add_vector, who.account_id, vector)
     }
 
 
 @router.post("/behaviors/create")
-async def create_behavior(body: BehaviorBody, request: Request, who: Worker) -> dict[str, Any]:
+async def create_behavior(
+    body: BehaviorBody, request: Request, engine: Engine, who: Worker
+) -> dict[str, Any]:
     """Keeps a behavior: a name for a vector, which is computed from the examples where no id of one is given."""
-    engine, library = _engine(request), store_of(request).library
+    library = store_of(request).library
     if body.behavior_name in engine.steerings.own_behaviors:
         raise ValidationError(
             f"the behavior {body.behavior_name!r} is the server's own, and every client may use it: choose another "
             "name."
         )
     await run_sync(library.check_name, who.account_id, body.behavior_name)
-    examples = _examples(request, body)
+    examples = _examples(engine, body)
     vector: SteeringVector | str
     if body.steering_vector_id is None:
-        vector = await _computed(request, who, examples, None, "caa")
+        vector = await _computed(request, engine, who, examples, None, "caa")
     elif await run_sync(library.vector, who.account_id, body.steering_vector_id) is not None:
         vector = body.steering_vector_id
     else:
@@ -209,14 +212,14 @@ async def raag_generate(body: RaagBody, who: Sender) -> None:
 
 async def _computed(
     request: Request,
+    engine: ServingEngine,
     who: Principal,
     examples: Mapping[str, Sequence[Any]],
     layer_idxs: Sequence[int] | None,
     method: str,
 ) -> SteeringVector:
     """What ``steering.generate_vectors`` of a local client computes, for as long as the sender waits for it."""
-    engine, settings = _engine(request), request.app.state.settings
-    _check_count(len(layer_idxs or ()), settings.max_example_layers, "layers")
+    _check_count(len(layer_idxs or ()), engine.settings.max_example_layers, "layers")
     await engine.check_examples(
         examples["prompts"], [*examples["positive_answers"], *examples["negative_answers"]]
     )
@@ -228,12 +231,7 @@ async def _computed(
         return compute(adapter, *examples.values(), layer_idxs, tokenizer=engine.tokenizer)
 
     with guards_of(request).one_at_a_time(who):
-        return await done_or_gone(request, engine.run(work))
-
-
-def _engine(request: Request) -> ServingEngine:
-    engine: ServingEngine = request.app.state.engine
-    return engine
+        return await done_or_gone(request, engine.scheduler.run(work))
 
 
 def _check_count(n: int, most: int, what: str) -> None:
@@ -241,8 +239,8 @@ def _check_count(n: int, most: int, what: str) -> None:
         raise ValidationError(f"a vector of {n} {what} was asked for, and this server takes {most} at most.")
 
 
-def _examples(request: Request, body: SteeringBody | BehaviorBody) -> dict[str, Sequence[Any]]:
-    _check_count(len(body.prompts), request.app.state.settings.max_examples, "examples")
+def _examples(engine: ServingEngine, body: SteeringBody | BehaviorBody) -> dict[str, Sequence[Any]]:
+    _check_count(len(body.prompts), engine.settings.max_examples, "examples")
     return {
         "prompts": body.prompts,
         "positive_answers": body.positive_answers,

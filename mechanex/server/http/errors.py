@@ -20,12 +20,14 @@ from ...errors import (
     ValidationError,
 )
 
-__all__ = ["add_handlers", "answer_to", "envelope", "error_envelope", "internal_answer", "status_of"]
+__all__ = ["INTERNAL", "add_handlers", "answer_to", "error_answer", "error_envelope", "status_of"]
 
 _logger = logging.getLogger(__name__)
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
 _CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 503: "server_unavailable", 504: "timeout"}
-_INTERNAL = "The server failed; its log has more under this request's id."
+_HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large"}
+
+INTERNAL = "The server failed; its log has more under this request's id."
 
 
 def status_of(error: MechanexError) -> int:
@@ -42,7 +44,7 @@ def status_of(error: MechanexError) -> int:
     return next((status for kind, status in kinds if isinstance(error, kind)), 500)
 
 
-def envelope(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def _envelope(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """OpenAI's error object."""
     kind = _TYPES.get(status)
     if kind is None:
@@ -53,7 +55,7 @@ def envelope(status: int, message: str, param: str | None = None, code: str | No
 def error_envelope(error: MechanexError) -> dict[str, Any]:
     """OpenAI's error object for one of the library's errors."""
     details = error.details if isinstance(error.details, dict) else {}
-    return envelope(status_of(error), error.message, details.get("param"), details.get("code"))
+    return _envelope(status_of(error), error.message, details.get("param"), details.get("code"))
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -75,19 +77,16 @@ def add_handlers(app: FastAPI) -> None:
             for one in error.errors()[:20]
         ]
         if not _openai(request):
-            return _answer(422, {"detail": found})
-        return _answer(400, _explained(found))
+            return JSONResponse({"detail": _encodable(found)}, 422)
+        return error_answer(request, 400, *_explained(found))
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:
-        code = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large"}.get(
-            error.status_code
-        )
         message = str(error.detail)
         if error.status_code == 404:
             message = f"There is nothing at {request.method} {_path(request)[:200]}."
-        body = envelope(error.status_code, message, None, code) if _openai(request) else {"detail": message}
-        return _answer(error.status_code, body, dict(error.headers or {}))
+        code, headers = _HTTP_CODES.get(error.status_code), dict(error.headers or {})
+        return error_answer(request, error.status_code, message, None, code, headers)
 
 
 def answer_to(request: Request, error: MechanexError) -> JSONResponse:
@@ -99,13 +98,21 @@ def answer_to(request: Request, error: MechanexError) -> JSONResponse:
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, RateLimitError) and error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    body = error_envelope(error) if _openai(request) else {"detail": error.message}
-    return _answer(status, body, headers)
+    details = error.details if isinstance(error.details, dict) else {}
+    return error_answer(request, status, error.message, details.get("param"), details.get("code"), headers)
 
 
-def internal_answer(request: Request) -> JSONResponse:
-    """The answer to a request that failed in a way that nobody foresaw."""
-    return _answer(500, envelope(500, _INTERNAL) if _openai(request) else {"detail": _INTERNAL})
+def error_answer(
+    request: Request,
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> JSONResponse:
+    """An error in the form that the request's path promises."""
+    body = _envelope(status, message, param, code) if _openai(request) else {"detail": message}
+    return JSONResponse(_encodable(body), status, headers)
 
 
 def _openai(request: Request) -> bool:
@@ -117,10 +124,6 @@ def _path(request: Request) -> str:
     return str(request.scope["path"])
 
 
-def _answer(status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(_encodable(body), status_code=status, headers=headers)
-
-
 def _encodable(value: Any) -> Any:
     """The same with every text fit for UTF-8: a request may hold half of a surrogate pair."""
     if isinstance(value, str):
@@ -130,24 +133,20 @@ def _encodable(value: Any) -> Any:
     return [_encodable(one) for one in value] if isinstance(value, list) else value
 
 
-def _explained(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """The envelope for a body that the schema refuses: names the field, and what was wrong with it."""
+def _explained(found: list[dict[str, Any]]) -> tuple[str, str | None, str | None]:
+    """What a body that the schema refuses is told: what was wrong, in which field, and a code."""
     first = found[0] if found else {"loc": [], "msg": "invalid", "type": ""}
     names = [part for part in first["loc"] if part != "body"]
     if first["type"] in ("json_invalid", "missing") and not names:
-        return envelope(400, f"The body must be a JSON object ({first['msg']}).")
+        return f"The body must be a JSON object ({first['msg']}).", None, None
     if first["type"] == "json_invalid":
-        return envelope(400, "The body is not valid JSON.")
+        return "The body is not valid JSON.", None, None
     param = names[0] if names else None
     if first["type"] == "extra_forbidden":
-        return envelope(
-            400, f"Unrecognized request argument supplied: {'.'.join(names)}", param, "unknown_parameter"
-        )
+        return f"Unrecognized request argument supplied: {'.'.join(names)}", param, "unknown_parameter"
     if first["type"] == "missing":
-        return envelope(400, f"'{'.'.join(names)}' is required.", param, "missing_required_parameter")
-    reasons: list[str] = []
-    for one in found:
-        if [part for part in one["loc"] if part != "body"][:1] == names[:1] and one["msg"] not in reasons:
-            reasons.append(one["msg"])
+        return f"'{'.'.join(names)}' is required.", param, "missing_required_parameter"
+    same = [one["msg"] for one in found if [part for part in one["loc"] if part != "body"][:1] == names[:1]]
     where = f"'{param}'" if param else "the body"
-    return envelope(400, f"Invalid value for {where}: {'; or '.join(reasons[:4])}.", param, "invalid_value")
+    reasons = "; or ".join(list(dict.fromkeys(same))[:4])
+    return f"Invalid value for {where}: {reasons}.", param, "invalid_value"

@@ -8,7 +8,6 @@ import logging
 import random
 import re
 import time
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -17,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...errors import APIError
 from ..metrics import Metrics
-from .errors import answer_to, envelope, internal_answer
+from .errors import INTERNAL, answer_to, error_answer
 
 __all__ = ["RequestMiddleware", "discard"]
 
@@ -65,7 +64,15 @@ class RequestMiddleware:
             length = headers.get("content-length", "")
             if length.isascii() and length.isdigit() and (len(length) > 15 or int(length) > self._most):
                 await discard(receive)
-                await self._refuse(scope, sending)
+                # Of a very large body the rest is not read, so the connection can't serve another request.
+                refusal = error_answer(
+                    Request(scope),
+                    413,
+                    self._too_large,
+                    code="request_too_large",
+                    headers={"connection": "close"},
+                )
+                await refusal(scope, receive, sending)
                 return
             await self._app(scope, self._limited(receive), sending)
         except ClientDisconnect:
@@ -78,7 +85,7 @@ class RequestMiddleware:
         except Exception:
             _logger.exception("request %s failed", request_id)
             if not status:
-                await internal_answer(Request(scope))(scope, receive, sending)
+                await error_answer(Request(scope), 500, INTERNAL)(scope, receive, sending)
         finally:
             self._note(scope, request_id, status, time.perf_counter() - begun)
 
@@ -108,21 +115,6 @@ class RequestMiddleware:
     @property
     def _too_large(self) -> str:
         return f"The request's body is larger than the {self._most} bytes that this server takes."
-
-    async def _refuse(self, scope: Scope, send: Send) -> None:
-        openai = scope["path"].startswith("/v1/")
-        body: dict[str, Any] = {"detail": self._too_large}
-        text = json.dumps(
-            envelope(413, self._too_large, None, "request_too_large") if openai else body
-        ).encode()
-        # Of a very large body the rest is not read, so the connection can't serve another request.
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(text)).encode()),
-            (b"connection", b"close"),
-        ]
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
-        await send({"type": "http.response.body", "body": text})
 
     def _note(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from ...engine.models.adapter import ModelAdapter
 from ...engine.vectors import SteeringVector
 from ...errors import APIError, NotFoundError, ValidationError
 
-__all__ = ["SharedBehavior", "SharedVectors", "make_behaviors"]
+__all__ = ["SharedVectors", "make_behaviors"]
 
 _logger = logging.getLogger(__name__)
 _ID = re.compile(r"\w(?:[\w. -]{0,126}\w)?")
@@ -81,16 +80,8 @@ class SharedVectors:
         return None
 
 
-@dataclass(frozen=True)
-class SharedBehavior:
-    """A behavior that the server was started with: its name and its vector."""
-
-    behavior_name: str
-    vector: SteeringVector
-
-
-def make_behaviors(adapter: ModelAdapter, sources: Sequence[Path]) -> dict[str, SharedBehavior]:
-    """Behaviors from contrastive examples, by name: the file's without suffix, or a bundled set's.
+def make_behaviors(adapter: ModelAdapter, sources: Sequence[Path]) -> dict[str, SteeringVector]:
+    """The vectors of behaviors from contrastive examples, by name: the file's without suffix, or a bundled set's.
 
     Each gets the vector that ``steering.generate_vectors`` computes from all of its examples.
 
@@ -102,11 +93,12 @@ def make_behaviors(adapter: ModelAdapter, sources: Sequence[Path]) -> dict[str, 
         NotFoundError: no such file or set.
         ValidationError: a bad line, or two sources of one name.
     """
-    found: dict[str, SharedBehavior] = {}
+    found: dict[str, SteeringVector] = {}
     for source in sources:
         if source.stem in found:
             raise ValidationError(f"two behaviors are called {source.stem}: rename a file.")
         pairs = read_pairs(source if source.is_file() or source.suffix else data_path(source.name))
-        vector = caa_vectors(adapter, pairs.prompts, pairs.positive_answers, pairs.negative_answers)
-        found[source.stem] = SharedBehavior(source.stem, vector)
+        found[source.stem] = caa_vectors(
+            adapter, pairs.prompts, pairs.positive_answers, pairs.negative_answers
+        )
     return found

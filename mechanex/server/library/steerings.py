@@ -173,13 +173,11 @@ class Steerings:
             vector_id = self._library.behavior_vector_id(account_id, name)
             if vector_id is not None:
                 return self._library.vector(account_id, vector_id)
-        shared = self._behaviors.get(name)
-        return None if shared is None else shared.vector
+        return self._behaviors.get(name)
 
     def _to_correct(self, name: str) -> SteeringVector:
         # The server's own come first: the shared account is every client's on an open server.
-        own = self._behaviors.get(name)
-        found = self._behavior_vector(None, name) if own is None else own.vector
+        found = self._behaviors[name] if name in self._behaviors else self._behavior_vector(None, name)
         if found is None:
             raise ValidationError(
                 f"the corrected behavior {name!r} is not known: start the server with --behaviors naming its "

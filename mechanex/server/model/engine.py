@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 from anyio.to_thread import run_sync
+from fastapi import Depends, Request
 
 from ...engine.chat import Chat
 from ...engine.generate import end_tokens
@@ -19,7 +20,6 @@ from ...errors import ValidationError
 from ..library.steerings import Steerings
 from ..metrics import Metrics
 from ..settings import ServerSettings
-from .requests import Generation, TextRequest
 from .scheduler import Scheduler
 from .texts import Encoder, TokenTexts
 
@@ -27,20 +27,19 @@ if TYPE_CHECKING:
     from ...engine.models.resolve import LoadedModel
     from ..library.records import Library
 
-T = TypeVar("T")
-
-__all__ = ["ServingEngine"]
+__all__ = ["Engine", "ServingEngine"]
 
 
 class ServingEngine:
     """The loaded model, the vectors, and the scheduler. Everything below is for the event loop's thread.
 
     Attributes:
-        adapter: the model's adapter. Only ``run``'s functions may call the model.
-        tokenizer: the model's tokenizer, for ``run``'s functions; ``encode`` is the way to token ids elsewhere.
+        adapter: the model's adapter. Only functions that ``scheduler.run`` was given may call the model.
+        tokenizer: the model's tokenizer, for such functions; ``encode`` is the way to token ids elsewhere.
+        settings: the limits.
         model_name: the name that clients see.
         steerings: whose vectors and behaviors there are, as edits for ``TextRequest.steering``.
-        scheduler: who runs when.
+        scheduler: takes requests for text and other work on the model.
         token_texts: single tokens as text, for log-probabilities.
         metrics: what is counted.
 
@@ -65,6 +64,7 @@ class ServingEngine:
         library: Library | None = None,
         vectors: VectorStore | None = None,
     ) -> None:
+        self.settings = settings
         self.adapter = adapter_for(loaded.model)
         self.tokenizer: Any = loaded.tokenizer if loaded.tokenizer is not None else self.adapter.tokenizer
         if self.tokenizer is None:
@@ -89,47 +89,6 @@ class ServingEngine:
     def context(self) -> int | None:
         """Tokens that a prompt and its answer may have together; None where the model names no limit."""
         return self.scheduler.context
-
-    async def submit(self, requests: Sequence[TextRequest]) -> list[Generation]:
-        """Queues requests, all or none, and gives the :class:`Generation` of each.
-
-        ``text = (await generation.result()).text`` for the whole, ``async for step in generation`` for the pieces;
-        ``generation.cancel()`` frees its place at once (harmless after the end).
-
-        Raises:
-            RateLimitError: the queue is full (429, with ``retry_after``).
-            ValidationError: an empty prompt, or one that fills the model's context (``context_length_exceeded``).
-            APIError: the server is shutting down (503).
-        """
-        for request in requests:
-            if not request.ids:
-                raise ValidationError(
-                    "the prompt is empty and the tokenizer adds no BOS: give at least one token."
-                )
-            self.adapter.check_token_ids(request.ids)
-        return self.scheduler.submit_all(requests)
-
-    async def run(
-        self,
-        fn: Callable[[ModelAdapter], T],
-        *,
-        timeout: float | None = None,
-    ) -> T:
-        """Runs ``fn(adapter)`` in the model's thread, alone on the model, between two decoding steps.
-
-        For CAA and the like. Decoding waits meanwhile, but for the pauses of ``fn`` (see
-        :mod:`mechanex.engine.pauses`), which take turns with it and end ``fn`` where nobody waits for it any more.
-        Errors of ``fn`` are raised here.
-
-        Args:
-            fn: the work.
-            timeout: seconds; None for the server's setting.
-
-        Raises:
-            RateLimitError: too much waits already.
-            APIError: the server is shutting down (503), or no result in time (504).
-        """
-        return await self.scheduler.run(fn, timeout)
 
     async def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt (text, ids, chat messages), of all but short ones in a thread.
@@ -173,6 +132,15 @@ class ServingEngine:
     async def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
         return await run_sync(self._encoder.decode, ids)
+
+
+async def _engine(request: Request) -> ServingEngine:
+    engine: ServingEngine = request.app.state.engine
+    return engine
+
+
+Engine = Annotated[ServingEngine, Depends(_engine)]
+"""The engine of the application that a request came to."""
 
 
 def _shown(name: str) -> str:

@@ -79,13 +79,24 @@ class Scheduler:
         return self.submit_all([request])[0]
 
     def submit_all(self, requests: Sequence[TextRequest]) -> list[Generation]:
-        """Queues requests, all or none; errors as :meth:`mechanex.server.model.engine.ServingEngine.submit`.
+        """Queues requests, all or none; an empty queue takes any number, else some could never be asked for.
 
-        An empty queue takes any number, else some could never be asked for.
+        ``text = (await generation.result()).text`` for the whole, ``async for step in generation`` for the pieces;
+        ``generation.cancel()`` frees its place at once (harmless after the end).
+
+        Raises:
+            RateLimitError: the queue is full (429, with ``retry_after``).
+            ValidationError: an empty prompt, or one that fills the model's context (``context_length_exceeded``).
+            APIError: the server is shutting down (503).
         """
         worker = self._open()
         for request in requests:
             n_ids = len(request.ids)
+            if not n_ids:
+                raise ValidationError(
+                    "the prompt is empty and the tokenizer adds no BOS: give at least one token."
+                )
+            self._adapter.check_token_ids(request.ids)
             if self.context is not None and n_ids + min(request.max_tokens, 1) > self.context:
                 raise ValidationError(
                     f"the prompt has {n_ids} tokens and the context of {self._adapter.model_id} is "
@@ -107,8 +118,21 @@ class Scheduler:
             worker.changed.notify()
         return [row.generation for row in rows]
 
-    async def run(self, fn: Callable[[ModelAdapter], T], timeout: float | None) -> T:
-        """Runs a function alone on the model; as :meth:`mechanex.server.model.engine.ServingEngine.run`."""
+    async def run(self, fn: Callable[[ModelAdapter], T], timeout: float | None = None) -> T:
+        """Runs ``fn(adapter)`` in the model's thread, alone on the model, between two decoding steps.
+
+        For CAA and the like. Decoding waits meanwhile, but for the pauses of ``fn`` (see
+        :mod:`mechanex.engine.pauses`), which take turns with it and end ``fn`` where nobody waits for it any more.
+        Errors of ``fn`` are raised here.
+
+        Args:
+            fn: the work.
+            timeout: seconds; None for the server's setting.
+
+        Raises:
+            RateLimitError: too much waits already.
+            APIError: the server is shutting down (503), or no result in time (504).
+        """
         worker = self._open()
         waiting = worker.jobs.n_wanted
         if waiting >= _MOST_JOBS:

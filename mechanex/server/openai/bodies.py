@@ -111,6 +111,11 @@ class GenerationBody(Body):
         return self
 
     @property
+    def n_answers(self) -> int:
+        """How many answers each prompt gets."""
+        return self.n or 1
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """The stop texts."""
         if self.stop is None:

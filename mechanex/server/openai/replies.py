@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ... import __version__
-from ..model.requests import Result, TokenLogprob
+from ..model.requests import Result, Step, TokenLogprob
 from ..model.texts import TokenTexts
 
 __all__ = ["DONE", "ChatReply", "CompletionReply", "Reply", "event"]
@@ -49,14 +49,27 @@ class Reply:
         # The same in all events of a stream.
         self._begin = _json(self._head(self.part))[:-1] + ',"choices":'
 
-    def complete(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
-        """The whole answer."""
-        return self._head(self.whole) | {"choices": list(choices), "usage": usage}
+    def complete(self, results: Sequence[Result], n: int) -> dict[str, Any]:
+        """The whole answer, of ``n`` choices to a prompt."""
+        choices = [self.choice(i, result) for i, result in enumerate(results)]
+        return self._head(self.whole) | {"choices": choices, "usage": self.usage(results, n)}
 
     def chunk(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None, ask: bool) -> bytes:
         """One event of a stream; ``ask`` is whether the client asked for the usage."""
         end = f',"usage":{_json(usage)}}}' if ask else "}"
         return _event(self._begin + _json(list(choices)) + end)
+
+    def choice(self, index: int, result: Result) -> dict[str, Any]:
+        """A finished answer."""
+        raise NotImplementedError
+
+    def first(self, index: int) -> list[dict[str, Any]]:
+        """What a stream tells of an answer before any of it has come."""
+        return []
+
+    def told(self, index: int, news: Step | Result) -> list[dict[str, Any]]:
+        """What a stream tells of an answer when more of it, or its end, has come."""
+        raise NotImplementedError
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
@@ -87,29 +100,25 @@ class ChatReply(Reply):
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def choice(self, index: int, result: Result) -> dict[str, Any]:
-        """A finished answer."""
-        message = {"role": "assistant", "content": result.text, "refusal": None}
         return {
             "index": index,
-            "message": message,
+            "message": {"role": "assistant", "content": result.text, "refusal": None},
             "logprobs": self._logprobs(result.logprobs),
             "finish_reason": result.finish_reason,
         }
 
-    def first(self, index: int) -> dict[str, Any]:
-        """What a stream begins with."""
-        return self._delta(index, {"role": "assistant", "content": "", "refusal": None}, None, None)
+    def first(self, index: int) -> list[dict[str, Any]]:
+        return [self._delta(index, {"role": "assistant", "content": "", "refusal": None})]
 
-    def piece(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """Some more of the answer."""
-        return self._delta(index, {"content": text}, self._logprobs(logprobs), None)
-
-    def last(self, index: int, reason: str) -> dict[str, Any]:
-        """What a stream ends with."""
-        return self._delta(index, {}, None, reason)
+    def told(self, index: int, news: Step | Result) -> list[dict[str, Any]]:
+        if isinstance(news, Result):
+            return [self._delta(index, {}, reason=news.finish_reason)]
+        return [self._delta(index, {"content": news.text}, self._logprobs(news.logprobs))]
 
     @staticmethod
-    def _delta(index: int, delta: dict[str, Any], logprobs: Any, reason: str | None) -> dict[str, Any]:
+    def _delta(
+        index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None
+    ) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, found: Sequence[TokenLogprob]) -> dict[str, Any] | None:
@@ -127,44 +136,62 @@ class ChatReply(Reply):
 
 
 class CompletionReply(Reply):
-    """Answers of /v1/completions."""
+    """Answers of /v1/completions.
+
+    Args:
+        model, texts, with_logprobs: as for ``Reply``.
+        echoed: for each answer the text and the token ids of the prompt that it stands behind; None for none.
+    """
 
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
 
-    def choice(
-        self, index: int, result: Result, echo: str | None = None, ids: Sequence[int] = ()
-    ) -> dict[str, Any]:
-        """A finished answer, behind its prompt where ``echo`` gives that."""
-        logprobs: dict[str, Any] | None = None
-        if self._with_logprobs:
-            prompt = list(zip(ids, result.prompt_logprobs, strict=True)) if echo is not None else []
-            answer = [(one.token, one) for one in result.logprobs]
-            logprobs = self._logprobs([*prompt, *answer], 0)
-        return self._choice(index, (echo or "") + result.text, logprobs, result.finish_reason)
+    def __init__(
+        self,
+        model: str,
+        texts: TokenTexts,
+        with_logprobs: bool,
+        echoed: Sequence[tuple[str, Sequence[int]]] | None,
+    ) -> None:
+        super().__init__(model, texts, with_logprobs)
+        self._echoed = echoed
+        self._offsets: dict[int, int] = {}  # characters that a stream has told of each answer
 
-    def echoed(
-        self, index: int, echo: str, ids: Sequence[int], found: Sequence[TokenLogprob | None]
-    ) -> dict[str, Any]:
-        """The prompt, which a stream with ``echo`` begins with."""
-        pairs = list(zip(ids, found, strict=True)) if self._with_logprobs else []
-        return self._choice(index, echo, self._logprobs(pairs, 0) if self._with_logprobs else None, None)
+    def choice(self, index: int, result: Result) -> dict[str, Any]:
+        echo, found = self._echo(index, result)
+        found += [(one.token, one) for one in result.logprobs]
+        return self._choice(index, echo + result.text, self._logprobs(found, 0), result.finish_reason)
 
-    def piece(self, index: int, text: str, logprobs: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-        """Some more of the answer, ``offset`` characters after the begin of the text."""
-        found = (
-            self._logprobs([(one.token, one) for one in logprobs], offset) if self._with_logprobs else None
-        )
-        return self._choice(index, text, found, None)
+    def told(self, index: int, news: Step | Result) -> list[dict[str, Any]]:
+        told: list[dict[str, Any]] = []
+        if index not in self._offsets:
+            echo, found = self._echo(index, news)
+            self._offsets[index] = len(echo)
+            if self._echoed is not None:
+                told.append(self._choice(index, echo, self._logprobs(found, 0)))
+        if isinstance(news, Result):
+            told.append(self._choice(index, "", reason=news.finish_reason))
+        elif news.text or news.logprobs:
+            found = [(one.token, one) for one in news.logprobs]
+            told.append(self._choice(index, news.text, self._logprobs(found, self._offsets[index])))
+            self._offsets[index] += len(news.text)
+        return told
 
-    def last(self, index: int, reason: str) -> dict[str, Any]:
-        """What a stream ends with."""
-        return self._choice(index, "", None, reason)
+    def _echo(self, index: int, news: Step | Result) -> tuple[str, list[tuple[int, TokenLogprob | None]]]:
+        """The prompt that an answer stands behind, and what its tokens' log-probabilities are."""
+        if self._echoed is None:
+            return "", []
+        text, ids = self._echoed[index]
+        return text, list(zip(ids, news.prompt_logprobs, strict=True)) if self._with_logprobs else []
 
     @staticmethod
-    def _choice(index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+    def _choice(index: int, text: str, logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, found: Sequence[tuple[int, TokenLogprob | None]], offset: int) -> dict[str, Any]:
+    def _logprobs(
+        self, found: Sequence[tuple[int, TokenLogprob | None]], offset: int
+    ) -> dict[str, Any] | None:
+        if not self._with_logprobs:
+            return None
         offsets: list[int] = []
         characters = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
         for token, _ in found:

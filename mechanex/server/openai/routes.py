@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -13,12 +14,11 @@ from ...engine.sampling import Sampling
 from ...errors import NotFoundError, ValidationError
 from ..accounts.auth import Principal, principal
 from ..http.disconnect import done_or_gone
-from ..model.engine import ServingEngine
+from ..model.engine import Engine, ServingEngine
 from ..model.requests import Steer, TextRequest, results_of
-from ..settings import ServerSettings
 from .bodies import ChatBody, CompletionBody, GenerationBody
-from .replies import ChatReply, CompletionReply
-from .streams import chat_events, completion_events, stream_response
+from .replies import ChatReply, CompletionReply, Reply
+from .streams import stream_response
 
 __all__ = ["openai_router"]
 
@@ -40,73 +40,52 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": "An error object."} for status in statuses}
 
 
-async def _models(request: Request, who: Who) -> dict[str, Any]:
+async def _models(request: Request, engine: Engine, who: Who) -> dict[str, Any]:
     """The models that are served: one."""
-    return {"object": "list", "data": [_described(_engine(request), request)]}
+    return {"object": "list", "data": [_described(engine, request)]}
 
 
-async def _model(model: str, request: Request, who: Who) -> dict[str, Any]:
+async def _model(model: str, request: Request, engine: Engine, who: Who) -> dict[str, Any]:
     """One model."""
-    _check_model(_engine(request), model)
-    return _described(_engine(request), request)
+    _check_model(engine, model)
+    return _described(engine, request)
 
 
-async def _completions(body: CompletionBody, request: Request, who: Who) -> Response:
+async def _completions(body: CompletionBody, request: Request, engine: Engine, who: Who) -> Response:
     """Continues texts."""
-    engine, settings = _engine(request), _settings(request)
     _check_model(engine, body.model)
     if not body.prompts:
         raise _invalid("Invalid value for 'prompt': it is an empty list.", "prompt")
-    n = body.n or 1
-    _check_choices(settings, len(body.prompts) * n)
-    if settings.log_prompts:
+    _check_choices(engine, len(body.prompts) * body.n_answers)
+    if engine.settings.log_prompts:
         request.state.log = {"prompt": body.prompt}
     common = await _common(engine, body, who)
-    ids = [await engine.encode(prompt) for prompt in body.prompts]
-    requests: list[TextRequest] = []
-    for own in ids:
-        most = 16 if body.max_tokens is None else body.max_tokens
-        _check_room(engine, len(own), body.max_tokens if "max_tokens" in body.model_fields_set else None)
-        requests += [
-            TextRequest(
-                own,
-                max_tokens=most,
-                seed=_seed(body.seed, i),
-                logprobs=body.logprobs,
-                prompt_logprobs=bool(body.echo) and body.logprobs is not None,
-                stream=bool(body.stream),
-                **common,
-            )
-            for i in range(n)
-        ]
-    echoes: list[str] | None = None
+    asked = body.max_tokens if "max_tokens" in body.model_fields_set else None
+    common = replace(
+        common,
+        max_tokens=16 if body.max_tokens is None else body.max_tokens,
+        logprobs=body.logprobs,
+        prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+    )
+    prompts = [await engine.encode(prompt) for prompt in body.prompts]
+    for ids in prompts:
+        _check_room(engine, len(ids), asked)
+    echoed: list[tuple[str, Sequence[int]]] | None = None
     if body.echo:
         texts = [
             prompt if isinstance(prompt, str) else await engine.decode(prompt) for prompt in body.prompts
         ]
-        echoes = [text for text in texts for _ in range(n)]
-    reply = CompletionReply(engine.model_name, engine.token_texts, body.logprobs is not None)
-    generations = await engine.submit(requests)
-    if body.stream:
-        return stream_response(
-            completion_events(reply, generations, echoes, n, _wants_usage(body)), generations
-        )
-    results = await done_or_gone(request, results_of(generations))
-    choices = [
-        reply.choice(i, result, None if echoes is None else echoes[i], requests[i].ids)
-        for i, result in enumerate(results)
-    ]
-    return JSONResponse(reply.complete(choices, reply.usage(results, n)))
+        echoed = [one for one in zip(texts, prompts, strict=True) for _ in range(body.n_answers)]
+    reply = CompletionReply(engine.model_name, engine.token_texts, body.logprobs is not None, echoed)
+    return await _answer(request, engine, body, reply, [replace(common, ids=ids) for ids in prompts])
 
 
-async def _chat(body: ChatBody, request: Request, who: Who) -> Response:
+async def _chat(body: ChatBody, request: Request, engine: Engine, who: Who) -> Response:
     """Answers a chat."""
-    engine, settings = _engine(request), _settings(request)
     _check_model(engine, body.model)
-    n = body.n or 1
-    _check_choices(settings, n)
+    _check_choices(engine, body.n_answers)
     messages = [message.rendered for message in body.messages]
-    if settings.log_prompts:
+    if engine.settings.log_prompts:
         request.state.log = {"messages": messages}
     common = await _common(engine, body, who)
     chat = Chat(
@@ -118,29 +97,33 @@ async def _chat(body: ChatBody, request: Request, who: Who) -> Response:
     ids = await engine.encode_chat(chat)
     asked = body.max_completion_tokens or body.max_tokens
     _check_room(engine, len(ids), asked or 0)
-    most = asked or (4096 if engine.context is None else max(engine.context - len(ids), 1))
-    requests = [
-        TextRequest(
-            ids,
-            max_tokens=most,
-            seed=_seed(body.seed, i),
-            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            stream=bool(body.stream),
-            **common,
-        )
-        for i in range(n)
-    ]
+    wanted = replace(
+        common,
+        ids=ids,
+        max_tokens=asked or (4096 if engine.context is None else max(engine.context - len(ids), 1)),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
     reply = ChatReply(engine.model_name, engine.token_texts, bool(body.logprobs))
-    generations = await engine.submit(requests)
+    return await _answer(request, engine, body, reply, [wanted])
+
+
+async def _answer(
+    request: Request, engine: ServingEngine, body: GenerationBody, reply: Reply, prompts: list[TextRequest]
+) -> Response:
+    """Asks for the answers to all prompts, and tells them as a stream or as a whole."""
+    n = body.n_answers
+    generations = engine.scheduler.submit_all(
+        [replace(one, seed=_seed(body.seed, i)) for one in prompts for i in range(n)]
+    )
     if body.stream:
-        return stream_response(chat_events(reply, generations, n, _wants_usage(body)), generations)
-    results = await done_or_gone(request, results_of(generations))
-    choices = [reply.choice(i, result) for i, result in enumerate(results)]
-    return JSONResponse(reply.complete(choices, reply.usage(results, n)))
+        options = body.stream_options
+        ask = options is not None and bool(options.include_usage)
+        return stream_response(reply, generations, n, ask)
+    return JSONResponse(reply.complete(await done_or_gone(request, results_of(generations)), n))
 
 
-async def _common(engine: ServingEngine, body: GenerationBody, who: Principal) -> dict[str, Any]:
-    """What both kinds of request give to :class:`TextRequest`."""
+async def _common(engine: ServingEngine, body: GenerationBody, who: Principal) -> TextRequest:
+    """What both kinds of request say of their answers, yet without a prompt."""
     temperature = 1.0 if body.temperature is None else body.temperature
     top_p = 1.0 if body.top_p is None else body.top_p
     # Below a millionth only the likeliest token is left, in any precision.
@@ -152,15 +135,17 @@ async def _common(engine: ServingEngine, body: GenerationBody, who: Principal) -
             engine.adapter.check_token_ids(token for token, _ in biases)
     except ValidationError as error:
         raise _invalid(f"Invalid value for 'logit_bias': {error.message}", "logit_bias") from error
-    return {
-        "sampling": sampling,
-        "stops": body.stops,
-        "frequency_penalty": body.frequency_penalty or 0.0,
-        "presence_penalty": body.presence_penalty or 0.0,
-        "logit_bias": biases,
-        "steering": await _steering(engine, body, who),
-        "owner": who.account_id,
-    }
+    return TextRequest(
+        (),
+        sampling=sampling,
+        stops=body.stops,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        logit_bias=biases,
+        steering=await _steering(engine, body, who),
+        owner=who.account_id,
+        stream=bool(body.stream),
+    )
 
 
 async def _steering(engine: ServingEngine, body: GenerationBody, who: Principal) -> tuple[Steer, ...]:
@@ -195,7 +180,7 @@ async def _steering(engine: ServingEngine, body: GenerationBody, who: Principal)
 
 
 def _described(engine: ServingEngine, request: Request) -> dict[str, Any]:
-    started = int(getattr(request.app.state, "started", time.time()))
+    started = int(request.app.state.started)
     return {"id": engine.model_name, "object": "model", "created": started, "owned_by": "mechanex"}
 
 
@@ -208,11 +193,11 @@ def _check_model(engine: ServingEngine, name: str | None) -> None:
         )
 
 
-def _check_choices(settings: ServerSettings, n: int) -> None:
-    if n > settings.max_choices:
+def _check_choices(engine: ServingEngine, n: int) -> None:
+    most = engine.settings.max_choices
+    if n > most:
         raise _invalid(
-            f"{n} answers were asked for (prompts times n), and this server gives {settings.max_choices} at most.",
-            "n",
+            f"{n} answers were asked for (prompts times n), and this server gives {most} at most.", "n"
         )
 
 
@@ -232,19 +217,5 @@ def _seed(seed: int | None, i: int) -> int | None:
     return None if seed is None else (seed + i) % 2**63
 
 
-def _wants_usage(body: GenerationBody) -> bool:
-    return body.stream_options is not None and bool(body.stream_options.include_usage)
-
-
 def _invalid(message: str, param: str | None, code: str | None = None) -> ValidationError:
     return ValidationError(message, 400, {"param": param, "code": code})
-
-
-def _engine(request: Request) -> ServingEngine:
-    engine: ServingEngine = request.app.state.engine
-    return engine
-
-
-def _settings(request: Request) -> ServerSettings:
-    settings: ServerSettings = request.app.state.settings
-    return settings

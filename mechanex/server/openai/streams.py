@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
 
 from fastapi.responses import StreamingResponse
 
 from ...errors import MechanexError
 from ..http.errors import error_envelope
 from ..model.requests import Generation, Result, Step
-from .replies import DONE, ChatReply, CompletionReply, Reply, event
+from .replies import DONE, Reply, event
 
-__all__ = ["chat_events", "completion_events", "stream_response"]
+__all__ = ["stream_response"]
 
 _News = list[tuple[int, "Step | Result"]]
 
 
-def stream_response(events: AsyncIterator[bytes], generations: Sequence[Generation]) -> StreamingResponse:
-    """Server-sent events until ``[DONE]``; an error becomes an event, and a client that goes ends the answers."""
+def stream_response(reply: Reply, generations: Sequence[Generation], n: int, ask: bool) -> StreamingResponse:
+    """Server-sent events until ``[DONE]``; an error becomes an event, and a client that goes ends the answers.
+
+    Args:
+        reply: tells the answers.
+        generations: what they come from.
+        n: answers to a prompt.
+        ask: whether the usage is wanted.
+    """
 
     async def guarded() -> AsyncIterator[bytes]:
         try:
-            async for one in events:
+            async for one in _events(reply, generations, n, ask):
                 yield one
         except MechanexError as error:
             yield event(error_envelope(error))
@@ -37,56 +43,19 @@ def stream_response(events: AsyncIterator[bytes], generations: Sequence[Generati
     return StreamingResponse(guarded(), media_type="text/event-stream", headers=headers)
 
 
-async def chat_events(
-    reply: ChatReply, generations: Sequence[Generation], n: int, ask: bool
-) -> AsyncIterator[bytes]:
-    """The events of a chat's answers; ``ask`` is whether the usage is wanted, of ``n`` answers to a prompt."""
-    yield b"".join(reply.chunk([reply.first(i)], None, ask) for i in range(len(generations)))
+async def _events(reply: Reply, generations: Sequence[Generation], n: int, ask: bool) -> AsyncIterator[bytes]:
+    first = [choice for i in range(len(generations)) for choice in reply.first(i)]
+    if first:
+        yield b"".join(reply.chunk([choice], None, ask) for choice in first)
     results: dict[int, Result] = {}
     async for batch in _merged(generations):
-        events: list[bytes] = []
-        for i, news in batch:
-            if isinstance(news, Step):
-                events.append(reply.chunk([reply.piece(i, news.text, news.logprobs)], None, ask))
-            else:
-                results[i] = news
-                events.append(reply.chunk([reply.last(i, news.finish_reason)], None, ask))
-        yield b"".join(events + _end(reply, results, len(generations), n, ask))
-
-
-async def completion_events(
-    reply: CompletionReply, generations: Sequence[Generation], echoes: list[str] | None, n: int, ask: bool
-) -> AsyncIterator[bytes]:
-    """The events of completions, each behind its prompt where ``echoes`` has that."""
-    offsets = [0] * len(generations)
-    begun = [echoes is None] * len(generations)
-    results: dict[int, Result] = {}
-
-    def echo(i: int, logprobs: Any) -> list[bytes]:
-        if begun[i] or echoes is None:
-            return []
-        begun[i], offsets[i] = True, len(echoes[i])
-        return [reply.chunk([reply.echoed(i, echoes[i], generations[i].request.ids, logprobs)], None, ask)]
-
-    async for batch in _merged(generations):
-        events: list[bytes] = []
-        for i, news in batch:
-            events += echo(i, news.prompt_logprobs)
-            if isinstance(news, Result):
-                results[i] = news
-                events.append(reply.chunk([reply.last(i, news.finish_reason)], None, ask))
-            elif news.text or news.logprobs:
-                events.append(reply.chunk([reply.piece(i, news.text, news.logprobs, offsets[i])], None, ask))
-                offsets[i] += len(news.text)
-        yield b"".join(events + _end(reply, results, len(generations), n, ask))
-
-
-def _end(reply: Reply, results: dict[int, Result], n_answers: int, n: int, ask: bool) -> list[bytes]:
-    """What comes behind the last of all answers."""
-    if len(results) < n_answers:
-        return []
-    usage = reply.usage([results[i] for i in range(n_answers)], n) if ask else None
-    return [reply.chunk([], usage, ask), DONE] if ask else [DONE]
+        told = [reply.chunk([choice], None, ask) for i, news in batch for choice in reply.told(i, news)]
+        results.update((i, news) for i, news in batch if isinstance(news, Result))
+        if len(results) == len(generations):
+            if ask:
+                told.append(reply.chunk([], reply.usage([results[i] for i in sorted(results)], n), ask))
+            told.append(DONE)
+        yield b"".join(told)
 
 
 async def _merged(generations: Sequence[Generation]) -> AsyncIterator[_News]:

@@ -1,23 +1,19 @@
-"""The server's end of connections: how many there may be, and how long one may take to say what it wants."""
+"""The server's end of connections: where it listens, and how many there may be, which uvicorn doesn't bound."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-import time
 from typing import Any
 
-from ..._private.uvicorn import H11Protocol
 from ...errors import MechanexError
 from ..settings import ServerSettings
+from .head_deadline import HeadDeadline
 
 __all__ = ["BACKLOG", "bounded", "listen", "most_connections"]
 
 BACKLOG = 64
 """Connections that are accepted at once, before any is looked at, and as many more that wait for that."""
-
-HEAD_SECONDS = 10.0
-"""In which a whole request head must come, from the connection's begin or from the head's first byte."""
 
 _OTHER_FILES = (
     300  # the model's, the database's, the log's, and connections that were accepted and not looked at yet
@@ -65,19 +61,12 @@ def most_connections() -> int:
 def bounded(most: int) -> type[asyncio.Protocol]:
     """Uvicorn's protocol for at most so many connections.
 
-    A connection that doesn't send a whole request head in ``HEAD_SECONDS`` is closed. Where there are too many, the
-    one that has waited longest with nothing asked makes way, or else the new one.
+    Where there are too many, the one that has waited longest with nothing asked makes way, or else the new one.
     """
 
-    class Bounded(H11Protocol):
-        waits_since: float | None = None
-        """When it began to owe a head; None while a request is answered."""
-
-        _timer: asyncio.TimerHandle | None = None
-
+    class Bounded(HeadDeadline):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._owe_head()
             if len(self.connections) <= most:
                 return
             # One that was made to go is still among them until the event loop's next turn.
@@ -90,32 +79,5 @@ def bounded(most: int) -> type[asyncio.Protocol]:
                 }
                 longest = min(waits, key=lambda one: waits[one], default=self)
                 longest.transport.abort()
-
-        def data_received(self, data: bytes) -> None:
-            before = self.cycle
-            super().data_received(data)
-            if self.cycle is not before:
-                self._settle()
-                self.waits_since = None
-            elif self._timer is None and (self.cycle is None or self.cycle.response_complete):
-                self._owe_head()  # uvicorn's own timer of kept connections ends with the first byte
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            if self.cycle.response_complete:  # no other request was waiting
-                self.waits_since = time.monotonic()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._settle()
-            super().connection_lost(exc)
-
-        def _owe_head(self) -> None:
-            self.waits_since = time.monotonic()
-            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
-
-        def _settle(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
 
     return Bounded
