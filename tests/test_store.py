@@ -272,7 +272,7 @@ def test_a_key_is_shown_once_and_works_until_it_is_deleted(store: Store, clock: 
     store.keys.create(ann.id, "laptop")
     (listed, _) = store.keys.all(ann.id)
     assert listed.name == "laptop" and listed.last_used is None
-    assert key.startswith(listed.shown) and len(listed.shown) == 8
+    assert listed.key == f"{key[:8]}…"
     assert store.keys.account_for(key) == ann.id
     assert store.keys.all(ann.id)[0].last_used == clock.now
     assert store.keys.all(bob.id) == []
@@ -400,7 +400,7 @@ def test_an_unreadable_vector_file_is_an_error_with_a_reason(
     assert error.value.status_code == 500 and str(mechanex_home) not in str(error.value)
     assert again.library.vector(None, whole) == VECTOR
     again.library.delete_vector(None, vector_id)  # also where its file can't go
-    assert [kept.id for kept in again.library.vectors(None)] == [whole]
+    assert [kept.steering_vector_id for kept in again.library.vectors(None)] == [whole]
     assert again.library.vector(None, vector_id) is None
     again.close()
 
@@ -415,7 +415,7 @@ def test_vectors_and_behaviors_can_be_deleted_by_their_account_alone(
     store.library.add_behavior(ann.id, "kind", "", EXAMPLES, vector_id)
     store.library.add_behavior(ann.id, "good", "", EXAMPLES, vector_id)
     (listed,) = store.library.vectors(ann.id)
-    assert (listed.id, listed.behavior_names) == (vector_id, ("good", "kind"))
+    assert (listed.steering_vector_id, listed.behavior_names) == (vector_id, ("good", "kind"))
     assert store.library.vectors(bob.id) == store.library.vectors(None) == []
     for other in (bob.id, None):
         with pytest.raises(NotFoundError):

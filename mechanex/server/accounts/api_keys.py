@@ -34,11 +34,11 @@ def hash_of(secret: str) -> str:
 
 @dataclass(frozen=True)
 class ApiKey:
-    """An API key as it can be listed: ``shown`` is its beginning, all that is kept of its text."""
+    """An API key as it can be listed: ``key`` is its beginning, all that is kept of its text."""
 
     id: str
     name: str
-    shown: str
+    key: str
     created_at: float
     last_used: float | None
 
@@ -93,7 +93,7 @@ class ApiKeys:
                 .where(api_keys.c.user_id == account_id)
                 .order_by(api_keys.c.created_at, api_keys.c.id)
             ).all()
-        return [ApiKey(row.id, row.name, row.shown, row.created_at, row.last_used) for row in rows]
+        return [ApiKey(row.id, row.name, f"{row.shown}…", row.created_at, row.last_used) for row in rows]
 
     def delete(self, account_id: str, key_id: str) -> None:
         """Ends an API key at once.

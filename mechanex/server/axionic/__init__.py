@@ -1,1 +1,1 @@
-"""The Axionic API: routes and bodies; imports ``accounts``, ``library``, ``model``, ``http``, not ``openai``."""
+"""The Axionic API: routes, bodies, guards; imports ``accounts``, ``model`` and ``http``, never ``openai``."""

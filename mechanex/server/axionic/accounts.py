@@ -13,12 +13,12 @@ from ...errors import AuthenticationError, NotFoundError
 from ..accounts.auth import Principal, is_open, principal
 from ..accounts.sessions import Session
 from ..accounts.store import store_of
-from ..accounts.users import User, normalized
+from ..accounts.users import normalized
 from ..http.limits import client_address
 from .bodies import KeyBody, LoginBody, ModelBody, RefreshBody
 from .guards import count_address, guards_of
 
-__all__ = ["router", "timestamp"]
+__all__ = ["router", "shown"]
 
 
 async def _account(who: Annotated[Principal, Depends(principal)]) -> str:
@@ -48,7 +48,7 @@ async def sign_up(body: LoginBody, request: Request) -> dict[str, Any]:
     """Makes an account and logs it in."""
     users = store_of(request).users
     user, session = await guards_of(request).hashing(lambda: users.sign_up(body.email, body.password))
-    return {"session": _session(request, session), "user": _user(user)}
+    return {"session": _session(request, session), "user": shown(user)}
 
 
 @router.post("/login")
@@ -71,25 +71,14 @@ async def refresh(body: RefreshBody, request: Request) -> dict[str, Any]:
 @router.get("/whoami")
 async def whoami(request: Request, who: Annotated[Principal, Depends(principal)]) -> dict[str, Any]:
     """The account that the request acts as; on a server for this machine only, the shared one without an email."""
-    return _user(await run_sync(store_of(request).users.get, who.account_id)) | {"kind": who.kind}
+    return shown(await run_sync(store_of(request).users.get, who.account_id)) | {"kind": who.kind}
 
 
 @router.get("/api-keys")
 async def api_keys(request: Request, account: AccountId) -> dict[str, Any]:
     """The account's API keys; of their text, only the beginning."""
     found = await run_sync(store_of(request).keys.all, account)
-    return {
-        "keys": [
-            {
-                "id": key.id,
-                "name": key.name,
-                "key": f"{key.shown}…",
-                "created_at": timestamp(key.created_at),
-                "last_used": None if key.last_used is None else timestamp(key.last_used),
-            }
-            for key in found
-        ]
-    }
+    return {"keys": [shown(key) for key in found]}
 
 
 @router.post("/api-keys")
@@ -117,15 +106,16 @@ async def delete_api_key(key_id: str, request: Request, account: AccountId) -> N
     await run_sync(store_of(request).keys.delete, account, key_id)
 
 
-def timestamp(seconds: float) -> str:
-    """A time of the database as ISO 8601, UTC."""
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
+def shown(record: Any) -> dict[str, Any]:
+    """A record as answers have it: its fields, times as ISO 8601 in UTC."""
+    fields = asdict(record)
+    for name in {"created_at", "last_used"} & set(fields):
+        if fields[name] is not None:
+            moment = datetime.fromtimestamp(fields[name], timezone.utc)
+            fields[name] = moment.isoformat(timespec="seconds")
+    return fields
 
 
 def _session(request: Request, session: Session) -> dict[str, Any]:
     lifetime = store_of(request).sessions.access_lifetime
     return {**asdict(session), "token_type": "bearer", "expires_in": int(lifetime)}
-
-
-def _user(user: User) -> dict[str, Any]:
-    return {**asdict(user), "created_at": timestamp(user.created_at)}

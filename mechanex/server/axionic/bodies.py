@@ -14,10 +14,8 @@ __all__ = [
     "GenerateBody",
     "KeyBody",
     "LoginBody",
-    "Message",
     "ModelBody",
     "Output",
-    "Prompt",
     "RaagBody",
     "Reason",
     "RefreshBody",
@@ -33,9 +31,9 @@ def _message(fields: dict[str, str]) -> dict[str, str]:
     return fields
 
 
-Message = Annotated[dict[str, str], few_fields(), AfterValidator(_message)]
+_Message = Annotated[dict[str, str], few_fields(), AfterValidator(_message)]
 
-Prompt = str | Items[int] | Items[Message]
+_Prompt = str | Items[int] | Items[_Message]
 """Text, token ids or chat messages."""
 
 # No control characters: a name is shown in lists, logs and messages.
@@ -75,7 +73,7 @@ class ModelBody(Body):
 class GenerateBody(Body):
     """A prompt and how to continue it; defaults are those of ``generation.generate``."""
 
-    prompt: Prompt
+    prompt: _Prompt
     sampling_method: str = "top-k"
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] = 128
     top_k: Annotated[int, Field(ge=1, lt=2**31)] = 50
@@ -91,7 +89,7 @@ class GenerateBody(Body):
 class SteeringBody(Body):
     """Contrastive examples, and how vectors are made of them."""
 
-    prompts: Items[Prompt]
+    prompts: Items[_Prompt]
     positive_answers: Items[str]
     negative_answers: Items[str]
     layer_idxs: Items[int] | None = None
@@ -102,7 +100,7 @@ class BehaviorBody(Body):
     """A behavior: contrastive examples, or a vector that was made before."""
 
     behavior_name: _Name
-    prompts: Items[Prompt]
+    prompts: Items[_Prompt]
     positive_answers: Items[str]
     negative_answers: Items[str]
     description: Annotated[str, Field(max_length=10_000, pattern=r"^[^\x00]*$")] = ""
@@ -119,7 +117,7 @@ class BehaviorBody(Body):
 class SaeBody(Body):
     """A prompt to continue under the watch of a sparse autoencoder."""
 
-    prompt: Prompt
+    prompt: _Prompt
     max_new_tokens: Annotated[int, Field(ge=1, lt=2**31)] = 50
     behavior_names: Items[str] | None = None
     force_steering: Items[str] | None = None

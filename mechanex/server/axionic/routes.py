@@ -15,11 +15,10 @@ from ...steering import check_method, vectors_by
 from ..accounts.auth import Principal
 from ..accounts.store import store_of
 from ..http.disconnect import done_or_gone
-from ..library.records import KeptBehavior
 from ..model.engine import Engine, ServingEngine
 from ..model.requests import TextRequest, results_of
 from . import accounts
-from .accounts import timestamp
+from .accounts import shown
 from .bodies import (
     BehaviorBody,
     GenerateBody,
@@ -106,7 +105,7 @@ async def generate(body: GenerateBody, request: Request, engine: Engine, who: Wo
         )
     ]
     (result,) = await done_or_gone(request, results_of(answers))
-    return JSONResponse({"output": await engine.prompt_text(body.prompt) + result.text})
+    return JSONResponse({"output": await run_sync(engine.encoder.text, body.prompt) + result.text})
 
 
 @router.post("/steering/generate")
@@ -144,20 +143,13 @@ async def create_behavior(
     made = await run_sync(
         library.add_behavior, who.account_id, body.behavior_name, body.description, examples, vector
     )
-    return _shown(made)
+    return shown(made)
 
 
 @router.get("/steering/vectors")
 async def kept_vectors(request: Request, who: Sender) -> list[dict[str, Any]]:
     """The account's steering vectors, oldest first."""
-    return [
-        {
-            "steering_vector_id": kept.id,
-            "behavior_names": kept.behavior_names,
-            "created_at": timestamp(kept.created_at),
-        }
-        for kept in await run_sync(store_of(request).library.vectors, who.account_id)
-    ]
+    return [shown(one) for one in await run_sync(store_of(request).library.vectors, who.account_id)]
 
 
 @router.delete("/steering/vectors/{vector_id:path}", status_code=204, response_class=Response)
@@ -169,9 +161,7 @@ async def delete_vector(vector_id: str, request: Request, who: Sender) -> None:
 @router.get("/behaviors")
 async def behaviors(request: Request, who: Sender) -> list[dict[str, Any]]:
     """The account's behaviors, oldest first."""
-    return [
-        _shown(behavior) for behavior in await run_sync(store_of(request).library.behaviors, who.account_id)
-    ]
+    return [shown(one) for one in await run_sync(store_of(request).library.behaviors, who.account_id)]
 
 
 @router.delete("/behaviors/{behavior_name:path}", status_code=204, response_class=Response)
@@ -253,17 +243,6 @@ def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
     if not all(stops):
         raise ValidationError(f"stop is a text or a list of texts, none of them empty; got {stop!r}.")
     return stops
-
-
-def _shown(behavior: KeptBehavior) -> dict[str, Any]:
-    return {
-        "id": behavior.id,
-        "behavior_name": behavior.behavior_name,
-        "description": behavior.description,
-        "steering_vector_id": behavior.steering_vector_id,
-        "n_examples": behavior.n_examples,
-        "created_at": timestamp(behavior.created_at),
-    }
 
 
 def _absent(what: str, instead: str | None = None) -> APIError:

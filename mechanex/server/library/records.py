@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +38,9 @@ class KeptBehavior:
 class KeptVector:
     """A vector that an account keeps, and the names of the behaviors that use it."""
 
-    id: str
-    created_at: float
+    steering_vector_id: str
     behavior_names: tuple[str, ...]
+    created_at: float
 
 
 class Library:
@@ -68,14 +69,8 @@ class Library:
             ValidationError: the account keeps as many as it may.
             StorageError: the file or the database can't be written; nothing is kept then.
         """
-        vector_id = new_id()
-        self._files.save(vector_id, vector)
-        try:
-            with self._database.write() as connection:
-                self._own(connection, account_id, vector_id)
-        except BaseException:
-            self._files.remove(vector_id)
-            raise
+        with self._filed(vector) as vector_id, self._database.write() as connection:
+            self._own(connection, account_id, vector_id)
         return vector_id
 
     def vector(self, account_id: str | None, vector_id: str) -> SteeringVector | None:
@@ -103,7 +98,7 @@ class Library:
             names: dict[str, list[str]] = {}
             for vector_id, name in connection.execute(named.order_by(behaviors.c.behavior_name)):
                 names.setdefault(vector_id, []).append(name)
-        return [KeptVector(row.id, row.created_at, tuple(names.get(row.id, ()))) for row in rows]
+        return [KeptVector(row.id, tuple(names.get(row.id, ())), row.created_at) for row in rows]
 
     def delete_vector(self, account_id: str | None, vector_id: str) -> None:
         """Deletes a vector.
@@ -113,7 +108,7 @@ class Library:
             ValidationError: a behavior uses it.
         """
         if not self._owns(account_id, vector_id):
-            raise NotFoundError(f"no steering vector has the id {vector_id!r}.")
+            raise _no_vector(vector_id)
         users = select(behaviors.c.behavior_name).where(behaviors.c.vector_id == vector_id)
         try:
             with self._database.write() as connection:
@@ -145,19 +140,17 @@ class Library:
             ValidationError: the account has a behavior of this name, or keeps as many vectors or behaviors as it may.
             StorageError: the file or the database can't be written; nothing is kept then.
         """
-        given = isinstance(vector, str)
-        if isinstance(vector, str):
-            if not self._owns(account_id, vector):
-                raise NotFoundError(f"no steering vector has the id {vector!r}.")
-            vector_id = vector
-        else:
-            vector_id = new_id()
-            self._files.save(vector_id, vector)
-        made = KeptBehavior(new_id(), name, description, vector_id, len(examples["prompts"]), self._clock())
+        given = vector if isinstance(vector, str) else None
+        if given is not None and not self._owns(account_id, given):
+            raise _no_vector(given)
+        filed = nullcontext(vector) if isinstance(vector, str) else self._filed(vector)
         try:
-            with self._database.write() as connection:
+            with filed as vector_id, self._database.write() as connection:
+                made = KeptBehavior(
+                    new_id(), name, description, vector_id, len(examples["prompts"]), self._clock()
+                )
                 self._check_room(connection, account_id, behaviors)
-                if not given:
+                if given is None:
                     self._own(connection, account_id, vector_id)
                 connection.execute(
                     insert(behaviors).values(
@@ -171,13 +164,9 @@ class Library:
                         created_at=made.created_at,
                     )
                 )
-        except BaseException as error:
-            if not given:
-                self._files.remove(vector_id)
-            if not isinstance(error, IntegrityError):
-                raise
-            if given and not self._owns(account_id, vector_id):  # it was deleted just now
-                raise NotFoundError(f"no steering vector has the id {vector_id!r}.") from error
+        except IntegrityError as error:
+            if given is not None and not self._owns(account_id, given):  # it was deleted just now
+                raise _no_vector(given) from error
             raise _taken(name) from error
         return made
 
@@ -198,16 +187,17 @@ class Library:
 
     def behaviors(self, account_id: str | None) -> list[KeptBehavior]:
         """The account's behaviors, oldest first; their examples, which may be long, stay unread."""
-        columns = [column for column in behaviors.c if column.name not in ("examples", "user_id")]
-        wanted = select(*columns).where(behaviors.c.user_id == (account_id or SHARED_ACCOUNT))
+        wanted = select(
+            behaviors.c.id,
+            behaviors.c.behavior_name,
+            behaviors.c.description,
+            behaviors.c.vector_id,
+            behaviors.c.n_examples,
+            behaviors.c.created_at,
+        ).where(behaviors.c.user_id == (account_id or SHARED_ACCOUNT))
         with self._database.read() as connection:
             rows = connection.execute(wanted.order_by(behaviors.c.created_at, behaviors.c.id)).all()
-        return [
-            KeptBehavior(
-                row.id, row.behavior_name, row.description, row.vector_id, row.n_examples, row.created_at
-            )
-            for row in rows
-        ]
+        return [KeptBehavior(*row) for row in rows]
 
     def examples(self, account_id: str | None, name: str) -> dict[str, list[Any]] | None:
         """The prompts and answers that the account's behavior was made from, or None."""
@@ -227,6 +217,17 @@ class Library:
                 gone = connection.execute(delete(behaviors).where(*_named(account_id, name))).rowcount
         if gone != 1:
             raise NotFoundError(f"no behavior of this account is called {name!r}: GET /behaviors lists them.")
+
+    @contextmanager
+    def _filed(self, vector: SteeringVector) -> Iterator[str]:
+        """The id under which a vector's file is there, and stays where the block ends without an error."""
+        vector_id = new_id()
+        self._files.save(vector_id, vector)
+        try:
+            yield vector_id
+        except BaseException:
+            self._files.remove(vector_id)
+            raise
 
     def _owns(self, account_id: str | None, vector_id: str) -> bool:
         if not is_id(vector_id):
@@ -264,6 +265,10 @@ class Library:
 
 def _named(account_id: str | None, name: str) -> tuple[Any, Any]:
     return behaviors.c.user_id == (account_id or SHARED_ACCOUNT), behaviors.c.behavior_name == name
+
+
+def _no_vector(vector_id: str) -> NotFoundError:
+    return NotFoundError(f"no steering vector has the id {vector_id!r}.")
 
 
 def _taken(name: str) -> ValidationError:

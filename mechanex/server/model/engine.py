@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from anyio.to_thread import run_sync
 from fastapi import Depends, Request
 
-from ...engine.chat import Chat
 from ...engine.generate import end_tokens
 from ...engine.models import adapter_for
 from ...engine.models.adapter import ModelAdapter
@@ -40,6 +39,7 @@ class ServingEngine:
         model_name: the name that clients see.
         steerings: whose vectors and behaviors there are, as edits for ``TextRequest.steering``.
         scheduler: takes requests for text and other work on the model.
+        encoder: between texts and tokens; its methods block.
         token_texts: single tokens as text, for log-probabilities.
         metrics: what is counted.
 
@@ -79,7 +79,7 @@ class ServingEngine:
         self.token_texts = TokenTexts(copy.deepcopy(self.tokenizer))
         ends = end_tokens(self.adapter.hf_model, self.tokenizer)
         self.scheduler = Scheduler(self.adapter, copy.deepcopy(self.tokenizer), ends, settings, self.metrics)
-        self._encoder = Encoder(self.tokenizer, self.scheduler.context, self.model_name)
+        self.encoder = Encoder(self.tokenizer, self.scheduler.context, self.model_name)
         self.metrics.watch(
             "waiting_requests", "Requests that wait for a place.", lambda: self.scheduler.n_waiting
         )
@@ -96,19 +96,11 @@ class ServingEngine:
         Raises:
             ValidationError: as ``encode_prompt``, and ids that the model doesn't have.
         """
-        ids = self._encoder.encode_soon(prompt)
+        ids = self.encoder.encode_soon(prompt)
         if ids is None:
-            ids = await run_sync(self._encoder.encode, prompt)
+            ids = await run_sync(self.encoder.encode, prompt)
         self.adapter.check_token_ids(ids)
         return ids
-
-    async def encode_chat(self, chat: Chat) -> list[int]:
-        """Token ids of a chat: by the model's template, or as lines of roles where it has none.
-
-        Raises:
-            ValidationError: messages that the template refuses.
-        """
-        return await run_sync(self._encoder.encode_chat, chat)
 
     async def check_examples(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
         """Refuses what ``encode`` and the model would, before the model's thread has to do with it.
@@ -119,19 +111,11 @@ class ServingEngine:
 
         def check() -> None:
             for prompt in prompts:
-                self.adapter.check_token_ids(self._encoder.encode(prompt))
+                self.adapter.check_token_ids(self.encoder.encode(prompt))
             for answer in answers:
-                self._encoder.check_size(answer)
+                self.encoder.check_size(answer)
 
         await run_sync(check)
-
-    async def prompt_text(self, prompt: Prompt) -> str:
-        """A prompt that ``encode`` took, as text."""
-        return await run_sync(self._encoder.text, prompt)
-
-    async def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
-        return await run_sync(self._encoder.decode, ids)
 
 
 async def _engine(request: Request) -> ServingEngine:

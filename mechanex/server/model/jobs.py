@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 from ...engine.models.adapter import ModelAdapter
 from ...errors import MechanexError
 
-__all__ = ["ModelJob", "ModelJobs"]
+__all__ = ["ModelJobs"]
 
-_logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class ModelJob:
-    """A piece of work: ``future`` has its result, and ``gone`` is set when nobody waits for that any more."""
-
-    work: Callable[[ModelAdapter], Any]
-    future: concurrent.futures.Future[Any] = field(default_factory=concurrent.futures.Future)
-    gone: threading.Event = field(default_factory=threading.Event)
+_Work = Callable[[ModelAdapter], Any]
 
 
 class ModelJobs:
     """What waits for the model, and what runs on it. Any thread may add; the model's thread does.
+
+    Who doesn't wait for a piece of work any more cancels its future, also while it runs.
 
     Args:
         changed: is held while the queue changes, and told when something comes.
@@ -37,8 +28,8 @@ class ModelJobs:
 
     def __init__(self, changed: threading.Condition) -> None:
         self._changed = changed
-        self._waiting: deque[ModelJob] = deque()
-        self._running: ModelJob | None = None
+        self._waiting: deque[tuple[_Work, Future[Any]]] = deque()
+        self._running: Future[Any] | None = None
         self._closed: Exception | None = None
 
     def __len__(self) -> int:
@@ -49,7 +40,7 @@ class ModelJobs:
     def n_wanted(self) -> int:
         """Those of them that somebody waits for."""
         with self._changed:
-            return sum(not job.gone.is_set() for job in self._waiting)
+            return sum(not future.cancelled() for _, future in self._waiting)
 
     @property
     def busy(self) -> bool:
@@ -59,37 +50,38 @@ class ModelJobs:
     @property
     def wanted(self) -> bool:
         """Whether somebody still waits for what runs."""
-        return self._running is not None and not self._running.gone.is_set()
+        running = self._running
+        return running is not None and not running.done()
 
-    def add(self, work: Callable[[ModelAdapter], Any]) -> ModelJob:
-        """Queues work.
+    def add(self, work: _Work) -> Future[Any]:
+        """Queues work; the future has its result.
 
         Raises:
             Exception: that which the queue was closed with; nobody would do the work any more.
         """
-        job = ModelJob(work)
+        future: Future[Any] = Future()
         with self._changed:
             if self._closed is not None:
                 raise self._closed.with_traceback(None)
-            self._waiting.append(job)
+            self._waiting.append((work, future))
             self._changed.notify()
-        return job
+        return future
 
     def do_one(self, adapter: ModelAdapter) -> bool:
         """Does the piece that came first; whether there was one that somebody still waits for."""
         with self._changed:
             if not self._waiting:
                 return False
-            job = self._waiting.popleft()
-            if job.gone.is_set() or not job.future.set_running_or_notify_cancel():
+            work, future = self._waiting.popleft()
+            if future.cancelled():
                 return False
-            self._running = job
+            self._running = future
         try:
-            result = job.work(adapter)
+            result = work(adapter)
         except BaseException as error:
-            _tell(job.future.set_exception, _tellable(error))
+            _tell(future.set_exception, _tellable(error))
         else:
-            _tell(job.future.set_result, result)
+            _tell(future.set_result, result)
         finally:
             self._running = None
         return True
@@ -98,17 +90,20 @@ class ModelJobs:
         """Answers what runs with an error; the work itself goes on to its next pause."""
         running = self._running
         if running is not None:
-            with contextlib.suppress(concurrent.futures.InvalidStateError):  # it ended just now
-                running.future.set_exception(error)
+            _tell(running.set_exception, error)
 
     def close(self, error: Exception) -> None:
         """Takes no more, for this reason, and answers all that waits with it."""
         with self._changed:
             self._closed = error
             waiting, self._waiting = list(self._waiting), deque()
-        for job in waiting:
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(error)
+        for _, future in waiting:
+            _tell(future.set_exception, error)
+
+
+def _tell(setting: Callable[[Any], None], end: Any) -> None:
+    with contextlib.suppress(InvalidStateError):  # it has ended, or nobody waits for it
+        setting(end)
 
 
 def _tellable(error: BaseException) -> Exception:
@@ -118,10 +113,3 @@ def _tellable(error: BaseException) -> Exception:
     told = MechanexError(f"The work ended with {type(error).__name__}; the server's log has more.", 500)
     told.__cause__ = error
     return told
-
-
-def _tell(setting: Callable[[Any], None], end: Any) -> None:
-    try:
-        setting(end)
-    except concurrent.futures.InvalidStateError:  # it was given up when the server's time was over
-        _logger.info("work that nobody waits for any more has ended")

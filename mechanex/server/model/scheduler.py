@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from ...engine.models.adapter import ModelAdapter
@@ -137,16 +137,13 @@ class Scheduler:
         waiting = worker.jobs.n_wanted
         if waiting >= _MOST_JOBS:
             raise self._full(waiting)
-        job = worker.jobs.add(fn)
-        future: concurrent.futures.Future[T] = job.future
+        future: Future[T] = worker.jobs.add(fn)
         try:
             return await asyncio.wait_for(
                 asyncio.wrap_future(future), self._settings.request_timeout if timeout is None else timeout
             )
         except asyncio.TimeoutError:
             raise APIError("The work took longer than the server allows; ask for less.", 504) from None
-        finally:
-            job.gone.set()
 
     def stop_accepting(self) -> None:
         """From now on requests are refused; those that are here go on."""

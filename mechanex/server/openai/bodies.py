@@ -153,7 +153,7 @@ class CompletionBody(GenerationBody):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class _Part(Part):
+class _ContentPart(Part):
     type: Literal["text"]
     text: str
 
@@ -162,7 +162,7 @@ class Message(Part):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[Items[_Part], Field(max_length=1024)] | None = None
+    content: str | Annotated[Items[_ContentPart], Field(max_length=1024)] | None = None
     name: str | None = None
     # What an answer of ours or another server's has when it is sent back.
     refusal: None = None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
@@ -72,10 +73,10 @@ async def _completions(body: CompletionBody, request: Request, engine: Engine, w
         _check_room(engine, len(ids), asked)
     echoed: list[tuple[str, Sequence[int]]] | None = None
     if body.echo:
-        texts = [
-            prompt if isinstance(prompt, str) else await engine.decode(prompt) for prompt in body.prompts
-        ]
-        echoed = [one for one in zip(texts, prompts, strict=True) for _ in range(body.n_answers)]
+        echoed = []
+        for prompt, ids in zip(body.prompts, prompts, strict=True):
+            text = prompt if isinstance(prompt, str) else await run_sync(engine.encoder.decode, prompt)
+            echoed += [(text, ids)] * body.n_answers
     reply = CompletionReply(engine.model_name, engine.token_texts, body.logprobs is not None, echoed)
     return await _answer(request, engine, body, reply, [replace(common, ids=ids) for ids in prompts])
 
@@ -94,7 +95,7 @@ async def _chat(body: ChatBody, request: Request, engine: Engine, who: Who) -> R
         add_generation_prompt=body.add_generation_prompt,
         template_kwargs=body.chat_template_kwargs or {},
     )
-    ids = await engine.encode_chat(chat)
+    ids = await run_sync(engine.encoder.encode_chat, chat)
     asked = body.max_completion_tokens or body.max_tokens
     _check_room(engine, len(ids), asked or 0)
     wanted = replace(
