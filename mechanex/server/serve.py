@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["RunningServer", "check_vllm", "serve_loaded"]
 
 _logger = logging.getLogger(__name__)
+_END_SECONDS = 10.0  # beyond the time that running answers have
 _SWITCH_SECONDS = (
     0.0005  # between the model's thread and the event loop, so that neither waits long for the other
 )
@@ -212,9 +213,6 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)
-
-
-_END_SECONDS = 10.0  # beyond the time that running answers have
 
 
 class RunningServer:
