@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from .engine.models.resolve import LoadedModel
     from .engine.vector_store import VectorStore
-    from .server.background import RunningServer
+    from .server.serve import RunningServer
 
 __all__ = ["EXECUTION_MODES", "Mechanex", "default_client"]
 
@@ -249,7 +249,7 @@ class Mechanex(AccountCalls):
             corrected_behaviors: names of behaviors that every answer is steered by, unless its request names others.
             block: False, for notebooks and programs that go on, serves from a thread.
             settings: ``vectors`` (a folder of vector files for every client), ``behaviors`` (contrastive examples),
-                ``database``, ``key`` and the limits of ``mechanex.server.settings.Settings``.
+                ``database``, ``key`` and the limits of ``mechanex.server.settings.ServerSettings``.
 
         Returns:
             With ``block=False``, once it answers, a handle with ``url``, ``key`` and ``stop()``, which is a context

@@ -13,7 +13,7 @@ from .errors import MechanexError, ValidationError
 if TYPE_CHECKING:
     from .engine.models.resolve import LoadedModel
     from .engine.vector_store import VectorStore
-    from .server.background import RunningServer
+    from .server.serve import RunningServer
 
 __all__ = ["check_no_loop", "serve"]
 
@@ -49,7 +49,7 @@ def serve(
     check_no_loop(block)
     try:
         from .server.serve import check_vllm, serve_loaded
-        from .server.settings import Settings
+        from .server.settings import ServerSettings
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("mechanex"):
             raise
@@ -62,7 +62,7 @@ def serve(
         if isinstance(given, str):
             raise ValidationError(f"{name} is a list of texts; got the text {given!r}.")
     try:
-        found = Settings(
+        found = ServerSettings(
             host=host,
             port=port,
             corrected_behaviors=tuple(corrected_behaviors or ()),
