@@ -82,13 +82,13 @@ def test_torch_takes_nested_arguments_apart() -> None:
 def test_torch_lends_its_threads() -> None:
     assert torch_parts.parallel_for_address(), (
         "torch's CPU library no longer has torch_parallel_for: the compiled kernels would use one thread "
-        "(mechanex/backends/native.py)"
+        "(mechanex/backends/native/modules.py)"
     )
 
 
 @pytest.mark.gpu
 def test_torch_gives_raw_streams() -> None:
-    found = torch_parts.stream_getter()(0)
+    found = torch_parts.stream_of(0)
     assert found == torch.cuda.current_stream(0).cuda_stream
 
 
