@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from mechanex.engine.caa import caa_vectors
+from mechanex.engine.capabilities.decoding import rolls
 from mechanex.engine.decode.cache import RollingCache
 from mechanex.engine.decode.decoder import Decoder
-from mechanex.engine.decode.probe import rolls
 from mechanex.engine.decode.reading import Reading
 from mechanex.engine.directions import pca_vectors
 from mechanex.engine.few_shot import few_shot_vectors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from ..engine.decode.probe import token_bytes
+from ..engine.capabilities.decoding import token_bytes
 from ..engine.memory import free_bytes
 from ..engine.models.adapter import ModelAdapter
 from .settings import Settings

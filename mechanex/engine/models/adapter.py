@@ -18,7 +18,7 @@ from ...errors import ValidationError
 from ...ops.head import Head
 from ..attaching import after, before, detach_all
 from ..attention_plans import without_plans
-from ..findings import Findings
+from ..capabilities.findings import Findings
 from ..following import Followed, Prompts
 from ..generate_calls import watch_generate
 from ..regimes import each_alone
@@ -63,7 +63,7 @@ class ModelAdapter(ABC):
         tokenizer: the model's tokenizer if it carries one, else None.
         model_id: its name or path, for metadata and messages.
         d_model: width of the residual stream.
-        findings: what :mod:`mechanex.engine.selfcheck` found out about the model.
+        findings: what :mod:`mechanex.engine.capabilities` found out about the model.
     """
 
     model: nn.Module
@@ -90,7 +90,7 @@ class ModelAdapter(ABC):
 
     @property
     def findings(self) -> Findings:
-        return Findings(self)
+        return Findings(self, self.kept.findings)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Made again from its model when asked for.

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..forward import scored_logprobs, visit_residuals
+from ..forward import scored_logprobs
 from ..models.adapter import ModelAdapter
 from ..models.offload import on_one_device
+from ..passes import visit_residuals
 from ..positions import Positions, given_positions
 from ..regimes import text_lengths
 from .capture import captured

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import ValidationError
-from ..decode.probe import form
+from ..capabilities.decoding import form
 from ..decode.request import Request
 from ..decode.run import decode
 from ..generate import Generating, Options
