@@ -183,7 +183,7 @@ def test_ggufs_reader_reads_through_the_part_that_is_bounded(tmp_path: Path) -> 
     writer.write_tensors_to_file()
     writer.close()
     assert gguf_parts.BoundedReader(path, 1000, "control vector").tensors[0].name == "direction.1"
-    why = "gguf reads past the part that bounds it: a bad file may take all memory (mechanex/engine/formats_gguf.py)"
+    why = "gguf reads past the part that bounds it: a bad file may take all memory (mechanex/engine/formats/gguf.py)"
     with pytest.raises(ValueError, match="too many fields"):
         gguf_parts.BoundedReader(path, 3, "control vector")
         pytest.fail(why)

@@ -25,13 +25,13 @@ from mechanex.engine.decode.decoder import Decoder
 from mechanex.engine.decode.reading import Reading
 from mechanex.engine.directions import pca_vectors
 from mechanex.engine.few_shot import few_shot_vectors
-from mechanex.engine.generate import end_tokens, generate
+from mechanex.engine.generate import generate
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
 from mechanex.engine.models.resolve import load
 from mechanex.engine.positions import Positions, selects, token_mask
-from mechanex.engine.sampling import Sampling
+from mechanex.engine.sampling import Sampling, end_tokens
 from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import APIError, MechanexError, RateLimitError, ValidationError
 from mechanex.server.metrics import Metrics

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from .caches import cached_tokens, returned_caches
+from .left_padding import left_padded
 from .models.adapter import ModelAdapter
 from .positions import Positions, given_positions
 from .regimes import each_alone, regimes_of, text_lengths
@@ -38,10 +38,8 @@ class Rows:
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         self._adapter, self._cached = adapter, cached
-        # Padding is never looked at: any token will do.
-        ids = [torch.tensor(prompt, device=adapter.device) for prompt in prompts]
-        self._ids = pad_sequence(ids, batch_first=True, padding_side="left")
-        self._real = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True, padding_side="left")
+        ids, index = left_padded(prompts)
+        self._ids, self._real = ids.to(adapter.device), (index >= 0).long().to(adapter.device)
         self._prompt_lengths = self._real.sum(1, keepdim=True)
         self._n_prompts, self._n_beams = len(prompts), 1
         self._lengths, self._regimes = [len(prompt) for prompt in prompts], list[Hashable]()

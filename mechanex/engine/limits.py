@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from ..errors import ValidationError
 from .models.adapter import ModelAdapter
 from .regimes import first_change
 
-__all__ = ["PROBE_TOKENS", "check_length", "outgrown_length", "window_of"]
+__all__ = ["PROBE_TOKENS", "check_context", "check_length", "outgrown_length", "window_of"]
+
+_log = logging.getLogger(__name__)
 
 _WINDOW_SETTINGS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention_window")
 # Lengths at which models were seen to change what they do.
@@ -45,12 +49,39 @@ def outgrown_length(adapter: ModelAdapter, longest: int) -> int | None:
 def check_length(adapter: ModelAdapter, longest: int) -> None:
     """Refuses text past the end of a table of positions; rotary models can go on, with quality as their makers say."""
     config = adapter.config
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = adapter.context
     rotary = any(
         getattr(config, name, None) for name in ("rope_parameters", "rope_theta", "rope_scaling", "alibi")
     )
-    if isinstance(limit, int) and 0 < limit < longest and not rotary:
+    if limit is not None and limit < longest and not rotary:
         raise ValidationError(
             f"The longest prompt and completion have {longest} tokens, but {adapter.model_id} has {limit} positions; "
             "shorten them."
+        )
+
+
+def check_context(adapter: ModelAdapter, longest: int, max_tokens: int) -> None:
+    """Refuses a prompt that fills the model's context, and logs where an answer will end at it.
+
+    Args:
+        adapter: the model.
+        longest: tokens of the longest prompt.
+        max_tokens: most tokens that are to be added.
+    """
+    context = adapter.context
+    if context is None:
+        return
+    if longest >= context:
+        raise ValidationError(
+            f"the prompt has {longest} tokens and {adapter.model_id} has a context of {context}: "
+            "shorten the prompt."
+        )
+    if longest + max_tokens > context:
+        _log.warning(
+            "stopping after %d tokens, not %d: the context of %s has %d and the prompt %d",
+            context - longest,
+            max_tokens,
+            adapter.model_id,
+            context,
+            longest,
         )

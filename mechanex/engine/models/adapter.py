@@ -19,8 +19,8 @@ from ...ops.head import Head
 from ..attaching import after, before, detach_all
 from ..attention_plans import without_plans
 from ..capabilities.findings import Findings
-from ..following import Followed, Prompts
-from ..generate_calls import watch_generate
+from ..following.calls import Followed, Prompts
+from ..following.generating import watch_generate
 from ..regimes import each_alone
 from ..stream import Stream, others, residual
 from .kept import Kept

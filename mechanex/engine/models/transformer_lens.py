@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from ...errors import ValidationError
 from ...ops.head import Head
 from ..attaching import after, before
-from ..call_facts import flat
-from ..following import Followed
-from ..generate_calls import watch_generate
+from ..following.calls import Followed
+from ..following.facts import flat
+from ..following.generating import watch_generate
 from ..positions import Positions, positions_are_given, set_positions
 from ..stream import others, residual
 from .adapter import Following, ResidualHook
