@@ -117,13 +117,14 @@ def postgresql() -> Iterator[Postgres]:
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """The native kernels run with one instruction set after the other; skipped where there is none or not this one."""
     from mechanex.backends import native
+    from mechanex.backends.native import modules
 
     if native.missing() is not None or request.param not in native.levels():
         pytest.skip(f"this processor or build lacks {request.param}")
-    native._module().select_level(request.param)
+    modules.cpu().select_level(request.param)
     assert native.describe().startswith(f"{request.param} ")
     yield request.param
-    native._module().select_level("")
+    modules.cpu().select_level("")
 
 
 @pytest.fixture

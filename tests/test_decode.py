@@ -15,9 +15,9 @@ from transformers import GenerationMixin, LlamaForCausalLM
 from transformers.generation import logits_process
 
 from mechanex import ValidationError
+from mechanex.engine.capabilities.decoding import form, rolls
 from mechanex.engine.decode.decoder import Decoder
 from mechanex.engine.decode.draw import Draws
-from mechanex.engine.decode.probe import form, rolls
 from mechanex.engine.decode.request import Request, Steer
 from mechanex.engine.decode.row import Row
 from mechanex.engine.decode.run import decode

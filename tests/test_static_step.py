@@ -13,12 +13,12 @@ from families import D_MODEL, FAMILIES, SLIDING, build, sliding_family, tiny_tok
 from test_decode import N_NEW, PROMPTS, _all_of, ids_of, truth
 from torch import Tensor
 
+from mechanex.engine.capabilities.decoding import form
 from mechanex.engine.decode import grouped, static, static_step
 from mechanex.engine.decode.calls import Calls
 from mechanex.engine.decode.decoder import Decoder
 from mechanex.engine.decode.graphs import Graphs, Key, state_of
 from mechanex.engine.decode.prefixes import Prefixes
-from mechanex.engine.decode.probe import form
 from mechanex.engine.decode.request import Request, Steer
 from mechanex.engine.decode.row import Row
 from mechanex.engine.decode.run import decode

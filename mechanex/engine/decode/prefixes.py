@@ -193,10 +193,7 @@ def _reaches(steering: Sequence[Steer], n: int, prompt_length: int) -> list[tupl
     places = numpy.arange(n)
     found = []
     for steer in steering:
-        if steer.tokens is None:
-            reached: Any = numpy.ones(n, dtype=bool)
-        else:
-            reached = selects(steer.tokens, places, lambda: prompt_length)
+        reached = selects(steer.tokens, places, lambda: prompt_length)
         if reached.any():
             found.append(((steer.layer, _content(steer.edit)), reached))
     return found

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..left_padding import left_padded
 from ..positions import Positions
 from .calls import Kept, StepInputs
 from .prefixes import Prefixes
@@ -39,11 +40,8 @@ class Reading:
         known = [row.known for row in self.prompts]
         self.columns = max(map(len, known))
         self._padding = [self.columns - len(tokens) for tokens in known]
-        ids = torch.full((len(known), self.columns), padding, dtype=torch.long)
-        for i, tokens in enumerate(known):
-            ids[i, self._padding[i] :] = torch.tensor(tokens)
-        index = torch.arange(self.columns)[None] - torch.tensor(self._padding)[:, None]
-        self._ids, self._index = ids.to(device), index.clamp(min=-1).to(device)
+        ids, index = left_padded(known, padding)
+        self._ids, self._index = ids.to(device), index.to(device)
         self._mask, self._positions = (self._index >= 0).long(), self._index.clamp(min=0)
         self._numbers = Numbers(self.prompts, device)
         self._text_lengths = torch.tensor([[len(tokens)] for tokens in known], device=device)

@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 
 from ...errors import ValidationError
-from ..decode.probe import form
+from ..capabilities.decoding import form
 from ..decode.request import Request
 from ..decode.run import decode
-from ..generate import Generating, Options
+from ..generate import Generating
 from ..models.adapter import ModelAdapter, exclusive
+from ..sampling import Options
 from ..text import Prompt
 from .behavior import Behavior
 from .watching import Action, Seen, Watch, Watched, WatchingSteering, check_fits, forced_edits

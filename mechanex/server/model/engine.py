@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from anyio.to_thread import run_sync
 from fastapi import Depends, Request
 
-from ...engine.generate import end_tokens
 from ...engine.models import adapter_for
 from ...engine.models.adapter import ModelAdapter
+from ...engine.sampling import end_tokens
 from ...engine.text import Prompt
 from ...engine.vector_store import VectorStore
 from ...errors import ValidationError

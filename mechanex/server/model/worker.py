@@ -12,10 +12,10 @@ from typing import cast
 
 import torch
 
+from ...engine.capabilities.decoding import form
 from ...engine.decode.calls import TOGETHER, Form
 from ...engine.decode.decoder import Decoder, Outcome
 from ...engine.decode.prefixes import Prefixes
-from ...engine.decode.probe import form
 from ...engine.decode.reading import Reading
 from ...engine.decode.row import Row
 from ...engine.models.adapter import ModelAdapter, exclusive, undisturbed

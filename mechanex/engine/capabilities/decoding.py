@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from ..._private.torch import without_hooks
+from ..decode.calls import TOGETHER, Form
+from ..decode.choose import Choice
+from ..decode.decoder import Decoder
+from ..decode.request import Request
+from ..decode.row import Row
 from ..intervention import widest
+from ..limits import window_of
 from ..models.adapter import ModelAdapter, undisturbed
 from ..positions import given_positions, whole_pass
-from ..selfcheck import TOLERANCE, window_of
-from .calls import TOGETHER, Form
-from .choose import Choice
-from .decoder import Decoder
-from .request import Request
-from .row import Row
+from .probing import TOLERANCE, drawn_tokens
 
 __all__ = ["form", "rolls", "together", "token_bytes"]
 
@@ -112,7 +113,7 @@ class _Checked:
     def _row(self, length: int, seed: int) -> Row:
         vocab = int(self._adapter.config.vocab_size)
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randint(vocab - vocab // 4, (length + _NEW_TOKENS,), generator=generator) + vocab // 8
+        drawn = drawn_tokens(vocab, length + _NEW_TOKENS, generator)
         ids = drawn.tolist()
         inputs = drawn[None].to(self._adapter.device)
         with given_positions(whole_pass(inputs)):
