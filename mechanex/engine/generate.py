@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import ValidationError
 from .chat import continued
-from .decode.request import Request, Steer, Step
+from .decode.request import Steer, Step, TextRequest
 from .decode.row import Row
 from .decode.run import decode
 from .limits import check_context
@@ -127,7 +127,7 @@ class Generating:
     def rows(self, *, stream: bool) -> list[Row]:
         options = self.options
         requests = [
-            Request(ids, options.max_tokens, options, seed, options.stops, self.steering, stream=stream)
+            TextRequest(ids, options.max_tokens, options, seed, options.stops, self.steering, stream=stream)
             for ids, seed in zip(self.ids, self.seeds, strict=True)
         ]
         requests = [self.request(i, one) for i, one in enumerate(requests)]
@@ -138,7 +138,7 @@ class Generating:
     def padding(self) -> int:
         return padding_token(self.tokenizer, self.ends)
 
-    def request(self, i: int, request: Request) -> Request:
+    def request(self, i: int, request: TextRequest) -> TextRequest:
         """What is asked of the decoder for prompt ``i``; for subclasses to add to."""
         return request
 

@@ -15,7 +15,7 @@ from ..._private.torch import without_hooks
 from ..decode.calls import TOGETHER, Form
 from ..decode.choose import Choice
 from ..decode.decoder import Decoder
-from ..decode.request import Request
+from ..decode.request import TextRequest
 from ..decode.row import Row
 from ..intervention import widest
 from ..limits import window_of
@@ -118,7 +118,7 @@ class _Checked:
         inputs = drawn[None].to(self._adapter.device)
         with given_positions(whole_pass(inputs)):
             truth: Tensor = self._adapter.call(input_ids=inputs).logits
-        row = Row(Request(ids[:length], max_tokens=_NEW_TOKENS), _Mute(), ())
+        row = Row(TextRequest(ids[:length], max_tokens=_NEW_TOKENS), _Mute(), ())
         self._tokens[id(row)] = ids[length:]
         self._truths[id(row)] = truth[0, length - 1 : -1]
         return row

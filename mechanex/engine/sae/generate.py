@@ -10,7 +10,7 @@ from torch import nn
 
 from ...errors import ValidationError
 from ..capabilities.decoding import form
-from ..decode.request import Request
+from ..decode.request import TextRequest
 from ..decode.run import decode
 from ..generate import Generating
 from ..models.adapter import ModelAdapter, exclusive
@@ -77,7 +77,7 @@ class _Watching(Generating):
         self.watches = [Watch(tuple(behaviors), action) for _ in prompts]
         self._forced = forced_edits(forced)
 
-    def request(self, i: int, request: Request) -> Request:
+    def request(self, i: int, request: TextRequest) -> TextRequest:
         watch = self.watches[i]
         edits = (*request.steering, *self._forced)
         return replace(
