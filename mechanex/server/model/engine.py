@@ -20,7 +20,7 @@ from ..library.steerings import Steerings
 from ..metrics import Metrics
 from ..settings import ServerSettings
 from .scheduler import Scheduler
-from .texts import Encoder, TokenTexts
+from .texts import PromptEncoder, TokenTexts
 
 if TYPE_CHECKING:
     from ...engine.models.resolve import LoadedModel
@@ -79,7 +79,7 @@ class ServingEngine:
         self.token_texts = TokenTexts(copy.deepcopy(self.tokenizer))
         ends = end_tokens(self.adapter.hf_model, self.tokenizer)
         self.scheduler = Scheduler(self.adapter, copy.deepcopy(self.tokenizer), ends, settings, self.metrics)
-        self.encoder = Encoder(self.tokenizer, self.scheduler.context, self.model_name)
+        self.encoder = PromptEncoder(self.tokenizer, self.scheduler.context, self.model_name)
         self.metrics.watch(
             "waiting_requests", "Requests that wait for a place.", lambda: self.scheduler.n_waiting
         )
