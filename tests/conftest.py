@@ -28,6 +28,8 @@ for _name in (
     os.environ.pop(_name, None)
 
 import importlib.util  # noqa: E402
+import itertools  # noqa: E402
+import random  # noqa: E402
 import site  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -87,19 +89,24 @@ def _threads() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _session_home(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A user folder, and a place for credentials, for fixtures that live longer than a test."""
+def _session_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user folder, and a place for credentials, for fixtures that live longer than a test; where each test's lie."""
     os.environ["MECHANEX_HOME"] = str(tmp_path_factory.mktemp("mechanex-home"))
     os.environ["MECHANEX_CONFIG"] = str(tmp_path_factory.mktemp("mechanex-config") / "config.json")
+    return tmp_path_factory.mktemp("homes")
+
+
+_homes = itertools.count()
 
 
 @pytest.fixture(autouse=True)
-def mechanex_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def mechanex_home(_session_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The test's own user folder, empty, and no credentials."""
-    home = tmp_path / "home"
-    monkeypatch.setenv("MECHANEX_HOME", str(home))
-    monkeypatch.setenv("MECHANEX_CONFIG", str(tmp_path / "credentials" / "config.json"))
-    return home
+    folder = _session_home / str(next(_homes))
+    folder.mkdir()
+    monkeypatch.setenv("MECHANEX_HOME", str(folder / "home"))
+    monkeypatch.setenv("MECHANEX_CONFIG", str(folder / "credentials" / "config.json"))
+    return folder / "home"
 
 
 @pytest.fixture(scope="session")
@@ -147,8 +154,6 @@ def database(request: pytest.FixtureRequest) -> str | None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    import random
-
     import numpy
     import torch
 
