@@ -9,8 +9,9 @@ REAL_HOME := $(CURDIR)/build/real
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# What an editable install bakes in; Python files it reads from the tree.
-BAKED := pyproject.toml constraints.txt CMakeLists.txt mechanex/_version.py $(shell find csrc -type f)
+# What an editable install bakes in; Python files it reads from the tree, but knows them by their names.
+NAMES := $(VENV)/.names-$(firstword $(shell find mechanex -name '*.py' | LC_ALL=C sort | cksum))
+BAKED := pyproject.toml constraints.txt CMakeLists.txt mechanex/_version.py $(shell find csrc -type f) $(NAMES)
 SOURCES := csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/cuda_on_host/*
 
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
@@ -69,6 +70,10 @@ $(VENV)/.venv: constraints.txt
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt --upgrade pip
 	$(PIP) install -q "$(TORCH)"
+	touch $@
+
+$(NAMES): | $(VENV)/.venv
+	rm -f $(VENV)/.names-*
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.venv $(BAKED)

@@ -20,7 +20,7 @@ from mechanex.bundled import data_path
 from mechanex.engine.hooks import Intervention
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models.resolve import load
-from mechanex.engine.optimize.datafile import read_datapoints
+from mechanex.engine.optimize.datapoints import read_datapoints
 from mechanex.engine.score import completion_logprobs
 from mechanex.engine.text import encode_prompt
 from mechanex.utils.steering_opt import TrainingDatapoint, make_melbo_loss_funcs, optimize_vector

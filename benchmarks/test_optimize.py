@@ -19,11 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM
 
 from mechanex.engine.models.adapter import undisturbed
-from mechanex.engine.optimize.job import Job
-from mechanex.engine.optimize.jobs import lay_out
-from mechanex.engine.optimize.losses import plain_sum
+from mechanex.engine.optimize.objective import plain_sum
 from mechanex.engine.optimize.passes import Passes
-from mechanex.engine.optimize.settings import Settings
+from mechanex.engine.optimize.problem import OptimizationJob
+from mechanex.engine.optimize.settings import OptimizeSettings
 from mechanex.utils.steering_opt import TrainingDatapoint
 
 LAYER, ROUNDS, COLDNESS, EPS = 8, 5, 0.7, 1e-6
@@ -90,12 +89,11 @@ def share_of_products(step, rounds: int = ROUNDS) -> float:
 @pytest.mark.parametrize("prompt_tokens", [12, 70])
 def test_step(report, benchmark, prompt_tokens):
     model, data = llama_46m(), datapoints(prompt_tokens)
-    job = Job(model, data, LAYER, Settings(seed=0))
+    job = OptimizationJob(model, data, LAYER, OptimizeSettings(seed=0))
     theta = job.start()
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
-        passes = stack.enter_context(Passes(job.adapter, job.layers, job.layers[:1], 1024))
-        lay_out([job])
+        passes = stack.enter_context(Passes(job.adapter, [job.layers], 1024))
 
         def step():
             return passes.run([job.request(theta, plain_sum)])[0]
@@ -134,9 +132,8 @@ def test_step(report, benchmark, prompt_tokens):
 def test_jobs_together(report, benchmark):
     """Four layers at once against one after another."""
     model, data = llama_46m(), datapoints(12)
-    jobs = [Job(model, data, layer, Settings(seed=0)) for layer in (5, 7, 9, 11)]
-    with undisturbed(model), Passes(jobs[0].adapter, [5, 7, 9, 11], [5, 7, 9, 11], 4096) as passes:
-        lay_out(jobs)
+    jobs = [OptimizationJob(model, data, layer, OptimizeSettings(seed=0)) for layer in (5, 7, 9, 11)]
+    with undisturbed(model), Passes(jobs[0].adapter, [job.layers for job in jobs], 4096) as passes:
         requests = [job.request(job.start(), plain_sum) for job in jobs]
         ways = {
             "one after another": lambda: [passes.run([request]) for request in requests],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import _default
 from ._version import __version__
 
 _SUBMODULES = frozenset(
@@ -65,6 +66,15 @@ _CLIENT_METHODS = frozenset(
     }
 )
 
+
+def _new_client() -> Any:
+    from .client import Mechanex
+
+    return Mechanex()
+
+
+_default.made_by(_new_client)
+
 if TYPE_CHECKING:
     from . import (
         attribution,
@@ -94,31 +104,31 @@ if TYPE_CHECKING:
         ValidationError,
     )
 
-    _default = client.default_client()
-    create_api_key = _default.create_api_key
-    delete_api_key = _default.delete_api_key
-    get_huggingface_models = _default.get_huggingface_models
-    list_api_keys = _default.list_api_keys
-    load = _default.load
-    load_model = _default.load_model
-    login = _default.login
-    logout = _default.logout
-    reset = _default.reset
-    serve = _default.serve
-    set_execution_mode = _default.set_execution_mode
-    set_key = _default.set_key
-    set_local_model = _default.set_local_model
-    set_model = _default.set_model
-    set_token = _default.set_token
-    signup = _default.signup
-    unload = _default.unload
-    unload_model = _default.unload_model
-    whoami = _default.whoami
+    _client = client.default_client()
+    create_api_key = _client.create_api_key
+    delete_api_key = _client.delete_api_key
+    get_huggingface_models = _client.get_huggingface_models
+    list_api_keys = _client.list_api_keys
+    load = _client.load
+    load_model = _client.load_model
+    login = _client.login
+    logout = _client.logout
+    reset = _client.reset
+    serve = _client.serve
+    set_execution_mode = _client.set_execution_mode
+    set_key = _client.set_key
+    set_local_model = _client.set_local_model
+    set_model = _client.set_model
+    set_token = _client.set_token
+    signup = _client.signup
+    unload = _client.unload
+    unload_model = _client.unload_model
+    whoami = _client.whoami
 else:
 
     def __getattr__(name: str) -> Any:
         if name in _CLIENT_METHODS:
-            return getattr(importlib.import_module(".client", __name__).default_client(), name)
+            return getattr(_default.client(), name)
         if name in _SUBMODULES:
             return importlib.import_module(f".{name}", __name__)
         if name in _NAMES:

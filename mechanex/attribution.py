@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .base import _BaseModule, default_attribute
+from . import _default
+from .base import _BaseModule
 from .errors import ValidationError
 from .remote.answers import object_of
 from .remote.bodies import list_of
@@ -59,10 +60,9 @@ class AttributionModule(_BaseModule):
 
 
 if TYPE_CHECKING:
-    from .client import default_client
-
-    compute_scores = default_client().attribution.compute_scores
+    _door: AttributionModule = _default.client().attribution
+    compute_scores = _door.compute_scores
 else:
 
     def __getattr__(name: str) -> Any:
-        return default_attribute("attribution", name)
+        return _default.attribute("attribution", name)

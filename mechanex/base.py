@@ -1,20 +1,22 @@
-"""What the modules of a client share: where a call runs, and how a module's name stands for the default client's."""
+"""What the modules of a client share: the client as they see it, and where a call runs."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from .errors import APIError, AuthenticationError, MechanexError, ValidationError
-from .remote.answers import UnexpectedAnswer
-from .remote.failures import say_more
+from .remote.answers import UnexpectedAnswer, say_more
 
 if TYPE_CHECKING:
-    from .client import Mechanex
-    from .engine.models.resolve import LoadedModel
+    from torch import nn
 
-__all__ = ["default_attribute"]
+    from .engine.models.resolve import LoadedModel
+    from .engine.vector_store import VectorStore
+    from .remote.transport import Transport
+
+__all__ = ["Client"]
 
 _logger = logging.getLogger(__name__)
 
@@ -25,6 +27,24 @@ _OR_LOAD = "Or load a model, with load('mx-tiny') or load('<Hugging Face name>')
 _OR_HERE = "Or load a model and call set_execution_mode('local')."
 
 
+class Client(Protocol):
+    """A client, as its modules use one; ``Mechanex`` is the one there is."""
+
+    transport: Transport
+
+    @property
+    def execution_mode(self) -> str: ...
+    @property
+    def local_model(self) -> nn.Module | None: ...
+    @property
+    def vectors(self) -> VectorStore: ...
+    @property
+    def is_remote(self) -> bool: ...
+    def has_vector(self, vector_id: str) -> bool: ...
+    def require_local(self, caller: str, only_local: str | None = None) -> LoadedModel: ...
+    def require_remote(self, caller: str, otherwise: str = "") -> None: ...
+
+
 class _BaseModule:
     """A base class for API modules: holds the client, whose server, model and stored vectors they use.
 
@@ -32,7 +52,7 @@ class _BaseModule:
         client: the main client instance.
     """
 
-    def __init__(self, client: Mechanex) -> None:
+    def __init__(self, client: Client) -> None:
         self._client = client
 
     def _run(
@@ -97,18 +117,3 @@ def _may_run_elsewhere(error: MechanexError) -> bool:
     if isinstance(error, (AuthenticationError, UnexpectedAnswer)):
         return isinstance(error, AuthenticationError)
     return error.status_code is None or error.status_code >= 500
-
-
-def default_attribute(module: str, name: str) -> Any:
-    """``mechanex.<module>.<name>`` on the default client; private names are not forwarded.
-
-    Raises:
-        AttributeError: the default client's module has no such name.
-    """
-    if not name.startswith("_"):
-        from .client import default_client
-
-        found = getattr(getattr(default_client(), module), name, None)
-        if found is not None:
-            return found
-    raise AttributeError(f"module 'mechanex.{module}' has no attribute {name!r}")

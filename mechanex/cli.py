@@ -1,4 +1,4 @@
-"""The ``mechanex`` command: the documented account commands here, the others in ``mechanex.commands``.
+"""The ``mechanex`` command: the documented account commands here, the others in ``commands`` and ``demo``.
 
 What a command needs is imported when it runs, so that ``--help`` is quick.
 """
@@ -14,6 +14,7 @@ from ._version import __version__
 from .commands import sae_group, tools, with_model
 from .commands.group import Group
 from .commands.options import email_option, json_option, password_option
+from .demo.command import demo
 
 __all__ = ["create_api_key", "delete_api_key", "list_api_keys", "login", "logout", "main", "signup", "whoami"]
 
@@ -94,7 +95,7 @@ def logout() -> None:
 
 
 for _command in (
-    *(with_model.steer, with_model.score, with_model.optimize, with_model.serve, with_model.demo),
+    *(with_model.steer, with_model.score, with_model.optimize, with_model.serve, demo),
     *(tools.models, tools.vectors, tools.doctor, sae_group.sae),
 ):
     main.add_command(_command)

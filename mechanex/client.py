@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import sys
-import threading
 from typing import TYPE_CHECKING, Any
 
+from . import _default
 from .attribution import AttributionModule
 from .errors import MechanexError, ValidationError
 from .generation import GenerationModule
 from .home import vectors_folder
 from .model import ModelModule
 from .raag import RAAGModule
-from .remote.account import Account
+from .remote.account import AccountCalls
 from .remote.address import Address
 from .remote.answers import names
 from .remote.credentials import CredentialStore
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from .engine.models.resolve import LoadedModel
     from .engine.vector_store import VectorStore
-    from .server.background import RunningServer
+    from .server.serve import RunningServer
 
 __all__ = ["EXECUTION_MODES", "Mechanex", "default_client"]
 
@@ -36,7 +37,7 @@ _logger = logging.getLogger(__name__)
 EXECUTION_MODES = ("auto", "remote", "local")
 
 
-class Mechanex(Account):
+class Mechanex(AccountCalls):
     """A client for interacting with the Axionic API, and for steering language models on this machine.
 
     Making one does no I/O. Local work needs no key; ``set_execution_mode`` says where calls run.
@@ -248,7 +249,7 @@ class Mechanex(Account):
             corrected_behaviors: names of behaviors that every answer is steered by, unless its request names others.
             block: False, for notebooks and programs that go on, serves from a thread.
             settings: ``vectors`` (a folder of vector files for every client), ``behaviors`` (contrastive examples),
-                ``database``, ``key`` and the limits of ``mechanex.server.settings.Settings``.
+                ``database``, ``key`` and the limits of ``mechanex.server.settings.ServerSettings``.
 
         Returns:
             With ``block=False``, once it answers, a handle with ``url``, ``key`` and ``stop()``, which is a context
@@ -259,15 +260,24 @@ class Mechanex(Account):
                 thread and ``block`` is True.
             ValidationError: a setting out of its range, ``use_vllm`` without vLLM, or a behavior that isn't known.
         """
-        from .serving import serve_client
+        from .serving import check_no_loop, serve
 
-        return serve_client(
-            self,
-            model,
+        check_no_loop(block)  # before a model is loaded
+        if isinstance(model, str | os.PathLike):
+            self.load_model(os.fspath(model))
+        elif model is not None:
+            self.set_local_model(model)
+        if self._loaded is None:
+            raise MechanexError(
+                "serve needs a model: serve('mx-tiny'), serve(model), or load one first with load(…)."
+            )
+        return serve(
+            self._loaded,
             host=host,
             port=port,
             use_vllm=use_vllm,
             corrected_behaviors=corrected_behaviors,
+            stored=self.vectors,
             block=block,
             **settings,
         )
@@ -324,17 +334,10 @@ class Mechanex(Account):
         return self._loaded
 
 
-_default: Mechanex | None = None
-_default_lock = threading.Lock()
-
-
 def default_client() -> Mechanex:
     """The client behind ``mechanex.load``, ``mechanex.generation`` and the like; made on first use."""
-    global _default
-    with _default_lock:
-        if _default is None:
-            _default = Mechanex()
-        return _default
+    found: Mechanex = _default.client()
+    return found
 
 
 def _release_memory() -> None:

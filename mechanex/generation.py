@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
-from .base import _BaseModule, default_attribute
+from . import _default
+from .base import _BaseModule
 from .engine.chat import continued
 from .errors import NotFoundError, ValidationError
 from .remote.answers import field
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from .engine.text import Prompt
     from .engine.vectors import SteeringVector
 
-    VectorSource = str | os.PathLike[str] | Mapping[int, Any] | SteeringVector
+    VectorSource: TypeAlias = str | os.PathLike[str] | Mapping[int, Any] | SteeringVector
 
 __all__ = ["GenerationModule"]
 
@@ -228,10 +229,9 @@ def _pieces(prompt: str, text: str) -> Iterator[str]:
 
 
 if TYPE_CHECKING:
-    from .client import default_client
-
-    generate = default_client().generation.generate
+    _door: GenerationModule = _default.client().generation
+    generate = _door.generate
 else:
 
     def __getattr__(name: str) -> Any:
-        return default_attribute("generation", name)
+        return _default.attribute("generation", name)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .base import _BaseModule, default_attribute
+from . import _default
+from .base import _BaseModule
 from .remote.answers import listed
 
 __all__ = ["ModelModule"]
@@ -46,12 +47,10 @@ class ModelModule(_BaseModule):
 
 
 if TYPE_CHECKING:
-    from .client import default_client
-
-    _default = default_client().model
-    get_graph = _default.get_graph
-    get_paths = _default.get_paths
+    _door: ModelModule = _default.client().model
+    get_graph = _door.get_graph
+    get_paths = _door.get_paths
 else:
 
     def __getattr__(name: str) -> Any:
-        return default_attribute("model", name)
+        return _default.attribute("model", name)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .base import _BaseModule, default_attribute
+from . import _default
+from .base import _BaseModule
 from .errors import ValidationError
 from .remote.answers import object_of
 from .remote.bodies import list_of
@@ -138,10 +139,9 @@ def add_glow_effect(
 
 
 if TYPE_CHECKING:
-    from .client import default_client
-
-    generate = default_client().raag.generate
+    _door: RAAGModule = _default.client().raag
+    generate = _door.generate
 else:
 
     def __getattr__(name: str) -> Any:
-        return default_attribute("raag", name)
+        return _default.attribute("raag", name)

@@ -10,7 +10,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from .base import _BaseModule, default_attribute
+from . import _default
+from .base import Client, _BaseModule
 from .engine.datasets import read_pairs
 from .errors import APIError, AuthenticationError, NotFoundError, ValidationError
 from .home import behaviors_folder
@@ -18,7 +19,6 @@ from .remote.answers import field, listed, object_of
 from .remote.bodies import examples, list_of, texts
 
 if TYPE_CHECKING:
-    from .client import Mechanex
     from .engine.models.resolve import LoadedModel
     from .engine.sae.autoencoder import SparseAutoencoder
     from .engine.sae.behavior import Behavior
@@ -45,7 +45,7 @@ _SAMPLING = {
 class SAEModule(_BaseModule):
     """Module for SAE-based steering and behavior management."""
 
-    def __init__(self, client: Mechanex) -> None:
+    def __init__(self, client: Client) -> None:
         super().__init__(client)
         self._kept: BehaviorStore | None = None
 
@@ -394,16 +394,14 @@ class SAEModule(_BaseModule):
 
 
 if TYPE_CHECKING:
-    from .client import default_client
-
-    _default = default_client().sae
-    create_behavior = _default.create_behavior
-    create_behavior_from_jsonl = _default.create_behavior_from_jsonl
-    delete_behavior = _default.delete_behavior
-    explain = _default.explain
-    generate = _default.generate
-    list_behaviors = _default.list_behaviors
+    _door: SAEModule = _default.client().sae
+    create_behavior = _door.create_behavior
+    create_behavior_from_jsonl = _door.create_behavior_from_jsonl
+    delete_behavior = _door.delete_behavior
+    explain = _door.explain
+    generate = _door.generate
+    list_behaviors = _door.list_behaviors
 else:
 
     def __getattr__(name: str) -> Any:
-        return default_attribute("sae", name)
+        return _default.attribute("sae", name)

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 from .errors import MechanexError, ValidationError
 
 if TYPE_CHECKING:
-    from .client import Mechanex
     from .engine.models.resolve import LoadedModel
     from .engine.vector_store import VectorStore
-    from .server.background import RunningServer
+    from .server.serve import RunningServer
 
-__all__ = ["serve"]
+__all__ = ["check_no_loop", "serve"]
 
 
 def serve(
@@ -47,10 +46,10 @@ def serve(
         MechanexError: the ``serve`` extra is missing, the address is taken, or an event loop runs that ``block=True``
             would hold up.
     """
-    _check_no_loop(block)
+    check_no_loop(block)
     try:
         from .server.serve import check_vllm, serve_loaded
-        from .server.settings import Settings
+        from .server.settings import ServerSettings
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("mechanex"):
             raise
@@ -63,7 +62,7 @@ def serve(
         if isinstance(given, str):
             raise ValidationError(f"{name} is a list of texts; got the text {given!r}.")
     try:
-        found = Settings(
+        found = ServerSettings(
             host=host,
             port=port,
             corrected_behaviors=tuple(corrected_behaviors or ()),
@@ -76,22 +75,8 @@ def serve(
     return serve_loaded(found, loaded, stored, block=block)
 
 
-def serve_client(client: Mechanex, model: Any, *, block: bool, **options: Any) -> RunningServer | None:
-    """``Mechanex.serve``: finds the model that is meant, and serves it."""
-    _check_no_loop(block)
-    if isinstance(model, str | os.PathLike):
-        client.load_model(os.fspath(model))
-    elif model is not None:
-        client.set_local_model(model)
-    loaded = client._loaded
-    if loaded is None:
-        raise MechanexError(
-            "serve needs a model: serve('mx-tiny'), serve(model), or load one first with load(…)."
-        )
-    return serve(loaded, stored=client.vectors, block=block, **options)
-
-
-def _check_no_loop(block: bool) -> None:
+def check_no_loop(block: bool) -> None:
+    """Raises a MechanexError where ``block=True`` would hold up this thread's event loop."""
     if not block:
         return
     try:

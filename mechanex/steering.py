@@ -6,10 +6,12 @@ The module is also the default client's door: ``mechanex.steering.generate_vecto
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .base import _BaseModule, default_attribute
+from . import _default
+from .base import _BaseModule
+from .engine.methods import check_method, vectors_by
 from .errors import NotFoundError, ValidationError
 from .remote.answers import field
 from .remote.bodies import example_lists, examples, layer_list
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["SteeringModule"]
 
 _CALL = "steering.generate_vectors"
-_METHODS = ("few-shot", "caa", "pca", "probe")
 _ONLY_LOCAL = ("pca", "probe")
 
 
@@ -240,38 +241,15 @@ class SteeringModule(_BaseModule):
         )
 
 
-def check_method(method: str) -> None:
-    """Raises a ValidationError for a method that ``generate_vectors`` doesn't know."""
-    if method not in _METHODS:
-        raise ValidationError(f"method is one of {', '.join(map(repr, _METHODS))}; got {method!r}.")
-
-
-def vectors_by(method: str) -> Callable[..., SteeringVector]:
-    """The engine's function for a method."""
-    if method == "few-shot":
-        from .engine.few_shot import few_shot_vectors
-
-        return few_shot_vectors
-    if method == "caa":
-        from .engine.caa import caa_vectors
-
-        return caa_vectors
-    from .engine import directions
-
-    return directions.pca_vectors if method == "pca" else directions.probe_vectors
-
-
 if TYPE_CHECKING:
-    from .client import default_client
-
-    _default = default_client().steering
-    generate_vectors = _default.generate_vectors
-    generate_from_jsonl = _default.generate_from_jsonl
-    get_vectors = _default.get_vectors
-    delete_vectors = _default.delete_vectors
-    save_vectors = _default.save_vectors
-    load_vectors = _default.load_vectors
+    _door: SteeringModule = _default.client().steering
+    generate_vectors = _door.generate_vectors
+    generate_from_jsonl = _door.generate_from_jsonl
+    get_vectors = _door.get_vectors
+    delete_vectors = _door.delete_vectors
+    save_vectors = _door.save_vectors
+    load_vectors = _door.load_vectors
 else:
 
     def __getattr__(name: str) -> Any:
-        return default_attribute("steering", name)
+        return _default.attribute("steering", name)

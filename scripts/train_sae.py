@@ -16,7 +16,7 @@ from tiny import grammar
 
 from mechanex.engine.models.resolve import load
 from mechanex.engine.sae.train import train_sae
-from mechanex.engine.sae.training import Settings
+from mechanex.engine.sae.training import TrainingSettings
 
 # The model's corpus is of seed 0, its held-out texts of 1,000,003.
 SEED = 500_009
@@ -41,7 +41,7 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     loaded = load("mx-tiny", backend="transformers")
     texts = list(islice(grammar.documents(SEED), chosen.texts))
-    settings = Settings(
+    settings = TrainingSettings(
         chosen.rule,
         n_features=chosen.features,
         k=chosen.k,

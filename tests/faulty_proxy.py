@@ -117,6 +117,9 @@ class Status:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+_ENDLESS = 120.0
+"""Seconds after which what has no end ends after all: with another error than that of a call whose time is over."""
+
 Fault = Pass | Reset | Close | Stall | Continue | Drip | Cut | Raw | Status
 
 
@@ -147,6 +150,7 @@ class FaultyProxy:
         self.reads_after = reads_after
         self.tls = tls
         self.cut_handshakes = cut_handshakes
+        self.accepted = threading.Event()
         self._upstream = None if upstream is None else urllib.parse.urlsplit(upstream)
         self._lock = threading.Lock()
         self._over = threading.Event()
@@ -199,6 +203,7 @@ class FaultyProxy:
                 self.connections += 1
                 number = self.connections
                 self._open.add(connection)
+            self.accepted.set()
             self._start(self._serve, connection, number)
 
     def _secured(self, connection: socket.socket) -> socket.socket:
@@ -232,6 +237,7 @@ class FaultyProxy:
 
     def _obey(self, fault: Fault, connection: socket.socket, request: Received) -> bool:
         """Does it; whether the connection goes on."""
+        end = time.monotonic() + _ENDLESS
         match fault:
             case Close():
                 return False
@@ -242,14 +248,14 @@ class FaultyProxy:
                 self._over.wait(seconds)
                 return False
             case Continue():
-                while not self._over.wait(0.001):
+                while not self._over.wait(0.001) and time.monotonic() < end:
                     connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n" * 10)
                 return False
             case Drip(every, head, most):
                 connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n")
                 connection.sendall(b"X-Endless: " if head else b"\r\n ")
                 sent = 0
-                while not self._over.wait(every):
+                while not self._over.wait(every) and time.monotonic() < end:
                     if most is None or sent < most:
                         connection.sendall(b"\t" if head else b" ")
                         sent += 1

@@ -64,13 +64,20 @@ class Forked:
 
 
 def fork(
-    arguments: Sequence[str], variables: Mapping[str, str], log: Path, *, program: str | None = None
+    arguments: Sequence[str],
+    variables: Mapping[str, str],
+    log: Path,
+    *,
+    program: str | None = None,
+    folder: Path | None = None,
 ) -> Forked:
-    """Starts ``mechanex ARGUMENTS``, or a program of Python that has them, with its output in a file."""
+    """Starts ``mechanex ARGUMENTS``, or a program of Python that has them, in a folder; its output goes to a file."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
     process = context.Process(
-        target=_run, args=(list(arguments), dict(variables), str(log), program), daemon=True
+        target=_run,
+        args=(list(arguments), dict(variables), str(log), program, str(folder or Path.cwd())),
+        daemon=True,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # read once, when torch is imported
@@ -78,9 +85,10 @@ def fork(
     return Forked(process)
 
 
-def _run(arguments: list[str], variables: dict[str, str], log: str, program: str | None) -> None:
+def _run(arguments: list[str], variables: dict[str, str], log: str, program: str | None, folder: str) -> None:
     import torch
 
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -50,7 +50,8 @@ class Postgres:
         until = time.monotonic() + 300
         ready = [self.programs / "pg_isready", "-h", "127.0.0.1", "-p", str(self.port), "-U", "tester"]
         while subprocess.run(ready, stdout=subprocess.DEVNULL, check=False).returncode != 0:
-            assert time.monotonic() < until and self._process.poll() is None, "PostgreSQL does not start"
+            if time.monotonic() > until or self._process.poll() is not None:
+                raise RuntimeError("PostgreSQL does not start")
             time.sleep(0.05)
 
     def stop(self) -> None:

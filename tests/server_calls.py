@@ -36,7 +36,8 @@ def call(
 def until(condition: Any, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come to that"
+        if time.monotonic() > end:
+            raise TimeoutError("it did not come to that")
         time.sleep(0.02)
 
 

@@ -20,9 +20,10 @@ __all__ = ["Ran", "Terminal", "terminal"]
 _SHELL = """
 import json, os, signal, sys, time
 from tqdm.std import TqdmDefaultWriteLock
-from mechanex import demo
 from mechanex.cli import main
-from mechanex.commands import account, demo_measure, doctor, models, optimize, score, serve, steer, vectors
+from mechanex.commands import account, doctor, models, optimize, score, serve, steer, vectors
+from mechanex.demo import measure
+from mechanex.demo import run as demo
 from mechanex.server import serve
 
 # A lock that forked processes share: one that is interrupted while it has it would hold up the next.
@@ -30,7 +31,7 @@ TqdmDefaultWriteLock.mp_lock = None
 # Much of transformers is imported when a model first runs.
 arguments = ["score", "mx-tiny", "--prompt", "a", "--completion", " b", "--completion", " c"]
 main(arguments, standalone_mode=False)
-demo.TONES, demo.CANDIDATES, demo.N_TRAIN_PROMPTS, demo_measure.MAX_TOKENS = demo.TONES[:1], (1.0,), 2, 2
+demo.TONES, demo.CANDIDATES, demo.N_TRAIN_PROMPTS, measure.MAX_TOKENS = demo.TONES[:1], (1.0,), 2, 2
 
 
 def pause_at(path):

@@ -17,7 +17,7 @@ from mechanex.engine.caa import caa_vectors
 from mechanex.engine.datasets import read_pairs
 from mechanex.engine.generate import generate, generate_batch, stream
 from mechanex.engine.models.resolve import load
-from mechanex.engine.optimize.datafile import read_datapoints
+from mechanex.engine.optimize.datapoints import read_datapoints
 from mechanex.engine.score import completion_logprobs, rank_completions
 from mechanex.engine.text import encode_pair, encode_prompt, prompt_text
 

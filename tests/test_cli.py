@@ -221,13 +221,12 @@ def test_the_entry_point_runs_the_command() -> None:
 @pytest.fixture
 def small_demo(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     """The demo at a few tokens and candidates, on a random model, which it can't steer but must survive."""
-    from mechanex import demo
-    from mechanex.commands import demo_measure
+    from mechanex.demo import measure, run
 
-    monkeypatch.setattr(demo, "MODEL", model)
-    monkeypatch.setattr(demo, "CANDIDATES", (1.0,))
-    monkeypatch.setattr(demo, "TONES", demo.TONES[:1])
-    monkeypatch.setattr(demo_measure, "MAX_TOKENS", 4)
+    monkeypatch.setattr(run, "MODEL", model)
+    monkeypatch.setattr(run, "CANDIDATES", (1.0,))
+    monkeypatch.setattr(run, "TONES", run.TONES[:1])
+    monkeypatch.setattr(measure, "MAX_TOKENS", 4)
 
 
 def test_demo_leaves_figures_and_a_picture(small_demo: None, tmp_path: Path) -> None:
@@ -253,7 +252,7 @@ def test_demo_into_a_file_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_text_is_of_the_tone_that_has_most_words_in_it() -> None:
-    from mechanex.commands.demo_measure import tone_of
+    from mechanex.demo.measure import tone_of
 
     words = mechanex.bundled.tone_words()
     assert (
@@ -269,7 +268,7 @@ def test_a_text_is_of_the_tone_that_has_most_words_in_it() -> None:
 def test_the_demo_shows_that_steering_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_tones: int
 ) -> None:
-    from mechanex import demo
+    from mechanex.demo import run as demo
 
     monkeypatch.setattr(demo, "TONES", demo.TONES[:n_tones])
     run("demo", "--out", tmp_path)

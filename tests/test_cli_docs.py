@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from mechanex.server.settings import Settings
+from mechanex.server.settings import ServerSettings
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -61,4 +61,4 @@ def test_every_environment_variable_is_in_the_table() -> None:
 @pytest.mark.parametrize("option", ["max_batch", "max_waiting"])
 def test_defaults_that_the_server_chooses_are_told_as_they_are(option: str) -> None:
     (found,) = (p for p in COMMANDS["serve"].params if p.name == option)
-    assert isinstance(found, click.Option) and found.show_default == str(getattr(Settings, option))
+    assert isinstance(found, click.Option) and found.show_default == str(getattr(ServerSettings, option))

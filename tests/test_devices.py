@@ -33,7 +33,7 @@ from mechanex.engine.models import adapter_for
 from mechanex.engine.score import completion_logprobs, perplexity, rank_completions
 from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import ValidationError
-from mechanex.server.request import Request
+from mechanex.server.model.requests import TextRequest
 from mechanex.utils.steering_opt import (
     TrainingDatapoint,
     hf_hooks_contextmanager,
@@ -185,7 +185,7 @@ def served(model: Any) -> Any:
     loaded = SimpleNamespace(model=model, tokenizer=TOKENIZER)
     ways = [(), steers(vector(1, 3)), steers(vector(0), -1.0, slice(-1, None))]
     asked = [
-        Request(list(TOKENIZER(text)["input_ids"]), max_tokens=5, steering=way, logprobs=0)
+        TextRequest(list(TOKENIZER(text)["input_ids"]), max_tokens=5, steering=way, logprobs=0)
         for text, way in zip(PROMPTS, ways, strict=True)
     ]
     return [[one.text, [t.logprob for t in one.logprobs]] for one in scheduled_run(loaded, asked)]

@@ -26,9 +26,8 @@ from mechanex.engine.models.resolve import LoadedModel  # noqa: E402
 from mechanex.engine.sampling import Sampling  # noqa: E402
 from mechanex.engine.score import completion_logprobs  # noqa: E402
 from mechanex.engine.text import encode_pair, encode_prompt, prompt_text  # noqa: E402
-from mechanex.server.encoder import Encoder  # noqa: E402
-from mechanex.server.request import Request  # noqa: E402
-from mechanex.server.token_texts import TokenTexts  # noqa: E402
+from mechanex.server.model.requests import TextRequest  # noqa: E402
+from mechanex.server.model.texts import Encoder, TokenTexts  # noqa: E402
 
 QUESTION = [{"role": "user", "content": "Where is Anna?"}]
 STARTED = [*QUESTION, {"role": "assistant", "content": "She is at the"}]
@@ -89,7 +88,7 @@ def test_the_server_takes_them(loaded: LoadedModel) -> None:
     chat = Chat(STARTED, continue_final_message=True)
     ids = encoder.encode_chat(chat)
     assert ids == encode_prompt(loaded.tokenizer, chat)
-    (answer,) = run(loaded, [Request(ids, 6, Sampling("greedy"), stops=("[INST]",))])
+    (answer,) = run(loaded, [TextRequest(ids, 6, Sampling("greedy"), stops=("[INST]",))])
     whole = generate(loaded.model, loaded.tokenizer, chat, max_tokens=6, sampling_method="greedy")
     assert whole.endswith(answer.text)
     assert TokenTexts(loaded.tokenizer).is_special(INST)

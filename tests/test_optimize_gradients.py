@@ -11,12 +11,11 @@ from naive_optimization import Naive
 
 from mechanex.engine.models import adapter_for
 from mechanex.engine.models.adapter import undisturbed
-from mechanex.engine.optimize.job import Job
-from mechanex.engine.optimize.jobs import lay_out
-from mechanex.engine.optimize.losses import plain_sum
-from mechanex.engine.optimize.noise import noise_of_step
+from mechanex.engine.optimize.layout import Layout
+from mechanex.engine.optimize.objective import noise_of_step, plain_sum
 from mechanex.engine.optimize.passes import Evaluation, Passes
-from mechanex.engine.optimize.settings import Settings
+from mechanex.engine.optimize.problem import OptimizationJob
+from mechanex.engine.optimize.settings import OptimizeSettings
 from mechanex.utils.steering_opt import TrainingDatapoint
 
 TOKENIZER = tiny_tokenizer()
@@ -66,16 +65,15 @@ def doubled(name: str = "gpt2"):
     return FAMILIES[name]().double()
 
 
-def evaluate(job: Job, theta: torch.Tensor, **changes) -> Evaluation:
+def evaluate(job: OptimizationJob, theta: torch.Tensor, **changes) -> Evaluation:
     from dataclasses import replace
 
-    with undisturbed(job.adapter.hf_model), Passes(job.adapter, job.layers, job.layers[:1], 1024) as passes:
-        lay_out([job])
+    with undisturbed(job.adapter.hf_model), Passes(job.adapter, [job.layers], 1024) as passes:
         request = job.request(theta, changes.pop("objective", job.objective))
         return passes.run([replace(request, **changes)])[0]
 
 
-def naive_of(job: Job) -> Naive:
+def naive_of(job: OptimizationJob) -> Naive:
     settings = job.settings
     return Naive(
         job.adapter.model,
@@ -92,12 +90,12 @@ def naive_of(job: Job) -> Naive:
     )
 
 
-def parts(job: Job, theta: torch.Tensor):
+def parts(job: OptimizationJob, theta: torch.Tensor):
     factors = job.parameters.factors(theta)
     return job.parameters.vector(theta), None if factors is None else factors[0].T @ factors[1]
 
 
-def total(job: Job, losses: list[torch.Tensor]) -> torch.Tensor:
+def total(job: OptimizationJob, losses: list[torch.Tensor]) -> torch.Tensor:
     stacked = torch.stack(losses)
     return (stacked - job.settings.target_loss).square().sum() if job.settings.satisfice else stacked.sum()
 
@@ -105,7 +103,9 @@ def total(job: Job, losses: list[torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_equal_the_definition_and_finite_differences(case):
     datapoints, layer, options = CASES[case]
-    job = Job(doubled(), datapoints, layer, Settings(seed=3, starting_norm=2.0, **options), TOKENIZER)
+    job = OptimizationJob(
+        doubled(), datapoints, layer, OptimizeSettings(seed=3, starting_norm=2.0, **options), TOKENIZER
+    )
     theta = job.start()
     found = evaluate(job, theta)
     assert theta.dtype == torch.float64 and found.finite
@@ -142,8 +142,12 @@ def test_losses_and_gradients_equal_the_definition_and_finite_differences(case):
     "options", [{}, {"vector_clamp": 1.5}, {"affine_rank": 2}], ids=["add", "clamp", "affine"]
 )
 def test_every_kind_of_model_gives_the_definitions_gradients(name, options):
-    job = Job(
-        build(name), PLAIN + NEGATIVE, [1, 2], Settings(seed=1, starting_norm=2.0, **options), TOKENIZER
+    job = OptimizationJob(
+        build(name),
+        PLAIN + NEGATIVE,
+        [1, 2],
+        OptimizeSettings(seed=1, starting_norm=2.0, **options),
+        TOKENIZER,
     )
     theta = job.start()
     found = evaluate(job, theta)
@@ -158,7 +162,7 @@ def test_a_model_that_cannot_be_replayed_runs_whole():
     from test_forward import with_a_side_channel
 
     model = with_a_side_channel()
-    job = Job(model, PLAIN, 2, Settings(seed=1), TOKENIZER)
+    job = OptimizationJob(model, PLAIN, 2, OptimizeSettings(seed=1), TOKENIZER)
     theta = job.start()
     found = evaluate(job, theta)
     leaf = theta.clone().requires_grad_()
@@ -167,10 +171,11 @@ def test_a_model_that_cannot_be_replayed_runs_whole():
 
 
 def test_small_batches_accumulate_to_the_same_gradient():
-    job = Job(doubled(), PLAIN, 1, Settings(seed=0), TOKENIZER)
-    small = Job(doubled(), PLAIN, 1, Settings(seed=0, batch_tokens=1), TOKENIZER)
+    job = OptimizationJob(doubled(), PLAIN, 1, OptimizeSettings(seed=0), TOKENIZER)
+    small = OptimizationJob(doubled(), PLAIN, 1, OptimizeSettings(seed=0, batch_tokens=1), TOKENIZER)
     one, many = evaluate(job, job.start()), evaluate(small, small.start())
-    assert len(job.layout.packs) == 1 and len(small.layout.packs) >= 3
+    n_packs = [len(Layout(job.adapter, each.spec).packs) for each in (job, small)]
+    assert n_packs[0] == 1 and n_packs[1] >= 3
     torch.testing.assert_close(one.gradient, many.gradient, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(torch.tensor(one.losses), torch.tensor(many.losses))
 
@@ -179,8 +184,8 @@ def test_small_batches_accumulate_to_the_same_gradient():
     "options", [{}, {"affine_rank": 2}, {"vector_clamp": 2.0}], ids=["add", "affine", "clamp"]
 )
 def test_each_completions_gradient_by_the_effect_that_noise_is_added_to(options):
-    settings = Settings(seed=0, noise_scale=1.0, **options)
-    job = Job(doubled(), PLAIN + NEGATIVE, [1, 3], settings, TOKENIZER)
+    settings = OptimizeSettings(seed=0, noise_scale=1.0, **options)
+    job = OptimizationJob(doubled(), PLAIN + NEGATIVE, [1, 3], settings, TOKENIZER)
     theta = job.start()
     found = evaluate(job, theta, objective=plain_sum, by_effect=True)
     truth = naive_of(job)
@@ -192,7 +197,9 @@ def test_each_completions_gradient_by_the_effect_that_noise_is_added_to(options)
 
 @pytest.mark.parametrize("options", [{}, {"vector_clamp": 2.0}], ids=["add", "clamp"])
 def test_noise_is_added_to_the_effect_of_each_completions_edit(options):
-    job = Job(doubled(), PLAIN + NEGATIVE, 2, Settings(seed=0, noise_scale=1.0, **options), TOKENIZER)
+    job = OptimizationJob(
+        doubled(), PLAIN + NEGATIVE, 2, OptimizeSettings(seed=0, noise_scale=1.0, **options), TOKENIZER
+    )
     theta = job.start()
     noise = torch.randn(len(job.completions), D_MODEL, dtype=torch.float64)
     found = evaluate(job, theta, noise=noise)
@@ -207,8 +214,8 @@ def test_noise_is_added_to_the_effect_of_each_completions_edit(options):
     "options", [{}, {"affine_rank": 2}, {"vector_clamp": 1.3}], ids=["add", "affine", "clamp"]
 )
 def test_small_tangent_noise_leaves_the_losses_as_they_are(options):
-    settings = Settings(seed=0, noise_scale=1e-4, noise_iters=8, **options)
-    job = Job(doubled(), PLAIN + NEGATIVE, 2, settings, TOKENIZER)
+    settings = OptimizeSettings(seed=0, noise_scale=1e-4, noise_iters=8, **options)
+    job = OptimizationJob(doubled(), PLAIN + NEGATIVE, 2, settings, TOKENIZER)
     theta = job.start()
     slopes = evaluate(job, theta, objective=plain_sum, by_effect=True).gradient
     before = torch.tensor(evaluate(job, theta).losses)
@@ -225,7 +232,7 @@ def test_no_weight_gets_a_gradient_buffer_and_flags_come_back():
     model = FAMILIES["llama"]()
     model.lm_head.weight.requires_grad_(False)
     before = [p.requires_grad for p in model.parameters()]
-    job = Job(model, PLAIN, 1, Settings(seed=0), TOKENIZER)
+    job = OptimizationJob(model, PLAIN, 1, OptimizeSettings(seed=0), TOKENIZER)
     seen = []
     handle = model.model.layers[3].register_forward_pre_hook(
         lambda *_: seen.append(any(p.requires_grad for p in model.parameters()))
@@ -240,7 +247,7 @@ def test_no_weight_gets_a_gradient_buffer_and_flags_come_back():
 def test_the_lower_layers_run_once_and_the_head_only_on_scored_rows():
     model = build("llama")
     adapter_for(model).findings.clear()
-    job = Job(model, PLAIN, 2, Settings(seed=0), TOKENIZER)
+    job = OptimizationJob(model, PLAIN, 2, OptimizeSettings(seed=0), TOKENIZER)
     calls = {1: 0, 3: 0}
     handles = [
         model.model.layers[n].register_forward_pre_hook(lambda *_, n=n: calls.__setitem__(n, calls[n] + 1))
@@ -251,8 +258,7 @@ def test_the_lower_layers_run_once_and_the_head_only_on_scored_rows():
     evaluate(job, job.start())  # what the model can do is tried, which runs all of it
     heads.clear()
     calls.update({1: 0, 3: 0})
-    with undisturbed(model), Passes(job.adapter, job.layers, job.layers[:1], 1024) as passes:
-        lay_out([job])
+    with undisturbed(model), Passes(job.adapter, [job.layers], 1024) as passes:
         for _ in range(5):
             passes.run([job.request(job.start(), plain_sum)])
     for handle in handles:
@@ -265,14 +271,15 @@ def test_kept_residuals_have_a_bound_in_bytes_and_packs_beyond_it_give_the_same(
     model = build("llama")
     adapter_for(model).findings.clear()
     datapoints = [TrainingDatapoint("A woman sang " * n, dst_completions=[" calm."]) for n in (1, 4, 7)]
-    jobs = [Job(model, datapoints, n, Settings(seed=0, batch_tokens=64), TOKENIZER) for n in starts]
-    lay_out(jobs)
-    layers = sorted({n for job in jobs for n in job.layers})
+    jobs = [
+        OptimizationJob(model, datapoints, n, OptimizeSettings(seed=0, batch_tokens=64), TOKENIZER)
+        for n in starts
+    ]
 
     def run(most_bytes):
         with (
             undisturbed(model),
-            Passes(jobs[0].adapter, layers, list(starts), 64, most_bytes=most_bytes) as passes,
+            Passes(jobs[0].adapter, [job.layers for job in jobs], 64, most_bytes=most_bytes) as passes,
         ):
             found = [passes.run([job.request(job.start(), plain_sum)])[0] for job in jobs]
             return passes.kept_bytes, found

@@ -175,9 +175,9 @@ def test_a_loss_that_stands_still_ends_it():
 
 
 def test_without_any_end_ten_thousand_steps_are_the_most(monkeypatch, caplog):
-    from mechanex.engine.optimize import stopping
+    from mechanex.engine.optimize import settings
 
-    monkeypatch.setattr(stopping, "LIMIT", 6)
+    monkeypatch.setattr(settings, "LIMIT", 6)
     info = optimize(lr=0.05)[1]
     assert (info["iters"], info["stopped"]) == (6, "limit") and "pass max_iters" in caplog.text
 

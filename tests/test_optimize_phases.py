@@ -10,8 +10,8 @@ from families import D_MODEL, FAMILIES, build, n_hooks
 from test_optimize_loop import DATA, TOKENIZER, naive, optimize, start_of
 
 from mechanex.engine.models import adapter_for
-from mechanex.engine.optimize.noise import draw, tangent
-from mechanex.engine.optimize.settings import Settings
+from mechanex.engine.optimize.objective import draw, tangent
+from mechanex.engine.optimize.settings import OptimizeSettings
 from mechanex.engine.text import encode_pair
 from mechanex.errors import ValidationError
 from mechanex.utils.steering_opt import (
@@ -24,7 +24,7 @@ from mechanex.utils.steering_opt import (
 
 
 def test_noise_is_gaussian_of_the_given_scale_and_depends_on_seed_and_step_alone():
-    settings = Settings(noise_scale=0.3, noise_iters=4)
+    settings = OptimizeSettings(noise_scale=0.3, noise_iters=4)
     noise = draw(settings, 7, 5, 20, 500)
     assert noise.shape == (4, 20, 500)
     assert float(noise.std()) == pytest.approx(0.3, rel=0.02) and abs(float(noise.mean())) < 0.01
@@ -40,7 +40,7 @@ def test_noise_is_gaussian_of_the_given_scale_and_depends_on_seed_and_step_alone
 
 
 def test_anti_correlated_noise_is_the_difference_of_successive_draws():
-    plain, anti = Settings(noise_scale=1.0), Settings(noise_scale=1.0, do_antipgd=True)
+    plain, anti = OptimizeSettings(noise_scale=1.0), OptimizeSettings(noise_scale=1.0, do_antipgd=True)
     draws = [draw(plain, 1, step, 3, 8) for step in range(4)]
     assert torch.equal(draw(anti, 1, 0, 3, 8), draws[0])
     for step in range(1, 4):
@@ -76,7 +76,7 @@ def test_tangent_noise_leaves_the_gradients_direction_out():
 )
 def test_noisy_steps_are_the_definitions(options):
     data, lr, seed = DATA[:1] + DATA[2:], 0.05, 2
-    settings = Settings(noise_scale=0.5, **options)
+    settings = OptimizeSettings(noise_scale=0.5, **options)
     truth = naive(data=data, clamp=settings.vector_clamp)
     v = start_of(seed).requires_grad_()
     adam = torch.optim.Adam([v], lr=lr)
@@ -283,6 +283,26 @@ def test_melbo_moves_later_activations_further_without_raising_a_loss(options):
         **options,
     )
     assert min(seen) < seen[0] < 0 and math.isfinite(info["loss"])
+
+
+def test_melbo_inside_functions_of_the_users_knows_the_clamp_and_the_tokenizer_too():
+    prepare, loss = make_melbo_loss_funcs(-1)
+    options = {
+        "layer": 1,
+        "max_iters": 2,
+        "do_output_constr": True,
+        "max_output_constr_iters": 4,
+        "vector_clamp": 1.5,
+    }
+    given = optimize(
+        custom_output_constr_loss_func=loss, custom_output_constr_pre_loss_func=prepare, **options
+    )
+    wrapped = optimize(
+        custom_output_constr_loss_func=lambda *args, **kwargs: loss(*args, **kwargs),
+        custom_output_constr_pre_loss_func=lambda *args: prepare(*args),
+        **options,
+    )
+    assert torch.equal(given[0], wrapped[0]) and given[1] == wrapped[1]
 
 
 def test_melbo_needs_a_layer_above_the_steered_one():

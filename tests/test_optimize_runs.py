@@ -12,7 +12,8 @@ from test_optimize_loop import DATA, TOKENIZER, optimize, start_of
 
 from mechanex.engine.models import adapter_for
 from mechanex.engine.optimize.layout import Layout
-from mechanex.engine.optimize.settings import Settings
+from mechanex.engine.optimize.problem import Epoch, Minibatches, OptimizationJob
+from mechanex.engine.optimize.settings import OptimizeSettings
 from mechanex.errors import ValidationError
 from mechanex.utils.steering_opt import (
     TrainingDatapoint,
@@ -42,8 +43,6 @@ def minibatches(prompts=PROMPTS, size=2, model=None, **options):
     ("name", "size"), [("llama", 1), ("llama", 3), ("llama", 5), ("llama", 12), ("bloom", 3), ("mamba", 3)]
 )
 def test_minibatch_steps_are_the_definitions_on_their_prompts(name, size):
-    from mechanex.engine.optimize.sampler import Minibatches
-
     model = build(name)
     data = [TrainingDatapoint(p, [" dark"], [" calm", " cold and quiet"]) for p in PROMPTS]
     completions = optimize_job(model, data).completions
@@ -69,14 +68,10 @@ def test_minibatch_steps_are_the_definitions_on_their_prompts(name, size):
 
 
 def optimize_job(model, data):
-    from mechanex.engine.optimize.job import Job
-
-    return Job(model, data, 2, Settings(), TOKENIZER)
+    return OptimizationJob(model, data, 2, OptimizeSettings(), TOKENIZER)
 
 
 def test_epochs_shuffle_after_the_first_and_roll_over():
-    from mechanex.engine.optimize.sampler import Epoch, Minibatches
-
     data = [TrainingDatapoint(p, [], [" calm"]) for p in PROMPTS]
     completions = optimize_job(build("llama"), data).completions
     sampler = Minibatches(completions, 3, 4)

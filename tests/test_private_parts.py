@@ -170,7 +170,7 @@ def test_uvicorns_protocol_and_server_are_as_the_listener_knows_them() -> None:
     )
     missing = [name for name in (*named, "on_response_complete") if not hasattr(protocol, name)]
     assert not missing, (
-        f"uvicorn's protocol lacks {missing}: connections go unbounded (mechanex/server/listener.py)"
+        f"uvicorn's protocol lacks {missing}: connections go unbounded (mechanex/server/http/head_deadline.py)"
     )
 
 

@@ -27,7 +27,7 @@ from mechanex import (
     RateLimitError,
     ValidationError,
 )
-from mechanex.remote import connections
+from mechanex.remote import deadline, transport
 from mechanex.remote.address import PUBLIC_BACKEND, address
 from mechanex.remote.credentials import CredentialStore
 from mechanex.remote.identity import Credentials, Tokens
@@ -330,20 +330,28 @@ def test_a_storm_of_errors_ends_after_a_few_tries(proxy: FaultyProxy) -> None:
     assert raised.value.status_code == 503 and len(proxy.requests) == 4
 
 
-def test_pauses_grow_and_the_servers_wish_is_honoured(proxy: FaultyProxy) -> None:
-    proxy.faults = [Status(503), Status(429, headers={"Retry-After": "1"})]
-    started = time.monotonic()
+def test_pauses_grow_and_the_servers_wish_is_honoured(
+    proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    proxy.faults = [Status(503)] * 3
     to(proxy).get("/models")
-    assert time.monotonic() - started >= 1.1
+    assert 0 < pauses[0] < pauses[1] < 8 and len(pauses) == 2 and len(proxy.requests) == 4
+    pauses.clear()
+    theirs = email.utils.formatdate(0, usegmt=True), email.utils.formatdate(2, usegmt=True)
+    dates = dict(zip(("Date", "Retry-After"), theirs, strict=True))
+    proxy.faults = [Status(429, headers={"Retry-After": "3"}), Status(503, headers=dates)]
+    to(proxy).get("/models")
+    assert pauses == [3, 2]
+
+
+def test_a_pause_that_is_longer_than_the_call_is_not_waited_for(proxy: FaultyProxy) -> None:
     proxy.faults = [Status(429, headers={"Retry-After": "3600"})]
-    started = time.monotonic()
     with pytest.raises(RateLimitError) as raised:
         to(proxy).get("/models")
-    assert raised.value.retry_after == 3600 and time.monotonic() - started < PATIENCE
+    assert raised.value.retry_after == 3600 and len(proxy.requests) == 1
 
-
-PATIENCE = 30.0
-"""Seconds that a busy machine may add to a timeout of one; what goes on after the timeout goes on for longer."""
 
 SLOW = {
     "silent": Stall(60),
@@ -359,15 +367,13 @@ SLOW = {
 @pytest.mark.parametrize("fault", SLOW.values(), ids=SLOW)
 def test_a_slow_server_costs_no_more_than_the_timeout(proxy: FaultyProxy, method: str, fault: Any) -> None:
     proxy.faults = [fault] * 10
-    started = time.monotonic()
-    with pytest.raises(APIError, match=r"time|slowly") as raised:
+    with pytest.raises(APIError, match=r"no answer in time|time for this call is over") as raised:
         to(proxy, timeout=0.5).call(method, "/models", {} if method == "POST" else None)
-    assert time.monotonic() - started < PATIENCE
-    assert str(raised.value).startswith(f"{method} {proxy.url}/models: ") and len(proxy.requests) == 1
+    assert str(raised.value).startswith(f"{method} {proxy.url}/models: ") and len(proxy.requests) <= 1
 
 
 def test_an_upload_may_take_longer_than_connecting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "_CONNECT_TIMEOUT", 0.5)
+    monkeypatch.setattr(transport, "_CONNECT_TIMEOUT", 0.5)
     with FaultyProxy(reads_after=1.5) as proxy:
         assert to(proxy, timeout=30).post("/generate", {"prompt": "x" * (32 << 20)})["ok"]
         assert len(proxy.requests[0].json()["prompt"]) == 32 << 20
@@ -375,22 +381,17 @@ def test_an_upload_may_take_longer_than_connecting(monkeypatch: pytest.MonkeyPat
 
 def test_an_upload_that_nobody_reads_costs_no_more_than_the_timeout() -> None:
     with FaultyProxy(reads_after=60) as proxy:
-        started = time.monotonic()
         with pytest.raises(APIError, match=r"no answer in time|time for this call is over"):
             to(proxy, timeout=0.5).post("/generate", {"prompt": "x" * (32 << 20)})
-        assert time.monotonic() - started < PATIENCE
-        # The call may end before the proxy has got to its connection.
-        while not proxy.connections and time.monotonic() - started < PATIENCE:
-            time.sleep(0.01)
-        assert proxy.connections == 1
+        assert proxy.accepted.wait(60) and proxy.connections == 1
 
 
-def test_the_timeout_holds_all_tries_together(proxy: FaultyProxy) -> None:
+def test_the_timeout_holds_all_tries_together(proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     proxy.faults = [Status(503), Status(503), Stall(60)]
-    started = time.monotonic()
-    with pytest.raises(APIError):
+    with pytest.raises(APIError, match=r"no answer in time|time for this call is over"):
         to(proxy, timeout=1).get("/models")
-    assert time.monotonic() - started < PATIENCE
+    assert proxy.paths() == ["/models"] * 3
 
 
 def test_a_server_that_is_down_is_an_error_that_names_it() -> None:
@@ -414,10 +415,8 @@ def test_a_proxy_on_the_way_keeps_to_the_timeout_too(
     tunnelled = Transport(CredentialStore(), "https://nowhere.invalid", timeout=0.5)
     for through in (calls, tunnelled):
         proxy.faults = [Drip(0.01, head=True)]
-        started = time.monotonic()
         with pytest.raises(APIError, match=r"no answer in time|time for this call is over"):
             through.get("/models")
-        assert time.monotonic() - started < PATIENCE
     assert proxy.requests[-1].method == "CONNECT"
     proxy.faults = [Status(403)]
     with pytest.raises(APIError, match=r"connection failed.*403"):
@@ -462,10 +461,8 @@ def test_tls_is_as_good_as_plain_http_and_keeps_to_the_timeout(
         assert calls.get("/models")["ok"] and calls.get("/models")["ok"] and proxy.connections == 2
         for fault in (Stall(60), *SLOW.values()):
             proxy.faults = [fault]
-            started = time.monotonic()
-            with pytest.raises(APIError, match=r"time|slowly"):
+            with pytest.raises(APIError, match=r"no answer in time|time for this call is over"):
                 to(proxy, timeout=0.5).get("/models")
-            assert time.monotonic() - started < PATIENCE
 
 
 def test_a_handshake_that_is_cut_is_a_connection_that_failed(
@@ -554,10 +551,8 @@ def test_another_threads_renewal_costs_a_call_no_more_than_its_timeout() -> None
         try:
             assert asked.wait(30)
             assert store.current(origin) == used  # and nobody waits to read
-            begin = time.monotonic()
             with pytest.raises(APIError, match="another thread"):
-                store.refresh(used, origin, exchange, begin + 0.2)
-            assert time.monotonic() - begin < PATIENCE
+                store.refresh(used, origin, exchange, time.monotonic() + 0.2)
             store.set_key(KEY, origin, same_account=True, persist=False)
         finally:
             go_on.set()
@@ -710,11 +705,12 @@ def test_a_renewal_that_fails_loses_no_token(fault: Any, kind: type[MechanexErro
 
 
 def test_no_log_exception_or_repr_shows_a_secret(
-    proxy: FaultyProxy, caplog: pytest.LogCaptureFixture
+    proxy: FaultyProxy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     client = (
-        Mechanex(proxy.url, KEY, timeout=2)
+        Mechanex(proxy.url, KEY, timeout=20)
         .set_token(ACCESS, REFRESH, persist=True)
         .set_key(KEY, persist=True)
     )
@@ -733,10 +729,11 @@ def test_no_log_exception_or_repr_shows_a_secret(
         Raw(f"HTTP/{KEY} 200 OK\r\n\r\n".encode()),
         Status(200, "x"),
     ):
-        proxy.faults = [fault]
-        with pytest.raises(MechanexError) as raised:
-            client.transport.post("/generate", {})
-        shown.append(everything(raised.value))
+        for call in (lambda: client.transport.post("/generate", {}), lambda: client.transport.get("/models")):
+            proxy.faults = [fault] * 4
+            with pytest.raises(MechanexError) as raised:
+                call()
+            shown.append(everything(raised.value))
     proxy.faults = [
         Status(422, '{"detail": [{"loc": ["body", "password"], "msg": "m", "input": "pa$s w0rd"}]}')
     ]
@@ -830,7 +827,7 @@ def test_a_body_that_json_cannot_hold_is_not_sent(proxy: FaultyProxy, value: Any
 
 
 def test_an_answer_without_end_is_given_up(proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(deadline, "_MOST_BYTES", 1000)
     proxy.faults = [Status(200, '"' + "x" * 2000 + '"'), Pass()]
     with pytest.raises(APIError, match="more than 1,000 bytes"):
         to(proxy).get("/models")

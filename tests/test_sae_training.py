@@ -20,7 +20,7 @@ from mechanex.engine.sae.hook_points import HookPoint
 from mechanex.engine.sae.quality import measured
 from mechanex.engine.sae.read import read_sae
 from mechanex.engine.sae.train import Trained, train_sae
-from mechanex.engine.sae.training import Settings, Weights, step
+from mechanex.engine.sae.training import TrainedWeights, TrainingSettings, step
 from mechanex.errors import ValidationError
 
 TEXTS = [
@@ -40,7 +40,7 @@ def tiny() -> ModelAdapter:
 
 
 def run(tiny: ModelAdapter, rule: str = "topk", **options: Any) -> Trained:
-    settings = Settings(rule, **SMALL, steps=options.pop("steps", 12))  # type: ignore[arg-type]
+    settings = TrainingSettings(rule, **SMALL, steps=options.pop("steps", 12))  # type: ignore[arg-type]
     return train_sae(tiny, TEXTS, settings=settings, **options)
 
 
@@ -113,7 +113,7 @@ def test_batch_top_k_ends_with_the_threshold_that_keeps_k_a_token(tiny: ModelAda
 
 
 def test_jumprelu_comes_near_the_wanted_number_of_features(tiny: ModelAdapter) -> None:
-    settings = Settings("jumprelu", **SMALL, steps=250, lr=5e-3)
+    settings = TrainingSettings("jumprelu", **SMALL, steps=250, lr=5e-3)
     trained = train_sae(tiny, TEXTS, settings=settings)
     assert 5 < trained.report["l0"] < 13 and trained.report["variance_explained"] > 0.4
     assert trained.sae.threshold is not None and bool((trained.sae.threshold >= 0).all())
@@ -122,8 +122,8 @@ def test_jumprelu_comes_near_the_wanted_number_of_features(tiny: ModelAdapter) -
 def test_features_that_say_nothing_are_revived() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(512, 16, generator=generator) * 4
-    settings = Settings("topk", n_features=40, k=4, steps=400, batch=512, buffer=512, dead_after=1024)
-    weights = Weights.begin(settings, torch.zeros(16))
+    settings = TrainingSettings("topk", n_features=40, k=4, steps=400, batch=512, buffer=512, dead_after=1024)
+    weights = TrainedWeights.begin(settings, torch.zeros(16))
     weights.parameters["bias"][:20] = -100.0
     weights.silent[:20] = 10_000
     dead = [step(weights, x, float(x.square().sum(1).mean()), settings)["dead"] for _ in range(300)]
@@ -172,7 +172,7 @@ def test_the_first_token_of_a_text_is_left_out(tiny: ModelAdapter) -> None:
 )
 def test_settings_are_checked(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        Settings(**{**SMALL, **change})
+        TrainingSettings(**{**SMALL, **change})
 
 
 def test_what_can_not_be_trained_on_is_refused(tiny: ModelAdapter) -> None:

@@ -35,10 +35,9 @@ from mechanex.engine.sampling import Sampling, end_tokens
 from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import APIError, MechanexError, RateLimitError, ValidationError
 from mechanex.server.metrics import Metrics
-from mechanex.server.request import Generation, Request, Result, Steer
-from mechanex.server.row import ServedRow
-from mechanex.server.scheduler import Scheduler
-from mechanex.server.settings import Settings
+from mechanex.server.model.requests import Generation, Result, ServedRow, Steer, TextRequest
+from mechanex.server.model.scheduler import Scheduler
+from mechanex.server.settings import ServerSettings
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +71,7 @@ async def scheduled(model: Any, tokenizer: Any, **limits: Any) -> AsyncIterator[
     """A scheduler whose thread runs; it is told nothing before it is ready."""
     adapter = adapter_for(model)
     ends = end_tokens(adapter.hf_model, tokenizer)
-    scheduler = Scheduler(adapter, tokenizer, ends, Settings(host="127.0.0.1", **limits), Metrics())
+    scheduler = Scheduler(adapter, tokenizer, ends, ServerSettings(host="127.0.0.1", **limits), Metrics())
     scheduler.start()
     while not scheduler.ready:
         assert scheduler._thread is not None and scheduler._thread.is_alive()
@@ -84,7 +83,7 @@ async def scheduled(model: Any, tokenizer: Any, **limits: Any) -> AsyncIterator[
 
 
 def run(
-    loaded: Any, requests: list[Request], *, apart: float = 0.0, scheduler: dict[str, Any] | None = None
+    loaded: Any, requests: list[TextRequest], *, apart: float = 0.0, scheduler: dict[str, Any] | None = None
 ) -> list[Result]:
     """The answers to requests that come one after another."""
 
@@ -113,7 +112,7 @@ def test_greedy_answers_are_those_of_each_request_alone(tiny: Any) -> None:
     asked = [(PROMPTS[i % 5], vectors[i % 3] if i % 4 else None, (-2.0, 1.0)[i % 2]) for i in range(23)]
     lengths = [5 + 3 * (i % 7) for i in range(23)]
     requests = [
-        Request(
+        TextRequest(
             ids_of(tiny.tokenizer, text),
             max_tokens=n,
             steering=() if found is None else steers(found, strength),
@@ -147,7 +146,7 @@ def test_every_family_answers_as_alone(family: str) -> None:
         ("He knew every child by name, and the old man", 7),
     ]
     requests = [
-        Request(ids_of(tokenizer, text), max_tokens=n, steering=steers(found) if i else ())
+        TextRequest(ids_of(tokenizer, text), max_tokens=n, steering=steers(found) if i else ())
         for i, (text, n) in enumerate(asked)
     ]
     results = run(loaded, requests, apart=0.02)
@@ -171,14 +170,14 @@ def test_edits_of_some_tokens_only(name: str) -> None:
     for i, tokens in enumerate(selectors):
         ids = ids_of(tokenizer, PROMPTS[i % 2])
         steering = (*steers(found, 1.0, tokens), *(others if i % 3 == 2 else ()))
-        requests.append(Request(ids, max_tokens=8, steering=steering, stream=True))
+        requests.append(TextRequest(ids, max_tokens=8, steering=steering, stream=True))
         plan = SteeringPlan(Intervention(s.layer, s.edit, s.tokens) for s in steering)
         with plan.apply(model):
             whole = model.generate(
                 torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
             )
         expected.append(whole[0, len(ids) :].tolist())
-    results = run(loaded, [*(Request(r.ids, 8, logprobs=0, steering=r.steering) for r in requests)])
+    results = run(loaded, [*(TextRequest(r.ids, 8, logprobs=0, steering=r.steering) for r in requests)])
     for result, tokens in zip(results, expected, strict=True):
         chosen = [one.token for one in result.logprobs]
         assert chosen == tokens[: len(chosen)]
@@ -210,7 +209,9 @@ def test_sampled_answers_depend_on_their_seed_alone(tiny: Any) -> None:
         Sampling("min-p", min_p=0.1, temperature=1.5),
     ]
     requests = [
-        Request(ids_of(tiny.tokenizer, PROMPTS[i % 5]), max_tokens=12, sampling=samplings[i % 4], seed=i // 2)
+        TextRequest(
+            ids_of(tiny.tokenizer, PROMPTS[i % 5]), max_tokens=12, sampling=samplings[i % 4], seed=i // 2
+        )
         for i in range(10)
     ]
     results = run(tiny, requests, apart=0.003)
@@ -233,10 +234,10 @@ def test_logprobs_penalties_and_biases_are_what_they_say(tiny: Any) -> None:
     plain, penalized, biased, neighbour = run(
         tiny,
         [
-            Request(ids, 40, logprobs=3, prompt_logprobs=True),
-            Request(ids, 40, frequency_penalty=2.0, presence_penalty=2.0, logprobs=0),
-            Request(ids, 4, logit_bias=((wanted, 100.0), (banned, -100.0)), logprobs=0),
-            Request(ids, 40, logprobs=0),
+            TextRequest(ids, 40, logprobs=3, prompt_logprobs=True),
+            TextRequest(ids, 40, frequency_penalty=2.0, presence_penalty=2.0, logprobs=0),
+            TextRequest(ids, 4, logit_bias=((wanted, 100.0), (banned, -100.0)), logprobs=0),
+            TextRequest(ids, 40, logprobs=0),
         ],
     )
     chosen = [one.token for one in plain.logprobs]
@@ -274,8 +275,8 @@ def test_a_long_prompt_is_read_in_pieces_while_others_go_on(tiny: Any) -> None:
 
     async def both() -> tuple[Result, Result]:
         async with scheduled(tiny.model, tiny.tokenizer, prefill_tokens=16) as running:
-            first = running.submit(Request(ids_of(tiny.tokenizer, "Hello"), 20, stream=True))
-            second = running.submit(Request(ids, 5, steering=steers(vector(128, 4), -2.0)))
+            first = running.submit(TextRequest(ids_of(tiny.tokenizer, "Hello"), 20, stream=True))
+            second = running.submit(TextRequest(ids, 5, steering=steers(vector(128, 4), -2.0)))
 
             async def follow(name: str, generation: Generation) -> Result:
                 async for step in generation:
@@ -297,7 +298,7 @@ def test_answers_to_one_prompt_share_its_reading_where_it_is_steered_alike(tiny:
     kinds = [(), steers(found, -2.0), steers(found, -2.0, tokens=slice(0, 3)), steers(found, 1.0)]
     sampling = Sampling("top-k", 50, temperature=0.9)
     requests = [
-        Request(ids, 12, sampling, seed=i, steering=kinds[kind], logprobs=1, prompt_logprobs=i >= 8)
+        TextRequest(ids, 12, sampling, seed=i, steering=kinds[kind], logprobs=1, prompt_logprobs=i >= 8)
         for i, kind in enumerate([0, 0, 1, 1, 2, 3, 1, 0, 1, 1, 0, 0])
     ]
     counted: list[float] = []
@@ -347,13 +348,13 @@ def test_next_turns_are_read_together_by_what_is_new_of_them(
 
     async def turns() -> list[Result]:
         async with scheduled(tiny.model, tiny.tokenizer, prefill_tokens=64) as running:
-            answers = [await running.submit(Request(one, 6)).result() for one in firsts]
+            answers = [await running.submit(TextRequest(one, 6)).result() for one in firsts]
             n_read.clear()
             held = threading.Event()
             work = asyncio.create_task(running.run(lambda _: held.wait(20), None))
             await asyncio.sleep(0)  # all are here before the first is read
             asked = [
-                Request([*one, *ids_of(tiny.tokenizer, answer.text)[1:]], 4)
+                TextRequest([*one, *ids_of(tiny.tokenizer, answer.text)[1:]], 4)
                 for one, answer in zip(firsts, answers, strict=True)
             ]
             again = [running.submit(one) for one in asked]
@@ -370,10 +371,12 @@ def test_next_turns_are_read_together_by_what_is_new_of_them(
 
 def test_stop_texts_end_tokens_and_lengths(tiny: Any) -> None:
     ids = ids_of(tiny.tokenizer, PROMPTS[0])
-    (whole,) = run(tiny, [Request(ids, 400)])
+    (whole,) = run(tiny, [TextRequest(ids, 400)])
     assert whole.finish_reason == "stop"
     word = whole.text.split()[3]
-    cut, short, none = run(tiny, [Request(ids, 400, stops=(word,)), Request(ids, 3), Request(ids, 0)])
+    cut, short, none = run(
+        tiny, [TextRequest(ids, 400, stops=(word,)), TextRequest(ids, 3), TextRequest(ids, 0)]
+    )
     assert cut.text == whole.text[: whole.text.index(word)]
     assert cut.finish_reason == "stop"
     assert (short.finish_reason, short.completion_tokens) == ("length", 3)
@@ -384,7 +387,7 @@ def test_steps_joined_are_the_answer(tiny: Any) -> None:
     async def pieces() -> tuple[list[str], Result]:
         async with scheduled(tiny.model, tiny.tokenizer) as running:
             generation = running.submit(
-                Request(ids_of(tiny.tokenizer, PROMPTS[0]), 30, stream=True, stops=("coins. She",))
+                TextRequest(ids_of(tiny.tokenizer, PROMPTS[0]), 30, stream=True, stops=("coins. She",))
             )
             found = [step.text async for step in generation]
             return found, await generation.result()
@@ -399,7 +402,7 @@ def test_steps_joined_are_the_answer(tiny: Any) -> None:
 def test_a_reader_is_told_at_once_and_then_at_a_pace_that_is_read(tiny: Any, stops: tuple[str, ...]) -> None:
     ids, text = ids_of(tiny.tokenizer, PROMPTS[0]), ""
     row = ServedRow(
-        Generation(Request(ids, 60, stops=stops, stream=True)), tiny.tokenizer, (), None, math.inf
+        Generation(TextRequest(ids, 60, stops=stops, stream=True)), tiny.tokenizer, (), None, math.inf
     )
     row.pace = 3600.0
     begin, *tokens = ids_of(tiny.tokenizer, PROMPTS[3])
@@ -427,7 +430,9 @@ def test_a_reader_gets_what_was_written_before_other_work_takes_the_model(
 
     async def pieces() -> tuple[list[str], str]:
         async with scheduled(tiny.model, tiny.tokenizer) as running:
-            generation = running.submit(Request(ids_of(tiny.tokenizer, PROMPTS[0]), 400, stream=True, seed=1))
+            generation = running.submit(
+                TextRequest(ids_of(tiny.tokenizer, PROMPTS[0]), 400, stream=True, seed=1)
+            )
             steps = generation.__aiter__()
             first = (await steps.__anext__()).text
             held = threading.Event()
@@ -445,15 +450,15 @@ def test_a_reader_gets_what_was_written_before_other_work_takes_the_model(
 
 def test_a_row_that_breaks_leaves_the_others_alone(tiny: Any) -> None:
     huge = Steer(3, Edit.add(torch.full((128,), 3e38)))
-    asked = [Request(ids_of(tiny.tokenizer, PROMPTS[i % 3]), 12) for i in range(6)]
+    asked = [TextRequest(ids_of(tiny.tokenizer, PROMPTS[i % 3]), 12) for i in range(6)]
 
     async def together() -> list[Any]:
         async with scheduled(tiny.model, tiny.tokenizer) as running:
             first = [running.submit(one) for one in asked[:3]]
-            broken = running.submit(Request(asked[3].ids, 12, steering=(huge, huge)))
+            broken = running.submit(TextRequest(asked[3].ids, 12, steering=(huge, huge)))
             # Breaks after some steps, so that what it leaves in the cache is poison.
             later = Steer(3, huge.edit, slice(12, None))
-            late = running.submit(Request(asked[3].ids, 12, steering=(later, later)))
+            late = running.submit(TextRequest(asked[3].ids, 12, steering=(later, later)))
             await asyncio.sleep(0.05)
             second = [running.submit(one) for one in asked[3:]]
             return await asyncio.gather(
@@ -477,7 +482,7 @@ def test_log_probabilities_that_are_no_numbers_are_an_error(tiny: Any) -> None:
     async def read() -> list[Any]:
         async with scheduled(tiny.model, tiny.tokenizer) as running:
             asked = [
-                Request(ids, n, logprobs=1, prompt_logprobs=True, steering=steering)
+                TextRequest(ids, n, logprobs=1, prompt_logprobs=True, steering=steering)
                 for n, steering in ((0, (huge, huge)), (3, (huge, huge)), (0, ()))
             ]
             return await asyncio.gather(
@@ -491,7 +496,7 @@ def test_log_probabilities_that_are_no_numbers_are_an_error(tiny: Any) -> None:
 
 
 def test_an_error_of_the_model_ends_its_answers_and_nothing_else(tiny: Any) -> None:
-    request = Request(ids_of(tiny.tokenizer, PROMPTS[0]), 12)
+    request = TextRequest(ids_of(tiny.tokenizer, PROMPTS[0]), 12)
     calls = 0
 
     def fail(module: Any, args: Any) -> None:
@@ -536,7 +541,7 @@ def test_tokens_that_a_model_rules_out_are_no_error(tiny: Any) -> None:
 
     handle = tiny.model.lm_head.register_forward_hook(rule_out)
     try:
-        (found,) = run(tiny, [Request(ids, 3, logprobs=1, prompt_logprobs=True)])
+        (found,) = run(tiny, [TextRequest(ids, 3, logprobs=1, prompt_logprobs=True)])
     finally:
         handle.remove()
     second = found.prompt_logprobs[2]
@@ -572,13 +577,13 @@ def test_an_error_of_the_batch_leaves_nobody_waiting(
 
     async def some() -> list[Any]:
         async with scheduled(tiny.model, tiny.tokenizer) as running:
-            asked = [Request(ids, n, steering=steers(vector(128, 3), n / 10)) for n in (1, 2, 30)]
+            asked = [TextRequest(ids, n, steering=steers(vector(128, 3), n / 10)) for n in (1, 2, 30)]
             ends = await asyncio.wait_for(
                 asyncio.gather(*(one.result() for one in running.submit_all(asked)), return_exceptions=True),
                 20,
             )
             assert running.ready and not broken
-            assert (await running.submit(Request(ids, 3)).result()).completion_tokens == 3
+            assert (await running.submit(TextRequest(ids, 3)).result()).completion_tokens == 3
             return ends
 
     ends = asyncio.run(some())
@@ -593,7 +598,7 @@ def test_an_error_of_the_batch_leaves_nobody_waiting(
 
 def test_cancelled_and_late_requests_free_their_places(tiny: Any) -> None:
     ids = ids_of(tiny.tokenizer, PROMPTS[0])
-    endless = Request(ids, 480, logit_bias=((1, -100.0), (5, -100.0)))
+    endless = TextRequest(ids, 480, logit_bias=((1, -100.0), (5, -100.0)))
 
     async def some() -> tuple[Any, ...]:
         async with scheduled(tiny.model, tiny.tokenizer, max_batch=2) as running:
@@ -604,11 +609,12 @@ def test_cancelled_and_late_requests_free_their_places(tiny: Any) -> None:
             second.cancel()
             third.cancel()
             await _until(lambda: running.n_running == 0)
-            late = running.submit(Request(ids, 480, timeout=0.15, logit_bias=endless.logit_bias))
+            ended = (await running.submit(TextRequest(ids, 2)).result()).completion_tokens
+        async with scheduled(tiny.model, tiny.tokenizer, request_timeout=0.15) as hurried:
             with pytest.raises(APIError, match="longer than the server allows") as error:
-                await late.result()
-            ended = running.submit(Request(ids, 2))
-            return (await ended.result()).completion_tokens, error.value.status_code
+                await hurried.submit(endless).result()
+            await _until(lambda: hurried.n_running == 0)
+            return ended, error.value.status_code
 
     assert asyncio.run(some()) == (2, 504)
 
@@ -626,24 +632,24 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(tiny: Any) -> None:
 
             job = asyncio.create_task(running.run(hold, None))
             await _until(entered.is_set)
-            kept = [running.submit(Request(ids, 1)) for _ in range(2)]
+            kept = [running.submit(TextRequest(ids, 1)) for _ in range(2)]
             with pytest.raises(RateLimitError) as error:
-                running.submit(Request(ids, 1))
+                running.submit(TextRequest(ids, 1))
             assert error.value.status_code == 429
             assert error.value.retry_after is not None
             assert error.value.retry_after >= 1
             # One whose client has gone only waits to be swept out.
             kept[1].cancel()
-            kept.append(running.submit(Request(ids, 1)))
+            kept.append(running.submit(TextRequest(ids, 1)))
             with pytest.raises(RateLimitError):
-                running.submit(Request(ids, 1))
+                running.submit(TextRequest(ids, 1))
             leave.set()
             await job
             assert [(await kept[i].result()).completion_tokens for i in (0, 2)] == [1, 1]
             # What is more than may wait is taken as a whole by an empty queue, or could never be asked for.
-            many = running.submit_all([Request(ids, 1)] * 5)
+            many = running.submit_all([TextRequest(ids, 1)] * 5)
             with pytest.raises(RateLimitError):
-                running.submit_all([Request(ids, 1)] * 2)
+                running.submit_all([TextRequest(ids, 1)] * 2)
             assert [(await one.result()).completion_tokens for one in many] == [1] * 5
 
     asyncio.run(crowd())
@@ -659,7 +665,7 @@ def test_other_work_runs_between_steps_and_its_errors_come_back(tiny: Any) -> No
         async with scheduled(tiny.model, tiny.tokenizer) as running:
             steered = steers(vector(128, 3))
             generation = running.submit(
-                Request(ids, 40, steering=steered, logit_bias=((1, -100.0), (5, -100.0)))
+                TextRequest(ids, 40, steering=steered, logit_bias=((1, -100.0), (5, -100.0)))
             )
             await _until(lambda: running.n_running == 1)
             ours = await running.run(lambda adapter: adapter.call(input_ids=torch.tensor([ids])).logits, None)
@@ -685,7 +691,7 @@ def test_text_goes_on_while_a_vector_is_computed_and_neither_changes(tiny: Any) 
         for compute in (caa_vectors, few_shot_vectors)
     }
     asked = [
-        Request(ids_of(tiny.tokenizer, text), 12, steering=steers(vector(128, 3), strength))
+        TextRequest(ids_of(tiny.tokenizer, text), 12, steering=steers(vector(128, 3), strength))
         for text, strength in zip(PROMPTS, (-2.0, 1.0, 0.5), strict=False)
     ]
     expected = [run(tiny, [request])[0].text for request in asked]
@@ -766,9 +772,9 @@ def test_prompts_that_fill_the_context_are_refused(tiny: Any) -> None:
     async def some() -> None:
         async with scheduled(tiny.model, tiny.tokenizer) as running:
             with pytest.raises(ValidationError, match="context") as error:
-                running.submit(Request([7] * 512, 1))
+                running.submit(TextRequest([7] * 512, 1))
             assert error.value.details == {"code": "context_length_exceeded"}
-            last = await running.submit(Request([7] * 511, 10)).result()
+            last = await running.submit(TextRequest([7] * 511, 10)).result()
             assert last.completion_tokens == 1
 
     asyncio.run(some())
@@ -780,12 +786,12 @@ def test_shutdown_ends_what_it_cant_finish(tiny: Any) -> None:
     async def end() -> list[Any]:
         async with scheduled(tiny.model, tiny.tokenizer, max_batch=2) as running:
             generations = [
-                running.submit(Request(ids, 400, logit_bias=((1, -100.0), (5, -100.0)))) for _ in range(3)
+                running.submit(TextRequest(ids, 400, logit_bias=((1, -100.0), (5, -100.0)))) for _ in range(3)
             ]
             await _until(lambda: running.n_running == 2)
             await running.drain(0.05)
             with pytest.raises(APIError, match="shutting down"):
-                running.submit(Request(ids, 1))
+                running.submit(TextRequest(ids, 1))
             return await asyncio.gather(*(one.result() for one in generations), return_exceptions=True)
 
     for error in asyncio.run(end()):
@@ -825,9 +831,9 @@ def test_the_batch_holds_no_more_positions_than_allowed(tiny: Any) -> None:
         # Each needs 9 + 31 positions, so two fit at once; the last one needs more than all by itself, and runs alone.
         async with scheduled(tiny.model, tiny.tokenizer, max_cache_tokens=80) as running:
             generations = [
-                running.submit(Request(ids, n, logit_bias=((1, -100.0), (5, -100.0)))) for n in (31,) * 4
+                running.submit(TextRequest(ids, n, logit_bias=((1, -100.0), (5, -100.0)))) for n in (31,) * 4
             ]
-            generations.append(running.submit(Request(ids, 90, logit_bias=((1, -100.0), (5, -100.0)))))
+            generations.append(running.submit(TextRequest(ids, 90, logit_bias=((1, -100.0), (5, -100.0)))))
 
             async def watch() -> None:
                 while True:
@@ -846,9 +852,11 @@ def test_the_batch_holds_no_more_positions_than_allowed(tiny: Any) -> None:
 def test_rows_that_outgrow_the_cache_wait_and_go_on_where_they_were(tiny: Any) -> None:
     found, endless = vector(128, 3), ((1, -100.0), (5, -100.0))
     requests = [
-        Request(ids_of(tiny.tokenizer, PROMPTS[0]), 220, logit_bias=endless, stream=True),
-        Request(ids_of(tiny.tokenizer, PROMPTS[1]), 190, logit_bias=endless, steering=steers(found, -2.0)),
-        Request(
+        TextRequest(ids_of(tiny.tokenizer, PROMPTS[0]), 220, logit_bias=endless, stream=True),
+        TextRequest(
+            ids_of(tiny.tokenizer, PROMPTS[1]), 190, logit_bias=endless, steering=steers(found, -2.0)
+        ),
+        TextRequest(
             ids_of(tiny.tokenizer, PROMPTS[0]),
             200,
             Sampling("top-k", 50),
@@ -856,7 +864,7 @@ def test_rows_that_outgrow_the_cache_wait_and_go_on_where_they_were(tiny: Any) -
             logit_bias=endless,
             logprobs=1,
         ),
-        Request(
+        TextRequest(
             ids_of(tiny.tokenizer, PROMPTS[2]),
             170,
             logit_bias=endless,

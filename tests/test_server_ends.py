@@ -12,12 +12,12 @@ from families import build, tiny_tokenizer
 
 from mechanex.engine.models import adapter_for
 from mechanex.errors import APIError, MechanexError
+from mechanex.server.http.middleware import RequestMiddleware
 from mechanex.server.metrics import Metrics
-from mechanex.server.middleware import RequestMiddleware
-from mechanex.server.request import Generation, Request, Step
-from mechanex.server.scheduler import Scheduler
-from mechanex.server.settings import Settings
-from mechanex.server.streams import _merged
+from mechanex.server.model.requests import Generation, Step, TextRequest
+from mechanex.server.model.scheduler import Scheduler
+from mechanex.server.openai.streams import _merged
+from mechanex.server.settings import ServerSettings
 
 TOKENIZER = tiny_tokenizer()
 PATIENCE = 60.0  # seconds after which a test counts as hanging
@@ -25,7 +25,7 @@ PATIENCE = 60.0  # seconds after which a test counts as hanging
 
 @asynccontextmanager
 async def scheduled(model: Any) -> AsyncIterator[Scheduler]:
-    scheduler = Scheduler(adapter_for(model), TOKENIZER, [], Settings(host="127.0.0.1"), Metrics())
+    scheduler = Scheduler(adapter_for(model), TOKENIZER, [], ServerSettings(host="127.0.0.1"), Metrics())
     scheduler.start()
     try:
         yield scheduler
@@ -67,7 +67,7 @@ def test_a_dead_model_thread_leaves_nobody_waiting_and_takes_nobody_in(family: s
                 await asyncio.sleep(0.01)
             handle = adapter_for(model).layers[0].register_forward_pre_hook(die)
             try:
-                asked = [scheduler.submit(Request([5, 6, 7, n], 400, stream=True)) for n in range(3)]
+                asked = [scheduler.submit(TextRequest([5, 6, 7, n], 400, stream=True)) for n in range(3)]
                 work = asyncio.ensure_future(
                     scheduler.run(lambda adapter: (die(), die(), die(), die()), None)
                 )
@@ -84,7 +84,7 @@ def test_a_dead_model_thread_leaves_nobody_waiting_and_takes_nobody_in(family: s
                     assert scheduler._worker is not None
                     scheduler._worker.failure = None
                 with pytest.raises(APIError, match="model thread has failed") as refused:
-                    scheduler.submit(Request([5, 6], 3))
+                    scheduler.submit(TextRequest([5, 6], 3))
                 assert refused.value.status_code == 503
                 with pytest.raises(APIError, match="model thread has failed"):
                     await asyncio.wait_for(scheduler.run(lambda adapter: 1, None), PATIENCE)
@@ -102,7 +102,7 @@ def test_work_that_ends_oddly_is_told_as_an_error_and_the_server_goes_on(error: 
             with pytest.raises(MechanexError, match=type(error).__name__):
                 await asyncio.wait_for(scheduler.run(work, None), PATIENCE)
             assert (
-                await asyncio.wait_for(scheduler.submit(Request([5, 6], 3)).result(), PATIENCE)
+                await asyncio.wait_for(scheduler.submit(TextRequest([5, 6], 3)).result(), PATIENCE)
             ).completion_tokens
 
     asyncio.run(scene())
@@ -110,7 +110,7 @@ def test_work_that_ends_oddly_is_told_as_an_error_and_the_server_goes_on(error: 
 
 def test_one_of_several_streams_that_fails_ends_them_all() -> None:
     async def scene() -> None:
-        first, second = Generation(Request([1])), Generation(Request([1]))
+        first, second = Generation(TextRequest([1])), Generation(TextRequest([1]))
         first.deliver(Step("a"))
         second.deliver(RuntimeError("odd"))
         with pytest.raises(RuntimeError, match="odd"):

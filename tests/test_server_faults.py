@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 from server_process import serving
 
-from mechanex.server.settings import Settings
-from mechanex.server.store import Store, open_store
+from mechanex.server.accounts.store import Store, open_store
+from mechanex.server.settings import ServerSettings
 
 pytestmark = [
     pytest.mark.slow,
@@ -44,13 +44,13 @@ WRITER = textwrap.dedent(
     from argon2 import PasswordHasher
     from mechanex import SteeringVector
     from mechanex.errors import MechanexError
-    from mechanex.server.passwords import Passwords
-    from mechanex.server.settings import Settings
-    from mechanex.server.store import open_store
+    from mechanex.server.accounts.passwords import Passwords
+    from mechanex.server.settings import ServerSettings
+    from mechanex.server.accounts.store import open_store
 
     limit = int(sys.argv[1])
     store = open_store(
-        Settings(), passwords=Passwords(PasswordHasher(time_cost=1, memory_cost=8, parallelism=1))
+        ServerSettings(), passwords=Passwords(PasswordHasher(time_cost=1, memory_cost=8, parallelism=1))
     )
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -67,7 +67,7 @@ WRITER = textwrap.dedent(
             while not failed.is_set():
                 count += 1
                 email = f"user{number}.{count}@example.org"
-                account, session = store.accounts.sign_up(email, "correct horse")
+                account, session = store.users.sign_up(email, "correct horse")
                 say(account=account.id, email=email, refresh=session.refresh_token)
                 say(account=account.id, key=store.keys.create(account.id, "key"))
                 vector = SteeringVector({0: torch.full((64,), float(count))})
@@ -81,7 +81,7 @@ WRITER = textwrap.dedent(
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     # Whoever was there before the disk was full can still be read.
-    say(readable=store.accounts.get(None).id)
+    say(readable=store.users.get(None).id)
     """
 )
 
@@ -111,16 +111,16 @@ def writer(home: Path, limit: int = 0) -> subprocess.Popen[str]:
 def check_all_there(store: Store, acknowledged: list[dict[str, Any]]) -> None:
     for entry in acknowledged:
         if "email" in entry:
-            assert store.accounts.get(entry["account"]).email == entry["email"]
+            assert store.users.get(entry["account"]).email == entry["email"]
             assert (
-                store.account_for_token(store.accounts.refresh(entry["refresh"]).access_token)
+                store.sessions.account_for(store.sessions.refresh(entry["refresh"]).access_token)
                 == entry["account"]
             )
         elif "key" in entry:
-            assert store.account_for_key(entry["key"]) == entry["account"]
+            assert store.keys.account_for(entry["key"]) == entry["account"]
         elif "behavior" in entry:
-            assert store.behavior_vector_id(entry["account"], "kind") == entry["behavior"]
-            vector = store.vector(entry["account"], entry["behavior"])
+            assert store.library.behavior_vector_id(entry["account"], "kind") == entry["behavior"]
+            vector = store.library.vector(entry["account"], entry["behavior"])
             assert vector is not None and float(vector[0][0]) == entry["value"]
 
 
@@ -135,7 +135,7 @@ def store_after(mechanex_home: Path) -> Iterator[Any]:
     stores: list[Store] = []
 
     def reopen() -> Store:
-        stores.append(open_store(Settings()))
+        stores.append(open_store(ServerSettings()))
         return stores[-1]
 
     yield reopen
@@ -206,7 +206,7 @@ def test_a_full_disk_is_an_error_with_a_reason_and_heals(
     check_sound(small_disk)
     store = store_after()
     check_all_there(store, acknowledged)
-    store.accounts.sign_up("late@example.org", "correct horse")
+    store.users.sign_up("late@example.org", "correct horse")
     vectors = {path.stem for path in (small_disk / "server" / "vectors").iterdir()}
     assert vectors == {entry["behavior"] for entry in acknowledged if "behavior" in entry}
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from server_process import ServerProcess, serving
 
-from mechanex.server.bodies import GenerateBody, RaagBody, SteeringBody
-from mechanex.server.openai_schemas import ChatBody, CompletionBody
+from mechanex.server.axionic.bodies import GenerateBody, RaagBody, SteeringBody
+from mechanex.server.openai.bodies import ChatBody, CompletionBody
 
 pytestmark = pytest.mark.slow
 

@@ -525,6 +525,7 @@ def test_edits_that_are_written_to_while_rows_are_decoded_count_at_once(device: 
     assert found[0] == found[1]
 
 
+@pytest.mark.long
 def test_a_plan_on_a_compiled_model_is_applied_once(device: str) -> None:
     model, ids = FAMILIES["llama"]().to(device), ids_of()
     model.compile(backend="eager")

@@ -14,9 +14,9 @@ from mechanex.engine.memory import tensor_bytes
 from mechanex.engine.models import adapter_for
 from mechanex.engine.vector_store import VectorStore
 from mechanex.engine.vectors import SteeringVector
-from mechanex.server import steerings as module
-from mechanex.server.settings import Settings
-from mechanex.server.steerings import Steerings
+from mechanex.server.library import steerings as module
+from mechanex.server.library.steerings import Steerings
+from mechanex.server.settings import ServerSettings
 
 
 def test_many_strengths_of_a_vector_take_no_more_memory_than_allowed(
@@ -27,7 +27,7 @@ def test_many_strengths_of_a_vector_take_no_more_memory_than_allowed(
     vector = SteeringVector({layer: torch.randn(adapter.d_model) for layer in layers})
     each = adapter.n_layers * adapter.d_model * 4
     monkeypatch.setattr(module, "_MOST_EDIT_BYTES", 10 * each)
-    kept = Steerings(adapter, Settings(), None, VectorStore(tmp_path))
+    kept = Steerings(adapter, ServerSettings(), None, VectorStore(tmp_path))
     alive: list[weakref.ref[Any]] = []
     for i in range(1024):
         alive += [weakref.ref(steer.edit) for steer in kept.edits(vector, 1 + i / 100)]

@@ -17,8 +17,8 @@ from mechanex.engine.detokenize import Continuation, special_tokens
 from mechanex.engine.generate import generate, generate_batch, stream
 from mechanex.engine.models.resolve import LoadedModel
 from mechanex.engine.sampling import Sampling
-from mechanex.server.request import Request
-from mechanex.server.token_texts import TokenTexts
+from mechanex.server.model.requests import TextRequest
+from mechanex.server.model.texts import TokenTexts
 
 PROMPT = "The morning was cold"
 TOKENS = 12
@@ -52,7 +52,7 @@ def answer(loaded: LoadedModel, **options: Any) -> str:
     assert generate_batch(loaded.model, loaded.tokenizer, ["The old man", PROMPT], **settings)[1] == text
     assert "".join(stream(loaded.model, loaded.tokenizer, PROMPT, **settings)) == text
     stops = settings.get("stop") or ()
-    request = Request(
+    request = TextRequest(
         loaded.tokenizer(PROMPT).input_ids,
         TOKENS,
         Sampling("greedy"),
@@ -88,7 +88,7 @@ def test_a_stop_text_may_be_a_special_token(loaded: LoadedModel) -> None:
 
 def test_the_server_reports_nothing_of_the_token_that_stopped_it(loaded: LoadedModel) -> None:
     ids = loaded.tokenizer(PROMPT).input_ids
-    (found,) = run(loaded, [Request(ids, TOKENS, Sampling("greedy"), stops=(MARK,), logprobs=0)])
+    (found,) = run(loaded, [TextRequest(ids, TOKENS, Sampling("greedy"), stops=(MARK,), logprobs=0)])
     assert found.finish_reason == "stop"
     assert END not in [one.token for one in found.logprobs]
     assert len(found.logprobs) == found.completion_tokens - 1
@@ -139,7 +139,7 @@ def test_special_tokens_are_all_that_decoding_leaves_out() -> None:
     assert TokenTexts(tokenizer).is_special(END)
 
 
-# Settings of a model's generation_config, each of which changes or breaks transformers' generate.
+# ServerSettings of a model's generation_config, each of which changes or breaks transformers' generate.
 SETTINGS: dict[str, Any] = {
     "min_new_tokens": 11,
     "min_length": 60,

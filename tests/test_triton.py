@@ -180,7 +180,7 @@ def test_every_width_has_a_block(kernels: SimpleNamespace, device: str) -> None:
 
 
 @on_each_device
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=LONG), pytest.param(1, marks=LONG), 5])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=LONG), 2, pytest.param(5, marks=LONG)])
 def test_table_gradients_over_many_chunks_and_edits_without_rows(device: str, rank: int) -> None:
     hidden, rows, *tables = SteerCase(70, 31, n_edits=9, rank=rank, rows="mixed").make(torch.float32, device)
     # Edit 4 fills a chunk and more; edits 5, 6 and 8 have no row.
@@ -200,8 +200,8 @@ def test_table_gradients_over_many_chunks_and_edits_without_rows(device: str, ra
 @on_each_device
 def test_results_fill_all_of_their_memory_and_are_the_same_bits_twice(device: str) -> None:
     # Deterministic mode fills new memory with NaN and refuses torch operations that are not reproducible.
-    args = SteerCase(70, 64, n_edits=5, rank=2, rows="mixed").make(torch.float32, device)
-    cotangent = torch.randn(70, 64).to(device)
+    args = SteerCase(37, 20, n_edits=3, rank=2, rows="mixed").make(torch.float32, device)
+    cotangent = torch.randn(37, 20).to(device)
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty_like(cotangent).isnan().all()

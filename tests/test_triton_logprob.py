@@ -12,7 +12,7 @@ import pytest
 import torch
 from optable import DTYPES, LOGPROB_CASES, LogprobArgs, LogprobCase, pairs, with_head
 from test_logprob_op import assert_close, assert_matches_oracle, both, wide
-from test_triton import on_each_device, outside_the_interpreter, python
+from test_triton import LONG, on_each_device, outside_the_interpreter, python
 from tolerances import logprob_bounds
 from torch import Tensor
 
@@ -53,7 +53,7 @@ def test_values_and_gradients_match_the_oracle(case: LogprobCase, dtype: torch.d
 
 
 @on_each_device
-@pytest.mark.parametrize("programs", [1, 9, 1024])
+@pytest.mark.parametrize("programs", [1, 9, pytest.param(1024, marks=LONG)])
 @pytest.mark.parametrize(
     ("case", "dtype"),
     pairs(
@@ -168,23 +168,28 @@ def test_what_is_not_finite_is_nan_and_alone(
 
 
 @on_each_device
-def test_results_fill_all_of_their_memory_and_are_the_same_bits_twice(device: str) -> None:
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, *(pytest.param(d, marks=LONG) for d in (torch.float16, torch.float64))],
+    ids=str,
+)
+def test_results_fill_all_of_their_memory_and_are_the_same_bits_twice(
+    dtype: torch.dtype, device: str
+) -> None:
     # Deterministic mode fills new memory with NaN and refuses torch operations that are not reproducible.
-    for dtype in DTYPES:
-        args = LogprobCase(20, 47, 300, True, softcap=5.0).make(dtype, device)
-        cotangent = torch.randn(20).to(device)
-        torch.use_deterministic_algorithms(True)
-        try:
-            assert torch.empty_like(cotangent).isnan().all()
-            first, second = (
-                [completion_logprob(*args, backend="triton"), *both(args, cotangent, "triton")]
-                for _ in range(2)
-            )
-        finally:
-            torch.use_deterministic_algorithms(False)
-        for one, other in zip(first, second, strict=True):
-            assert not one.isnan().any()
-            assert torch.equal(one, other)
+    args = LogprobCase(20, 47, 300, True, softcap=5.0).make(dtype, device)
+    cotangent = torch.randn(20).to(device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty_like(cotangent).isnan().all()
+        first, second = (
+            [completion_logprob(*args, backend="triton"), *both(args, cotangent, "triton")] for _ in range(2)
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip(first, second, strict=True):
+        assert not one.isnan().any()
+        assert torch.equal(one, other)
 
 
 @on_each_device

@@ -137,8 +137,15 @@ def logprob_bounds(
     rounding = 0.505 * torch.finfo(
         dtype
     ).eps * gradient.abs() + unit_of_one * cotangent.double().abs().unsqueeze(1)
-    rounding = rounding + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    # Below the smallest normal number a product is right to a step, and so is the result in its own dtype.
+    worked_in = torch.float64 if dtype == torch.float64 else torch.float32
+    rounding = rounding + _step(dtype) + (4 + len(weight)) * _step(worked_in)
     return allowed, rounding + magnitude * (torch.expm1(2 * loss) + unit).unsqueeze(1)
+
+
+def _step(dtype: torch.dtype) -> float:
+    """The distance between the smallest numbers of a dtype."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
 
 def logits(args: optable.LogprobArgs) -> tuple[Tensor, Tensor]:

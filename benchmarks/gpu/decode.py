@@ -34,13 +34,13 @@ from transformers import LlamaForCausalLM
 
 from mechanex.engine.capabilities.decoding import form
 from mechanex.engine.decode.decoder import Decoder
-from mechanex.engine.decode.request import Request, Steer
+from mechanex.engine.decode.request import Steer, TextRequest
 from mechanex.engine.decode.row import Row
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
 from mechanex.engine.models.adapter import exclusive, undisturbed
-from mechanex.server.request import Request as Asked
+from mechanex.server.model.requests import TextRequest as Asked
 
 SECTIONS = ("first", "exact", "pace", "captures", "served", "compiled")
 # The decoder's window of tokens: long enough for a rate, short enough for one bucket of columns.
@@ -145,7 +145,7 @@ class Bench:
             edits = clamps(self.width, seed)
             return [
                 Row(
-                    Request(ids, 64, steering=tuple(Steer(k, edits[i]) for k in range(adapter.n_layers))),
+                    TextRequest(ids, 64, steering=tuple(Steer(k, edits[i]) for k in range(adapter.n_layers))),
                     Letters(),
                     (),
                     prompt=(i, n),

@@ -11,17 +11,17 @@ from decode_model import Letters
 
 from mechanex.engine.models.adapter import ModelAdapter
 from mechanex.server.metrics import Metrics
-from mechanex.server.request import Request
-from mechanex.server.scheduler import Scheduler
-from mechanex.server.settings import Settings
+from mechanex.server.model.requests import TextRequest
+from mechanex.server.model.scheduler import Scheduler
+from mechanex.server.settings import ServerSettings
 
-RequestOf = Callable[[int, int], Request]
+RequestOf = Callable[[int, int], TextRequest]
 
 
 @contextlib.asynccontextmanager
 async def scheduled(adapter: ModelAdapter) -> AsyncIterator[Scheduler]:
     """A scheduler whose thread runs and is ready."""
-    scheduler = Scheduler(adapter, Letters(), [], Settings(host="127.0.0.1"), Metrics())
+    scheduler = Scheduler(adapter, Letters(), [], ServerSettings(host="127.0.0.1"), Metrics())
     scheduler.start()
     try:
         while not scheduler.ready:
@@ -55,7 +55,7 @@ async def clients(scheduler: Scheduler, n: int, each: int, request_of: RequestOf
     return sum(found) / (time.perf_counter() - begun)
 
 
-async def first_token(scheduler: Scheduler, request: Request) -> float:
+async def first_token(scheduler: Scheduler, request: TextRequest) -> float:
     """Seconds to the first piece of a streamed answer."""
     begun = time.perf_counter()
     generation = scheduler.submit(request)

@@ -6,7 +6,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 __all__ = ["H11Protocol", "forget_signals"]
-# Of the protocol, the listener uses: connections, transport, loop, cycle and its response_complete, connection_made,
+# Of the protocol, the server uses: connections, transport, loop, cycle and its response_complete, connection_made,
 # data_received, connection_lost and on_response_complete. Of the server: startup, shutdown, started and should_exit.
 
 

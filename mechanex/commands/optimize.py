@@ -18,7 +18,7 @@ from ..bundled import dataset_path
 from ..engine.caa import default_layer
 from ..engine.models import adapter_for
 from ..engine.models.resolve import load
-from ..engine.optimize.datafile import read_datapoints
+from ..engine.optimize.datapoints import read_datapoints
 from ..engine.vectors import SteeringVector
 from ..errors import ValidationError
 from ..home import atomic_path

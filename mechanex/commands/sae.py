@@ -18,7 +18,7 @@ from ..engine.sae.generate import WatchedText, generate_watched
 from ..engine.sae.read import read_sae
 from ..engine.sae.store import BehaviorStore
 from ..engine.sae.train import train_sae
-from ..engine.sae.training import Settings
+from ..engine.sae.training import TrainingSettings
 from ..errors import NotFoundError, ValidationError
 from .console import console, echo_json, model_text
 
@@ -167,7 +167,7 @@ def run_train(
     trained = train_sae(
         loaded.model,
         texts,
-        settings=Settings(**settings),
+        settings=TrainingSettings(**settings),
         point=point,
         tokenizer=loaded.tokenizer,
         out=out,

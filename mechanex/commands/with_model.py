@@ -1,4 +1,4 @@
-"""The commands that load a model: steer, score, optimize, serve and demo. What they do is in modules of their own."""
+"""The commands that load a model: steer, score, optimize and serve. What they do is in modules of their own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .options import (
     split_option,
 )
 
-__all__ = ["demo", "optimize", "score", "serve", "steer"]
+__all__ = ["optimize", "score", "serve", "steer"]
 
 _model = click.argument("model", shell_complete=complete_model)
 
@@ -229,20 +229,3 @@ def serve(**options: Any) -> None:
     from .serve import run_serve
 
     run_serve(**options)
-
-
-@click.command()
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("out"),
-    show_default=True,
-    help="Folder for the plot and the figures.",
-)
-@seed_option
-@json_option
-def demo(out: Path, *, seed: int, as_json: bool) -> None:
-    """Steer the bundled model three ways, and measure it."""
-    from ..demo import run_demo
-
-    run_demo(out, seed=seed, as_json=as_json)

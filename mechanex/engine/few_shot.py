@@ -16,8 +16,8 @@ from .forward import packs_for
 from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .optimize.datapoints import TrainingDatapoint
-from .optimize.job import Job
-from .optimize.jobs import run_jobs
+from .optimize.loop import run_jobs
+from .optimize.problem import OptimizationJob
 from .optimize.settings import settings_of
 from .pack import Pack
 from .passes import visit_residuals
@@ -95,8 +95,8 @@ def few_shot_vectors(
             "lr": STEP * norms[layer] / math.sqrt(adapter.d_model),
             "max_norm": LONGEST * norms[layer],
         }
-        settings = settings_of(usual | {"seed": seed} | options | {"return_info": True})
-        jobs.append(Job(adapter, datapoints, layer, settings, tokenizer))
+        settings = settings_of(**(usual | {"seed": seed} | options | {"return_info": True}))
+        jobs.append(OptimizationJob(adapter, datapoints, layer, settings, tokenizer))
     found = run_jobs(jobs, progress=progress)
     for job, (vector, info) in zip(jobs, found, strict=True):
         _check_moved(job, vector, info["iters"])
@@ -118,7 +118,7 @@ def _check_answers(
         raise ValidationError("The answers are the same for positive and negative; check the examples.")
 
 
-def _check_moved(job: Job, vector: Tensor, steps: int) -> None:
+def _check_moved(job: OptimizationJob, vector: Tensor, steps: int) -> None:
     """Refuses what is still the random start."""
     start = job.parameters.project(job.start(), job.settings.max_norm, None)
     if steps and torch.allclose(vector, start, rtol=1e-6, atol=0):

@@ -6,19 +6,18 @@ import logging
 from typing import Any, Literal, TypeVar
 
 from ..errors import AuthenticationError, MechanexError, ValidationError
-from .answers import field, listed, object_of
-from .failures import without_secrets
+from .answers import field, listed, object_of, without_secrets
 from .identity import Tokens
 from .transport import TIMEOUT, Transport, tokens_of
 
-__all__ = ["Account"]
+__all__ = ["AccountCalls"]
 
 _logger = logging.getLogger(__name__)
 
-Self = TypeVar("Self", bound="Account")
+Self = TypeVar("Self", bound="AccountCalls")
 
 
-class Account:
+class AccountCalls:
     """The account calls of a client. Each raises, beside what it names, whatever ``Transport.call`` raises.
 
     Attributes:

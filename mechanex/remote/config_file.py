@@ -1,4 +1,7 @@
-"""The file that keeps credentials: private, written as a whole, never wiped because it can't be read."""
+"""The file that keeps credentials: private, written as a whole, never wiped because it can't be read.
+
+One server's are at its top level, those of others beside them.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import APIError, MechanexError
+from ..errors import APIError, MechanexError, ValidationError
 from ..home import atomic_path, expanded
+from .address import PUBLIC_BACKEND, origin_of
+from .identity import NAMES
 
-__all__ = ["ConfigFile"]
+__all__ = ["ENTRY", "ConfigFile", "normal", "with_entry"]
 
 _logger = logging.getLogger(__name__)
+
+ENTRY = (*NAMES, "email", "previous_api_key")
+"""What a server's entry may hold."""
 
 _FOLDER = "~/.mechanex"
 _MOST_BYTES = 1 << 20
@@ -239,3 +247,31 @@ def _lock(descriptor: int, deadline: float) -> bool:
                 time.sleep(min(_PAUSE, left))
                 continue
         return True
+
+
+def with_entry(found: dict[str, Any], origin: str, changes: Mapping[str, str | None]) -> dict[str, Any]:
+    """The file's fields with this server's on top, changed; another server's move to ``others``."""
+    belongs = _key(found.get("base_url") or PUBLIC_BACKEND)
+    if belongs != origin:
+        top = {name: found.pop(name) for name in ENTRY if name in found}
+        others = found["others"] if isinstance(found.get("others"), dict) else {}
+        others = {_key(name): entry for name, entry in others.items()}
+        if top:
+            others[belongs] = top
+        entry = others.pop(origin, None)
+        found = {**found, **(entry if isinstance(entry, dict) else {}), "others": others or None}
+    found = {**found, **changes, "base_url": origin}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def normal(base_url: object) -> str | None:
+    """The form that origins are compared in; None for what is no URL."""
+    try:
+        return origin_of(base_url) if isinstance(base_url, str) else None
+    except ValidationError:
+        return None
+
+
+def _key(base_url: object) -> str:
+    """What a server's entry is kept under; one that can't be read stays under its own name."""
+    return normal(base_url) or str(base_url)

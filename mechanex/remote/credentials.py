@@ -13,8 +13,7 @@ from typing import Any
 
 from ..errors import APIError, AuthenticationError, MechanexError, ValidationError
 from .address import PUBLIC_BACKEND, Address
-from .config_file import ConfigFile
-from .entries import ENTRY, normal, with_entry
+from .config_file import ENTRY, ConfigFile, normal, with_entry
 from .identity import NAMES, Credentials, Tokens, checked
 
 __all__ = ["SESSION_ENDED", "CredentialStore"]

@@ -1,47 +1,41 @@
-"""A call to a server: its credentials, the time it may take, tries that are repeated where that is harmless."""
+"""A call to a server: its credentials, the time it may take, and what comes of it."""
 
 from __future__ import annotations
 
 import json
-import logging
-import random
+import os
+import threading
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 from ..errors import APIError, ValidationError
 from .address import Address, address
-from .answers import UnexpectedAnswer
-from .connections import ConnectionFailed, Connections
+from .answers import Answer, UnexpectedAnswer, error_of, json_of, say_more, without_secrets
 from .credentials import SESSION_ENDED, CredentialStore
-from .failures import Answer, error_of, json_of, retry_after, say_more, without_secrets
 from .identity import Credentials, Tokens, is_token
 
-__all__ = ["COMPUTE_TIMEOUT", "TIMEOUT", "Transport", "tokens_of"]
+if TYPE_CHECKING:
+    import requests
 
-_logger = logging.getLogger(__name__)
+__all__ = ["COMPUTE_TIMEOUT", "TIMEOUT", "Transport", "tokens_of"]
 
 TIMEOUT = 30.0
 """Seconds for a call that only looks something up."""
 COMPUTE_TIMEOUT = 600.0
 """Seconds for a call that runs a model."""
-
-_TRIES = 4
-_FIRST_PAUSE = 0.25
-_LONGEST_PAUSE = 8.0
-_RETRIED = frozenset({429, 502, 503, 504})
-_LOST = frozenset({502, 504})
+_CONNECT_TIMEOUT = 10.0
+_LOST = (502, 504)
 
 
 class Transport:
     """Calls to one server, safe under threads.
 
     A call ends within its timeout, pauses and repeated tries included. GET and DELETE, which do no more when they
-    are done twice, are repeated by themselves: on connections that fail, 502, 503, 504 and 429, with growing random
-    pauses or the one that the server asks for.
+    are done twice, are repeated by themselves: on connections that fail, 502, 503, 504 and 429, at once, then after
+    growing random pauses, or after the one that the server asks for.
     A 401 is answered with new tokens once. Redirects are not followed, so that keys stay where they belong.
 
     Args:
@@ -68,7 +62,9 @@ class Transport:
         self._base_url = base_url
         self._timeout = timeout
         self._allow_http = allow_http
-        self._connections = Connections()
+        self._session: requests.Session | None = None
+        self._pid = 0
+        self._lock = threading.Lock()
 
     @property
     def address(self) -> Address:
@@ -136,7 +132,7 @@ class Transport:
         if used or secrets:
             server.check_secrets(self._allow_http)
         data = None if body is None else _encoded(body)
-        answer = self._tried(method, server, path, data, used, deadline)
+        answer = self._sent(method, server, path, data, used, deadline)
         if answer.status == 401 and signed == "all":
             new = self.credentials.refresh(
                 used, server.origin, lambda token: self._exchange(token, server, deadline), deadline
@@ -144,7 +140,7 @@ class Transport:
             if new != used:
                 secrets += used.secrets()
                 used = new
-                answer = self._tried(method, server, path, data, used, deadline)
+                answer = self._sent(method, server, path, data, used, deadline)
         if not 200 <= answer.status < 300:
             error = error_of(answer, secrets + used.secrets())
             if answer.status == 404 and server.url.endswith("/v1"):
@@ -156,48 +152,70 @@ class Transport:
 
     def close(self) -> None:
         """Closes the connections that are kept; a later call opens new ones."""
-        self._connections.close()
+        with self._lock:
+            session, self._session = self._session, None
+        if session is not None:
+            session.close()
 
     def _exchange(self, refresh_token: str, server: Address, deadline: float) -> Tokens | None:
         data = _encoded({"refresh_token": refresh_token})
         # Other threads wait for the tokens: a server that is stuck must not hold them for as long as a model may take.
         deadline = min(deadline, time.monotonic() + TIMEOUT)
-        answer = self._tried("POST", server, "/auth/refresh", data, Credentials(), deadline)
+        answer = self._sent("POST", server, "/auth/refresh", data, Credentials(), deadline)
         if answer.status in (400, 401, 403, 404, 422):
             return None
         if not 200 <= answer.status < 300:
             raise error_of(answer, (refresh_token,))
         return tokens_of(json_of(answer, (refresh_token,)))
 
-    def _tried(
+    def _sent(
         self, method: str, server: Address, path: str, data: bytes | None, used: Credentials, deadline: float
     ) -> Answer:
-        """The first answer that another try wouldn't better, or the last."""
+        """The answer, read to its end; GET and DELETE are tried again where that may help."""
+        from .connections import FAILURES, new_session, reason_of
+        from .deadline import left, until
+
+        with self._lock:
+            # After a fork, the parent's sockets are not the child's to use.
+            if self._session is None or self._pid != os.getpid():
+                self._session, self._pid = new_session(), os.getpid()
+            session = self._session
         request_id = uuid.uuid4().hex
-        perhaps_done = False
-        for number in range(_TRIES):
-            failed, answer = "", None
-            again = method in ("GET", "DELETE") and number < _TRIES - 1
-            try:
-                answer = self._connections.request(method, server, path, data, used, deadline, request_id)
-            except ConnectionFailed as error:
-                failed, again = without_secrets(str(error), used.secrets()), again and error.again
-            pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**number) * random.uniform(0.5, 1.0)
-            if answer is not None:
-                again = again and answer.status in _RETRIED
-                pause = max(pause, retry_after(answer.headers) or 0.0)
-            if again and time.monotonic() + pause < deadline:
-                why = failed or f"status {answer.status if answer else 0}"
-                _logger.info("%s %s%s: %s; next try in %.2f s", method, server.url, path, why, pause)
-                # What was deleted by a try whose answer got lost isn't there for the next one.
-                perhaps_done = perhaps_done or answer is None or answer.status in _LOST
-                time.sleep(pause)
-                continue
-            if answer is not None:
-                if method == "DELETE" and answer.status == 404 and perhaps_done:
-                    return replace(answer, status=204, body=b"")
-                return answer
-            break
+        headers = {"Accept": "application/json", "x-request-id": request_id}
+        if data is not None:
+            headers["Content-Type"] = "application/json"
+        if used.api_key is not None:
+            headers["x-api-key"] = used.api_key
+        if used.access_token is not None:
+            headers["Authorization"] = f"Bearer {used.access_token}"
+        try:
+            with until(deadline):
+                response = session.request(
+                    method,
+                    server.url + path,
+                    data=data,
+                    headers=headers,
+                    auth=lambda request: request,  # without one, requests looks into ~/.netrc
+                    timeout=(_CONNECT_TIMEOUT, left()),
+                    allow_redirects=False,
+                    stream=True,
+                    # Proxies are for other machines; one that sees loopback calls would see their keys.
+                    proxies=dict.fromkeys(("http", "https", "all"), "") if server.is_loopback else None,
+                )
+        except FAILURES as error:
+            failed = without_secrets(reason_of(error), used.secrets())
+        else:
+            status, body = response.status_code, response.raw.data
+            tries = response.raw.retries.history if response.raw.retries else ()
+            # What was deleted by a try whose answer got lost isn't there for the next one.
+            if (
+                method == "DELETE"
+                and status == 404
+                and any(one.error or one.status in _LOST for one in tries)
+            ):
+                status, body = 204, b""
+            their_id = response.headers.get("x-request-id") or request_id
+            return Answer(status, response.reason or "", response.headers, body, their_id)
         # Raised here, outside of the except block: the library's own exception holds the request and its headers.
         end = "" if failed.endswith("?") else "."
         raise APIError(f"{method} {server.url}{path}: {failed}{end}", request_id=request_id)

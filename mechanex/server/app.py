@@ -14,16 +14,17 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from .. import __version__
-from ..errors import AuthenticationError, MechanexError
-from .auth import Principal, principal
-from .axionic import axionic_router
-from .engine import ServingEngine
-from .gate import Gate
-from .http_errors import add_handlers
-from .middleware import RequestMiddleware
-from .openai import openai_router
-from .settings import Settings
-from .store import StorageError, open_store
+from ..errors import AuthenticationError, MechanexError, ValidationError
+from .accounts.auth import WRONG_KEYS_PER_MINUTE, AuthenticationMiddleware, Principal, principal
+from .accounts.store import StorageError, open_store
+from .axionic.guards import Guards
+from .axionic.routes import axionic_router
+from .http.errors import add_handlers
+from .http.limits import RateLimit
+from .http.middleware import RequestMiddleware
+from .model.engine import ServingEngine
+from .openai.routes import openai_router
+from .settings import ServerSettings
 
 if TYPE_CHECKING:
     from ..engine.models.resolve import LoadedModel
@@ -37,21 +38,21 @@ _SHORT_KEY = 16
 
 
 def create_app(
-    settings: Settings, loaded_model: LoadedModel, *, vectors: VectorStore | None = None
+    settings: ServerSettings, loaded_model: LoadedModel, *, vectors: VectorStore | None = None
 ) -> FastAPI:
     """The server's application; the model's thread runs while the application does.
 
     ``app.state`` holds what handlers share:
 
-    * ``settings``: the :class:`Settings`.
-    * ``engine``: the :class:`~mechanex.server.engine.ServingEngine`: ``await engine.submit(requests)`` for text,
-      ``await engine.run(fn)`` for any other work on the model (``fn(adapter)`` runs alone on it, in its thread).
-    * ``store``: accounts, their vectors and behaviors; see :class:`~mechanex.server.auth.Accounts`.
+    * ``settings``: the :class:`ServerSettings`.
+    * ``engine``: the :class:`~mechanex.server.model.engine.ServingEngine`: ``engine.scheduler.submit_all(requests)``
+      for text, ``await engine.scheduler.run(fn)`` for any other work on the model.
+    * ``store``: accounts, their vectors and behaviors; see :class:`~mechanex.server.accounts.store.Store`.
     * ``server_key``: the key that opens the whole server, or None on a loopback address without one.
     * ``started``: seconds since 1970.
 
-    Handlers learn the sender from :func:`mechanex.server.auth.principal`. They raise the library's errors, which
-    become ``{"detail": …}`` with the status of the wire contract, and OpenAI's envelope under ``/v1``.
+    Handlers learn the sender from :func:`mechanex.server.accounts.auth.principal`. They raise the library's errors,
+    which become ``{"detail": …}`` with the status of the wire contract, and OpenAI's envelope under ``/v1``.
 
     Args:
         settings: how to serve.
@@ -64,7 +65,10 @@ def create_app(
     """
     key = settings.server_key()
     if key is None and not settings.is_loopback:
-        raise _needs_key(settings.host)
+        raise ValidationError(
+            f"a server at {settings.host} is reached by other machines and needs a key: set MECHANEX_SERVER_KEY or "
+            "key=…, or bind 127.0.0.1."
+        )
     if key is not None and len(key) < _SHORT_KEY:
         _logger.warning("the server's key has %d characters: take %d or more", len(key), _SHORT_KEY)
     try:
@@ -72,7 +76,7 @@ def create_app(
     except StorageError as error:
         raise MechanexError(error.message) from error  # nobody asked over HTTP, so no status
     try:
-        engine = ServingEngine(settings, loaded_model, store, vectors)
+        engine = ServingEngine(settings, loaded_model, store.library, vectors)
     except BaseException:
         store.close()
         raise
@@ -98,11 +102,13 @@ def create_app(
     )
     app.state.settings, app.state.engine, app.state.store = settings, engine, store
     app.state.server_key, app.state.started = key, time.time()
+    app.state.wrong_keys = RateLimit("wrong keys from this address", WRONG_KEYS_PER_MINUTE)
+    app.state.guards = Guards(settings)
     add_handlers(app)
     app.include_router(openai_router())
     app.include_router(axionic_router())
     _add_operation(app)
-    app.add_middleware(Gate)
+    app.add_middleware(AuthenticationMiddleware)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -113,15 +119,6 @@ def create_app(
         )
     app.add_middleware(RequestMiddleware, metrics=engine.metrics, max_body_bytes=settings.max_body_bytes)
     return app
-
-
-def _needs_key(host: str) -> Exception:
-    from ..errors import ValidationError
-
-    return ValidationError(
-        f"a server at {host} is reached by other machines and needs a key: set MECHANEX_SERVER_KEY or key=…, or "
-        "bind 127.0.0.1."
-    )
 
 
 def _add_operation(app: FastAPI) -> None:

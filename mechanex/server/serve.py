@@ -14,6 +14,7 @@ import secrets
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -22,27 +23,27 @@ import click
 import uvicorn
 
 from .._private.uvicorn import forget_signals
-from ..errors import ValidationError
+from ..errors import MechanexError, ValidationError
 from .app import create_app
-from .background import RunningServer
-from .listener import BACKLOG, bounded, listen, most_connections
-from .settings import Settings
+from .http.connections import BACKLOG, bounded, listen, most_connections
+from .settings import ServerSettings
 
 if TYPE_CHECKING:
     from ..engine.models.resolve import LoadedModel
     from ..engine.vector_store import VectorStore
-    from .scheduler import Scheduler
+    from .model.scheduler import Scheduler
 
-__all__ = ["check_vllm", "serve_loaded"]
+__all__ = ["RunningServer", "check_vllm", "serve_loaded"]
 
 _logger = logging.getLogger(__name__)
+_END_SECONDS = 10.0  # beyond the time that running answers have
 _SWITCH_SECONDS = (
     0.0005  # between the model's thread and the event loop, so that neither waits long for the other
 )
 
 
 def serve_loaded(
-    settings: Settings, loaded: LoadedModel, vectors: VectorStore | None = None, *, block: bool = True
+    settings: ServerSettings, loaded: LoadedModel, vectors: VectorStore | None = None, *, block: bool = True
 ) -> RunningServer | None:
     """Serves a model until SIGINT or SIGTERM, or in a thread of its own.
 
@@ -82,7 +83,7 @@ class Listening:
         grace: seconds that running answers have when it ends.
     """
 
-    def __init__(self, settings: Settings, loaded: LoadedModel, vectors: VectorStore | None) -> None:
+    def __init__(self, settings: ServerSettings, loaded: LoadedModel, vectors: VectorStore | None) -> None:
         made: str | None = None
         if settings.server_key() is None and not settings.is_loopback:
             made = f"mx-{secrets.token_urlsafe(32)}"
@@ -212,3 +213,64 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)
+
+
+class RunningServer:
+    """A server that runs in a thread until ``stop``, or until the program ends. A context manager, too.
+
+    Attributes:
+        url: where it answers on this machine; OpenAI's API is under ``/v1``.
+        key: the key that every client sends, or None where none is asked for.
+
+    Raises:
+        MechanexError: it did not start.
+    """
+
+    def __init__(self, listening: Listening) -> None:
+        self.url, self.key = listening.local_url, listening.key
+        self._listening = listening
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="mechanex-server", daemon=True)
+        self._thread.start()
+        listening.server.settled.wait()
+        if not listening.server.started:
+            self._thread.join(_END_SECONDS)
+            raise MechanexError("the server did not start; its log says why.") from self._error
+        atexit.register(self.stop)
+
+    @property
+    def running(self) -> bool:
+        """Whether it still serves."""
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Takes no more requests, gives running answers the time of ``shutdown_grace``, and ends; twice does nothing.
+
+        Raises:
+            MechanexError: it has not ended in that time, since the model is at work that can't be stopped.
+        """
+        atexit.unregister(self.stop)
+        self._listening.server.should_exit = True
+        self._thread.join(self._listening.grace + _END_SECONDS)
+        end = time.monotonic() + _END_SECONDS
+        while self._listening.scheduler.alive and time.monotonic() < end:
+            time.sleep(0.01)
+        if self._thread.is_alive() or self._listening.scheduler.alive:
+            raise MechanexError("the server has not ended yet: the model is at work that can't be stopped.")
+
+    def _run(self) -> None:
+        try:
+            self._listening.run()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._listening.server.settled.set()
+
+    def __enter__(self) -> RunningServer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        return f"<mechanex server at {self.url}, {'running' if self.running else 'stopped'}>"

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from ..errors import ValidationError
 
-__all__ = ["Settings"]
+__all__ = ["ServerSettings"]
 
 KEY_VARIABLE = "MECHANEX_SERVER_KEY"
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """How a server listens, whom it lets in, and how much it takes on.
 
     Args:
@@ -92,7 +92,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not isinstance(self.host, str) or not self.host:
             raise ValidationError(f"host is an address such as 127.0.0.1 or 0.0.0.0; got {self.host!r}.")
-        if not _whole(self.port) or not 0 <= self.port <= 65535:
+        if not _is_whole(self.port, 0, 65535):
             raise ValidationError(f"port is a number from 0 to 65535; got {self.port!r}.")
         if self.key is not None:
             _checked_key(self.key)
@@ -105,18 +105,15 @@ class Settings:
             "max_examples",
             "max_example_layers",
             "max_vectors",
+            "rate_limit",
+            "api_rate_limit",
         )
-        for name in (*counts, "rate_limit", "api_rate_limit"):
-            if not _whole(getattr(self, name)) or getattr(self, name) < 1:
-                raise ValidationError(f"{name} is a whole number of 1 or more; got {getattr(self, name)!r}.")
-        if self.max_cache_tokens is not None and (
-            not _whole(self.max_cache_tokens) or self.max_cache_tokens < 1
-        ):
-            raise ValidationError(
-                f"max_cache_tokens is a whole number of 1 or more; got {self.max_cache_tokens!r}."
-            )
-        if self.prefix_bytes is not None and (not _whole(self.prefix_bytes) or self.prefix_bytes < 0):
-            raise ValidationError(f"prefix_bytes is a whole number of 0 or more; got {self.prefix_bytes!r}.")
+        for name in counts:
+            _check_whole(name, getattr(self, name), 1)
+        if self.max_cache_tokens is not None:
+            _check_whole("max_cache_tokens", self.max_cache_tokens, 1)
+        if self.prefix_bytes is not None:
+            _check_whole("prefix_bytes", self.prefix_bytes, 0)
         for name in ("request_timeout", "shutdown_grace", "access_token_minutes", "refresh_token_days"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
@@ -153,5 +150,10 @@ def _checked_key(key: object) -> str:
     return stripped
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _check_whole(name: str, value: object, least: int) -> None:
+    if not _is_whole(value, least):
+        raise ValidationError(f"{name} is a whole number of {least} or more; got {value!r}.")
+
+
+def _is_whole(value: object, least: int, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most

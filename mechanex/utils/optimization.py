@@ -1,29 +1,25 @@
-"""Vectors by gradient descent: the documented functions; the work is in ``mechanex.engine.optimize``."""
+"""A vector by gradient descent: the documented function; the work is in ``mechanex.engine.optimize``."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..engine.models.adapter import ModelAdapter
+from ..engine.optimize.costs import make_melbo_loss_funcs
 from ..engine.optimize.datapoints import TrainingDatapoint
-from ..engine.optimize.job import Job
-from ..engine.optimize.jobs import Result, run_jobs
-from ..engine.optimize.melbo import make_melbo_loss_funcs
-from ..engine.optimize.settings import Settings, settings_of
-from ..engine.text import Prompt
-from ..errors import ValidationError
+from ..engine.optimize.loop import Result, run_jobs
+from ..engine.optimize.problem import OptimizationJob
+from ..engine.optimize.settings import OptimizeSettings
 
 __all__ = [
     "TrainingDatapoint",
     "make_melbo_loss_funcs",
     "optimize_vector",
-    "optimize_vector_minibatch_hf",
-    "optimize_vectors",
 ]
 
 
@@ -165,145 +161,50 @@ def optimize_vector(
         ValueError: bad datapoints (named), layers or options; a starting vector that holds NaN, is of another width, or
             gives a loss that is not finite; a checkpoint of another optimization.
     """
-    options = _settings(locals())
-    job = Job(model, datapoints, layer, options, tokenizer)
-    return run_jobs([job], progress=progress)[0]
-
-
-def optimize_vectors(
-    model: nn.Module | ModelAdapter,
-    jobs: Sequence[Mapping[str, Any]],
-    tokenizer: Any = None,
-    *,
-    progress: bool = False,
-) -> list[Result]:
-    """Optimizes several vectors of one model at once: other layers, seeds, starting vectors, targets or options.
-
-    Jobs on the same datapoints share each pass, every one joining at its own layer. Each result is what
-    :func:`optimize_vector` alone gives, to rounding. A ``batch_tokens`` that several jobs give counts as the least of
-    them.
-
-    Args:
-        model: a Hugging Face or TransformerLens model.
-        jobs: keyword arguments of :func:`optimize_vector`: ``datapoints``, ``layer``, and any option.
-        tokenizer: needed for text when the model carries none.
-        progress: show a progress bar.
-
-    Returns:
-        What :func:`optimize_vector` returns, for each job.
-
-    Raises:
-        ValueError: as there, or one checkpoint for several jobs; names the job.
-        TypeError: an option that doesn't exist; names the job.
-    """
-    made = []
-    for i, given in enumerate(jobs):
-        if not isinstance(given, Mapping):
-            raise ValidationError(
-                f"Job {i} is a {type(given).__name__}; give a dict of optimize_vector's arguments."
-            )
-        try:
-            made.append(_job(model, dict(given), tokenizer))
-        except ValidationError as error:
-            raise ValidationError(f"Job {i}: {error.message}") from error
-        except TypeError as error:
-            raise TypeError(f"Job {i}: {error}") from error
-    return run_jobs(made, progress=progress)
-
-
-def optimize_vector_minibatch_hf(
-    model: nn.Module | ModelAdapter,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    layer: int | Sequence[int],
-    src_completions: Sequence[str] | None = None,
-    dst_completions: Sequence[str] | None = None,
-    minibatch_size: int = 5,
-    eps: float = 1e-6,
-    lr: float = 0.01,
-    max_iters: int | None = None,
-    coldness: float = 0.7,
-    target_loss: float | None = None,
-    target_loss_target_iters: int = 1,
-    satisfice: bool = False,
-    starting_norm: float = 1,
-    max_norm: float | None = None,
-    affine_rank: int | None = None,
-    max_affine_norm: float | None = None,
-    debug: bool = False,
-    return_info: bool = True,
-    vector_clamp: float | None = None,
-    *,
-    progress: bool = False,
-    **options: Any,
-) -> Result:
-    """Optimizes a steering vector on minibatches of prompts, each with all completions.
-
-    The same loop as :func:`optimize_vector`. A step minimises the sum of its minibatch's losses; the loss that is
-    reported, and compared with targets, is the mean per (prompt, completion), and stopping is tested once per epoch
-    on the epoch's mean. Prompts come in the given order in the first epoch, then shuffled from the seed; a minibatch
-    that an epoch doesn't fill goes on with the next one's.
-
-    Args:
-        model: a Hugging Face or TransformerLens model.
-        tokenizer: needed for text when the model carries none.
-        prompts: text, token ids or chat messages.
-        layer: as in :func:`optimize_vector`, as all that isn't named here.
-        src_completions: completions to suppress, after every prompt.
-        dst_completions: completions to promote, after every prompt.
-        minibatch_size: prompts of a step; any size. eps, lr, max_iters, coldness, target_loss,
-        target_loss_target_iters, satisfice, starting_norm, max_norm, affine_rank, max_affine_norm, debug,
-        return_info, vector_clamp: as in :func:`optimize_vector`.
-        progress: show a progress bar.
-        options: any other option of :func:`optimize_vector`, such as ``seed`` or ``do_one_minus``.
-
-    Returns:
-        (vector, matrix with ``affine_rank``, info with ``return_info``); ``info["loss"]`` is the mean over all prompts.
-
-    Raises:
-        ValueError: as :func:`optimize_vector`; no prompts, or no completions.
-        TypeError: an option that doesn't exist.
-    """
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        raise ValidationError(f"prompts is a list of prompts; got {type(prompts).__name__}.")
-    if not prompts:
-        raise ValidationError("There are no prompts to optimize on; give at least one.")
-    for name, given in (("src_completions", src_completions), ("dst_completions", dst_completions)):
-        if isinstance(given, str):
-            raise ValidationError(f"{name} is a list of completions; got {given!r}: write [{given!r}].")
-    src, dst = list(src_completions or []), list(dst_completions or [])
-    datapoints = [TrainingDatapoint(prompt, src, dst) for prompt in prompts]
-    named = _named(locals()) | _renamed(options)
-    job = Job(model, datapoints, layer, settings_of(named), tokenizer, minibatch_size=minibatch_size)
-    return run_jobs([job], progress=progress)[0]
-
-
-def _job(model: nn.Module | ModelAdapter, given: dict[str, Any], tokenizer: Any) -> Job:
-    """A job of the keyword arguments of :func:`optimize_vector`."""
-    missing = [name for name in ("datapoints", "layer") if name not in given]
-    if missing:
-        raise ValidationError(f"it has no {' and no '.join(missing)}; give what optimize_vector takes.")
-    datapoints, layer = given.pop("datapoints"), given.pop("layer")
-    own = given.pop("tokenizer", None)
-    given.pop("use_transformer_lens", None)
-    return Job(model, datapoints, layer, settings_of(_renamed(given)), own if own is not None else tokenizer)
-
-
-def _settings(given: dict[str, Any]) -> Settings:
-    return Settings(
-        **_renamed(_named(given) | {"normalize_completion_length": given["normalize_completion_length"]})
+    settings = OptimizeSettings(
+        eps=eps,
+        lr=lr,
+        max_iters=max_iters,
+        coldness=coldness,
+        normalize_token_length=bool(normalize_token_length or normalize_completion_length),
+        only_hook_prompt=only_hook_prompt,
+        target_loss=target_loss,
+        do_target_loss_sum=do_target_loss_sum,
+        return_info=return_info,
+        return_loss_history=return_loss_history,
+        return_vec_history=return_vec_history,
+        target_loss_target_iters=target_loss_target_iters,
+        satisfice=satisfice,
+        do_one_minus=do_one_minus,
+        max_norm=max_norm,
+        starting_norm=starting_norm,
+        starting_vec=starting_vec,
+        vector_clamp=vector_clamp,
+        affine_rank=affine_rank,
+        max_affine_norm=max_affine_norm,
+        starting_affine_norm=starting_affine_norm,
+        noise_scale=noise_scale,
+        do_tangent_space_noise=do_tangent_space_noise,
+        do_noise_abl_relu=do_noise_abl_relu,
+        noise_iters=noise_iters,
+        do_antipgd=do_antipgd,
+        do_output_constr=do_output_constr,
+        custom_output_constr_loss_func=custom_output_constr_loss_func,
+        custom_output_constr_pre_loss_func=custom_output_constr_pre_loss_func,
+        output_constr_norm_initial_scale=output_constr_norm_initial_scale,
+        output_constr_lr=output_constr_lr,
+        max_output_constr_iters=max_output_constr_iters,
+        debug=debug,
+        seed=seed,
+        generator=generator,
+        batch_tokens=batch_tokens,
+        callback=callback,
+        checkpoint=checkpoint,
+        lr_schedule=lr_schedule,
+        grad_clip=grad_clip,
+        eval_datapoints=eval_datapoints,
+        patience=patience,
+        keep_on_interrupt=keep_on_interrupt,
     )
-
-
-def _named(given: dict[str, Any]) -> dict[str, Any]:
-    """The options among a function's arguments."""
-    return {name: given[name] for name in Settings.__dataclass_fields__ if name in given}
-
-
-def _renamed(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with the documented alias under its first name."""
-    if "normalize_completion_length" not in options:
-        return options
-    options = dict(options)
-    alias = options.pop("normalize_completion_length")
-    return options | {"normalize_token_length": bool(alias or options.get("normalize_token_length"))}
+    job = OptimizationJob(model, datapoints, layer, settings, tokenizer)
+    return run_jobs([job], progress=progress)[0]

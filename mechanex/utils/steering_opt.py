@@ -11,13 +11,8 @@ from .hooks import (
     make_steering_hook_hf,
     make_steering_hook_tflens,
 )
-from .optimization import (
-    TrainingDatapoint,
-    make_melbo_loss_funcs,
-    optimize_vector,
-    optimize_vector_minibatch_hf,
-    optimize_vectors,
-)
+from .optimization import TrainingDatapoint, make_melbo_loss_funcs, optimize_vector
+from .optimize_many import optimize_vector_minibatch_hf, optimize_vectors
 
 __all__ = [
     "TrainingDatapoint",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -19,11 +18,10 @@ from torch import Tensor, nn
 from ..._version import __version__
 from ...errors import ValidationError
 from ...home import atomic_path
-from .adam import AdamState
-from .job import Job
-from .sampler import Epoch
+from .objective import Counters
+from .parameters import AdamState
+from .problem import Epoch, OptimizationJob
 from .state import Best, ConstrainState, Outcome, Run, State
-from .stopping import Counters, step_limit
 
 __all__ = ["Checkpoint", "begin"]
 
@@ -60,37 +58,34 @@ _BY_CONTENT = (
 class Checkpoint:
     """Writes a run's state to its job's ``checkpoint``; does nothing where there is none."""
 
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        self._path = None if path is None else Path(path)
+    def __init__(self, run: Run) -> None:
+        path = run.job.settings.checkpoint
+        self._run, self._path = run, None if path is None else Path(path)
         self._written = time.monotonic()
         self._fingerprint = ""
 
-    def write_sometimes(self, run: Run) -> None:
+    def write_sometimes(self) -> None:
         """Writes, unless that was done a few seconds ago."""
-        if self._path is not None and time.monotonic() - self._written >= SECONDS_BETWEEN:
-            self.write(run)
+        if time.monotonic() - self._written >= SECONDS_BETWEEN:
+            self.write()
 
-    def open(self, run: Run) -> None:
-        """Writes a first time, so that a file that can't be written is known before the work is done.
+    def write(self, *, first: bool = False) -> None:
+        """Writes the state as of the last whole step; a failure is logged, since what was found is worth more.
 
         Raises:
-            ValidationError: it can't be written.
+            ValidationError: it can't be written, the ``first`` time: then it is known before the work is done.
         """
-        try:
-            self._write(run)
-        except OSError as error:
-            raise ValidationError(f"The checkpoint {self._path} can't be written: {error}") from error
-
-    def write(self, run: Run) -> None:
-        """Writes the state as of the last whole step; a failure is logged, since what was found is worth more."""
-        try:
-            self._write(run)
-        except OSError as error:
-            _log.warning("The checkpoint %s can't be written now: %s", self._path, error)
-
-    def _write(self, run: Run) -> None:
         if self._path is None:
             return
+        try:
+            self._write(self._path)
+        except OSError as error:
+            if first:
+                raise ValidationError(f"The checkpoint {self._path} can't be written: {error}") from error
+            _log.warning("The checkpoint %s can't be written now: %s", self._path, error)
+
+    def _write(self, path: Path) -> None:
+        run = self._run
         self._fingerprint = self._fingerprint or _fingerprint(run.job)
         tensors: dict[str, Tensor] = {}
         content = {
@@ -106,12 +101,12 @@ class Checkpoint:
         if run.vectors:
             tensors["vectors"] = torch.stack(run.vectors)
         kept = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-        with atomic_path(self._path) as temporary:
+        with atomic_path(path) as temporary:
             save_file(kept, temporary, {"mechanex": json.dumps(content)})
         self._written = time.monotonic()
 
 
-def begin(job: Job) -> Run:
+def begin(job: OptimizationJob) -> Run:
     """A run at its start, or where its checkpoint left it.
 
     Raises:
@@ -142,7 +137,7 @@ def begin(job: Job) -> Run:
             "differ. "
             "Give the same ones to go on, or remove the file to start anew."
         )
-    job.reseed(content["seed"])
+    job = job.with_seed(content["seed"])
     state = _continued(_state_in(content["state"], tensors), job)
     run = Run(job, state, start=content["start"], shown=content["shown"])
     run.evals = content["evals"]
@@ -150,16 +145,16 @@ def begin(job: Job) -> Run:
     return run
 
 
-def _continued(state: State, job: Job) -> State:
+def _continued(state: State, job: OptimizationJob) -> State:
     """The state, without its second phase where the first one now has more steps to go."""
     if state.constrained is None:
         return state
     outcome = state.constrained.outcome
-    short = outcome.stopped in ("max_iters", "limit") and outcome.steps < step_limit(job.settings)
+    short = outcome.stopped in ("max_iters", "limit") and outcome.steps < job.settings.step_limit
     return replace(state, constrained=None) if short else state
 
 
-def _fingerprint(job: Job) -> str:
+def _fingerprint(job: OptimizationJob) -> str:
     """Equal for jobs that would compute the same."""
     settings: dict[str, Any] = {}
     for option in fields(job.settings):
@@ -199,7 +194,8 @@ def _content(value: Any) -> str:
     return hashlib.sha256(torch.as_tensor(value).detach().cpu().double().numpy().tobytes()).hexdigest()
 
 
-# States as JSON, with their tensors aside.
+# States as JSON, with their tensors aside; of the second phase's what is a number.
+_PLAIN = ("stiffness", "began", "mark", "waited", "lr", "earlier", "restarts")
 
 
 def _state_out(state: State, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -221,13 +217,7 @@ def _state_out(state: State, tensors: dict[str, Tensor]) -> dict[str, Any]:
             "outcome": [outcome.losses, outcome.steps, outcome.stopped],
             "adam": _adam_out("constrained.adam", second.adam, tensors),
             "best": _best_out("constrained.best", second.best, tensors),
-            "stiffness": second.stiffness,
-            "began": second.began,
-            "mark": second.mark,
-            "waited": second.waited,
-            "lr": second.lr,
-            "earlier": second.earlier,
-            "restarts": second.restarts,
+            **{name: getattr(second, name) for name in _PLAIN},
         }
     return found
 
@@ -253,14 +243,8 @@ def _state_in(found: dict[str, Any], tensors: dict[str, Tensor]) -> State:
         None if multipliers is None else multipliers.cpu(),
         tensors["margins"].cpu(),
         tensors["over"].cpu(),
-        second["stiffness"],
-        best,
-        second["began"],
-        second["mark"],
-        second["waited"],
-        second["lr"],
-        second["earlier"],
-        second["restarts"],
+        best=best,
+        **{name: second[name] for name in _PLAIN},
     )
     return replace(state, constrained=constrained)
 

@@ -1,32 +1,30 @@
 """The output-constrained phase: the smallest vector that keeps every loss that was reached.
 
 Minimises a cost f(θ), the norm or a function of the user's, subject to loss_i(θ) ≤ bound_i, by the modified
-differential method of multipliers (J. Platt and A. Barr, *Constrained Differential Optimization*, NeurIPS 1987) in
-its form for
-inequalities: θ goes along −∇f − Σ max(0, λ_i + c·g_i)·∇loss_i with g_i = loss_i − bound_i + margin_i, while every
-multiplier λ_i rises with its g_i and never falls below 0. Losses swing around what they are held to, so each is held to
-less than its bound, by a margin as wide as it has lately swung: then vectors that keep all bounds at once do come by.
+differential method of multipliers (J. Platt and A. Barr, *Constrained Differential Optimization*, NeurIPS 1987) in its
+form for inequalities: θ goes along −∇f − Σ max(0, λ_i + c·g_i)·∇loss_i with g_i = loss_i − bound_i + margin_i, while
+every multiplier λ_i rises with its g_i and never falls below 0. Losses swing around what they are held to, so each is
+held to less than its bound, by a margin as wide as it has lately swung: then vectors that keep all bounds at once do
+come by.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .adam import AdamState, adam_step, clipped
-from .checkpoint import Checkpoint
-from .custom import CustomCost
-from .job import Job
-from .losses import Objective, plain_sum
-from .passes import Evaluation, Request
+from .costs import CustomCost
+from .objective import Objective, plain_sum
+from .parameters import AdamState, Parameters, adam_step, clipped
+from .passes import Evaluation, EvaluationRequest, Passes
 from .state import Best, ConstrainState, Outcome, Run
 
-__all__ = ["constrain"]
+__all__ = ["Constraint"]
 
 _log = logging.getLogger(__name__)
 
@@ -47,113 +45,119 @@ Cost = Callable[[Tensor], tuple[float, Tensor]]
 """From θ the cost and its gradient."""
 
 
-def constrain(run: Run, outcome: Outcome, checkpoint: Checkpoint) -> Generator[Request, Evaluation, Outcome]:
-    """Starts from the first phase's outcome and returns the best feasible vector, which may be that one."""
-    job, settings = run.job, run.job.settings
-    cost, max_norm = _cost(job, outcome)
-    bounds = torch.tensor(
-        [loss + settings.eps * max(1.0, abs(loss)) for loss in outcome.losses], dtype=torch.float64
-    )
-    if run.state.constrained is None:
-        start = Best(math.inf, outcome.theta, 0, outcome.losses)
-        began = ConstrainState(
-            outcome,
-            AdamState.start(outcome.theta),
-            multipliers=None,
-            margins=torch.zeros_like(bounds),
-            over=torch.zeros_like(bounds),
-            stiffness=0.0,
-            best=start,
-            began=math.inf,
-            mark=math.inf,
-            waited=0,
-            lr=settings.output_constr_lr or settings.lr,
+class Constraint:
+    """A run that looks for the best feasible vector, from its first phase's outcome on; asked as a Descent is.
+
+    Attributes:
+        seen: its state with what the evaluation of the current vector told. Only a whole iteration goes into the run's
+            state: what goes on from there evaluates this vector again.
+    """
+
+    def __init__(self, run: Run, outcome: Outcome) -> None:
+        job, settings = run.job, run.job.settings
+        self.run = run
+        self._cost, self._max_norm = _size(job.parameters), settings.max_norm
+        if settings.custom_output_constr_loss_func is not None:
+            longest = settings.output_constr_norm_initial_scale * float(job.parameters.norm(outcome.theta))
+            self._cost, self._max_norm = (
+                CustomCost(job, outcome.theta),
+                min(longest, settings.max_norm or longest),
+            )
+        bounds = [loss + settings.eps * max(1.0, abs(loss)) for loss in outcome.losses]
+        self._bounds = torch.tensor(bounds, dtype=torch.float64)
+        if run.state.constrained is None:
+            began = ConstrainState(
+                outcome,
+                AdamState.start(outcome.theta),
+                multipliers=None,
+                margins=torch.zeros_like(self._bounds),
+                over=torch.zeros_like(self._bounds),
+                stiffness=0.0,
+                best=Best(math.inf, outcome.theta, 0, outcome.losses),
+                began=math.inf,
+                mark=math.inf,
+                waited=0,
+                lr=settings.output_constr_lr or settings.lr,
+            )
+            run.state = replace(run.state, constrained=began)
+        self.seen = self._state
+
+    @property
+    def _state(self) -> ConstrainState:
+        """As of the last whole iteration."""
+        assert self.run.state.constrained is not None
+        return self.run.state.constrained
+
+    def request(self) -> EvaluationRequest:
+        """The losses at the current vector, and the gradient of what holds them down."""
+        return self.run.job.request(self._state.adam.theta, _lagrangian(self._state, self._bounds))
+
+    def eval_request(self) -> None:
+        """The evaluation set isn't watched here."""
+
+    def judge(self, found: Evaluation, eval_losses: list[float] | None) -> str | None:
+        """Why to stop at the current vector, or None."""
+        value, self._slope = self._cost(self._state.adam.theta)
+        if not found.finite or not math.isfinite(value):
+            return "not finite"
+        self._violations = torch.tensor(found.losses, dtype=torch.float64) - self._bounds
+        feasible = bool((self._violations <= 0).all())
+        self.seen = state = _compared(self._state, value, feasible, found.losses)
+        most = self.run.job.settings.max_output_constr_iters
+        if most is not None and state.step >= most:
+            return "max_output_constr_iters"
+        if state.waited >= PATIENCE:
+            strayed = not feasible or value > state.best.score
+            if _gained(state) or not strayed or state.restarts >= RESTARTS:
+                return "converged"
+        return None
+
+    def noisy_requests(self, found: Evaluation) -> list[EvaluationRequest]:
+        """There is no noise here."""
+        return []
+
+    def step(self, gradient: Tensor) -> None:
+        """Goes on to the next vector, or back to the best one."""
+        state, job, settings = self.seen, self.run.job, self.run.job.settings
+        if state.waited >= PATIENCE:
+            self.run.state = replace(self.run.state, constrained=_restarted(state))
+            return
+        if state.multipliers is None:
+            state = _balanced(state, self._slope, gradient, len(self._bounds))
+            assert state.multipliers is not None
+            gradient = gradient * state.multipliers[0].to(gradient)
+        else:
+            aim = self._violations + state.margins
+            raised = (state.multipliers + ASCENT * state.stiffness * aim).clamp_min(0)
+            over = torch.where(self._violations > 0, state.over + 1, 0)
+            raised = torch.where(over > STREAK, GROWTH * raised, raised)
+            margins = torch.maximum(aim, FADING * state.margins).clamp_min(0)
+            state = replace(state, multipliers=raised, margins=margins, over=over)
+        adam = adam_step(state.adam, clipped(self._slope + gradient, settings.grad_clip), state.lr)
+        projected = job.parameters.project(adam.theta, self._max_norm, settings.max_affine_norm)
+        state = replace(state, adam=replace(adam, theta=projected))
+        self.run.state = replace(self.run.state, constrained=state)
+
+    def outcome(self, stopped: str, passes: Passes) -> Outcome:
+        """The best feasible vector, and its losses."""
+        seen = self._state if stopped == "interrupted" else self.seen
+        best, settings = seen.best, self.run.job.settings
+        assert best.losses is not None
+        if not best.step and seen.step >= PATIENCE and stopped != "interrupted":
+            _log.warning(
+                "The output-constrained phase found no better vector that keeps every loss, in %d steps; what it began "
+                "with is returned. Try a smaller output_constr_lr (it was %g, at the end %.2g) or more steps.",
+                seen.step,
+                settings.output_constr_lr or settings.lr,
+                seen.lr,
+            )
+        return replace(
+            seen.outcome,
+            theta=best.theta,
+            losses=best.losses,
+            constrained_steps=seen.step,
+            constrained_stopped=stopped,
         )
-        run.state = replace(run.state, constrained=began)
-    stopped, seen = "max_output_constr_iters", run.state.constrained
-    try:
-        while True:
-            state = run.state.constrained
-            assert state is not None
-            theta = state.adam.theta
-            evaluation = yield job.request(theta, _lagrangian(state, bounds))
-            value, slope = cost(theta)
-            if not evaluation.finite or not math.isfinite(value):
-                stopped = "not finite"
-                break
-            found = torch.tensor(evaluation.losses, dtype=torch.float64)
-            violations = found - bounds
-            feasible = bool((violations <= 0).all())
-            # Only a whole iteration goes into the run's state: what goes on from there evaluates this vector again.
-            seen = state = _compared(state, value, feasible, evaluation.losses)
-            if (
-                settings.max_output_constr_iters is not None
-                and state.step >= settings.max_output_constr_iters
-            ):
-                break
-            if state.waited >= PATIENCE:
-                strayed = not feasible or value > state.best.score
-                if _gained(state) or not strayed or state.restarts >= RESTARTS:
-                    stopped = "converged"
-                    break
-                run.state = replace(run.state, constrained=_restarted(state))
-                continue
-            gradient = evaluation.gradient
-            assert gradient is not None
-            if state.multipliers is None:
-                state = _balanced(state, slope, gradient, len(bounds))
-                assert state.multipliers is not None
-                gradient = gradient * state.multipliers[0].to(gradient)
-            else:
-                aim = violations + state.margins
-                raised = (state.multipliers + ASCENT * state.stiffness * aim).clamp_min(0)
-                over = torch.where(violations > 0, state.over + 1, 0)
-                raised = torch.where(over > STREAK, GROWTH * raised, raised)
-                margins = torch.maximum(aim, FADING * state.margins).clamp_min(0)
-                state = replace(state, multipliers=raised, margins=margins, over=over)
-            adam = adam_step(state.adam, clipped(slope + gradient, settings.grad_clip), state.lr)
-            projected = job.parameters.project(adam.theta, max_norm, settings.max_affine_norm)
-            run.state = replace(run.state, constrained=replace(state, adam=replace(adam, theta=projected)))
-            checkpoint.write_sometimes(run)
-    except KeyboardInterrupt:
-        if not settings.keep_on_interrupt:
-            raise
-        stopped, seen = "interrupted", run.state.constrained
-    assert seen is not None
-    best = seen.best
-    assert best.losses is not None
-    if not best.step and seen.step >= PATIENCE and stopped != "interrupted":
-        _log.warning(
-            "The output-constrained phase found no better vector that keeps every loss, in %d steps; what it began "
-            "with is returned. Try a smaller output_constr_lr (it was %g, at the end %.2g) or more steps.",
-            seen.step,
-            settings.output_constr_lr or settings.lr,
-            seen.lr,
-        )
-    return replace(
-        outcome,
-        theta=best.theta,
-        losses=best.losses,
-        constrained_steps=seen.step,
-        constrained_stopped=stopped,
-    )
-
-
-def _cost(job: Job, outcome: Outcome) -> tuple[Cost, float | None]:
-    """What is minimised, and the largest norm that v may have."""
-    settings, parameters = job.settings, job.parameters
-    if settings.custom_output_constr_loss_func is not None:
-        longest = settings.output_constr_norm_initial_scale * float(parameters.norm(outcome.theta))
-        return CustomCost(job, outcome.theta), min(longest, settings.max_norm or longest)
-
-    def size(theta: Tensor) -> tuple[float, Tensor]:
-        with torch.enable_grad():
-            leaf = theta.detach().requires_grad_()
-            value = parameters.size_of_effect(leaf)
-        (slope,) = torch.autograd.grad(value, leaf)
-        return float(value.detach()), slope
-
-    return size, settings.max_norm
 
 
 def _lagrangian(state: ConstrainState, bounds: Tensor) -> Objective:
@@ -221,3 +225,16 @@ def _compared(state: ConstrainState, value: float, feasible: bool, losses: list[
     if value < mark - LEAST_GAIN * abs(mark):
         mark, waited = value, 0
     return replace(state, best=best, mark=mark, waited=waited)
+
+
+def _size(parameters: Parameters) -> Cost:
+    """The norm of what steering adds, ‖v‖ + ‖M‖, as a cost."""
+
+    def size(theta: Tensor) -> tuple[float, Tensor]:
+        with torch.enable_grad():
+            leaf = theta.detach().requires_grad_()
+            value = parameters.size_of_effect(leaf)
+        (slope,) = torch.autograd.grad(value, leaf)
+        return float(value.detach()), slope
+
+    return size

@@ -15,12 +15,51 @@ from ..models.adapter import ModelAdapter
 from ..pack import Pack
 from ..positions import token_mask
 from .datapoints import Completion
-from .losses import TokenOrder
 
-__all__ = ["Layout", "LayoutSpec", "StepPack"]
+__all__ = ["Layout", "LayoutSpec", "StepPack", "TokenOrder"]
 
 # Most tokens of a pack from which minibatches take rows; what is kept for it is its residual stream.
 MINIBATCH_PACK_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class TokenOrder:
+    """Which of a pack's scored tokens belong to which completion.
+
+    Attributes:
+        completions: [P] int64, the pack's completions in order.
+        dst, src: indices of the tokens of completions to promote and to suppress.
+        owner: [N] int64, place in ``completions`` of each token, dst tokens first.
+        share: [N] 1/(tokens of the completion), in that order.
+    """
+
+    completions: Tensor
+    dst: Tensor
+    src: Tensor
+    owner: Tensor
+    share: Tensor
+
+    @classmethod
+    def of(cls, pack: Pack, completions: Sequence[Completion], dtype: torch.dtype) -> TokenOrder:
+        """The order of a pack's tokens; ``completions`` are the pairs that it was built of."""
+        pair = pack.pair.tolist()
+        present = sorted(set(pair))
+        place = {i: p for p, i in enumerate(present)}
+        sides: tuple[list[int], list[int]] = ([], [])
+        for n, i in enumerate(pair):
+            sides[completions[i].side == "src"].append(n)
+        order = [pair[n] for side in sides for n in side]
+
+        def tensor(values: Sequence[float], kind: torch.dtype = torch.int64) -> Tensor:
+            return torch.tensor(values, dtype=kind, device=pack.pair.device)
+
+        return cls(
+            tensor(present),
+            tensor(sides[0]),
+            tensor(sides[1]),
+            tensor([place[i] for i in order]),
+            tensor([1 / len(completions[i].ids) for i in order], dtype),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +84,9 @@ class StepPack:
         return self.pack.input_ids.numel()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayoutSpec:
-    """What a layout is made of; jobs of equal specs share one.
+    """What a layout is made of; specs of equal keys share one.
 
     Args:
         completions: what is scored.
@@ -65,7 +104,13 @@ class LayoutSpec:
     batch_tokens: int | None = None
     to_the_end: bool = False
 
-    @property
+    @cached_property
+    def negated(self) -> list[bool]:
+        """Of every slot, whether its edit is the negated vector's: a slot for each completion, or for each sign."""
+        signs = [c.is_negative for c in self.completions]
+        return signs if self.apart else sorted(set(signs))
+
+    @cached_property
     def key(self) -> Hashable:
         """Equal for specs whose layouts are."""
         content = tuple((c.prompt, c.ids, c.side, c.steered) for c in self.completions)
@@ -98,18 +143,16 @@ class Layout:
             batch_tokens=MINIBATCH_PACK_TOKENS if spec.by_prompt else spec.batch_tokens,
             scoring=not spec.to_the_end,
         )
-        signs = (
-            [c.is_negative for c in completions]
-            if spec.apart
-            else sorted({c.is_negative for c in completions})
-        )
         dtype = compute_dtype(adapter.dtype)
-        self.signs = torch.tensor([[-1.0 if s else 1.0] for s in signs], dtype=dtype, device=adapter.device)
+        signs = [[-1.0 if negated else 1.0] for negated in spec.negated]
+        self.signs = torch.tensor(signs, dtype=dtype, device=adapter.device)
         members: dict[Hashable, int] = {}
         for i, group in enumerate(groups):
             members.setdefault(group, i)
         self._first = list(members.values())  # a completion of each group, by the group's number in the pack
-        self._slot = [i if spec.apart else signs.index(c.is_negative) for i, c in enumerate(completions)]
+        self._slot = [
+            i if spec.apart else spec.negated.index(c.is_negative) for i, c in enumerate(completions)
+        ]
         self.packs = [self._step_pack(pack, dtype) for pack in packs]
 
     def _group(self, i: int) -> Hashable:

@@ -1,209 +1,224 @@
-"""The optimization loop: evaluate the current vector, see whether to stop, step.
+"""The loop: of one vector, or of several at once whose losses and gradients shared passes compute.
 
-It is a generator that asks for evaluations and is sent them. So one loop serves a vector alone, and many at once whose
-requests :mod:`.jobs` answers together.
+In every iteration each run evaluates its vector, sees whether to stop, and steps: first down the objective
+(:mod:`.descend`), then, where that was asked for, to the smallest vector that keeps the losses (:mod:`.constrain`).
 """
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Generator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...errors import MechanexError, ValidationError
-from .adam import adam_step, clipped
-from .checkpoint import Checkpoint
-from .constrain import constrain
-from .noise import noise_of_step
-from .passes import Evaluation, Request
-from .settings import LIMIT
-from .state import Best, Outcome, Run, State
-from .stopping import step_limit
+from ...errors import ValidationError
+from ..models.adapter import exclusive, undisturbed
+from ..pack import BATCH_TOKENS, BATCH_TOKENS_GPU
+from .checkpoint import Checkpoint, begin
+from .constrain import Constraint
+from .descend import Descent
+from .passes import Evaluation, EvaluationRequest, Passes
+from .problem import OptimizationJob
+from .state import Outcome, Run
 
-__all__ = ["optimization"]
+__all__ = ["Result", "run_jobs"]
 
-_log = logging.getLogger(__name__)
+Result = tuple[Any, ...]
+"""(vector,), then the matrix of affine steering, then ``info`` if it was asked for."""
+Phase = Descent | Constraint
 
 # After these nothing more is done than to return what was found.
 _FINAL = ("interrupted", "callback", "not finite")
 
 
-def optimization(run: Run, checkpoint: Checkpoint) -> Generator[Request, Evaluation, Outcome]:
-    """Optimizes a job's vector: yields requests, is sent evaluations, returns the outcome."""
-    job = run.job
-    checkpoint.open(run)
-    try:
-        if run.state.constrained is not None:
-            outcome = run.state.constrained.outcome
-        else:
-            stopped = yield from _descend_until_stopped(run, checkpoint)
-            chosen = _chosen(run, stopped)
-            losses = chosen.losses
-            if losses is None:  # minibatches saw only parts
-                losses = (yield job.request(chosen.theta)).losses
-            outcome = Outcome(chosen.theta, losses, run.state.adam.step, stopped)
-        if job.settings.do_output_constr and outcome.stopped not in _FINAL:
-            outcome = yield from constrain(run, outcome, checkpoint)
-        return outcome
-    finally:
-        checkpoint.write(run)
+def run_jobs(jobs: Sequence[OptimizationJob], *, progress: bool = False) -> list[Result]:
+    """Optimizes several vectors of one model at once; each comes out as it would alone.
 
-
-def _descend_until_stopped(run: Run, checkpoint: Checkpoint) -> Generator[Request, Evaluation, str]:
-    """The first phase, for which Ctrl-C is a reason to stop where the job asks for that."""
-    try:
-        return (yield from _descend(run, checkpoint))
-    except KeyboardInterrupt:
-        if not run.job.settings.keep_on_interrupt or run.seen is None:
-            raise
-        return "interrupted"
-
-
-def _descend(run: Run, checkpoint: Checkpoint) -> Generator[Request, Evaluation, str]:
-    """Steps until there is a reason to stop, which is returned."""
-    job, settings = run.job, run.job.settings
-    while True:
-        state = run.state
-        theta, step = state.adam.theta, state.adam.step
-        evaluation = yield job.step_request(theta, step)
-        if not evaluation.finite or not math.isfinite(float(job.parameters.norm(theta))):
-            return _not_finite(run, evaluation)
-        stopped, seen = yield from _assess(run, state, evaluation)
-        run.seen = seen
-        if stopped is not None:
-            return stopped
-        if step >= step_limit(settings):
-            return _at_limit(run)
-        gradient = evaluation.gradient
-        if settings.noisy:
-            gradient = yield from _noisy_gradient(run, theta, step, evaluation)
-        assert gradient is not None
-        adam = adam_step(state.adam, clipped(gradient, settings.grad_clip), settings.learning_rate(step))
-        projected = job.parameters.project(adam.theta, settings.max_norm, settings.max_affine_norm)
-        run.state = replace(seen, adam=replace(adam, theta=projected))
-        checkpoint.write_sometimes(run)
-
-
-def _assess(
-    run: Run, state: State, evaluation: Evaluation
-) -> Generator[Request, Evaluation, tuple[str | None, State]]:
-    """Why to stop at the evaluated vector, or None, and the state with what its losses tell."""
-    job, settings, losses = run.job, run.job.settings, evaluation.losses
-    theta, step = state.adam.theta, state.adam.step
-    run.loss = job.reported(losses, step)
-    run.record(step, job.shown(losses, step), theta)
-    epoch, whole = state.epoch, losses
-    if job.minibatches is None:
-        run.current = Best(job.score(losses, job.completions), theta, step, losses)
-        better = state.best is None or run.current.score < state.best.score
-        best = run.current if better else state.best
-    else:
-        # Losses of different minibatches don't compare: the latest vector is taken as the best.
-        done, epoch = job.minibatches.collect(state.epoch, step, losses)
-        best = run.current = Best(run.loss, theta, step, None)
-        whole = done or []
-    stopped, counters = None, state.counters
-    if whole:
-        stopped, counters = job.stopping.judge(counters, job.reported(whole), whole)
-    state = replace(state, counters=counters, epoch=epoch, best=best)
-    if job.eval_layout is not None:
-        tired, state = yield from _watch(run, state)
-        stopped = stopped or tired
-    if settings.debug:
-        norm = float(job.parameters.norm(theta))
-        tqdm.write(f"step {step}: loss {run.loss:.6g}, norm {norm:.6g}")
-    if settings.callback is not None and settings.callback(
-        step, run.loss, job.parameters.vector(theta).clone()
-    ):
-        stopped = stopped or "callback"
-    return stopped, state
-
-
-def _watch(run: Run, state: State) -> Generator[Request, Evaluation, tuple[str | None, State]]:
-    """The evaluation set's loss at the current vector: recorded, and with ``patience`` a reason to stop."""
-    job, current = run.job, run.current
-    assert current is not None
-    losses = (yield job.eval_request(current.theta)).losses
-    score = job.score(losses, job.eval_completions)
-    run.evals[current.step :] = [score]
-    if state.best_eval is None or score < state.best_eval.score:
-        return None, replace(state, best_eval=replace(current, score=score), stale=0)
-    stale = state.stale + 1
-    patience = job.settings.patience
-    tired = patience is not None and stale >= patience
-    return ("patience" if tired else None), replace(state, stale=stale)
-
-
-def _noisy_gradient(
-    run: Run, theta: Tensor, step: int, clean: Evaluation
-) -> Generator[Request, Evaluation, Tensor]:
-    """The gradient of the objective, averaged over draws of noise on each completion's edit."""
-    job, settings = run.job, run.job.settings
-    assert job.layout is not None
-    like = theta.new_empty(len(job.layout.signs), job.parameters.width)
-    gradients = []
-    for noise in noise_of_step(settings, job.seed, step, clean.gradient, like):
-        request = replace(job.request(theta, job.objective), noise=noise)
-        evaluation = yield job.sampled(request, step)
-        assert evaluation.gradient is not None
-        gradients.append(evaluation.gradient)
-    return torch.stack(gradients).mean(0)
-
-
-def _chosen(run: Run, stopped: str) -> Best:
-    """The vector that is returned: the current one, or the best where the run was cut short or watched."""
-    seen = run.seen
-    if seen is not None and run.job.settings.patience is not None and seen.best_eval is not None:
-        return seen.best_eval
-    chosen = seen.best if seen is not None and stopped in ("interrupted", "not finite") else run.current
-    assert chosen is not None
-    return chosen
-
-
-def _at_limit(run: Run) -> str:
-    if run.job.settings.max_iters is not None:
-        return "max_iters"
-    _log.warning(
-        "Optimization ended after %d steps without having converged; pass max_iters for another number.",
-        LIMIT,
-    )
-    return "limit"
-
-
-def _not_finite(run: Run, evaluation: Evaluation) -> str:
-    """Ends a run whose losses, gradient or vector became NaN or infinite.
+    Args:
+        jobs: at least one, all of one model.
+        progress: show a progress bar.
 
     Raises:
-        ValidationError: that is so from the start; names the completion.
+        ValidationError: no jobs, of several models, or with one checkpoint.
     """
-    job = run.job
-    asked = job.minibatches.counts(run.state.adam.step) if job.minibatches else range(len(evaluation.losses))
-    bad = [
-        (job.completions[i], evaluation.losses[i])
-        for i in asked
-        if not abs(evaluation.losses[i]) < float("inf")
-    ]
-    if bad:
-        what = f"the loss of {bad[0][0]} is {bad[0][1]}"
-    elif evaluation.finite:
-        what = "the vector's norm is too large for a number"
-    else:
-        what = "the gradient holds NaN or infinite numbers"
-    if run.seen is None:
-        kind = ValidationError if run.state.adam.step == 0 else MechanexError
-        raise kind(
-            f"The vector can't be optimized: {what}. Check the model's weights and dtype, the starting vector's size, "
-            "and eps (above 0 it keeps losses finite)."
+    if not jobs:
+        raise ValidationError("There is nothing to optimize: no jobs were given.")
+    _check_checkpoints(jobs)
+    adapter = jobs[0].adapter
+    if any(job.adapter is not adapter for job in jobs):
+        raise ValidationError(
+            "Jobs that run together are of one model; run those of others in calls of their own."
         )
-    _log.warning(
-        "Optimization ended after %d steps because %s; the best vector so far is returned. Try a smaller lr, "
-        "grad_clip or max_norm.",
-        run.state.adam.step,
-        what,
+    given = [job.settings.batch_tokens for job in jobs if job.settings.batch_tokens is not None]
+    usual = BATCH_TOKENS if adapter.device.type == "cpu" else BATCH_TOKENS_GPU
+    with (
+        exclusive(adapter),
+        torch.inference_mode(False),
+        undisturbed(adapter.hf_model),
+        Passes(adapter, [job.layers for job in jobs], min(given, default=usual)) as passes,
+    ):
+        for job in jobs:
+            for spec in (job.spec, job.eval_spec):
+                if spec is not None:
+                    passes.layout(spec)
+        runs = [begin(job) for job in jobs]
+        with _bar(runs, progress) as show:
+            outcomes = optimize(runs, passes, show)
+    return [_result(run, outcome) for run, outcome in zip(runs, outcomes, strict=True)]
+
+
+def optimize(runs: Sequence[Run], passes: Passes, show: Callable[[], None]) -> list[Outcome]:
+    """Takes runs to their ends, side by side; ``show`` is called after every iteration."""
+    checkpoints: dict[Run, Checkpoint] = {}
+    outcomes: dict[Run, Outcome] = {}
+    phases: list[Phase] = []
+    try:
+        for run in runs:
+            checkpoint = Checkpoint(run)
+            checkpoint.write(first=True)
+            checkpoints[run] = checkpoint
+            phases.append(_phase(run))
+        while phases:
+            try:
+                stopped = _iterate(phases, passes)
+                show()
+            except KeyboardInterrupt:
+                kept = (p.run.job.settings.keep_on_interrupt and p.seen is not None for p in phases)
+                if not all(kept):
+                    raise
+                stopped = ["interrupted"] * len(phases)
+            going = []
+            for phase, reason in zip(phases, stopped, strict=True):
+                run = phase.run
+                if reason is None:
+                    checkpoints[run].write_sometimes()
+                    going.append(phase)
+                    continue
+                outcome = phase.outcome(reason, passes)
+                second = isinstance(phase, Descent) and run.job.settings.do_output_constr
+                if second and reason not in _FINAL:
+                    going.append(Constraint(run, outcome))
+                else:
+                    checkpoints[run].write()
+                    outcomes[run] = outcome
+            if len(going) < len(phases):
+                passes.forget()
+            phases = going
+    finally:
+        for run, checkpoint in checkpoints.items():
+            if run not in outcomes:
+                checkpoint.write()
+    return [outcomes[run] for run in runs]
+
+
+def _phase(run: Run) -> Phase:
+    """The phase that a run is in."""
+    second = run.state.constrained
+    return Descent(run) if second is None else Constraint(run, second.outcome)
+
+
+def _iterate(phases: Sequence[Phase], passes: Passes) -> list[str | None]:
+    """One iteration of every run: evaluates the current vectors and steps from them; tells who stops, and why."""
+    found = passes.run([phase.request() for phase in phases])
+    watched = _asked(passes, [phase.eval_request() for phase in phases])
+    stopped = [
+        phase.judge(evaluation, None if of_eval is None else of_eval.losses)
+        for phase, evaluation, of_eval in zip(phases, found, watched, strict=True)
+    ]
+    going = [(phase, found[i]) for i, phase in enumerate(phases) if stopped[i] is None]
+    for (phase, _), gradient in zip(going, _gradients(going, passes), strict=True):
+        phase.step(gradient)
+    return stopped
+
+
+def _gradients(going: Sequence[tuple[Phase, Evaluation]], passes: Passes) -> list[Tensor]:
+    """What each run steps along: the gradient at its vector, or with noise the mean over draws of it."""
+    draws = [phase.noisy_requests(evaluation) for phase, evaluation in going]
+    gradients: list[list[Tensor]] = [[] for _ in draws]
+    for n in range(max(map(len, draws), default=0)):
+        answers = _asked(passes, [draw[n] if n < len(draw) else None for draw in draws])
+        for own, answer in zip(gradients, answers, strict=True):
+            if answer is not None and answer.gradient is not None:
+                own.append(answer.gradient)
+    found = []
+    for own, (_, evaluation) in zip(gradients, going, strict=True):
+        gradient = torch.stack(own).mean(0) if own else evaluation.gradient
+        assert gradient is not None
+        found.append(gradient)
+    return found
+
+
+def _asked(passes: Passes, requests: Sequence[EvaluationRequest | None]) -> list[Evaluation | None]:
+    """An evaluation for every request that there is."""
+    answers = iter(passes.run([request for request in requests if request is not None]))
+    return [None if request is None else next(answers) for request in requests]
+
+
+def _check_checkpoints(jobs: Sequence[OptimizationJob]) -> None:
+    first: dict[Path, int] = {}
+    for i, job in enumerate(jobs):
+        path = job.settings.checkpoint
+        if path is not None and first.setdefault(Path(path).resolve(), i) != i:
+            raise ValidationError(
+                f"Job {first[Path(path).resolve()]} and job {i} have one checkpoint, {path}, and would overwrite each "
+                "other's; name a file for each."
+            )
+
+
+@contextmanager
+def _bar(runs: Sequence[Run], progress: bool) -> Iterator[Callable[[], None]]:
+    """A progress bar over the runs, and the function that moves it on."""
+    limits = [run.job.settings.max_iters for run in runs]
+    total = None if None in limits else max(n for n in limits if n is not None)
+    with tqdm(total=total, desc="Optimizing", unit="step", disable=not progress) as bar:
+        yield lambda: _show(bar, runs) if progress else None
+
+
+def _show(bar: Any, runs: Sequence[Run]) -> None:
+    states = [run.state for run in runs]
+    second = [state.constrained.step for state in states if state.constrained is not None]
+    step = max(state.adam.step for state in states) + max(second, default=0)
+    shown = [run.loss for run in runs]
+    norms = [
+        float(run.job.parameters.norm((state.constrained or state).adam.theta))
+        for run, state in zip(runs, states, strict=True)
+    ]
+    bar.set_postfix(
+        loss=f"{sum(shown) / len(shown):.4g}", norm=f"{sum(norms) / len(norms):.4g}", refresh=False
     )
-    return "not finite"
+    bar.update(step - bar.n)
+
+
+def _result(run: Run, outcome: Outcome) -> Result:
+    job, theta = run.job, outcome.theta.detach()
+    parameters, settings = job.parameters, job.settings
+    result: list[Any] = [parameters.vector(theta).clone()]
+    matrix, factors = parameters.matrix(theta), parameters.factors(theta)
+    if matrix is not None:
+        result.append(matrix)
+    if not settings.return_info:
+        return tuple(result)
+    info: dict[str, Any] = {
+        "iters": outcome.steps,
+        "loss": job.shown(outcome.losses),
+        "norm": float(parameters.norm(theta)),
+        "starting_loss": run.start,
+        "stopped": outcome.stopped,
+        "seed": job.seed,
+    }
+    if settings.return_loss_history:
+        info["loss_history"] = run.shown
+    if settings.return_vec_history:
+        info["vec_history"] = run.vectors
+    if job.eval_spec is not None:
+        info["eval_loss_history"] = run.evals
+    if factors is not None:
+        info["matrix_left"], info["matrix_right"] = factors[0].clone(), factors[1].clone()
+    if outcome.constrained_steps is not None:
+        info["output_constr_iters"] = outcome.constrained_steps
+        info["output_constr_stopped"] = outcome.constrained_stopped
+    return (*result, info)

@@ -1,6 +1,6 @@
-"""What is optimized: a vector, and for affine steering the two factors of a matrix, as one flat tensor θ.
+"""What is optimized: a vector, and for affine steering the two factors of a matrix, as one flat tensor θ; and Adam.
 
-θ is at least float32 whatever the model's dtype. :meth:`Parameters.table` turns it into the edits of a pass.
+θ is at least float32 whatever the model's dtype. :meth:`Parameters.table` makes the edits of a pass of it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ...errors import ValidationError
 from ..given import as_vector
-from ..intervention import Edit
 
-__all__ = ["Parameters", "Table"]
+__all__ = ["AdamState", "Parameters", "Table", "adam_step", "clipped"]
+
+BETAS = (0.9, 0.999)
+TINY = 1e-8
 
 Table = tuple[Tensor, ...]
 """(bias [K, d],) or (bias, left [K, r, d], right [K, r, d]): what the steer op takes."""
@@ -130,12 +132,6 @@ class Parameters:
         square = ((left @ left.T) * (right @ right.T)).sum()
         return self.norm(theta) + square.clamp_min(1e-30).sqrt()
 
-    def edit(self, theta: Tensor) -> Edit:
-        """The edit itself, as :mod:`mechanex.engine.intervention` has it."""
-        signs = theta.new_ones(1, 1)
-        bias, *factors = self.table(theta, signs)
-        return Edit(bias[0], *(factor[0] for factor in factors))
-
     def matrix(self, theta: Tensor) -> Tensor | None:
         """[d, d] M = LᵀR, or None without a rank."""
         factors = self.factors(theta)
@@ -168,3 +164,37 @@ def _shortened(rows: Tensor, longest: float) -> Tensor:
     norms = rows.norm(dim=-1, keepdim=True)
     # A row that is short enough stays bit for bit.
     return torch.where(norms > longest, rows * (longest / norms), rows)
+
+
+@dataclass(frozen=True, eq=False)
+class AdamState:
+    """θ [n], the running means of its gradient and of the gradient's square, and the steps taken."""
+
+    theta: Tensor
+    mean: Tensor
+    square: Tensor
+    step: int = 0
+
+    @classmethod
+    def start(cls, theta: Tensor) -> AdamState:
+        """Before the first step."""
+        return cls(theta, torch.zeros_like(theta), torch.zeros_like(theta))
+
+
+def adam_step(state: AdamState, gradient: Tensor, lr: float) -> AdamState:
+    """The state after one step of Adam (arXiv:1412.6980); the given one stays as it is, if an interrupt falls here."""
+    step = state.step + 1
+    mean = state.mean.lerp(gradient, 1 - BETAS[0])
+    square = state.square * BETAS[1] + (1 - BETAS[1]) * gradient * gradient
+    size = (square.sqrt() / (1 - BETAS[1] ** step) ** 0.5).add_(TINY)
+    factor = min(lr / (1 - BETAS[0] ** step), torch.finfo(state.theta.dtype).max)
+    theta = state.theta.addcdiv(mean, size, value=-factor)
+    return AdamState(theta, mean, square, step)
+
+
+def clipped(gradient: Tensor, longest: float | None) -> Tensor:
+    """The gradient, rescaled to norm ``longest`` where it is longer."""
+    if longest is None:
+        return gradient
+    norm = gradient.norm()
+    return torch.where(norm > longest, gradient * (longest / norm), gradient)

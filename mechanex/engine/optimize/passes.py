@@ -15,19 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops.steer import steer
-from ..hooks import attach
 from ..memory import tensor_bytes, total_bytes
-from ..models.adapter import Handles, ModelAdapter, ResidualHook
+from ..models.adapter import ModelAdapter
 from ..pauses import pause
-from .layout import Layout, StepPack
-from .losses import Objective
+from .layout import Layout, LayoutSpec, StepPack
+from .objective import Objective
 from .parameters import Parameters, Table
 from .replay import Replay
 from .settings import LossOptions
-from .stack import Running, Stack
+from .stack import EditHooks, Stack, StepGraphs
 
-__all__ = ["Evaluation", "Passes", "Request"]
+__all__ = ["Evaluation", "EvaluationRequest", "Passes"]
 
 _log = logging.getLogger(__name__)
 
@@ -36,11 +34,11 @@ MOST_CAPTURED = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
+class EvaluationRequest:
     """What a job wants to know of one θ.
 
     Args:
-        layout: the completions.
+        spec: the completions.
         layers: where the edits are made, in order.
         options: of the losses.
         parameters: the meaning of θ.
@@ -51,7 +49,7 @@ class Request:
         prompts: the datapoints whose completions are wanted, None for all.
     """
 
-    layout: Layout
+    spec: LayoutSpec
     layers: tuple[int, ...]
     options: LossOptions
     parameters: Parameters
@@ -60,12 +58,6 @@ class Request:
     noise: Tensor | None = None
     by_effect: bool = False
     prompts: tuple[int, ...] | None = None
-
-    @property
-    def company(self) -> tuple[Any, ...]:
-        """Requests that share a pass agree in this."""
-        alone = id(self) if self.prompts is not None else None
-        return id(self.layout), self.options, self.objective is None, alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +80,7 @@ class Passes:
 
     Args:
         adapter: the model, frozen and in eval mode for as long.
-        layers: every layer that any request edits.
-        starts: the lowest layer of each job.
+        members: the layers that each job's requests edit, in order.
         batch_tokens: most tokens of a pass, unless one pack alone has more.
         most_bytes: most memory for what is kept of the layers below the edits; packs beyond it run whole each time.
             None for a quarter of the device's memory.
@@ -101,8 +92,7 @@ class Passes:
     def __init__(
         self,
         adapter: ModelAdapter,
-        layers: Sequence[int],
-        starts: Sequence[int],
+        members: Sequence[Sequence[int]],
         batch_tokens: int,
         *,
         most_bytes: int | None = None,
@@ -110,51 +100,52 @@ class Passes:
         self.adapter = adapter
         self._most_bytes = total_bytes(adapter.device) // 4 if most_bytes is None else most_bytes
         self.kept_bytes = 0
-        self.starts = sorted({min(start, adapter.n_layers - 1) for start in starts})
-        self._layers, self._batch_tokens = sorted(set(layers)), batch_tokens
+        self._starts = sorted({min(layers[0], adapter.n_layers - 1) for layers in members})
+        self._batch_tokens = batch_tokens
+        self._hooks, self._graphs = (
+            EditHooks(adapter, {n for layers in members for n in layers}),
+            StepGraphs(),
+        )
+        self._layouts: dict[LayoutSpec, Layout] = {}
         self._replays: dict[StepPack, Replay] = {}
         self._stacks: dict[Any, Stack] = {}
-        self._handles: Handles | None = None
-        self.running: Running | None = None
 
     def __enter__(self) -> Passes:
-        self._handles = attach(self.adapter, [(layer, self._editor(layer)) for layer in self._layers])
+        self._hooks.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._handles is not None:
-            self._handles.remove()
+        self._hooks.__exit__(*exc)
 
-    def _editor(self, layer: int) -> ResidualHook:
-        def edit(hidden: Tensor) -> Tensor | None:
-            running = self.running
-            if running is None or layer not in running.rows:
-                return None
-            rows, table = running.rows[layer], running.table
-            if table[0].device != hidden.device:
-                table = tuple(t.to(hidden.device) for t in table)
-                rows = None if rows is None else rows.to(hidden.device)
-            return steer(hidden, rows, *table)
-
-        return edit
+    def layout(self, spec: LayoutSpec) -> Layout:
+        """The packs of a spec, made on first use: one layout for all specs whose completions and edits agree."""
+        if spec not in self._layouts:
+            agreeing = (layout for layout in self._layouts.values() if layout.spec.key == spec.key)
+            self._layouts[spec] = next(agreeing, None) or Layout(self.adapter, spec)
+        return self._layouts[spec]
 
     def forget(self) -> None:
         """Drops what is kept for combinations of jobs that don't come again."""
         self._stacks.clear()
 
-    def run(self, requests: Sequence[Request]) -> list[Evaluation]:
+    def run(self, requests: Sequence[EvaluationRequest]) -> list[Evaluation]:
         """Answers requests, those that can share passes together."""
         companies: dict[Any, list[int]] = {}
         for i, request in enumerate(requests):
-            companies.setdefault(request.company, []).append(i)
+            companies.setdefault(self._company(request), []).append(i)
         answers: dict[int, Evaluation] = {}
         for members in companies.values():
             members.sort(key=lambda i: requests[i].layers[0])
-            step = 1 if len(members) == 1 else self._how_many(requests[members[0]].layout)
+            step = 1 if len(members) == 1 else self._how_many(self.layout(requests[members[0]].spec))
             for start in range(0, len(members), step):
                 part = members[start : start + step]
                 answers.update(zip(part, self._together([requests[i] for i in part]), strict=True))
         return [answers[i] for i in range(len(requests))]
+
+    def _company(self, request: EvaluationRequest) -> tuple[Any, ...]:
+        """Requests that share a pass agree in this."""
+        alone = id(request) if request.prompts is not None else None
+        return self.layout(request.spec), request.options, request.objective is None, alone
 
     def _how_many(self, layout: Layout) -> int:
         """How many jobs fit in a pass over this layout."""
@@ -165,7 +156,7 @@ class Passes:
     def replay(self, step_pack: StepPack) -> Replay:
         """What is kept of a pack's lower layers; made on first use."""
         if step_pack not in self._replays:
-            made = self._replays[step_pack] = Replay(self.adapter, step_pack.pack, self.starts)
+            made = self._replays[step_pack] = Replay(self.adapter, step_pack.pack, self._starts)
             size = tensor_bytes(made.tensors)
             if self.kept_bytes + size > self._most_bytes:
                 made.give_up()
@@ -187,15 +178,16 @@ class Passes:
         """
         key = (step_pack, (layers,))
         if key not in self._stacks:
-            self._stacks[key] = Stack(self, step_pack, (layers,), 1, self.replay(step_pack))
+            self._stacks[key] = Stack(self._hooks, step_pack, (layers,), 1, self.replay(step_pack))
         return self._stacks[key].residual(table, layer)
 
-    def _together(self, requests: list[Request]) -> list[Evaluation]:
+    def _together(self, requests: list[EvaluationRequest]) -> list[Evaluation]:
         """One company's answers; its requests in the order of their lowest layers."""
         first = requests[0]
         learning = first.objective is not None
         with torch.set_grad_enabled(learning):
-            leaves, tables = zip(*(_leaf_and_table(r, learning) for r in requests), strict=True)
+            signs = self.layout(first.spec).signs
+            leaves, tables = zip(*(_leaf_and_table(r, signs, learning) for r in requests), strict=True)
             made = _joined(list(tables))
         table = tuple(t.detach().requires_grad_(learning) for t in made)
         sums: list[Tensor] = []
@@ -220,29 +212,30 @@ class Passes:
         gradients = torch.autograd.grad([t for t, _ in depending], leaves, [s for _, s in depending])
         return _answers(requests, found, list(gradients))
 
-    def _stacks_for(self, requests: list[Request]) -> list[Stack]:
+    def _stacks_for(self, requests: list[EvaluationRequest]) -> list[Stack]:
         """The requests' copies of every pack that is wanted."""
-        layout, n_slots = requests[0].layout, len(requests[0].layout.signs)
+        layout = self.layout(requests[0].spec)
+        n_slots = len(layout.signs)
         members = tuple(r.layers for r in requests)
         if requests[0].prompts is not None:
             return [
-                Stack(self, part, members, n_slots, self.replay(whole), rows=rows)
+                Stack(self._hooks, part, members, n_slots, self.replay(whole), rows=rows)
                 for whole, part, rows in layout.selected(requests[0].prompts)
             ]
         stacks = []
         for step_pack in layout.packs:
             key = (step_pack, members)
             if key not in self._stacks:
-                few = len(layout.packs) <= MOST_CAPTURED
+                graphs = self._graphs if len(layout.packs) <= MOST_CAPTURED else None
                 replay = self.replay(step_pack)
-                self._stacks[key] = Stack(self, step_pack, members, n_slots, replay, capture=few)
+                self._stacks[key] = Stack(self._hooks, step_pack, members, n_slots, replay, graphs=graphs)
             stacks.append(self._stacks[key])
         return stacks
 
 
-def _leaf_and_table(request: Request, learning: bool) -> tuple[Tensor, Table]:
+def _leaf_and_table(request: EvaluationRequest, signs: Tensor, learning: bool) -> tuple[Tensor, Table]:
     """What a request's gradient is taken by, and the edits that are made of it."""
-    theta, noise, signs = request.theta.detach(), request.noise, request.layout.signs
+    theta, noise = request.theta.detach(), request.noise
     if request.by_effect:
         drawn = theta.new_zeros(len(signs), request.parameters.width) if noise is None else noise.detach()
         leaf = noise = drawn.requires_grad_(learning)
@@ -267,7 +260,7 @@ def _joined(tables: list[Table]) -> Table:
 
 
 def _answers(
-    requests: list[Request], found: list[tuple[Tensor, Tensor]], gradients: list[Tensor]
+    requests: list[EvaluationRequest], found: list[tuple[Tensor, Tensor]], gradients: list[Tensor]
 ) -> list[Evaluation]:
     """Evaluations of what was computed, fetched from the device at once."""
     n = len(requests)
@@ -279,7 +272,7 @@ def _answers(
     answers = []
     for q, request in enumerate(requests):
         *values, square = numbers[q]
-        losses = [float("nan")] * len(request.layout.spec.completions)
+        losses = [float("nan")] * len(request.spec.completions)
         for place, value in zip(places, values, strict=True):
             losses[place] = value
         finite = all(abs(v) < float("inf") for v in values) and square < float("inf")

@@ -6,8 +6,8 @@ import difflib
 import math
 import numbers
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ...errors import ValidationError
 from ..whole import as_whole
 from .datapoints import TrainingDatapoint
 
-__all__ = ["LIMIT", "LossOptions", "Settings", "settings_of"]
+__all__ = ["LIMIT", "LossOptions", "OptimizeSettings", "settings_of"]
 
 # Steps after which an optimization that was given no max_iters ends.
 LIMIT = 10_000
@@ -25,8 +25,46 @@ SCHEDULES = ("linear", "cosine")
 
 
 @dataclass(frozen=True)
+class _Range:
+    """The numbers that an option takes: whole ones or any, from ``least`` on, which ``above`` itself leaves out."""
+
+    least: float = -math.inf
+    above: bool = False
+    whole: bool = False
+    needed: bool = True
+
+    def checked(self, name: str, value: Any) -> Any:
+        """The value as an int or a float; a ValidationError unless it is a number in the range."""
+        if value is None and not self.needed:
+            return None
+        if self.whole:
+            found = as_whole(value)
+            if found is None or found < self.least:
+                raise ValidationError(f"{name} is a whole number of {self.least} or more; got {value!r}.")
+            return found
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        if not _is_finite(value) or value < self.least or (self.above and value == self.least):
+            start = f" {'above' if self.above else 'of at least'} {self.least:g}"
+            bound = "" if self.least == -math.inf else start
+            raise ValidationError(f"{name} is a finite number{bound}; got {value!r}.")
+        return float(value)
+
+
+def _number(
+    default: float | None, least: float = -math.inf, *, above: bool = False, needed: bool = True
+) -> Any:
+    wanted = _Range(least, above, needed=needed and default is not None)
+    return field(default=default, metadata={"range": wanted})
+
+
+def _whole(default: int | None, least: int) -> Any:
+    return field(default=default, metadata={"range": _Range(least, whole=True, needed=default is not None)})
+
+
+@dataclass(frozen=True)
 class LossOptions:
-    """What a completion's loss is computed with; see :mod:`.losses`."""
+    """What a completion's loss is computed with; see :mod:`.objective`."""
 
     coldness: float = 0.7
     eps: float = 1e-6
@@ -35,7 +73,7 @@ class LossOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class OptimizeSettings:
     """Every option of ``optimize_vector``, under its name there; its docstring says what each does.
 
     Raises:
@@ -43,61 +81,55 @@ class Settings:
         TypeError: an option that doesn't exist.
     """
 
-    eps: float = 1e-6
-    lr: float = 0.01
-    max_iters: int | None = None
-    coldness: float = 0.7
+    eps: float = _number(1e-6, 0)
+    lr: float = _number(0.01, 0, above=True)
+    max_iters: int | None = _whole(None, 0)
+    coldness: float = _number(0.7, 0, above=True)
     normalize_token_length: bool = False
     only_hook_prompt: bool = False
-    target_loss: float | None = None
+    target_loss: float | None = _number(None)
     do_target_loss_sum: bool = True
     return_info: bool = True
     return_loss_history: bool = False
     return_vec_history: bool = False
-    target_loss_target_iters: int = 1
+    target_loss_target_iters: int = _whole(1, 1)
     satisfice: bool = False
     do_one_minus: bool = True
-    max_norm: float | None = None
-    starting_norm: float = 1.0
+    max_norm: float | None = _number(None, 0, above=True)
+    starting_norm: float = _number(1.0, 0)
     starting_vec: Any = None
-    vector_clamp: float | None = None
-    affine_rank: int | None = None
-    max_affine_norm: float | None = 2.0
-    starting_affine_norm: float = 1.0
-    noise_scale: float | None = None
+    vector_clamp: float | None = _number(None)
+    affine_rank: int | None = _whole(None, 1)
+    max_affine_norm: float | None = _number(2.0, 0, above=True, needed=False)
+    starting_affine_norm: float = _number(1.0, 0)
+    noise_scale: float | None = _number(None, 0)
     do_tangent_space_noise: bool = True
     do_noise_abl_relu: bool = False
-    noise_iters: int = 1
+    noise_iters: int = _whole(1, 1)
     do_antipgd: bool = False
     do_output_constr: bool = False
     custom_output_constr_loss_func: Callable[..., Any] | None = None
     custom_output_constr_pre_loss_func: Callable[..., Any] | None = None
-    output_constr_norm_initial_scale: float = 1.0
-    output_constr_lr: float | None = None
-    max_output_constr_iters: int | None = None
+    output_constr_norm_initial_scale: float = _number(1.0, 0, above=True)
+    output_constr_lr: float | None = _number(None, 0, above=True)
+    max_output_constr_iters: int | None = _whole(None, 0)
     debug: bool = False
-    seed: int | None = None
+    seed: int | None = _whole(None, 0)
     generator: torch.Generator | None = None
-    batch_tokens: int | None = None
+    batch_tokens: int | None = _whole(None, 1)
     callback: Callable[[int, float, Tensor], Any] | None = None
     checkpoint: str | os.PathLike[str] | None = None
     lr_schedule: str | Callable[[int], float] | None = None
-    grad_clip: float | None = None
+    grad_clip: float | None = _number(None, 0, above=True)
     eval_datapoints: Sequence[TrainingDatapoint] | None = None
-    patience: int | None = None
+    patience: int | None = _whole(None, 1)
     keep_on_interrupt: bool = False
 
     def __post_init__(self) -> None:
-        for name, least, strict in _NUMBERS:
-            object.__setattr__(self, name, _number(name, getattr(self, name), least, strict))
-        for name, least in _WHOLE:
-            value = getattr(self, name)
-            if value is None and name not in _NEEDED:
-                continue
-            found = as_whole(value)
-            if found is None or found < least:
-                raise ValidationError(f"{name} is a whole number of {least} or more; got {value!r}.")
-            object.__setattr__(self, name, found)
+        for option in fields(self):
+            if "range" in option.metadata:
+                found = option.metadata["range"].checked(option.name, getattr(self, option.name))
+                object.__setattr__(self, option.name, found)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -153,6 +185,11 @@ class Settings:
         """Whether noise is added."""
         return bool(self.noise_scale)
 
+    @property
+    def step_limit(self) -> int:
+        """The most steps that are taken."""
+        return LIMIT if self.max_iters is None else self.max_iters
+
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0.
 
@@ -173,72 +210,25 @@ class Settings:
         return self.lr * (1 - share if self.lr_schedule == "linear" else (1 + math.cos(math.pi * share)) / 2)
 
 
-# Name, least value, whether that value itself is excluded.
-_NUMBERS = (
-    ("eps", 0.0, False),
-    ("lr", 0.0, True),
-    ("coldness", 0.0, True),
-    ("target_loss", -math.inf, True),
-    ("max_norm", 0.0, True),
-    ("starting_norm", 0.0, False),
-    ("vector_clamp", -math.inf, True),
-    ("max_affine_norm", 0.0, True),
-    ("starting_affine_norm", 0.0, False),
-    ("noise_scale", 0.0, False),
-    ("output_constr_norm_initial_scale", 0.0, True),
-    ("output_constr_lr", 0.0, True),
-    ("grad_clip", 0.0, True),
-)
-_WHOLE = (
-    ("max_iters", 0),
-    ("target_loss_target_iters", 1),
-    ("affine_rank", 1),
-    ("noise_iters", 1),
-    ("max_output_constr_iters", 0),
-    ("batch_tokens", 1),
-    ("patience", 1),
-    ("seed", 0),
-)
-_NEEDED = {
-    "eps",
-    "lr",
-    "coldness",
-    "starting_norm",
-    "starting_affine_norm",
-    "output_constr_norm_initial_scale",
-    "target_loss_target_iters",
-    "noise_iters",
-}
-
-
-def settings_of(options: Mapping[str, Any]) -> Settings:
-    """Settings of options that a caller gave.
+def settings_of(**options: Any) -> OptimizeSettings:
+    """Settings of options that a caller gave, by their names or the documented alias of one.
 
     Raises:
-        ValidationError: as :class:`Settings`.
-        TypeError: an option that doesn't exist; names it and the nearest one that does.
+        ValidationError: as :class:`OptimizeSettings`.
+        TypeError: an option that doesn't exist; names the nearest one that does.
     """
-    known = list(Settings.__dataclass_fields__)
+    if "normalize_completion_length" in options:
+        alias = options.pop("normalize_completion_length")
+        options["normalize_token_length"] = bool(alias or options.get("normalize_token_length"))
+    known = [option.name for option in fields(OptimizeSettings)]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
+            near = difflib.get_close_matches(name, known, 1)
             raise TypeError(f"There is no option {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
-    return Settings(**options)
+    return OptimizeSettings(**options)
 
 
 def _is_finite(value: Any) -> bool:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     return type(value) is not bool and isinstance(value, numbers.Real) and math.isfinite(value)
-
-
-def _number(name: str, value: Any, least: float, strict: bool) -> float | None:
-    """The value as a float; a ValidationError unless it is a finite number in its range."""
-    if value is None and name not in _NEEDED:
-        return None
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if not _is_finite(value) or value < least or (strict and value == least):
-        bound = "" if least == -math.inf else f" {'above' if strict else 'of at least'} {least:g}"
-        raise ValidationError(f"{name} is a finite number{bound}; got {value!r}.")
-    return float(value)

@@ -2,67 +2,137 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...ops.steer import steer
 from ..forward import scored_logprobs
-from ..models.adapter import ModelAdapter
+from ..hooks import attach
+from ..models.adapter import Handles, ModelAdapter, ResidualHook
 from ..models.offload import on_one_device
 from ..passes import visit_residuals
 from ..positions import Positions, given_positions
 from ..regimes import text_lengths
-from .capture import captured
 from .layout import StepPack
-from .losses import completion_losses
+from .objective import completion_losses
 from .parameters import Table
 from .replay import Replay
 from .settings import LossOptions
 
-__all__ = ["Running", "Stack"]
+__all__ = ["EditHooks", "Stack", "StepGraphs"]
+
+_log = logging.getLogger(__name__)
 
 
-@dataclass
-class Running:
-    """The edits of the pass that is running; ``rows`` by layer, None where one edit serves every token."""
+class EditHooks:
+    """The hooks that edit the pass that is running; a context manager, inside of which the model carries them.
 
-    rows: dict[int, Tensor | None]
-    table: Table
+    Args:
+        adapter: the model.
+        layers: every layer that any pass edits.
+    """
+
+    def __init__(self, adapter: ModelAdapter, layers: Iterable[int]) -> None:
+        self.adapter, self._layers = adapter, sorted(layers)
+        self._handles: Handles | None = None
+        self._rows: Mapping[int, Tensor | None] = {}
+        self._table: Table = ()
+
+    def __enter__(self) -> EditHooks:
+        self._handles = attach(self.adapter, [(layer, self._editor(layer)) for layer in self._layers])
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._handles is not None:
+            self._handles.remove()
+
+    @contextmanager
+    def editing(self, rows: Mapping[int, Tensor | None], table: Table | None) -> Iterator[None]:
+        """Passes inside are edited by a table's rows.
+
+        Args:
+            rows: by layer the row for every token; None where the one row serves all, no entry for no edits.
+            table: the edits; None for none at all.
+        """
+        self._rows, self._table = ({}, ()) if table is None else (rows, table)
+        try:
+            yield
+        finally:
+            self._rows, self._table = {}, ()
+
+    def _editor(self, layer: int) -> ResidualHook:
+        def edit(hidden: Tensor) -> Tensor | None:
+            if layer not in self._rows:
+                return None
+            rows, table = self._rows[layer], self._table
+            if table[0].device != hidden.device:
+                table = tuple(t.to(hidden.device) for t in table)
+                rows = None if rows is None else rows.to(hidden.device)
+            return steer(hidden, rows, *table)
+
+        return edit
 
 
-class Runner(Protocol):
-    """Whose hooks make the edits of the pass that is running."""
+class StepGraphs:
+    """CUDA graphs of steps: their shapes never change, so that a GPU can be given the whole work of one at once."""
 
-    adapter: ModelAdapter
-    running: Running | None
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def of(self, run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+        """``run`` as CUDA graphs of its forward and backward passes, or ``run`` itself where that can't be.
+
+        Args:
+            run: from tensors that require gradients to one tensor; does the same work at every call.
+            inputs: an example of its arguments, which are of these shapes at every call.
+        """
+        if inputs[0].device.type != "cuda":
+            return run
+        sample = tuple(t.detach().clone().requires_grad_() for t in inputs)
+        try:
+            graphed: Callable[..., Tensor] = torch.cuda.make_graphed_callables(run, sample)  # type: ignore[assignment]
+        except Exception as error:  # a model's own code may wait for the GPU, or choose by what it computed
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            if reason not in self._told:
+                self._told.add(reason)
+                _log.info(
+                    "The optimization step is not captured in a CUDA graph, which makes it slower: %s", reason
+                )
+            torch.cuda.synchronize(inputs[0].device)
+            return run
+        return graphed
 
 
 class Stack:
     """Copies of a pack's rows, one for each job, lowest layer first.
 
     Args:
-        passes: who runs it.
+        hooks: make the edits.
         step_pack: what one copy is.
         members: the layers that each job edits, by ascending lowest layer.
         n_slots: edits of each job.
         replay: of the pack that ``step_pack`` is, or that its ``rows`` are taken from.
         rows: which rows of that pack, None for all.
-        capture: whether it runs so often that a CUDA graph is worth its memory.
+        graphs: where it runs so often that a CUDA graph is worth its memory; else None.
     """
 
     def __init__(
         self,
-        passes: Runner,
+        hooks: EditHooks,
         step_pack: StepPack,
         members: tuple[tuple[int, ...], ...],
         n_slots: int,
         replay: Replay,
         rows: Tensor | None = None,
-        capture: bool = False,
+        graphs: StepGraphs | None = None,
     ) -> None:
-        self._passes, self.step_pack, self._members, self._n_slots = passes, step_pack, members, n_slots
+        self._hooks, self._adapter = hooks, hooks.adapter
+        self.step_pack, self._members, self._n_slots = step_pack, members, n_slots
         self._copies = step_pack.pack.repeated(len(members))
         alone = len(members) == 1 and rows is None
         replayed = replay.possible and (alone or replay.stackable)
@@ -73,7 +143,7 @@ class Stack:
         pack, width = self._copies, step_pack.pack.input_ids.shape[1]
         self._scored = pack.row * width + pack.predictor
         self._losses = self._whole_losses if not replayed else self._replayed_losses
-        self._capture = capture and replayed and on_one_device(passes.adapter.hf_model)
+        self._graphs = graphs if replayed and on_one_device(self._adapter.hf_model) else None
         self._runs: dict[LossOptions, Any] = {}
 
     def _plan(
@@ -82,7 +152,7 @@ class Stack:
         """For every layer the block, what joins there, the block's other arguments, and the tokens' places."""
         starts = [self._start(layers) for layers in self._members]
         chosen = None if rows is None else replay.rows(rows)
-        blocks, plan = self._passes.adapter.layers, []
+        blocks, plan = self._adapter.layers, []
         n, places = 0, (self.step_pack.pack.positions, self.step_pack.pack.text_length)
         for layer in range(starts[0], len(blocks)):
             joins, fresh = starts.count(layer), None
@@ -102,7 +172,7 @@ class Stack:
 
     def _start(self, layers: tuple[int, ...]) -> int:
         """The block that a job's copies join at; edits of what leaves the last block need that block's run."""
-        return min(layers[0], self._passes.adapter.n_layers - 1)
+        return min(layers[0], self._adapter.n_layers - 1)
 
     def _slots(self, layer: int, replayed: bool) -> Tensor | None:
         """The edit of every token of the copies that are there at a layer; None if one edit serves all of them."""
@@ -127,9 +197,8 @@ class Stack:
             def run(*table: Tensor) -> Tensor:
                 return self._losses(table, options)
 
-            if self._capture and table[0].requires_grad:
-                run = captured(run, table)
-                self._runs[options] = run
+            if self._graphs is not None and table[0].requires_grad:
+                run = self._runs[options] = self._graphs.of(run, table)
         losses: Tensor = run(*table)
         return losses
 
@@ -138,43 +207,34 @@ class Stack:
         if self._segments is not None:
             return self._replayed(table, layer - self._start(self._members[0]))
         seen: list[Tensor] = []
-        self._passes.running = None if table is None else Running(self._rows, table)
-        try:
-            visit_residuals(self._passes.adapter, self._copies, {layer: seen.append})
-        finally:
-            self._passes.running = None
+        with self._hooks.editing(self._rows, table):
+            visit_residuals(self._adapter, self._copies, {layer: seen.append})
         return seen[0]
 
     def _replayed(self, table: Table | None, n_layers: int | None = None) -> Tensor:
         """What comes out of the first ``n_layers`` layers from the lowest edited one up."""
         assert self._segments is not None
-        self._passes.running = None if table is None else Running(self._rows, table)
         hidden: Tensor | None = None
-        try:
+        with self._hooks.editing(self._rows, table):
             for block, fresh, (args, kwargs), (positions, lengths) in self._segments[:n_layers]:
                 if fresh is not None:
                     hidden = fresh if hidden is None else torch.cat([hidden, fresh])
                 with given_positions(positions), text_lengths(lengths):
                     out = block(hidden, *args, **kwargs)
                 hidden = out[0] if isinstance(out, tuple) else out
-        finally:
-            self._passes.running = None
         assert hidden is not None
         return hidden
 
     def _replayed_losses(self, table: Table, options: LossOptions) -> Tensor:
         hidden = self._replayed(table)
         rows = hidden.flatten(0, 1).index_select(0, self._scored.to(hidden.device))
-        return self._scores(self._passes.adapter.finish(rows), options)
+        return self._scores(self._adapter.finish(rows), options)
 
     def _whole_losses(self, table: Table, options: LossOptions) -> Tensor:
-        self._passes.running = Running(self._rows, table)
-        try:
+        with self._hooks.editing(self._rows, table):
             return self._scores(None, options)
-        finally:
-            self._passes.running = None
 
     def _scores(self, hidden: Tensor | None, options: LossOptions) -> Tensor:
-        logprobs = scored_logprobs(self._passes.adapter, self._copies, hidden, coldness=options.coldness)
+        logprobs = scored_logprobs(self._adapter, self._copies, hidden, coldness=options.coldness)
         logprobs = logprobs.view(len(self._members), -1).to(self.step_pack.slots.device)
         return completion_losses(logprobs, self.step_pack.order, options)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from .adam import AdamState
-from .sampler import Epoch
-from .stopping import Counters
-
-if TYPE_CHECKING:
-    from .job import Job
+from .objective import Counters
+from .parameters import AdamState
+from .problem import Epoch, OptimizationJob
 
 __all__ = ["Best", "ConstrainState", "Outcome", "Run", "State"]
 
@@ -126,8 +123,6 @@ class Run:
     Attributes:
         job: what is optimized.
         state: as of the last whole step; what a checkpoint holds.
-        seen: the same with what the evaluation of the current vector told; what a result is chosen from.
-        current: the vector that was evaluated last.
         loss: as it was last reported.
         start: the loss at the start, as ``info`` shows losses.
         shown: the loss after each step.
@@ -135,10 +130,8 @@ class Run:
         evals: the loss of the evaluation set, at the start and after each step.
     """
 
-    job: Job
+    job: OptimizationJob
     state: State
-    seen: State | None = None
-    current: Best | None = None
     loss: float = math.nan
     start: Any = None
     shown: list[Any] = field(default_factory=list)

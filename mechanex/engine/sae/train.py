@@ -29,7 +29,7 @@ from .activations import Rounds, as_pairs
 from .autoencoder import SparseAutoencoder
 from .hook_points import HookPoint, hook_point
 from .quality import measured
-from .training import Settings, Weights, folded, step
+from .training import TrainedWeights, TrainingSettings, folded, step
 
 __all__ = ["Trained", "train_sae"]
 
@@ -67,7 +67,7 @@ class _State:
         mean: [d] of the round, by which a resumed run knows that model and texts are the same.
     """
 
-    weights: Weights
+    weights: TrainedWeights
     factor: float
     variance: float
     cursor: int
@@ -79,7 +79,7 @@ def train_sae(
     model: nn.Module | ModelAdapter,
     texts: Sequence[str],
     *,
-    settings: Settings | None = None,
+    settings: TrainingSettings | None = None,
     point: str | HookPoint | None = None,
     tokenizer: Any = None,
     out: str | os.PathLike[str] | None = None,
@@ -113,7 +113,7 @@ def train_sae(
             finite.
     """
     adapter = adapter_for(model)
-    settings = settings if settings is not None else Settings()
+    settings = settings if settings is not None else TrainingSettings()
     place = _place(adapter, point)
     tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
     pairs = as_pairs(tokenizer, texts, settings.context)
@@ -189,7 +189,9 @@ def _round(rounds: Rounds, cursor: int) -> tuple[Tensor, int]:
     return x, following
 
 
-def _begin(path: Path | None, told: str, rounds: Rounds, settings: Settings) -> tuple[_State, Tensor, int]:
+def _begin(
+    path: Path | None, told: str, rounds: Rounds, settings: TrainingSettings
+) -> tuple[_State, Tensor, int]:
     """The run at its start or where its checkpoint left it, the present round, and where the next one begins."""
     state = None if path is None or not path.exists() else _read(path, told)
     x, following = _round(rounds, 0 if state is None else state.cursor)
@@ -199,7 +201,7 @@ def _begin(path: Path | None, told: str, rounds: Rounds, settings: Settings) -> 
         variance = float((x - mean).square().sum(1).mean()) * factor**2
         if variance == 0:
             raise ValidationError("the activations are all the same: check the texts and the place.")
-        weights = Weights.begin(settings, mean * factor)
+        weights = TrainedWeights.begin(settings, mean * factor)
         return _State(weights, factor, variance, 0, 0, mean), x, following
     if not torch.allclose(mean.cpu(), state.mean, rtol=1e-2, atol=1e-3 * float(state.mean.abs().max())):
         raise ValidationError(
@@ -250,7 +252,7 @@ def _read(path: Path, told: str) -> _State:
             "to go on, or remove the file to start anew."
         )
     names = [name.removeprefix("p.") for name in tensors if name.startswith("p.")]
-    weights = Weights(
+    weights = TrainedWeights(
         {name: tensors[f"p.{name}"] for name in names},
         {name: (tensors[f"m.{name}"], tensors[f"v.{name}"]) for name in names},
         tensors["silent"],
@@ -260,7 +262,9 @@ def _read(path: Path, told: str) -> _State:
     return _State(weights, **numbers, mean=tensors["mean"])
 
 
-def _fingerprint(adapter: ModelAdapter, pairs: Sequence[Pair], point: HookPoint, settings: Settings) -> str:
+def _fingerprint(
+    adapter: ModelAdapter, pairs: Sequence[Pair], point: HookPoint, settings: TrainingSettings
+) -> str:
     texts = hashlib.sha256(repr([[*a, *b] for a, b in pairs]).encode()).hexdigest()
     model = adapter.model_id, adapter.d_model, adapter.n_layers, str(adapter.dtype)
     return hashlib.sha256(repr((model, texts, str(point), asdict(settings))).encode()).hexdigest()

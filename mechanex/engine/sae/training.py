@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from ...errors import ValidationError
 from .autoencoder import SparseAutoencoder
 
-__all__ = ["Rule", "Settings", "Weights", "folded", "step"]
+__all__ = ["Rule", "TrainedWeights", "TrainingSettings", "folded", "step"]
 
 Rule = Literal["topk", "batchtopk", "jumprelu"]
 
@@ -29,7 +29,7 @@ _THRESHOLD_PACE = 5.0
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """How an autoencoder is trained.
 
     Args:
@@ -94,7 +94,7 @@ class Settings:
 
 
 @dataclass
-class Weights:
+class TrainedWeights:
     """What training changes, in one place, so that it can be kept and gone on from.
 
     Args:
@@ -111,7 +111,7 @@ class Weights:
     steps: int = 0
 
     @classmethod
-    def begin(cls, settings: Settings, mean: Tensor) -> Weights:
+    def begin(cls, settings: TrainingSettings, mean: Tensor) -> TrainedWeights:
         """Random directions, the encoder as the decoder transposed, around the activations' mean [d]."""
         generator = torch.Generator().manual_seed(settings.seed)
         directions = normalize(torch.randn(settings.n_features, len(mean), generator=generator), dim=1)
@@ -161,7 +161,7 @@ class _Count(torch.autograd.Function):
         return None, -(grad[:, None] * near / _BANDWIDTH).sum(0)
 
 
-def step(weights: Weights, x: Tensor, variance: float, settings: Settings) -> dict[str, float]:
+def step(weights: TrainedWeights, x: Tensor, variance: float, settings: TrainingSettings) -> dict[str, float]:
     """Trains on one batch, in place.
 
     Args:
@@ -203,12 +203,12 @@ def step(weights: Weights, x: Tensor, variance: float, settings: Settings) -> di
     return {"unexplained": float(unexplained.detach()), "l0": float(l0), "dead": float(n_dead)}
 
 
-def _pull(step: int, settings: Settings) -> float:
+def _pull(step: int, settings: TrainingSettings) -> float:
     """How much the number of features a token counts: little at first, while features find their directions."""
     return min(1.0, (step + 1) / max(1, settings.steps // 5))
 
 
-def _largest(z: Tensor, settings: Settings) -> Tensor:
+def _largest(z: Tensor, settings: TrainingSettings) -> Tensor:
     if settings.rule == "topk":
         values, places = z.topk(settings.k, dim=1)
         return torch.zeros_like(z).scatter(1, places, values.relu())
@@ -225,7 +225,7 @@ def _rest_by_dead(z: Tensor, rest: Tensor, dead: Tensor, n_dead: int, decoder: T
     return share.nan_to_num(0.0)
 
 
-def _adam(weights: Weights, gradients: dict[str, Tensor], rate: float) -> None:
+def _adam(weights: TrainedWeights, gradients: dict[str, Tensor], rate: float) -> None:
     done = weights.steps + 1
     for name, gradient in gradients.items():
         first, second = weights.moments[name]
@@ -237,7 +237,9 @@ def _adam(weights: Weights, gradients: dict[str, Tensor], rate: float) -> None:
         weights.parameters[name] = moved
 
 
-def folded(weights: Weights, x: Tensor, factor: float, settings: Settings, **facts: Any) -> SparseAutoencoder:
+def folded(
+    weights: TrainedWeights, x: Tensor, factor: float, settings: TrainingSettings, **facts: Any
+) -> SparseAutoencoder:
     """The autoencoder of a model's own activations, of one that was trained on ``factor`` times them.
 
     Args:

@@ -1,0 +1,1 @@
+"""``mechanex demo``: the bundled model steered three ways, and measured."""

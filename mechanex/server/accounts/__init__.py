@@ -1,0 +1,1 @@
+"""Who may ask: accounts, sessions, API keys, and the gate; imports ``library`` and ``http``, never ``model``."""

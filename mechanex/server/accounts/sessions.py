@@ -1,0 +1,145 @@
+"""Sessions: an access token for some minutes, and a refresh token that works once and gives the next pair."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, delete, insert, select, update
+
+from ...errors import AuthenticationError
+from ..library.database import Database
+from ..library.schema import new_id, session_tokens, sessions
+from .api_keys import hash_of
+
+__all__ = ["SESSION_ENDED", "Session", "Sessions", "is_access_token"]
+
+_logger = logging.getLogger(__name__)
+
+SESSION_ENDED = "The access token's session has ended: log in again."
+
+_ACCESS_MARK, _REFRESH_MARK = "mxa-", "mxr-"
+# Earlier versions gave JWTs, whose claims begin with {"iss":"mechanex", in base64.
+_CLAIMS_OF_JWT = ".eyJpc3MiOiJtZWNoYW5leCIs"
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a log-in gives: a token for some minutes, and one that gets the next."""
+
+    access_token: str
+    refresh_token: str
+
+
+class Sessions:
+    """The sessions of a database; of their tokens only hashes are kept. Methods block; any thread may call them.
+
+    Args:
+        database: where they are.
+        access_lifetime: seconds that an access token lives.
+        refresh_lifetime: seconds that a refresh token lives; using it gives another.
+        clock: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        access_lifetime: float,
+        refresh_lifetime: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self.access_lifetime = access_lifetime
+        self._database = database
+        self._refresh_lifetime = refresh_lifetime
+        self._clock = clock
+
+    def begin(self, connection: Connection, account_id: str) -> Session:
+        """A new session of an account, in the transaction of ``connection``."""
+        session_id, now = new_id(), self._clock()
+        connection.execute(delete(sessions).where(sessions.c.expires_at <= now))
+        connection.execute(
+            insert(sessions).values(id=session_id, user_id=account_id, created_at=now, expires_at=now)
+        )
+        return self._next_pair(connection, session_id, now)
+
+    def refresh(self, refresh_token: str) -> Session:
+        """Exchanges a refresh token for another pair.
+
+        A token works once. One that comes a second time was copied: its whole session ends, for whoever has
+        the newer ones too (RFC 9700, section 4.14.2).
+
+        Raises:
+            AuthenticationError: unknown, expired, used before, or of a session that has ended.
+        """
+        now, hashed = self._clock(), hash_of(refresh_token)
+        with self._database.write() as connection:
+            row = connection.execute(
+                select(sessions.c.id, sessions.c.expires_at, sessions.c.revoked_at)
+                .join(session_tokens, session_tokens.c.session_id == sessions.c.id)
+                .where(session_tokens.c.token_hash == hashed)
+            ).first()
+            if row is not None and row.revoked_at is None and row.expires_at > now:
+                taken = connection.execute(
+                    update(session_tokens)
+                    .where(session_tokens.c.token_hash == hashed, session_tokens.c.used_at.is_(None))
+                    .values(used_at=now)
+                )
+                if taken.rowcount == 1:
+                    return self._next_pair(connection, row.id, now)
+                connection.execute(update(sessions).where(sessions.c.id == row.id).values(revoked_at=now))
+                _logger.warning("session %s ended: one of its refresh tokens came back after its use", row.id)
+        raise AuthenticationError("The refresh token is not valid, or was used before: log in again.", 401)
+
+    def account_for(self, access_token: str) -> str | None:
+        """The id of the account that an access token was given to, or None for a text that is none.
+
+        Raises:
+            AuthenticationError: an access token that is expired or revoked.
+        """
+        if not access_token.startswith(_ACCESS_MARK):
+            return None
+        with self._database.read() as connection:
+            row = connection.execute(
+                select(sessions.c.user_id, sessions.c.revoked_at, session_tokens.c.access_expires_at)
+                .join(session_tokens, session_tokens.c.session_id == sessions.c.id)
+                .where(session_tokens.c.access_hash == hash_of(access_token))
+            ).first()
+        if row is None:
+            return None
+        if row.access_expires_at <= self._clock():
+            raise AuthenticationError(
+                "The access token has expired: get another with POST /auth/refresh, or log in again.", 401
+            )
+        if row.revoked_at is not None:
+            raise AuthenticationError(SESSION_ENDED, 401)
+        return str(row.user_id)
+
+    def _next_pair(self, connection: Connection, session_id: str, now: float) -> Session:
+        pair = Session(
+            f"{_ACCESS_MARK}{secrets.token_urlsafe(32)}", f"{_REFRESH_MARK}{secrets.token_urlsafe(32)}"
+        )
+        expires_at = now + self._refresh_lifetime
+        connection.execute(update(sessions).where(sessions.c.id == session_id).values(expires_at=expires_at))
+        # A session may live for years; what was used a whole lifetime ago needn't be told from nonsense.
+        connection.execute(
+            delete(session_tokens).where(
+                session_tokens.c.session_id == session_id,
+                session_tokens.c.used_at <= now - max(self._refresh_lifetime, self.access_lifetime),
+            )
+        )
+        connection.execute(
+            insert(session_tokens).values(
+                token_hash=hash_of(pair.refresh_token),
+                access_hash=hash_of(pair.access_token),
+                access_expires_at=now + self.access_lifetime,
+                session_id=session_id,
+            )
+        )
+        return pair
+
+
+def is_access_token(text: str) -> bool:
+    """Whether a text has the form of an access token, of this version or an earlier one."""
+    return text.startswith(_ACCESS_MARK) or _CLAIMS_OF_JWT in text

@@ -1,0 +1,127 @@
+"""Accounts: sign-up, log-in, and the model that each works with."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sqlalchemy import insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from ...errors import AuthenticationError, NotFoundError, ValidationError
+from ..library.database import Database
+from ..library.schema import SHARED_ACCOUNT, new_id, users
+from .passwords import LONGEST_PASSWORD, SHORTEST_PASSWORD, Passwords
+from .sessions import Session, Sessions
+
+__all__ = ["User", "Users", "normalized"]
+
+_EMAIL = re.compile(r"[^\s@]{1,64}@[^\s@.]+(\.[^\s@.]+)*")
+
+
+@dataclass(frozen=True)
+class User:
+    """Who signed up; ``model_name`` is what ``set_model`` chose."""
+
+    id: str
+    email: str | None
+    model_name: str | None
+    created_at: float
+
+
+class Users:
+    """The accounts of a database. Methods block, and may be called from any thread.
+
+    Args:
+        database: where they are.
+        passwords: hashes passwords.
+        sessions: what a log-in begins.
+        clock: seconds since 1970.
+    """
+
+    def __init__(
+        self, database: Database, passwords: Passwords, sessions: Sessions, clock: Callable[[], float]
+    ) -> None:
+        self._database = database
+        self._passwords = passwords
+        self._sessions = sessions
+        self._clock = clock
+
+    def sign_up(self, email: str, password: str) -> tuple[User, Session]:
+        """Makes an account and logs it in.
+
+        Raises:
+            ValidationError: no email address, one that has an account, or a password too short or too long.
+        """
+        address = normalized(email)
+        if not _is_address(address):
+            raise ValidationError(f"{email[:100]!r} is no email address: write name@example.org.")
+        if not SHORTEST_PASSWORD <= len(password) <= LONGEST_PASSWORD:
+            raise ValidationError(
+                f"a password has {SHORTEST_PASSWORD} to {LONGEST_PASSWORD} characters; this one has {len(password)}."
+            )
+        user = User(new_id(), address, None, self._clock())
+        hashed = self._passwords.hash(password)
+        try:
+            with self._database.write() as connection:
+                connection.execute(
+                    insert(users).values(
+                        id=user.id, email=address, password_hash=hashed, created_at=user.created_at
+                    )
+                )
+                return user, self._sessions.begin(connection, user.id)
+        except IntegrityError as error:
+            raise ValidationError(f"{address} has an account already: log in.") from error
+
+    def log_in(self, email: str, password: str) -> Session:
+        """Begins a session.
+
+        Raises:
+            AuthenticationError: no such account or another password; which of them isn't told, nor can it be
+                timed.
+        """
+        address = normalized(email)
+        wanted = select(users.c.id, users.c.password_hash).where(users.c.email == address)
+        row = None
+        if _is_address(address):
+            with self._database.read() as connection:
+                row = connection.execute(wanted).first()
+        stored: str | None = None if row is None else row.password_hash
+        correct = self._passwords.verify(stored, password[: LONGEST_PASSWORD + 1])
+        if not correct or row is None or stored is None:
+            raise AuthenticationError("The email address or the password is wrong.", 401)
+        renewed = self._passwords.hash(password) if self._passwords.outdated(stored) else None
+        with self._database.write() as connection:
+            if renewed is not None:
+                connection.execute(update(users).where(users.c.id == row.id).values(password_hash=renewed))
+            return self._sessions.begin(connection, row.id)
+
+    def get(self, account_id: str | None) -> User:
+        """An account; None is the shared one of requests without an account.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        with self._database.read() as connection:
+            row = connection.execute(
+                select(users).where(users.c.id == (account_id or SHARED_ACCOUNT))
+            ).first()
+        if row is None:
+            raise NotFoundError("there is no such account.")
+        return User(row.id, row.email, row.model_name, row.created_at)
+
+    def set_model(self, account_id: str, model_name: str) -> None:
+        """Notes which model the account works with."""
+        with self._database.write() as connection:
+            connection.execute(update(users).where(users.c.id == account_id).values(model_name=model_name))
+
+
+def normalized(email: str) -> str:
+    """An address as it is kept and compared."""
+    return unicodedata.normalize("NFC", email).strip().lower()
+
+
+def _is_address(text: str) -> bool:
+    return _EMAIL.fullmatch(text) is not None and text.isprintable() and len(text) <= 254

@@ -1,0 +1,1 @@
+"""The Axionic API: routes, bodies, guards; imports ``accounts``, ``model`` and ``http``, never ``openai``."""

@@ -1,0 +1,121 @@
+"""The account endpoints of the Axionic API."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import datetime, timezone
+from typing import Annotated, Any
+
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends, Request, Response
+
+from ...errors import AuthenticationError, NotFoundError
+from ..accounts.auth import Principal, is_open, principal
+from ..accounts.sessions import Session
+from ..accounts.store import store_of
+from ..accounts.users import normalized
+from ..http.limits import client_address
+from .bodies import KeyBody, LoginBody, ModelBody, RefreshBody
+from .guards import count_address, guards_of
+
+__all__ = ["router", "shown"]
+
+
+async def _account(who: Annotated[Principal, Depends(principal)]) -> str:
+    if who.account_id is None:
+        raise AuthenticationError(
+            "This call is about an account, and the request has none: log in, or send an account's API key.",
+            401,
+        )
+    return who.account_id
+
+
+async def _newcomer(request: Request) -> None:
+    settings = request.app.state.settings
+    if is_open(request) or settings.open_signup:
+        return
+    if (await principal(request)).kind != "server":
+        raise AuthenticationError("To sign up here, send the server's key: ask its operator for it.", 403)
+
+
+AccountId = Annotated[str, Depends(_account)]
+
+router = APIRouter(prefix="/auth", tags=["accounts"], dependencies=[Depends(count_address)])
+
+
+@router.post("/signup", dependencies=[Depends(_newcomer)])
+async def sign_up(body: LoginBody, request: Request) -> dict[str, Any]:
+    """Makes an account and logs it in."""
+    users = store_of(request).users
+    user, session = await guards_of(request).hashing(lambda: users.sign_up(body.email, body.password))
+    return {"session": _session(request, session), "user": shown(user)}
+
+
+@router.post("/login")
+async def log_in(body: LoginBody, request: Request) -> dict[str, Any]:
+    """Begins a session."""
+    users, guards = store_of(request).users, guards_of(request)
+    address = client_address(request.client.host if request.client else None)
+    with guards.logging_in(address, normalized(body.email)):
+        session = await guards.hashing(lambda: users.log_in(body.email, body.password))
+    return {"session": _session(request, session)}
+
+
+@router.post("/refresh")
+async def refresh(body: RefreshBody, request: Request) -> dict[str, Any]:
+    """Exchanges a refresh token, which works once, for another pair."""
+    session = await run_sync(store_of(request).sessions.refresh, body.refresh_token)
+    return {"session": _session(request, session)}
+
+
+@router.get("/whoami")
+async def whoami(request: Request, who: Annotated[Principal, Depends(principal)]) -> dict[str, Any]:
+    """The account that the request acts as; on a server for this machine only, the shared one without an email."""
+    return shown(await run_sync(store_of(request).users.get, who.account_id)) | {"kind": who.kind}
+
+
+@router.get("/api-keys")
+async def api_keys(request: Request, account: AccountId) -> dict[str, Any]:
+    """The account's API keys; of their text, only the beginning."""
+    found = await run_sync(store_of(request).keys.all, account)
+    return {"keys": [shown(key) for key in found]}
+
+
+@router.post("/api-keys")
+async def create_api_key(body: KeyBody, request: Request, account: AccountId) -> dict[str, Any]:
+    """Makes an API key: the only answer that shows it."""
+    return {
+        "key": await run_sync(store_of(request).keys.create, account, body.name),
+        "name": body.name,
+    }
+
+
+@router.post("/api-keys/set-model")
+async def set_model(body: ModelBody, request: Request, account: AccountId) -> dict[str, Any]:
+    """Notes the model that the account works with: one that this server runs."""
+    served = request.app.state.engine.model_name
+    if body.model_name != served:
+        raise NotFoundError(f"this server doesn't run the model {body.model_name!r}; it runs {served!r}.")
+    await run_sync(store_of(request).users.set_model, account, body.model_name)
+    return {"model_name": body.model_name}
+
+
+@router.delete("/api-keys/{key_id:path}", status_code=204, response_class=Response)
+async def delete_api_key(key_id: str, request: Request, account: AccountId) -> None:
+    """Ends an API key at once."""
+    await run_sync(store_of(request).keys.delete, account, key_id)
+
+
+def shown(record: Any) -> dict[str, Any]:
+    """A record as answers have it: its fields, times as ISO 8601 in UTC."""
+    fields = asdict(record)
+    for name in {"created_at", "last_used"} & set(fields):
+        if fields[name] is not None:
+            moment = datetime.fromtimestamp(fields[name], timezone.utc)
+            fields[name] = moment.isoformat(timespec="seconds")
+    return fields
+
+
+def _session(request: Request, session: Session) -> dict[str, Any]:
+    lifetime = store_of(request).sessions.access_lifetime
+    return {**asdict(session), "token_type": "bearer", "expires_in": int(lifetime)}

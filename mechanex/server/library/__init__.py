@@ -1,0 +1,1 @@
+"""What is kept: the database, accounts' vectors and behaviors, the operator's; imports no other room."""

@@ -1,0 +1,282 @@
+"""The steering vectors and behaviors of accounts: rows that say whose they are, and files of vectors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, Table, delete, func, insert, select
+from sqlalchemy.exc import IntegrityError
+
+from ...errors import NotFoundError, ValidationError
+from .database import Database, StorageError
+from .files import VectorFiles
+from .schema import SHARED_ACCOUNT, behaviors, is_id, new_id, users, vectors
+
+if TYPE_CHECKING:
+    from ...engine.vectors import SteeringVector
+
+__all__ = ["KeptBehavior", "KeptVector", "Library"]
+
+
+@dataclass(frozen=True)
+class KeptBehavior:
+    """A named vector; ``n_examples`` is how many it was made from."""
+
+    id: str
+    behavior_name: str
+    description: str
+    steering_vector_id: str
+    n_examples: int
+    created_at: float
+
+
+@dataclass(frozen=True)
+class KeptVector:
+    """A vector that an account keeps, and the names of the behaviors that use it."""
+
+    steering_vector_id: str
+    behavior_names: tuple[str, ...]
+    created_at: float
+
+
+class Library:
+    """What accounts have made. An account of None is the shared one. Methods block; any thread may call them.
+
+    A file is whole and on the disk before its row is, and goes after it; a file without a row belongs to nobody and
+    is never read.
+
+    Args:
+        database: where the rows are.
+        files: where the vectors are.
+        clock: seconds since 1970.
+        most: vectors, and behaviors, that one account may keep; the shared account has no bound.
+    """
+
+    def __init__(self, database: Database, files: VectorFiles, clock: Callable[[], float], most: int) -> None:
+        self._database = database
+        self._files = files
+        self._clock = clock
+        self._most = most
+
+    def add_vector(self, account_id: str | None, vector: SteeringVector) -> str:
+        """Keeps a vector and returns its id.
+
+        Raises:
+            ValidationError: the account keeps as many as it may.
+            StorageError: the file or the database can't be written; nothing is kept then.
+        """
+        with self._filed(vector) as vector_id, self._database.write() as connection:
+            self._own(connection, account_id, vector_id)
+        return vector_id
+
+    def vector(self, account_id: str | None, vector_id: str) -> SteeringVector | None:
+        """The account's vector, or None: also for another account's.
+
+        Raises:
+            StorageError: its file is missing or damaged.
+        """
+        if not self._owns(account_id, vector_id):
+            return None
+        try:
+            return self._files.load(vector_id)
+        except StorageError:
+            if self._owns(account_id, vector_id):
+                raise
+            return None  # it was deleted just now
+
+    def vectors(self, account_id: str | None) -> list[KeptVector]:
+        """The account's vectors, oldest first."""
+        owner = account_id or SHARED_ACCOUNT
+        kept = select(vectors.c.id, vectors.c.created_at).where(vectors.c.user_id == owner)
+        named = select(behaviors.c.vector_id, behaviors.c.behavior_name).where(behaviors.c.user_id == owner)
+        with self._database.read() as connection:
+            rows = connection.execute(kept.order_by(vectors.c.created_at, vectors.c.id)).all()
+            names: dict[str, list[str]] = {}
+            for vector_id, name in connection.execute(named.order_by(behaviors.c.behavior_name)):
+                names.setdefault(vector_id, []).append(name)
+        return [KeptVector(row.id, tuple(names.get(row.id, ())), row.created_at) for row in rows]
+
+    def delete_vector(self, account_id: str | None, vector_id: str) -> None:
+        """Deletes a vector.
+
+        Raises:
+            NotFoundError: the account has none with this id.
+            ValidationError: a behavior uses it.
+        """
+        if not self._owns(account_id, vector_id):
+            raise _no_vector(vector_id)
+        users = select(behaviors.c.behavior_name).where(behaviors.c.vector_id == vector_id)
+        try:
+            with self._database.write() as connection:
+                names = sorted(connection.scalars(users))
+                if names:
+                    raise _in_use(vector_id, names)
+                connection.execute(delete(vectors).where(vectors.c.id == vector_id))
+        except IntegrityError as error:  # a behavior was made of it just now
+            raise _in_use(vector_id, []) from error
+        self._files.remove(vector_id)
+
+    def check_room(self, account_id: str | None) -> None:
+        """Raises a ValidationError where the account keeps as many vectors as it may."""
+        with self._database.read() as connection:
+            self._check_room(connection, account_id, vectors)
+
+    def add_behavior(
+        self,
+        account_id: str | None,
+        name: str,
+        description: str,
+        examples: Mapping[str, Sequence[Any]],
+        vector: SteeringVector | str,
+    ) -> KeptBehavior:
+        """Keeps a behavior: with a vector, which is kept too, or with the id of one that is there.
+
+        Raises:
+            NotFoundError: the account has no such vector.
+            ValidationError: the account has a behavior of this name, or keeps as many vectors or behaviors as it may.
+            StorageError: the file or the database can't be written; nothing is kept then.
+        """
+        given = vector if isinstance(vector, str) else None
+        if given is not None and not self._owns(account_id, given):
+            raise _no_vector(given)
+        filed = nullcontext(vector) if isinstance(vector, str) else self._filed(vector)
+        try:
+            with filed as vector_id, self._database.write() as connection:
+                made = KeptBehavior(
+                    new_id(), name, description, vector_id, len(examples["prompts"]), self._clock()
+                )
+                self._check_room(connection, account_id, behaviors)
+                if given is None:
+                    self._own(connection, account_id, vector_id)
+                connection.execute(
+                    insert(behaviors).values(
+                        id=made.id,
+                        user_id=account_id or SHARED_ACCOUNT,
+                        behavior_name=name,
+                        description=description,
+                        vector_id=vector_id,
+                        examples=json.dumps(examples),
+                        n_examples=made.n_examples,
+                        created_at=made.created_at,
+                    )
+                )
+        except IntegrityError as error:
+            if given is not None and not self._owns(account_id, given):  # it was deleted just now
+                raise _no_vector(given) from error
+            raise _taken(name) from error
+        return made
+
+    def check_name(self, account_id: str | None, name: str) -> None:
+        """Raises a ValidationError where the account has a behavior of this name."""
+        if self.behavior_vector_id(account_id, name) is not None:
+            raise _taken(name)
+
+    def behavior_vector_id(self, account_id: str | None, name: str) -> str | None:
+        """The id of the vector of the account's behavior, or None."""
+        if "\x00" in name:  # which some databases can't even look for
+            return None
+        with self._database.read() as connection:
+            found: str | None = connection.scalar(
+                select(behaviors.c.vector_id).where(*_named(account_id, name))
+            )
+        return found
+
+    def behaviors(self, account_id: str | None) -> list[KeptBehavior]:
+        """The account's behaviors, oldest first; their examples, which may be long, stay unread."""
+        wanted = select(
+            behaviors.c.id,
+            behaviors.c.behavior_name,
+            behaviors.c.description,
+            behaviors.c.vector_id,
+            behaviors.c.n_examples,
+            behaviors.c.created_at,
+        ).where(behaviors.c.user_id == (account_id or SHARED_ACCOUNT))
+        with self._database.read() as connection:
+            rows = connection.execute(wanted.order_by(behaviors.c.created_at, behaviors.c.id)).all()
+        return [KeptBehavior(*row) for row in rows]
+
+    def examples(self, account_id: str | None, name: str) -> dict[str, list[Any]] | None:
+        """The prompts and answers that the account's behavior was made from, or None."""
+        with self._database.read() as connection:
+            found = connection.scalar(select(behaviors.c.examples).where(*_named(account_id, name)))
+        return None if found is None else dict(json.loads(found))
+
+    def delete_behavior(self, account_id: str | None, name: str) -> None:
+        """Deletes a behavior; its vector stays.
+
+        Raises:
+            NotFoundError: the account has none of this name.
+        """
+        gone = 0
+        if self.behavior_vector_id(account_id, name) is not None:
+            with self._database.write() as connection:
+                gone = connection.execute(delete(behaviors).where(*_named(account_id, name))).rowcount
+        if gone != 1:
+            raise NotFoundError(f"no behavior of this account is called {name!r}: GET /behaviors lists them.")
+
+    @contextmanager
+    def _filed(self, vector: SteeringVector) -> Iterator[str]:
+        """The id under which a vector's file is there, and stays where the block ends without an error."""
+        vector_id = new_id()
+        self._files.save(vector_id, vector)
+        try:
+            yield vector_id
+        except BaseException:
+            self._files.remove(vector_id)
+            raise
+
+    def _owns(self, account_id: str | None, vector_id: str) -> bool:
+        if not is_id(vector_id):
+            return False
+        owned = select(vectors.c.id).where(
+            vectors.c.id == vector_id, vectors.c.user_id == (account_id or SHARED_ACCOUNT)
+        )
+        with self._database.read() as connection:
+            return connection.scalar(owned) is not None
+
+    def _own(self, connection: Connection, account_id: str | None, vector_id: str) -> None:
+        self._check_room(connection, account_id, vectors)
+        connection.execute(
+            insert(vectors).values(
+                id=vector_id, user_id=account_id or SHARED_ACCOUNT, created_at=self._clock()
+            )
+        )
+
+    def _check_room(self, connection: Connection, account_id: str | None, table: Table) -> None:
+        if account_id is None:
+            return
+        # Holds off others that count for this account, where the database lets several write at once.
+        connection.execute(select(users.c.id).where(users.c.id == account_id).with_for_update())
+        kept = connection.scalar(select(func.count()).where(table.c.user_id == account_id)) or 0
+        if kept >= self._most:
+            what, how = (
+                ("steering vectors", "DELETE /steering/vectors/{id}; GET /steering/vectors lists them")
+                if table is vectors
+                else ("behaviors", "DELETE /behaviors/{behavior_name}; GET /behaviors lists them")
+            )
+            raise ValidationError(
+                f"this account keeps {kept} {what}, and may keep {self._most}: delete one with {how}."
+            )
+
+
+def _named(account_id: str | None, name: str) -> tuple[Any, Any]:
+    return behaviors.c.user_id == (account_id or SHARED_ACCOUNT), behaviors.c.behavior_name == name
+
+
+def _no_vector(vector_id: str) -> NotFoundError:
+    return NotFoundError(f"no steering vector has the id {vector_id!r}.")
+
+
+def _taken(name: str) -> ValidationError:
+    return ValidationError(f"there is a behavior named {name!r} already: choose another name.")
+
+
+def _in_use(vector_id: str, names: Sequence[str]) -> ValidationError:
+    shown = ", ".join(map(repr, names[:5])) or "that was made just now"
+    return ValidationError(
+        f"the steering vector {vector_id!r} is that of the behavior {shown}: delete that first."
+    )

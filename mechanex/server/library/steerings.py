@@ -1,0 +1,199 @@
+"""From what a request names to the edits of its answer: whose vector an id is, and what a behavior steers by."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from anyio.to_thread import run_sync
+
+from ...engine.decode.request import Steer
+from ...engine.intervention import Edit
+from ...engine.memory import tensor_bytes
+from ...engine.models.adapter import ModelAdapter
+from ...engine.positions import TokenSelector
+from ...engine.vector_store import VectorStore
+from ...engine.vectors import SteeringVector
+from ...errors import APIError, NotFoundError, ValidationError
+from ..settings import ServerSettings
+from .records import Library
+from .shared import SharedVectors, make_behaviors
+
+__all__ = ["Steerings"]
+
+_logger = logging.getLogger(__name__)
+_KEPT_DIGESTS = 1024
+_MOST_EDIT_BYTES = 2**28  # a vector of every layer of a large model has megabytes, at every strength again
+
+
+class Steerings:
+    """The vectors and behaviors that senders may use; for the event loop's thread.
+
+    Args:
+        adapter: the model.
+        settings: the folder of vectors, the behaviors, the corrected ones.
+        library: accounts' vectors and behaviors, or None.
+        vectors: the operator's vectors.
+
+    Raises:
+        ValidationError: a vector of another model, or a corrected behavior that nobody made.
+        NotFoundError: a folder or file that isn't there.
+    """
+
+    def __init__(
+        self, adapter: ModelAdapter, settings: ServerSettings, library: Library | None, vectors: VectorStore
+    ) -> None:
+        self._adapter, self._library, self._vectors = adapter, library, vectors
+        self._shared = SharedVectors(settings.vectors)
+        for name, vector in self._shared:
+            self._check_fits(name, vector)
+        self._behaviors = make_behaviors(adapter, settings.behaviors)
+        self._digests: OrderedDict[int, tuple[SteeringVector, bytes]] = OrderedDict()
+        self._edits: OrderedDict[tuple[bytes, float], tuple[tuple[int, Edit], ...]] = OrderedDict()
+        self._edit_bytes = 0
+        self._corrected = {name: self._to_correct(name) for name in settings.corrected_behaviors}
+
+    @property
+    def own_behaviors(self) -> frozenset[str]:
+        """Names of the behaviors that the server was started with, which no client may take."""
+        return frozenset({*self._behaviors, *self._corrected})
+
+    @property
+    def corrections(self) -> tuple[Steer, ...]:
+        """The edits of the behaviors that every answer is steered by."""
+        return tuple(steer for vector in self._corrected.values() for steer in self.edits(vector, 1.0))
+
+    async def by_vector(
+        self,
+        account_id: str | None,
+        vector_id: str | None,
+        strength: float = 1.0,
+        *,
+        layers: Sequence[int] | None = None,
+        tokens: TokenSelector = None,
+    ) -> tuple[Steer, ...]:
+        """The edits of a stored vector that this sender may use; () for None.
+
+        Looks among the server's own (``--vectors``), then the account's, then, for the operator, the stored ones.
+
+        Args:
+            account_id: the sender's account, or None for the operator.
+            vector_id: the vector's id.
+            strength: multiplies it; 0 steers nothing.
+            layers: only these of its layers.
+            tokens: absolute positions to steer; None for all.
+
+        Raises:
+            NotFoundError: there is none for this sender.
+            ValidationError: a strength that isn't finite, a layer that the vector hasn't, or another model's vector.
+        """
+        if vector_id is None:
+            return ()
+        vector = await self.vector(account_id, vector_id)
+        if layers is not None:
+            vector = vector.restricted([self._adapter.layer_index(layer) for layer in layers])
+        return self.edits(vector, strength, tokens)
+
+    async def by_behavior(
+        self, account_id: str | None, name: str, strength: float = 1.0
+    ) -> tuple[Steer, ...]:
+        """The edits of a behavior's vector; as ``by_vector``.
+
+        Raises:
+            NotFoundError: this sender has no such behavior, and the server neither.
+        """
+        vector = await run_sync(self._behavior_vector, account_id, name)
+        if vector is None:
+            raise NotFoundError(
+                f"no behavior is called {name!r} here: make one with POST /behaviors/create, or use one that the "
+                "server was started with."
+            )
+        return self.edits(vector, strength)
+
+    async def vector(self, account_id: str | None, vector_id: str) -> SteeringVector:
+        """The stored vector that ``by_vector`` would use; errors as there."""
+        found = self._shared.loaded(vector_id)
+        if found is None:
+            found = await run_sync(self._find, account_id, vector_id)
+        if found is None:
+            raise NotFoundError(f"no steering vector has the id {vector_id!r} here.")
+        return found
+
+    def edits(
+        self, vector: SteeringVector, strength: float, tokens: TokenSelector = None
+    ) -> tuple[Steer, ...]:
+        """A vector's edits. The same vector at the same strength gives the same edits, so that rows share them."""
+        key = (self._digest(vector), float(strength))
+        known = self._edits.get(key)
+        if known is None:
+            plan = vector.plan(self._adapter, strength)
+            known = tuple((i.layer, i.edit) for i in plan.interventions)
+            self._edits[key] = known
+            self._edit_bytes += _bytes_of(known)
+            while len(self._edits) > 1 and self._edit_bytes > _MOST_EDIT_BYTES:
+                self._edit_bytes -= _bytes_of(self._edits.popitem(last=False)[1])
+        self._edits.move_to_end(key)
+        if strength == 0:
+            return ()
+        return tuple(Steer(layer, edit, tokens) for layer, edit in known)
+
+    def _digest(self, vector: SteeringVector) -> bytes:
+        """A hash of the vector's content; vectors are immutable, so one seen lately isn't read again."""
+        known = self._digests.get(id(vector))
+        if known is not None and known[0] is vector:
+            return known[1]
+        digest = hashlib.blake2b(digest_size=16)
+        for layer, direction in vector.items():
+            digest.update(f"{layer}:{direction.dtype}:{direction.numel()};".encode())
+            digest.update(direction.cpu().numpy().tobytes())
+        self._digests[id(vector)] = (vector, digest.digest())
+        if len(self._digests) > _KEPT_DIGESTS:
+            self._digests.popitem(last=False)
+        return digest.digest()
+
+    def _find(self, account_id: str | None, vector_id: str) -> SteeringVector | None:
+        found = self._library.vector(account_id, vector_id) if self._library is not None else None
+        if found is None:
+            found = self._shared.get(vector_id)
+        if found is None and account_id is None and vector_id in self._vectors:
+            try:
+                found = self._vectors.get(vector_id)
+            except (OSError, ValidationError) as error:
+                # The message holds the file's path.
+                _logger.error("the stored vector %s can't be read: %s", vector_id, error)
+                raise APIError(
+                    f"The server can't read its vector {vector_id!r}: its file is damaged.", 500
+                ) from error
+        return found
+
+    def _behavior_vector(self, account_id: str | None, name: str) -> SteeringVector | None:
+        if self._library is not None:
+            vector_id = self._library.behavior_vector_id(account_id, name)
+            if vector_id is not None:
+                return self._library.vector(account_id, vector_id)
+        return self._behaviors.get(name)
+
+    def _to_correct(self, name: str) -> SteeringVector:
+        # The server's own come first: the shared account is every client's on an open server.
+        found = self._behaviors[name] if name in self._behaviors else self._behavior_vector(None, name)
+        if found is None:
+            raise ValidationError(
+                f"the corrected behavior {name!r} is not known: start the server with --behaviors naming its "
+                "examples, or make it with POST /behaviors/create and the server's key."
+            )
+        self._check_fits(name, found)
+        return found
+
+    def _check_fits(self, name: str, vector: SteeringVector) -> None:
+        try:
+            vector.plan(self._adapter)
+        except ValidationError as error:
+            raise ValidationError(
+                f"the vector {name} doesn't fit {self._adapter.model_id}: {error}"
+            ) from error
+
+
+def _bytes_of(edits: Sequence[tuple[int, Edit]]) -> int:
+    return tensor_bytes(tensor for _, edit in edits for tensor in edit.tensors)

@@ -1,0 +1,133 @@
+"""What handlers ask of the model: text for a request, or any other work, without ever touching it themselves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from anyio.to_thread import run_sync
+from fastapi import Depends, Request
+
+from ...engine.models import adapter_for
+from ...engine.models.adapter import ModelAdapter
+from ...engine.sampling import end_tokens
+from ...engine.text import Prompt
+from ...engine.vector_store import VectorStore
+from ...errors import ValidationError
+from ..library.steerings import Steerings
+from ..metrics import Metrics
+from ..settings import ServerSettings
+from .scheduler import Scheduler
+from .texts import Encoder, TokenTexts
+
+if TYPE_CHECKING:
+    from ...engine.models.resolve import LoadedModel
+    from ..library.records import Library
+
+__all__ = ["Engine", "ServingEngine"]
+
+
+class ServingEngine:
+    """The loaded model, the vectors, and the scheduler. Everything below is for the event loop's thread.
+
+    Attributes:
+        adapter: the model's adapter. Only functions that ``scheduler.run`` was given may call the model.
+        tokenizer: the model's tokenizer, for such functions; ``encode`` is the way to token ids elsewhere.
+        settings: the limits.
+        model_name: the name that clients see.
+        steerings: whose vectors and behaviors there are, as edits for ``TextRequest.steering``.
+        scheduler: takes requests for text and other work on the model.
+        encoder: between texts and tokens; its methods block.
+        token_texts: single tokens as text, for log-probabilities.
+        metrics: what is counted.
+
+    Args:
+        settings: the limits, the folder of vectors, the behaviors.
+        loaded: the model, with a tokenizer.
+        library: accounts' vectors and behaviors, or None.
+        vectors: the operator's vectors; by default those under ``MECHANEX_HOME``.
+
+    Raises:
+        ValidationError: no tokenizer, a vector of another model, or a corrected behavior that nobody made.
+        NotFoundError: a folder or file that isn't there.
+    """
+
+    adapter: ModelAdapter
+    model_name: str
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        loaded: LoadedModel,
+        library: Library | None = None,
+        vectors: VectorStore | None = None,
+    ) -> None:
+        self.settings = settings
+        self.adapter = adapter_for(loaded.model)
+        self.tokenizer: Any = loaded.tokenizer if loaded.tokenizer is not None else self.adapter.tokenizer
+        if self.tokenizer is None:
+            raise ValidationError(
+                "a server needs the model's tokenizer: set_local_model(model, tokenizer), or load by name."
+            )
+        if self.adapter.head is None:
+            raise ValidationError(f"{self.adapter.model_id} can't generate: load it by name.")
+        self.model_name = settings.model_name or _shown(loaded.name)
+        self.metrics = Metrics()
+        self.steerings = Steerings(self.adapter, settings, library, vectors or VectorStore())
+        self.token_texts = TokenTexts(copy.deepcopy(self.tokenizer))
+        ends = end_tokens(self.adapter.hf_model, self.tokenizer)
+        self.scheduler = Scheduler(self.adapter, copy.deepcopy(self.tokenizer), ends, settings, self.metrics)
+        self.encoder = Encoder(self.tokenizer, self.scheduler.context, self.model_name)
+        self.metrics.watch(
+            "waiting_requests", "Requests that wait for a place.", lambda: self.scheduler.n_waiting
+        )
+        self.metrics.watch("running_requests", "Requests in the model.", lambda: self.scheduler.n_running)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that a prompt and its answer may have together; None where the model names no limit."""
+        return self.scheduler.context
+
+    async def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt (text, ids, chat messages), of all but short ones in a thread.
+
+        Raises:
+            ValidationError: as ``encode_prompt``, and ids that the model doesn't have.
+        """
+        ids = self.encoder.encode_soon(prompt)
+        if ids is None:
+            ids = await run_sync(self.encoder.encode, prompt)
+        self.adapter.check_token_ids(ids)
+        return ids
+
+    async def check_examples(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
+        """Refuses what ``encode`` and the model would, before the model's thread has to do with it.
+
+        Raises:
+            ValidationError: a prompt or an answer that is too long, unknown token ids, a chat that can't be rendered.
+        """
+
+        def check() -> None:
+            for prompt in prompts:
+                self.adapter.check_token_ids(self.encoder.encode(prompt))
+            for answer in answers:
+                self.encoder.check_size(answer)
+
+        await run_sync(check)
+
+
+async def _engine(request: Request) -> ServingEngine:
+    engine: ServingEngine = request.app.state.engine
+    return engine
+
+
+Engine = Annotated[ServingEngine, Depends(_engine)]
+"""The engine of the application that a request came to."""
+
+
+def _shown(name: str) -> str:
+    """A model's name for clients, to whom the server's folders are nothing."""
+    path = Path(name)
+    return path.resolve().name if path.is_dir() else name

@@ -1,0 +1,190 @@
+"""Who is let in: requests are queued for the model's thread, refused when too many wait, and ended at shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from ...engine.models.adapter import ModelAdapter
+from ...errors import APIError, RateLimitError, ValidationError
+from ..metrics import Metrics
+from ..settings import ServerSettings
+from .requests import Generation, ServedRow, TextRequest
+from .worker import Worker
+
+__all__ = ["Scheduler"]
+
+T = TypeVar("T")
+_MOST_JOBS = 64
+
+
+class Scheduler:
+    """Runs requests on a model; its methods are for the event loop's thread.
+
+    Args:
+        adapter: the model.
+        tokenizer: decodes tokens; nobody else's.
+        ends: ids of the tokens that end an answer.
+        settings: the limits.
+        metrics: what is counted.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        tokenizer: Any,
+        ends: list[int],
+        settings: ServerSettings,
+        metrics: Metrics,
+    ) -> None:
+        self._adapter, self._tokenizer, self._ends = adapter, tokenizer, ends
+        self._settings, self._metrics = settings, metrics
+        self.context = adapter.context
+        self._accepting = False
+        self._worker: Worker | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        worker = self._worker
+        return worker is not None and worker.ready.is_set() and self._accepting and worker.failure is None
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests that wait for a place."""
+        return 0 if self._worker is None else len(self._worker.waiting)
+
+    @property
+    def n_running(self) -> int:
+        """Requests that are read or decoded now."""
+        return 0 if self._worker is None else self._worker.n_running
+
+    def start(self) -> None:
+        """Starts the model's thread; call it on the event loop's thread."""
+        pad = getattr(self._tokenizer, "pad_token_id", None)
+        padding = int(pad) if pad is not None else (self._ends[0] if self._ends else 0)
+        loop = asyncio.get_running_loop()
+        self._worker = Worker(self._adapter, padding, self._settings, self._metrics, loop)
+        self._accepting = True
+        self._thread = threading.Thread(target=self._worker.run, name="mechanex-model", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: TextRequest) -> Generation:
+        """Queues one request; as ``submit_all``."""
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Sequence[TextRequest]) -> list[Generation]:
+        """Queues requests, all or none; an empty queue takes any number, else some could never be asked for.
+
+        ``text = (await generation.result()).text`` for the whole, ``async for step in generation`` for the pieces;
+        ``generation.cancel()`` frees its place at once (harmless after the end).
+
+        Raises:
+            RateLimitError: the queue is full (429, with ``retry_after``).
+            ValidationError: an empty prompt, or one that fills the model's context (``context_length_exceeded``).
+            APIError: the server is shutting down (503).
+        """
+        worker = self._open()
+        for request in requests:
+            n_ids = len(request.ids)
+            if not n_ids:
+                raise ValidationError(
+                    "the prompt is empty and the tokenizer adds no BOS: give at least one token."
+                )
+            self._adapter.check_token_ids(request.ids)
+            if self.context is not None and n_ids + min(request.max_tokens, 1) > self.context:
+                raise ValidationError(
+                    f"the prompt has {n_ids} tokens and the context of {self._adapter.model_id} is "
+                    f"{self.context}: shorten the prompt.",
+                    details={"code": "context_length_exceeded"},
+                )
+        deadline = time.monotonic() + self._settings.request_timeout
+        rows = [
+            ServedRow(Generation(request), self._tokenizer, self._ends, self.context, deadline)
+            for request in requests
+        ]
+        with worker.changed:
+            # Those whose client has gone only wait to be swept out.
+            waiting = sum(not row.generation.cancelled for row in worker.waiting)
+            if waiting and waiting + len(rows) > self._settings.max_waiting:
+                raise self._full(waiting)
+            worker.answers.promise(row.generation for row in rows)
+            worker.waiting.extend(rows)
+            worker.changed.notify()
+        return [row.generation for row in rows]
+
+    async def run(self, fn: Callable[[ModelAdapter], T], timeout: float | None = None) -> T:
+        """Runs ``fn(adapter)`` in the model's thread, alone on the model, between two decoding steps.
+
+        For CAA and the like. Decoding waits meanwhile, but for the pauses of ``fn`` (see
+        :mod:`mechanex.engine.pauses`), which take turns with it and end ``fn`` where nobody waits for it any more.
+        Errors of ``fn`` are raised here.
+
+        Args:
+            fn: the work.
+            timeout: seconds; None for the server's setting.
+
+        Raises:
+            RateLimitError: too much waits already.
+            APIError: the server is shutting down (503), or no result in time (504).
+        """
+        worker = self._open()
+        waiting = worker.jobs.n_wanted
+        if waiting >= _MOST_JOBS:
+            raise self._full(waiting)
+        future: Future[T] = worker.jobs.add(fn)
+        try:
+            return await asyncio.wait_for(
+                asyncio.wrap_future(future), self._settings.request_timeout if timeout is None else timeout
+            )
+        except asyncio.TimeoutError:
+            raise APIError("The work took longer than the server allows; ask for less.", 504) from None
+
+    def stop_accepting(self) -> None:
+        """From now on requests are refused; those that are here go on."""
+        self._accepting = False
+
+    async def drain(self, seconds: float) -> None:
+        """Waits for what runs, at most so long, then ends the rest with an error, and the thread; once is enough."""
+        self.stop_accepting()
+        worker = self._worker
+        if worker is None or worker.closing:
+            return
+        end = time.monotonic() + seconds
+        while (
+            (worker.waiting or worker.n_running or worker.jobs.busy) and time.monotonic() < end and self.alive
+        ):
+            await asyncio.sleep(0.02)
+        with worker.changed:
+            worker.closing = True
+            worker.changed.notify()
+        worker.jobs.give_up_running(APIError("The server is shutting down; the work ends here.", 503))
+        end = time.monotonic() + 2
+        while self.alive and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the model's thread runs: after ``drain``, only while it does work that can't be stopped."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def _open(self) -> Worker:
+        worker = self._worker
+        if worker is not None and worker.failure is not None:
+            raise APIError("The server's model thread has failed; restart the server.", 503)
+        if worker is None or not self._accepting:
+            raise APIError("The server is shutting down; try another one.", 503)
+        return worker
+
+    def _full(self, n: int) -> RateLimitError:
+        return RateLimitError(
+            f"{n} requests wait already, about as many as this server lets wait; try again later.",
+            429,
+            retry_after=float(min(30, 1 + n // max(self._settings.max_batch, 1))),
+        )
