@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mechanex.backends.eager import top_of
-from mechanex.ops.encoder import Encoder
+from mechanex.ops.encoder import FeatureEncoder
 
 from .convert import widen
 from .launch import IN_TRITON, Launcher, adjacent, contiguous, current
@@ -77,7 +77,7 @@ def _sae_kernel(
 _launch = Launcher(_sae_kernel)
 
 
-def _run(hidden: Tensor, encoder: Encoder, scores: bool) -> Tensor:
+def _run(hidden: Tensor, encoder: FeatureEncoder, scores: bool) -> Tensor:
     n_rows, width = hidden.shape
     n_features = encoder.weight.shape[0]
     wide = encoder.dtype_for(hidden)
@@ -110,12 +110,12 @@ def _run(hidden: Tensor, encoder: Encoder, scores: bool) -> Tensor:
     return out
 
 
-def features(hidden: Tensor, encoder: Encoder) -> Tensor:
+def features(hidden: Tensor, encoder: FeatureEncoder) -> Tensor:
     """See :func:`mechanex.backends.reference.sae_features`."""
     return _run(hidden, encoder, False)
 
 
-def top_features(hidden: Tensor, encoder: Encoder, k: int, signed: bool) -> tuple[Tensor, Tensor]:
+def top_features(hidden: Tensor, encoder: FeatureEncoder, k: int, signed: bool) -> tuple[Tensor, Tensor]:
     """See :func:`mechanex.backends.reference.sae_top_features`; of equal ones any."""
     parts = range(0, encoder.weight.shape[0], PIECE)
     scores = ((first, _run(hidden, encoder.part(slice(first, first + PIECE)), True)) for first in parts)

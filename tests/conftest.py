@@ -31,6 +31,7 @@ import importlib.util  # noqa: E402
 import itertools  # noqa: E402
 import random  # noqa: E402
 import site  # noqa: E402
+import sys  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
@@ -160,3 +161,12 @@ def _seed() -> None:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _shared_models_stay_as_they_are() -> Iterator[None]:
+    """A test that changes a model which others share would decide what those find."""
+    yield
+    if "families" in sys.modules:
+        changed = sys.modules["families"].changed_models()
+        assert not changed, f"this test changed the shared model of {', '.join(changed)}; FAMILIES[name]() is its own"

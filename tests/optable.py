@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechanex.ops.encoder import Encoder
+from mechanex.ops.encoder import FeatureEncoder
 from mechanex.ops.gate import KINDS, Gate
 from mechanex.ops.head import Head
 
@@ -414,11 +414,11 @@ class SaeCase:
 
     def encoder(
         self, dtype: torch.dtype, encoder: torch.dtype, device: str = "cpu"
-    ) -> tuple[Tensor, Encoder]:
+    ) -> tuple[Tensor, FeatureEncoder]:
         """Rows and encoder as backends take them."""
         hidden, weight, bias, threshold, gain, offset, scale = self.make(dtype, encoder, device)
         norms = self.make_top(dtype, encoder, device)[4]
-        return hidden, Encoder(weight, bias, scale, threshold, gain, offset, norms)
+        return hidden, FeatureEncoder(weight, bias, scale, threshold, gain, offset, norms)
 
     def make(self, dtype: torch.dtype, encoder: torch.dtype, device: str = "cpu") -> SaeArgs:
         """Arguments of ``sae_features``."""

@@ -15,7 +15,7 @@ from mechanex import backends
 from mechanex.backends import native, reference
 from mechanex.backends.native import modules
 from mechanex.errors import ValidationError
-from mechanex.ops.encoder import Encoder
+from mechanex.ops.encoder import FeatureEncoder
 from mechanex.ops.sae import quantized, sae_features, sae_top_features
 
 HAVE = [b for b in backends.backends() if "sae_features" in b.ops]
@@ -69,7 +69,7 @@ def test_features_match_the_oracle(
         out = sae_features(*args[:6], scale=args[6], backend=backend)
     assert out.dtype == (torch.float64 if torch.float64 in kinds else torch.float32)
     hidden, encoder = case.encoder(*kinds, device)
-    truth = reference.sae_features(hidden.double(), Encoder(*wide(tuple(encoder))))  # type: ignore[arg-type]
+    truth = reference.sae_features(hidden.double(), FeatureEncoder(*wide(tuple(encoder))))  # type: ignore[arg-type]
     z, size = truth_of(args)
     threshold, gain, offset = args[3:6]
     if gain is not None and offset is not None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from mechanex.ops.encoder import Encoder
+from mechanex.ops.encoder import FeatureEncoder
 from mechanex.ops.gate import NORM, Gate, openings, with_norm_of
 from mechanex.ops.head import Head
 
@@ -306,7 +306,7 @@ def logprobs_of_whole_logits(hidden: Tensor, head: Head, target: Tensor) -> Tens
 
 
 @without_autocast
-def sae_features(hidden: Tensor, encoder: Encoder) -> Tensor:
+def sae_features(hidden: Tensor, encoder: FeatureEncoder) -> Tensor:
     """See :func:`mechanex.backends.reference.sae_features`."""
     x = hidden.to(encoder.dtype_for(hidden))
     found = [_said(x, part) for _, part in _pieces(encoder, encoder.weight.shape[1])]
@@ -315,7 +315,7 @@ def sae_features(hidden: Tensor, encoder: Encoder) -> Tensor:
     return torch.cat(found, 1) if found else x.new_empty(x.shape[0], 0)
 
 
-def _said(x: Tensor, encoder: Encoder) -> Tensor:
+def _said(x: Tensor, encoder: FeatureEncoder) -> Tensor:
     """What features say."""
     products = _products(x, encoder)
     z = products + encoder.bias.to(x.dtype)
@@ -328,7 +328,7 @@ def _said(x: Tensor, encoder: Encoder) -> Tensor:
 
 
 @without_autocast
-def sae_top_features(hidden: Tensor, encoder: Encoder, k: int, signed: bool) -> tuple[Tensor, Tensor]:
+def sae_top_features(hidden: Tensor, encoder: FeatureEncoder, k: int, signed: bool) -> tuple[Tensor, Tensor]:
     """See :func:`mechanex.backends.reference.sae_top_features`; of equal ones any."""
     x = hidden.to(encoder.dtype_for(hidden))
 
@@ -361,14 +361,14 @@ def top_of(scores: Iterable[tuple[int, Tensor]], k: int, signed: bool) -> tuple[
     return values if signed else values.relu(), places
 
 
-def _pieces(encoder: Encoder, numbers: int) -> Iterator[tuple[int, Encoder]]:
+def _pieces(encoder: FeatureEncoder, numbers: int) -> Iterator[tuple[int, FeatureEncoder]]:
     """The features in pieces, each with its first; ``numbers`` is what one feature takes."""
     step = max(1, _PIECE // max(numbers, 1))
     for first in range(0, encoder.weight.shape[0], step):
         yield first, encoder.part(slice(first, first + step))
 
 
-def _products(x: Tensor, encoder: Encoder) -> Tensor:
+def _products(x: Tensor, encoder: FeatureEncoder) -> Tensor:
     products = x @ encoder.weight.to(x.dtype).T
     return products if encoder.scale is None else products * encoder.scale.to(x.dtype)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mechanex.errors import ValidationError
-from mechanex.ops.encoder import Encoder
+from mechanex.ops.encoder import FeatureEncoder
 from mechanex.ops.gate import KINDS, Gate
 from mechanex.ops.head import Head
 
@@ -162,7 +162,7 @@ def _logits(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     return coldness * softcap * torch.tanh(z / softcap), scale * coldness * (1 - torch.tanh(z / softcap) ** 2)
 
 
-def sae_features(hidden: Tensor, encoder: Encoder) -> Tensor:
+def sae_features(hidden: Tensor, encoder: FeatureEncoder) -> Tensor:
     """What each feature says of each row: ``relu(gain·p + offset)`` where ``p + bias > threshold``; ``p = scale·(Ex)``.
 
     Args:
@@ -181,7 +181,7 @@ def sae_features(hidden: Tensor, encoder: Encoder) -> Tensor:
     return torch.where(z > level, said.relu(), torch.where(torch.isnan(z), torch.nan, 0.0).to(p))
 
 
-def sae_top_features(hidden: Tensor, encoder: Encoder, k: int, signed: bool) -> tuple[Tensor, Tensor]:
+def sae_top_features(hidden: Tensor, encoder: FeatureEncoder, k: int, signed: bool) -> tuple[Tensor, Tensor]:
     """The k largest of ``z = (p + bias)·norms`` in every row, not below 0, or by size with their signs.
 
     Args:
@@ -200,7 +200,7 @@ def sae_top_features(hidden: Tensor, encoder: Encoder, k: int, signed: bool) -> 
     return values if signed else values.relu(), places
 
 
-def _products(hidden: Tensor, encoder: Encoder) -> Tensor:
+def _products(hidden: Tensor, encoder: FeatureEncoder) -> Tensor:
     wide = torch.float64 if torch.float64 in (hidden.dtype, encoder.weight.dtype) else torch.float32
     products = hidden.to(wide) @ encoder.weight.to(wide).T
     return products if encoder.scale is None else products * encoder.scale.to(wide)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mechanex.errors import MechanexError
-from mechanex.ops.encoder import Encoder
+from mechanex.ops.encoder import FeatureEncoder
 from mechanex.ops.gate import Gate
 from mechanex.ops.head import Head
 
@@ -291,7 +291,7 @@ def _reduce(
 LOGPROB = Chunked(_reduce)
 
 
-def refuses_encoder(hidden: Tensor, encoder: Encoder, *_: object) -> str | None:
+def refuses_encoder(hidden: Tensor, encoder: FeatureEncoder, *_: object) -> str | None:
     """Why the kernel can't take this encoder, or None."""
     if torch.float64 in (hidden.dtype, encoder.weight.dtype):
         return "an argument is float64, whose products of tiles GPUs don't have"
@@ -303,13 +303,13 @@ def declines_many_rows(hidden: Tensor, *_: object) -> str | None:
     return "many rows are a matrix product" if hidden.shape[0] >= TORCH_ROWS else None
 
 
-def sae_features(hidden: Tensor, encoder: Encoder) -> Tensor:
+def sae_features(hidden: Tensor, encoder: FeatureEncoder) -> Tensor:
     """See :func:`mechanex.backends.reference.sae_features`."""
     found: Tensor = _kernel("sae").features(hidden, encoder)
     return found
 
 
-def sae_top_features(hidden: Tensor, encoder: Encoder, k: int, signed: bool) -> tuple[Tensor, Tensor]:
+def sae_top_features(hidden: Tensor, encoder: FeatureEncoder, k: int, signed: bool) -> tuple[Tensor, Tensor]:
     """See :func:`mechanex.backends.reference.sae_top_features`; of equal ones any."""
     found: tuple[Tensor, Tensor] = _kernel("sae").top_features(hidden, encoder, k, signed)
     return found

@@ -22,9 +22,9 @@ from ..errors import ValidationError
 from .positions import Positions, given_positions
 from .regimes import each_alone, text_lengths
 
-__all__ = ["TREES", "Layout", "Mask", "Pack", "build_packs"]
+__all__ = ["TREES", "Mask", "Pack", "PackLayout", "build_packs"]
 
-Layout = Literal["tree", "padded"]
+PackLayout = Literal["tree", "padded"]
 # How a model takes a tree mask: one; one already cut to its attention window; or one by kind of layer.
 Mask = Literal["plain", "window", "dict"]
 TREES: tuple[Mask, ...] = ("plain", "window", "dict")
@@ -72,7 +72,7 @@ class Pack:
         mask: how the model takes its tree mask.
     """
 
-    layout: Layout
+    layout: PackLayout
     input_ids: Tensor
     position_ids: Tensor
     segment: Tensor
@@ -194,7 +194,7 @@ class Pack:
 def build_packs(
     pairs: Sequence[Pair],
     *,
-    layout: Layout = "tree",
+    layout: PackLayout = "tree",
     groups: Sequence[Hashable] | None = None,
     row_tokens: int = ROW_TOKENS,
     batch_tokens: int = BATCH_TOKENS,
@@ -245,7 +245,7 @@ def build_packs(
     trees = _trees(pairs, inputs, together, layout, lambda n: min(room(n), widest))
     packs: list[Pack] = []
     plain = [layout == "padded" or tree.size > widest for tree in trees]
-    forms: tuple[tuple[Layout, bool], ...] = (("padded", True), ("tree", False))
+    forms: tuple[tuple[PackLayout, bool], ...] = (("padded", True), ("tree", False))
     for form, kind in forms:
         members = [tree for tree, alone in zip(trees, plain, strict=True) if alone == kind]
         rows = _fill_rows(members, min(row_tokens, widest) if form == "tree" else 0)
@@ -264,7 +264,7 @@ def _trees(
     texts: Sequence[Pair],
     pairs: Sequence[Pair],
     together: Sequence[Hashable],
-    layout: Layout,
+    layout: PackLayout,
     tree_tokens: Callable[[int], int],
 ) -> list[_Tree]:
     """Pairs grouped by prompt; a tree that outgrows its room goes on in another with the prompt again."""
@@ -345,7 +345,7 @@ def _lay_out(
     trees_by_row: list[list[_Tree]],
     pairs: Sequence[Pair],
     source: list[int],
-    layout: Layout,
+    layout: PackLayout,
     last_tokens: bool,
     pad_id: int,
 ) -> Pack:

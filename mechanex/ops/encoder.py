@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Encoder"]
+__all__ = ["FeatureEncoder"]
 
 
-class Encoder(NamedTuple):
+class FeatureEncoder(NamedTuple):
     """What features ask of a row x: their products ``p = scale·(Ex)``, and what becomes of those.
 
     Attributes:
@@ -34,6 +34,6 @@ class Encoder(NamedTuple):
         """The dtype of the arithmetic and of the result."""
         return torch.float64 if torch.float64 in (hidden.dtype, self.weight.dtype) else torch.float32
 
-    def part(self, features: slice) -> Encoder:
+    def part(self, features: slice) -> FeatureEncoder:
         """Some of the features."""
-        return Encoder(*(None if t is None else t[features] for t in self))  # type: ignore[arg-type]
+        return FeatureEncoder(*(None if t is None else t[features] for t in self))  # type: ignore[arg-type]

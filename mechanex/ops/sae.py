@@ -16,7 +16,7 @@ from mechanex import backends
 from mechanex.backends import eager
 from mechanex.errors import ValidationError
 
-from .encoder import Encoder
+from .encoder import FeatureEncoder
 from .ways import way
 
 __all__ = ["quantized", "sae_features", "sae_top_features"]
@@ -63,7 +63,7 @@ def sae_features(
     if (gain is None) != (offset is None):
         raise ValidationError("gain and offset go together: give both, of a gated autoencoder, or neither")
     flat = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
-    features = Encoder(encoder, bias, scale, threshold, gain, offset)
+    features = FeatureEncoder(encoder, bias, scale, threshold, gain, offset)
     by = way((flat, *features))
     if by == "library":
         found: Tensor = torch.ops.mechanex.sae_features(
@@ -109,7 +109,7 @@ def sae_top_features(
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= encoder.shape[0]:
         raise ValidationError(f"k is from 1 to the encoder's {encoder.shape[0]} features; got {k!r}")
     flat = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
-    args = (flat, Encoder(encoder, bias, scale, norms=norms), k, bool(signed))
+    args = (flat, FeatureEncoder(encoder, bias, scale, norms=norms), k, bool(signed))
     by = way((flat, *args[1]))
     if by == "library":
         values, places = torch.ops.mechanex.sae_top_features(
@@ -134,13 +134,13 @@ def _run_features(
     scale: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    args = (hidden, Encoder(encoder, bias, scale, threshold, gain, offset))
+    args = (hidden, FeatureEncoder(encoder, bias, scale, threshold, gain, offset))
     return backends.kernel("sae_features", backend, *args)(*args)
 
 
 @_run_features.register_fake
 def _(hidden: Tensor, encoder: Tensor, bias: Tensor, *_: Any) -> Tensor:
-    dtype = Encoder(encoder, bias).dtype_for(hidden)
+    dtype = FeatureEncoder(encoder, bias).dtype_for(hidden)
     return hidden.new_empty(hidden.shape[0], encoder.shape[0], dtype=dtype)
 
 
@@ -155,14 +155,14 @@ def _run_top_features(
     signed: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    args = (hidden, Encoder(encoder, bias, scale, norms=norms), k, signed)
+    args = (hidden, FeatureEncoder(encoder, bias, scale, norms=norms), k, signed)
     values, places = backends.select("sae_top_features", backend, *args).run(*args)
     return values, places
 
 
 @_run_top_features.register_fake
 def _(hidden: Tensor, encoder: Tensor, bias: Tensor, k: int, *_: Any) -> tuple[Tensor, Tensor]:
-    values = hidden.new_empty(hidden.shape[0], k, dtype=Encoder(encoder, bias).dtype_for(hidden))
+    values = hidden.new_empty(hidden.shape[0], k, dtype=FeatureEncoder(encoder, bias).dtype_for(hidden))
     return values, torch.empty_like(values, dtype=torch.int64)
 
 

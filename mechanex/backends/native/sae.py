@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mechanex.ops.encoder import Encoder
+from mechanex.ops.encoder import FeatureEncoder
 
 from ..backend import NEGATED, is_negated
 from . import modules
@@ -19,7 +19,7 @@ TORCH_ROWS = {torch.float32: 32, torch.float64: 32, torch.bfloat16: 256, torch.f
 _CODES = {**modules.DTYPE_CODES, torch.int8: 4}
 
 
-def refuses(hidden: Tensor, encoder: Encoder, *_: object) -> str | None:
+def refuses(hidden: Tensor, encoder: FeatureEncoder, *_: object) -> str | None:
     """Why the kernels can't take these arguments, or None."""
     if hidden.is_cuda:
         return "there is no CUDA kernel for it"
@@ -28,12 +28,12 @@ def refuses(hidden: Tensor, encoder: Encoder, *_: object) -> str | None:
     return NEGATED if any(map(is_negated, (hidden, *encoder))) else None
 
 
-def declines_many_rows(hidden: Tensor, encoder: Encoder, *_: object) -> str | None:
+def declines_many_rows(hidden: Tensor, encoder: FeatureEncoder, *_: object) -> str | None:
     """Why ``auto`` leaves these arguments to plain torch, or None."""
     return "many rows are a matrix product" if hidden.shape[0] >= TORCH_ROWS[encoder.weight.dtype] else None
 
 
-def sae_features(hidden: Tensor, encoder: Encoder) -> Tensor:
+def sae_features(hidden: Tensor, encoder: FeatureEncoder) -> Tensor:
     """See :func:`mechanex.backends.reference.sae_features`."""
     wide = encoder.dtype_for(hidden)
     x, weight = hidden.to(wide).contiguous(), encoder.weight.contiguous()
@@ -52,7 +52,7 @@ def sae_features(hidden: Tensor, encoder: Encoder) -> Tensor:
     return out
 
 
-def sae_top_features(hidden: Tensor, encoder: Encoder, k: int, signed: bool) -> tuple[Tensor, Tensor]:
+def sae_top_features(hidden: Tensor, encoder: FeatureEncoder, k: int, signed: bool) -> tuple[Tensor, Tensor]:
     """See :func:`mechanex.backends.reference.sae_top_features`."""
     wide = encoder.dtype_for(hidden)
     x, weight = hidden.to(wide).contiguous(), encoder.weight.contiguous()

@@ -15,17 +15,17 @@ from ..limits import PROBE_TOKENS, outgrown_length
 from ..models.adapter import ModelAdapter
 from .probing import close
 
-__all__ = ["Form", "beam_form"]
+__all__ = ["BeamForm", "beam_form"]
 
 # "together": every prompt in one left-padded batch, with a cache; "apart": a batch and a cache for each prompt;
 # "whole": a batch for each prompt, which is run from the start for every token.
-Form = Literal["together", "apart", "whole"]
-CACHED: tuple[Form, ...] = ("together", "apart")
+BeamForm = Literal["together", "apart", "whole"]
+CACHED: tuple[BeamForm, ...] = ("together", "apart")
 
 _log = logging.getLogger(__name__)
 
 
-def beam_form(adapter: ModelAdapter, longest: int) -> Form:
+def beam_form(adapter: ModelAdapter, longest: int) -> BeamForm:
     """The form found by trying, once per model and once more when a row first outgrows its window or the like."""
     outgrown = outgrown_length(adapter, longest)
     key = f"beam form beyond {outgrown} tokens" if outgrown else "beam form"
@@ -34,10 +34,10 @@ def beam_form(adapter: ModelAdapter, longest: int) -> Form:
         if found is None:
             return "whole"
         adapter.findings[key] = found
-    return cast(Form, adapter.findings[key])
+    return cast(BeamForm, adapter.findings[key])
 
 
-def _probe(adapter: ModelAdapter, outgrown: int | None) -> Form | None:
+def _probe(adapter: ModelAdapter, outgrown: int | None) -> BeamForm | None:
     """Two prompts of unequal length, beams that are copied, dropped and swapped, in each form.
 
     None where the logits are NaN, which steering that is attached for now may cause.

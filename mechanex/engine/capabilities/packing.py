@@ -17,15 +17,15 @@ from ..passes import scored_hidden
 from ..regimes import regimes_of
 from .probing import close, probe_pairs
 
-__all__ = ["Form", "packing_form"]
+__all__ = ["PackForm", "packing_form"]
 
 # Tree masks, given as one or by kind of layer; "padded": one text a row; "apart": one text a pass.
-Form = Literal["plain", "window", "dict", "padded", "apart"]
+PackForm = Literal["plain", "window", "dict", "padded", "apart"]
 
 _log = logging.getLogger(__name__)
 
 
-def packing_form(adapter: ModelAdapter, longest: int) -> Form:
+def packing_form(adapter: ModelAdapter, longest: int) -> PackForm:
     """The form of packed input that this model computes rightly for paths of up to ``longest`` tokens.
 
     Decided once per model, and once more when a path first outgrows its attention window, or another length at which it
@@ -35,10 +35,10 @@ def packing_form(adapter: ModelAdapter, longest: int) -> Form:
     key = f"form beyond {outgrown} tokens" if outgrown else "form"
     if key not in adapter.findings:
         adapter.findings[key] = _probe_forms(adapter, outgrown)
-    return cast(Form, adapter.findings[key])
+    return cast(PackForm, adapter.findings[key])
 
 
-def _probe_forms(adapter: ModelAdapter, outgrown: int | None) -> Form:
+def _probe_forms(adapter: ModelAdapter, outgrown: int | None) -> PackForm:
     window = window_of(adapter)
     pairs = probe_pairs(adapter, outgrown)
     with torch.no_grad(), undisturbed(adapter.hf_model):
@@ -58,7 +58,7 @@ def _probe_forms(adapter: ModelAdapter, outgrown: int | None) -> Form:
         lengths = regimes_of(adapter.hf_model, [len(p) + len(c) for p, c in pairs])
         (tree,) = build_packs(pairs, row_tokens=n_tokens, batch_tokens=n_tokens, apart=lengths)
         (rows,) = build_packs(pairs, layout="padded", batch_tokens=sys.maxsize)
-        tried: list[tuple[Form, Pack]] = [(mask, replace(tree, mask=mask)) for mask in TREES]
+        tried: list[tuple[PackForm, Pack]] = [(mask, replace(tree, mask=mask)) for mask in TREES]
         for form, pack in [*tried, ("padded", rows)]:
             if form == "window" and (window is None or window > (outgrown or 0)):
                 continue

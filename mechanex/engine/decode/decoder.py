@@ -14,7 +14,7 @@ from ..capabilities.caches import reads_again
 from ..models.adapter import ModelAdapter
 from ..regimes import first_change
 from .batch import Batch, CalledBatch
-from .calls import TOGETHER, Calls, Form
+from .calls import TOGETHER, CallForm, Calls
 from .choose import Choice, Chooser, are_sound, logprobs_of, not_finite
 from .prefixes import Prefixes
 from .reading import Reading
@@ -52,7 +52,7 @@ class Decoder:
         adapter: ModelAdapter,
         padding: int,
         *,
-        form: Form,
+        form: CallForm,
         prefill_tokens: int = 4096,
         overlapped: bool | None = None,
         prefixes: Prefixes | None = None,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..left_padding import left_padded
 from ..positions import Positions
-from .calls import Kept, StepInputs
+from .calls import Carried, StepInputs
 from .prefixes import Prefixes
 from .row import Row
 from .steering import Span
@@ -49,7 +49,7 @@ class Reading:
         self.sound = True
         """Whether the log-probabilities of the prompt are numbers."""
         self.done = 0
-        self.kept: Kept | None = None
+        self.kept: Carried | None = None
         self.logits: Tensor | None = None
         if prefixes is not None and not self.wants_logprobs:
             self._begin_behind(prefixes)

@@ -28,7 +28,7 @@ from ..pack import TREES
 from ..positions import Positions
 from ..regimes import first_change
 from .cache import Unmergeable
-from .calls import Calls, Kept, StepInputs
+from .calls import Calls, Carried, StepInputs
 from .graphs import autocast_on, state_of
 from .grouped import grouped_attention
 from .reading import Numbers, Reading
@@ -87,7 +87,7 @@ class StaticBatch:
         if first_change(adapter.hf_model) is not None:
             raise Unmergeable(f"{adapter.model_id} computes otherwise from some length of its texts on.")
         self.columns = 0
-        self.kept: Kept | None = None
+        self.kept: Carried | None = None
 
     def admit(self, rows: Sequence[Row], reading: Reading, places: Sequence[int]) -> None:
         """Adds rows that were read."""
