@@ -185,10 +185,10 @@ def _select(op: str, name: str | None, by_size: bool, tensor: Tensor, *rest: Any
     """As :func:`select`; the size of a call counts where asked for: gradients keep to the kernels that repeat bits."""
     chosen = name or _setting or active()
     if chosen == "auto":
-        native_first = tensor.is_cuda and by_size and op in _BY_SIZE
-        quick = _native(op) if native_first and _is_native_quicker(op, tensor, rest[0], rest[2]) else None
-        if quick and quick.refuses(tensor, *rest) is None and quick.declines(tensor, *rest) is None:
-            return quick
+        if tensor.is_cuda and by_size and op in _BY_SIZE and _is_native_quicker(op, tensor, rest[0], rest[2]):
+            quick = _native(op)
+            if quick and quick.refuses(tensor, *rest) is None and quick.declines(tensor, *rest) is None:
+                return quick
         for candidate in _candidates(op, tensor.device.type):
             if candidate.refuses(tensor, *rest) is None and candidate.declines(tensor, *rest) is None:
                 return candidate

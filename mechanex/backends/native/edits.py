@@ -81,6 +81,7 @@ def steer(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     n_rows, width = x.shape
     given = (
+        DTYPE_CODES[x.dtype],
         n_rows,
         width,
         x.data_ptr(),
@@ -146,6 +147,7 @@ def steer_many(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     n_rows, width = x.shape
     given = (
+        DTYPE_CODES[x.dtype],
         n_rows,
         width,
         x.data_ptr(),
@@ -175,12 +177,12 @@ def _call(op: str, x: Tensor, stored: torch.dtype, given: tuple[int, ...]) -> No
         op: its name.
         x: the rows.
         stored: the dtype of the edits, which the CPU's kernels read in that of the arithmetic.
-        given: sizes, addresses and strides.
+        given: the code of the rows' dtype, then sizes, addresses and strides.
     """
     if x.is_cuda:
-        getattr(modules.cuda(), op)(DTYPE_CODES[x.dtype], DTYPE_CODES[stored], *given, *on_stream(x))
+        getattr(modules.cuda(), op)(given[0], DTYPE_CODES[stored], *given[1:], *on_stream(x))
         return
     try:
-        getattr(modules.cpu(), op)(DTYPE_CODES[x.dtype], *given)
+        getattr(modules.cpu(), op)(*given)
     except IndexError as error:
         raise ValidationError(str(error)) from None
