@@ -224,12 +224,18 @@ def _written(model: PreTrainedModel) -> int:
     return hash(tuple((id(p), p._version, p.requires_grad) for p in model.parameters()))
 
 
+def _hooked(model: PreTrainedModel) -> bool:
+    """Whether somebody has left a hook; those by which transformers collects hidden states stay for ever."""
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
+
+
 def changed_models() -> list[str]:
     """The shared models that somebody has changed; they are forgotten, so that the next one who asks gets new ones."""
     changed = [
         name
         for name, (model, written) in _shared.items()
-        if _written(model) != written or model.training or any(m._forward_hooks for m in model.modules())
+        if _written(model) != written or model.training or _hooked(model)
     ]
     if changed:
         _shared.clear()
