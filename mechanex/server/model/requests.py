@@ -82,7 +82,8 @@ def _joined(steps: list[Step]) -> Step:
     if len(steps) == 1:
         return steps[0]
     text, logprobs = "".join(step.text for step in steps), [one for step in steps for one in step.logprobs]
-    return Step(text, tuple(logprobs), steps[0].prompt_logprobs)
+    tokens = tuple(token for step in steps for token in step.tokens)
+    return Step(text, tuple(logprobs), steps[0].prompt_logprobs, tokens)
 
 
 async def results_of(generations: Sequence[Generation]) -> list[Result]:
