@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from . import _default
 from .base import Client, _BaseModule
 from .engine.datasets import read_pairs
-from .errors import APIError, AuthenticationError, NotFoundError, ValidationError
+from .engine.sae.traces import TracedToken, WatchedText
+from .errors import APIError, AuthenticationError, ValidationError
 from .home import behaviors_folder
 from .remote.answers import field, listed, object_of
-from .remote.bodies import examples, list_of, texts
+from .remote.bodies import examples, list_of, plain_whole, texts
 
 if TYPE_CHECKING:
     from .engine.models.resolve import LoadedModel
     from .engine.sae.autoencoder import SparseAutoencoder
     from .engine.sae.behavior import Behavior
     from .engine.sae.explain import Explained
-    from .engine.sae.generate import WatchedText
     from .engine.sae.store import BehaviorStore
 
 __all__ = ["SAEModule"]
@@ -292,17 +292,17 @@ class SAEModule(_BaseModule):
         Args:
             prompt: the text to continue.
             max_new_tokens: most tokens to add.
-            behavior_names: behaviors to watch; None for the server's choice, and here for all that are kept for this
-                model.
+            behavior_names: behaviors to watch; None for all that are kept for this model, on the server those of the
+                account.
             force_steering: behaviors to correct from the start, seen or not.
             action: what is done where a behavior is detected: ``"correct"`` it from that token on, ``"abort"`` the
-                answer, or only ``"report"`` it. Another than the first, a trace and sampling settings run locally only.
+                answer, or only ``"report"`` it.
             return_trace: give the text with the scores, detections and corrections of every token.
             sampling: as in ``generation.generate``: ``sampling_method``, ``top_k``, ``top_p``, ``min_p``,
                 ``typical_p``, ``temperature``, ``seed``, ``stop``.
 
         Returns:
-            The text: the prompt and its continuation where it ran here. With ``return_trace``, a ``WatchedText``.
+            The text: the prompt and its continuation. With ``return_trace``, a ``WatchedText``.
 
         Raises:
             NotFoundError: no such behavior.
@@ -334,20 +334,24 @@ class SAEModule(_BaseModule):
             )
             return found if return_trace else found.text
 
+        # Sent only when they say something, so that servers which know the contract alone understand the rest.
+        told = {"action": action if action != "correct" else None, "return_trace": return_trace or None}
+        told |= {name: plain_whole(value) for name, value in sampling.items()}
+        sent = body | {name: value for name, value in told.items() if value is not None}
+
+        def remote() -> str | WatchedText:
+            answer = transport.post("/sae/generate", sent)
+            if return_trace:
+                return _watched(answer, call)
+            if action != "correct":  # a server that doesn't know of actions has not done this one
+                field(answer, call, str, "finish_reason")
+            return field(answer, call, str, "text")
+
         only_local = None
         named = [*(body["behavior_names"] or ()), *(body["force_steering"] or ())]
-        if return_trace or action != "correct" or sampling:
-            only_local = (
-                "a trace, another action than 'correct' and sampling settings are for the local model"
-            )
-        elif self._client.local_model is not None and any(name in self._names() for name in named):
+        if self._client.local_model is not None and any(name in self._names() for name in named):
             only_local = "the behavior is kept on this machine"
-        return self._run(
-            call,
-            lambda: field(transport.post("/sae/generate", body), call, str, "text"),
-            local,
-            only_local=only_local,
-        )
+        return self._run(call, remote, local, only_local=only_local)
 
     @property
     def _store(self) -> BehaviorStore:
@@ -385,12 +389,26 @@ class SAEModule(_BaseModule):
             return os.fspath(asked), registry.load(os.fspath(asked))
         if unwanted:
             return None, None
-        try:
-            entry = registry.find(loaded.name)
-            return entry.name, registry.load(entry.name)
-        except NotFoundError as error:
-            _logger.warning("the difference of means watches alone: %s", error.message)
-            return None, None
+        return registry.for_model(loaded.name) or (None, None)
+
+
+def _watched(answer: Any, call: str) -> WatchedText:
+    """A server's answer with its trace."""
+    tokens = []
+    for one in field(answer, call, list, "trace"):
+        scores = field(one, call, dict, "scores")
+        detected, corrected = (tuple(field(one, call, list, name)) for name in ("detected", "corrected"))
+        tokens.append(
+            TracedToken(
+                field(one, call, int, "token"), field(one, call, str, "text"), scores, detected, corrected
+            )
+        )
+    return WatchedText(
+        field(answer, call, str, "text"),
+        field(answer, call, str, "finish_reason"),
+        tuple(field(answer, call, list, "detected")),
+        tuple(tokens),
+    )
 
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from ..engine.datasets import read_lines
 from ..engine.models.resolve import LoadedModel, load
 from ..engine.sae import registry
 from ..engine.sae.explain import explain
-from ..engine.sae.generate import WatchedText, generate_watched
+from ..engine.sae.generate import generate_watched
 from ..engine.sae.read import read_sae
 from ..engine.sae.store import BehaviorStore
+from ..engine.sae.traces import WatchedText
 from ..engine.sae.train import train_sae
 from ..engine.sae.training import TrainingSettings
 from ..errors import NotFoundError, ValidationError

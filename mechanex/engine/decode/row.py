@@ -63,6 +63,7 @@ class Row:
         self._logprobs: list[TokenLogprob] = []
         # For each of them where its text begins in the answer, and whether it has any of its own.
         self._places: list[tuple[int, bool]] = []
+        self._n_unread = 1
         self._told = 0
         self._tokens_told = 0
         self._prompt_told = False
@@ -92,7 +93,7 @@ class Row:
     @property
     def length(self) -> int:
         """Tokens in the cache: the prompt and all that was chosen but the last, which the next step reads."""
-        return len(self.ids) + max(len(self.chosen) - 1, 0)
+        return len(self.ids) + max(len(self.chosen) - self._n_unread, 0)
 
     @property
     def final_length(self) -> int:
@@ -122,6 +123,7 @@ class Row:
         """
         onlooker = self.request.onlooker
         if self.chosen and onlooker is not None and (reason := onlooker.end) is not None:
+            self._n_unread = 0
             return self._finish(reason)
         self.chosen.append(token)
         self.counts[token] += 1

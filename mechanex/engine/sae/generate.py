@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -15,45 +15,10 @@ from ..generate import Generating, Options
 from ..models.adapter import ModelAdapter
 from ..text import Prompt
 from .behavior import Behavior
+from .traces import TracedToken, WatchedText
 from .watching import ACTIONS, Action, Seen, Watch, WatchingSteering, check_fits, forced_edits
 
-__all__ = ["TracedToken", "WatchedText", "generate_watched", "traced"]
-
-
-@dataclass(frozen=True)
-class TracedToken:
-    """A token of an answer.
-
-    Args:
-        token: its id.
-        text: its text, as the tokenizer decodes it alone.
-        scores: by behavior; empty for the last token, which the model did not read.
-        detected: behaviors that it shows.
-        corrected: behaviors that were corrected in it.
-    """
-
-    token: int
-    text: str
-    scores: dict[str, float]
-    detected: tuple[str, ...]
-    corrected: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class WatchedText:
-    """A text and what was seen while it was written.
-
-    Args:
-        text: the prompt and its continuation.
-        finish_reason: ``"stop"``, ``"length"``, or ``"behavior"`` where one ended it.
-        detected: the behaviors that showed.
-        trace: the tokens of the answer.
-    """
-
-    text: str
-    finish_reason: str
-    detected: tuple[str, ...]
-    trace: tuple[TracedToken, ...]
+__all__ = ["generate_watched", "traced"]
 
 
 class _Watching(Generating):

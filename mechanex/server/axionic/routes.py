@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from ...engine.methods import check_method, vectors_by
+from ...engine.sae.create import LEAST_EXAMPLES, create
+from ...engine.sae.watching import forced_edits
 from ...engine.sampling import Sampling
 from ...errors import APIError, ValidationError
 from ..accounts.auth import Principal
 from ..accounts.store import store_of
 from ..http.disconnect import done_or_gone
+from ..library.watched import Watching
 from ..model.engine import Engine, ServingEngine
-from ..model.requests import TextRequest, results_of
+from ..model.requests import TextRequest, results_of, trace_of
 from . import accounts
 from .accounts import shown
 from .bodies import (
@@ -33,9 +37,12 @@ from .guards import Sender, guards_of
 
 if TYPE_CHECKING:
     from ...engine.models.adapter import ModelAdapter
+    from ...engine.sae.behavior import Behavior
     from ...engine.vectors import SteeringVector
 
 __all__ = ["axionic_router"]
+
+T = TypeVar("T")
 
 router = APIRouter(tags=["axionic"])
 
@@ -101,6 +108,7 @@ async def generate(body: GenerateBody, request: Request, engine: Engine, who: Wo
                 stops=_stops(body.stop),
                 steering=steering + engine.steerings.corrections,
                 owner=who.account_id,
+                onlooker=engine.steerings.correcting.onlooker(),
             )
         )
     ]
@@ -123,7 +131,10 @@ async def generate_vectors(
 async def create_behavior(
     body: BehaviorBody, request: Request, engine: Engine, who: Worker
 ) -> dict[str, Any]:
-    """Keeps a behavior: a name for a vector, which is computed from the examples where no id of one is given."""
+    """Keeps a behavior: what watches for it, and a vector, which is computed where no id of one is given.
+
+    Of fewer than four examples, which can't be held out to measure anything, there is the vector alone.
+    """
     library = store_of(request).library
     if body.behavior_name in engine.steerings.own_behaviors:
         raise ValidationError(
@@ -132,16 +143,23 @@ async def create_behavior(
         )
     await run_sync(library.check_name, who.account_id, body.behavior_name)
     examples = _examples(engine, body)
+    given, owned = None, False
+    if body.steering_vector_id is not None:
+        owned = await run_sync(library.vector, who.account_id, body.steering_vector_id) is not None
+        given = await engine.steerings.vector(who.account_id, body.steering_vector_id)
+    behavior = None
+    if len(body.prompts) >= LEAST_EXAMPLES:
+        behavior = await _behavior(request, engine, who, body, examples, given)
     vector: SteeringVector | str
-    if body.steering_vector_id is None:
+    if given is None:
         vector = await _computed(request, engine, who, examples, None, "caa")
-    elif await run_sync(library.vector, who.account_id, body.steering_vector_id) is not None:
-        vector = body.steering_vector_id
+    elif owned:
+        vector = str(body.steering_vector_id)
     else:
         # One of the operator's: the account keeps a copy, which stays when the operator's goes.
-        vector = await engine.steerings.vector(who.account_id, body.steering_vector_id)
+        vector = given
     made = await run_sync(
-        library.add_behavior, who.account_id, body.behavior_name, body.description, examples, vector
+        library.add_behavior, who.account_id, body.behavior_name, body.description, examples, vector, behavior
     )
     return shown(made)
 
@@ -170,10 +188,46 @@ async def delete_behavior(behavior_name: str, request: Request, who: Sender) -> 
     await run_sync(store_of(request).library.delete_behavior, who.account_id, behavior_name)
 
 
-@router.post("/sae/generate", status_code=501)
-async def sae_generate(body: SaeBody, who: Sender) -> None:
-    """Generation under the watch of a sparse autoencoder: not part of this version."""
-    raise _absent("Generation with a sparse autoencoder", "POST /generate steers with a behavior's vector")
+@router.post("/sae/generate")
+async def sae_generate(body: SaeBody, request: Request, engine: Engine, who: Worker) -> JSONResponse:
+    """Continues a prompt while behaviors are watched; ``text`` is the prompt with its continuation.
+
+    Without ``behavior_names`` all that the account made for this model are watched; a request that names none has those
+    corrected that the server corrects in every answer.
+    """
+    steerings, names = engine.steerings, body.behavior_names
+    behaviors = await (
+        steerings.watched.every(who.account_id)
+        if names is None
+        else steerings.watched.named(who.account_id, names)
+    )
+    forced = await steerings.watched.named(who.account_id, body.force_steering or ())
+    edits = forced_edits(forced)
+    if not names:
+        known = {behavior.name for behavior in behaviors}
+        behaviors += tuple(b for b in steerings.correcting.behaviors if b.name not in known)
+        edits += steerings.corrections
+    onlooker = Watching(behaviors, body.action).onlooker()
+    asked = TextRequest(
+        await engine.encode(body.prompt),
+        max_tokens=body.max_new_tokens,
+        sampling=Sampling(**body.sampling),
+        seed=body.seed,
+        stops=_stops(body.stop),
+        steering=edits,
+        owner=who.account_id,
+        onlooker=onlooker,
+    )
+    (result,) = await done_or_gone(request, results_of([engine.scheduler.submit(asked)]))
+    told: dict[str, Any] = {
+        "text": await run_sync(engine.encoder.text, body.prompt) + result.text,
+        "finish_reason": result.finish_reason,
+        "detected": list(onlooker.detected) if onlooker is not None else [],
+    }
+    if body.return_trace:
+        texts = [engine.token_texts[token][0] for token in result.tokens]
+        told["trace"] = [asdict(token) for token in trace_of(result, texts, onlooker)]
+    return JSONResponse(told)
 
 
 @router.get("/graph", status_code=501)
@@ -220,6 +274,44 @@ async def _computed(
     def work(adapter: ModelAdapter) -> SteeringVector:
         return compute(adapter, *examples.values(), layer_idxs, tokenizer=engine.tokenizer)
 
+    return await _done(request, engine, who, work)
+
+
+async def _behavior(
+    request: Request,
+    engine: ServingEngine,
+    who: Principal,
+    body: BehaviorBody,
+    examples: Mapping[str, Sequence[Any]],
+    vector: SteeringVector | None,
+) -> Behavior:
+    """What ``sae.create_behavior`` of a local client makes."""
+    await engine.check_examples(
+        examples["prompts"], [*examples["positive_answers"], *examples["negative_answers"]]
+    )
+    await run_sync(store_of(request).library.check_room, who.account_id)
+    source, sae = await engine.autoencoder() or (None, None)
+
+    def work(adapter: ModelAdapter) -> Behavior:
+        return create(
+            adapter,
+            body.behavior_name,
+            *examples.values(),
+            sae=sae,
+            source=source,
+            description=body.description,
+            vector=vector,
+            steering_vector_id=body.steering_vector_id,
+            tokenizer=engine.tokenizer,
+        )
+
+    return await _done(request, engine, who, work)
+
+
+async def _done(
+    request: Request, engine: ServingEngine, who: Principal, work: Callable[[ModelAdapter], T]
+) -> T:
+    """What work on the model comes to, one piece of an account at a time, for as long as the sender waits for it."""
     with guards_of(request).one_at_a_time(who):
         return await done_or_gone(request, engine.scheduler.run(work))
 

@@ -10,8 +10,23 @@ from typing import Any
 from ...engine.decode.request import Request as TextRequest
 from ...engine.decode.request import Result, Steer, Step, TokenLogprob
 from ...engine.decode.row import Row
+from ...engine.sae.generate import traced
+from ...engine.sae.traces import TracedToken
+from ...engine.sae.watching import Watch
 
-__all__ = ["Generation", "Result", "ServedRow", "Steer", "Step", "TextRequest", "TokenLogprob", "results_of"]
+__all__ = [
+    "Generation",
+    "Result",
+    "ServedRow",
+    "Steer",
+    "Step",
+    "TextRequest",
+    "TokenLogprob",
+    "TracedToken",
+    "results_of",
+    "trace_of",
+    "traced",
+]
 
 
 class Generation:
@@ -97,6 +112,11 @@ async def results_of(generations: Sequence[Generation]) -> list[Result]:
     finally:
         for one in generations:
             one.cancel()
+
+
+def trace_of(result: Result, texts: Sequence[str], onlooker: object) -> tuple[TracedToken, ...]:
+    """What was seen in the tokens of a finished answer, given their texts, by what looked on, if anything did."""
+    return traced(result.tokens, texts, onlooker.seen if isinstance(onlooker, Watch) else ())
 
 
 class ServedRow(Row):
