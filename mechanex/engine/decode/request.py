@@ -10,7 +10,7 @@ from ..intervention import Edit
 from ..positions import TokenSelector
 from ..sampling import Sampling
 
-__all__ = ["Onlooker", "Request", "Result", "Steer", "Step", "TokenLogprob"]
+__all__ = ["Onlooker", "Result", "Steer", "Step", "TextRequest", "TokenLogprob"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Onlooker(Protocol):
 
 
 @dataclass(frozen=True)
-class Request:
+class TextRequest:
     """One prompt and how to continue it.
 
     Args:

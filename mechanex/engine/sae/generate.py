@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from ...errors import ValidationError
-from ..decode.request import Request
+from ..decode.request import TextRequest
 from ..decode.run import decode
-from ..generate import Generating, Options
+from ..generate import Generating
 from ..models.adapter import ModelAdapter
+from ..sampling import Options
 from ..text import Prompt
 from .behavior import Behavior
 from .traces import TracedToken, WatchedText
@@ -40,7 +41,7 @@ class _Watching(Generating):
         self.watches = [Watch(tuple(behaviors), action) for _ in prompts]
         self._forced = forced_edits(forced)
 
-    def request(self, i: int, request: Request) -> Request:
+    def request(self, i: int, request: TextRequest) -> TextRequest:
         watch = self.watches[i]
         edits = (*request.steering, *self._forced)
         return replace(request, steering=edits, onlooker=watch if watch.behaviors else None)
