@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .engine.models.resolve import LoadedModel
     from .engine.sae.autoencoder import SparseAutoencoder
     from .engine.sae.behavior import Behavior
+    from .engine.sae.dashboards import Dashboard
     from .engine.sae.explain import Explained
     from .engine.sae.store import BehaviorStore
 
@@ -250,6 +251,44 @@ class SAEModule(_BaseModule):
             contexts=contexts,
         )
 
+    def dashboard(
+        self,
+        feature: int,
+        texts: Sequence[str],
+        *,
+        sae: str | os.PathLike[str] | None = None,
+        contexts: int = 10,
+    ) -> Dashboard:
+        """A feature of an autoencoder at a glance: where it says most, how often, and which tokens it makes likelier.
+
+        Args:
+            feature: its number.
+            texts: where to look.
+            sae: the autoencoder, as for ``create_behavior``; None for the model's default.
+            contexts: how many passages.
+
+        Returns:
+            What a notebook shows as a picture, and ``save`` writes as one (``.html`` or ``.png``).
+
+        Raises:
+            NotFoundError: no such autoencoder.
+            ValidationError: no such feature, or an autoencoder of another width or without a place.
+            MechanexError: no model is loaded.
+        """
+        from .engine.sae import registry
+        from .engine.sae.dashboard import dashboard
+
+        loaded = self._client.require_local("sae.dashboard", "features are looked at locally")
+        source = registry.find(loaded.name).name if sae is None else os.fspath(sae)
+        return dashboard(
+            loaded.model,
+            registry.load(source),
+            feature,
+            list_of("texts", texts, "texts"),
+            tokenizer=loaded.tokenizer,
+            contexts=contexts,
+        )
+
     @overload
     def generate(
         self,
@@ -342,7 +381,7 @@ class SAEModule(_BaseModule):
         def remote() -> str | WatchedText:
             answer = transport.post("/sae/generate", sent)
             if return_trace:
-                return _watched(answer, call)
+                return _watched(answer, call, prompt)
             if action != "correct":  # a server that doesn't know of actions has not done this one
                 field(answer, call, str, "finish_reason")
             return field(answer, call, str, "text")
@@ -392,7 +431,7 @@ class SAEModule(_BaseModule):
         return registry.for_model(loaded.name) or (None, None)
 
 
-def _watched(answer: Any, call: str) -> WatchedText:
+def _watched(answer: Any, call: str, prompt: str) -> WatchedText:
     """A server's answer with its trace."""
     tokens = []
     for one in field(answer, call, list, "trace"):
@@ -408,6 +447,7 @@ def _watched(answer: Any, call: str) -> WatchedText:
         field(answer, call, str, "finish_reason"),
         tuple(field(answer, call, list, "detected")),
         tuple(tokens),
+        prompt,
     )
 
 
@@ -415,6 +455,7 @@ if TYPE_CHECKING:
     _door: SAEModule = _default.client().sae
     create_behavior = _door.create_behavior
     create_behavior_from_jsonl = _door.create_behavior_from_jsonl
+    dashboard = _door.dashboard
     delete_behavior = _door.delete_behavior
     explain = _door.explain
     generate = _door.generate

@@ -272,7 +272,9 @@ def test_steering_and_watching_at_one_layer_is_seen_steered(
     told = []
     for how in ("rolling", "static"):
         monkeypatch.setattr("mechanex.engine.decode.run.form", lambda *_, how=how: how)
-        found = generate_watched(tiny, None, PROVOKING[:2], [anger], action="report", forced=[anger], **GREEDY)
+        found = generate_watched(
+            tiny, None, PROVOKING[:2], [anger], action="report", forced=[anger], **GREEDY
+        )
         told.append([[t.scores.get("anger", 0.0) for t in one.trace] for one in found])
     for rolling, static in zip(*told, strict=True):
         assert rolling == pytest.approx(static, abs=1e-3)

@@ -15,6 +15,7 @@ from ..generate import Generating
 from ..models.adapter import ModelAdapter
 from ..sampling import Options
 from ..text import Prompt
+from ..token_texts import TokenTexts
 from .behavior import Behavior
 from .traces import TracedToken, WatchedText
 from .watching import ACTIONS, Action, Seen, Watch, WatchingSteering, check_fits, forced_edits
@@ -50,12 +51,12 @@ class _Watching(Generating):
         """Runs the call."""
         rows = self.rows(stream=False)
         decode(self.adapter, rows, self.padding, steering=WatchingSteering(self.adapter))
-        found = []
+        found, names = [], TokenTexts(self.tokenizer)
         for prompt, row, watch in zip(self.prompts, rows, self.watches, strict=True):
             assert row.result is not None
-            texts = [self.tokenizer.decode([token]) for token in row.chosen]
-            trace = traced(row.chosen, texts, watch.seen)
-            found.append(WatchedText(prompt + row.text, row.result.finish_reason, watch.detected, trace))
+            trace = traced(row.chosen, [names[token][0] for token in row.chosen], watch.seen)
+            reason = row.result.finish_reason
+            found.append(WatchedText(prompt + row.text, reason, watch.detected, trace, prompt))
         return found
 
 

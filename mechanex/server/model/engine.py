@@ -17,13 +17,14 @@ from ...engine.sae.autoencoder import SparseAutoencoder
 from ...engine.sae.registry import for_model
 from ...engine.sampling import end_tokens
 from ...engine.text import Prompt
+from ...engine.token_texts import TokenTexts
 from ...engine.vector_store import VectorStore
 from ...errors import MechanexError, ValidationError
 from ..library.steerings import Steerings
 from ..metrics import Metrics
 from ..settings import ServerSettings
 from .scheduler import Scheduler
-from .texts import PromptEncoder, TokenTexts
+from .texts import PromptEncoder
 
 if TYPE_CHECKING:
     from ...engine.models.resolve import LoadedModel

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ... import __version__
+from ...engine.token_texts import TokenTexts
 from ..model.requests import Result, Step, TokenLogprob
-from ..model.texts import TokenTexts
 from .scores import Scores
 
 __all__ = ["DONE", "ChatReply", "CompletionReply", "Reply", "event"]

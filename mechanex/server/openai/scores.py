@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...engine.sae.watching import Watch
+from ...engine.token_texts import TokenTexts
 from ..model.requests import Result, Step, TracedToken, trace_of, traced
-from ..model.texts import TokenTexts
 
 __all__ = ["Scores"]
 
