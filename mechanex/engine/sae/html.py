@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 
 from .shading import Shade, color, visible
@@ -67,7 +68,7 @@ def bars(counts: Sequence[int], edges: Sequence[float], what: str) -> str:
     each = width / max(len(counts), 1)
     boxes = []
     for i, count in enumerate(counts):
-        tall = high * (1 + count).bit_length() / (1 + most).bit_length() if count else 0
+        tall = high * math.log1p(count) / math.log1p(most)
         label = f"{edges[i]:.3g} to {edges[i + 1]:.3g}: {count}"
         boxes.append(
             f'<rect x="{i * each:.1f}" y="{high - tall:.1f}" width="{each - 1:.1f}" height="{tall:.1f}" fill="#0072b2">'

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import re
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ __all__ = ["BLUE", "RED", "drawn", "put_bars", "put_text", "text_lines"]
 
 BLUE, RED = "#0072b2", "#d55e00"  # of Okabe and Ito's palette, told apart in every kind of colour vision
 COLUMNS = 96
+_WORDS = re.compile(r"\s*\S+|\s+")
 _SIZE = 9.0  # points
 _WIDE = 0.602 * _SIZE / 72  # inches of a character of DejaVu Sans Mono
 HIGH = 1.9 * _SIZE / 72  # inches of a line
@@ -55,14 +57,14 @@ def text_lines(tokens: Iterable[Shade], columns: int = COLUMNS) -> list[_Line]:
             if i:
                 lines.append([])
                 at = 0
-            while part:
-                wide = _columns(part)
-                if at and at + wide > columns:
-                    lines.append([])
-                    at = 0
-                piece = part if wide <= columns else part[: columns // 2]
-                lines[-1].append((at, Shade(piece, token.level, token.strong, token.under)))
-                at, part = at + _columns(piece), part[len(piece) :]
+            for word in _WORDS.findall(part):
+                for piece in (word[k : k + columns // 2] for k in range(0, len(word), columns // 2)):
+                    wide = _columns(piece)
+                    if at and at + wide > columns:
+                        lines.append([])
+                        at = 0
+                    lines[-1].append((at, replace(token, text=piece)))
+                    at += wide
     return lines
 
 
@@ -127,5 +129,4 @@ def put_bars(axes: Any, names: Sequence[str], values: Sequence[float], title: st
 
 
 def _columns(text: str) -> int:
-    wide = sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
-    return max(wide, 1) if math.isfinite(wide) else 1
+    return sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
