@@ -15,7 +15,7 @@ from ..accounts.sessions import Session
 from ..accounts.store import store_of
 from ..accounts.users import normalized
 from ..http.limits import client_address
-from ..library.records import KeptBehavior
+from ..library.kept import KeptBehavior
 from .bodies import KeyBody, LoginBody, ModelBody, RefreshBody
 from .guards import count_address, guards_of
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Table, delete, func, insert, select
@@ -14,43 +13,14 @@ from sqlalchemy.exc import IntegrityError
 from ...errors import NotFoundError, ValidationError
 from .database import Database, StorageError
 from .files import BehaviorFiles, VectorFiles
+from .kept import KeptBehavior, KeptVector
 from .schema import SHARED_ACCOUNT, behaviors, is_id, new_id, users, vectors
 
 if TYPE_CHECKING:
     from ...engine.sae.behavior import Behavior
     from ...engine.vectors import SteeringVector
 
-__all__ = ["KeptBehavior", "KeptVector", "Library"]
-
-
-@dataclass(frozen=True)
-class KeptBehavior:
-    """A named vector, and what watches for the behavior; ``n_examples`` is how many it was made from.
-
-    ``watched`` is what ``Behavior.as_dict`` says; None for one that is a vector alone.
-    """
-
-    id: str
-    behavior_name: str
-    description: str
-    steering_vector_id: str
-    n_examples: int
-    created_at: float
-    watched: dict[str, Any] | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """What there is to say of it."""
-        own = {name: value for name, value in vars(self).items() if name != "watched"}
-        return {"detector": None, **(self.watched or {}), **own}
-
-
-@dataclass(frozen=True)
-class KeptVector:
-    """A vector that an account keeps, and the names of the behaviors that use it."""
-
-    steering_vector_id: str
-    behavior_names: tuple[str, ...]
-    created_at: float
+__all__ = ["Library"]
 
 
 class Library:
