@@ -160,6 +160,36 @@ def test_clients_with_different_behaviors_share_a_batch(
     ]
 
 
+def test_rows_with_different_behaviors_are_answered_as_alone(server: Server) -> None:
+    client = server.start()
+    rude = read_pairs(data_path("kind_rude"), split="train")
+    examples = rude.prompts[:16], rude.negative_answers[:16], rude.positive_answers[:16]
+    body = dict(zip(("prompts", "positive_answers", "negative_answers"), examples, strict=True))
+    for made in (CREATE, body | {"behavior_name": "rude"}):
+        assert client.post("/behaviors/create", json=made).status_code == 200
+    ways: list[dict[str, Any]] = [
+        {"behavior_names": ["anger"]},
+        {"behavior_names": ["rude"]},
+        {"behavior_names": ["rude", "anger"], "action": "report"},
+        {"behavior_names": ["anger", "rude"], "action": "abort"},
+        {"behavior_names": ["anger"], "force_steering": ["rude"]},
+    ]
+    held = read_pairs(data_path("kind_rude"), split="heldout")
+    openings = [
+        str(prompt) + " ".join(answer.split(" ")[:6])
+        for prompt, answer in zip(held.prompts[:2], held.negative_answers[:2], strict=True)
+    ]
+    asked = [(p, way | {"return_trace": True}) for p in (*PROVOKING[:2], *openings) for way in ways]
+    alone = [watched(client, prompt, **way) for prompt, way in asked]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        together = list(pool.map(lambda one: watched(client, one[0], **one[1]), asked))
+    for one, other in zip(together, alone, strict=True):
+        assert (one["text"], one["detected"]) == (other["text"], other["detected"])
+        for token, same in zip(one["trace"], other["trace"], strict=True):
+            assert token["scores"] == pytest.approx(same["scores"], abs=1e-3)
+    assert {name for one in alone for name in one["detected"]} == {"anger", "rude"}
+
+
 def test_openai_completions_are_watched_and_tell_it(served: TestClient, wanted: dict[str, list[Any]]) -> None:
     prompt = PROVOKING[0]
     own = wanted["correct"][0]

@@ -149,7 +149,11 @@ class WatchingSteering(RowSteering):
         return super().attached or bool(self._points)
 
     def prepare(self, spans: Sequence[Span], columns: int, key: object = None) -> None:
+        edited = set(self._attached)
         super().prepare(spans, columns, key)
+        if self._attached != edited:
+            # Hooks run in the order in which they came, and scores are of what the edits make.
+            self._unhook()
         self.look_on(spans, columns)
         self._remembered = [replace(one, first=None) for one in self._rows]
 
@@ -176,9 +180,12 @@ class WatchingSteering(RowSteering):
 
     def detach(self) -> None:
         super().detach()
+        self._unhook()
+        self._rows = self._remembered = []
+
+    def _unhook(self) -> None:
         self._hooks.remove()
         self._points.clear()
-        self._rows = self._remembered = []
 
     def _watching(self, point: HookPoint) -> Any:
         def watch(hidden: Tensor) -> Tensor | None:

@@ -101,7 +101,10 @@ class WatchedBehaviors:
         taken = self._library is not None and self._library.behavior_vector_id(account_id, name) is not None
         if taken or account_id is not None or name not in self._kept.names():
             return None
-        return self._fitting(self._of_operator(name))
+        try:
+            return self._fitting(self._of_operator(name))
+        except FileNotFoundError:  # it was deleted just now
+            return None
 
     def _of_operator(self, name: str) -> Behavior:
         """A behavior that is kept on this machine; read again only where its file has changed, for rows to share."""
