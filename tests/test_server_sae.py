@@ -403,3 +403,15 @@ def test_a_client_of_the_server_gets_what_the_local_engine_says(
             remote.sae.generate(PROVOKING[0], N, ["nope"])
         remote.sae.delete_behavior("anger")
         assert remote.sae.list_behaviors() == []
+
+
+def test_a_vector_of_ones_own_corrects(server: Server) -> None:
+    client = server.start()
+    vector = client.post("/steering/generate", json=ANGER | {"method": "caa", "layer_idxs": [4]}).json()
+    made = client.post("/behaviors/create", json=CREATE | vector).json()
+    assert made["steering_vector_id"] == vector["steering_vector_id"] and made["detector"]
+    assert watched(client, PROVOKING[0], behavior_names=["anger"])["detected"] == ["anger"]
+    other = client.post("/steering/generate", json=ANGER | {"method": "caa", "layer_idxs": [1]}).json()
+    answer = client.post("/behaviors/create", json=CREATE | other | {"behavior_name": "b"})
+    assert answer.status_code == 400 and "make one with layer_idxs=[4]" in answer.json()["detail"]
+    assert [one["behavior_name"] for one in client.get("/behaviors").json()] == ["anger"]
