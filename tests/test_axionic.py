@@ -726,11 +726,6 @@ def test_an_optimization_stops_when_nobody_waits_for_it(connect: Connect, mechan
 # What isn't there yet, and what never will be
 
 LATER: list[tuple[str, str, Any]] = [
-    (
-        "POST",
-        "/sae/generate",
-        {"prompt": "The", "max_new_tokens": 5, "behavior_names": ["a"], "force_steering": None},
-    ),
     ("GET", "/graph", None),
     ("GET", "/paths", None),
     ("POST", "/attribution-patching/scores", {"clean_prompt": "a", "corrupted_prompt": "b"}),
@@ -760,6 +755,18 @@ GOOD: dict[str, Any] = {
     },
     "/steering/generate": EXAMPLES | {"method": "caa", "layer_idxs": [1]},
     "/behaviors/create": EXAMPLES | {"behavior_name": "b", "description": ""},
+    "/sae/generate": {
+        "prompt": "The",
+        "max_new_tokens": 2,
+        "behavior_names": [],
+        "force_steering": None,
+        "action": "report",
+        "return_trace": True,
+        "sampling_method": "top-k",
+        "typical_p": 0.5,
+        "seed": 1,
+        "stop": ["x"],
+    },
     **{path: body for _, path, body in LATER if body},
 }
 HOSTILE: list[Any] = [None, True, -1, 1.5, 10**30, -(10**30), 1e308, float("nan"), float("inf"), "", "\x00", "\ud800",
