@@ -1,0 +1,141 @@
+"""Runs in which every part reads a residual stream of its own, made of whichever writes are wanted.
+
+In such a run an edge of the model, from what one part writes to what another reads, can be looked at and changed apart from
+all others. A layer is called once for each of its parts, with the stream that the part is to read and with what the other
+parts of the layer write set to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attaching import after, before
+from ..models.adapter import Handles, ModelAdapter
+from ..stream import given_out, residual, with_given_out, with_residual
+from ..structure.graph import Structure
+from ..structure.parts import Part
+from .sites import last_logits
+
+__all__ = ["FINAL", "Reader", "StreamRun", "everything", "readers_of"]
+
+FINAL = "logits"
+"""The reader at the end: the final norm and the unembedding."""
+
+Reader = Part | None
+"""A part, or None for what comes after the last layer."""
+
+Read = Callable[[Reader, Mapping[str, Tensor]], Tensor]
+"""Makes the stream [B, T, d_model] that a reader reads from the writes so far, by path."""
+
+
+def readers_of(structure: Structure) -> list[Reader]:
+    """Everything that reads the stream, in the order of running."""
+    return [*(part for part in structure.parts if part.layer is not None), None]
+
+
+def everything(structure: Structure) -> Read:
+    """Reads what the model's parts do."""
+
+    def read(reader: Reader, writes: Mapping[str, Tensor]) -> Tensor:
+        mine = [
+            writes[p.path]
+            for p in structure.parts
+            if p.path in writes and (reader is None or reader.reads(p))
+        ]
+        return torch.stack(mine).sum(0)
+
+    return read
+
+
+class StreamRun:
+    """One run.
+
+    Args:
+        adapter: the model.
+        structure: of the model.
+        read: what each reader reads.
+        start: from the stream [B, T, d_model] that enters the first layer to what counts as the embedding's write.
+
+    Attributes:
+        writes: by path, [B, T, d_model] as added to the stream.
+        reads: by path, and for :data:`FINAL`, [B, T, d_model].
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        structure: Structure,
+        read: Read,
+        start: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self._adapter, self._read, self._start = adapter, read, start
+        self._embedding = structure.parts[0]
+        self._of_layer: list[list[Part]] = [
+            [part for part in structure.parts if part.layer == layer] for layer in range(adapter.n_layers)
+        ]
+        self.writes: dict[str, Tensor] = {}
+        self.reads: dict[str, Tensor] = {}
+        self._running: Part | None = None
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """[B, n_vocab] float32 logits at the last position of each row of ``ids`` [B, T]."""
+        with Handles() as handles:
+            for index, layer in enumerate(self._adapter.layers):
+                # In front of other hooks: edits of the stream are made in what each part reads.
+                handles.add(before(layer, self._entering(index), first=True))
+                for part in self._of_layer[index]:
+                    if part.role != "block":
+                        handles.add(after(part.module, self._writing(part)))
+                handles.add(after(layer, self._leaving(index)))
+            return last_logits(self._adapter, ids)
+
+    def _entering(self, index: int) -> Any:
+        parts = self._of_layer[index]
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._running is not None:
+                return None
+            if index == 0:
+                stream = residual(args, kwargs)
+                self._adapter.stream.check(stream)
+                self.writes[self._embedding.path] = stream if self._start is None else self._start(stream)
+            for part in parts[:-1]:
+                self._running = part
+                given = with_residual(self._stream_of(part), args, kwargs)
+                layer(*given[0], **given[1])
+            # The call that is under way is the last part's.
+            self._running = parts[-1]
+            return with_residual(self._stream_of(parts[-1]), args, kwargs)
+
+        return hook
+
+    def _stream_of(self, part: Reader) -> Tensor:
+        stream = self._read(part, self.writes)
+        self.reads[FINAL if part is None else part.path] = stream
+        # A layer may write into what it is given.
+        return stream.clone()
+
+    def _writing(self, part: Part) -> Any:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+            value = given_out(output)
+            if self._running is part:
+                self.writes[part.path] = value.reshape(self.reads[part.path].shape) * part.scale
+            return with_given_out(torch.zeros_like(value), output)
+
+        return hook
+
+    def _leaving(self, index: int) -> Any:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+            part = self._running
+            if part is not None and part.role == "block":
+                self.writes[part.path] = given_out(output) - self.reads[part.path]
+            self._running = None
+            if index == self._adapter.n_layers - 1 and part is self._of_layer[index][-1]:
+                return with_given_out(self._stream_of(None), output)
+            return None
+
+        return hook
