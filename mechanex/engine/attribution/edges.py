@@ -13,10 +13,10 @@ from ...errors import ValidationError
 from ..models.adapter import ModelAdapter
 from ..pauses import pause
 from ..structure.graph import Structure
-from .metrics import Metric, check_metric
+from .metrics import Answer, Metric, check_metric
 from .nodes import midpoints
 from .prompts import PromptPair
-from .runs import ids_of
+from .runs import ids_of, run_pair
 from .sites import rows_at_once
 from .streams import FINAL, Reader, StreamRun, everything, readers_of
 
@@ -76,24 +76,31 @@ def name_of(reader: Reader) -> str:
     return FINAL if reader is None else reader.path
 
 
-def edge_runs(adapter: ModelAdapter, structure: Structure, pair: PromptPair, metric: Metric) -> EdgeRuns:
+def edge_runs(
+    adapter: ModelAdapter,
+    tokenizer: Any,
+    structure: Structure,
+    pair: PromptPair,
+    metric: Metric | Sequence[Answer] | None,
+) -> EdgeRuns:
     """Runs both prompts without gradients and keeps what every part writes.
 
     Raises:
-        ValidationError: the model doesn't pass on one residual stream.
+        ValidationError: the model doesn't pass on one residual stream, and what ``run_pair`` refuses.
     """
     if not structure.parts or structure.parts[0].role != "embedding":
         raise ValidationError(
             f"{adapter.model_id} has no edges: its layers don't pass on one residual stream, or it doesn't say which "
             "module embeds its tokens."
         )
-    kept, metrics = [], []
+    runs = run_pair(adapter, tokenizer, pair, [], metric)
+    kept = []
     with torch.no_grad():
         for ids in (pair.clean, pair.corrupted):
             run = StreamRun(adapter, structure, everything(structure))
-            metrics.append(float(check_metric(metric(run.logits(ids_of(adapter, ids))), 1)))
+            run.logits(ids_of(adapter, ids))
             kept.append({path: write[0] for path, write in run.writes.items()})
-    return EdgeRuns(structure, pair, *kept, metric, *metrics)
+    return EdgeRuns(structure, pair, *kept, runs.metric, runs.clean_metric, runs.corrupted_metric)
 
 
 def gradient_edges(adapter: ModelAdapter, runs: EdgeRuns, steps: int) -> dict[Edge, float]:

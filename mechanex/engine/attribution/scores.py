@@ -22,7 +22,15 @@ from .prompts import Align, prompt_pair
 from .runs import Runs, alone, run_pair
 from .sites import Site, sites_of
 
-__all__ = ["Method", "NodeScores", "attribution_scores", "default_paths"]
+__all__ = [
+    "Method",
+    "NodeScores",
+    "attribution_scores",
+    "check_method",
+    "default_paths",
+    "metric_dict",
+    "texts_of",
+]
 
 Method = Literal["gradient", "exact"]
 
@@ -32,6 +40,7 @@ class NodeScores:
     """What each module is worth to the metric: how much it would gain from the module's clean activations.
 
     Attributes:
+        tokenizer: the model's, or None.
         method: ``"gradient"`` or ``"exact"``.
         steps: gradients that were averaged; 0 for exact scores.
         runs: both runs; without activations.
@@ -40,10 +49,9 @@ class NodeScores:
         heads: by path of attention, [n_heads] float32, all positions together.
         head_positions: by path of attention, [n_heads, T corrupted] float32.
         roles: by path, ``"attention"`` and the like, of those that write to the residual stream.
-        tokens: the corrupted prompt's, as text where there is a tokenizer, else ids; ``clean_tokens`` the clean one's.
-        answers: the metric's two tokens, as text; empty for a metric of the caller's.
     """
 
+    tokenizer: Any
     method: Method
     steps: int
     runs: Runs
@@ -52,29 +60,38 @@ class NodeScores:
     heads: dict[str, Tensor] = field(default_factory=dict)
     head_positions: dict[str, Tensor] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
-    tokens: list[Any] = field(default_factory=list)
-    clean_tokens: list[Any] = field(default_factory=list)
-    answers: list[Any] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[Any]:
+        """The corrupted prompt's tokens: text where there is a tokenizer, else ids."""
+        return texts_of(self.tokenizer, self.runs.pair.corrupted)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON has it."""
-        metric = self.runs.metric
+        runs = self.runs
         return {
             "method": self.method,
             "steps": self.steps,
-            "metric": {
-                "name": metric.name if isinstance(metric, LogprobDifference) else "custom",
-                "answers": self.answers,
-                "clean": self.runs.clean_metric,
-                "corrupted": self.runs.corrupted_metric,
-            },
-            "tokens": {"clean": self.clean_tokens, "corrupted": self.tokens},
+            "metric": metric_dict(self.tokenizer, runs.metric, runs.clean_metric, runs.corrupted_metric),
+            "tokens": {"clean": texts_of(self.tokenizer, runs.pair.clean), "corrupted": self.tokens},
             "scores": dict(self.scores),
             "positions": {path: found.tolist() for path, found in self.positions.items()},
             "heads": {path: found.tolist() for path, found in self.heads.items()},
             "head_positions": {path: found.tolist() for path, found in self.head_positions.items()},
             "roles": dict(self.roles),
         }
+
+
+def metric_dict(tokenizer: Any, metric: Metric, clean: float, corrupted: float) -> dict[str, Any]:
+    """What was attributed, as JSON has it."""
+    known = metric if isinstance(metric, LogprobDifference) else None
+    ids = [] if known is None else [known.answer] + ([] if known.other is None else [known.other])
+    return {
+        "name": "custom" if known is None else known.name,
+        "answers": texts_of(tokenizer, ids),
+        "clean": clean,
+        "corrupted": corrupted,
+    }
 
 
 def default_paths(structure: Structure) -> list[str]:
@@ -116,7 +133,7 @@ def attribution_scores(
     """
     adapter = adapter_for(model)
     tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
-    steps = _checked(method, steps)
+    steps = check_method(method, steps)
     pair = prompt_pair(adapter, tokenizer, clean_prompt, corrupted_prompt, align)
     structure = structure_of(adapter)
     paths = (
@@ -131,21 +148,22 @@ def attribution_scores(
     with alone(adapter):
         sites = sites_of(adapter, structure, paths, heads)
         runs = run_pair(adapter, tokenizer, pair, [embedding, *sites], metric)
-        found = NodeScores(method, steps if method == "gradient" else 0, runs)
+        found = NodeScores(tokenizer, method, steps if method == "gradient" else 0, runs)
         if method == "gradient":
             _fill(found, gradient_scores(adapter, runs, sites, embedding, steps), positions)
         else:
             _fill_exact(found, sites, positions, lambda patches: exact_scores(adapter, runs, patches))
     runs.clean, runs.corrupted = {}, {}
     found.roles = {part.path: part.role for part in structure.parts if part.path in found.scores}
-    found.tokens, found.clean_tokens = (_texts(tokenizer, ids) for ids in (pair.corrupted, pair.clean))
-    if isinstance(runs.metric, LogprobDifference):
-        ids = [token for token in (runs.metric.answer, runs.metric.other) if token is not None]
-        found.answers = _texts(tokenizer, ids)
     return found
 
 
-def _checked(method: str, steps: int) -> int:
+def check_method(method: str, steps: int) -> int:
+    """The number of steps.
+
+    Raises:
+        ValidationError: an unknown method, or steps that it hasn't.
+    """
     if method not in get_args(Method):
         raise ValidationError(f"method is one of {', '.join(get_args(Method))}; got {method!r}.")
     n = as_whole(steps)
@@ -165,7 +183,8 @@ def _embedding(adapter: ModelAdapter) -> Site:
     return Site("", adapter.embedding)
 
 
-def _texts(tokenizer: Any, ids: Sequence[int]) -> list[Any]:
+def texts_of(tokenizer: Any, ids: Sequence[int]) -> list[Any]:
+    """Each token as text; the ids themselves where there is no tokenizer."""
     return list(ids) if tokenizer is None else [tokenizer.decode([token]) for token in ids]
 
 

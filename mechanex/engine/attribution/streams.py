@@ -1,13 +1,13 @@
 """Runs in which every part reads a residual stream of its own, made of whichever writes are wanted.
 
-In such a run an edge of the model, from what one part writes to what another reads, can be looked at and changed apart from
-all others. A layer is called once for each of its parts, with the stream that the part is to read and with what the other
-parts of the layer write set to nothing.
+In such a run an edge of the model, from what one part writes to what another reads, can be looked at and changed apart
+from all others. A layer is called once for each of its parts, with the stream that the part is to read, and what the
+other parts of the layer write is set to nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch

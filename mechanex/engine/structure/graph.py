@@ -106,8 +106,8 @@ def model_graph(adapter: ModelAdapter) -> list[dict[str, Any]]:
     Returns:
         For each module a dict: ``path``; ``type``, its class; ``parameters``, those of what is inside counted too;
         ``input_shape`` and ``output_shape`` of the first tensors in and out, with ``"batch"``, ``"tokens"`` or
-        ``"batch*tokens"`` for those sizes, or None where the pass showed none; ``children``, paths; ``layer``, an int or
-        None; ``role`` of what writes to or reads the residual stream (``"embedding"``, ``"attention"``, ``"mixer"``,
+        ``"batch*tokens"`` for those sizes, or None where the pass showed none; ``children``, paths; ``layer``, an int
+        or None; ``role`` of what writes to or reads the residual stream (``"embedding"``, ``"attention"``, ``"mixer"``,
         ``"mlp"``, ``"block"``, ``"unembedding"``), else None; ``reads``, the paths whose writes it reads there, or None
         without a role; ``heads``, query heads or None; ``parallel``, whether other parts of its layer run beside it.
     """
