@@ -12,7 +12,7 @@ import torch
 from interleaved import medians
 from llama import llama_110m
 
-from mechanex.engine.decode.request import Request, Steer
+from mechanex.engine.decode.request import Steer, TextRequest
 from mechanex.engine.decode.row import Row
 from mechanex.engine.decode.run import decode
 from mechanex.engine.hooks import Intervention, SteeringPlan
@@ -69,7 +69,9 @@ def test_the_decoder_against_transformers(report, benchmark, name, make, n_rows)
         for i, prompt in enumerate(ids.tolist()):
             layers = range(adapter.n_layers) if steered else ()
             steering = tuple(Steer(layer, edits[i % 8]) for layer in layers)
-            rows.append(Row(Request(prompt, N_TOKENS, steering=steering), Silent(), (), prompt=(i, n_rows)))
+            rows.append(
+                Row(TextRequest(prompt, N_TOKENS, steering=steering), Silent(), (), prompt=(i, n_rows))
+            )
         decode(adapter, rows, 0)
 
     ways = {

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mechanex.backends.native_cuda import _stream_getter
+from mechanex._private.torch import stream_of
 from mechanex.backends.triton import interpreted
 
 __all__ = [
@@ -134,7 +134,7 @@ class Launcher:
         key = (device.index, warps, constants, key)
         compiled = self._compiled.get(key)
         if compiled is not None:
-            compiled[grid](*values, *constants, stream=_stream_getter()(device.index))
+            compiled[grid](*values, *constants, stream=stream_of(device.index))
             return
         compiled = self._kernel[grid](*arguments, *constants, num_warps=warps, **OPTIONS)
         if compiled is not None:

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mechanex.ops.head import Head
+
 from .convert import _INTERPRETED, widen
 from .launch import OPTIONS, adjacent, contiguous, current, divided_up
 
@@ -273,25 +275,16 @@ def _join_kernel(
     tl.store(lse + row, tl.where(ahead > 0, others, logit) + small, mask=inside)
 
 
-def logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    coldness: float,
-    *,
-    tile: Tile | None = None,
-) -> tuple[Tensor, Tensor]:
+def logprob(hidden: Tensor, head: Head, target: Tensor, *, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
     """Log-probability of each row's target and the log-sum-exp of its logits, both ``[N]`` float32.
 
     Rows whose target is outside ``[0, V)`` come back as NaN.
 
     Args:
-        hidden, weight, target, bias, scale, softcap, coldness: the op's arguments, checked.
+        hidden, head, target: the op's arguments, checked.
         tile: what a program works on; None: by the table.
     """
+    weight, bias, scale, softcap, coldness = head
     n_rows, width = hidden.shape
     n_vocab = weight.shape[0]
     out, lse = (hidden.new_empty(n_rows, dtype=torch.float32) for _ in range(2))

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mechanex.ops.head import Head
+
 from .convert import narrow, widen
 from .launch import IN_TRITON, OPTIONS, contiguous, current
 from .logprob import MINUS_INFINITY, tanh
@@ -104,30 +106,21 @@ def _reduce_kernel(
 
 
 def reduce(
-    products: Tensor,
-    bias: Tensor | None,
-    first: int,
-    target: Tensor,
-    maximum: Tensor,
-    total: Tensor,
-    scale: float,
-    softcap: float | None,
-    coldness: float,
-    with_slope: bool,
+    head: Head, products: Tensor, first: int, target: Tensor, maximum: Tensor, total: Tensor, with_slope: bool
 ) -> Tensor | None:
     """Fold a chunk into ``maximum`` and ``total``; see :data:`mechanex.backends.chunked.Reduce`.
 
     Args:
+        head: the op's.
         products: ``[n, c]``, columns adjacent; overwritten with a slope.
-        bias: ``[c]`` of the same tokens, or None.
         first: the first column's token.
         target: ``[n]``.
         maximum, total: ``[n]`` float32 (float64 for float64), written.
-        scale, softcap, coldness: the op's.
         with_slope: whether gradients are wanted.
     """
     n_rows, n_columns = products.shape
     factor = torch.empty_like(maximum) if with_slope else None
+    bias = None if head.bias is None else head.bias[first : first + n_columns]
     with current(products):
         _reduce_kernel[(n_rows,)](
             products,
@@ -140,10 +133,10 @@ def reduce(
             n_columns,
             products.stride(0),
             target.stride(0),
-            _bits(scale),
-            _bits(softcap or 0.0),
-            _bits(coldness),
-            softcap is not None,
+            _bits(head.scale),
+            _bits(head.softcap or 0.0),
+            _bits(head.coldness),
+            head.softcap is not None,
             min(triton.next_power_of_2(n_columns), _COLUMNS),
             IN_TRITON[maximum.dtype],
             num_warps=_WARPS,

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mechanex.backends.eager_sae import top_of, wide_dtype
+from mechanex.backends.eager import top_of
+from mechanex.ops.encoder import FeatureEncoder
 
 from .convert import widen
 from .launch import IN_TRITON, Launcher, adjacent, contiguous, current
@@ -76,20 +77,10 @@ def _sae_kernel(
 _launch = Launcher(_sae_kernel)
 
 
-def _run(
-    hidden: Tensor,
-    encoder: Tensor,
-    bias: Tensor,
-    threshold: Tensor | None,
-    gain: Tensor | None,
-    offset: Tensor | None,
-    scale: Tensor | None,
-    norms: Tensor | None,
-    scores: bool,
-) -> Tensor:
+def _run(hidden: Tensor, encoder: FeatureEncoder, scores: bool) -> Tensor:
     n_rows, width = hidden.shape
-    n_features = encoder.shape[0]
-    wide = wide_dtype(hidden, encoder)
+    n_features = encoder.weight.shape[0]
+    wide = encoder.dtype_for(hidden)
     out = torch.empty(n_rows, n_features, dtype=wide, device=hidden.device)
     if out.numel() == 0:
         return out
@@ -100,13 +91,13 @@ def _run(
             hidden.device,
             (
                 hidden,
-                contiguous(encoder),
-                contiguous(bias),
-                contiguous(threshold),
-                contiguous(gain),
-                contiguous(offset),
-                contiguous(scale),
-                contiguous(norms),
+                contiguous(encoder.weight),
+                contiguous(encoder.bias),
+                contiguous(encoder.threshold),
+                contiguous(encoder.gain),
+                contiguous(encoder.offset),
+                contiguous(encoder.scale),
+                contiguous(encoder.norms),
                 out,
                 n_rows,
                 n_features,
@@ -119,33 +110,13 @@ def _run(
     return out
 
 
-def features(
-    hidden: Tensor,
-    encoder: Tensor,
-    bias: Tensor,
-    threshold: Tensor | None,
-    gain: Tensor | None,
-    offset: Tensor | None,
-    scale: Tensor | None,
-) -> Tensor:
+def features(hidden: Tensor, encoder: FeatureEncoder) -> Tensor:
     """See :func:`mechanex.backends.reference.sae_features`."""
-    return _run(hidden, encoder, bias, threshold, gain, offset, scale, None, False)
+    return _run(hidden, encoder, False)
 
 
-def top_features(
-    hidden: Tensor,
-    encoder: Tensor,
-    bias: Tensor,
-    k: int,
-    norms: Tensor | None,
-    scale: Tensor | None,
-    signed: bool,
-) -> tuple[Tensor, Tensor]:
+def top_features(hidden: Tensor, encoder: FeatureEncoder, k: int, signed: bool) -> tuple[Tensor, Tensor]:
     """See :func:`mechanex.backends.reference.sae_top_features`; of equal ones any."""
-
-    def scores(part: slice) -> Tensor:
-        mine = [None if t is None else t[part] for t in (scale, norms)]
-        return _run(hidden, encoder[part], bias[part], None, None, None, *mine, True)
-
-    parts = (slice(first, first + PIECE) for first in range(0, encoder.shape[0], PIECE))
-    return top_of(scores, parts, k, signed)
+    parts = range(0, encoder.weight.shape[0], PIECE)
+    scores = ((first, _run(hidden, encoder.part(slice(first, first + PIECE)), True)) for first in parts)
+    return top_of(scores, k, signed)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mechanex.backends.eager import compute_dtype
+from mechanex.backends.arithmetic import compute_dtype
 
 from .convert import narrow
 from .launch import IN_TRITON, MAX_RANK, OPTIONS, adjacent, block_for, contiguous, current, divided_up

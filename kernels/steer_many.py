@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mechanex.backends.eager import many_dtype
+from mechanex.backends.arithmetic import many_dtype
 from mechanex.ops.gate import NONE, NORM, RELU, SIGMOID, STEP, Gate
 
 from .convert import narrow, widen

@@ -19,7 +19,7 @@ from .remote.bodies import example_lists, examples, layer_list
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .engine.formats_site import Site
+    from .engine.formats.site import Site
     from .engine.models.resolve import LoadedModel
     from .engine.text import Prompt
     from .engine.vectors import SteeringVector

@@ -28,7 +28,10 @@ for _name in (
     os.environ.pop(_name, None)
 
 import importlib.util  # noqa: E402
+import itertools  # noqa: E402
+import random  # noqa: E402
 import site  # noqa: E402
+import sys  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
@@ -87,19 +90,24 @@ def _threads() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _session_home(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A user folder, and a place for credentials, for fixtures that live longer than a test."""
+def _session_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user folder, and a place for credentials, for fixtures that live longer than a test; where each test's lie."""
     os.environ["MECHANEX_HOME"] = str(tmp_path_factory.mktemp("mechanex-home"))
     os.environ["MECHANEX_CONFIG"] = str(tmp_path_factory.mktemp("mechanex-config") / "config.json")
+    return tmp_path_factory.mktemp("homes")
+
+
+_homes = itertools.count()
 
 
 @pytest.fixture(autouse=True)
-def mechanex_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def mechanex_home(_session_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The test's own user folder, empty, and no credentials."""
-    home = tmp_path / "home"
-    monkeypatch.setenv("MECHANEX_HOME", str(home))
-    monkeypatch.setenv("MECHANEX_CONFIG", str(tmp_path / "credentials" / "config.json"))
-    return home
+    folder = _session_home / str(next(_homes))
+    folder.mkdir()
+    monkeypatch.setenv("MECHANEX_HOME", str(folder / "home"))
+    monkeypatch.setenv("MECHANEX_CONFIG", str(folder / "credentials" / "config.json"))
+    return folder / "home"
 
 
 @pytest.fixture(scope="session")
@@ -117,13 +125,14 @@ def postgresql() -> Iterator[Postgres]:
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """The native kernels run with one instruction set after the other; skipped where there is none or not this one."""
     from mechanex.backends import native
+    from mechanex.backends.native import modules
 
     if native.missing() is not None or request.param not in native.levels():
         pytest.skip(f"this processor or build lacks {request.param}")
-    native._module().select_level(request.param)
+    modules.cpu().select_level(request.param)
     assert native.describe().startswith(f"{request.param} ")
     yield request.param
-    native._module().select_level("")
+    modules.cpu().select_level("")
 
 
 @pytest.fixture
@@ -146,11 +155,18 @@ def database(request: pytest.FixtureRequest) -> str | None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    import random
-
     import numpy
     import torch
 
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _shared_models_stay_as_they_are() -> Iterator[None]:
+    """A test that changes a model which others share would decide what those find."""
+    yield
+    if "families" in sys.modules:
+        changed = sys.modules["families"].changed_models()
+        assert not changed, f"this test changed the shared model of {', '.join(changed)}; FAMILIES[name]() is its own"

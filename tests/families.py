@@ -211,10 +211,43 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
 SLIDING = ("mistral", "starcoder2", "gemma2", "gemma3", "cohere2", "gpt_oss")
 
 
+_shared: dict[str, tuple[PreTrainedModel, int]] = {}
+
+
+def _share(name: str, model: PreTrainedModel) -> PreTrainedModel:
+    _shared[name] = model, _written(model)
+    return model
+
+
+def _written(model: PreTrainedModel) -> int:
+    """Moves when a weight is written to, put in another's place or trained."""
+    return hash(tuple((id(p), p._version, p.requires_grad) for p in model.parameters()))
+
+
+def _hooked(model: PreTrainedModel) -> bool:
+    """Whether somebody has left a hook; those by which transformers collects hidden states stay for ever."""
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
+
+
+def changed_models() -> list[str]:
+    """The shared models that somebody has changed; they are forgotten, so that the next one who asks gets new ones."""
+    changed = [
+        name
+        for name, (model, written) in _shared.items()
+        if _written(model) != written or model.training or _hooked(model)
+    ]
+    if changed:
+        _shared.clear()
+        build.cache_clear()
+        sliding_family.cache_clear()
+    return changed
+
+
 @cache
 def build(name: str) -> PreTrainedModel:
-    """The shared model of a family; callers leave its weights and configuration as they are."""
-    return FAMILIES[name]()
+    """The shared model of a family; callers leave it as it is, which is checked after every test."""
+    return _share(name, FAMILIES[name]())
 
 
 @cache
@@ -222,7 +255,7 @@ def sliding_family(name: str, window: int) -> PreTrainedModel:
     """A family whose sliding layers see `window` positions; some layers stay full in mixed families."""
     if name not in SLIDING:
         raise KeyError(f"{name} has no sliding layers here; one of {', '.join(SLIDING)}")
-    return FAMILIES[name](sliding_window=window)
+    return _share(f"{name}, window {window}", FAMILIES[name](sliding_window=window))
 
 
 @cache

@@ -9,10 +9,21 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from optable import CASES, DTYPES, ENCODERS, LOGPROB_CASES, MANY_CASES, SAE_CASES, TOP_CASES, SteerCase
+from optable import (
+    CASES,
+    DTYPES,
+    ENCODERS,
+    LOGPROB_CASES,
+    MANY_CASES,
+    SAE_CASES,
+    TOP_CASES,
+    SteerCase,
+    with_head,
+)
 from torch import Tensor
 
-from mechanex.backends import native, native_logprob, native_many, native_sae
+from mechanex.backends import native
+from mechanex.backends.native import modules
 
 # Ranks and widths at which groups of sums, vectors and rows end.
 MORE = [SteerCase(13, width, n_edits=2, rank=rank, rows="mixed") for width in (47, 256) for rank in (4, 6, 7)]
@@ -23,21 +34,21 @@ def results() -> list[Tensor]:
     found = []
     for dtype in DTYPES:
         found += [native.steer(*case.make(dtype)) for case in (*CASES, *MORE)]
-        found += [native_many.steer_many(*case.make(dtype)) for case in MANY_CASES]
+        found += [native.steer_many(*case.make(dtype)) for case in MANY_CASES]
         for case in LOGPROB_CASES:
-            args = case.make(dtype)
-            found += [*native_logprob.OP.run(*args), *native_logprob.OP.with_slope(*args)]
+            args = with_head(case.make(dtype))
+            found += [*native.LOGPROB.run(*args), *native.LOGPROB.with_slope(*args)]
     for encoder in ENCODERS:
-        found += [native_sae.sae_features(*case.make(torch.float32, encoder)) for case in SAE_CASES]
+        found += [native.sae_features(*case.encoder(torch.float32, encoder)) for case in SAE_CASES]
         for case in TOP_CASES:
-            found += native_sae.sae_top_features(*case.make_top(torch.float32, encoder))
+            found += native.sae_top_features(*case.encoder(torch.float32, encoder), case.k, case.signed)
     return found
 
 
 def main() -> None:
     torch.set_num_threads(1)
     for level in native.levels():
-        native._module().select_level(level)
+        modules.cpu().select_level(level)
         digest = hashlib.sha256()
         for tensor in results():
             # NaN of any payload counts as one.

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mechanex.ops.encoder import FeatureEncoder
 from mechanex.ops.gate import KINDS, Gate
+from mechanex.ops.head import Head
 
 Args = tuple[Tensor, "Tensor | None", Tensor, "Tensor | None", "Tensor | None"]
 ManyArgs = tuple[
@@ -24,6 +26,13 @@ ManyArgs = tuple[
     "Gate | None",
 ]
 LogprobArgs = tuple[Tensor, Tensor, Tensor, "Tensor | None", float, "float | None", float]
+
+
+def with_head(args: LogprobArgs) -> tuple[Tensor, Head, Tensor]:
+    """The arguments of ``completion_logprob`` as backends take them."""
+    hidden, weight, target, *rest = args
+    return hidden, Head(weight, *rest), target
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -402,6 +411,14 @@ class SaeCase:
             found[name] = (draw(self.n_features) / 2).to(device, wide)
         found["threshold"], found["norms"] = found["threshold"].abs(), found["norms"].abs() + 0.1
         return found
+
+    def encoder(
+        self, dtype: torch.dtype, encoder: torch.dtype, device: str = "cpu"
+    ) -> tuple[Tensor, FeatureEncoder]:
+        """Rows and encoder as backends take them."""
+        hidden, weight, bias, threshold, gain, offset, scale = self.make(dtype, encoder, device)
+        norms = self.make_top(dtype, encoder, device)[4]
+        return hidden, FeatureEncoder(weight, bias, scale, threshold, gain, offset, norms)
 
     def make(self, dtype: torch.dtype, encoder: torch.dtype, device: str = "cpu") -> SaeArgs:
         """Arguments of ``sae_features``."""

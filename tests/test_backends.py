@@ -14,6 +14,7 @@ from optable import SteerCase
 
 from mechanex import backends
 from mechanex.backends import native
+from mechanex.backends.native import modules
 from mechanex.errors import MechanexError, ValidationError
 from mechanex.ops.steer import steer
 
@@ -44,7 +45,7 @@ def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """The library as a pure-Python install has it."""
     monkeypatch.setitem(sys.modules, "mechanex._native", None)
     monkeypatch.delattr("mechanex._native", raising=False)
-    caches = (native._load, native._module, backends._candidates)
+    caches = (modules.load, modules.cpu, backends._candidates)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -189,7 +190,7 @@ def test_without_the_compiled_module_auto_falls_back_and_says_so_once(
 @pytest.mark.usefixtures("without_native")
 def test_without_the_compiled_module_native_says_what_is_missing() -> None:
     with pytest.raises(
-        MechanexError, match=r"mechanex\._native is not installed .*install a C\+\+17 compiler"
+        MechanexError, match=r"mechanex\._native is not installed; install a C\+\+17 compiler"
     ):
         backends.use("native")
     with pytest.raises(MechanexError, match=r"C\+\+17 compiler"):

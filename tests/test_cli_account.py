@@ -43,8 +43,8 @@ def email(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
-    return tmp_path / "credentials" / "config.json"
+def config(mechanex_home: Path) -> Path:
+    return Path(os.environ["MECHANEX_CONFIG"])
 
 
 def run(*arguments: str, code: int = 0, given: str | None = None, obj: Any = None) -> Result:

@@ -26,9 +26,9 @@ HERE, THERE = "https://here.example", "https://there.example"
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
+def config(mechanex_home: Path) -> Path:
     """The test's file of credentials (conftest sets MECHANEX_CONFIG to it); it isn't there yet."""
-    return tmp_path / "credentials" / "config.json"
+    return Path(os.environ["MECHANEX_CONFIG"])
 
 
 def stored(config: Path) -> Any:

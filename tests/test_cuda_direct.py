@@ -18,7 +18,7 @@ from tolerances import assert_within
 
 from mechanex import backends
 from mechanex._private.torch import exchange_table
-from mechanex.backends import native_cuda, reference
+from mechanex.backends import native, reference
 from mechanex.errors import ValidationError
 from mechanex.ops.steer import steer
 
@@ -115,7 +115,7 @@ class Marked(torch.Tensor):
 def calls(door: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Makes the CPU look like a GPU to the op; how many calls have gone through the door."""
     monkeypatch.setattr(backends, "_is_on_gpu", lambda tensor: True)
-    monkeypatch.setattr(native_cuda, "direct", lambda: door.steer_direct)
+    monkeypatch.setattr(native, "direct", lambda: door.steer_direct)
     before = door.launched()
     return lambda: int(door.launched() - before)
 

@@ -13,7 +13,8 @@ from optable import CASES, DTYPES, MANY_CASES, ManyCase, SteerCase
 from test_steer_op import guarded, widened
 from tolerances import assert_within, many_truth
 
-from mechanex.backends import native_cuda, native_many, reference
+from mechanex.backends import native, reference
+from mechanex.backends.native import edits, modules
 from mechanex.ops.gate import KINDS
 
 HERE = Path(__file__).resolve().parent
@@ -85,8 +86,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def kernels(library: Path, monkeypatch: pytest.MonkeyPatch) -> Kernels:
     found = Kernels(library)
-    monkeypatch.setattr(native_cuda, "_module", lambda: found)
-    monkeypatch.setattr(native_cuda, "_stream_getter", lambda: lambda device: 0)
+    monkeypatch.setattr(modules, "cuda", lambda: found)
+    monkeypatch.setattr(modules, "stream_of", lambda device: 0)
+    # Tensors of the CPU pass for a GPU's.
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
     return found
 
 
@@ -97,7 +101,7 @@ def test_matches_the_oracle(case: SteerCase, dtype: torch.dtype, processors: int
     kernels.processors, kernels.seed = processors, 7
     args = case.make(dtype)
     with guarded():
-        out = native_cuda.steer(*args)
+        out = native.steer(*args)
     assert out.dtype == dtype
     truth, scale = reference.steer(*widened(args)), reference.steer(*widened(args, magnitude=True))
     assert_within(out, truth, scale, case.width)
@@ -122,7 +126,7 @@ def test_matches_the_oracle(case: SteerCase, dtype: torch.dtype, processors: int
 )
 def test_the_layout_fits_the_call(case: SteerCase, processors: int, layout: int, kernels: Kernels) -> None:
     kernels.processors = processors
-    native_cuda.steer(*case.make(torch.float32))
+    native.steer(*case.make(torch.float32))
     assert kernels.layouts == [layout]
 
 
@@ -140,11 +144,11 @@ def test_unedited_rows_keep_their_bits_and_bad_indices_give_nan(
     rows[0] = -1
     bad = torch.tensor([-2, 3, 2**31 - 1, -(2**31)], dtype=torch.int32)
     rows[5:9] = bad
-    out = native_cuda.steer(hidden, rows, *tables)
+    out = native.steer(hidden, rows, *tables)
     assert torch.equal(out.view(integer)[rows == -1], hidden.view(integer)[rows == -1])
     assert out[5:9].isnan().all()
     rows[5:9] = -1
-    again = native_cuda.steer(hidden, rows, *tables)
+    again = native.steer(hidden, rows, *tables)
     others = [i for i in range(33) if not 5 <= i < 9]
     assert torch.equal(out.view(integer)[others], again.view(integer)[others])
 
@@ -156,7 +160,7 @@ def test_an_infinite_element_stays_in_its_column(processors: int, kernels: Kerne
     hidden[:, 5] = float("inf")
     right[:, :, 5] = right[:, :, 5].abs()
     left[:] = 0.5
-    out = native_cuda.steer(hidden, None, bias, left, right)
+    out = native.steer(hidden, None, bias, left, right)
     assert out.isposinf().all()
 
 
@@ -164,10 +168,10 @@ def test_an_infinite_element_stays_in_its_column(processors: int, kernels: Kerne
 def test_the_order_of_threads_changes_no_bit(processors: int, kernels: Kernels) -> None:
     kernels.processors = processors
     args = SteerCase(9, 512, n_edits=2, rank=4, rows="mixed").make(torch.float32)
-    first = native_cuda.steer(*args)
+    first = native.steer(*args)
     for seed in (1, 2):
         kernels.seed = seed
-        assert torch.equal(native_cuda.steer(*args), first)
+        assert torch.equal(native.steer(*args), first)
 
 
 def test_half_types_round_to_nearest_even(kernels: Kernels) -> None:
@@ -175,32 +179,23 @@ def test_half_types_round_to_nearest_even(kernels: Kernels) -> None:
         every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(64, 1024)
         shift = torch.full((1, 1024), 0.00137)
         want = (every.float() + shift).to(dtype)
-        got = native_cuda.steer(every, None, shift, None, None)
+        got = native.steer(every, None, shift, None, None)
         assert torch.equal(got.isnan(), want.isnan())
         assert torch.equal(got.nan_to_num(0.0), want.nan_to_num(0.0))
 
 
-@pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of the CPU pass for a GPU's."""
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
-
-
-@pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", MANY_CASES, ids=str)
 def test_several_edits_match_the_oracle(case: ManyCase, dtype: torch.dtype, kernels: Kernels) -> None:
     kernels.seed = 7
     args = case.make(dtype)
     with guarded():
-        out = native_many.steer_many(*args)
+        out = native.steer_many(*args)
     truth, scale = many_truth(args)
     assert out.dtype == dtype
     assert_within(out, truth, scale, case.base.width)
 
 
-@pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_several_edits_keep_rows_without_one_and_bad_indices_give_nan(
     dtype: torch.dtype, kernels: Kernels
@@ -211,21 +206,20 @@ def test_several_edits_keep_rows_without_one_and_bad_indices_give_nan(
     hidden.view(integer)[0, :3] = torch.tensor([-1, 1, torch.iinfo(integer).min], dtype=integer)
     rows[0] = -1
     rows[5:9, 1] = torch.tensor([-2, 5, 2**31 - 1, -(2**31)], dtype=torch.int32)
-    out = native_many.steer_many(*args)
+    out = native.steer_many(*args)
     assert torch.equal(out[0].view(integer), hidden[0].view(integer))
     assert out[5:9].isnan().all() and not out[1:5].isnan().any()
     for seed in (1, 2):
         kernels.seed = seed
-        assert torch.equal(native_many.steer_many(*args).view(integer), out.view(integer))
+        assert torch.equal(native.steer_many(*args).view(integer), out.view(integer))
 
 
-@pytest.mark.usefixtures("on_gpu")
 def test_the_widest_row_of_a_half_type_fits_a_block(kernels: Kernels) -> None:
-    wide = ManyCase(SteerCase(1, native_cuda.MANY_WIDTH, n_edits=2, rank=4, rows="mixed"), 2, True, ("norm",))
+    wide = ManyCase(SteerCase(1, edits.MANY_WIDTH, n_edits=2, rank=4, rows="mixed"), 2, True, ("norm",))
     args = wide.make(torch.bfloat16)
-    assert native_many.refuses_steer_many(*args) is None
+    assert edits.refuses_steer_many(*args) is None
     truth, scale = many_truth(args)
-    assert_within(native_many.steer_many(*args), truth, scale, native_cuda.MANY_WIDTH)
-    wider = ManyCase(SteerCase(1, native_cuda.MANY_WIDTH + 8), 1, True)
-    assert "the width is 24008" in native_many.refuses_steer_many(*wider.make(torch.bfloat16))
-    assert native_many.refuses_steer_many(*wider.make(torch.float32)) is None
+    assert_within(native.steer_many(*args), truth, scale, edits.MANY_WIDTH)
+    wider = ManyCase(SteerCase(1, edits.MANY_WIDTH + 8), 1, True)
+    assert "the width is 24008" in edits.refuses_steer_many(*wider.make(torch.bfloat16))
+    assert edits.refuses_steer_many(*wider.make(torch.float32)) is None

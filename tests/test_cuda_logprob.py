@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from optable import DTYPES, LOGPROB_CASES, LogprobCase
+from optable import DTYPES, LOGPROB_CASES, LogprobCase, with_head
 from test_logprob_op import assert_close, both, wide
 from tolerances import logprob_bounds
 from torch import Tensor
 
-from mechanex.backends import chunked, eager_logprob, native_logprob
+from mechanex.backends import eager, native
+from mechanex.backends.native import modules
+from mechanex.ops.head import Head
 
 HERE = Path(__file__).resolve().parent
 COMPILER = shutil.which("g++")
@@ -63,7 +65,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def kernels(library: Path, monkeypatch: pytest.MonkeyPatch) -> Kernels:
     found = Kernels(library)
-    monkeypatch.setattr(native_logprob.native, "_module", lambda: found)
+    monkeypatch.setattr(modules, "cpu", lambda: found)
     return found
 
 
@@ -76,10 +78,10 @@ def test_matches_the_oracle(case: LogprobCase, dtype: torch.dtype, kernels: Kern
     cotangent = torch.randn(case.n_rows, dtype=torch.float64)
     truth, d_truth = both(wide(args), cotangent, "reference")
     allowed, d_allowed = logprob_bounds(args, truth, d_truth, cotangent)
-    out, _, slope = native_logprob.OP.with_slope(*args)
+    out, _, slope = native.LOGPROB.with_slope(*with_head(args))
     assert_close(out, truth, allowed)
     assert_close((slope * cotangent.to(slope.dtype).unsqueeze(1)).to(dtype), d_truth, d_allowed)
-    assert torch.equal(native_logprob.OP.run(*args)[0], out)
+    assert torch.equal(native.LOGPROB.run(*with_head(args))[0], out)
     assert kernels.threads or case.n_rows == 0
 
 
@@ -98,15 +100,13 @@ def test_a_chunk_is_folded_as_plain_torch_folds_it(
     kernels.processors = processors
     wide_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     target = torch.tensor([0, n_columns - 1, n_columns, 2 * n_columns - 1, -1])
-    head = chunked.Head(
-        torch.empty(2 * n_columns, 0), torch.randn(2 * n_columns, dtype=dtype), 0.7, softcap, 1.3
-    )
+    head = Head(torch.empty(2 * n_columns, 0), torch.randn(2 * n_columns, dtype=dtype), 0.7, softcap, 1.3)
     ours, theirs = state(5, wide_dtype), state(5, wide_dtype)
     for first in (0, n_columns):
         mine = torch.randn(5, n_columns, dtype=torch.float64).mul(3).to(dtype)
         other = mine.clone()
-        factor = native_logprob.OP.reduce(head, mine, first, target, *ours, True)
-        want = eager_logprob.OP.reduce(head, other, first, target, *theirs, True)
+        factor = native.LOGPROB.reduce(head, mine, first, target, *ours, True)
+        want = eager.LOGPROB.reduce(head, other, first, target, *theirs, True)
         close = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
         torch.testing.assert_close(mine, other, rtol=close, atol=1e-6)
         sums = {"rtol": 1e-13 if dtype == torch.float64 else 1e-5, "atol": 0.0}
@@ -120,12 +120,12 @@ def test_a_chunk_is_folded_as_plain_torch_folds_it(
 
 def test_products_that_start_anywhere_are_read_element_by_element(kernels: Kernels) -> None:
     memory = torch.randn(1 + 3 * 64)
-    head = chunked.Head(torch.empty(64, 0), None, 1.0, None, 1.0)
+    head = Head(torch.empty(64, 0), None, 1.0, None, 1.0)
     mine, other = memory[1:].view(3, 64), memory[1:].view(3, 64).clone()
     ours, theirs = state(3, torch.float32), state(3, torch.float32)
     target = torch.tensor([5, 63, 64])
-    native_logprob.OP.reduce(head, mine, 0, target, *ours, True)
-    eager_logprob.OP.reduce(head, other, 0, target, *theirs, True)
+    native.LOGPROB.reduce(head, mine, 0, target, *ours, True)
+    eager.LOGPROB.reduce(head, other, 0, target, *theirs, True)
     torch.testing.assert_close(mine, other)
     assert kernels.threads == [-64]
 
@@ -133,9 +133,9 @@ def test_products_that_start_anywhere_are_read_element_by_element(kernels: Kerne
 def test_without_a_slope_the_products_stay(kernels: Kernels) -> None:
     products = torch.randn(3, 40)
     kept = products.clone()
-    head = chunked.Head(torch.empty(40, 0), None, 1.0, None, 1.0)
+    head = Head(torch.empty(40, 0), None, 1.0, None, 1.0)
     assert (
-        native_logprob.OP.reduce(head, products, 0, torch.tensor([1, 2, 3]), *state(3, torch.float32), False)
+        native.LOGPROB.reduce(head, products, 0, torch.tensor([1, 2, 3]), *state(3, torch.float32), False)
         is None
     )
     assert torch.equal(products, kept)
@@ -143,26 +143,26 @@ def test_without_a_slope_the_products_stay(kernels: Kernels) -> None:
 
 def test_the_order_of_threads_changes_no_bit(kernels: Kernels) -> None:
     args = LogprobCase(5, 16, 3000, True, softcap=5.0).make(torch.float32)
-    first = native_logprob.OP.with_slope(*args)
+    first = native.LOGPROB.with_slope(*with_head(args))
     for seed in (1, 2):
         kernels.seed = seed
-        for one, other in zip(native_logprob.OP.with_slope(*args), first, strict=True):
+        for one, other in zip(native.LOGPROB.with_slope(*with_head(args)), first, strict=True):
             assert torch.equal(one, other)
 
 
 def test_tokens_ruled_out_before_any_other_and_numbers_that_are_none(kernels: Kernels) -> None:
     """A bias of minus infinity over a whole chunk; then NaN and infinity in one row, which stay there."""
-    head = chunked.Head(torch.empty(64, 0), torch.full((64,), -torch.inf), 1.0, None, 1.0)
+    head = Head(torch.empty(64, 0), torch.full((64,), -torch.inf), 1.0, None, 1.0)
     maximum, total = state(2, torch.float32)
     products = torch.randn(2, 32)
-    factor = native_logprob.OP.reduce(head, products, 0, torch.tensor([3, 40]), maximum, total, True)
+    factor = native.LOGPROB.reduce(head, products, 0, torch.tensor([3, 40]), maximum, total, True)
     assert not products.any() and not total.any() and not factor.isnan().any()
     assert maximum.tolist() == [-torch.inf] * 2
     for bad in (torch.nan, torch.inf):
-        plain = chunked.Head(torch.empty(64, 0), None, 1.0, None, 1.0)
+        plain = Head(torch.empty(64, 0), None, 1.0, None, 1.0)
         products = torch.zeros(2, 32)
         products[1, 7] = bad
         maximum, total = state(2, torch.float32)
-        native_logprob.OP.reduce(plain, products, 0, torch.tensor([3, 40]), maximum, total, True)
+        native.LOGPROB.reduce(plain, products, 0, torch.tensor([3, 40]), maximum, total, True)
         assert total.isnan().tolist() == [False, True]
         assert total[0] == 31

@@ -15,10 +15,10 @@ from transformers import GenerationMixin, LlamaForCausalLM
 from transformers.generation import logits_process
 
 from mechanex import ValidationError
+from mechanex.engine.capabilities.decoding import form, rolls
 from mechanex.engine.decode.decoder import Decoder
 from mechanex.engine.decode.draw import Draws
-from mechanex.engine.decode.probe import form, rolls
-from mechanex.engine.decode.request import Request, Steer
+from mechanex.engine.decode.request import Steer, TextRequest
 from mechanex.engine.decode.row import Row
 from mechanex.engine.decode.run import decode
 from mechanex.engine.generate import generate_batch, stream
@@ -60,7 +60,7 @@ def truth(model: Any, ids: list[int], n: int = N_NEW) -> list[int]:
     return found[0, len(ids) :].tolist()
 
 
-def written(model: Any, requests: list[Request], tokenizer: Any = None) -> list[list[int]]:
+def written(model: Any, requests: list[TextRequest], tokenizer: Any = None) -> list[list[int]]:
     """The tokens that the decoder adds to each prompt, together."""
     n = len(requests)
     rows = [Row(one, tokenizer or tiny_tokenizer(), (), prompt=(i, n)) for i, one in enumerate(requests)]
@@ -98,8 +98,8 @@ def test_greedy_tokens_are_those_of_transformers_generate(family: str) -> None:
     hooks = n_hooks(model)
     ids = ids_of()
     expected = [truth(model, one) for one in ids]
-    assert written(model, [Request(one, N_NEW) for one in ids]) == expected
-    assert written(model, [Request(ids[2], N_NEW)]) == expected[2:]
+    assert written(model, [TextRequest(one, N_NEW) for one in ids]) == expected
+    assert written(model, [TextRequest(ids[2], N_NEW)]) == expected[2:]
     adapter = adapter_for(model)
     assert rolls(adapter) == (family not in (*RECURRENT, "mamba"))
     assert form(adapter, 1) == "unmasked"
@@ -164,10 +164,12 @@ def test_a_cache_is_found_by_what_the_model_returns(kind: Any, forms: tuple[str,
     model, ids = _as(kind), ids_of()
     expected = [truth(build("llama"), one) for one in ids]
     vector = torch.randn(48, generator=torch.Generator().manual_seed(0))
-    assert written(model, [Request(one, N_NEW) for one in ids]) == expected
-    assert written(model, [Request(ids[0], N_NEW)]) == expected[:1]
+    assert written(model, [TextRequest(one, N_NEW) for one in ids]) == expected
+    assert written(model, [TextRequest(ids[0], N_NEW)]) == expected[:1]
     assert (form(adapter_for(model), 3), form(adapter_for(model), 1)) == forms
-    steered = [Request(one, N_NEW, steering=(Steer(1, Edit.add(4 * vector), slice(-2, 9)),)) for one in ids]
+    steered = [
+        TextRequest(one, N_NEW, steering=(Steer(1, Edit.add(4 * vector), slice(-2, 9)),)) for one in ids
+    ]
     assert written(model, steered) == written(build("llama"), steered) != expected
 
 
@@ -176,7 +178,7 @@ def test_a_forward_that_names_no_arguments_is_called_as_it_was() -> None:
     expected = [truth(model, one) for one in ids]
     forward = model.forward
     model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
-    assert written(model, [Request(one, N_NEW) for one in ids]) == expected
+    assert written(model, [TextRequest(one, N_NEW) for one in ids]) == expected
     assert form(adapter_for(model), 3) == "rolling"
 
 
@@ -186,7 +188,7 @@ def test_a_hooked_transformer_of_version_3_generates() -> None:
     ids = [one[:9] for one in ids_of()]
     with torch.no_grad():
         expected = [hooked.generate(torch.tensor([one]), 5)[0, len(one) :].tolist() for one in ids]
-    assert written(hooked, [Request(one, 5) for one in ids]) == expected
+    assert written(hooked, [TextRequest(one, 5) for one in ids]) == expected
 
 
 # Steering that the caller has attached
@@ -217,7 +219,7 @@ def test_a_plan_on_the_model_acts_by_rows_and_by_positions_of_each_prompt() -> N
     # Of different lengths, so that rows leave and others take their places.
     lengths = (N_NEW, 4, 6)
     with plan.apply(model):
-        found = written(model, [Request(one, n) for one, n in zip(ids, lengths, strict=True)])
+        found = written(model, [TextRequest(one, n) for one, n in zip(ids, lengths, strict=True)])
     assert found == [one[:n] for one, n in zip(expected, lengths, strict=True)]
     assert expected[0] != truth(model, ids[0]) and expected[1] != truth(model, ids[1])
 
@@ -230,9 +232,9 @@ def test_what_is_attached_to_a_model_says_nothing_of_its_form() -> None:
         SteeringPlan([Intervention(1, broken), Intervention(1, broken)]).apply(model),
         pytest.raises(MechanexError, match="not finite"),
     ):
-        written(model, [Request(one, 3) for one in ids])
+        written(model, [TextRequest(one, 3) for one in ids])
     assert form(adapter_for(model), 3) == "rolling"
-    assert written(model, [Request(one, 3) for one in ids]) == [truth(model, one, 3) for one in ids]
+    assert written(model, [TextRequest(one, 3) for one in ids]) == [truth(model, one, 3) for one in ids]
 
 
 # Draws
@@ -316,14 +318,16 @@ def test_steps_that_overlap_choose_the_same_tokens(name: str) -> None:
     model, ids = build(name), ids_of()
     direction = torch.randn(48, generator=torch.Generator().manual_seed(3))
     requests = [
-        Request(ids[0], 12, logprobs=2),
-        Request(ids[1], 5, Sampling("top-k", top_k=20), seed=3, frequency_penalty=3.0, presence_penalty=2.0),
-        Request(
+        TextRequest(ids[0], 12, logprobs=2),
+        TextRequest(
+            ids[1], 5, Sampling("top-k", top_k=20), seed=3, frequency_penalty=3.0, presence_penalty=2.0
+        ),
+        TextRequest(
             ids[2], 9, Sampling("top-p"), seed=4, steering=(Steer(1, Edit.add(direction), slice(3, 12)),)
         ),
-        Request(ids[0], 1),
-        Request(ids[1], 14, frequency_penalty=4.0, logit_bias=((7, -100.0), (9, 3.0)), logprobs=0),
-        Request(ids[2], 7, Sampling("min-p"), seed=5, steering=(Steer(2, Edit.ablate(direction)),)),
+        TextRequest(ids[0], 1),
+        TextRequest(ids[1], 14, frequency_penalty=4.0, logit_bias=((7, -100.0), (9, 3.0)), logprobs=0),
+        TextRequest(ids[2], 7, Sampling("min-p"), seed=5, steering=(Steer(2, Edit.ablate(direction)),)),
     ]
     found = []
     for overlapped in (False, True):
@@ -349,16 +353,18 @@ def test_rows_that_do_not_fit_say_so_before_anything_runs() -> None:
     decoder = Decoder(adapter_for(model), 0, form="rolling")
     wide, nowhere = Edit.add(torch.ones(49)), Edit.add(torch.ones(48, device="meta"))
     asked = {
-        "49 wide": Request(ids[0], steering=(Steer(1, wide),)),
-        "Layer 7": Request(ids[0], steering=(Steer(7, Edit.add(torch.ones(48))),)),
-        "vocabulary": Request([3, N_VOCAB]),
-        "int": Request(ids[0], steering=(Steer(1, Edit.add(torch.ones(48)), "last"),)),  # type: ignore[arg-type]
-        "can't be used": Request(ids[0], steering=(Steer(1, nowhere), Steer(1, Edit.add(torch.ones(48))))),
+        "49 wide": TextRequest(ids[0], steering=(Steer(1, wide),)),
+        "Layer 7": TextRequest(ids[0], steering=(Steer(7, Edit.add(torch.ones(48))),)),
+        "vocabulary": TextRequest([3, N_VOCAB]),
+        "int": TextRequest(ids[0], steering=(Steer(1, Edit.add(torch.ones(48)), "last"),)),  # type: ignore[arg-type]
+        "can't be used": TextRequest(
+            ids[0], steering=(Steer(1, nowhere), Steer(1, Edit.add(torch.ones(48))))
+        ),
     }
     for says, request in asked.items():
         error = decoder.unfit(Row(request, tiny_tokenizer(), ()))
         assert isinstance(error, ValidationError) and says in str(error)
-    assert decoder.unfit(Row(Request(ids[0]), tiny_tokenizer(), ())) is None
+    assert decoder.unfit(Row(TextRequest(ids[0]), tiny_tokenizer(), ())) is None
 
 
 def test_a_row_whose_token_cannot_be_decoded_ends_alone() -> None:
@@ -373,7 +379,7 @@ def test_a_row_whose_token_cannot_be_decoded_ends_alone() -> None:
                 raise OverflowError("out of range")
             return str(tokenizer.decode(tokens, **options))
 
-    rows = [Row(Request(one, N_NEW, stream=True), Picky(), ()) for one in ids]
+    rows = [Row(TextRequest(one, N_NEW, stream=True), Picky(), ()) for one in ids]
     decoder = Decoder(adapter_for(model), 0, form="rolling")
     with torch.no_grad():
         reading = decoder.read(rows)
@@ -400,10 +406,10 @@ def test_the_unembedding_is_given_hidden_states_without_gaps(name: str) -> None:
     def look(_: Any, args: tuple[torch.Tensor, ...]) -> None:
         seen.append((args[0].is_contiguous(), args[0].shape[:-1].numel()))
 
-    written(model, [Request(one, 2) for one in ids])
+    written(model, [TextRequest(one, 2) for one in ids])
     handle = model.get_output_embeddings().register_forward_hook(lambda m, a, _: look(m, a))
     try:
-        written(model, [Request(one, 4) for one in ids])
+        written(model, [TextRequest(one, 4) for one in ids])
     finally:
         handle.remove()
     assert seen and all(contiguous and rows == 3 for contiguous, rows in seen)
@@ -412,7 +418,7 @@ def test_the_unembedding_is_given_hidden_states_without_gaps(name: str) -> None:
 def test_log_probabilities_of_a_prompt_come_from_every_form() -> None:
     for model in (build("llama"), build("mamba"), _as(_Forgetful)):
         ids = ids_of()[0]
-        row = Row(Request(ids, 2, logprobs=1, prompt_logprobs=True), tiny_tokenizer(), ())
+        row = Row(TextRequest(ids, 2, logprobs=1, prompt_logprobs=True), tiny_tokenizer(), ())
         decode(adapter_for(model), [row], 0)
         with torch.no_grad():
             shares = model(torch.tensor([ids])).logits[0].log_softmax(-1)

@@ -23,7 +23,7 @@ from torch import Tensor
 import mechanex
 from mechanex.engine.beam import most_likely_completions
 from mechanex.engine.caa import caa_vectors
-from mechanex.engine.decode.probe import rolls
+from mechanex.engine.capabilities.decoding import rolls
 from mechanex.engine.directions import pca_vectors
 from mechanex.engine.few_shot import few_shot_vectors
 from mechanex.engine.generate import generate, generate_batch, stream

@@ -9,8 +9,9 @@ import torch
 from families import FAMILIES, build
 from torch import nn
 
-from mechanex.engine import selfcheck
 from mechanex.engine.attaching import before
+from mechanex.engine.capabilities import unembedding
+from mechanex.engine.capabilities.packing import packing_form
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
@@ -115,7 +116,7 @@ def test_a_bias_that_the_model_adds_behind_its_head_is_heard():
 def test_weights_that_are_read_anew_anyway_ask_for_no_new_check(monkeypatch):
     model = FAMILIES["llama"]()
     scores_of(model)
-    monkeypatch.setattr(selfcheck, "_scored", None)  # what every check runs
+    monkeypatch.setattr(unembedding, "scored_hidden", None)  # what the check runs
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)
         model.model.layers[0].mlp.up_proj.weight.mul_(0.5)
@@ -135,7 +136,7 @@ def test_weights_that_are_read_anew_anyway_ask_for_no_new_check(monkeypatch):
 def test_the_packed_form_is_tried_again_where_what_it_depends_on_changed(change):
     model = FAMILIES["mistral"]()
     adapter = adapter_for(model)
-    selfcheck.packing_form(adapter, 9)
+    packing_form(adapter, 9)
     assert "form" in adapter.findings and list(adapter.findings) == ["form"]
     change(model)
     assert "form" not in adapter.findings and not len(adapter.findings)
@@ -146,7 +147,7 @@ def test_the_packed_form_is_tried_again_where_what_it_depends_on_changed(change)
 def test_hooks_of_our_own_take_no_finding_away():
     model = build("llama")
     adapter = adapter_for(model)
-    form = selfcheck.packing_form(adapter, 20)
+    form = packing_form(adapter, 20)
     known = dict(adapter.findings)
     with SteeringPlan([Intervention(1, Edit.add(torch.ones(adapter.d_model)))]).apply(model):
         assert dict(adapter.findings) == known and known["form"] == form

@@ -8,11 +8,13 @@ import pytest
 import torch
 from families import FAMILIES, SLIDING, build, n_hooks, sliding_family
 
-from mechanex.engine import selfcheck
-from mechanex.engine.forward import Resumed, packs_for, scored_logits, visit_residuals
+from mechanex.engine.capabilities.packing import packing_form
+from mechanex.engine.capabilities.replaying import replay_agrees, resumed
+from mechanex.engine.forward import packs_for, scored_logits
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
+from mechanex.engine.passes import visit_residuals
 from mechanex.errors import ValidationError
 
 PADDED = {"bloom", "mpt", "mamba"}
@@ -56,7 +58,7 @@ def check_equal(model, pairs, **options):
 def test_packed_logits_equal_one_by_one(name):
     model = build(name)
     check_equal(model, ragged_pairs(model.config.vocab_size), row_tokens=30)
-    form = selfcheck.packing_form(adapter_for(model), 20)
+    form = packing_form(adapter_for(model), 20)
     assert (form == "padded") == (name in PADDED), f"{name} is run as {form}"
 
 
@@ -64,14 +66,14 @@ def test_packed_logits_equal_one_by_one(name):
 def test_packed_logits_equal_one_by_one_past_the_sliding_window(name):
     model = sliding_family(name, 8)
     check_equal(model, ragged_pairs(model.config.vocab_size, longest=30), row_tokens=64)
-    assert selfcheck.packing_form(adapter_for(model), 31) in ("window", "dict")
+    assert packing_form(adapter_for(model), 31) in ("window", "dict")
 
 
 def test_the_window_forms_are_tried_only_when_text_outgrows_the_window():
     adapter = adapter_for(sliding_family("mistral", 24))
     pairs = ragged_pairs(100)
     packs_for(adapter, pairs)
-    assert selfcheck.packing_form(adapter, 20) == "plain"
+    assert packing_form(adapter, 20) == "plain"
     assert not any("beyond" in name for name in adapter.findings)
 
 
@@ -96,15 +98,15 @@ def test_resuming_at_a_layer_equals_whole_passes(name, caplog):
     pairs = ragged_pairs(model.config.vocab_size)
     (pack,) = packs_for(adapter, pairs, batch_tokens=10_000)
     v = torch.linspace(-1, 1, adapter.d_model)
-    resumed = Resumed(adapter, pack, 2)
-    assert resumed.residual is not None, f"{name} fell back to whole passes"
+    kept = resumed(adapter, pack, 2)
+    assert kept.residual is not None, f"{name} fell back to whole passes"
     gradients = []
     for whole in (False, True):
         vector = v.clone().requires_grad_()
         with SteeringPlan([Intervention(2, Edit.add(vector)), Intervention(3, Edit.add(vector))]).apply(
             adapter
         ):
-            hidden = None if whole else resumed.scored()
+            hidden = None if whole else kept.scored()
             logits = scored_logits(adapter, pack, hidden)
         loss = logits.log_softmax(-1).gather(1, pack.target[:, None]).sum()
         (gradient,) = torch.autograd.grad(loss, vector)
@@ -131,7 +133,7 @@ def test_a_model_that_cannot_be_replayed_runs_whole_and_says_so_once(caplog):
     pairs = ragged_pairs(model.config.vocab_size)
     with caplog.at_level(logging.INFO, "mechanex"):
         (pack,) = packs_for(adapter, pairs, batch_tokens=10_000)
-        first, second = Resumed(adapter, pack, 2), Resumed(adapter, pack, 1)
+        first, second = resumed(adapter, pack, 2), resumed(adapter, pack, 1)
     assert first.residual is None and second.residual is None
     assert sum("can't be resumed" in r.message for r in caplog.records) == 1
     with SteeringPlan([Intervention(2, Edit.add(torch.ones(adapter.d_model)))]).apply(model), torch.no_grad():
@@ -169,8 +171,8 @@ def test_a_pass_leaves_flags_mode_and_hooks_alone():
         assert not any(m.training for m in model.modules())
         raise RuntimeError("inside")
     assert before == ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()])
-    selfcheck.packing_form(adapter_for(model), 5)
-    selfcheck.replay_agrees(adapter_for(model))
+    packing_form(adapter_for(model), 5)
+    replay_agrees(adapter_for(model))
     assert before == ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()])
     assert n_hooks(model) == 0
 

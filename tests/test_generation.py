@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mechanex import Mechanex, MechanexError, NotFoundError, SteeringVector, ValidationError
 from mechanex.engine.detokenize import Continuation
-from mechanex.engine.generate import end_tokens, generate_batch
+from mechanex.engine.generate import generate_batch
+from mechanex.engine.sampling import end_tokens
 
 PROMPT = "The morning was cold"
 

@@ -13,11 +13,12 @@ from families import BOS, D_MODEL, EOS, FAMILIES, N_LAYERS, N_VOCAB, PAD, build,
 from torch import nn
 
 from mechanex.engine.caa import caa_vectors
-from mechanex.engine.forward import Resumed, packs_for, scored_logits
+from mechanex.engine.forward import packs_for, scored_logits
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for, lens
 from mechanex.engine.models.transformer_lens import is_transformer_lens
+from mechanex.engine.passes import Resumed
 from mechanex.errors import ValidationError
 from mechanex.utils.steering_opt import (
     hf_hooks_contextmanager,

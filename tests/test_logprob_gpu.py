@@ -10,7 +10,8 @@ from tolerances import logprob_bounds
 from torch import Tensor
 
 from mechanex import backends
-from mechanex.backends import chunked, native_cuda
+from mechanex.backends import arithmetic, chunked
+from mechanex.backends.native import modules
 from mechanex.errors import ValidationError
 from mechanex.ops.logprob import completion_logprob
 
@@ -86,7 +87,7 @@ def test_large_shapes_match_the_oracle(case: LogprobCase, dtype: torch.dtype, ba
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_types_keep_what_their_products_sum_to(dtype: torch.dtype, backend: str) -> None:
     """Logits rounded to a half type would be off by hundreds of times this."""
-    if not chunked.widens(torch.device("cuda", 0), dtype):
+    if not arithmetic.widens(torch.device("cuda", 0), dtype):
         pytest.skip("this torch gives products of half types in their own type")
     args = device_args(LogprobCase(64, 1024, 32000), dtype)
     truth, _ = oracle(args)
@@ -222,7 +223,7 @@ def test_offsets_pass_two_to_the_31(case: LogprobCase, backend: str) -> None:
     # Targets at the far end of the vocabulary: their weights lie past the border.
     args[2][-4:] = torch.arange(case.n_vocab - 4, case.n_vocab, device="cuda")
     truth, _ = oracle(args, slice(-4, None))
-    unrounded = chunked.widens(torch.device("cuda", 0), torch.bfloat16)
+    unrounded = arithmetic.widens(torch.device("cuda", 0), torch.bfloat16)
     close = {"rtol": 0.0, "atol": 1e-3 if unrounded else 0.2}
     torch.testing.assert_close(completion_logprob(*args, backend=backend)[-4:].double(), truth, **close)
     out, gradient = both(args, torch.ones(case.n_rows, device="cuda"), backend)
@@ -232,7 +233,7 @@ def test_offsets_pass_two_to_the_31(case: LogprobCase, backend: str) -> None:
 
 @NEEDS_NATIVE
 def test_what_cuda_refuses_is_an_exception_with_its_words() -> None:
-    module = native_cuda._module()
+    module = modules.cuda()
     rest = (0, 0, 0, 1, 0, 1.0, 0.0, 1.0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="cudaSetDevice: invalid device ordinal"):
         module.reduce(0, 1, 4, *rest, 99, 0)

@@ -14,6 +14,7 @@ from torch import Tensor
 from mechanex import backends
 from mechanex.backends import chunked, reference
 from mechanex.errors import ValidationError
+from mechanex.ops.head import Head
 from mechanex.ops.logprob import completion_logprob, log1mexp
 
 HAVE = [b for b in backends.backends() if "completion_logprob" in b.ops]
@@ -351,6 +352,6 @@ def test_the_oracle_is_the_formula() -> None:
     hidden, weight, target, bias, *_ = LogprobCase(3, 4, 5, bias=True).make(torch.float64)
     logits = 2.0 * (3.0 * torch.tanh(0.5 * (hidden @ weight.T + bias) / 3.0))
     want = torch.log_softmax(logits, 1)[torch.arange(3), target]
-    logprob, lse = reference.completion_logprob(hidden, weight, target, bias, 0.5, 3.0, 2.0)
+    logprob, lse = reference.completion_logprob(hidden, Head(weight, bias, 0.5, 3.0, 2.0), target)
     torch.testing.assert_close(logprob, want)
     torch.testing.assert_close(lse, logits.exp().sum(1).log())

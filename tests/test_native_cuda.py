@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from mechanex import backends
-from mechanex.backends import native, native_cuda
+from mechanex.backends import native
+from mechanex.backends.native import modules
 from mechanex.errors import MechanexError
 
 
 @pytest.fixture
 def fresh() -> None:
     """Look for the module and the device anew, in the test and after it."""
-    caches = (native_cuda._load, native_cuda._module, native_cuda.missing, backends._candidates)
+    caches = (modules.load, modules.cuda, modules.missing_cuda, backends._candidates)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -34,7 +35,7 @@ def without_module(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("without_module")
 def test_a_missing_module_is_named_with_the_way_to_get_it() -> None:
-    reason = native_cuda.missing()
+    reason = modules.missing_cuda()
     assert reason is not None
     assert "mechanex._native_cuda is not installed" in reason and "MECHANEX_CUDA=ON pip install" in reason
     assert backends.get("native").lacks("cuda") in (native.missing(), reason)
@@ -79,8 +80,8 @@ def test_auto_says_once_why_it_falls_back(caplog: pytest.LogCaptureFixture) -> N
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 @pytest.mark.usefixtures("fresh")
 def test_without_a_device_the_module_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_cuda, "_load", lambda: (SimpleNamespace(), None))
-    assert "torch sees no CUDA device" in str(native_cuda.missing())
+    monkeypatch.setattr(modules, "load", lambda *_: (SimpleNamespace(), None))
+    assert "torch sees no CUDA device" in str(modules.missing_cuda())
 
 
 @pytest.mark.usefixtures("fresh")
@@ -104,10 +105,10 @@ def test_a_device_that_cannot_serve_is_explained(
         runtime_version=lambda: 13000,
         driver_version=lambda: 12040,
     )
-    monkeypatch.setattr(native_cuda, "_load", lambda: (module, None))
+    monkeypatch.setattr(modules, "load", lambda *_: (module, None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    reason = native_cuda.missing()
+    reason = modules.missing_cuda()
     assert reason is not None
     assert str(broken) in reason and message in reason
     assert "built with CUDA 13.0 for sm_80, the driver serves 12.4" in reason

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from families import N_VOCAB, build, tiny_tokenizer
 
-from mechanex.engine.decode.request import Request
+from mechanex.engine.decode.request import TextRequest
 from mechanex.engine.decode.row import Row
 from mechanex.engine.decode.run import decode
 from mechanex.engine.models import adapter_for
@@ -20,7 +20,7 @@ NEAR = (
 
 
 def written(model: Any, prompts: list[list[int]]) -> list[list[int]]:
-    rows = [Row(Request(ids, N_NEW), tiny_tokenizer(), ()) for ids in prompts]
+    rows = [Row(TextRequest(ids, N_NEW), tiny_tokenizer(), ()) for ids in prompts]
     decode(adapter_for(model), rows, 0)
     return [row.chosen for row in rows]
 

@@ -8,10 +8,10 @@ from families import D_MODEL, FAMILIES, N_LAYERS, build, tiny_tokenizer
 
 from mechanex import SteeringVector, ValidationError
 from mechanex.engine.caa import caa_vectors
+from mechanex.engine.capabilities.unembedding import unembedding_agrees
 from mechanex.engine.generate import generate
 from mechanex.engine.models import adapter_for
 from mechanex.engine.score import completion_logprobs
-from mechanex.engine.selfcheck import unembedding_agrees
 from mechanex.utils.steering_opt import TrainingDatapoint, optimize_vector
 
 accelerate = pytest.importorskip("accelerate")

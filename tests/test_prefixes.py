@@ -10,7 +10,7 @@ from families import D_MODEL, build, sliding_family, tiny_tokenizer
 
 from mechanex.engine.decode.decoder import Decoder
 from mechanex.engine.decode.prefixes import Prefixes
-from mechanex.engine.decode.request import Request, Steer
+from mechanex.engine.decode.request import Steer, TextRequest
 from mechanex.engine.decode.row import Row
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
@@ -31,7 +31,7 @@ class Serving:
         self.prefixes = Prefixes(most_bytes)
         self.decoder = Decoder(adapter_for(model), 0, form="rolling", prefixes=self.prefixes, **options)
 
-    def answers(self, *requests: Request) -> list[Row]:
+    def answers(self, *requests: TextRequest) -> list[Row]:
         rows = [Row(request, tiny_tokenizer(), ()) for request in requests]
         with torch.no_grad():
             reading = self.decoder.read(rows)
@@ -44,7 +44,7 @@ class Serving:
         return rows
 
 
-def fresh(model: Any, request: Request) -> list[int]:
+def fresh(model: Any, request: TextRequest) -> list[int]:
     return Serving(model, 0).answers(request)[0].chosen
 
 
@@ -53,9 +53,9 @@ def fresh(model: Any, request: Request) -> list[int]:
 def test_a_next_turn_reads_only_what_is_new(name: str, overlapped: bool) -> None:
     model = build(name)
     serving = Serving(model, overlapped=overlapped)
-    (first,) = serving.answers(Request(FIRST, 7))
+    (first,) = serving.answers(TextRequest(FIRST, 7))
     assert first.cached_tokens == 0
-    asked = Request([*FIRST, *first.chosen, 5, 6, 7, 8], 7)
+    asked = TextRequest([*FIRST, *first.chosen, 5, 6, 7, 8], 7)
     (second,) = serving.answers(asked)
     # The answer's last token was chosen and, where steps don't overlap, never read.
     assert second.cached_tokens == len(FIRST) + 6
@@ -66,13 +66,13 @@ def test_a_next_turn_reads_only_what_is_new(name: str, overlapped: bool) -> None
 
 def test_a_prompt_that_goes_another_way_shares_what_is_before() -> None:
     model, serving = build("llama"), Serving(build("llama"))
-    serving.answers(Request(FIRST, 5))
-    asked = Request([*FIRST[:25], 7, 8, 9], 5)
+    serving.answers(TextRequest(FIRST, 5))
+    asked = TextRequest([*FIRST[:25], 7, 8, 9], 5)
     (row,) = serving.answers(asked)
     assert (row.cached_tokens, row.chosen) == (25, fresh(model, asked))
-    (again,) = serving.answers(Request(FIRST[:25], 5))  # one token at least is read
-    assert (again.cached_tokens, again.chosen) == (24, fresh(model, Request(FIRST[:25], 5)))
-    assert serving.answers(Request([9, *FIRST], 2))[0].cached_tokens == 0
+    (again,) = serving.answers(TextRequest(FIRST[:25], 5))  # one token at least is read
+    assert (again.cached_tokens, again.chosen) == (24, fresh(model, TextRequest(FIRST[:25], 5)))
+    assert serving.answers(TextRequest([9, *FIRST], 2))[0].cached_tokens == 0
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_a_prompt_that_goes_another_way_shares_what_is_before() -> None:
 )
 def test_only_what_was_steered_alike_is_shared(before: Any, now: Any, shared: int) -> None:
     model, serving = build("llama"), Serving(build("llama"))
-    (first,) = serving.answers(Request(FIRST, 5, steering=before))
-    asked = Request([*FIRST, *first.chosen, 5, 6, 7, 8], 6, steering=now)
+    (first,) = serving.answers(TextRequest(FIRST, 5, steering=before))
+    asked = TextRequest([*FIRST, *first.chosen, 5, 6, 7, 8], 6, steering=now)
     (row,) = serving.answers(asked)
     assert row.cached_tokens == (shared if shared >= 16 else 0)
     assert row.chosen == fresh(model, asked)
@@ -108,14 +108,14 @@ def test_only_what_was_steered_alike_is_shared(before: Any, now: Any, shared: in
 
 def test_prompts_of_several_lengths_are_read_together_from_where_all_can() -> None:
     model, serving = build("llama"), Serving(build("llama"))
-    firsts = serving.answers(Request(FIRST, 5), Request(FIRST[5:30], 5), Request(FIRST[::-1], 5))
+    firsts = serving.answers(TextRequest(FIRST, 5), TextRequest(FIRST[5:30], 5), TextRequest(FIRST[::-1], 5))
     more = ([7], [8, 9], [3, 4, 5])
-    asked = [Request([*row.ids, *row.chosen, *new], 6) for row, new in zip(firsts, more, strict=True)]
+    asked = [TextRequest([*row.ids, *row.chosen, *new], 6) for row, new in zip(firsts, more, strict=True)]
     rows = serving.answers(*asked)
     # All are read from their last four tokens on, of which the shorter additions need fewer.
     assert [row.cached_tokens for row in rows] == [42, 28, 44]
     assert [row.chosen for row in rows] == [fresh(model, one) for one in asked]
-    mixed = [asked[0], Request([50, 51, 52], 6)]
+    mixed = [asked[0], TextRequest([50, 51, 52], 6)]
     assert [row.chosen for row in serving.answers(*mixed)] == [fresh(model, one) for one in mixed]
 
 
@@ -124,34 +124,35 @@ def test_memory_is_bounded_in_bytes_and_the_latest_stay() -> None:
     per_token = 4 * 2 * 2 * 12 * 4  # layers, keys and values, heads, width, bytes
     serving = Serving(model, most_bytes=100 * per_token)
     for begin in range(5):
-        serving.answers(Request([begin + 10, *FIRST], 4))  # 44 tokens each
+        serving.answers(TextRequest([begin + 10, *FIRST], 4))  # 44 tokens each
         assert serving.prefixes.n_bytes <= 100 * per_token
     assert len(serving.prefixes) == 2 and serving.prefixes.n_bytes == 88 * per_token
     cached = [
-        serving.prefixes.find(Row(Request([begin + 10, *FIRST]), tiny_tokenizer(), ())) for begin in range(5)
+        serving.prefixes.find(Row(TextRequest([begin + 10, *FIRST]), tiny_tokenizer(), ()))
+        for begin in range(5)
     ]
     assert [one is None for one in cached] == [True, True, True, False, False]
     small = Serving(model, most_bytes=10 * per_token)
-    small.answers(Request(FIRST, 4))
+    small.answers(TextRequest(FIRST, 4))
     assert len(small.prefixes) == 0
 
 
 def test_texts_of_others_are_not_gone_on_from() -> None:
     serving = Serving(build("llama"))
-    serving.answers(Request(FIRST, 5, owner="anna"))
-    assert serving.answers(Request(FIRST, 5, owner="ben"))[0].cached_tokens == 0
-    assert serving.answers(Request(FIRST, 5))[0].cached_tokens == 0
-    assert serving.answers(Request(FIRST, 5, owner="anna"))[0].cached_tokens == 39
+    serving.answers(TextRequest(FIRST, 5, owner="anna"))
+    assert serving.answers(TextRequest(FIRST, 5, owner="ben"))[0].cached_tokens == 0
+    assert serving.answers(TextRequest(FIRST, 5))[0].cached_tokens == 0
+    assert serving.answers(TextRequest(FIRST, 5, owner="anna"))[0].cached_tokens == 39
 
 
 def test_what_was_read_under_other_hooks_is_forgotten() -> None:
     model, serving = build("llama"), Serving(build("llama"))
-    plain = serving.answers(Request(FIRST, 5))[0]
+    plain = serving.answers(TextRequest(FIRST, 5))[0]
     with SteeringPlan([Intervention(1, add())]).apply(model):
-        (steered,) = serving.answers(Request(FIRST, 5))
+        (steered,) = serving.answers(TextRequest(FIRST, 5))
         assert steered.cached_tokens == 0 and steered.chosen != plain.chosen
-        assert serving.answers(Request(FIRST, 5))[0].cached_tokens == 39
-    (after,) = serving.answers(Request(FIRST, 5))
+        assert serving.answers(TextRequest(FIRST, 5))[0].cached_tokens == 39
+    (after,) = serving.answers(TextRequest(FIRST, 5))
     assert (after.cached_tokens, after.chosen) == (0, plain.chosen)
 
 
@@ -159,21 +160,21 @@ def test_layers_with_a_window_that_let_go_of_tokens_keep_nothing() -> None:
     for window, cached in ((8, 0), (128, 44)):
         model = sliding_family("gemma2", window)
         serving = Serving(model)
-        (first,) = serving.answers(Request(FIRST, 5))
-        asked = Request([*FIRST, *first.chosen, 5, 6], 5)
+        (first,) = serving.answers(TextRequest(FIRST, 5))
+        asked = TextRequest([*FIRST, *first.chosen, 5, 6], 5)
         (row,) = serving.answers(asked)
         assert (row.cached_tokens, row.chosen) == (cached, fresh(model, asked))
 
 
 def test_log_probabilities_of_a_prompt_are_read_whole() -> None:
     serving = Serving(build("llama"))
-    serving.answers(Request(FIRST, 3))
-    (row,) = serving.answers(Request(FIRST, 3, logprobs=0, prompt_logprobs=True))
+    serving.answers(TextRequest(FIRST, 3))
+    (row,) = serving.answers(TextRequest(FIRST, 3, logprobs=0, prompt_logprobs=True))
     assert row.cached_tokens == 0 and len(row.prompt_logprobs) == len(FIRST)
 
 
 def test_a_row_that_broke_leaves_nothing_behind() -> None:
     serving = Serving(build("gpt2"))
     huge = Edit.add(torch.full((D_MODEL,), 3e38))
-    serving.answers(Request(FIRST, 5, steering=(Steer(1, huge), Steer(1, huge))))
+    serving.answers(TextRequest(FIRST, 5, steering=(Steer(1, huge), Steer(1, huge))))
     assert len(serving.prefixes) == 0

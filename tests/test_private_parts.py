@@ -82,13 +82,13 @@ def test_torch_takes_nested_arguments_apart() -> None:
 def test_torch_lends_its_threads() -> None:
     assert torch_parts.parallel_for_address(), (
         "torch's CPU library no longer has torch_parallel_for: the compiled kernels would use one thread "
-        "(mechanex/backends/native.py)"
+        "(mechanex/backends/native/modules.py)"
     )
 
 
 @pytest.mark.gpu
 def test_torch_gives_raw_streams() -> None:
-    found = torch_parts.stream_getter()(0)
+    found = torch_parts.stream_of(0)
     assert found == torch.cuda.current_stream(0).cuda_stream
 
 
@@ -183,7 +183,7 @@ def test_ggufs_reader_reads_through_the_part_that_is_bounded(tmp_path: Path) -> 
     writer.write_tensors_to_file()
     writer.close()
     assert gguf_parts.BoundedReader(path, 1000, "control vector").tensors[0].name == "direction.1"
-    why = "gguf reads past the part that bounds it: a bad file may take all memory (mechanex/engine/formats_gguf.py)"
+    why = "gguf reads past the part that bounds it: a bad file may take all memory (mechanex/engine/formats/gguf.py)"
     with pytest.raises(ValueError, match="too many fields"):
         gguf_parts.BoundedReader(path, 3, "control vector")
         pytest.fail(why)

@@ -12,15 +12,18 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mechanex
-from mechanex.engine import forward, selfcheck
-from mechanex.engine.beam import most_likely_completions
-from mechanex.engine.beam_rows import Rows, rows_for
+from mechanex.engine import forward
+from mechanex.engine.beam import _rows_for, most_likely_completions
+from mechanex.engine.beam_rows import Rows
 from mechanex.engine.caa import caa_vectors
+from mechanex.engine.capabilities.caches import reads_again
+from mechanex.engine.capabilities.packing import packing_form
 from mechanex.engine.generate import generate_batch
 from mechanex.engine.models import adapter_for
 from mechanex.engine.models.adapter import undisturbed
 from mechanex.engine.pack import build_packs
-from mechanex.engine.regimes import first_change, length_dependent, reads_again, regime, text_lengths
+from mechanex.engine.passes import Resumed
+from mechanex.engine.regimes import first_change, length_dependent, regime, text_lengths
 from mechanex.engine.score import completion_logprobs
 
 ORIGINAL = 16  # texts of more tokens have other factors
@@ -112,7 +115,7 @@ def test_passes_resumed_at_a_layer_give_what_each_text_alone_gives(name):
     adapter = adapter_for((make := MODELS[name])())
     pairs = [(ids(5, 1), ids(4, 2)), (ids(25, 3), ids(3, 4)), (ids(13, 5), ids(4, 6))]
     for pack in forward.packs_for(adapter, pairs, scoring=True):
-        resumed = forward.Resumed(adapter, pack, 1)
+        resumed = Resumed(adapter, pack, 1)
         assert resumed.residual is not None
         with torch.no_grad():
             found = adapter.unembedding.logits(resumed.scored()).log_softmax(-1)
@@ -130,7 +133,7 @@ def test_beams_are_those_of_whole_passes_over_each_prompt(name):
     prompts = [ids(14, 1), ids(5, 2)]
     steps = [torch.tensor([7]), torch.tensor([8]), torch.tensor([9]), torch.tensor([10])]
     with torch.no_grad():
-        cached = rows_for(adapter, prompts, len(steps))
+        cached = _rows_for(adapter, prompts, len(steps))
         assert len(cached) == 1, "the prompts run together"
         whole = [Rows(adapter_for(MODELS[name]()), [prompt], cached=False) for prompt in prompts]
         for token in [None, *steps]:
@@ -225,15 +228,17 @@ def test_answers_beside_a_long_neighbour_are_those_alone_in_python_and_over_http
 
 def test_lengths_of_equal_factors_have_equal_keys():
     adapter = adapter_for(phi3())
-    assert first_change(adapter) == ORIGINAL
-    assert len({regime(adapter, n) for n in range(1, ORIGINAL + 1)}) == 1
-    assert len({regime(adapter, n) for n in range(ORIGINAL + 1, 60)}) == 1
-    assert regime(adapter, ORIGINAL) != regime(adapter, ORIGINAL + 1)
+    assert first_change(adapter.hf_model) == ORIGINAL
+    assert len({regime(adapter.hf_model, n) for n in range(1, ORIGINAL + 1)}) == 1
+    assert len({regime(adapter.hf_model, n) for n in range(ORIGINAL + 1, 60)}) == 1
+    assert regime(adapter.hf_model, ORIGINAL) != regime(adapter.hf_model, ORIGINAL + 1)
     adapter = adapter_for(dynamic())
-    assert first_change(adapter) == ORIGINAL
-    assert len({regime(adapter, n) for n in range(1, 60)}) == 1 + 59 - ORIGINAL
+    assert first_change(adapter.hf_model) == ORIGINAL
+    assert len({regime(adapter.hf_model, n) for n in range(1, 60)}) == 1 + 59 - ORIGINAL
     adapter = adapter_for(FAMILIES["llama"]())
-    assert first_change(adapter) is None and regime(adapter, 3) == regime(adapter, 100_000)
+    assert first_change(adapter.hf_model) is None and regime(adapter.hf_model, 3) == regime(
+        adapter.hf_model, 100_000
+    )
 
 
 def test_a_model_whose_generation_starts_over_where_factors_change_is_known():
@@ -280,9 +285,9 @@ def test_a_model_that_depends_on_the_width_of_the_batch_runs_each_text_by_itself
 
 def test_the_check_is_made_once_more_where_text_outgrows_what_the_settings_name():
     adapter = adapter_for(phi3())
-    selfcheck.packing_form(adapter, 10)
+    packing_form(adapter, 10)
     assert not any("beyond" in name for name in adapter.findings)
-    selfcheck.packing_form(adapter, ORIGINAL + 1)
+    packing_form(adapter, ORIGINAL + 1)
     assert f"form beyond {ORIGINAL} tokens" in adapter.findings
 
 

@@ -12,8 +12,10 @@ from tolerances import assert_within
 from torch import Tensor
 
 from mechanex import backends
-from mechanex.backends import native, native_sae, reference
+from mechanex.backends import native, reference
+from mechanex.backends.native import modules
 from mechanex.errors import ValidationError
+from mechanex.ops.encoder import FeatureEncoder
 from mechanex.ops.sae import quantized, sae_features, sae_top_features
 
 HAVE = [b for b in backends.backends() if "sae_features" in b.ops]
@@ -36,8 +38,8 @@ def in_turn(cases: Sequence[SaeCase]) -> list[tuple[SaeCase, tuple[torch.dtype, 
     return [(case, KINDS[(3 * i + j) % len(KINDS)]) for i, case in enumerate(cases) for j in range(3)]
 
 
-def served(backend: str, args: tuple[object, ...]) -> bool:
-    return backends.get(backend).ops["sae_features"].refuses(*args) is None
+def served(backend: str, case: SaeCase, kinds: tuple[torch.dtype, torch.dtype], device: str) -> bool:
+    return backends.get(backend).ops["sae_features"].refuses(*case.encoder(*kinds, device)) is None
 
 
 def wide(args: tuple[object, ...]) -> list[object]:
@@ -57,7 +59,7 @@ def test_features_match_the_oracle(
     case: SaeCase, kinds: tuple[torch.dtype, torch.dtype], backend: str, device: str
 ) -> None:
     args = case.make(*kinds, device)
-    if not served(backend, args):
+    if not served(backend, case, kinds, device):
         with pytest.raises(
             ValidationError, match=r"can't compute this sae_features: .*; choose auto or eager"
         ):
@@ -66,7 +68,8 @@ def test_features_match_the_oracle(
     with guarded():
         out = sae_features(*args[:6], scale=args[6], backend=backend)
     assert out.dtype == (torch.float64 if torch.float64 in kinds else torch.float32)
-    truth = reference.sae_features(*wide(args))  # type: ignore[arg-type]
+    hidden, encoder = case.encoder(*kinds, device)
+    truth = reference.sae_features(hidden.double(), FeatureEncoder(*wide(tuple(encoder))))  # type: ignore[arg-type]
     z, size = truth_of(args)
     threshold, gain, offset = args[3:6]
     if gain is not None and offset is not None:
@@ -84,7 +87,7 @@ def test_the_largest_match_the_oracle(
 ) -> None:
     args = case.make_top(*kinds, device)
     hidden, encoder, bias, k, norms, scale, signed = args
-    if not served(backend, args):
+    if not served(backend, case, kinds, device):
         return
     with guarded():
         values, places = sae_top_features(
@@ -213,21 +216,21 @@ def test_k_is_checked(k: object) -> None:
 
 def test_auto_leaves_matrix_products_to_torch() -> None:
     def chosen(rows: int, dtype: torch.dtype) -> object:
-        args = SaeCase(rows, 8, 12).make(torch.float32, dtype)
+        args = SaeCase(rows, 8, 12).encoder(torch.float32, dtype)
         return backends.kernel("sae_features", "auto", *args)
 
     if "native" not in AVAILABLE:
         pytest.skip("not built")
-    for dtype, most in native_sae.TORCH_ROWS.items():
+    for dtype, most in native.TORCH_ROWS.items():
         if dtype is not torch.float64:
-            assert chosen(most - 1, dtype) is native_sae.sae_features
-            assert chosen(most, dtype) is not native_sae.sae_features
+            assert chosen(most - 1, dtype) is native.sae_features
+            assert chosen(most, dtype) is not native.sae_features
 
 
 @pytest.mark.parametrize("level", native.levels() if "native" in AVAILABLE else [])
 def test_every_instruction_set(level: str) -> None:
-    before = native._module().level()
-    native._module().select_level(level)
+    before = modules.cpu().level()
+    modules.cpu().select_level(level)
     try:
         for case, kinds in in_turn(SAE_CASES):
             test_features_match_the_oracle(case, kinds, "native", "cpu")
@@ -238,4 +241,4 @@ def test_every_instruction_set(level: str) -> None:
         for encoder in ENCODERS:
             test_a_row_and_a_feature_are_what_they_are_alone(encoder)
     finally:
-        native._module().select_level(before)
+        modules.cpu().select_level(before)

@@ -142,7 +142,7 @@ def test_rows_are_watched_each_its_own_way_as_alone(tiny: ModelAdapter, anger: B
         assert alone.text == one.text and len(alone.trace) == len(one.trace)
         for a, b in zip(alone.trace, one.trace, strict=True):
             assert a.scores == pytest.approx(b.scores, abs=1e-3)
-    from mechanex.engine.generate import Options
+    from mechanex.engine.sampling import Options
 
     call = _Watching(tiny, None, PROVOKING[:3], Options(**GREEDY), [anger], "correct", ())
     call.watches[1].behaviors = ()

@@ -19,19 +19,19 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from mechanex.engine.caa import caa_vectors
+from mechanex.engine.capabilities.decoding import rolls
 from mechanex.engine.decode.cache import RollingCache
 from mechanex.engine.decode.decoder import Decoder
-from mechanex.engine.decode.probe import rolls
 from mechanex.engine.decode.reading import Reading
 from mechanex.engine.directions import pca_vectors
 from mechanex.engine.few_shot import few_shot_vectors
-from mechanex.engine.generate import end_tokens, generate
+from mechanex.engine.generate import generate
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
 from mechanex.engine.models.resolve import load
 from mechanex.engine.positions import Positions, selects, token_mask
-from mechanex.engine.sampling import Sampling
+from mechanex.engine.sampling import Sampling, end_tokens
 from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import APIError, MechanexError, RateLimitError, ValidationError
 from mechanex.server.metrics import Metrics

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_sigterm_under_load_ends_streams_within_ten_seconds(tmp_path: Path) -> None:
-    with serving(home=tmp_path, fresh=True) as running:
+    with serving(home=tmp_path) as running:
         ends: list[bytes] = []
 
         def follow() -> None:
@@ -132,7 +132,7 @@ def test_serve_of_a_client(tmp_path: Path) -> None:
         "mx.serve('mx-tiny', host='127.0.0.1', port=int(sys.argv[2]), max_batch=3)\n"
         "print('served', mx.model_name)\n"
     )
-    with serving(home=tmp_path, program=program, fresh=True) as running:
+    with serving(home=tmp_path, program=program) as running:
         assert json.loads(running.get("/v1/models"))["data"][0]["id"] == "mx-tiny"
         assert running.stop(signal.SIGINT) == 0
         assert "served mx-tiny" in running.output()

@@ -13,13 +13,13 @@ from families import D_MODEL, FAMILIES, SLIDING, build, sliding_family, tiny_tok
 from test_decode import N_NEW, PROMPTS, _all_of, ids_of, truth
 from torch import Tensor
 
+from mechanex.engine.capabilities.decoding import form
 from mechanex.engine.decode import grouped, static, static_step
 from mechanex.engine.decode.calls import Calls
 from mechanex.engine.decode.decoder import Decoder
 from mechanex.engine.decode.graphs import Graphs, Key, state_of
 from mechanex.engine.decode.prefixes import Prefixes
-from mechanex.engine.decode.probe import form
-from mechanex.engine.decode.request import Request, Steer
+from mechanex.engine.decode.request import Steer, TextRequest
 from mechanex.engine.decode.row import Row
 from mechanex.engine.decode.run import decode
 from mechanex.engine.decode.slot_steering import SlotSteering
@@ -69,12 +69,12 @@ def device(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-def rows_of(requests: list[Request], ends: tuple[int, ...] = ()) -> list[Row]:
+def rows_of(requests: list[TextRequest], ends: tuple[int, ...] = ()) -> list[Row]:
     n = len(requests)
     return [Row(one, tiny_tokenizer(), ends, prompt=(i, n)) for i, one in enumerate(requests)]
 
 
-def decoded(model: Any, requests: list[Request], form: Any = "static", **options: Any) -> list[list[int]]:
+def decoded(model: Any, requests: list[TextRequest], form: Any = "static", **options: Any) -> list[list[int]]:
     rows = rows_of(requests)
     run(Decoder(adapter_for(model), 0, form=form, **options), rows)
     return [row.chosen for row in rows]
@@ -91,7 +91,7 @@ def run(decoder: Decoder, rows: list[Row]) -> None:
     decoder.detach()
 
 
-def both(model: Any, requests: list[Request]) -> None:
+def both(model: Any, requests: list[TextRequest]) -> None:
     assert decoded(model, requests) == decoded(model, requests, "rolling")
 
 
@@ -130,7 +130,7 @@ def test_tokens_are_those_of_transformers_generate(family: str, device: str) -> 
     name, _, windowed = family.partition(" ")
     model = (sliding_family(name, 8) if windowed else build(name)).to(device)
     ids = ids_of()
-    rows = rows_of([Request(one, N_NEW) for one in ids])
+    rows = rows_of([TextRequest(one, N_NEW) for one in ids])
     decoder = Decoder(adapter_for(model), 0, form="static")
     with torch.no_grad():
         _all_of(decoder, rows[:2], rows[2:], 2)
@@ -143,12 +143,14 @@ def test_tokens_are_those_of_transformers_generate(family: str, device: str) -> 
 def test_rows_that_come_and_go_get_what_calls_of_the_model_give(device: str, overlapped: bool) -> None:
     model, ids = build("llama").to(device), ids_of()
     requests = [
-        Request(ids[0], 150, logprobs=2),  # beyond the first room for columns
-        Request(ids[1], 5, Sampling("top-k", top_k=20), seed=3, frequency_penalty=3.0, presence_penalty=2.0),
-        Request(ids[2], 9, Sampling("top-p"), seed=4, steering=(Steer(1, random_edit(0), slice(3, 12)),)),
-        Request(ids[0], 1),
-        Request(ids[1], 14, frequency_penalty=4.0, logit_bias=((7, -100.0), (9, 3.0)), logprobs=0),
-        Request(ids[2], 7, Sampling("min-p"), seed=5, steering=(Steer(2, Edit.ablate(V)),)),
+        TextRequest(ids[0], 150, logprobs=2),  # beyond the first room for columns
+        TextRequest(
+            ids[1], 5, Sampling("top-k", top_k=20), seed=3, frequency_penalty=3.0, presence_penalty=2.0
+        ),
+        TextRequest(ids[2], 9, Sampling("top-p"), seed=4, steering=(Steer(1, random_edit(0), slice(3, 12)),)),
+        TextRequest(ids[0], 1),
+        TextRequest(ids[1], 14, frequency_penalty=4.0, logit_bias=((7, -100.0), (9, 3.0)), logprobs=0),
+        TextRequest(ids[2], 7, Sampling("min-p"), seed=5, steering=(Steer(2, Edit.ablate(V)),)),
     ]
     found = []
     for kind in ("static", "rolling"):
@@ -186,9 +188,9 @@ def test_rows_that_come_and_go_get_what_calls_of_the_model_give(device: str, ove
 )
 def test_steered_rows_are_steered_inside_the_step(device: str, steering: tuple[Steer, ...]) -> None:
     model, ids = build("llama").to(device), ids_of()
-    plain = [Request(one, 12) for one in ids]
-    steered = [Request(one, 12, steering=steering) for one in ids]
-    one = Request(ids[1], 12, steering=(Steer(1, random_edit(7)),))
+    plain = [TextRequest(one, 12) for one in ids]
+    steered = [TextRequest(one, 12, steering=steering) for one in ids]
+    one = TextRequest(ids[1], 12, steering=(Steer(1, random_edit(7)),))
     both(model, [plain[0], steered[0], one, steered[2], plain[1]])
     assert decoded(model, steered) != decoded(model, plain)
 
@@ -196,7 +198,7 @@ def test_steered_rows_are_steered_inside_the_step(device: str, steering: tuple[S
 def test_the_stream_that_leaves_the_last_block_is_steered_too(device: str) -> None:
     model, ids = build("llama").to(device), ids_of()
     last = adapter_for(model).n_layers
-    both(model, [Request(ids[0], 9, steering=(Steer(last, random_edit(5)),)), Request(ids[0], 9)])
+    both(model, [TextRequest(ids[0], 9, steering=(Steer(last, random_edit(5)),)), TextRequest(ids[0], 9)])
 
 
 def test_values_change_without_capturing_again(device: str) -> None:
@@ -204,7 +206,7 @@ def test_values_change_without_capturing_again(device: str) -> None:
     adapter = adapter_for(model)
 
     def run(edits: list[Edit]) -> int:
-        requests = [Request(ids[i], 9, steering=(Steer(1, e), Steer(2, e))) for i, e in enumerate(edits)]
+        requests = [TextRequest(ids[i], 9, steering=(Steer(1, e), Steer(2, e))) for i, e in enumerate(edits)]
         both(model, requests)
         return int(adapter.kept.step.graphs.captures)
 
@@ -215,25 +217,36 @@ def test_values_change_without_capturing_again(device: str) -> None:
     edits[0].bias.mul_(-1)  # the same objects, other numbers
     assert run(edits) == captures
     # Somebody else is steered, or nobody: the step with more edits serves, where there is none with fewer.
-    both(model, [Request(ids[0], 9), Request(ids[1], 9, steering=(Steer(2, edits[1]),)), Request(ids[2], 9)])
+    both(
+        model,
+        [
+            TextRequest(ids[0], 9),
+            TextRequest(ids[1], 9, steering=(Steer(2, edits[1]),)),
+            TextRequest(ids[2], 9),
+        ],
+    )
     assert adapter.kept.step.graphs.captures == captures
 
 
 def test_a_table_that_grows_is_not_that_of_steps_before(device: str) -> None:
     model, ids = build("llama").to(device), ids_of()
     many = [Steer(1, random_edit(seed)) for seed in range(11)]
-    both(model, [Request(ids[0], 5, steering=(many[0],))])
-    both(model, [Request(ids[i % 3], 5, steering=(one,)) for i, one in enumerate(many)])
+    both(model, [TextRequest(ids[0], 5, steering=(many[0],))])
+    both(model, [TextRequest(ids[i % 3], 5, steering=(one,)) for i, one in enumerate(many)])
     both(
         model,
-        [Request(ids[0], 5, steering=(Steer(1, Edit.affine(V, torch.stack([V, W]), torch.stack([W, V]))),))],
+        [
+            TextRequest(
+                ids[0], 5, steering=(Steer(1, Edit.affine(V, torch.stack([V, W]), torch.stack([W, V]))),)
+            )
+        ],
     )
-    both(model, [Request(ids[0], 5, steering=(many[3],)), Request(ids[1], 5)])
+    both(model, [TextRequest(ids[0], 5, steering=(many[3],)), TextRequest(ids[1], 5)])
 
 
 def test_a_captured_step_does_not_outlive_what_it_was_captured_of(device: str) -> None:
     model, ids = FAMILIES["llama"]().to(device), ids_of()
-    requests = [Request(one, 6) for one in ids]
+    requests = [TextRequest(one, 6) for one in ids]
     first = decoded(model, requests)
     with torch.no_grad():
         model.model.layers[0].mlp.gate_proj.weight.mul_(-1)  # in place: the step reads it anew
@@ -246,7 +259,7 @@ def test_a_captured_step_does_not_outlive_what_it_was_captured_of(device: str) -
 
 def test_hooks_of_others_are_heard_at_every_step(device: str) -> None:
     model, ids = build("llama").to(device), ids_of()
-    requests = [Request(one, 6) for one in ids]
+    requests = [TextRequest(one, 6) for one in ids]
     plain = decoded(model, requests)
     plan = SteeringPlan(
         [Intervention(1, random_edit(0), tokens=slice(-1, None)), Intervention(2, random_edit(1), rows=[1])]
@@ -269,7 +282,7 @@ def test_texts_that_were_read_are_gone_on_from(device: str, window: int | None) 
     first = list(range(20, 60))
 
     def answer(tokens: list[int], **options: Any) -> Row:
-        (row,) = rows_of([Request(tokens, 7, **options)])
+        (row,) = rows_of([TextRequest(tokens, 7, **options)])
         run(Decoder(adapter_for(model), 0, form="static", prefixes=prefixes), [row])
         return row
 
@@ -279,40 +292,42 @@ def test_texts_that_were_read_are_gone_on_from(device: str, window: int | None) 
     # Of a first prompt that is longer than the window, a layer with one never had all.
     assert two.cached_tokens >= (len(first) + 6 if window is None else 0)
     assert (
-        [two.chosen] == decoded(model, [Request(asked, 7)]) == decoded(model, [Request(asked, 7)], "rolling")
+        [two.chosen]
+        == decoded(model, [TextRequest(asked, 7)])
+        == decoded(model, [TextRequest(asked, 7)], "rolling")
     )
     short = answer(first[:18])
     again = [*first[:18], *short.chosen, 9]
-    assert [answer(again).chosen] == decoded(model, [Request(again, 7)])
+    assert [answer(again).chosen] == decoded(model, [TextRequest(again, 7)])
 
 
 def test_a_text_that_outgrew_a_window_step_by_step_is_gone_on_from(device: str) -> None:
     model, prefixes = sliding_family("mistral", 32).to(device), Prefixes(2**30)
     found = []
     for kind in ("static", "rolling"):
-        rows = rows_of([Request(list(range(20, 40)), 30)])
+        rows = rows_of([TextRequest(list(range(20, 40)), 30)])
         run(Decoder(adapter_for(model), 0, form=kind, prefixes=prefixes), rows)  # type: ignore[arg-type]
         asked = [*range(20, 40), *rows[0].chosen, 7]
-        rows = rows_of([Request(asked, 5)])
+        rows = rows_of([TextRequest(asked, 5)])
         run(Decoder(adapter_for(model), 0, form=kind, prefixes=prefixes), rows)  # type: ignore[arg-type]
         found.append((rows[0].chosen, rows[0].cached_tokens))
-        assert [rows[0].chosen] == decoded(model, [Request(asked, 5)])
+        assert [rows[0].chosen] == decoded(model, [TextRequest(asked, 5)])
     assert found[0] == (found[1][0], 49)
 
 
 def test_a_slot_with_broken_numbers_does_not_break_who_has_it_next(device: str) -> None:
     model, ids = build("llama").to(device), ids_of()
-    broken = Request(ids[2], 6, steering=(Steer(1, Edit.add(torch.full((D_MODEL,), torch.nan))),))
-    rows = rows_of([broken, Request(ids[0], 6)])
+    broken = TextRequest(ids[2], 6, steering=(Steer(1, Edit.add(torch.full((D_MODEL,), torch.nan))),))
+    rows = rows_of([broken, TextRequest(ids[0], 6)])
     decoder = Decoder(adapter_for(model), 0, form="static")
     run(decoder, rows[:1])
     run(decoder, rows[1:])
-    assert rows[1].chosen == decoded(model, [Request(ids[0], 6)], "rolling")[0]
+    assert rows[1].chosen == decoded(model, [TextRequest(ids[0], 6)], "rolling")[0]
 
 
 def test_what_is_left_for_the_next_decoder_goes_with_the_model() -> None:
     model = FAMILIES["llama"]()
-    decoded(model, [Request(ids_of()[0], 4)])
+    decoded(model, [TextRequest(ids_of()[0], 4)])
     step = weakref.ref(adapter_for(model).kept.step)
     assert step() is not None
     gone = weakref.ref(model)
@@ -326,7 +341,7 @@ def test_what_is_left_for_the_next_decoder_goes_with_the_model() -> None:
 
 def test_a_model_that_moves_or_changes_its_dtype_gets_another_cache() -> None:
     model, ids = FAMILIES["llama"](), ids_of()
-    requests = [Request(one, 6) for one in ids]
+    requests = [TextRequest(one, 6) for one in ids]
     decoded(model, requests)
     model.double()
     assert decoded(model, requests) == decoded(model, requests, "rolling")
@@ -340,7 +355,7 @@ def test_a_row_may_bring_several_columns(kind: str, device: str) -> None:
     prompts, new = ids_of()[:2], torch.tensor([[5, 6, 7], [8, 9, 11]], device=device)
     with torch.no_grad():
         decoder = Decoder(adapter, 0, form="static")
-        reading = decoder.read(rows_of([Request(one, 3) for one in prompts]))
+        reading = decoder.read(rows_of([TextRequest(one, 3) for one in prompts]))
         decoder.advance(reading)
         ((name, source),) = reading.kept.items()
         step = StaticStep(
@@ -376,17 +391,21 @@ def test_on_a_gpu_steps_are_static_and_captured() -> None:
     model = build("llama").cuda()
     adapter = adapter_for(model)
     assert form(adapter, 1) == form(adapter, 3) == "static"
-    rows = rows_of([Request(one, 20, steering=(Steer(1, Edit.clamp(V, 2.0)),)) for one in ids_of(PROMPTS)])
+    rows = rows_of(
+        [TextRequest(one, 20, steering=(Steer(1, Edit.clamp(V, 2.0)),)) for one in ids_of(PROMPTS)]
+    )
     decode(adapter, rows, 0)
     assert adapter.kept.step.graphs.failure is None and adapter.kept.step.graphs.captures >= 1
     cpu = model.cpu()
-    again = rows_of([Request(one, 20, steering=(Steer(1, Edit.clamp(V, 2.0)),)) for one in ids_of(PROMPTS)])
+    again = rows_of(
+        [TextRequest(one, 20, steering=(Steer(1, Edit.clamp(V, 2.0)),)) for one in ids_of(PROMPTS)]
+    )
     decode(adapter_for(cpu), again, 0)
     assert [row.chosen for row in rows] == [row.chosen for row in again]
 
 
 def test_the_state_of_a_model_tells_switches_from_numbers() -> None:
-    model = build("llama")
+    model = FAMILIES["llama"]()
     before = state_of(model)
     with torch.no_grad():
         model.lm_head.weight.add_(1.0)
@@ -436,7 +455,7 @@ def test_older_transformers_attend_so_inside_the_step(monkeypatch: pytest.Monkey
     monkeypatch.setattr(grouped, "_attend", counted)
     monkeypatch.setattr(grouped, "_NAME", "counted")
     model = build("llama")
-    both(model, [Request(one, 5) for one in ids_of()])
+    both(model, [TextRequest(one, 5) for one in ids_of()])
     assert len(calls) == 4 * adapter_for(model).n_layers
     assert model.config._attn_implementation == "sdpa"
 
@@ -445,9 +464,9 @@ def test_applied_plans_are_part_of_the_step(device: str) -> None:
     model, ids = build("llama").to(device), ids_of()
     adapter = adapter_for(model)
     requests = [
-        Request(ids[0], 8),
-        Request(ids[1], 8, steering=(Steer(1, random_edit(5)),)),
-        Request(ids[2], 8),
+        TextRequest(ids[0], 8),
+        TextRequest(ids[1], 8, steering=(Steer(1, random_edit(5)),)),
+        TextRequest(ids[2], 8),
     ]
     plain = decoded(model, requests)
     first = SteeringPlan([Intervention(1, random_edit(0)), Intervention(2, Edit.clamp(V, 2.0), rows=[0, 1])])
@@ -465,7 +484,7 @@ def test_a_plan_that_comes_while_rows_are_decoded_counts_from_the_next_step(devi
     model, ids = build("llama").to(device), ids_of()
     found = []
     for kind in ("static", "rolling"):
-        rows = rows_of([Request(one, 9) for one in ids])
+        rows = rows_of([TextRequest(one, 9) for one in ids])
         decoder = Decoder(adapter_for(model), 0, form=kind, overlapped=False)  # type: ignore[arg-type]
         with torch.no_grad():
             reading = decoder.read(rows)
@@ -480,7 +499,7 @@ def test_a_plan_that_comes_while_rows_are_decoded_counts_from_the_next_step(devi
                 decoder.step()
         decoder.close()
         found.append([row.chosen for row in rows])
-    assert found[0] == found[1] != decoded(model, [Request(one, 9) for one in ids])
+    assert found[0] == found[1] != decoded(model, [TextRequest(one, 9) for one in ids])
 
 
 def test_writes_that_torch_does_not_count_reach_the_next_run(device: str) -> None:
@@ -495,7 +514,7 @@ def test_writes_that_torch_does_not_count_reach_the_next_run(device: str) -> Non
         (plain, lambda: plain.bias.data.mul_(-2)),
         (inferred, lambda: inferred.bias.mul_(-2)),
     ):
-        requests = [Request(ids[0], 8, steering=(Steer(1, edit),))]
+        requests = [TextRequest(ids[0], 8, steering=(Steer(1, edit),))]
         both(model, requests)
         with torch.inference_mode():
             write()
@@ -509,7 +528,7 @@ def test_edits_that_are_written_to_while_rows_are_decoded_count_at_once(device: 
     for kind in ("static", "rolling"):
         edit = Edit.add(V.clone())
         steering = () if planned else (Steer(1, edit),)
-        rows = rows_of([Request(one, 12, steering=steering) for one in ids])
+        rows = rows_of([TextRequest(one, 12, steering=steering) for one in ids])
         decoder = Decoder(adapter_for(model), 0, form=kind, overlapped=False)  # type: ignore[arg-type]
         with torch.no_grad(), SteeringPlan([Intervention(1, edit)] if planned else []).apply(model):
             reading = decoder.read(rows)
@@ -530,13 +549,13 @@ def test_a_plan_on_a_compiled_model_is_applied_once(device: str) -> None:
     model, ids = FAMILIES["llama"]().to(device), ids_of()
     model.compile(backend="eager")
     with SteeringPlan([Intervention(1, random_edit(0)), Intervention(2, random_edit(1))]).apply(model):
-        both(model, [Request(one, 8) for one in ids])
+        both(model, [TextRequest(one, 8) for one in ids])
     torch.compiler.reset()
 
 
 def test_hooks_on_all_modules_are_heard(device: str) -> None:
     model, ids = build("llama").to(device), ids_of()
-    requests = [Request(ids[0], 6)]
+    requests = [TextRequest(ids[0], 6)]
     decoded(model, requests)
     seen: list[int] = []
     head = model.get_output_embeddings()
@@ -571,7 +590,7 @@ def test_settings_and_functions_of_a_model_are_part_of_its_state() -> None:
 def test_room_that_takes_much_memory_is_not_taken_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(static, "total_bytes", lambda _: 2**20)
     model, ids = FAMILIES["llama"](), [list(range(3, 150))] * 9
-    rows = rows_of([Request(one, 50) for one in ids])
+    rows = rows_of([TextRequest(one, 50) for one in ids])
     decoder = Decoder(adapter_for(model), 0, form="static")
     with torch.no_grad():
         reading = decoder.read(rows)
@@ -583,7 +602,7 @@ def test_room_that_takes_much_memory_is_not_taken_beforehand(monkeypatch: pytest
         while decoder.rows:
             decoder.step()
     decoder.close()
-    assert rows[0].chosen == decoded(model, [Request(ids[0], 50)], "rolling")[0]
+    assert rows[0].chosen == decoded(model, [TextRequest(ids[0], 50)], "rolling")[0]
 
 
 def test_prefixes_do_not_survive_what_is_written_to_plans_and_weights() -> None:
@@ -591,7 +610,7 @@ def test_prefixes_do_not_survive_what_is_written_to_plans_and_weights() -> None:
     edit = Edit.add(V.clone())
 
     def answer() -> Row:
-        (row,) = rows_of([Request(first, 5)])
+        (row,) = rows_of([TextRequest(first, 5)])
         run(Decoder(adapter_for(model), 0, form="rolling", prefixes=prefixes), [row])
         return row
 

@@ -9,7 +9,8 @@ from test_steer_op import widened
 from tolerances import assert_within
 
 from mechanex import backends
-from mechanex.backends import native_cuda, reference
+from mechanex.backends import reference
+from mechanex.backends.native import modules
 from mechanex.errors import ValidationError
 from mechanex.ops.steer import steer
 
@@ -152,7 +153,7 @@ def test_a_graph_can_hold_the_call(backend: str) -> None:
 
 @NEEDS_NATIVE
 def test_what_cuda_refuses_is_an_exception_with_its_words() -> None:
-    module = native_cuda._module()
+    module = modules.cuda()
     with pytest.raises(RuntimeError, match="cudaSetDevice: invalid device ordinal"):
         module.steer(0, 0, 1, 4, 0, 4, 0, 4, 0, 0, 0, 0, 0, 1, 0, 99, 0)
     with pytest.raises(ValueError, match="no kernel for rows of dtype code 0 and edits of 2"):

@@ -22,8 +22,9 @@ from tolerances import assert_within
 from torch import Tensor
 
 from mechanex import backends
-from mechanex.backends import native, native_cuda, reference
+from mechanex.backends import native, reference
 from mechanex.backends import triton as backend
+from mechanex.backends.native import modules
 from mechanex.errors import ValidationError
 from mechanex.ops.steer import steer
 
@@ -122,7 +123,7 @@ def test_the_second_launch_of_a_kind_goes_to_the_compiled_kernel_itself(
     kernels: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = backend._kernel("launch")
-    monkeypatch.setattr(module, "_stream_getter", lambda: lambda device: 5)
+    monkeypatch.setattr(module, "stream_of", lambda device: 5)
     calls: list[tuple[object, ...]] = []
 
     class Compiled:
@@ -301,7 +302,7 @@ def test_what_the_kernels_refuse_and_why(kernels: SimpleNamespace, device: str) 
 @outside_the_interpreter
 def test_auto_takes_triton_on_a_gpu_but_leaves_additions_to_torch_and_small_calls_to_native() -> None:
     args = SteerCase(4, 16, n_edits=2, rank=1, rows="mixed").make(torch.float32, "cuda")
-    small = backend.steer if native_cuda.missing() else native.steer
+    small = backend.steer if modules.missing_cuda() else native.steer
     assert backends.kernel("steer", "auto", *args) is small
     assert backends.gradients("steer", "auto", *args) is backend.steer_gradients
     many = args[0].expand(backends.LAUNCH_BOUND // 64 + 1, 4, 16).reshape(-1, 16)

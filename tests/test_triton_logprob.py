@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from optable import DTYPES, LOGPROB_CASES, LogprobArgs, LogprobCase, pairs
+from optable import DTYPES, LOGPROB_CASES, LogprobArgs, LogprobCase, pairs, with_head
 from test_logprob_op import assert_close, assert_matches_oracle, both, wide
 from test_triton import LONG, on_each_device, outside_the_interpreter, python
 from tolerances import logprob_bounds
 from torch import Tensor
 
-from mechanex.backends import reference, triton, triton_logprob
+from mechanex.backends import reference, triton
 from mechanex.errors import ValidationError
 from mechanex.ops.logprob import completion_logprob
 
@@ -32,11 +32,15 @@ SMALL = [case for case in LOGPROB_CASES if case.n_rows * case.n_vocab <= 4000 an
 def kernels() -> SimpleNamespace:
     """What the files in `kernels/` offer."""
     module = triton._kernel("logprob")
-    return SimpleNamespace(module=module, logprob=module.logprob, Tile=module.Tile)
+
+    def logprob(*args: object, **tile: object) -> tuple[Tensor, Tensor]:
+        return module.logprob(*with_head(args), **tile)
+
+    return SimpleNamespace(module=module, logprob=logprob, Tile=module.Tile)
 
 
 def assert_forward(got: tuple[Tensor, Tensor], args: LogprobArgs) -> None:
-    truth, lse = reference.completion_logprob(*wide(args))
+    truth, lse = reference.completion_logprob(*with_head(wide(args)))
     allowed, _ = logprob_bounds(args, truth)
     assert_close(got[0], truth, allowed)
     assert_close(got[1], lse, allowed)
@@ -143,7 +147,7 @@ def test_tokens_ruled_out_by_their_bias(dtype: torch.dtype, with_gradient: bool,
     few = wide((hidden.detach()[:1], weight[kept], target[:1] - 200, None, *rest))
     close = 2e-2 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(
-        out[:1].double(), reference.completion_logprob(*few)[0], rtol=close, atol=close
+        out[:1].double(), reference.completion_logprob(*with_head(few))[0], rtol=close, atol=close
     )
     assert out[1:].tolist() == [-torch.inf] * 2
 
@@ -198,14 +202,14 @@ def test_a_lazily_negated_view_is_refused(device: str) -> None:
 
 @on_each_device
 def test_one_kernel_multiplies_and_reduces_where_that_pays(device: str) -> None:
-    few, many = triton_logprob._FLOAT_ROWS, triton_logprob._FLOAT_ROWS + 1
+    few, many = triton._FLOAT_ROWS, triton._FLOAT_ROWS + 1
     for n_rows, dtype, fused in (
         *((many, dtype, True) for dtype in HALF),
         (few, torch.float32, True),
         (many, torch.float32, False),
         (few, torch.float64, False),
     ):
-        assert triton_logprob.fuses(torch.zeros(n_rows, 4, dtype=dtype, device=device)) is fused
+        assert triton.fuses(torch.zeros(n_rows, 4, dtype=dtype, device=device)) is fused
 
 
 @on_each_device
@@ -244,7 +248,8 @@ def compile_only(self, *args, grid, warmup, **options):
 
 JITFunction.run = compile_only
 from mechanex.backends import triton
-from optable import LogprobCase
+from optable import LogprobCase, with_head
+from mechanex.ops.head import Head
 logprob, reduce = triton._kernel("logprob").logprob, triton._kernel("logprob_reduce").reduce
 CASES = (
     LogprobCase(20, 47, 123, True, softcap=5.0), LogprobCase(200, 256, 512, True, layout="transposed"),
@@ -255,12 +260,12 @@ for name in sys.argv[3:]:
     for case in CASES[: int(sys.argv[2])]:
         hidden, weight, target, bias, *numbers = case.make(dtype)
         if dtype is not torch.float64:
-            logprob(hidden, weight, target, bias, *numbers)
+            logprob(*with_head((hidden, weight, target, bias, *numbers)))
         kept = [torch.zeros(case.n_rows, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2)]
         for with_slope in (False, True):
             columns = 1 if case.n_vocab == 1 else 300
-            reduce(weight[:, :1].expand(-1, columns).contiguous(), bias if bias is None else bias[:1].expand(columns),
-                   0, target, *kept, *numbers, with_slope)
+            head = Head(weight, bias if bias is None else bias[:1].expand(columns), *numbers)
+            reduce(head, weight[:, :1].expand(-1, columns).contiguous(), 0, target, *kept, with_slope)
 print(sorted(compiled), all(all(found) for found in compiled.values()), max(shared) <= 99 * 1024)
 """
 

@@ -61,8 +61,8 @@ for case in MANY_CASES[2:12:3][-int(sys.argv[2]):]:
 sae = triton._kernel("sae")
 for case in SAE_CASES[2:5]:
     for encoder in (torch.float32, torch.bfloat16, torch.int8):
-        sae.features(*case.make(torch.bfloat16, encoder))
-        sae.top_features(*case.make_top(torch.float32, encoder))
+        sae.features(*case.encoder(torch.bfloat16, encoder))
+        sae.top_features(*case.encoder(torch.float32, encoder), case.k, case.signed)
 print(sorted(compiled), all(all(found) for found in compiled.values()))
 """
 

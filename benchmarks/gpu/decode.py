@@ -32,8 +32,8 @@ from record import Record, arguments, has_device
 from served import RequestOf, clients, first_token, scheduled
 from transformers import LlamaForCausalLM
 
+from mechanex.engine.capabilities.decoding import form
 from mechanex.engine.decode.decoder import Decoder
-from mechanex.engine.decode.probe import form
 from mechanex.engine.decode.request import Steer, TextRequest
 from mechanex.engine.decode.row import Row
 from mechanex.engine.hooks import Intervention, SteeringPlan

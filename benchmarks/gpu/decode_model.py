@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
-from mechanex.engine.decode.request import Request, Steer
+from mechanex.engine.decode.request import Steer, TextRequest
 from mechanex.engine.decode.row import Row
 from mechanex.engine.decode.run import decode
 from mechanex.engine.intervention import Edit
@@ -98,7 +98,7 @@ def ours(
     rows = []
     for i, ids in enumerate(given):
         steering = tuple(Steer(layer, edits[i % len(edits)]) for layer in range(adapter.n_layers) if edits)
-        rows.append(Row(Request(ids, n_tokens, steering=steering), Letters(), (), prompt=(i, len(given))))
+        rows.append(Row(TextRequest(ids, n_tokens, steering=steering), Letters(), (), prompt=(i, len(given))))
     times: list[float] = []
 
     def tell(_: object) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import mechanex
-from mechanex.backends import native_cuda
+from mechanex.backends.native import modules
 
 Row = dict[str, object]
 
@@ -151,14 +151,14 @@ def machine(device: str) -> Row:
         **{package: version_of(package) for package in _PACKAGES},
     }
     if device == "cuda":
-        built = native_cuda.missing() is None
+        built = modules.missing_cuda() is None
         properties = torch.cuda.get_device_properties(0)
         about |= {
             "device": properties.name,
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30),
-            "driver_serves_cuda": native_cuda._module().driver_version() if built else None,
-            "native": native_cuda.describe() if built else native_cuda.missing(),
+            "driver_serves_cuda": modules.cuda().driver_version() if built else None,
+            "native": modules.describe_cuda() if built else modules.missing_cuda(),
         }
     return about
 

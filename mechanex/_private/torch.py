@@ -21,7 +21,7 @@ __all__ = [
     "is_compiled",
     "parallel_for_address",
     "remove_hook",
-    "stream_getter",
+    "stream_of",
     "transforms_are_active",
     "tree_flatten",
     "tree_unflatten",
@@ -53,13 +53,13 @@ def writes(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def stream_getter() -> Callable[[int], int]:
-    """From a CUDA device's index to its current stream, as a raw pointer.
+stream_of: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
+    lambda device: torch.cuda.current_stream(device).cuda_stream
+)
+"""From a CUDA device's index to its current stream, as a raw pointer.
 
-    A tenth of the cost of ``torch.cuda.current_stream``, which makes a Stream object; torch's own compiler uses it.
-    """
-    raw: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    return raw or (lambda device: torch.cuda.current_stream(device).cuda_stream)
+A tenth of the cost of ``torch.cuda.current_stream``, which makes a Stream object; torch's own compiler uses it.
+"""
 
 
 def exchange_table() -> object | None:

@@ -11,8 +11,7 @@ import functools
 import logging
 import operator
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -21,20 +20,8 @@ from torch import Tensor
 
 from mechanex.errors import MechanexError, ValidationError
 
-from . import (
-    eager,
-    eager_logprob,
-    eager_sae,
-    native,
-    native_cuda,
-    native_logprob,
-    native_many,
-    native_sae,
-    reference,
-    triton,
-    triton_logprob,
-    triton_sae,
-)
+from . import eager, native, reference, triton
+from .backend import Backend, Kernel
 
 __all__ = [
     "Backend",
@@ -54,141 +41,7 @@ __all__ = [
 _LOG = logging.getLogger(__name__)
 
 
-def _never(*args: Any) -> str | None:
-    return None
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One op of one backend.
-
-    Attributes:
-        run: computes the op; its arguments are the op's, already checked.
-        refuses: why it can't serve these arguments, or None.
-        declines: why it leaves these arguments to plain torch under ``auto`` (torch is faster), or None.
-        gradients: computes gradients that ``run`` itself can't give, or None where plain torch does.
-        with_slope: as ``run``, with one more result from which a gradient is a multiplication; None: there is none.
-    """
-
-    run: Callable[..., Any]
-    refuses: Callable[..., str | None] = _never
-    declines: Callable[..., str | None] = _never
-    gradients: Callable[..., Any] | None = None
-    with_slope: Callable[..., Any] | None = None
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One way to compute the ops.
-
-    Attributes:
-        name: what ``MECHANEX_BACKEND`` and ``backend=`` call it.
-        summary: one line for people.
-        devices: torch device types that it serves; empty for every one.
-        ops: op name to kernel.
-        missing: what it lacks on this machine and how to get it, or None when it runs.
-        describe: what it found here, for people.
-        missing_on: device type to what it lacks for that one device, where it may run without it.
-    """
-
-    name: str
-    summary: str
-    devices: tuple[str, ...]
-    ops: Mapping[str, Kernel]
-    missing: Callable[[], str | None] = _never
-    describe: Callable[[], str] | None = None
-    missing_on: Mapping[str, Callable[[], str | None]] = field(default_factory=dict)
-
-    def lacks(self, device: str) -> str | None:
-        """What it lacks to serve tensors on ``device``, a torch device type, or None."""
-        if self.devices and device not in self.devices:
-            return f"it serves tensors on {', '.join(self.devices)}"
-        return self.missing() or self.missing_on.get(device, _never)()
-
-
-_REGISTRY = {
-    backend.name: backend
-    for backend in (
-        Backend(
-            "reference",
-            "the oracle of the tests; slow",
-            (),
-            {
-                "steer": Kernel(reference.steer),
-                "steer_many": Kernel(reference.steer_many),
-                "completion_logprob": Kernel(
-                    reference.completion_logprob, gradients=reference.completion_logprob_gradients
-                ),
-                "sae_features": Kernel(reference.sae_features),
-                "sae_top_features": Kernel(reference.sae_top_features),
-            },
-        ),
-        Backend(
-            "eager",
-            "plain torch",
-            (),
-            {
-                "steer": Kernel(eager.steer),
-                "steer_many": Kernel(eager.steer_many),
-                "completion_logprob": Kernel(
-                    eager_logprob.OP.run,
-                    gradients=eager_logprob.OP.gradients,
-                    with_slope=eager_logprob.OP.with_slope,
-                ),
-                "sae_features": Kernel(eager_sae.sae_features),
-                "sae_top_features": Kernel(eager_sae.sae_top_features),
-            },
-        ),
-        Backend(
-            "native",
-            "compiled kernels",
-            ("cpu", "cuda"),
-            {
-                "steer": Kernel(native.steer, native.refuses_steer, native.declines_steer),
-                "steer_many": Kernel(native_many.steer_many, native_many.refuses_steer_many),
-                "completion_logprob": Kernel(
-                    native_logprob.OP.run,
-                    gradients=native_logprob.OP.gradients,
-                    with_slope=native_logprob.OP.with_slope,
-                ),
-                "sae_features": Kernel(
-                    native_sae.sae_features, native_sae.refuses, native_sae.declines_many_rows
-                ),
-                "sae_top_features": Kernel(
-                    native_sae.sae_top_features, native_sae.refuses, native_sae.declines_many_rows
-                ),
-            },
-            native.missing,
-            native.describe,
-            {"cuda": native_cuda.missing},
-        ),
-        Backend(
-            "triton",
-            "Triton kernels for GPUs",
-            triton.devices(),
-            {
-                "steer": Kernel(
-                    triton.steer, triton.refuses_steer, triton.declines_steer, triton.steer_gradients
-                ),
-                "steer_many": Kernel(triton.steer_many, triton.refuses_steer_many),
-                "completion_logprob": Kernel(
-                    triton_logprob.completion_logprob,
-                    triton_logprob.refuses_completion_logprob,
-                    gradients=triton_logprob.OP.gradients,
-                    with_slope=triton_logprob.OP.with_slope,
-                ),
-                "sae_features": Kernel(
-                    triton_sae.sae_features, triton_sae.refuses, triton_sae.declines_many_rows
-                ),
-                "sae_top_features": Kernel(
-                    triton_sae.sae_top_features, triton_sae.refuses, triton_sae.declines_many_rows
-                ),
-            },
-            triton.missing,
-            triton.describe,
-        ),
-    )
-}
+_REGISTRY = {b.name: b for b in (reference.BACKEND, eager.BACKEND, native.BACKEND, triton.BACKEND)}
 
 # What `auto` tries on a device, first to last; eager ends every list.
 _AUTO = {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")}
@@ -286,8 +139,8 @@ def selection() -> str:
         f"{native.TORCH_TABLE} numbers: eager",
         "completion_logprob: no size is left to eager; whole logits and torch.log_softmax save tens of microseconds a "
         "call up to about 2^18 logits, and lose the digits of 1 − p",
-        f"sae_features and sae_top_features: eager from {triton_sae.TORCH_ROWS} rows on a GPU, and on a CPU from "
-        + ", ".join(f"{n} ({str(t).removeprefix('torch.')})" for t, n in native_sae.TORCH_ROWS.items()),
+        f"sae_features and sae_top_features: eager from {triton.TORCH_ROWS} rows on a GPU, and on a CPU from "
+        + ", ".join(f"{n} ({str(t).removeprefix('torch.')})" for t, n in native.TORCH_ROWS.items()),
     ]
     return "\n".join(lines)
 
@@ -299,7 +152,7 @@ def prefers_torch() -> bool:
 
 def kernel(op: str, name: str | None, tensor: Tensor, *rest: Any) -> Callable[..., Tensor]:
     """The function that computes ``op``, one with a single result: ``run`` of what :func:`select` gives."""
-    return select(op, name, tensor, *rest).run
+    return _select(op, name, True, tensor, *rest).run
 
 
 def gradients(
@@ -332,10 +185,10 @@ def _select(op: str, name: str | None, by_size: bool, tensor: Tensor, *rest: Any
     """As :func:`select`; the size of a call counts where asked for: gradients keep to the kernels that repeat bits."""
     chosen = name or _setting or active()
     if chosen == "auto":
-        native_first = by_size and op in _BY_SIZE and _is_native_quicker(op, tensor, rest[0], rest[2])
-        quick = _native(op) if native_first and tensor.is_cuda else None
-        if quick and quick.refuses(tensor, *rest) is None and quick.declines(tensor, *rest) is None:
-            return quick
+        if tensor.is_cuda and by_size and op in _BY_SIZE and _is_native_quicker(op, tensor, rest[0], rest[2]):
+            quick = _native(op)
+            if quick and quick.refuses(tensor, *rest) is None and quick.declines(tensor, *rest) is None:
+                return quick
         for candidate in _candidates(op, tensor.device.type):
             if candidate.refuses(tensor, *rest) is None and candidate.declines(tensor, *rest) is None:
                 return candidate
@@ -381,7 +234,7 @@ def direct_steer(
             return None
     elif chosen != "native":
         return None
-    return native_cuda.direct()
+    return native.direct()
 
 
 _is_on_gpu = operator.attrgetter("is_cuda")

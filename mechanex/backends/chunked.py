@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from mechanex.errors import ValidationError
+from mechanex.ops.head import Head
 
-from .eager import compute_dtype, without_autocast
-from .products import wide_product, widens
+from .arithmetic import compute_dtype, wide_product, widens, without_autocast
+from .backend import Kernel
 
-__all__ = ["Chunked", "Head", "Reduce", "check_target"]
+__all__ = ["Chunked", "Reduce", "check_target"]
 
 # Rows of a block, logits of a chunk, columns of a chunk. On a CPU the chunk stays in the cache between the product and
 # the reduction, and one row of it in the first level; elsewhere few launches count for more.
@@ -37,37 +38,11 @@ _COLUMNS_CPU = 1 << 13
 _FLOAT16_UNIT = 2.0**15
 
 
-@dataclass(frozen=True)
-class Head:
-    """From hidden states to the logits that are compared: ``coldness·softcap·tanh(scale·(Wh + bias)/softcap)``.
-
-    Attributes:
-        weight: ``[V, d]``.
-        bias: ``[V]`` or None.
-        scale, softcap, coldness: as in :func:`mechanex.ops.logprob.completion_logprob`.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
-    coldness: float
-
-    def logits(self, products: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Logits of the products ``Wh``, and the derivative that the softcap adds to the chain (None: 1)."""
-        logits = products if bias is None else products + bias.to(products.dtype)
-        if self.softcap is None:
-            slope = self.scale * self.coldness
-            return logits if slope == 1 else logits * slope, None
-        bounded = torch.tanh(logits * (self.scale / self.softcap))
-        return bounded * (self.softcap * self.coldness), 1 - bounded * bounded
-
-
 # Folds a chunk of products `[n, c]`, which it may overwrite, into each row's running maximum and sum over the tokens
 # that are not its target: (head, products, first token, target, maximum, total, with_slope). With a slope the products
 # become exp(logit − maximum) times the softcap's derivative, 0 at the target, and the result, `[n]`, is what sums that
 # were taken under the former maximum must be multiplied by.
-Reduce = Callable[["Head", Tensor, int, Tensor, Tensor, Tensor, bool], "Tensor | None"]
+Reduce = Callable[[Head, Tensor, int, Tensor, Tensor, Tensor, bool], "Tensor | None"]
 
 
 @dataclass(frozen=True)
@@ -83,49 +58,22 @@ class Chunked:
 
     reduce: Reduce
 
-    def run(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        softcap: float | None,
-        coldness: float,
-    ) -> tuple[Tensor, Tensor]:
+    def run(self, hidden: Tensor, head: Head, target: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and log-sum-exps, ``[N]`` each; see :mod:`mechanex.backends.reference`."""
-        return _walk(self.reduce, hidden, target, Head(weight, bias, scale, softcap, coldness), None)
+        return _walk(self.reduce, hidden, head, target, None)
 
-    def with_slope(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        softcap: float | None,
-        coldness: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def with_slope(self, hidden: Tensor, head: Head, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As :meth:`run`, and each row's gradient for its hidden state, ``[N, d]``, float32 or float64."""
         slope = hidden.new_empty(hidden.shape, dtype=compute_dtype(hidden))
-        head = Head(weight, bias, scale, softcap, coldness)
-        return *_walk(self.reduce, hidden, target, head, slope), slope
+        return *_walk(self.reduce, hidden, head, target, slope), slope
 
-    def gradients(
-        self,
-        grad: Tensor,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        lse: Tensor,
-        scale: float,
-        softcap: float | None,
-        coldness: float,
-    ) -> Tensor:
+    def gradients(self, grad: Tensor, hidden: Tensor, head: Head, target: Tensor, lse: Tensor) -> Tensor:
         """The gradient for ``hidden``, from a walk of its own."""
-        slope = self.with_slope(hidden, weight, target, bias, scale, softcap, coldness)[2]
-        return slope.mul_(grad.unsqueeze(1)).to(hidden.dtype)
+        return self.with_slope(hidden, head, target)[2].mul_(grad.unsqueeze(1)).to(hidden.dtype)
+
+    def kernel(self) -> Kernel:
+        """The op, as a backend offers it."""
+        return Kernel(self.run, gradients=self.gradients, with_slope=self.with_slope)
 
 
 def check_target(target: Tensor, n_vocab: int) -> None:
@@ -142,7 +90,7 @@ def check_target(target: Tensor, n_vocab: int) -> None:
 
 @without_autocast
 def _walk(
-    reduce: Reduce, hidden: Tensor, target: Tensor, head: Head, slope: Tensor | None
+    reduce: Reduce, hidden: Tensor, head: Head, target: Tensor, slope: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     n_rows, n_vocab = hidden.shape[0], head.weight.shape[0]
     if target.device.type == "cpu":
@@ -152,18 +100,18 @@ def _walk(
         return nothing, nothing.clone()
     products = _Products(min(n_rows, _ROWS), hidden, head.weight)
     if n_rows <= _ROWS:
-        return _walk_block(reduce, products, hidden, target, head, slope)
+        return _walk_block(reduce, products, hidden, head, target, slope)
     parts = []
     for start in range(0, n_rows, _ROWS):
         rows = slice(start, start + _ROWS)
         part = None if slope is None else slope[rows]
-        parts.append(_walk_block(reduce, products, hidden[rows], target[rows], head, part))
+        parts.append(_walk_block(reduce, products, hidden[rows], head, target[rows], part))
     logprob, lse = (torch.cat(kept) for kept in zip(*parts, strict=True))
     return logprob, lse
 
 
 def _walk_block(
-    reduce: Reduce, products: _Products, hidden: Tensor, target: Tensor, head: Head, slope: Tensor | None
+    reduce: Reduce, products: _Products, hidden: Tensor, head: Head, target: Tensor, slope: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One block of rows; the slope is written."""
     wide = compute_dtype(hidden)
@@ -182,7 +130,7 @@ def _walk_block(
     index = target if target.device.type == "cpu" else target.clamp(0, n_vocab - 1)
     direction = head.weight.index_select(0, index).to(wide)
     bias = None if head.bias is None else head.bias.index_select(0, index)
-    own, bend = head.logits((hidden.to(wide) * direction).sum(1), bias)
+    own, bend = head.bounded((hidden.to(wide) * direction).sum(1), bias)
     if index is not target:
         own = own.masked_fill(index != target, math.nan)
     # An infinite logit is an overflow, not a certainty.

@@ -1,76 +1,46 @@
-"""Fast plain torch: every op on any device that torch serves, differentiable to any order.
+"""Fast plain torch: every op on any device that torch serves; edits are differentiable to any order.
 
 A row picks its edit in one of two ways. Few edits: multiply every row by all of them and keep its own
-(`_MASKED_MAX` bounds the waste). Many edits: gather each row's own table, a bounded number of rows at a time.
+(`_MASKED_MAX` bounds the waste). Many edits: gather each row's own table, a bounded number of rows at a time. Of a
+sparse autoencoder's encoder a piece at a time is widened, never the whole.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from mechanex.errors import ValidationError
-from mechanex.ops.gate import NONE, NORM, RELU, SIGMOID, STEP, Gate
+from mechanex.ops.encoder import FeatureEncoder
+from mechanex.ops.gate import NORM, Gate, openings, with_norm_of
+from mechanex.ops.head import Head
+
+from .arithmetic import check_rows, compute_dtype, many_dtype, without_autocast
+from .backend import Backend, Kernel
+from .chunked import Chunked
 
 __all__ = [
+    "BACKEND",
+    "LOGPROB",
     "bias_gradient",
-    "check_rows",
-    "compute_dtype",
-    "many_dtype",
-    "openings",
+    "logprobs_of_whole_logits",
+    "sae_features",
+    "sae_top_features",
     "steer",
     "steer_many",
     "steer_many_unchecked",
     "table_gradients",
-    "with_norm_of",
-    "without_autocast",
+    "top_of",
 ]
 
 # Up to this many edits, one matrix product with all of them beats reading a gathered table.
 _MASKED_MAX = 32
 # Elements of a gathered table that are alive at once.
 _GATHER_ELEMENTS = 1 << 24
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Keep autocast from turning the float32 products of ``function`` into half precision."""
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
-            return function(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return function(*args, **kwargs)
-
-    return run
-
-
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype of the arithmetic: float64 if any tensor is, float32 otherwise."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype is torch.float64:
-            return torch.float64
-    return torch.float32
-
-
-def check_rows(rows: Tensor, n_edits: int) -> None:
-    """Raise :class:`ValidationError` when a value of ``rows`` is outside ``[-1, n_edits)``; a GPU waits."""
-    if rows.numel() == 0:
-        return
-    low, high = (int(v) for v in torch.aminmax(rows))
-    if low < -1 or high >= n_edits:
-        raise ValidationError(
-            f"rows has values from {low} to {high}, but the table holds {n_edits} edit(s): "
-            f"give -1 (no edit) or an index from 0 to {n_edits - 1}"
-        )
+# Numbers of an encoder that are held widened, and of products that are held, at once.
+_PIECE = 1 << 22
 
 
 @without_autocast
@@ -114,19 +84,6 @@ def steer(
         return edited
     outside = ((rows < -1) | (rows >= n_edits)).unsqueeze(1)
     return edited.masked_fill(outside, float("nan"))
-
-
-def many_dtype(
-    hidden: Tensor,
-    strength: Tensor | None,
-    bias: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    gate: Gate | None,
-) -> torch.dtype:
-    """The dtype of the arithmetic of :func:`steer_many`."""
-    gates = () if gate is None else (gate.weight, gate.offset)
-    return compute_dtype(hidden, strength, bias, left, right, *gates)
 
 
 def steer_many(
@@ -203,21 +160,6 @@ def _edited(
     if kinds is not None:
         y = torch.where((kinds == NORM).unsqueeze(1), with_norm_of(x, y), y)
     return torch.where((rows >= 0).unsqueeze(1), y, x)
-
-
-def openings(kinds: Tensor, q: Tensor) -> Tensor:
-    """What gates of these kinds ``[T]`` make of ``q`` ``[T]``; NaN for an unknown kind."""
-    opening = torch.where((kinds == NONE) | (kinds == NORM), 1.0, torch.full_like(q, float("nan")))
-    opening = torch.where(kinds == STEP, (q > 0).to(q.dtype), opening)
-    opening = torch.where(kinds == SIGMOID, q.sigmoid(), opening)
-    return torch.where(kinds == RELU, q.relu(), opening)
-
-
-def with_norm_of(x: Tensor, y: Tensor) -> Tensor:
-    """Rows of ``y`` scaled to the norms of those of ``x``, both ``[T, d]``; zero rows stay zero."""
-    before, after = (torch.linalg.vector_norm(t, dim=1, keepdim=True) for t in (x, y))
-    none = after == 0
-    return y * torch.where(none, 1.0, before / torch.where(none, 1.0, after))
 
 
 @without_autocast
@@ -327,3 +269,119 @@ def _accumulate(coordinates: Tensor, index: Tensor, x: Tensor, shape: torch.Size
 
 def _rows_at_once(rank: int, width: int) -> int:
     return max(1, _GATHER_ELEMENTS // max(1, rank * width))
+
+
+def _reduce(
+    head: Head, products: Tensor, first: int, target: Tensor, maximum: Tensor, total: Tensor, with_slope: bool
+) -> Tensor | None:
+    """See :data:`mechanex.backends.chunked.Reduce`."""
+    bias = None if head.bias is None else head.bias[first : first + products.shape[1]]
+    logits, bend = head.bounded(products.to(maximum.dtype), bias)
+    local = target.unsqueeze(1) - first
+    inside = (local >= 0) & (local < products.shape[1])
+    local = local.clamp(0, products.shape[1] - 1)
+    logits.scatter_(1, local, logits.gather(1, local).masked_fill(inside, -math.inf))
+    highest = torch.maximum(maximum, logits.amax(1))
+    # While every logit is −inf, any finite number serves: each share is 0.
+    reference = highest.masked_fill(highest == -math.inf, 0)
+    factor = torch.exp(maximum - reference)
+    shares = logits.sub_(reference.unsqueeze(1)).exp_()
+    total.mul_(factor).add_(shares.sum(1))
+    maximum.copy_(highest)
+    if not with_slope:
+        return None
+    products.copy_(shares if bend is None else shares.mul_(bend))
+    return factor
+
+
+LOGPROB = Chunked(_reduce)
+
+
+@without_autocast
+def logprobs_of_whole_logits(hidden: Tensor, head: Head, target: Tensor) -> Tensor:
+    """The log-probabilities as mathematics: every logit is stored, and torch may differentiate and transform it."""
+    wide = compute_dtype(hidden)
+    logits, _ = head.bounded(hidden.to(wide) @ head.weight.to(wide).T, head.bias)
+    return torch.log_softmax(logits, -1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+
+
+@without_autocast
+def sae_features(hidden: Tensor, encoder: FeatureEncoder) -> Tensor:
+    """See :func:`mechanex.backends.reference.sae_features`."""
+    x = hidden.to(encoder.dtype_for(hidden))
+    found = [_said(x, part) for _, part in _pieces(encoder, encoder.weight.shape[1])]
+    if len(found) == 1:
+        return found[0]
+    return torch.cat(found, 1) if found else x.new_empty(x.shape[0], 0)
+
+
+def _said(x: Tensor, encoder: FeatureEncoder) -> Tensor:
+    """What features say."""
+    products = _products(x, encoder)
+    z = products + encoder.bias.to(x.dtype)
+    said = z
+    if encoder.gain is not None and encoder.offset is not None:
+        said = products * encoder.gain.to(z) + encoder.offset.to(z)
+    level: Tensor | float = 0.0 if encoder.threshold is None else encoder.threshold.to(z)
+    # 0 · NaN is NaN and 0 · z is 0 for every number: what is shut says 0, and NaN stays.
+    return torch.where(z > level, said.relu(), torch.where(z.isnan(), z, 0.0))
+
+
+@without_autocast
+def sae_top_features(hidden: Tensor, encoder: FeatureEncoder, k: int, signed: bool) -> tuple[Tensor, Tensor]:
+    """See :func:`mechanex.backends.reference.sae_top_features`; of equal ones any."""
+    x = hidden.to(encoder.dtype_for(hidden))
+
+    def scores() -> Iterator[tuple[int, Tensor]]:
+        for first, part in _pieces(encoder, max(encoder.weight.shape[1], x.shape[0])):
+            z = _products(x, part) + part.bias.to(x.dtype)
+            yield first, z if part.norms is None else z * part.norms.to(x.dtype)
+
+    return top_of(scores(), k, signed)
+
+
+def top_of(scores: Iterable[tuple[int, Tensor]], k: int, signed: bool) -> tuple[Tensor, Tensor]:
+    """The k largest of scores that come a piece of the features at a time, largest first.
+
+    Args:
+        scores: pieces in order, at least one: the first feature, and the scores ``[T, n]`` from there.
+        k: how many to keep.
+        signed: compare sizes, and keep what is below 0.
+    """
+    values = places = None
+    for first, z in scores:
+        kept = (z.abs() if signed else z).topk(min(k, z.shape[1]), dim=1).indices
+        mine, here = z.gather(1, kept), kept + first
+        if values is not None and places is not None:
+            mine, here = torch.cat([values, mine], 1), torch.cat([places, here], 1)
+            kept = (mine.abs() if signed else mine).topk(min(k, mine.shape[1]), dim=1).indices
+            mine, here = mine.gather(1, kept), here.gather(1, kept)
+        values, places = mine, here
+    assert values is not None and places is not None
+    return values if signed else values.relu(), places
+
+
+def _pieces(encoder: FeatureEncoder, numbers: int) -> Iterator[tuple[int, FeatureEncoder]]:
+    """The features in pieces, each with its first; ``numbers`` is what one feature takes."""
+    step = max(1, _PIECE // max(numbers, 1))
+    for first in range(0, encoder.weight.shape[0], step):
+        yield first, encoder.part(slice(first, first + step))
+
+
+def _products(x: Tensor, encoder: FeatureEncoder) -> Tensor:
+    products = x @ encoder.weight.to(x.dtype).T
+    return products if encoder.scale is None else products * encoder.scale.to(x.dtype)
+
+
+BACKEND = Backend(
+    "eager",
+    "plain torch",
+    (),
+    {
+        "steer": Kernel(steer),
+        "steer_many": Kernel(steer_many),
+        "completion_logprob": LOGPROB.kernel(),
+        "sae_features": Kernel(sae_features),
+        "sae_top_features": Kernel(sae_top_features),
+    },
+)

@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 
 from mechanex.errors import ValidationError
+from mechanex.ops.encoder import FeatureEncoder
 from mechanex.ops.gate import KINDS, Gate
+from mechanex.ops.head import Head
+
+from .backend import Backend, Kernel
 
 __all__ = [
+    "BACKEND",
     "completion_logprob",
     "completion_logprob_gradients",
     "sae_features",
@@ -113,25 +118,13 @@ def steer_many(
     return torch.stack(out) if out else torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
-def completion_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    coldness: float,
-) -> tuple[Tensor, Tensor]:
+def completion_logprob(hidden: Tensor, head: Head, target: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each row's target: ``z_t − log Σ_v exp z_v`` with ``z = coldness·cap(scale·(Wh + bias))``.
 
     Args:
         hidden: ``[N, d]``.
-        weight: ``[V, d]``.
+        head: W ``[V, d]``, bias, scale, ``cap(z) = softcap·tanh(z/softcap)`` (without softcap: no cap) and coldness.
         target: ``[N]`` int64.
-        bias: ``[V]`` or None.
-        scale: multiplies the products.
-        softcap: ``cap(z) = softcap·tanh(z/softcap)``; None: no cap.
-        coldness: multiplies the logits last.
 
     Returns:
         The log-probabilities and the log-sum-exps, ``[N]`` each, float32 (float64 for float64).
@@ -139,34 +132,26 @@ def completion_logprob(
     Raises:
         ValidationError: a target is outside ``[0, V)``.
     """
+    n_vocab = head.weight.shape[0]
     for n, t in enumerate(target.tolist()):
-        if not 0 <= t < weight.shape[0]:
-            raise ValidationError(f"target[{n}] is {t}, but the vocabulary holds {weight.shape[0]} token(s)")
-    z, _ = _logits(hidden, weight, bias, scale, softcap, coldness)
+        if not 0 <= t < n_vocab:
+            raise ValidationError(f"target[{n}] is {t}, but the vocabulary holds {n_vocab} token(s)")
+    z, _ = _logits(hidden, head)
     return torch.log_softmax(z, 1).gather(1, target.unsqueeze(1)).squeeze(1), torch.logsumexp(z, 1)
 
 
 def completion_logprob_gradients(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    scale: float,
-    softcap: float | None,
-    coldness: float,
+    grad: Tensor, hidden: Tensor, head: Head, target: Tensor, lse: Tensor
 ) -> Tensor:
     """Gradient of :func:`completion_logprob` for ``hidden``: ``onehot − p`` through the logits' derivatives."""
-    z, slope = _logits(hidden, weight, bias, scale, softcap, coldness)
-    d_z = torch.nn.functional.one_hot(target, weight.shape[0]) - torch.softmax(z, 1)
-    return ((grad.unsqueeze(1) * d_z * slope) @ weight.to(z.dtype)).to(hidden.dtype)
+    z, slope = _logits(hidden, head)
+    d_z = torch.nn.functional.one_hot(target, head.weight.shape[0]) - torch.softmax(z, 1)
+    return ((grad.unsqueeze(1) * d_z * slope) @ head.weight.to(z.dtype)).to(hidden.dtype)
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, coldness: float
-) -> tuple[Tensor, Tensor]:
+def _logits(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     """The logits that are compared, ``[N, V]``, and their derivatives for the products ``Wh``."""
+    weight, bias, scale, softcap, coldness = head
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     z = hidden.to(wide) @ weight.to(wide).T
     if bias is not None:
@@ -177,67 +162,59 @@ def _logits(
     return coldness * softcap * torch.tanh(z / softcap), scale * coldness * (1 - torch.tanh(z / softcap) ** 2)
 
 
-def sae_features(
-    hidden: Tensor,
-    encoder: Tensor,
-    bias: Tensor,
-    threshold: Tensor | None,
-    gain: Tensor | None,
-    offset: Tensor | None,
-    scale: Tensor | None,
-) -> Tensor:
+def sae_features(hidden: Tensor, encoder: FeatureEncoder) -> Tensor:
     """What each feature says of each row: ``relu(gain·p + offset)`` where ``p + bias > threshold``; ``p = scale·(Ex)``.
 
     Args:
         hidden: ``[T, d]``.
-        encoder: ``[F, d]``, floating point or int8.
-        bias: ``[F]``.
-        threshold: ``[F]``; None: 0.
-        gain, offset: ``[F]``; None: 1 and ``bias``.
-        scale: ``[F]``, of int8; None: 1.
+        encoder: of F features; its norms are not read.
 
     Returns:
-        ``[T, F]`` float32 (float64 where ``hidden`` or ``encoder`` is).
+        ``[T, F]`` float32 (float64 where ``hidden`` or the encoder is).
     """
-    p, bias = _products(hidden, encoder, scale), bias.to(_wide(hidden, encoder))
-    said = p + bias if gain is None or offset is None else gain.to(p) * p + offset.to(p)
-    level = 0.0 if threshold is None else threshold.to(p)
-    shut = torch.where(torch.isnan(p + bias), torch.nan, 0.0).to(p)
-    return torch.where(p + bias > level, said.relu(), shut)
+    p = _products(hidden, encoder)
+    z = p + encoder.bias.to(p)
+    said = z
+    if encoder.gain is not None and encoder.offset is not None:
+        said = encoder.gain.to(p) * p + encoder.offset.to(p)
+    level = 0.0 if encoder.threshold is None else encoder.threshold.to(p)
+    return torch.where(z > level, said.relu(), torch.where(torch.isnan(z), torch.nan, 0.0).to(p))
 
 
-def sae_top_features(
-    hidden: Tensor,
-    encoder: Tensor,
-    bias: Tensor,
-    k: int,
-    norms: Tensor | None,
-    scale: Tensor | None,
-    signed: bool,
-) -> tuple[Tensor, Tensor]:
+def sae_top_features(hidden: Tensor, encoder: FeatureEncoder, k: int, signed: bool) -> tuple[Tensor, Tensor]:
     """The k largest of ``z = (p + bias)·norms`` in every row, not below 0, or by size with their signs.
 
     Args:
-        hidden, encoder, bias, scale: as for :func:`sae_features`.
+        hidden, encoder: as for :func:`sae_features`; threshold, gain and offset are not read.
         k: how many.
-        norms: ``[F]``; None: 1.
         signed: keep those of largest size, with their signs.
 
     Returns:
         Values ``[T, k]``, largest first, and their features, int64; of equal ones the first.
     """
-    z = _products(hidden, encoder, scale) + bias.to(_wide(hidden, encoder))
-    z = z if norms is None else z * norms.to(z)
+    p = _products(hidden, encoder)
+    z = p + encoder.bias.to(p)
+    z = z if encoder.norms is None else z * encoder.norms.to(z)
     places = torch.sort(z.abs() if signed else z, dim=1, descending=True, stable=True).indices[:, :k]
     values = z.gather(1, places)
     return values if signed else values.relu(), places
 
 
-def _wide(hidden: Tensor, encoder: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (hidden.dtype, encoder.dtype) else torch.float32
+def _products(hidden: Tensor, encoder: FeatureEncoder) -> Tensor:
+    wide = torch.float64 if torch.float64 in (hidden.dtype, encoder.weight.dtype) else torch.float32
+    products = hidden.to(wide) @ encoder.weight.to(wide).T
+    return products if encoder.scale is None else products * encoder.scale.to(wide)
 
 
-def _products(hidden: Tensor, encoder: Tensor, scale: Tensor | None) -> Tensor:
-    wide = _wide(hidden, encoder)
-    products = hidden.to(wide) @ encoder.to(wide).T
-    return products if scale is None else products * scale.to(wide)
+BACKEND = Backend(
+    "reference",
+    "the oracle of the tests; slow",
+    (),
+    {
+        "steer": Kernel(steer),
+        "steer_many": Kernel(steer_many),
+        "completion_logprob": Kernel(completion_logprob, gradients=completion_logprob_gradients),
+        "sae_features": Kernel(sae_features),
+        "sae_top_features": Kernel(sae_top_features),
+    },
+)

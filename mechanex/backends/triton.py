@@ -2,6 +2,12 @@
 
 Triton is imported when a tensor needs it, not before. The kernels lie beside the package in a source tree and
 inside it in an installed one; either way they become the modules ``mechanex.kernels.*``.
+
+Log-probabilities without a gradient are one kernel that multiplies and reduces, and no logit reaches memory: half types
+on tensor cores, and float32 where the rows are so few that reading the weights is what takes the time. With one, the
+walk of :mod:`mechanex.backends.chunked` needs two vendor products in all, where a kernel that computes the logits again
+would need three: an accumulator of whole rows (128 of 8,192 float32 numbers: 4 MiB) fits no multiprocessor, so that the
+logits' gradients pass through memory either way.
 """
 
 from __future__ import annotations
@@ -17,24 +23,36 @@ import torch
 from torch import Tensor
 
 from mechanex.errors import MechanexError
+from mechanex.ops.encoder import FeatureEncoder
 from mechanex.ops.gate import Gate
+from mechanex.ops.head import Head
 
-from . import eager
+from .arithmetic import check_rows
+from .backend import NEGATED, Backend, Kernel, is_negated
+from .chunked import Chunked, check_target
 
 __all__ = [
-    "declines_steer",
-    "describe",
-    "devices",
+    "BACKEND",
+    "LOGPROB",
+    "TORCH_ROWS",
+    "completion_logprob",
+    "fuses",
     "interpreted",
     "missing",
-    "refuses_steer",
-    "refuses_steer_many",
+    "sae_features",
+    "sae_top_features",
     "steer",
     "steer_gradients",
     "steer_many",
 ]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
+# Rows of float32, which has no tensor cores, up to which reading the weights takes longer than multiplying them.
+_FLOAT_ROWS = 16
+# From this many rows on, a matrix product with a widened encoder of a sparse autoencoder uses a GPU better than tiles
+# that are read for a few.
+TORCH_ROWS = 128
 # Compute capability that Triton supports.
 _CAPABILITY = (8, 0)
 # Each may import those before it.
@@ -139,13 +157,8 @@ def refuses_steer(
     ):
         found = [t.dtype for t in (hidden, bias, left, right) if t is not None and t.dtype not in _DTYPES]
         return f"a dtype is {found[0]}, the kernels take float32, float64, bfloat16 and float16"
-    if (
-        hidden.is_neg()
-        or (bias is not None and bias.is_neg())
-        or (left is not None and left.is_neg())
-        or (right is not None and right.is_neg())
-    ):
-        return "an argument is a lazily negated view, whose memory holds other values: call resolve_neg()"
+    if is_negated(hidden, bias, left, right):
+        return NEGATED
     if left is None:
         return None
     limits = _kernel("launch")
@@ -178,7 +191,7 @@ def steer(
     """
     table = bias if bias is not None else left
     if rows is not None and table is not None and rows.device.type == "cpu":
-        eager.check_rows(rows, table.shape[0])
+        check_rows(rows, table.shape[0])
     out: Tensor = _kernel("steer").steer(hidden, rows, bias, left, right)
     return out
 
@@ -236,6 +249,85 @@ def steer_many(
         ValidationError: a row index is out of range (interpreter; a GPU gives NaN rows).
     """
     if rows is not None and rows.device.type == "cpu":
-        eager.check_rows(rows, bias.shape[0])
+        check_rows(rows, bias.shape[0])
     out: Tensor = _kernel("steer_many").steer_many(hidden, rows, strength, bias, left, right, gate)
     return out
+
+
+def refuses_negated(hidden: Tensor, head: Head, target: Tensor) -> str | None:
+    """Why the kernels of log-probabilities can't take these arguments, or None."""
+    return NEGATED if is_negated(hidden, head.weight, head.bias) else None
+
+
+def fuses(hidden: Tensor) -> bool:
+    """Whether one kernel multiplies and reduces."""
+    return hidden.dtype in _HALF or (hidden.dtype is torch.float32 and hidden.shape[0] <= _FLOAT_ROWS)
+
+
+def completion_logprob(hidden: Tensor, head: Head, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and log-sum-exps; as :func:`mechanex.backends.reference.completion_logprob`.
+
+    Raises:
+        ValidationError: a target is out of range (interpreter; a GPU gives NaN rows).
+    """
+    if not fuses(hidden):
+        return LOGPROB.run(hidden, head, target)
+    if target.device.type == "cpu":
+        check_target(target, head.weight.shape[0])
+    found: tuple[Tensor, Tensor] = _kernel("logprob").logprob(hidden, head, target)
+    return found
+
+
+def _reduce(
+    head: Head, products: Tensor, first: int, target: Tensor, maximum: Tensor, total: Tensor, with_slope: bool
+) -> Tensor | None:
+    """See :data:`mechanex.backends.chunked.Reduce`."""
+    found: Tensor | None = _kernel("logprob_reduce").reduce(
+        head, products, first, target, maximum, total, with_slope
+    )
+    return found
+
+
+LOGPROB = Chunked(_reduce)
+
+
+def refuses_encoder(hidden: Tensor, encoder: FeatureEncoder, *_: object) -> str | None:
+    """Why the kernel can't take this encoder, or None."""
+    if torch.float64 in (hidden.dtype, encoder.weight.dtype):
+        return "an argument is float64, whose products of tiles GPUs don't have"
+    return NEGATED if any(map(is_negated, (hidden, *encoder))) else None
+
+
+def declines_many_rows(hidden: Tensor, *_: object) -> str | None:
+    """Why ``auto`` leaves these rows to plain torch, or None."""
+    return "many rows are a matrix product" if hidden.shape[0] >= TORCH_ROWS else None
+
+
+def sae_features(hidden: Tensor, encoder: FeatureEncoder) -> Tensor:
+    """See :func:`mechanex.backends.reference.sae_features`."""
+    found: Tensor = _kernel("sae").features(hidden, encoder)
+    return found
+
+
+def sae_top_features(hidden: Tensor, encoder: FeatureEncoder, k: int, signed: bool) -> tuple[Tensor, Tensor]:
+    """See :func:`mechanex.backends.reference.sae_top_features`; of equal ones any."""
+    found: tuple[Tensor, Tensor] = _kernel("sae").top_features(hidden, encoder, k, signed)
+    return found
+
+
+BACKEND = Backend(
+    "triton",
+    "Triton kernels for GPUs",
+    devices(),
+    {
+        "steer": Kernel(steer, refuses_steer, declines_steer, steer_gradients),
+        "steer_many": Kernel(steer_many, refuses_steer_many),
+        "completion_logprob": Kernel(
+            completion_logprob, refuses_negated, gradients=LOGPROB.gradients, with_slope=LOGPROB.with_slope
+        ),
+        "sae_features": Kernel(sae_features, refuses_encoder, declines_many_rows),
+        "sae_top_features": Kernel(sae_top_features, refuses_encoder, declines_many_rows),
+    },
+    missing,
+    describe,
+)

@@ -11,9 +11,10 @@ from rich.table import Table
 from ..bundled import dataset_path
 from ..engine.caa import caa_vectors
 from ..engine.datasets import read_pairs
-from ..engine.formats import format_of
-from ..engine.generate import Options, generate_batch
+from ..engine.formats.files import format_of
+from ..engine.generate import generate_batch
 from ..engine.models.resolve import LoadedModel, load
+from ..engine.sampling import Options
 from ..engine.text import Prompt, prompt_text
 from ..engine.vectors import SteeringVector
 from .chats import given_prompts

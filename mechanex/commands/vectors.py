@@ -12,7 +12,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from ..engine.formats_site import Site
+from ..engine.formats.site import Site
 from ..engine.vector_store import VectorStore
 from ..engine.vectors import SteeringVector
 from ..errors import MechanexError, ValidationError

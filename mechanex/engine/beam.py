@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 
 from ..errors import MechanexError, ValidationError
 from ..ops.logprob import log1mexp
-from .beam_rows import rows_for
+from .beam_rows import Rows
 from .caches import is_cache
-from .forward import check_length
+from .capabilities.beams import beam_form
+from .limits import check_length
 from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .text import Prompt, encode_prompt
@@ -121,7 +122,7 @@ def most_likely_completions(
 
     beams: _Beams | None = None
     with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
-        rows = rows_for(adapter, prompts, iters, extra)
+        rows = _rows_for(adapter, prompts, iters, extra)
         for _ in tqdm(range(iters + 1), desc="beam search", unit="token", disable=not progress):
             if beams is not None:
                 for batch in rows:
@@ -249,3 +250,27 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
     except Exception:  # tokenizers written in Python fail on such ids in ways of their own
         known = set(tokenizer.get_vocab().values())
         return str(tokenizer.decode([i for i in ids if i in known], **options))
+
+
+def _rows_for(
+    adapter: ModelAdapter,
+    prompts: Sequence[Sequence[int]],
+    n_tokens: int,
+    extra: Mapping[str, Any] | None = None,
+) -> list[Rows]:
+    """Rows for these prompts in the fastest form that is right for the model: one batch, or one per prompt.
+
+    Args:
+        adapter: the model.
+        prompts: token ids, none empty.
+        n_tokens: how many tokens the rows will grow by.
+        extra: more keyword arguments of every call of the model; ``use_cache=False`` is heeded.
+    """
+    extra = dict(extra or {})
+    use_cache = extra.pop("use_cache", True)
+    form = (
+        beam_form(adapter, max(map(len, prompts)) + n_tokens) if use_cache or use_cache is None else "whole"
+    )
+    if form == "together":
+        return [Rows(adapter, prompts, cached=True, extra=extra)]
+    return [Rows(adapter, [prompt], cached=form == "apart", extra=extra) for prompt in prompts]

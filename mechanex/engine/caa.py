@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import ValidationError
-from .forward import packs_for, visit_residuals
+from .forward import packs_for
 from .intervention import compute_dtype, widest
 from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import ROW_TOKENS, Pack
+from .passes import visit_residuals
 from .pauses import pause
 from .text import Prompt, encode_pair
 from .vectors import SteeringVector

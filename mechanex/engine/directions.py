@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 
 from ..errors import ValidationError
 from .caa import ROUNDING, check_examples
-from .forward import packs_for, visit_residuals
+from .forward import packs_for
 from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import Pack
+from .passes import visit_residuals
 from .pauses import pause
 from .text import Prompt, encode_pair
 from .vectors import SteeringVector

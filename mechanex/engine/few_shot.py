@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ValidationError
 from .caa import check_examples
-from .forward import packs_for, visit_residuals
+from .forward import packs_for
 from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .optimize.datapoints import TrainingDatapoint
@@ -20,6 +20,7 @@ from .optimize.loop import run_jobs
 from .optimize.problem import OptimizationJob
 from .optimize.settings import settings_of
 from .pack import Pack
+from .passes import visit_residuals
 from .pauses import pause
 from .text import Prompt, encode_pair, encode_prompt
 from .vectors import SteeringVector

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import contextvars
-import logging
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import ValidationError
 from .chat import continued
-from .decode.request import Request, Steer, Step
+from .decode.request import Steer, Step, TextRequest
 from .decode.row import Row
 from .decode.run import decode
+from .limits import check_context
 from .models import adapter_for
 from .models.adapter import ModelAdapter
-from .sampling import Sampling
+from .sampling import Options, end_tokens, padding_token
 from .text import Prompt, encode_prompt, prompt_text
-from .whole import as_whole
 
-if TYPE_CHECKING:
-    from .vectors import SteeringVector
-
-__all__ = ["Generating", "Options", "end_tokens", "generate", "generate_batch", "stream"]
-
-_logger = logging.getLogger(__name__)
+__all__ = ["Generating", "generate", "generate_batch", "stream"]
 
 
 def generate(model: nn.Module | ModelAdapter, tokenizer: Any, prompt: Prompt, **options: Any) -> str:
@@ -71,61 +63,6 @@ def stream(model: nn.Module | ModelAdapter, tokenizer: Any, prompt: Prompt, **op
     return Generating(model, tokenizer, [prompt], Options(**options)).stream()
 
 
-@dataclass(frozen=True)
-class Options(Sampling):
-    """How to continue a prompt: the sampling settings, and what follows.
-
-    Args:
-        max_tokens: most tokens to add; fewer, with a logged line, where the model's context ends before.
-        seed: of the draws; None takes one from torch's global generator, which ``torch.manual_seed`` sets.
-        stop: a text or texts that end the continuation; the first that comes is cut off.
-        vector: steers the model during this call.
-        strength: multiplies the vector; 0 steers nothing and logs a warning.
-        continue_final_message: go on with a chat's last message instead of answering it.
-
-    Raises:
-        ValidationError: an argument out of its range.
-    """
-
-    max_tokens: int = 128
-    seed: int | None = None
-    stop: str | Sequence[str] | None = None
-    vector: SteeringVector | None = None
-    strength: float = 1.0
-    continue_final_message: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        most = as_whole(self.max_tokens)
-        if most is None or most < 1:
-            raise ValidationError(f"max_tokens is a number of tokens, at least 1; got {self.max_tokens!r}.")
-        object.__setattr__(self, "max_tokens", most)
-        if self.seed is not None:
-            seed = as_whole(self.seed)
-            if seed is None or not 0 <= seed < 2**63:
-                raise ValidationError(f"seed is a whole number from 0 to 2**63 - 1; got {self.seed!r}.")
-            object.__setattr__(self, "seed", seed)
-        if not all(isinstance(text, str) and text for text in self.stops):
-            raise ValidationError(
-                f"stop is a text or a list of texts, none of them empty; got {self.stop!r}."
-            )
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The stop texts as a tuple."""
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-    def seeds(self, n_rows: int) -> list[int]:
-        """One seed per row: ``seed + i``."""
-        seed = self.seed
-        if seed is None:
-            seed = int(torch.randint(2**62, ()))
-            _logger.info("seed %d", seed)
-        return [(seed + i) % 2**63 for i in range(n_rows)]
-
-
 class Generating:
     """One checked call of ``generate``; nothing runs before ``texts`` or the first piece of ``stream``."""
 
@@ -146,7 +83,7 @@ class Generating:
         self.ids = [self._encode(prompt) for prompt in prompts]
         self.prompts = [prompt_text(self.tokenizer, prompt) for prompt in prompts]
         self.ends = end_tokens(self.adapter.hf_model, self.tokenizer)
-        self._check_room(options.max_tokens)
+        check_context(self.adapter, max(map(len, self.ids)), options.max_tokens)
         self.steering = self._steering()
         self.seeds = options.seeds(len(prompts))
 
@@ -190,7 +127,7 @@ class Generating:
     def rows(self, *, stream: bool) -> list[Row]:
         options = self.options
         requests = [
-            Request(ids, options.max_tokens, options, seed, options.stops, self.steering, stream=stream)
+            TextRequest(ids, options.max_tokens, options, seed, options.stops, self.steering, stream=stream)
             for ids, seed in zip(self.ids, self.seeds, strict=True)
         ]
         requests = [self.request(i, one) for i, one in enumerate(requests)]
@@ -199,9 +136,9 @@ class Generating:
 
     @property
     def padding(self) -> int:
-        return next((i for i in (self.tokenizer.pad_token_id, *self.ends) if i is not None), 0)
+        return padding_token(self.tokenizer, self.ends)
 
-    def request(self, i: int, request: Request) -> Request:
+    def request(self, i: int, request: TextRequest) -> TextRequest:
         """What is asked of the decoder for prompt ``i``; for subclasses to add to."""
         return request
 
@@ -222,35 +159,3 @@ class Generating:
             )
         self.adapter.check_token_ids(ids)
         return ids
-
-    def _check_room(self, max_tokens: int) -> None:
-        """Raises for a prompt that fills the model's context, and says where an answer will end at it."""
-        context = self.adapter.context
-        if context is None:
-            return
-        longest = max(map(len, self.ids))
-        if longest >= context:
-            raise ValidationError(
-                f"the prompt has {longest} tokens and {self.adapter.model_id} has a context of {context}: "
-                "shorten the prompt."
-            )
-        if longest + max_tokens > context:
-            _logger.warning(
-                "stopping after %d tokens, not %d: the context of %s has %d and the prompt %d",
-                context - longest,
-                max_tokens,
-                self.adapter.model_id,
-                context,
-                longest,
-            )
-
-
-def end_tokens(hf: Any, tokenizer: Any) -> list[int]:
-    """Ids of the tokens that end an answer: the model's own, else the tokenizer's."""
-    own = getattr(getattr(hf, "generation_config", None), "eos_token_id", None)
-    found = own if own is not None else tokenizer.eos_token_id
-    if found is None:
-        return []
-    if isinstance(found, torch.Tensor):
-        found = found.tolist()
-    return [int(end) for end in (found if isinstance(found, (list, tuple)) else [found])]

@@ -14,17 +14,11 @@ from torch import Tensor, nn
 from .._private.torch import writes
 from ..errors import ValidationError
 from .attaching import hooks_on
+from .chains import numbered
 from .intervention import Edit, EditTable
 from .models import adapter_for
 from .models.adapter import Handles, ModelAdapter, ResidualHook, exclusive
-from .positions import (
-    Positions,
-    TokenSelector,
-    check_tokens,
-    current_positions,
-    positions_are_given,
-    token_mask,
-)
+from .positions import TokenSelector, check_tokens, followed, positions_are_given, selected
 from .whole import as_whole
 
 _Chains = tuple[tuple[int, ...], ...]
@@ -112,34 +106,6 @@ def _row_indices(rows: Sequence[int]) -> tuple[int, ...]:
     return found
 
 
-def followed(batch: int, length: int) -> Positions:
-    """The positions of the running call.
-
-    Raises:
-        ValidationError: nothing follows the model's calls, or the layer was given another shape than the model.
-    """
-    seen = current_positions()
-    if seen is None:
-        raise ValidationError(
-            "These edits name token positions or rows, but nothing follows the model's calls here; attach them with "
-            "hf_hooks_contextmanager or a SteeringPlan, or run inside mechanex.engine.hooks.positions(model)."
-        )
-    if seen.shape != (batch, length):
-        raise ValidationError(
-            f"The layer was given [{batch}, {length}] tokens, but the model {list(seen.shape)}."
-        )
-    return seen
-
-
-def selected(tokens: int | slice, batch: int, length: int) -> Tensor:
-    """[B, T] bool: the tokens of the running call at these absolute positions.
-
-    Raises:
-        ValidationError: nothing follows the model's calls, or where the tokens stand is not known.
-    """
-    return token_mask(tokens, followed(batch, length))
-
-
 class _LayerEdits:
     """All interventions at one layer; composes those that meet on a row, in order, into one table."""
 
@@ -169,17 +135,11 @@ class _LayerEdits:
         key = (batch, length, device, *map(writes, masks))
         if self._known is not None and self._known[0] == key:
             return self._known[1], self._known[2]
-        # A row moves to a longer chain each time one more intervention applies to it.
+        reached = torch.stack([i.active(batch, length, device) for i in self._interventions], -1)
         chains: dict[tuple[int, ...], int] = {}
-        index = torch.full((batch, length), -1, dtype=torch.int32, device=device)
-        for i, intervention in enumerate(self._interventions):
-            active = intervention.active(batch, length, device)
-            moved = index.clone()
-            known = list(chains)
-            for k in torch.unique(index[active]).tolist():
-                before = known[k] if k >= 0 else ()
-                moved[active & (index == k)] = chains.setdefault((*before, i), len(chains))
-            index = moved
+        order = range(len(self._interventions))
+        found = numbered(order, reached.flatten(0, 1).cpu().numpy(), chains)
+        index = torch.from_numpy(found).view(batch, length).to(device)
         if not self._changes_with_call and not any(m.is_inference() for m in masks):
             self._known = (key, tuple(chains), index)
         return tuple(chains), index

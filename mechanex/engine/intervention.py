@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from .._private.torch import writes
-from ..backends.eager import openings, with_norm_of
 from ..errors import ValidationError
-from ..ops.gate import NORM, Gate
+from ..ops.gate import NORM, Gate, openings, with_norm_of
 from ..ops.steer import bind, steer
 from .given import as_table, as_vector
 

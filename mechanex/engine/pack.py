@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,12 @@ from ..errors import ValidationError
 from .positions import Positions, given_positions
 from .regimes import each_alone, text_lengths
 
-__all__ = ["Layout", "Pack", "build_packs"]
+__all__ = ["TREES", "Mask", "Pack", "PackLayout", "build_packs"]
 
-Layout = Literal["tree", "padded"]
+PackLayout = Literal["tree", "padded"]
+# How a model takes a tree mask: one; one already cut to its attention window; or one by kind of layer.
+Mask = Literal["plain", "window", "dict"]
+TREES: tuple[Mask, ...] = ("plain", "window", "dict")
 Pair = tuple[Sequence[int], Sequence[int]]
 
 # Measured on two CPU cores with a 110 M Llama (benchmarks/test_caa.py): wider rows spend more on attention between
@@ -66,9 +69,10 @@ class Pack:
         predictor: [N] int64, column whose hidden state predicts it.
         target: [N] int64, its token id.
         pair: [N] int64, index of its (prompt, completion) pair in the input; tokens of one pair are in order.
+        mask: how the model takes its tree mask.
     """
 
-    layout: Layout
+    layout: PackLayout
     input_ids: Tensor
     position_ids: Tensor
     segment: Tensor
@@ -81,6 +85,7 @@ class Pack:
     predictor: Tensor
     target: Tensor
     pair: Tensor
+    mask: Mask = field(default="plain", kw_only=True)
 
     @cached_property
     def longest(self) -> int:
@@ -113,8 +118,9 @@ class Pack:
 
     def to(self, device: torch.device) -> Pack:
         """The same pack on another device."""
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "layout"}
-        return replace(self, **tensors)
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {n: t.to(device) for n, t in held.items() if isinstance(t, Tensor)}
+        return replace(self, **moved)
 
     def repeated(self, copies: int) -> Pack:
         """The rows ``copies`` times over, for as many batches at once; ``pair`` keeps its numbers in every copy."""
@@ -168,11 +174,27 @@ class Pack:
             part.masked_fill_(~self._seen_by(first, first + step, window), torch.finfo(dtype).min)
         return mask
 
+    def inputs(self, dtype: torch.dtype, window: int | None) -> dict[str, Any]:
+        """Keyword arguments of the model's call.
+
+        Args:
+            dtype: the model's.
+            window: its attention window in tokens, or None.
+        """
+        if self.layout == "padded":
+            return {"input_ids": self.input_ids, "attention_mask": (self.segment >= 0).long()}
+        mask: Tensor | dict[str, Tensor] = self.additive_mask(
+            dtype, window if self.mask == "window" else None
+        )
+        if self.mask == "dict":
+            mask = {"full_attention": mask, "sliding_attention": self.additive_mask(dtype, window)}  # type: ignore[dict-item]
+        return {"input_ids": self.input_ids, "attention_mask": mask, "position_ids": self.position_ids}
+
 
 def build_packs(
     pairs: Sequence[Pair],
     *,
-    layout: Layout = "tree",
+    layout: PackLayout = "tree",
     groups: Sequence[Hashable] | None = None,
     row_tokens: int = ROW_TOKENS,
     batch_tokens: int = BATCH_TOKENS,
@@ -223,7 +245,7 @@ def build_packs(
     trees = _trees(pairs, inputs, together, layout, lambda n: min(room(n), widest))
     packs: list[Pack] = []
     plain = [layout == "padded" or tree.size > widest for tree in trees]
-    forms: tuple[tuple[Layout, bool], ...] = (("padded", True), ("tree", False))
+    forms: tuple[tuple[PackLayout, bool], ...] = (("padded", True), ("tree", False))
     for form, kind in forms:
         members = [tree for tree, alone in zip(trees, plain, strict=True) if alone == kind]
         rows = _fill_rows(members, min(row_tokens, widest) if form == "tree" else 0)
@@ -242,7 +264,7 @@ def _trees(
     texts: Sequence[Pair],
     pairs: Sequence[Pair],
     together: Sequence[Hashable],
-    layout: Layout,
+    layout: PackLayout,
     tree_tokens: Callable[[int], int],
 ) -> list[_Tree]:
     """Pairs grouped by prompt; a tree that outgrows its room goes on in another with the prompt again."""
@@ -323,7 +345,7 @@ def _lay_out(
     trees_by_row: list[list[_Tree]],
     pairs: Sequence[Pair],
     source: list[int],
-    layout: Layout,
+    layout: PackLayout,
     last_tokens: bool,
     pad_id: int,
 ) -> Pack:

@@ -18,8 +18,10 @@ __all__ = [
     "TokenSelector",
     "check_tokens",
     "current_positions",
+    "followed",
     "given_positions",
     "positions_are_given",
+    "selected",
     "selects",
     "set_positions",
     "token_mask",
@@ -137,14 +139,45 @@ def token_mask(token: int | slice, positions: Positions) -> Tensor:
     return chosen
 
 
-def selects(token: int | slice, index: Any, prompt_length: Callable[[], Any]) -> Any:
+def followed(batch: int, length: int) -> Positions:
+    """The positions of the running call.
+
+    Raises:
+        ValidationError: nothing follows the model's calls, or the layer was given another shape than the model.
+    """
+    seen = current_positions()
+    if seen is None:
+        raise ValidationError(
+            "These edits name token positions or rows, but nothing follows the model's calls here; attach them with "
+            "hf_hooks_contextmanager or a SteeringPlan, or run inside mechanex.engine.hooks.positions(model)."
+        )
+    if seen.shape != (batch, length):
+        raise ValidationError(
+            f"The layer was given [{batch}, {length}] tokens, but the model {list(seen.shape)}."
+        )
+    return seen
+
+
+def selected(tokens: int | slice, batch: int, length: int) -> Tensor:
+    """[B, T] bool: the tokens of the running call at these absolute positions.
+
+    Raises:
+        ValidationError: nothing follows the model's calls, or where the tokens stand is not known.
+    """
+    return token_mask(tokens, followed(batch, length))
+
+
+def selects(token: TokenSelector, index: Any, prompt_length: Callable[[], Any]) -> Any:
     """Whether ``token`` selects each of the absolute positions ``index``; as :func:`token_mask`.
 
     Args:
-        token: an int or a slice.
+        token: an int, a slice, or None for all.
         index: positions, -1 for padding: an int, or an array or tensor of them, of whose kind the result is.
         prompt_length: gives the prompts' lengths, likewise; called where a negative asks for them.
     """
+
+    if token is None:
+        return index >= 0
 
     def absolute(place: int) -> Any:
         return place if place >= 0 else prompt_length() + place

@@ -15,25 +15,19 @@ import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from .._private.torch import without_hooks
 from ..errors import ValidationError
 from .attaching import after
-from .caches import returned_caches
-
-if TYPE_CHECKING:
-    from .models.adapter import ModelAdapter
 
 __all__ = [
     "each_alone",
     "first_change",
     "length_dependent",
-    "reads_again",
     "regime",
     "regimes_of",
     "text_lengths",
@@ -60,29 +54,29 @@ def text_lengths(lengths: Tensor | None) -> Iterator[None]:
         _lengths.reset(token)
 
 
-def regime(adapter: ModelAdapter, length: int) -> Hashable:
+def regime(model: nn.Module, length: int) -> Hashable:
     """What a text's rotary factors are as far as they depend on its length; equal keys mean equal factors.
 
     Args:
-        adapter: the model.
+        model: the model.
         length: tokens of the whole text in its pass, 1 or more.
 
     Returns:
         The same for every length where the model's factors don't depend on it.
     """
-    return regimes_of(adapter, [length])[0]
+    return regimes_of(model, [length])[0]
 
 
-def regimes_of(adapter: ModelAdapter, lengths: Sequence[int]) -> list[Hashable]:
+def regimes_of(model: nn.Module, lengths: Sequence[int]) -> list[Hashable]:
     """:func:`regime` of each of many lengths."""
-    modules = length_dependent(adapter.hf_model)
+    modules = length_dependent(model)
     known = {n: tuple(_key(module, n) for module in modules) for n in set(lengths)}
     return [known[n] for n in lengths]
 
 
-def first_change(adapter: ModelAdapter) -> int | None:
+def first_change(model: nn.Module) -> int | None:
     """The longest text with the factors of short ones, in tokens; None where factors don't depend on the length."""
-    modules = length_dependent(adapter.hf_model)
+    modules = length_dependent(model)
     return min((_first_change(module) for module in modules), default=None)
 
 
@@ -94,43 +88,6 @@ def _first_change(module: nn.Module) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if _key(module, middle) == short else (low, middle)
     return low
-
-
-def reads_again(adapter: ModelAdapter, length: int) -> bool:
-    """Whether the model's own ``generate`` reads the whole text again, not one token, when it gets ``length`` tokens.
-
-    Phi-3 does where its factors change: keys that were turned by others are of no use to it. Other models go on with
-    the keys that they have.
-
-    Args:
-        adapter: the model.
-        length: tokens of the text after a step of decoding, 2 or more.
-    """
-    if regime(adapter, length) == regime(adapter, length - 1):
-        return False
-    from transformers import DynamicCache
-
-    prepare: Any = getattr(adapter.hf_model, "prepare_inputs_for_generation", None)
-    if prepare is None:
-        return False
-    cache = DynamicCache()
-    kept = torch.zeros(1, 1, length - 1, 1)
-    cache.update(kept, kept, 0)
-    ids = torch.zeros(1, length, dtype=torch.int64, device=adapter.device)
-    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "next_sequence_length": 1}
-    options |= dict.fromkeys(_cache_names(adapter), cache)
-    made = prepare(ids, use_cache=True, **options)
-    return bool(made["input_ids"].shape[1] == length)
-
-
-def _cache_names(adapter: ModelAdapter) -> tuple[str, ...]:
-    """What the model calls the cache that it returns and takes, as a pass over one token shows."""
-    if "cache names" not in adapter.findings:
-        ids = torch.zeros(1, 1, dtype=torch.int64, device=adapter.device)
-        with torch.no_grad(), without_hooks(adapter.hf_model):
-            out: Any = adapter.hf_model(input_ids=ids, use_cache=True, return_dict=True)
-        adapter.findings["cache names"] = tuple(returned_caches(out))
-    return cast("tuple[str, ...]", adapter.findings["cache names"])
 
 
 def length_dependent(model: nn.Module) -> list[nn.Module]:

@@ -1,16 +1,25 @@
-"""How the next token is chosen: the sampling methods and their settings."""
+"""Generation settings: how the next token is chosen, how much is written, and what ends it."""
 
 from __future__ import annotations
 
+import logging
 import math
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..errors import ValidationError
 from .whole import as_whole
 
-__all__ = ["METHODS", "Sampling"]
+if TYPE_CHECKING:
+    from .vectors import SteeringVector
+
+__all__ = ["METHODS", "Options", "Sampling", "end_tokens", "padding_token"]
+
+_logger = logging.getLogger(__name__)
 
 METHODS = ("greedy", "top-k", "top-p", "min-p", "typical")
 
@@ -57,6 +66,77 @@ class Sampling:
                 f"temperature is a finite number of 1e-6 or more; got {self.temperature!r}. "
                 "For the likeliest token each time, use sampling_method='greedy'."
             )
+
+
+@dataclass(frozen=True)
+class Options(Sampling):
+    """How to continue a prompt: the sampling settings, and what follows.
+
+    Args:
+        max_tokens: most tokens to add; fewer, with a logged line, where the model's context ends before.
+        seed: of the draws; None takes one from torch's global generator, which ``torch.manual_seed`` sets.
+        stop: a text or texts that end the continuation; the first that comes is cut off.
+        vector: steers the model during this call.
+        strength: multiplies the vector; 0 steers nothing and logs a warning.
+        continue_final_message: go on with a chat's last message instead of answering it.
+
+    Raises:
+        ValidationError: an argument out of its range.
+    """
+
+    max_tokens: int = 128
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    vector: SteeringVector | None = None
+    strength: float = 1.0
+    continue_final_message: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        most = as_whole(self.max_tokens)
+        if most is None or most < 1:
+            raise ValidationError(f"max_tokens is a number of tokens, at least 1; got {self.max_tokens!r}.")
+        object.__setattr__(self, "max_tokens", most)
+        if self.seed is not None:
+            seed = as_whole(self.seed)
+            if seed is None or not 0 <= seed < 2**63:
+                raise ValidationError(f"seed is a whole number from 0 to 2**63 - 1; got {self.seed!r}.")
+            object.__setattr__(self, "seed", seed)
+        if not all(isinstance(text, str) and text for text in self.stops):
+            raise ValidationError(
+                f"stop is a text or a list of texts, none of them empty; got {self.stop!r}."
+            )
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop texts as a tuple."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def seeds(self, n_rows: int) -> list[int]:
+        """One seed per row: ``seed + i``."""
+        seed = self.seed
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+            _logger.info("seed %d", seed)
+        return [(seed + i) % 2**63 for i in range(n_rows)]
+
+
+def end_tokens(hf: Any, tokenizer: Any) -> list[int]:
+    """Ids of the tokens that end an answer: the model's own, else the tokenizer's."""
+    own = getattr(getattr(hf, "generation_config", None), "eos_token_id", None)
+    found = own if own is not None else tokenizer.eos_token_id
+    if found is None:
+        return []
+    if isinstance(found, torch.Tensor):
+        found = found.tolist()
+    return [int(end) for end in (found if isinstance(found, (list, tuple)) else [found])]
+
+
+def padding_token(tokenizer: Any, ends: Sequence[int]) -> int:
+    """A token id to fill rows with: the tokenizer's own, else one that ends an answer; it is never looked at."""
+    return next((i for i in (tokenizer.pad_token_id, *ends) if i is not None), 0)
 
 
 def _is_number(value: Any) -> bool:

@@ -13,12 +13,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import ValidationError
-from .forward import chosen_logprobs, packs_for, scored_hidden, scored_logits, scored_logprobs
+from .capabilities.unembedding import unembedding_agrees
+from .forward import chosen_logprobs, packs_for, scored_logits, scored_logprobs
 from .hooks import Intervention, SteeringPlan
 from .intervention import Edit, widest
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import Pack, Pair
-from .selfcheck import unembedding_agrees
+from .passes import scored_hidden
 from .vectors import SteeringVector
 
 __all__ = ["CompletionLogprobs", "Edits", "score_pairs"]

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import MechanexError, NotFoundError, ValidationError
 from ..home import vectors_folder
-from .formats import FORMATS
+from .formats.files import FORMATS
 from .models import adapter_for
 from .models.adapter import ModelAdapter
 from .vectors import SteeringVector

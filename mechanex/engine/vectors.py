@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .._version import __version__
 from ..errors import ValidationError
-from .formats import read_layers, write_layers
-from .formats_record import FORMAT_VERSION
-from .formats_site import Site
+from .formats.files import read_layers, write_layers
+from .formats.record import FORMAT_VERSION
+from .formats.site import Site
 from .intervention import widest
 from .vector_checks import (
     RESERVED_FIELDS,

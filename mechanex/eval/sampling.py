@@ -24,7 +24,7 @@ _NEUTRAL = {
 
 
 def generation_options(settings: Mapping[str, Any], max_tokens: int, end: str) -> dict[str, Any]:
-    """Keyword arguments of :class:`mechanex.engine.generate.Options`.
+    """Keyword arguments of :class:`mechanex.engine.sampling.Options`.
 
     Args:
         settings: the ``generation_kwargs`` of a task.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mechanex.errors import ValidationError
 
-__all__ = ["KINDS", "NONE", "NORM", "RELU", "SIGMOID", "STEP", "Gate"]
+__all__ = ["KINDS", "NONE", "NORM", "RELU", "SIGMOID", "STEP", "Gate", "openings", "with_norm_of"]
 
 # A kind's code is its place; compiled kernels know the codes too (csrc/steer.h, kernels/steer_many.py).
 KINDS = ("none", "step", "sigmoid", "relu", "norm")
@@ -100,3 +100,18 @@ class Gate:
     def to(self, device: torch.device, dtype: torch.dtype) -> Gate:
         """The same gates on another device, weight and offset in another dtype."""
         return Gate(self.kinds.to(device), self.weight.to(device, dtype), self.offset.to(device, dtype))
+
+
+def openings(kinds: Tensor, q: Tensor) -> Tensor:
+    """What gates of these kinds ``[T]`` make of ``q`` ``[T]``; NaN for an unknown kind."""
+    opening = torch.where((kinds == NONE) | (kinds == NORM), 1.0, torch.full_like(q, float("nan")))
+    opening = torch.where(kinds == STEP, (q > 0).to(q.dtype), opening)
+    opening = torch.where(kinds == SIGMOID, q.sigmoid(), opening)
+    return torch.where(kinds == RELU, q.relu(), opening)
+
+
+def with_norm_of(x: Tensor, y: Tensor) -> Tensor:
+    """Rows of ``y`` scaled to the norms of those of ``x``, both ``[T, d]``; zero rows stay zero."""
+    before, after = (torch.linalg.vector_norm(t, dim=1, keepdim=True) for t in (x, y))
+    none = after == 0
+    return y * torch.where(none, 1.0, before / torch.where(none, 1.0, after))

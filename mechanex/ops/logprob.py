@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens: hidden states times the unembedding, log-softmax, one entry of each row.
 
 The ``[N, V]`` logits are never stored: backends walk the vocabulary in chunks. Ways to a backend are those of
-:mod:`mechanex.ops.steer`. Beside the op stand two functions of log-probabilities that keep their digits, and those of
+:mod:`mechanex.ops.ways`. Beside the op stand two functions of log-probabilities that keep their digits, and those of
 their gradients, where the obvious formulas lose them.
 """
 
@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 from mechanex import backends
-from mechanex._private.torch import dispatch_modes, transforms_are_active
-from mechanex.backends import eager_logprob
+from mechanex.backends import eager
 from mechanex.errors import MechanexError, ValidationError
 
-from . import schema
+from .head import Head
+from .ways import way
 
 __all__ = ["completion_logprob", "log1mexp", "log_add_eps"]
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -65,63 +64,45 @@ def completion_logprob(
         MechanexError: an explicitly chosen backend can't run here.
     """
     _check(hidden, weight, target, bias, scale, softcap, coldness)
-    numbers = float(scale), None if softcap is None else float(softcap), float(coldness)
+    number = None if softcap is None else float(softcap)
+    head = Head(weight, bias, float(scale), number, float(coldness))
     if hidden.dim() == 2:
-        return _dispatch(hidden, weight, target, bias, *numbers, backend)
+        return _dispatch(hidden, head, target, backend)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return _dispatch(flat, weight, target.reshape(-1), bias, *numbers, backend).view(target.shape)
+    return _dispatch(flat, head, target.reshape(-1), backend).view(target.shape)
 
 
-def _dispatch(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    coldness: float,
-    backend: str | None,
-) -> Tensor:
-    """Take one of the three ways with checked arguments."""
-    args = (hidden, weight, target, bias, scale, softcap, coldness)
-    if torch.compiler.is_compiling():
-        return schema.completion_logprob(*args, backend)
-    if transforms_are_active():
-        return eager_logprob.plain(*args)
-    if any(type(t) not in _PLAIN for t in args[:4]) or dispatch_modes():
-        return schema.completion_logprob(*args, backend)
-    if torch.is_grad_enabled() and hidden.requires_grad:
-        logprob: Tensor = _CompletionLogprob.apply(*args, backend)  # type: ignore[no-untyped-call]
-        return logprob
-    result: Tensor = backends.select("completion_logprob", backend, *args).run(*args)[0]
-    return result
+def _dispatch(hidden: Tensor, head: Head, target: Tensor, backend: str | None) -> Tensor:
+    """Take the way of checked arguments."""
+    by = way((hidden, head.weight, target, head.bias))
+    if by == "library":
+        weight, *rest = head
+        logprob: Tensor = torch.ops.mechanex.completion_logprob(hidden, weight, target, *rest, backend)[0]
+    elif by == "torch":
+        logprob = eager.logprobs_of_whole_logits(hidden, head, target)
+    elif torch.is_grad_enabled() and hidden.requires_grad:
+        logprob = _CompletionLogprob.apply(hidden, head, target, backend)  # type: ignore[no-untyped-call]
+    else:
+        logprob = backends.select("completion_logprob", backend, hidden, head, target).run(
+            hidden, head, target
+        )[0]
+    return logprob
 
 
 class _CompletionLogprob(torch.autograd.Function):
     """The op for plain tensors that need gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        softcap: float | None,
-        coldness: float,
-        backend: str | None,
-    ) -> Tensor:
-        args = (hidden, weight, target, bias, scale, softcap, coldness)
-        ctx.kernel = backends.select("completion_logprob", backend, *args)
-        ctx.numbers = (scale, softcap, coldness)
+    def forward(ctx: Any, hidden: Tensor, head: Head, target: Tensor, backend: str | None) -> Tensor:
+        ctx.kernel = backends.select("completion_logprob", backend, hidden, head, target)
         result: Tensor
         if ctx.kernel.with_slope is not None:
-            result, _, slope = ctx.kernel.with_slope(*args)
+            result, _, slope = ctx.kernel.with_slope(hidden, head, target)
             ctx.save_for_backward(hidden, slope)
         else:
-            result, lse = ctx.kernel.run(*args)
-            ctx.save_for_backward(hidden, weight, target, bias, lse)
+            result, lse = ctx.kernel.run(hidden, head, target)
+            ctx.save_for_backward(hidden, head.weight, head.bias, target, lse)
+            ctx.numbers = head[2:]
         return result
 
     @staticmethod
@@ -131,10 +112,11 @@ class _CompletionLogprob(torch.autograd.Function):
             if ctx.kernel.with_slope is not None:
                 d_hidden = (saved[0] * grad.unsqueeze(1)).to(hidden.dtype)
             else:
-                d_hidden = ctx.kernel.gradients(grad, hidden, *saved, *ctx.numbers)
+                weight, bias, target, lse = saved
+                d_hidden = ctx.kernel.gradients(grad, hidden, Head(weight, bias, *ctx.numbers), target, lse)
         if torch.is_grad_enabled():
             d_hidden = _Once.apply(d_hidden, grad, hidden)  # type: ignore[no-untyped-call]
-        return d_hidden, *(None,) * 7
+        return d_hidden, None, None, None
 
 
 class _Once(torch.autograd.Function):
@@ -150,6 +132,68 @@ class _Once(torch.autograd.Function):
             "completion_logprob is differentiable once: for a second derivative use torch.func, or torch.log_softmax "
             "on whole logits"
         )
+
+
+@torch.library.custom_op("mechanex::completion_logprob", mutates_args=())
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    coldness: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    args = (hidden, Head(weight, bias, scale, softcap, coldness), target)
+    logprob, lse = backends.select("completion_logprob", backend, *args).run(*args)
+    return logprob, lse
+
+
+@_run.register_fake
+def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if hidden.dtype is torch.float64 else torch.float32
+    return hidden.new_empty(hidden.shape[0], dtype=wide), hidden.new_empty(hidden.shape[0], dtype=wide)
+
+
+# An op of its own, so that compilers see one call, and a second derivative is an error instead of wrong.
+@torch.library.custom_op("mechanex::completion_logprob_backward", mutates_args=())
+def _run_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    scale: float,
+    softcap: float | None,
+    coldness: float,
+    backend: str | None,
+) -> Tensor:
+    args = (hidden, Head(weight, bias, scale, softcap, coldness), target)
+    gradients = backends.select("completion_logprob", backend, *args).gradients
+    assert gradients is not None, "every backend of this op has its gradients"
+    d_hidden: Tensor = gradients(grad, *args, lse)
+    return d_hidden
+
+
+@_run_backward.register_fake
+def _(grad: Tensor, hidden: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden, weight, target, bias, *ctx.rest = inputs
+    ctx.save_for_backward(hidden, weight, target, bias, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    d_hidden = torch.ops.mechanex.completion_logprob_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return d_hidden, *(None,) * 7
+
+
+_run.register_autograd(_backward, setup_context=_setup)
 
 
 def log1mexp(logp: Tensor) -> Tensor:

@@ -2,24 +2,25 @@
 
 The encoder may be kept in bfloat16, float16 or int8 with a scale for every feature; arithmetic is in float32, or
 float64 where an argument is. ``[T, n_features]`` is stored only by :func:`sae_features`, which is meant for the few
-features that somebody watches. There are no gradients. Ways to a backend are those of :mod:`mechanex.ops.steer`.
+features that somebody watches. There are no gradients. Ways to a backend are those of :mod:`mechanex.ops.ways`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mechanex import backends
-from mechanex._private.torch import dispatch_modes, transforms_are_active
-from mechanex.backends import eager_sae
+from mechanex.backends import eager
 from mechanex.errors import ValidationError
 
-from . import schema_sae as schema
+from .encoder import FeatureEncoder
+from .ways import way
 
 __all__ = ["quantized", "sae_features", "sae_top_features"]
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 _HIDDEN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ENCODERS = (*_HIDDEN, torch.int8)
 
@@ -62,15 +63,16 @@ def sae_features(
     if (gain is None) != (offset is None):
         raise ValidationError("gain and offset go together: give both, of a gated autoencoder, or neither")
     flat = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
-    args = (flat, encoder, bias, threshold, gain, offset, scale)
-    if torch.compiler.is_compiling():
-        found = schema.sae_features(*args, backend)
-    elif transforms_are_active():
-        found = eager_sae.sae_features(*args)
-    elif any(type(t) not in _PLAIN for t in args) or dispatch_modes():
-        found = schema.sae_features(*args, backend)
+    features = FeatureEncoder(encoder, bias, scale, threshold, gain, offset)
+    by = way((flat, *features))
+    if by == "library":
+        found: Tensor = torch.ops.mechanex.sae_features(
+            flat, encoder, bias, threshold, gain, offset, scale, backend
+        )
+    elif by == "torch":
+        found = eager.sae_features(flat, features)
     else:
-        found = backends.kernel("sae_features", backend, *args)(*args)
+        found = backends.kernel("sae_features", backend, flat, features)(flat, features)
     return found if hidden.dim() == 2 else found.view(*hidden.shape[:-1], encoder.shape[0])
 
 
@@ -107,18 +109,61 @@ def sae_top_features(
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= encoder.shape[0]:
         raise ValidationError(f"k is from 1 to the encoder's {encoder.shape[0]} features; got {k!r}")
     flat = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
-    args = (flat, encoder, bias, k, norms, scale, bool(signed))
-    tensors = (flat, encoder, bias, norms, scale)
-    if torch.compiler.is_compiling():
-        values, places = schema.sae_top_features(*args, backend)
-    elif transforms_are_active():
-        values, places = eager_sae.sae_top_features(*args)
-    elif any(type(t) not in _PLAIN for t in tensors) or dispatch_modes():
-        values, places = schema.sae_top_features(*args, backend)
+    args = (flat, FeatureEncoder(encoder, bias, scale, norms=norms), k, bool(signed))
+    by = way((flat, *args[1]))
+    if by == "library":
+        values, places = torch.ops.mechanex.sae_top_features(
+            flat, encoder, bias, k, norms, scale, bool(signed), backend
+        )
+    elif by == "torch":
+        values, places = eager.sae_top_features(*args)
     else:
         values, places = backends.select("sae_top_features", backend, *args).run(*args)
     shape = (*hidden.shape[:-1], k)
     return (values, places) if hidden.dim() == 2 else (values.view(shape), places.view(shape))
+
+
+@torch.library.custom_op("mechanex::sae_features", mutates_args=())
+def _run_features(
+    hidden: Tensor,
+    encoder: Tensor,
+    bias: Tensor,
+    threshold: Tensor | None,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    scale: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    args = (hidden, FeatureEncoder(encoder, bias, scale, threshold, gain, offset))
+    return backends.kernel("sae_features", backend, *args)(*args)
+
+
+@_run_features.register_fake
+def _(hidden: Tensor, encoder: Tensor, bias: Tensor, *_: Any) -> Tensor:
+    dtype = FeatureEncoder(encoder, bias).dtype_for(hidden)
+    return hidden.new_empty(hidden.shape[0], encoder.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("mechanex::sae_top_features", mutates_args=())
+def _run_top_features(
+    hidden: Tensor,
+    encoder: Tensor,
+    bias: Tensor,
+    k: int,
+    norms: Tensor | None,
+    scale: Tensor | None,
+    signed: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    args = (hidden, FeatureEncoder(encoder, bias, scale, norms=norms), k, signed)
+    values, places = backends.select("sae_top_features", backend, *args).run(*args)
+    return values, places
+
+
+@_run_top_features.register_fake
+def _(hidden: Tensor, encoder: Tensor, bias: Tensor, k: int, *_: Any) -> tuple[Tensor, Tensor]:
+    values = hidden.new_empty(hidden.shape[0], k, dtype=FeatureEncoder(encoder, bias).dtype_for(hidden))
+    return values, torch.empty_like(values, dtype=torch.int64)
 
 
 def quantized(encoder: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,8 @@
 One edit a row, of strength 1 and without gates, is the common case and the quick one; the rest is
 :mod:`mechanex.ops.steer_many`.
 
-Three ways lead to a backend. Plain tensors without gradients go to it directly, since a library op costs
-microseconds and a decode step makes one call per layer. Plain tensors with gradients go through
-:class:`torch.autograd.Function`. Compilation, export, tensor subclasses and dispatch modes take the op of
-:mod:`mechanex.ops.schema`; that is also safety, because a fake tensor has no memory to point at. One vector
-added to every row is a plain torch addition, which serves all of them.
+Ways to a backend are those of :mod:`mechanex.ops.ways`. One vector added to every row is a plain torch addition, which
+serves all of them.
 """
 
 from __future__ import annotations
@@ -23,12 +20,11 @@ from mechanex._private.torch import dispatch_modes, transforms_are_active
 from mechanex.backends import eager
 from mechanex.errors import ValidationError
 
-from . import schema, steer_many
+from . import steer_many
 from .gate import Gate
+from .ways import PLAIN, way
 
 __all__ = ["Gate", "bind", "steer"]
-
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 def steer(
@@ -85,7 +81,7 @@ def steer(
     ):
         # One rounding of the float32 sum, as promised: torch adds half types in float32.
         return hidden + bias if hidden.dim() > 1 else hidden + bias[0]
-    if strength is None and gate is None and not torch.compiler.is_compiling() and type(hidden) in _PLAIN:
+    if strength is None and gate is None and not torch.compiler.is_compiling() and type(hidden) in PLAIN:
         direct = backends.direct_steer(backend, hidden, rows, left)
         if direct is not None and _is_plain_call(hidden, bias, left, right):
             edited = direct(hidden, rows, bias, left, right)
@@ -144,27 +140,19 @@ def _dispatch(
     right: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    """Take one of the three ways with checked arguments; a bias of None is zero."""
-    if torch.compiler.is_compiling():
-        return schema.steer(hidden, rows, bias, left, right, backend)
-    if transforms_are_active():
-        return eager.steer(hidden, rows, bias, left, right)
-    # Spelled out: a generator costs as much as the kernel of a decode step.
-    if (
-        type(hidden) not in _PLAIN
-        or type(rows) not in _PLAIN
-        or type(bias) not in _PLAIN
-        or type(left) not in _PLAIN
-        or type(right) not in _PLAIN
-        or dispatch_modes()
-    ):
-        return schema.steer(hidden, rows, bias, left, right, backend)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (hidden, bias, left, right)
-    ):
-        edited: Tensor = _Steer.apply(hidden, rows, bias, left, right, backend)  # type: ignore[no-untyped-call]
-        return edited
-    return backends.kernel("steer", backend, hidden, rows, bias, left, right)(hidden, rows, bias, left, right)
+    """Take the way of checked arguments; a bias of None is zero."""
+    tensors = (hidden, rows, bias, left, right)
+    by = way(tensors)
+    if by == "backend":
+        if torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (hidden, bias, left, right)
+        ):
+            edited: Tensor = _SteerFunction.apply(*tensors, backend)  # type: ignore[no-untyped-call]
+            return edited
+        return backends.kernel("steer", backend, *tensors)(*tensors)
+    if by == "torch":
+        return eager.steer(*tensors)
+    return torch.ops.mechanex.steer(*tensors, backend)  # type: ignore[no-any-return]
 
 
 def _gradients(
@@ -196,43 +184,52 @@ def _gradients(
 
 def _is_final(*tensors: Tensor | None) -> bool:
     """Whether nothing will differentiate, trace or transform what is computed of these tensors."""
-    return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or transforms_are_active()
-        or dispatch_modes()
-        or any(type(t) not in _PLAIN for t in tensors)
-    )
+    return not torch.is_grad_enabled() and way(tensors) == "backend"
 
 
-class _Steer(torch.autograd.Function):
+@torch.library.custom_op("mechanex::steer", mutates_args=())
+def _run(
+    hidden: Tensor,
+    rows: Tensor | None,
+    bias: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    return backends.kernel("steer", backend, hidden, rows, bias, left, right)(hidden, rows, bias, left, right)
+
+
+@_run.register_fake
+def _(hidden: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
+    hidden, rows, bias, left, right, ctx.backend = inputs
+    ctx.save_for_backward(hidden if left is not None else None, rows, bias, left, right)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, rows, bias, left, right = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    needed = (need[0], need[2], need[3], need[4])
+    d_hidden, d_bias, d_left, d_right = _gradients(grad, hidden, rows, bias, left, right, ctx.backend, needed)
+    return d_hidden, None, d_bias, d_left, d_right, None
+
+
+_run.register_autograd(_backward, setup_context=_setup)
+
+
+class _SteerFunction(torch.autograd.Function):
     """The op for plain tensors that need gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        rows: Tensor | None,
-        bias: Tensor | None,
-        left: Tensor | None,
-        right: Tensor | None,
-        backend: str | None,
-    ) -> Tensor:
-        ctx.save_for_backward(hidden if left is not None else None, rows, bias, left, right)
-        ctx.backend = backend
-        return backends.kernel("steer", backend, hidden, rows, bias, left, right)(
-            hidden, rows, bias, left, right
-        )
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _setup(ctx, inputs, None)
+        *tensors, backend = inputs
+        return backends.kernel("steer", backend, *tensors)(*tensors)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, rows, bias, left, right = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        needed = (need[0], need[2], need[3], need[4])
-        d_hidden, d_bias, d_left, d_right = _gradients(
-            grad, hidden, rows, bias, left, right, ctx.backend, needed
-        )
-        return d_hidden, None, d_bias, d_left, d_right, None
+    backward = staticmethod(_backward)
 
 
 def _check(

@@ -1,6 +1,6 @@
 """The general steer op: up to m edits a row in order, with strengths and gates.
 
-Ways to a backend are those of :mod:`mechanex.ops.steer`. Its gradients are those of plain torch on the same arguments,
+Ways to a backend are those of :mod:`mechanex.ops.ways`. Its gradients are those of plain torch on the same arguments,
 whichever backend computed the result.
 """
 
@@ -14,16 +14,13 @@ import torch
 from torch import Tensor
 
 from mechanex import backends
-from mechanex._private.torch import dispatch_modes, transforms_are_active
 from mechanex.backends import eager
 from mechanex.errors import ValidationError
 
-from . import schema
 from .gate import Gate
+from .ways import way
 
-__all__ = ["arguments", "check", "gradients", "steer"]
-
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+__all__ = ["check", "steer"]
 
 
 def steer(
@@ -89,38 +86,68 @@ def _dispatch(
     gate: Gate | None,
     backend: str | None,
 ) -> Tensor:
-    """Take one of the three ways; rows and strength are ``[T, m]``, or None."""
+    """Take the way of checked arguments; rows and strength are ``[T, m]``, or None."""
     kinds, weight, offset = (None, None, None) if gate is None else (gate.kinds, gate.weight, gate.offset)
     tensors = (hidden, rows, strength, bias, left, right, kinds, weight, offset)
-    if torch.compiler.is_compiling():
-        return schema.steer_many(*tensors, backend)
-    if transforms_are_active():
-        return eager.steer_many(hidden, rows, strength, bias, left, right, gate)
-    if any(type(t) not in _PLAIN for t in tensors) or dispatch_modes():
-        return schema.steer_many(*tensors, backend)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        edited: Tensor = _SteerMany.apply(*tensors, backend)  # type: ignore[no-untyped-call]
-        return edited
     args = (hidden, rows, strength, bias, left, right, gate)
+    by = way(tensors)
+    if by == "library":
+        edited: Tensor = torch.ops.mechanex.steer_many(*tensors, backend)
+    elif by == "torch":
+        edited = eager.steer_many(*args)
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        edited = _SteerManyFunction.apply(*tensors, backend)  # type: ignore[no-untyped-call]
+    else:
+        edited = backends.kernel("steer_many", backend, *args)(*args)
+    return edited
+
+
+@torch.library.custom_op("mechanex::steer_many", mutates_args=())
+def _run(
+    hidden: Tensor,
+    rows: Tensor | None,
+    strength: Tensor | None,
+    bias: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    kinds: Tensor | None,
+    weight: Tensor | None,
+    offset: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    args = _arguments(hidden, rows, strength, bias, left, right, kinds, weight, offset)
     return backends.kernel("steer_many", backend, *args)(*args)
 
 
-class _SteerMany(torch.autograd.Function):
+@_run.register_fake
+def _(hidden: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
+    ctx.save_for_backward(*inputs[:-1])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_gradients(grad, ctx.saved_tensors, ctx.needs_input_grad[:-1]), None
+
+
+_run.register_autograd(_backward, setup_context=_setup)
+
+
+class _SteerManyFunction(torch.autograd.Function):
     """The op for plain tensors that need gradients."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        *tensors, backend = args
-        ctx.save_for_backward(*tensors)
-        run = arguments(*tensors)
-        return backends.kernel("steer_many", backend, *run)(*run)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _setup(ctx, inputs, None)
+        args = _arguments(*inputs[:-1])
+        return backends.kernel("steer_many", inputs[-1], *args)(*args)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *gradients(grad, ctx.saved_tensors, ctx.needs_input_grad[:-1]), None
+    backward = staticmethod(_backward)
 
 
-def gradients(
+def _gradients(
     grad: Tensor, tensors: Sequence[Tensor | None], needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the op, themselves differentiable where gradients are on.
@@ -136,7 +163,7 @@ def gradients(
         seen: list[Any] = [
             t.view_as(t) if t is not None and need else t for t, need in zip(tensors, needed, strict=True)
         ]
-        out = eager.steer_many_unchecked(*arguments(*seen))
+        out = eager.steer_many_unchecked(*_arguments(*seen))
         wanted = [t for t, need in zip(seen, needed, strict=True) if need and t is not None]
         found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again, allow_unused=True))
     return tuple(
@@ -144,7 +171,7 @@ def gradients(
     )
 
 
-def arguments(
+def _arguments(
     hidden: Tensor,
     rows: Tensor | None,
     strength: Tensor | None,

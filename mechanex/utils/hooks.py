@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..backends import prefers_torch
 from ..engine.given import as_vector
-from ..engine.hooks import Handle, selected
+from ..engine.hooks import Handle
 from ..engine.intervention import Edit, EditTable, compute_dtype
 from ..engine.models import adapter_for
 from ..engine.models.huggingface import is_traced
-from ..engine.positions import check_tokens, current_positions, token_mask, whole_pass
+from ..engine.positions import check_tokens, current_positions, selected, token_mask, whole_pass
 from ..engine.stream import Stream, residual, with_residual
 from ..errors import ValidationError
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..models.adapter import ModelAdapter
 from .cache import RollingCache
-from .calls import Calls, Form, Kept
+from .calls import CallForm, Calls, Carried
 from .reading import Reading
 from .row import Row
 from .steering import RowSteering, Span
@@ -27,7 +27,7 @@ class Batch(Protocol):
     """
 
     columns: int
-    kept: Kept | None
+    kept: Carried | None
 
     def admit(self, rows: Sequence[Row], reading: Reading, places: Sequence[int]) -> None:
         """Adds rows that were read to the end.
@@ -70,11 +70,11 @@ class CalledBatch:
         steering: edits them.
     """
 
-    def __init__(self, adapter: ModelAdapter, form: Form, calls: Calls, steering: RowSteering) -> None:
+    def __init__(self, adapter: ModelAdapter, form: CallForm, calls: Calls, steering: RowSteering) -> None:
         self._device, self._form = adapter.device, form
         self._calls, self._steering = calls, steering
         self.columns = 0
-        self.kept: Kept | None = None
+        self.kept: Carried | None = None
         self._changes = 0
         self._stepping: Stepping | None = None  # of the present rows
 

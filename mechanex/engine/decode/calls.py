@@ -15,9 +15,9 @@ from ..models.adapter import Handles, ModelAdapter
 from ..positions import Positions, given_positions
 from ..regimes import text_lengths
 
-__all__ = ["TOGETHER", "Calls", "Form", "Kept", "StepInputs"]
+__all__ = ["TOGETHER", "CallForm", "Calls", "Carried", "StepInputs"]
 
-Form = Literal["static", "rolling", "unmasked", "masked", "reread"]
+CallForm = Literal["static", "rolling", "unmasked", "masked", "reread"]
 """How a model is called for decoding.
 
 static: rows come and go; every step is over the same tensors, so that a CUDA graph can be captured of it.
@@ -26,10 +26,10 @@ unmasked, masked: one row, going on from the cache that the model made, without 
 reread: one row, without a cache: every step reads all of it.
 """
 
-TOGETHER: tuple[Form, ...] = ("static", "rolling")
+TOGETHER: tuple[CallForm, ...] = ("static", "rolling")
 """The forms in which rows come and go."""
 
-Kept = Mapping[str, Any]
+Carried = Mapping[str, Any]
 """What a model returned to be given in its next call, by the names of its arguments: its cache, under whatever name."""
 
 
@@ -60,7 +60,7 @@ class Calls:
         form: how it takes its calls.
     """
 
-    def __init__(self, adapter: ModelAdapter, form: Form) -> None:
+    def __init__(self, adapter: ModelAdapter, form: CallForm) -> None:
         self._adapter, self._form = adapter, form
         self._model: Any = adapter.hf_model
         self._accepts = _Names.of(adapter)
@@ -69,7 +69,7 @@ class Calls:
         """Whether it has a hook on the model now."""
         self._last = 0
 
-    def __call__(self, inputs: StepInputs, kept: Kept | None, last: int) -> tuple[Tensor, Kept]:
+    def __call__(self, inputs: StepInputs, kept: Carried | None, last: int) -> tuple[Tensor, Carried]:
         """The logits [rows, last, vocabulary] of the last columns, and what to give to the next call.
 
         Args:
@@ -102,7 +102,7 @@ class Calls:
         self._handles.remove()
         self.attached = False
 
-    def _kept(self, found: Any) -> Kept:
+    def _kept(self, found: Any) -> Carried:
         """What the model gave back under names of its own arguments: its cache alone where there is one."""
         fields = found.items() if isinstance(found, Mapping) else vars(found).items()
         given = {name: value for name, value in fields if name in self._accepts and value is not None}

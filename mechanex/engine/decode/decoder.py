@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..._private.torch import writes
 from ...errors import MechanexError, ValidationError
+from ..capabilities.caches import reads_again
 from ..models.adapter import ModelAdapter
-from ..regimes import first_change, reads_again
+from ..regimes import first_change
 from .batch import Batch, CalledBatch
-from .calls import TOGETHER, Calls, Form
+from .calls import TOGETHER, CallForm, Calls
 from .choose import Choice, Chooser, are_sound, logprobs_of, not_finite
 from .prefixes import Prefixes
 from .reading import Reading
@@ -51,7 +52,7 @@ class Decoder:
         adapter: ModelAdapter,
         padding: int,
         *,
-        form: Form,
+        form: CallForm,
         prefill_tokens: int = 4096,
         overlapped: bool | None = None,
         prefixes: Prefixes | None = None,
@@ -64,11 +65,11 @@ class Decoder:
         self._adapter, self._padding, self._prefill_tokens = adapter, padding, prefill_tokens
         overlaps = adapter.device.type == "cuda" if overlapped is None else overlapped
         self._overlapped = overlaps and form != "reread"
-        turn = first_change(adapter) if form != "reread" else None
+        turn = first_change(adapter.hf_model) if form != "reread" else None
         # The longest text whose keys are of no use to a longer one, in models that then read all of it anew.
         self._turn = turn if turn is not None and reads_again(adapter, turn + 1) else None
         # Where a text's length changes its keys, a longer one has no use for them.
-        self._prefixes = prefixes if form in TOGETHER and first_change(adapter) is None else None
+        self._prefixes = prefixes if form in TOGETHER and first_change(adapter.hf_model) is None else None
         self._new_chooser = chooser
         self._calls = Calls(adapter, form)
         self._batch: Batch

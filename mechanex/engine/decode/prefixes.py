@@ -19,7 +19,7 @@ from ..intervention import Edit
 from ..memory import tensor_bytes
 from ..positions import selects
 from .cache import RollingCache
-from .calls import Kept
+from .calls import Carried
 from .request import Steer
 from .row import Row
 
@@ -117,7 +117,7 @@ class Prefixes:
         self._kept.move_to_end(best[1])
         return self._kept[best[1]], best[0]
 
-    def cache(self, found: Sequence[tuple[Prefix, int] | None], columns: int) -> Kept:
+    def cache(self, found: Sequence[tuple[Prefix, int] | None], columns: int) -> Carried:
         """What a model is given to go on from texts, right-aligned in this many columns.
 
         Args:
@@ -132,7 +132,7 @@ class Prefixes:
             made.admit_states(prefix, n, columns)
         return {name: made}
 
-    def keep(self, row: Row, n: int, kept: Kept, place: int) -> None:
+    def keep(self, row: Row, n: int, kept: Carried, place: int) -> None:
         """Copies a row's keys and values; what one of the kept texts has already is not kept twice.
 
         Args:
@@ -193,10 +193,7 @@ def _reaches(steering: Sequence[Steer], n: int, prompt_length: int) -> list[tupl
     places = numpy.arange(n)
     found = []
     for steer in steering:
-        if steer.tokens is None:
-            reached: Any = numpy.ones(n, dtype=bool)
-        else:
-            reached = selects(steer.tokens, places, lambda: prompt_length)
+        reached = selects(steer.tokens, places, lambda: prompt_length)
         if reached.any():
             found.append(((steer.layer, _content(steer.edit)), reached))
     return found

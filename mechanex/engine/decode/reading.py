@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..left_padding import left_padded
 from ..positions import Positions
-from .calls import Kept, StepInputs
+from .calls import Carried, StepInputs
 from .prefixes import Prefixes
 from .row import Row
 from .steering import Span
@@ -39,11 +40,8 @@ class Reading:
         known = [row.known for row in self.prompts]
         self.columns = max(map(len, known))
         self._padding = [self.columns - len(tokens) for tokens in known]
-        ids = torch.full((len(known), self.columns), padding, dtype=torch.long)
-        for i, tokens in enumerate(known):
-            ids[i, self._padding[i] :] = torch.tensor(tokens)
-        index = torch.arange(self.columns)[None] - torch.tensor(self._padding)[:, None]
-        self._ids, self._index = ids.to(device), index.clamp(min=-1).to(device)
+        ids, index = left_padded(known, padding)
+        self._ids, self._index = ids.to(device), index.to(device)
         self._mask, self._positions = (self._index >= 0).long(), self._index.clamp(min=0)
         self._numbers = Numbers(self.prompts, device)
         self._text_lengths = torch.tensor([[len(tokens)] for tokens in known], device=device)
@@ -51,7 +49,7 @@ class Reading:
         self.sound = True
         """Whether the log-probabilities of the prompt are numbers."""
         self.done = 0
-        self.kept: Kept | None = None
+        self.kept: Carried | None = None
         self.logits: Tensor | None = None
         if prefixes is not None and not self.wants_logprobs:
             self._begin_behind(prefixes)

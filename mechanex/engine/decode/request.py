@@ -10,7 +10,7 @@ from ..intervention import Edit
 from ..positions import TokenSelector
 from ..sampling import Sampling
 
-__all__ = ["Request", "Result", "Steer", "Step", "TokenLogprob"]
+__all__ = ["Result", "Steer", "Step", "TextRequest", "TokenLogprob"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Steer:
 
 
 @dataclass(frozen=True)
-class Request:
+class TextRequest:
     """One prompt and how to continue it.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..detokenize import Continuation
-from .request import Request, Result, Step, TokenLogprob
+from .request import Result, Step, TextRequest, TokenLogprob
 
 __all__ = ["Row"]
 
@@ -35,7 +35,7 @@ class Row:
 
     def __init__(
         self,
-        request: Request,
+        request: TextRequest,
         tokenizer: Any,
         ends: Sequence[int],
         room: int | None = None,
@@ -190,7 +190,7 @@ class Row:
         return begin < given or (not has_text and begin == given)
 
 
-def _key_of(request: Request, prompt: tuple[int, int] | None) -> tuple[object, ...]:
+def _key_of(request: TextRequest, prompt: tuple[int, int] | None) -> tuple[object, ...]:
     # Edits of the same content are the same objects, alive as long as the row. A slice has no hash.
     steering = tuple((steer.layer, id(steer.edit), repr(steer.tokens)) for steer in request.steering)
     wanted = request.prompt_logprobs, request.prompt_logprobs and request.logprobs

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from ...errors import MechanexError
+from ..capabilities.decoding import form
 from ..models.adapter import ModelAdapter, exclusive, undisturbed
 from .calls import TOGETHER
 from .decoder import Decoder, Outcome
-from .probe import form
 from .request import Step
 from .row import Row
 from .steering import RowSteering

@@ -18,15 +18,17 @@ from ... import backends
 from ..._private.torch import is_compiled
 from ..attaching import changes, hooks_on, hooks_on_all
 from ..attention_plans import with_plans
+from ..capabilities.packing import packing_form
 from ..hooks import Intervention, attach, taken_over
 from ..intervention import Edit
+from ..limits import window_of
 from ..memory import total_bytes
 from ..models.adapter import Handles, ModelAdapter
+from ..pack import TREES
 from ..positions import Positions
 from ..regimes import first_change
-from ..selfcheck import TREES, packing_form, window_of
 from .cache import Unmergeable
-from .calls import Calls, Kept, StepInputs
+from .calls import Calls, Carried, StepInputs
 from .graphs import autocast_on, state_of
 from .grouped import grouped_attention
 from .reading import Numbers, Reading
@@ -82,10 +84,10 @@ class StaticBatch:
         self._masks = packing_form(adapter, (window or 0) + 1)
         if self._masks not in TREES:
             raise Unmergeable(f"{adapter.model_id} takes no mask that says which token sees which.")
-        if first_change(adapter) is not None:
+        if first_change(adapter.hf_model) is not None:
             raise Unmergeable(f"{adapter.model_id} computes otherwise from some length of its texts on.")
         self.columns = 0
-        self.kept: Kept | None = None
+        self.kept: Carried | None = None
 
     def admit(self, rows: Sequence[Row], reading: Reading, places: Sequence[int]) -> None:
         """Adds rows that were read."""

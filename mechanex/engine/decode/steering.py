@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ...errors import ValidationError
+from ..chains import numbered
 from ..hooks import attach
 from ..intervention import Edit, EditTable
 from ..models.adapter import Handles, ModelAdapter, ResidualHook
-from ..positions import check_tokens, selects
+from ..positions import TokenSelector, check_tokens, selects
 from .request import Steer
 
 __all__ = ["RowSteering", "Span", "meeting"]
@@ -36,6 +37,10 @@ class Span:
 
     def __init__(self, steering: tuple[Steer, ...], prompt_length: int, first: int) -> None:
         self.steering, self.prompt_length, self.first = steering, prompt_length, first
+
+    def selects(self, tokens: TokenSelector, index: Any) -> Any:
+        """Whether a selector of tokens selects the row's positions ``index``, an int or an array of them."""
+        return selects(tokens, index, lambda: self.prompt_length)
 
 
 class RowSteering:
@@ -157,20 +162,11 @@ def meeting(layer: int, spans: Sequence[Span], columns: int) -> tuple[tuple[tupl
             if here:
                 row[begin:] = slots.setdefault(tuple(steer.edit for steer in here), len(slots))
         elif columns == 1:
-            chain = tuple(steer.edit for steer in here if _reaches(steer, span.first, span))
+            chain = tuple(steer.edit for steer in here if span.selects(steer.tokens, span.first))
             if chain:
                 row[0] = slots.setdefault(chain, len(slots))
         else:
             places = numpy.arange(span.first, span.first + columns)
-            reached = numpy.stack([_reaches(steer, places, span) & (places >= 0) for steer in here], 1)
-            # Neighbours mostly have the same edits; each kind of column is looked up once.
-            kinds, kind = numpy.unique(reached, axis=0, return_inverse=True)
-            found = [tuple(s.edit for s, on in zip(here, one, strict=True) if on) for one in kinds]
-            slot = [slots.setdefault(chain, len(slots)) if chain else -1 for chain in found]
-            row[:] = numpy.array(slot, dtype=numpy.int32)[kind.reshape(-1)]
+            reached = [span.selects(steer.tokens, places) for steer in here]
+            row[:] = numbered([steer.edit for steer in here], numpy.stack(reached, 1), slots)
     return tuple(slots), index
-
-
-def _reaches(steer: Steer, index: Any, span: Span) -> Any:
-    """Whether an edit reaches the positions ``index`` (an int or an array) of a row."""
-    return steer.tokens is None or selects(steer.tokens, index, lambda: span.prompt_length)

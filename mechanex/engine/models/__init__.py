@@ -33,7 +33,7 @@ def adapter_for(model: nn.Module | ModelAdapter, *, layers: str | None = None) -
             "Load one by name with mechanex.load(name)."
         )
     kept = kept_on(model)
-    known = None if kept is None or kept.adapter is None else kept.adapter()
+    known: ModelAdapter | None = None if kept is None or kept.adapter is None else kept.adapter()
     if known is not None and layers is None and known.is_current():
         return known
     from .transformer_lens import TransformerLensAdapter, is_transformer_lens

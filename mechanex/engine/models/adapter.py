@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ValidationError
+from ...ops.head import Head
 from ..attaching import after, before, detach_all
 from ..attention_plans import without_plans
-from ..findings import Findings
-from ..following import Followed, Prompts
-from ..generate_calls import watch_generate
+from ..capabilities.findings import Findings
+from ..following.calls import Followed, Prompts
+from ..following.generating import watch_generate
 from ..regimes import each_alone
 from ..stream import Stream, others, residual
 from .kept import Kept
 from .offload import is_absent, where_it_runs
 
-__all__ = ["Handles", "ModelAdapter", "ResidualHook", "Unembedding", "exclusive", "undisturbed"]
+__all__ = ["Handles", "ModelAdapter", "ResidualHook", "exclusive", "undisturbed"]
 
 ResidualHook = Callable[[Tensor], "Tensor | None"]
 
@@ -52,30 +53,6 @@ class Handles:
         self.remove()
 
 
-@dataclass(frozen=True)
-class Unembedding:
-    """From the last hidden state to logits: softcap·tanh(scale·(Wh + bias)/softcap).
-
-    Args:
-        weight: [n_vocab, d_model].
-        bias: [n_vocab] or None.
-        scale: multiplies the products.
-        softcap: bounds the logits, or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., n_vocab] logits of ``hidden`` [..., d_model], in the weight's dtype as the model computes them."""
-        logits = nn.functional.linear(hidden.to(self.weight.device), self.weight, self.bias)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
-
-
 class ModelAdapter(ABC):
     """A causal language model as the engine sees it.
 
@@ -86,7 +63,7 @@ class ModelAdapter(ABC):
         tokenizer: the model's tokenizer if it carries one, else None.
         model_id: its name or path, for metadata and messages.
         d_model: width of the residual stream.
-        findings: what :mod:`mechanex.engine.selfcheck` found out about the model.
+        findings: what :mod:`mechanex.engine.capabilities` found out about the model.
     """
 
     model: nn.Module
@@ -113,7 +90,7 @@ class ModelAdapter(ABC):
 
     @property
     def findings(self) -> Findings:
-        return Findings(self)
+        return Findings(self, self.kept.findings)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Made again from its model when asked for.
@@ -233,7 +210,7 @@ class ModelAdapter(ABC):
 
     @property
     @abstractmethod
-    def unembedding(self) -> Unembedding:
+    def unembedding(self) -> Head:
         """The map from final hidden states to logits."""
 
     @property

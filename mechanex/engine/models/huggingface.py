@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..._private.torch import without_hooks
 from ...errors import ValidationError
+from ...ops.head import Head
 from ..attaching import after, before
 from ..stream import Stream, residual, with_residual
-from .adapter import Handles, ModelAdapter, ResidualHook, Unembedding, undisturbed
+from .adapter import Handles, ModelAdapter, ResidualHook, undisturbed
 from .kept import Kept
 
 __all__ = ["HuggingFaceAdapter", "find_layers"]
@@ -213,7 +214,7 @@ class HuggingFaceAdapter(ModelAdapter):
         return self._part("get_output_embeddings")
 
     @property
-    def unembedding(self) -> Unembedding:
+    def unembedding(self) -> Head:
         head: Any = self.head
         if head is None or not hasattr(head, "weight"):
             raise ValidationError(
@@ -226,7 +227,7 @@ class HuggingFaceAdapter(ModelAdapter):
         if isinstance(divisor := getattr(config, "logits_scaling", None), int | float):
             scale /= float(divisor)
         softcap = getattr(config, "final_logit_softcapping", None)
-        return Unembedding(head.weight, getattr(head, "bias", None), scale, softcap)
+        return Head(head.weight, getattr(head, "bias", None), scale, softcap)
 
     @cached_property
     def _tail(self) -> list[nn.Module]:

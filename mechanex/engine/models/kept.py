@@ -5,12 +5,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import nn
-
-if TYPE_CHECKING:
-    from .adapter import ModelAdapter
 
 __all__ = ["Kept", "keep", "kept_on"]
 
@@ -23,8 +20,8 @@ class Kept:
 
     Args:
         layers: the decoder layers that the rest is true of.
-        findings: what :mod:`mechanex.engine.selfcheck` found out, and what each depends on; read through
-            :class:`mechanex.engine.findings.Findings`.
+        findings: what :mod:`mechanex.engine.capabilities` found out, and what each depends on; read through
+            :class:`mechanex.engine.capabilities.findings.Findings`.
         tokenizer: the model's tokenizer, or None.
         model_id: its name or path.
         override: the user's dotted path of the decoder layers.
@@ -43,11 +40,17 @@ class Kept:
     applied: list[Any] = field(default_factory=list)
     step: Any = None
     owner: weakref.ref[nn.Module] | None = None
-    adapter: weakref.ref[ModelAdapter] | None = None
+    adapter: weakref.ref[Any] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickled or copied model goes without it.
         return (type(None), ())
+
+
+class HasKept(Protocol):
+    """An adapter, as far as its model keeps it."""
+
+    kept: Kept
 
 
 def kept_on(model: nn.Module) -> Kept | None:
@@ -56,7 +59,7 @@ def kept_on(model: nn.Module) -> Kept | None:
     return found if isinstance(found, Kept) and found.owner is not None and found.owner() is model else None
 
 
-def keep(model: nn.Module, adapter: ModelAdapter) -> None:
+def keep(model: nn.Module, adapter: HasKept) -> None:
     """Keeps an adapter's knowledge on its model, and the adapter itself for as long as somebody has it."""
     adapter.kept.owner, adapter.kept.adapter = weakref.ref(model), weakref.ref(adapter)
     model.__dict__[_KEY] = adapter.kept

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...errors import ValidationError
 from ..caches import returned_caches
+from ..capabilities.probing import close
 
 __all__ = ["installed", "official_name", "require", "same", "unsuitable", "watched", "wrap"]
 
@@ -127,8 +128,6 @@ def same(bridge: nn.Module, plain: dict[str, Tensor]) -> None:
     Raises:
         RuntimeError: it doesn't; the text says with or without a cache.
     """
-    from ..selfcheck import close
-
     inner: Any = bridge.original_model
     found = watched(inner)
     for how, truth in plain.items():

@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import ValidationError
+from ...ops.head import Head
 from ..attaching import after, before
-from ..call_facts import flat
-from ..following import Followed
-from ..generate_calls import watch_generate
+from ..following.calls import Followed
+from ..following.facts import flat
+from ..following.generating import watch_generate
 from ..positions import Positions, positions_are_given, set_positions
 from ..stream import others, residual
-from .adapter import Following, ResidualHook, Unembedding
+from .adapter import Following, ResidualHook
 from .huggingface import HuggingFaceAdapter, is_traced
 
 __all__ = ["HookedTransformerAdapter", "TransformerLensAdapter", "is_transformer_lens"]
@@ -90,9 +91,9 @@ class HookedTransformerAdapter(TransformerLensAdapter):
         return _AsTransformers(model)
 
     @property
-    def unembedding(self) -> Unembedding:
+    def unembedding(self) -> Head:
         head: Any = self.model.unembed
-        return Unembedding(head.W_U.T, head.b_U, 1.0, self.config.final_logit_softcapping)
+        return Head(head.W_U.T, head.b_U, 1.0, self.config.final_logit_softcapping)
 
     def _follow(self) -> Following:
         """Follows the blocks: ``HookedTransformer.generate`` runs ``forward`` past any hook on the model."""

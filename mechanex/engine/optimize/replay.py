@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..._private.torch import tree_flatten, tree_unflatten
-from ..forward import Resumed
+from ..capabilities.replaying import replay_agrees
+from ..capabilities.unembedding import unembedding_agrees
 from ..models.adapter import ModelAdapter
 from ..pack import Pack
-from ..selfcheck import replay_agrees, unembedding_agrees
+from ..passes import Resumed
 
 __all__ = ["Replay"]
 

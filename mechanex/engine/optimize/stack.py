@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ...ops.steer import steer
-from ..forward import scored_logprobs, visit_residuals
+from ..forward import scored_logprobs
 from ..hooks import attach
 from ..models.adapter import Handles, ModelAdapter, ResidualHook
 from ..models.offload import on_one_device
+from ..passes import visit_residuals
 from ..positions import Positions, given_positions
 from ..regimes import text_lengths
 from .layout import StepPack

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ...errors import ValidationError
-from ..forward import packs_for, scored_hidden, visit_residuals
+from ..forward import packs_for
 from ..models.adapter import Handles, ModelAdapter, exclusive, undisturbed
 from ..pack import Pack, Pair
+from ..passes import scored_hidden, visit_residuals
 from ..pauses import pause
 from ..text import encode_prompt
 from .hook_points import HookPoint, on_point

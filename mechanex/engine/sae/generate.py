@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 
 from ...errors import ValidationError
-from ..decode.probe import form
-from ..decode.request import Request
+from ..capabilities.decoding import form
+from ..decode.request import TextRequest
 from ..decode.run import decode
-from ..generate import Generating, Options
+from ..generate import Generating
 from ..models.adapter import ModelAdapter, exclusive
+from ..sampling import Options
 from ..text import Prompt
 from .behavior import Behavior
 from .watching import Action, Seen, Watch, Watched, WatchingSteering, check_fits, forced_edits
@@ -76,7 +77,7 @@ class _Watching(Generating):
         self.watches = [Watch(tuple(behaviors), action) for _ in prompts]
         self._forced = forced_edits(forced)
 
-    def request(self, i: int, request: Request) -> Request:
+    def request(self, i: int, request: TextRequest) -> TextRequest:
         watch = self.watches[i]
         edits = (*request.steering, *self._forced)
         return replace(

@@ -11,7 +11,7 @@ from typing import Any
 from ...bundled import data_path
 from ...engine.caa import caa_vectors
 from ...engine.datasets import read_pairs
-from ...engine.formats import FORMATS
+from ...engine.formats.files import FORMATS
 from ...engine.models.adapter import ModelAdapter
 from ...engine.vectors import SteeringVector
 from ...errors import APIError, NotFoundError, ValidationError

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ...engine.decode.probe import token_bytes
+from ...engine.capabilities.decoding import token_bytes
 from ...engine.memory import free_bytes
 from ...engine.models.adapter import ModelAdapter
 from ..settings import ServerSettings

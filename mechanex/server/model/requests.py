@@ -7,8 +7,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from ...engine.decode.request import Request as TextRequest
-from ...engine.decode.request import Result, Steer, Step, TokenLogprob
+from ...engine.decode.request import Result, Steer, Step, TextRequest, TokenLogprob
 from ...engine.decode.row import Row
 
 __all__ = ["Generation", "Result", "ServedRow", "Steer", "Step", "TextRequest", "TokenLogprob", "results_of"]

@@ -14,12 +14,12 @@ from ...engine.detokenize import special_tokens
 from ...engine.text import Prompt, as_chat, encode_prompt, prompt_text
 from ...errors import ValidationError
 
-__all__ = ["Encoder", "TokenTexts"]
+__all__ = ["PromptEncoder", "TokenTexts"]
 
 _SHORT = 1000  # characters or tokens
 
 
-class Encoder:
+class PromptEncoder:
     """Encodes and decodes; its methods block, and may be called from any thread.
 
     Args:

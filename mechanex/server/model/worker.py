@@ -12,10 +12,10 @@ from typing import cast
 
 import torch
 
-from ...engine.decode.calls import TOGETHER, Form
+from ...engine.capabilities.decoding import form
+from ...engine.decode.calls import TOGETHER, CallForm
 from ...engine.decode.decoder import Decoder, Outcome
 from ...engine.decode.prefixes import Prefixes
-from ...engine.decode.probe import form
 from ...engine.decode.reading import Reading
 from ...engine.decode.row import Row
 from ...engine.models.adapter import ModelAdapter, exclusive, undisturbed
@@ -64,7 +64,7 @@ class Worker:
         self.failure: BaseException | None = None
         self._adapter, self._padding, self._settings = adapter, padding, settings
         self._metrics = metrics
-        self._form: Form = "rolling"
+        self._form: CallForm = "rolling"
         self._room = Room(1, 0)  # until the model is known
         self._prefixes = Prefixes(0)
         self._decoder = self._new_decoder()

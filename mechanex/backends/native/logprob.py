@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native, native_cuda
-from .chunked import Chunked, Head
+from mechanex.ops.head import Head
 
-__all__ = ["OP"]
+from ..chunked import Chunked
+from . import modules
+from .modules import DTYPE_CODES, address, on_stream
+
+__all__ = ["LOGPROB"]
 
 
 def _reduce(
@@ -21,11 +24,11 @@ def _reduce(
     if head.bias is not None:
         bias = head.bias[first : first + n_columns].to(maximum.dtype).contiguous().resolve_neg()
     arguments = (
-        native._DTYPE_CODES[products.dtype],
+        DTYPE_CODES[products.dtype],
         n_rows,
         n_columns,
         products.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
+        address(bias),
         target.data_ptr(),
         target.stride(0),
         first,
@@ -34,14 +37,13 @@ def _reduce(
         head.coldness,
         maximum.data_ptr(),
         total.data_ptr(),
-        0 if factor is None else factor.data_ptr(),
+        address(factor),
     )
     if products.is_cuda:
-        device = products.get_device()
-        native_cuda._module().reduce(*arguments, device, native_cuda._stream_getter()(device))
+        modules.cuda().reduce(*arguments, *on_stream(products))
     else:
-        native._module().reduce(*arguments)
+        modules.cpu().reduce(*arguments)
     return factor
 
 
-OP = Chunked(_reduce)
+LOGPROB = Chunked(_reduce)

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._private.gguf import BoundedReader
-from ..errors import ValidationError
-from .formats_record import with_checksum
+from ..._private.gguf import BoundedReader
+from ...errors import ValidationError
+from .record import with_checksum
 
 __all__ = ["read_control_vector", "write_control_vector"]
 

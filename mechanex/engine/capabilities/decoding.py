@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from ..._private.torch import without_hooks
+from ..decode.calls import TOGETHER, CallForm
+from ..decode.choose import Choice
+from ..decode.decoder import Decoder
+from ..decode.request import TextRequest
+from ..decode.row import Row
 from ..intervention import widest
+from ..limits import window_of
 from ..models.adapter import ModelAdapter, undisturbed
 from ..positions import given_positions, whole_pass
-from ..selfcheck import TOLERANCE, window_of
-from .calls import TOGETHER, Form
-from .choose import Choice
-from .decoder import Decoder
-from .request import Request
-from .row import Row
+from .probing import TOLERANCE, drawn_tokens
 
 __all__ = ["form", "rolls", "together", "token_bytes"]
 
@@ -29,7 +30,7 @@ _NEW_TOKENS = 5
 _LARGEST_WINDOW = 512  # a larger attention window isn't crossed: its probe would take long
 
 
-def form(adapter: ModelAdapter, n_rows: int) -> Form:
+def form(adapter: ModelAdapter, n_rows: int) -> CallForm:
     """How this model takes its calls; checked once per model for one row, and once for several.
 
     Args:
@@ -40,30 +41,30 @@ def form(adapter: ModelAdapter, n_rows: int) -> Form:
     if shared is not None and (n_rows > 1 or shared == "static"):
         return shared
     if "decoding" not in adapter.findings:
-        forms: tuple[Form, ...] = ("unmasked", "masked")
-        found: Form = next((one for one in forms if _agrees(adapter, one)), "reread")
+        forms: tuple[CallForm, ...] = ("unmasked", "masked")
+        found: CallForm = next((one for one in forms if _agrees(adapter, one)), "reread")
         if found == "reread":
             _log.warning(
                 "%s has no cache to go on from: it reads its whole text for every token.", adapter.model_id
             )
         adapter.findings["decoding"] = found
-    return cast(Form, adapter.findings["decoding"])
+    return cast(CallForm, adapter.findings["decoding"])
 
 
-def together(adapter: ModelAdapter) -> Form | None:
+def together(adapter: ModelAdapter) -> CallForm | None:
     """The form in which prompts may join and leave a decoding batch of this model, if any; checked once per model.
 
     Args:
         adapter: the model, nobody else's meanwhile.
     """
     if "together" not in adapter.findings:
-        forms: tuple[Form, ...] = TOGETHER if _is_on_gpu(adapter) else ("rolling",)
+        forms: tuple[CallForm, ...] = TOGETHER if _is_on_gpu(adapter) else ("rolling",)
         found = adapter.findings["together"] = next((one for one in forms if _agrees(adapter, one)), None)
         if found is None:
             _log.warning(
                 "%s decodes one row at a time: the rows of its cache can't be put together.", adapter.model_id
             )
-    return cast("Form | None", adapter.findings["together"])
+    return cast("CallForm | None", adapter.findings["together"])
 
 
 def rolls(adapter: ModelAdapter) -> bool:
@@ -81,7 +82,7 @@ def token_bytes(adapter: ModelAdapter) -> int | None:
     return cast("int | None", adapter.findings.get("token bytes")) if rolls(adapter) else None
 
 
-def _agrees(adapter: ModelAdapter, tried: Form) -> bool:
+def _agrees(adapter: ModelAdapter, tried: CallForm) -> bool:
     """Whether decoding in this form gives the logits of whole passes."""
     probe = partial(_try_together if tried in TOGETHER else _try_one_row, tried=tried)
     # What others have attached is none of the model's facts, unless it can't do without.
@@ -112,12 +113,12 @@ class _Checked:
     def _row(self, length: int, seed: int) -> Row:
         vocab = int(self._adapter.config.vocab_size)
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randint(vocab - vocab // 4, (length + _NEW_TOKENS,), generator=generator) + vocab // 8
+        drawn = drawn_tokens(vocab, length + _NEW_TOKENS, generator)
         ids = drawn.tolist()
         inputs = drawn[None].to(self._adapter.device)
         with given_positions(whole_pass(inputs)):
             truth: Tensor = self._adapter.call(input_ids=inputs).logits
-        row = Row(Request(ids[:length], max_tokens=_NEW_TOKENS), _Mute(), ())
+        row = Row(TextRequest(ids[:length], max_tokens=_NEW_TOKENS), _Mute(), ())
         self._tokens[id(row)] = ids[length:]
         self._truths[id(row)] = truth[0, length - 1 : -1]
         return row
@@ -141,7 +142,7 @@ class _Checked:
         return choose
 
 
-def _try_one_row(adapter: ModelAdapter, tried: Form) -> bool:
+def _try_one_row(adapter: ModelAdapter, tried: CallForm) -> bool:
     checked = _Checked(adapter, [_fitting(adapter, 7)])
     decoder = Decoder(adapter, 0, form=tried, overlapped=False, chooser=checked.chooser)
     try:
@@ -153,7 +154,7 @@ def _try_one_row(adapter: ModelAdapter, tried: Form) -> bool:
     return checked.agrees
 
 
-def _try_together(adapter: ModelAdapter, tried: Form) -> bool:
+def _try_together(adapter: ModelAdapter, tried: CallForm) -> bool:
     window = window_of(adapter)
     beyond = window if window is not None and window <= _LARGEST_WINDOW else 0
     checked = _Checked(adapter, [_fitting(adapter, n) for n in (11 + beyond, 4, 7)])

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .._private.torch import writes
-from .attaching import KEY, hooks_of_others, own_class
-
-if TYPE_CHECKING:
-    from .models.adapter import ModelAdapter
+from ..._private.torch import writes
+from ...ops.head import Head
+from ..attaching import KEY, hooks_of_others, own_class
 
 __all__ = ["Findings"]
 
@@ -33,6 +31,26 @@ _SETTINGS = (
 )
 
 
+class Tried(Protocol):
+    """A model, as far as findings depend on it; an adapter is one."""
+
+    hf_model: nn.Module
+    layers: list[nn.Module]
+
+    @property
+    def config(self) -> Any: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def trunk(self) -> nn.Module: ...
+    @property
+    def head(self) -> nn.Module | None: ...
+    @property
+    def unembedding(self) -> Head: ...
+
+
 class Findings(MutableMapping[str, Any]):
     """Verdicts by name; one whose model has changed since in what it depends on is not there any more.
 
@@ -41,15 +59,15 @@ class Findings(MutableMapping[str, Any]):
     stack: an adapter on the head that was zero when it was tried may not be so now.
 
     Args:
-        adapter: whose findings they are.
+        model: whose findings they are.
+        found: by name what they depended on when they were made, and the verdict.
     """
 
-    def __init__(self, adapter: ModelAdapter) -> None:
-        self._adapter, self._found = adapter, adapter.kept.findings
+    def __init__(self, model: Tried, found: dict[str, tuple[Hashable, Any]]) -> None:
+        self._model, self._found = model, found
 
     def _depends(self, name: str) -> Hashable:
-        adapter = self._adapter
-        return _build(adapter), _way_out(adapter) if name.startswith("unembedding") else None
+        return _build(self._model), _way_out(self._model) if name.startswith("unembedding") else None
 
     def __getitem__(self, name: str) -> Any:
         depended, value = self._found[name]
@@ -70,12 +88,12 @@ class Findings(MutableMapping[str, Any]):
         return sum(1 for _ in self)
 
 
-def _build(adapter: ModelAdapter) -> Hashable:
+def _build(model: Tried) -> Hashable:
     """What the form of a model's calls depends on."""
-    config = adapter.config
+    config = model.config
     settings = tuple(repr(getattr(config, name, None)) for name in _SETTINGS)
-    layers = tuple((id(layer), _wrapping(layer)) for layer in adapter.layers)
-    return adapter.dtype, adapter.device, settings, layers, _wrapping(adapter.hf_model)
+    layers = tuple((id(layer), _wrapping(layer)) for layer in model.layers)
+    return model.dtype, model.device, settings, layers, _wrapping(model.hf_model)
 
 
 def _wrapping(module: nn.Module) -> Hashable:
@@ -83,18 +101,18 @@ def _wrapping(module: nn.Module) -> Hashable:
     return own_class(module), id(vars(module).get("forward")), id(vars(module).get("_compiled_call_impl"))
 
 
-def _way_out(adapter: ModelAdapter) -> Hashable:
+def _way_out(model: Tried) -> Hashable:
     """What the way from the final hidden state to logits depends on.
 
     The weights that the adapter unembeds with count by identity, since they are read anew each time; other tensors,
     which are small, by what they hold.
     """
-    head = adapter.head
+    head = model.head
     if head is None:
         return None
-    unembedding = adapter.unembedding
+    unembedding = model.unembedding
     read = {t.data_ptr() for t in (unembedding.weight, unembedding.bias) if t is not None and not t.is_meta}
-    modules = [*_around(adapter.hf_model, adapter.trunk), *head.modules()]
+    modules = [*_around(model.hf_model, model.trunk), *head.modules()]
     plain = tuple((id(m), _wrapping(m), *_attributes(m)) for m in modules)
     tensors = [
         t

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Literal, get_args
 
-from ..errors import ValidationError
+from ...errors import ValidationError
 
 __all__ = ["Site", "check_site", "declared", "layer_in", "shift"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .caches import cached_tokens, find_cache
-from .call_facts import flat
-from .following import Followed, Prompts
+from ..caches import cached_tokens, find_cache
+from .calls import Followed, Prompts
+from .facts import flat
 
 __all__ = ["watch_generate"]
 

@@ -12,9 +12,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .caches import cached_tokens, find_cache
-from .call_facts import contradiction, flat, keeps_a_list, new_tokens, old_tokens, without
-from .positions import Positions, current_positions, positions_are_given, set_positions
+from ..caches import cached_tokens, find_cache
+from ..positions import Positions, current_positions, positions_are_given, set_positions
+from .facts import contradiction, flat, keeps_a_list, new_tokens, old_tokens, without
 
 __all__ = ["Followed", "Prompts"]
 

@@ -15,10 +15,10 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from ..errors import MechanexError, NotFoundError, ValidationError
-from ..home import atomic_path
-from .formats_record import CHECKSUM, check_record, own_checksum, with_checksum
-from .formats_site import Site, check_site, declared, layer_in, shift
+from ...errors import MechanexError, NotFoundError, ValidationError
+from ...home import atomic_path
+from .record import CHECKSUM, check_record, own_checksum, with_checksum
+from .site import Site, check_site, declared, layer_in, shift
 
 __all__ = [
     "FORMATS",
@@ -235,14 +235,14 @@ def _write_json(path: Path, layers: Mapping[int, Tensor], fields: Mapping[str, s
 
 
 def _read_gguf(path: Path) -> Contents:
-    from .formats_gguf import read_control_vector
+    from .gguf import read_control_vector
 
     layers, fields = read_control_vector(path)
     return Contents(layers, fields, "output")
 
 
 def _write_gguf(path: Path, layers: Mapping[int, Tensor], fields: Mapping[str, str]) -> None:
-    from .formats_gguf import write_control_vector
+    from .gguf import write_control_vector
 
     write_control_vector(path, layers, fields)
 

@@ -1,0 +1,188 @@
+"""Edits by the compiled kernels, on the CPU and on CUDA.
+
+On a GPU nothing waits for the device: a row whose index is out of range becomes NaN, and an error of a running kernel
+shows up where the stream is next waited for. The CPU's kernels raise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mechanex.errors import ValidationError
+from mechanex.ops.gate import Gate
+
+from ..arithmetic import compute_dtype, many_dtype
+from ..backend import NEGATED, is_negated
+from . import modules
+from .modules import DTYPE_CODES, address, on_stream, table
+
+__all__ = [
+    "MANY_WIDTH",
+    "TORCH_RANK",
+    "TORCH_TABLE",
+    "declines_steer",
+    "refuses_steer",
+    "refuses_steer_many",
+    "steer",
+    "steer_many",
+]
+
+# The kernel keeps a row's coordinates on its stack; beyond this, matrix products are faster anyway.
+_MAX_RANK = 64
+# Measured against plain torch on two CPU cores with AVX-512 (benchmarks/test_steer.py, the crossings): one edit of a
+# higher rank is faster as matrix products, and on a single row so is one whose factors hold more numbers than this.
+TORCH_RANK = 48
+TORCH_TABLE = 1 << 17
+# Widest row of a half type that takes several edits on a GPU: it waits in a block's shared memory, float32.
+MANY_WIDTH = 24_000
+
+
+def refuses_steer(
+    hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
+) -> str | None:
+    """Why the kernel can't take these arguments, or None."""
+    if hidden.dtype not in DTYPE_CODES:
+        return f"hidden has dtype {hidden.dtype}, the kernels take float32, float64, bfloat16 and float16"
+    if left is not None and left.shape[1] > _MAX_RANK:
+        return f"the rank is {left.shape[1]}, the kernels take at most {_MAX_RANK}"
+    return NEGATED if is_negated(hidden, bias, left, right) else None
+
+
+def declines_steer(
+    hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
+) -> str | None:
+    """Why ``auto`` leaves these arguments to plain torch, or None."""
+    if rows is None and left is None and bias is not None and bias.dtype is hidden.dtype:
+        return "one vector added to every row is a plain addition"
+    if left is not None and left.shape[0] == 1:
+        rank, width = left.shape[1:]
+        if rank > TORCH_RANK or (hidden.shape[0] == 1 and rank * width > TORCH_TABLE):
+            return "one edit of high rank is two matrix products"
+    return None
+
+
+def steer(
+    hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
+) -> Tensor:
+    """``y = x + b + Lᵀ(R x)`` per row; shapes and meaning as in :func:`mechanex.backends.reference.steer`.
+
+    Raises:
+        ValidationError: a row index is out of range (CPU).
+        RuntimeError: CUDA refused the launch.
+    """
+    wide = compute_dtype(hidden, bias, left, right)
+    x = hidden if wide is torch.float32 else hidden.to(wide)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    stored = _stored(x, wide, bias, left, right) if x.is_cuda else wide
+    bias, left, right = table(bias, stored), table(left, stored), table(right, stored)
+    edits = left if bias is None else bias
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    n_rows, width = x.shape
+    given = (
+        DTYPE_CODES[x.dtype],
+        n_rows,
+        width,
+        x.data_ptr(),
+        x.stride(0),
+        out.data_ptr(),
+        width,
+        0 if rows is None else rows.data_ptr(),
+        0 if rows is None else rows.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        0 if left is None else left.data_ptr(),
+        0 if right is None else right.data_ptr(),
+        0 if edits is None else edits.shape[0],
+        0 if left is None else left.shape[1],
+    )
+    _call("steer", x, stored, given)
+    return out if out.dtype is hidden.dtype else out.to(hidden.dtype)
+
+
+def refuses_steer_many(
+    hidden: Tensor,
+    rows: Tensor | None,
+    strength: Tensor | None,
+    bias: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    gate: Gate | None,
+) -> str | None:
+    """Why the kernel can't take these arguments, or None."""
+    reason = refuses_steer(hidden, rows, bias, left, right)
+    if reason is not None:
+        return reason
+    if is_negated(strength) or (gate is not None and is_negated(gate.weight, gate.offset)):
+        return NEGATED
+    if hidden.is_cuda and hidden.dtype.itemsize == 2 and hidden.shape[1] > MANY_WIDTH:
+        return f"the width is {hidden.shape[1]}, several edits of a half type take at most {MANY_WIDTH}"
+    return None
+
+
+def steer_many(
+    hidden: Tensor,
+    rows: Tensor | None,
+    strength: Tensor | None,
+    bias: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    gate: Gate | None,
+) -> Tensor:
+    """Several edits of a row in order; see :func:`mechanex.backends.reference.steer_many`.
+
+    Raises:
+        ValidationError, RuntimeError: as :func:`steer`.
+    """
+    wide = many_dtype(hidden, strength, bias, left, right, gate)
+    x = hidden if wide is torch.float32 else hidden.to(wide)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    kinds, weight, offset = (None, None, None) if gate is None else (gate.kinds, gate.weight, gate.offset)
+    stored = _stored(x, wide, bias, left, right, weight) if x.is_cuda else wide
+    rows, strength = None if rows is None else rows.contiguous(), table(strength, wide)
+    left = table(left, stored)
+    kept = (table(bias, stored), left, table(right, stored), None if kinds is None else kinds.contiguous())
+    more = (table(weight, stored), table(offset, wide))
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    n_rows, width = x.shape
+    given = (
+        DTYPE_CODES[x.dtype],
+        n_rows,
+        width,
+        x.data_ptr(),
+        x.stride(0),
+        out.data_ptr(),
+        width,
+        address(rows),
+        1 if rows is None else rows.shape[1],
+        *map(address, (strength, *kept, *more)),
+        bias.shape[0],
+        0 if left is None else left.shape[1],
+    )
+    _call("steer_many", x, stored, given)
+    return out if out.dtype is hidden.dtype else out.to(hidden.dtype)
+
+
+def _stored(x: Tensor, wide: torch.dtype, *tables: Tensor | None) -> torch.dtype:
+    """The dtype in which a kernel on a GPU reads edits."""
+    # Edits of the rows' own half type are read as they are: converting them would cost a launch each.
+    return x.dtype if all(t is None or t.dtype is x.dtype for t in tables) else wide
+
+
+def _call(op: str, x: Tensor, stored: torch.dtype, given: tuple[int, ...]) -> None:
+    """Runs an op of the compiled module for the rows' device.
+
+    Args:
+        op: its name.
+        x: the rows.
+        stored: the dtype of the edits, which the CPU's kernels read in that of the arithmetic.
+        given: the code of the rows' dtype, then sizes, addresses and strides.
+    """
+    if x.is_cuda:
+        getattr(modules.cuda(), op)(given[0], DTYPE_CODES[stored], *given[1:], *on_stream(x))
+        return
+    try:
+        getattr(modules.cpu(), op)(*given)
+    except IndexError as error:
+        raise ValidationError(str(error)) from None

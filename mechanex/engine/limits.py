@@ -1,0 +1,87 @@
+"""How long a model's texts may be, and at which lengths it changes what it does."""
+
+from __future__ import annotations
+
+import logging
+
+from ..errors import ValidationError
+from .models.adapter import ModelAdapter
+from .regimes import first_change
+
+__all__ = ["PROBE_TOKENS", "check_context", "check_length", "outgrown_length", "window_of"]
+
+_log = logging.getLogger(__name__)
+
+_WINDOW_SETTINGS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention_window")
+# Lengths at which models were seen to change what they do.
+_LENGTH_SETTINGS = ("original_max_position_embeddings", "seq_length", "max_position_embeddings")
+PROBE_TOKENS = 13  # the longest path that is tried of every model
+
+
+def window_of(adapter: ModelAdapter) -> int | None:
+    """The model's smallest attention window in tokens, or None."""
+    config = adapter.config
+    sizes = [getattr(config, name, None) for name in _WINDOW_SETTINGS]
+    if getattr(config, "use_sliding_window", True) is False:
+        sizes[0] = None
+    return min((s for s in sizes if isinstance(s, int) and s > 0), default=None)
+
+
+def outgrown_length(adapter: ModelAdapter, longest: int) -> int | None:
+    """The largest number of tokens below ``longest`` at which the model may change what it does; None for none.
+
+    That is its attention window, where its rotary factors change, and what its configuration names.
+    """
+    config = adapter.config
+    tables = getattr(config, "rope_parameters", None) or {}
+    named = [getattr(config, name, None) for name in _LENGTH_SETTINGS]
+    for table in [tables, *tables.values()] if isinstance(tables, dict) else []:
+        named += [table.get(name) for name in _LENGTH_SETTINGS] if isinstance(table, dict) else []
+    lengths = [
+        n for n in (*named, window_of(adapter)) if isinstance(n, int) and 0 < n < max(longest, PROBE_TOKENS)
+    ]
+    change = first_change(adapter.hf_model)
+    if change is not None and change < longest:
+        lengths.append(change)
+    return max(lengths, default=None)
+
+
+def check_length(adapter: ModelAdapter, longest: int) -> None:
+    """Refuses text past the end of a table of positions; rotary models can go on, with quality as their makers say."""
+    config = adapter.config
+    limit = adapter.context
+    rotary = any(
+        getattr(config, name, None) for name in ("rope_parameters", "rope_theta", "rope_scaling", "alibi")
+    )
+    if limit is not None and limit < longest and not rotary:
+        raise ValidationError(
+            f"The longest prompt and completion have {longest} tokens, but {adapter.model_id} has {limit} positions; "
+            "shorten them."
+        )
+
+
+def check_context(adapter: ModelAdapter, longest: int, max_tokens: int) -> None:
+    """Refuses a prompt that fills the model's context, and logs where an answer will end at it.
+
+    Args:
+        adapter: the model.
+        longest: tokens of the longest prompt.
+        max_tokens: most tokens that are to be added.
+    """
+    context = adapter.context
+    if context is None:
+        return
+    if longest >= context:
+        raise ValidationError(
+            f"the prompt has {longest} tokens and {adapter.model_id} has a context of {context}: "
+            "shorten the prompt."
+        )
+    if longest + max_tokens > context:
+        _log.warning(
+            "stopping after %d tokens, not %d: the context of %s has %d and the prompt %d",
+            context - longest,
+            max_tokens,
+            adapter.model_id,
+            context,
+            longest,
+        )
