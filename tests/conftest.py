@@ -169,4 +169,6 @@ def _shared_models_stay_as_they_are() -> Iterator[None]:
     yield
     if "families" in sys.modules:
         changed = sys.modules["families"].changed_models()
-        assert not changed, f"this test changed the shared model of {', '.join(changed)}; FAMILIES[name]() is its own"
+        assert not changed, (
+            f"this test changed the shared model of {', '.join(changed)}; FAMILIES[name]() is its own"
+        )

@@ -1,4 +1,4 @@
-"""What a model is made of, whatever its family names its modules: parts, heads, who reads whom, and paths."""
+"""What a model is made of, whatever its family names its modules: components, heads, who reads whom, and paths."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from torch import nn
 
 import mechanex
 from mechanex.engine.models import adapter_for
+from mechanex.engine.structure.components import Component
 from mechanex.engine.structure.graph import model_graph, model_paths, structure_of
-from mechanex.engine.structure.parts import Part
 from mechanex.errors import ValidationError
 
 PARALLEL = ("gpt_neox", "gptj", "falcon", "phi", "cohere", "cohere2")
 
 
-def parts_of(family: str) -> list[Part]:
-    return structure_of(adapter_for(build(family))).parts
+def components_of(family: str) -> list[Component]:
+    return structure_of(adapter_for(build(family))).components
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_stream_is_the_sum_of_what_the_parts_write(family: str) -> None:
+def test_the_stream_is_the_sum_of_what_the_components_write(family: str) -> None:
     """With no name known beforehand: what leaves the last layer is the embedding and every write."""
-    model, parts = build(family), parts_of(family)
+    model, components = build(family), components_of(family)
     adapter = adapter_for(model)
     written: dict[str, torch.Tensor] = {}
     ids = torch.tensor([[5, 90, 17, 44, 8, 61]])
 
-    def note(part: Part) -> Any:
+    def note(component: Component) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
-            written[part.path] = part.scale * value.reshape(1, 6, -1).clone()
+            written[component.path] = component.scale * value.reshape(1, 6, -1).clone()
 
         return hook
 
     streams: dict[int, torch.Tensor] = {}
-    handles = [part.module.register_forward_hook(note(part)) for part in parts[1:]]
+    handles = [component.module.register_forward_hook(note(component)) for component in components[1:]]
     handles += [
         adapter.on_residual(layer, lambda hidden, layer=layer: streams.update({layer: hidden.clone()}))
         for layer in (0, N_LAYERS)
@@ -52,23 +52,23 @@ def test_the_stream_is_the_sum_of_what_the_parts_write(family: str) -> None:
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "mamba"])
 def test_each_layer_has_attention_with_heads_and_an_mlp(family: str) -> None:
-    parts = parts_of(family)
-    assert parts[0].role == "embedding"
+    components = components_of(family)
+    assert components[0].role == "embedding"
     for layer in range(N_LAYERS):
-        attention, mlp = (part for part in parts if part.layer == layer)
+        attention, mlp = (component for component in components if component.layer == layer)
         assert (attention.role, mlp.role) == ("attention", "mlp")
         assert attention.heads is not None and attention.heads.n_heads == N_HEADS
-        assert mlp.heads is None and all(mlp.reads(part) for part in parts[: 2 * layer + 1])
+        assert mlp.heads is None and all(mlp.reads(component) for component in components[: 2 * layer + 1])
         assert mlp.reads(attention) is (family not in PARALLEL) and not attention.reads(mlp)
 
 
 def test_a_layer_without_attention_is_a_mixer_alone() -> None:
-    parts = parts_of("mamba")
-    assert [part.role for part in parts] == ["embedding", *["mixer"] * N_LAYERS]
+    components = components_of("mamba")
+    assert [component.role for component in components] == ["embedding", *["mixer"] * N_LAYERS]
 
 
 def test_a_multiplied_write_has_its_factor() -> None:
-    assert {part.scale for part in parts_of("granite")[1:]} == {0.5}
+    assert {component.scale for component in components_of("granite")[1:]} == {0.5}
 
 
 def test_writes_of_zeros_have_the_roles_of_their_like() -> None:
@@ -76,7 +76,7 @@ def test_writes_of_zeros_have_the_roles_of_their_like() -> None:
     with torch.no_grad():
         model.model.layers[2].self_attn.o_proj.weight.zero_()
         model.model.layers[1].mlp.down_proj.weight.zero_()
-    roles = [part.role for part in structure_of(adapter_for(model)).parts]
+    roles = [component.role for component in structure_of(adapter_for(model)).components]
     assert roles == ["embedding", *["attention", "mlp"] * N_LAYERS]
 
 
@@ -91,12 +91,12 @@ class _Rescaled(nn.Module):
         return 0.5 * self.layer(hidden, **options)
 
 
-def test_a_layer_that_is_no_plain_sum_is_a_part_as_a_whole() -> None:
+def test_a_layer_that_is_no_plain_sum_is_a_component_as_a_whole() -> None:
     model = FAMILIES["llama"]()
     model.model.layers[1] = _Rescaled(model.model.layers[1])
-    parts = structure_of(adapter_for(model)).parts
-    assert [part.role for part in parts if part.layer == 1] == ["block"]
-    assert [part.role for part in parts if part.layer == 2] == ["attention", "mlp"]
+    components = structure_of(adapter_for(model)).components
+    assert [component.role for component in components if component.layer == 1] == ["block"]
+    assert [component.role for component in components if component.layer == 2] == ["attention", "mlp"]
 
 
 def test_the_graph_tells_shapes_parameters_children_and_the_stream() -> None:

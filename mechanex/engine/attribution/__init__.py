@@ -1,1 +1,1 @@
-"""Which parts of a model an answer hangs on: attribution patching, exact patching, edges and circuits."""
+"""Which components of a model an answer hangs on: attribution patching, exact patching, edges and circuits."""

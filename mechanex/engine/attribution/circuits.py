@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import ValidationError
 from ..models.adapter import ModelAdapter
 from ..pauses import pause
-from ..structure.parts import Part
+from ..structure.components import Component
 from .edges import Edge, EdgeRuns, name_of
 from .metrics import check_metric
 from .runs import ids_of
@@ -146,24 +146,24 @@ def _within(runs: EdgeRuns, circuits: Sequence[frozenset[Edge]]) -> Any:
 
     def read(reader: Reader, writes: Mapping[str, Tensor]) -> Tensor:
         return torch.stack(
-            [along(part, reader, writes[part.path]) for part in _sources(runs, reader, writes)]
+            [along(component, reader, writes[component.path]) for component in _sources(runs, reader, writes)]
         ).sum(0)
 
-    def along(part: Part, reader: Reader, write: Tensor) -> Tensor:
-        edge = Edge(part.path, name_of(reader))
+    def along(component: Component, reader: Reader, write: Tensor) -> Tensor:
+        edge = Edge(component.path, name_of(reader))
         kept = torch.tensor([edge in circuit for circuit in circuits], device=write.device)[:, None, None]
         other = write.clone()
-        other[:, at] = runs.corrupted[part.path][theirs]
+        other[:, at] = runs.corrupted[component.path][theirs]
         return torch.where(kept, write, other)
 
     return read
 
 
-def _sources(runs: EdgeRuns, reader: Reader, writes: Mapping[str, Tensor]) -> list[Part]:
+def _sources(runs: EdgeRuns, reader: Reader, writes: Mapping[str, Tensor]) -> list[Component]:
     return [
-        part
-        for part in runs.structure.parts
-        if part.path in writes and (reader is None or reader.reads(part))
+        component
+        for component in runs.structure.components
+        if component.path in writes and (reader is None or reader.reads(component))
     ]
 
 

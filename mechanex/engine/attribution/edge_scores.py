@@ -33,7 +33,7 @@ class EdgeScores:
         method: ``"gradient"`` or ``"exact"``.
         steps: gradients that were averaged; 0 for exact scores.
         runs: both runs.
-        scores: by edge, in the order in which the model's parts run.
+        scores: by edge, in the order in which the model's components run.
     """
 
     adapter: ModelAdapter

@@ -1,4 +1,4 @@
-"""Edges of a model: how much of what one part writes counts through what another reads."""
+"""Edges of a model: how much of what one component writes counts through what another reads."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ __all__ = ["Edge", "EdgeRuns", "edge_runs", "exact_edges", "gradient_edges", "na
 
 @dataclass(frozen=True)
 class Edge:
-    """A way from what one part writes to what another reads.
+    """A way from what one component writes to what another reads.
 
     Args:
-        source: path of the part that writes.
-        target: path of the part that reads, or ``"logits"``.
+        source: path of the component that writes.
+        target: path of the component that reads, or ``"logits"``.
     """
 
     source: str
@@ -38,7 +38,7 @@ class Edge:
 
 @dataclass(eq=False)
 class EdgeRuns:
-    """Both runs, part by part.
+    """Both runs, component by component.
 
     Attributes:
         structure: of the model.
@@ -58,12 +58,12 @@ class EdgeRuns:
 
     @property
     def edges(self) -> list[Edge]:
-        """Every edge of the model, in the order in which its parts run."""
+        """Every edge of the model, in the order in which its components run."""
         return [
-            Edge(part.path, name_of(reader))
+            Edge(component.path, name_of(reader))
             for reader in readers_of(self.structure)
-            for part in self.structure.parts
-            if reader is None or reader.reads(part)
+            for component in self.structure.components
+            if reader is None or reader.reads(component)
         ]
 
     def delta(self, path: str) -> Tensor:
@@ -83,12 +83,12 @@ def edge_runs(
     pair: PromptPair,
     metric: Metric | Sequence[Answer] | None,
 ) -> EdgeRuns:
-    """Runs both prompts without gradients and keeps what every part writes.
+    """Runs both prompts without gradients and keeps what every component writes.
 
     Raises:
         ValidationError: the model doesn't pass on one residual stream, and what ``run_pair`` refuses.
     """
-    if not structure.parts or structure.parts[0].role != "embedding":
+    if not structure.components or structure.components[0].role != "embedding":
         raise ValidationError(
             f"{adapter.model_id} has no edges: its layers don't pass on one residual stream, or it doesn't say which "
             "module embeds its tokens."
@@ -113,24 +113,24 @@ def gradient_edges(adapter: ModelAdapter, runs: EdgeRuns, steps: int) -> dict[Ed
             batch (EAP-IG, arXiv:2403.17806); 1 for the corrupted run's.
     """
     tokens, points = len(runs.pair.corrupted), midpoints(steps)
-    readers, sources = readers_of(runs.structure), runs.structure.parts
+    readers, sources = readers_of(runs.structure), runs.structure.components
     totals = {name_of(reader): torch.zeros(0) for reader in readers}
     chunk = rows_at_once(adapter, tokens)
     for start in range(0, steps, chunk):
         pause()
         for name, gradient in _gradients(adapter, runs, points[start : start + chunk]).items():
             totals[name] = gradient + totals[name] if len(totals[name]) else gradient
-    deltas = torch.stack([runs.delta(part.path).flatten() for part in sources])
+    deltas = torch.stack([runs.delta(component.path).flatten() for component in sources])
     products = deltas @ torch.stack([totals[name_of(reader)].flatten() for reader in readers]).T / steps
     column = {name_of(reader): n for n, reader in enumerate(readers)}
-    row = {part.path: n for n, part in enumerate(sources)}
+    row = {component.path: n for n, component in enumerate(sources)}
     table = products.cpu().tolist()
     return {edge: table[row[edge.source]][column[edge.target]] for edge in runs.edges}
 
 
 def _gradients(adapter: ModelAdapter, runs: EdgeRuns, points: Sequence[float]) -> dict[str, Tensor]:
     """By reader, [T, d_model] float32, the sum over the points of the gradient of what it reads."""
-    embedding = runs.structure.parts[0].path
+    embedding = runs.structure.components[0].path
     share = torch.tensor(points)[:, None, None]
 
     def start(stream: Tensor) -> Tensor:

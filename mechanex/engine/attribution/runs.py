@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..forward import check_length
+from ..limits import check_length
 from ..models.adapter import Handles, ModelAdapter, exclusive, undisturbed
 from .metrics import Answer, Metric, check_metric, first_token, metric_of
 from .prompts import PromptPair

@@ -95,8 +95,8 @@ def metric_dict(tokenizer: Any, metric: Metric, clean: float, corrupted: float) 
 
 
 def default_paths(structure: Structure) -> list[str]:
-    """What writes to the residual stream: the embedding, and the parts of each layer."""
-    return [part.path for part in structure.parts]
+    """What writes to the residual stream: the embedding, and the components of each layer."""
+    return [component.path for component in structure.components]
 
 
 def attribution_scores(
@@ -154,7 +154,9 @@ def attribution_scores(
         else:
             _fill_exact(found, sites, positions, lambda patches: exact_scores(adapter, runs, patches))
     runs.clean, runs.corrupted = {}, {}
-    found.roles = {part.path: part.role for part in structure.parts if part.path in found.scores}
+    found.roles = {
+        component.path: component.role for component in structure.components if component.path in found.scores
+    }
     return found
 
 

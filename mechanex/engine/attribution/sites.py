@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import ValidationError
 from ..attaching import after, before
+from ..capabilities.packing import packing_form
 from ..models.adapter import Handles, ModelAdapter
 from ..pack import BATCH_TOKENS, BATCH_TOKENS_GPU
 from ..stream import by_token, given_out, with_given_out
@@ -24,7 +25,7 @@ class Site:
 
     Args:
         path: the module that is asked for.
-        module: the module that is watched.
+        module: the module that is observed.
         n_heads: 0 for the module's output; else what enters ``module`` are this many heads, side by side.
     """
 
@@ -34,17 +35,21 @@ class Site:
 
 
 def sites_of(adapter: ModelAdapter, structure: Structure, paths: Iterable[str], heads: bool) -> list[Site]:
-    """The sites of modules, each followed by that of its heads where it is a part with heads or holds their way out."""
+    """The sites of modules, each followed by that of its heads where it is attention or holds their way out."""
     modules = dict(adapter.hf_model.named_modules(remove_duplicate=False))
     layers = {index: _path_of(modules, layer) for index, layer in enumerate(adapter.layers)}
     found = []
     for path in paths:
         found.append(Site(path, modules[path]))
-        for part in structure.parts if heads else ():
-            if part.heads is None or part.layer is None or not path.startswith(f"{layers[part.layer]}."):
+        for component in structure.components if heads else ():
+            if (
+                component.heads is None
+                or component.layer is None
+                or not path.startswith(f"{layers[component.layer]}.")
+            ):
                 continue
-            if part.path == path or part.heads.path.startswith(f"{path}."):
-                found.append(Site(path, part.heads.module, part.heads.n_heads))
+            if component.path == path or component.heads.path.startswith(f"{path}."):
+                found.append(Site(path, component.heads.module, component.heads.n_heads))
     return found
 
 
@@ -111,6 +116,8 @@ def last_logits(adapter: ModelAdapter, ids: Tensor) -> Tensor:
 
 
 def rows_at_once(adapter: ModelAdapter, tokens: int) -> int:
-    """Rows of so many tokens that run in one pass."""
+    """Rows of so many tokens that run in one pass: one where a model gives a text other results among others."""
+    if packing_form(adapter, tokens) == "apart":
+        return 1
     most = BATCH_TOKENS if adapter.device.type == "cpu" else BATCH_TOKENS_GPU
     return max(1, most // tokens)

@@ -1,8 +1,8 @@
-"""Runs in which every part reads a residual stream of its own, made of whichever writes are wanted.
+"""Runs in which every component reads a residual stream of its own, made of whichever writes are wanted.
 
-In such a run an edge of the model, from what one part writes to what another reads, can be looked at and changed apart
-from all others. A layer is called once for each of its parts, with the stream that the part is to read, and what the
-other parts of the layer write is set to nothing.
+In such a run an edge of the model, from what one component writes to what another reads, can be looked at and changed
+apart from all others. A layer is called once for each of its components, with the stream that this one is to read, and
+what the others of the layer write is set to nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..attaching import after, before
 from ..models.adapter import Handles, ModelAdapter
 from ..stream import given_out, residual, with_given_out, with_residual
+from ..structure.components import Component
 from ..structure.graph import Structure
-from ..structure.parts import Part
 from .sites import last_logits
 
 __all__ = ["FINAL", "Reader", "StreamRun", "everything", "readers_of"]
@@ -25,8 +25,8 @@ __all__ = ["FINAL", "Reader", "StreamRun", "everything", "readers_of"]
 FINAL = "logits"
 """The reader at the end: the final norm and the unembedding."""
 
-Reader = Part | None
-"""A part, or None for what comes after the last layer."""
+Reader = Component | None
+"""A component, or None for what comes after the last layer."""
 
 Read = Callable[[Reader, Mapping[str, Tensor]], Tensor]
 """Makes the stream [B, T, d_model] that a reader reads from the writes so far, by path."""
@@ -34,16 +34,16 @@ Read = Callable[[Reader, Mapping[str, Tensor]], Tensor]
 
 def readers_of(structure: Structure) -> list[Reader]:
     """Everything that reads the stream, in the order of running."""
-    return [*(part for part in structure.parts if part.layer is not None), None]
+    return [*(component for component in structure.components if component.layer is not None), None]
 
 
 def everything(structure: Structure) -> Read:
-    """Reads what the model's parts do."""
+    """Reads what the model's components do."""
 
     def read(reader: Reader, writes: Mapping[str, Tensor]) -> Tensor:
         mine = [
             writes[p.path]
-            for p in structure.parts
+            for p in structure.components
             if p.path in writes and (reader is None or reader.reads(p))
         ]
         return torch.stack(mine).sum(0)
@@ -73,28 +73,29 @@ class StreamRun:
         start: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._adapter, self._read, self._start = adapter, read, start
-        self._embedding = structure.parts[0]
-        self._of_layer: list[list[Part]] = [
-            [part for part in structure.parts if part.layer == layer] for layer in range(adapter.n_layers)
+        self._embedding = structure.components[0]
+        self._of_layer: list[list[Component]] = [
+            [component for component in structure.components if component.layer == layer]
+            for layer in range(adapter.n_layers)
         ]
         self.writes: dict[str, Tensor] = {}
         self.reads: dict[str, Tensor] = {}
-        self._running: Part | None = None
+        self._running: Component | None = None
 
     def logits(self, ids: Tensor) -> Tensor:
         """[B, n_vocab] float32 logits at the last position of each row of ``ids`` [B, T]."""
         with Handles() as handles:
             for index, layer in enumerate(self._adapter.layers):
-                # In front of other hooks: edits of the stream are made in what each part reads.
+                # In front of other hooks: edits of the stream are made in what each component reads.
                 handles.add(before(layer, self._entering(index), first=True))
-                for part in self._of_layer[index]:
-                    if part.role != "block":
-                        handles.add(after(part.module, self._writing(part)))
+                for component in self._of_layer[index]:
+                    if component.role != "block":
+                        handles.add(after(component.module, self._writing(component)))
                 handles.add(after(layer, self._leaving(index)))
             return last_logits(self._adapter, ids)
 
     def _entering(self, index: int) -> Any:
-        parts = self._of_layer[index]
+        components = self._of_layer[index]
 
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self._running is not None:
@@ -103,38 +104,40 @@ class StreamRun:
                 stream = residual(args, kwargs)
                 self._adapter.stream.check(stream)
                 self.writes[self._embedding.path] = stream if self._start is None else self._start(stream)
-            for part in parts[:-1]:
-                self._running = part
-                given = with_residual(self._stream_of(part), args, kwargs)
+            for component in components[:-1]:
+                self._running = component
+                given = with_residual(self._stream_of(component), args, kwargs)
                 layer(*given[0], **given[1])
-            # The call that is under way is the last part's.
-            self._running = parts[-1]
-            return with_residual(self._stream_of(parts[-1]), args, kwargs)
+            # The call that is under way is the last component's.
+            self._running = components[-1]
+            return with_residual(self._stream_of(components[-1]), args, kwargs)
 
         return hook
 
-    def _stream_of(self, part: Reader) -> Tensor:
-        stream = self._read(part, self.writes)
-        self.reads[FINAL if part is None else part.path] = stream
+    def _stream_of(self, component: Reader) -> Tensor:
+        stream = self._read(component, self.writes)
+        self.reads[FINAL if component is None else component.path] = stream
         # A layer may write into what it is given.
         return stream.clone()
 
-    def _writing(self, part: Part) -> Any:
+    def _writing(self, component: Component) -> Any:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             value = given_out(output)
-            if self._running is part:
-                self.writes[part.path] = value.reshape(self.reads[part.path].shape) * part.scale
+            if self._running is component:
+                self.writes[component.path] = (
+                    value.reshape(self.reads[component.path].shape) * component.scale
+                )
             return with_given_out(torch.zeros_like(value), output)
 
         return hook
 
     def _leaving(self, index: int) -> Any:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-            part = self._running
-            if part is not None and part.role == "block":
-                self.writes[part.path] = given_out(output) - self.reads[part.path]
+            component = self._running
+            if component is not None and component.role == "block":
+                self.writes[component.path] = given_out(output) - self.reads[component.path]
             self._running = None
-            if index == self._adapter.n_layers - 1 and part is self._of_layer[index][-1]:
+            if index == self._adapter.n_layers - 1 and component is self._of_layer[index][-1]:
                 return with_given_out(self._stream_of(None), output)
             return None
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from ...errors import ValidationError
 from ..models.adapter import ModelAdapter
-from .parts import Part, find_parts
-from .watching import N_ROWS, N_TOKENS, Call, Watched, watch
+from .components import Component, find_components
+from .observing import N_ROWS, N_TOKENS, Call, Observed, observe
 
 __all__ = ["Structure", "model_graph", "model_paths", "structure_of"]
 
@@ -22,18 +22,18 @@ class Structure:
     """What a model is made of.
 
     Attributes:
-        watched: a pass over a few tokens.
-        parts: what writes to the residual stream, in the order of running; empty where a model has several streams.
+        observed: a pass over a few tokens.
+        components: what writes to the residual stream, in order; none where a model has several streams.
         paths: modules whose output for each token can be patched, in the model's order.
     """
 
-    watched: Watched
-    parts: list[Part]
+    observed: Observed
+    components: list[Component]
     paths: list[str]
 
-    def part(self, path: str) -> Part | None:
-        """The part that is written by this module."""
-        return next((part for part in self.parts if part.path == path), None)
+    def component(self, path: str) -> Component | None:
+        """The component that is written by this module."""
+        return next((component for component in self.components if component.path == path), None)
 
     def check(self, paths: Sequence[str]) -> None:
         """Refuses paths that can't be patched.
@@ -52,7 +52,7 @@ class Structure:
         near = difflib.get_close_matches(path, self.paths, n=3, cutoff=0.5)
         near = near or [p for p in self.paths if path and path in p][:3] or self.paths[:3]
         like = "Paths like it: " + ", ".join(near) + "."
-        if any(call.path == path for call in self.watched.calls):
+        if any(call.path == path for call in self.observed.calls):
             return f"gives out nothing that could be patched token by token, once in a pass. {like}"
         return f"is no module of this model that a pass goes through. {like}"
 
@@ -65,21 +65,21 @@ def structure_of(adapter: ModelAdapter) -> Structure:
 
 
 def _found(adapter: ModelAdapter) -> Structure:
-    watched = watch(adapter)
-    parts = find_parts(adapter, watched) if watched.one_stream else []
+    observed = observe(adapter)
+    components = find_components(adapter, observed) if observed.one_stream else []
     n_calls: dict[int, int] = {}
-    for call in watched.calls:
+    for call in observed.calls:
         n_calls[id(call.module)] = n_calls.get(id(call.module), 0) + 1
     once = {
         call.path: call
-        for call in watched.calls
+        for call in observed.calls
         if n_calls[id(call.module)] == 1
         and _patchable(adapter, call)
         and not _holds(call.module, adapter.head)
     }
     order = [path for path, _ in adapter.hf_model.named_modules() if path in once]
-    watched.forget()
-    return Structure(watched, parts, order)
+    observed.forget()
+    return Structure(observed, components, order)
 
 
 def _patchable(adapter: ModelAdapter, call: Call) -> bool:
@@ -107,13 +107,13 @@ def model_graph(adapter: ModelAdapter) -> list[dict[str, Any]]:
         For each module a dict: ``path``; ``type``, its class; ``parameters``, those of what is inside counted too;
         ``input_shape`` and ``output_shape`` of the first tensors in and out, with ``"batch"``, ``"tokens"`` or
         ``"batch*tokens"`` for those sizes, or None where the pass showed none; ``children``, paths; ``layer``, an int
-        or None; ``role`` of what writes to or reads the residual stream (``"embedding"``, ``"attention"``, ``"mixer"``,
+        or None; ``role`` of what writes to or reads the stream (``"embedding"``, ``"attention"``, ``"mixer"``,
         ``"mlp"``, ``"block"``, ``"unembedding"``), else None; ``reads``, the paths whose writes it reads there, or None
-        without a role; ``heads``, query heads or None; ``parallel``, whether other parts of its layer run beside it.
+        without a role; ``heads``, query heads or None; ``parallel``, whether another of its layer runs beside it.
     """
     structure = structure_of(adapter)
     calls: dict[int, Call] = {}
-    for call in structure.watched.calls:
+    for call in structure.observed.calls:
         calls.setdefault(id(call.module), call)
     nodes = []
     for path, module in adapter.hf_model.named_modules():
@@ -148,17 +148,19 @@ def _shape(shape: tuple[int, ...] | None) -> list[int | str] | None:
 
 def _stream(adapter: ModelAdapter, structure: Structure, path: str, module: nn.Module) -> dict[str, Any]:
     """A node's place on the residual stream."""
-    part = structure.part(path)
+    component = structure.component(path)
     found: dict[str, Any] = {"role": None, "reads": None, "heads": None, "parallel": False}
-    if part is not None:
-        found["role"] = part.role
-        found["reads"] = [other.path for other in structure.parts if part.reads(other)]
-        found["heads"] = None if part.heads is None else part.heads.n_heads
+    if component is not None:
+        found["role"] = component.role
+        found["reads"] = [other.path for other in structure.components if component.reads(other)]
+        found["heads"] = None if component.heads is None else component.heads.n_heads
         found["parallel"] = any(
-            other is not part and other.layer == part.layer and not (part.reads(other) or other.reads(part))
-            for other in structure.parts
+            other is not component
+            and other.layer == component.layer
+            and not (component.reads(other) or other.reads(component))
+            for other in structure.components
         )
     elif module is adapter.head:
         found["role"] = "unembedding"
-        found["reads"] = [other.path for other in structure.parts]
+        found["reads"] = [other.path for other in structure.components]
     return found

@@ -1,8 +1,8 @@
-"""The parts of a model that read the residual stream and write to it, found by following what a pass computes.
+"""The components of a model that read the residual stream and write to it, found by following what a pass computes.
 
-A layer's output is a sum: the stream that entered it, and what its parts wrote. Autograd's record of a pass over a few
-tokens shows the terms of that sum, so neither the names of modules nor the order of their norms matter. A second pass,
-in which every write is cut off from what comes after it, checks the terms and their factors, and shows who reads whom.
+A layer's output is a sum: the stream that entered it, and what its components wrote. Autograd's record of a pass over a
+few tokens shows the terms of that sum, so neither names of modules nor the order of norms matter. In a second pass
+every write is cut off from what comes after it, which checks the terms and their factors, and shows who reads whom.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..attaching import after
 from ..models.adapter import ModelAdapter
 from ..stream import given_out, with_given_out
-from .watching import N_ROWS, N_TOKENS, Call, Watched, entry_hooks, probing
+from .observing import N_ROWS, N_TOKENS, Call, Observed, entry_hooks, probing
 
-__all__ = ["Heads", "Part", "find_parts"]
+__all__ = ["Component", "Heads", "find_components"]
 
 Role = Literal["embedding", "attention", "mixer", "mlp", "block"]
 
@@ -39,7 +39,7 @@ class Heads:
         path: the projection's path.
         module: the projection; its input is [B, T, n_heads * width of a head].
         n_heads: query heads, whatever keys and values they share.
-        linear: whether the part's write is the projection's output, so that it is the sum of what each head writes.
+        linear: whether the component's write is the projection's output: the sum of what each head writes.
     """
 
     path: str
@@ -49,8 +49,8 @@ class Heads:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """A part of a model that writes to the residual stream.
+class Component:
+    """A component of a model that writes to the residual stream.
 
     Args:
         path: the module whose output is written.
@@ -59,7 +59,7 @@ class Part:
             ``"mlp"`` looks at its own token alone; ``"block"`` is a whole layer, whose sum isn't of modules' outputs.
         layer: its layer; None for the embedding.
         scale: what its output is multiplied by on its way into the stream.
-        within: paths of the parts of its own layer that it reads; none for parts that run in parallel.
+        within: paths of the components of its own layer that it reads; none for components that run in parallel.
         heads: its heads, where it has any.
     """
 
@@ -71,25 +71,25 @@ class Part:
     within: tuple[str, ...] = ()
     heads: Heads | None = None
 
-    def reads(self, other: Part) -> bool:
-        """Whether it reads what the other part wrote."""
+    def reads(self, other: Component) -> bool:
+        """Whether it reads what the other component wrote."""
         mine, theirs = (-1 if one.layer is None else one.layer for one in (self, other))
         return other.path in self.within if mine == theirs else mine > theirs
 
 
-def find_parts(adapter: ModelAdapter, watched: Watched) -> list[Part]:
-    """The embedding and the parts of each layer, in the order in which they run.
+def find_components(adapter: ModelAdapter, observed: Observed) -> list[Component]:
+    """The embedding and the components of each layer, in the order in which they run.
 
     Args:
         adapter: the model.
-        watched: a pass of it.
+        observed: a pass of it.
     """
     paths = {id(module): path for path, module in adapter.hf_model.named_modules(remove_duplicate=False)}
-    terms = [_terms_of(adapter, watched, index) for index in range(adapter.n_layers)]
-    parts: list[Part] = []
+    terms = [_terms_of(adapter, observed, index) for index in range(adapter.n_layers)]
+    components: list[Component] = []
     embedding = adapter.embedding
     if embedding is not None and id(embedding) in paths:
-        parts.append(Part(paths[id(embedding)], embedding, "embedding"))
+        components.append(Component(paths[id(embedding)], embedding, "embedding"))
     seen = _cut_pass(adapter, [calls or [] for calls in terms])
     # A write of nothing but zeros, as of weights that are zero, has the role of its like in other layers.
     known = {
@@ -101,26 +101,29 @@ def find_parts(adapter: ModelAdapter, watched: Watched) -> list[Part]:
     for index, layer in enumerate(adapter.layers):
         calls, cut = terms[index], seen[index]
         if calls is None or not cut.sound:
-            parts.append(Part(paths[id(layer)], layer, "block", index))
+            components.append(Component(paths[id(layer)], layer, "block", index))
             continue
         for n, call in enumerate(calls):
             role = cut.roles[n] or known.get(_name(call), "mlp")
             within = tuple(calls[j].path for j in cut.reads[n])
-            parts.append(Part(call.path, call.module, role, index, cut.scales[n], within))
-    return [_with_heads(adapter, watched, part) if part.role == "mixer" else part for part in parts]
+            components.append(Component(call.path, call.module, role, index, cut.scales[n], within))
+    return [
+        _with_heads(adapter, observed, component) if component.role == "mixer" else component
+        for component in components
+    ]
 
 
 def _name(call: Call) -> str:
     return call.path.rpartition(".")[2]
 
 
-def _terms_of(adapter: ModelAdapter, watched: Watched, index: int) -> list[Call] | None:
+def _terms_of(adapter: ModelAdapter, observed: Observed, index: int) -> list[Call] | None:
     """The calls whose outputs a layer adds to its stream, in the order of running; None where that isn't the sum."""
-    entry, leaving = watched.entries.get(index), watched.exits.get(index)
+    entry, leaving = observed.entries.get(index), observed.exits.get(index)
     if entry is None or leaving is None:
         return None
     layer = adapter.layers[index]
-    inside = [c for c in watched.calls if c.layer == index and c.module is not layer and c.node is not None]
+    inside = [c for c in observed.calls if c.layer == index and c.module is not layer and c.node is not None]
     outputs: dict[Any, Call] = {}
     for call in sorted(inside, key=lambda c: (c.path.count("."), c.began)):
         outputs.setdefault(call.node, call)
@@ -227,13 +230,13 @@ def _plain(scale: float) -> float:
     return float(round(scale)) if abs(scale - round(scale)) < 1e-3 else scale
 
 
-def _with_heads(adapter: ModelAdapter, watched: Watched, part: Part) -> Part:
-    """The part with its heads, if the last matrix on its way out reads as many widths as there are heads."""
-    (write,) = [call for call in watched.calls if call.module is part.module]
+def _with_heads(adapter: ModelAdapter, observed: Observed, component: Component) -> Component:
+    """The component with its heads, if the last matrix on its way out reads as many widths as there are heads."""
+    (write,) = [call for call in observed.calls if call.module is component.module]
     matrices = [
         call
-        for call in watched.calls
-        if call.layer == part.layer
+        for call in observed.calls
+        if call.layer == component.layer
         and call.ended <= write.ended
         and isinstance(weight := getattr(call.module, "weight", None), Tensor)
         and weight.ndim == 2
@@ -241,14 +244,14 @@ def _with_heads(adapter: ModelAdapter, watched: Watched, part: Part) -> Part:
         and call.given[:2] == (N_ROWS, N_TOKENS)
         and call.gave == (N_ROWS, N_TOKENS, adapter.d_model)
     ]
-    n_heads = _n_heads(adapter, part.layer or 0)
+    n_heads = _n_heads(adapter, component.layer or 0)
     if not matrices or n_heads is None:
-        return part
+        return component
     last = max(matrices, key=lambda call: call.ended)
     if last.given is None or len(last.given) != 3 or last.given[-1] % n_heads:
-        return part
+        return component
     heads = Heads(last.path, last.module, n_heads, _hands_on(write.node, last.node))
-    return replace(part, role="attention", heads=heads)
+    return replace(component, role="attention", heads=heads)
 
 
 def _n_heads(adapter: ModelAdapter, layer: int) -> int | None:

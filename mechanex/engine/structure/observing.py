@@ -15,7 +15,7 @@ from ..attaching import after, before
 from ..models.adapter import Handles, ModelAdapter, exclusive, undisturbed
 from ..stream import by_token, given_out, residual, with_given_out, with_residual
 
-__all__ = ["N_ROWS", "N_TOKENS", "Call", "Watched", "entry_hooks", "probing", "watch"]
+__all__ = ["N_ROWS", "N_TOKENS", "Call", "Observed", "entry_hooks", "observe", "probing"]
 
 N_ROWS, N_TOKENS = 2, 11
 
@@ -27,7 +27,7 @@ class Call:
     Attributes:
         path: the module's path in the model.
         module: the module.
-        layer: the decoder layer that it is a part of, or None.
+        layer: the decoder layer that it is a component of, or None.
         began, ended: when, among all calls.
         given: shape of the first tensor that it was called with, or None.
         gave: shape of what it gave out first, or None where that is no tensor.
@@ -47,7 +47,7 @@ class Call:
 
 
 @dataclass
-class Watched:
+class Observed:
     """What a pass showed.
 
     Attributes:
@@ -111,9 +111,9 @@ def entry_hooks(adapter: ModelAdapter, entered: dict[int, Tensor]) -> Handles:
     return handles
 
 
-def watch(adapter: ModelAdapter) -> Watched:
+def observe(adapter: ModelAdapter) -> Observed:
     """Runs the model over a few tokens and notes every call of every module."""
-    watched, running, clock = Watched(), list[Call](), iter(range(1 << 62))
+    observed, running, clock = Observed(), list[Call](), iter(range(1 << 62))
     layers = {id(layer): index for index, layer in enumerate(adapter.layers)}
     handles = Handles()
 
@@ -126,10 +126,10 @@ def watch(adapter: ModelAdapter) -> Watched:
             call.given = tuple(tensors[0].shape) if tensors else None
             if own is not None:
                 entering = residual(args, kwargs)
-                watched.one_stream &= adapter.stream.fits(entering)
-                watched.entries[own] = getattr(entering, "grad_fn", None)
+                observed.one_stream &= adapter.stream.fits(entering)
+                observed.entries[own] = getattr(entering, "grad_fn", None)
             running.append(call)
-            watched.calls.append(call)
+            observed.calls.append(call)
 
         return hook
 
@@ -142,7 +142,7 @@ def watch(adapter: ModelAdapter) -> Watched:
         call.by_token = None if each is None else tuple(each.shape)
         call.gave, call.node = tuple(gave.shape), gave.grad_fn
         if id(module) in layers:
-            watched.exits[layers[id(module)]] = gave.grad_fn
+            observed.exits[layers[id(module)]] = gave.grad_fn
         if module is adapter.embedding and gave.grad_fn is None:
             return with_given_out(gave.detach().clone().requires_grad_(True), output)
         return None
@@ -154,4 +154,4 @@ def watch(adapter: ModelAdapter) -> Watched:
             handles.add(before(module, begin(path)))
             handles.add(after(module, end))
         adapter.call(input_ids=ids)
-    return watched
+    return observed
