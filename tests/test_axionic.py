@@ -731,9 +731,6 @@ LATER: list[tuple[str, str, Any]] = [
         "/sae/generate",
         {"prompt": "The", "max_new_tokens": 5, "behavior_names": ["a"], "force_steering": None},
     ),
-    ("GET", "/graph", None),
-    ("GET", "/paths", None),
-    ("POST", "/attribution-patching/scores", {"clean_prompt": "a", "corrupted_prompt": "b"}),
     ("POST", "/raag/generate", {"qa_entries": [{"question": "Why?"}], "docs": [{"text": "Because."}]}),
 ]
 
@@ -760,6 +757,16 @@ GOOD: dict[str, Any] = {
     },
     "/steering/generate": EXAMPLES | {"method": "caa", "layer_idxs": [1]},
     "/behaviors/create": EXAMPLES | {"behavior_name": "b", "description": ""},
+    "/attribution-patching/scores": {
+        "clean_prompt": "Anna was calm.",
+        "corrupted_prompt": "Anna was angry.",
+        "target_module_paths": ["model.layers.1"],
+        "method": "exact",
+        "steps": 1,
+        "metric": [" a", 7],
+        "align": "tokens",
+        "positions": False,
+    },
     **{path: body for _, path, body in LATER if body},
 }
 HOSTILE: list[Any] = [None, True, -1, 1.5, 10**30, -(10**30), 1e308, float("nan"), float("inf"), "", "\x00", "\ud800",

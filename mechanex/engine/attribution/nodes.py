@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import ValidationError
 from ..models.adapter import Handles, ModelAdapter
+from ..pauses import pause
 from .metrics import check_metric
 from .runs import Runs, ids_of
 from .sites import Site, last_logits, rows_at_once, tapped
@@ -43,6 +44,7 @@ def gradient_scores(
     totals = {site: torch.zeros_like(runs.corrupted[site], dtype=torch.float32) for site in sites}
     chunk = rows_at_once(adapter, tokens)
     for start in range(0, steps, chunk):
+        pause()
         some = points[start : start + chunk]
         for site, gradient in _gradients(adapter, runs, sites, embedding, some).items():
             totals[site] += gradient

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import ValidationError
 from ..limits import check_length
 from ..models.adapter import Handles, ModelAdapter, exclusive, undisturbed
 from .metrics import Answer, Metric, check_metric, first_token, metric_of
@@ -50,7 +51,12 @@ class Runs:
     def __post_init__(self) -> None:
         both = torch.stack([self.clean_logits, self.corrupted_logits])
         found = check_metric(self.metric(both), 2)
-        self.clean_metric, self.corrupted_metric = map(float, found)
+        self.clean_metric, self.corrupted_metric = found.tolist()
+        if not torch.isfinite(found).all():
+            raise ValidationError(
+                f"the metric is {self.clean_metric} for the clean prompt and {self.corrupted_metric} for the corrupted "
+                "one: it must be finite for both."
+            )
 
     def delta(self, site: Site) -> Tensor:
         """[T corrupted, width] float32, clean minus corrupted activations."""

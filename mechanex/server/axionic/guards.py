@@ -10,12 +10,14 @@ from typing import Annotated, TypeVar
 from anyio.to_thread import run_sync
 from fastapi import Depends, Request
 
-from ...errors import AuthenticationError, RateLimitError
+from ...errors import AuthenticationError, RateLimitError, ValidationError
 from ..accounts.auth import Principal, is_open, principal
+from ..accounts.store import store_of
 from ..http.limits import RateLimit, client_address
+from ..model.engine import Engine
 from ..settings import ServerSettings
 
-__all__ = ["Guards", "Sender", "count_address", "guards_of"]
+__all__ = ["Guards", "Sender", "Worker", "count_address", "guards_of"]
 
 T = TypeVar("T")
 
@@ -82,7 +84,7 @@ class Guards:
             return
         if who.account_id in self._busy:
             raise RateLimitError(
-                "A vector of this account is being computed: ask again when it is done.", 429, retry_after=5
+                "Something of this account is being computed: ask again when it is done.", 429, retry_after=5
             )
         self._busy.add(who.account_id)
         try:
@@ -111,3 +113,20 @@ async def _limited(request: Request, who: Annotated[Principal, Depends(principal
 
 Sender = Annotated[Principal, Depends(_limited)]
 """The sender of a request that counts against its account's rate."""
+
+
+async def _worker(request: Request, engine: Engine, who: Sender) -> Principal:
+    """The sender of a request for the model: one whose account didn't ask for another model."""
+    if who.account_id is not None:
+        chosen = (await run_sync(store_of(request).users.get, who.account_id)).model_name
+        served = engine.model_name
+        if chosen is not None and chosen != served:
+            raise ValidationError(
+                f"this account chose the model {chosen!r}, and this server runs {served!r} now: choose it with "
+                "POST /auth/api-keys/set-model, or use another server."
+            )
+    return who
+
+
+Worker = Annotated[Principal, Depends(_worker)]
+"""The sender of a request for the model: one whose account didn't ask for another model."""

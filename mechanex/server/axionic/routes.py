@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from ...engine.methods import check_method, vectors_by
@@ -17,7 +17,7 @@ from ..accounts.store import store_of
 from ..http.disconnect import done_or_gone
 from ..model.engine import Engine, ServingEngine
 from ..model.requests import TextRequest, results_of
-from . import accounts
+from . import accounts, attribution
 from .accounts import shown
 from .bodies import (
     BehaviorBody,
@@ -26,10 +26,9 @@ from .bodies import (
     RaagBody,
     Reason,
     SaeBody,
-    ScoresBody,
     SteeringBody,
 )
-from .guards import Sender, guards_of
+from .guards import Sender, Worker, guards_of
 
 if TYPE_CHECKING:
     from ...engine.models.adapter import ModelAdapter
@@ -48,23 +47,8 @@ def axionic_router() -> APIRouter:
     )
     whole.include_router(accounts.router)
     whole.include_router(router)
+    whole.include_router(attribution.router)
     return whole
-
-
-async def _worker(request: Request, engine: Engine, who: Sender) -> Principal:
-    """The sender of a request for the model: one whose account didn't ask for another model."""
-    if who.account_id is not None:
-        chosen = (await run_sync(store_of(request).users.get, who.account_id)).model_name
-        served = engine.model_name
-        if chosen is not None and chosen != served:
-            raise ValidationError(
-                f"this account chose the model {chosen!r}, and this server runs {served!r} now: choose it with "
-                "POST /auth/api-keys/set-model, or use another server."
-            )
-    return who
-
-
-Worker = Annotated[Principal, Depends(_worker)]
 
 
 @router.get("/models")
@@ -174,24 +158,6 @@ async def delete_behavior(behavior_name: str, request: Request, who: Sender) -> 
 async def sae_generate(body: SaeBody, who: Sender) -> None:
     """Generation under the watch of a sparse autoencoder: not part of this version."""
     raise _absent("Generation with a sparse autoencoder", "POST /generate steers with a behavior's vector")
-
-
-@router.get("/graph", status_code=501)
-async def graph(who: Sender) -> None:
-    """The model's computation graph: not part of this version."""
-    raise _absent("The model's graph")
-
-
-@router.get("/paths", status_code=501)
-async def paths(who: Sender) -> None:
-    """The model's module paths: not part of this version."""
-    raise _absent("The list of module paths")
-
-
-@router.post("/attribution-patching/scores", status_code=501)
-async def attribution_scores(body: ScoresBody, who: Sender) -> None:
-    """Attribution patching: not part of this version."""
-    raise _absent("Attribution patching")
 
 
 @router.post("/raag/generate", status_code=501)
