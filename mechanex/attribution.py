@@ -60,7 +60,8 @@ class AttributionModule(_BaseModule):
         Returns:
             ``scores`` by path; ``positions``, by path a number for each token of the corrupted prompt; ``heads`` and
             ``head_positions`` the same for each attention head; ``metric`` with its ``answers`` and its value in the
-            ``clean`` and the ``corrupted`` run; ``tokens`` of both prompts; ``roles`` by path; ``method``; ``steps``.
+            ``clean`` and the ``corrupted`` run; ``tokens`` of both prompts; ``roles`` and ``layers`` by path;
+            ``method``; ``steps``.
 
         Raises:
             ValidationError: a prompt that isn't text, prompts that don't align, an unknown path, or another argument

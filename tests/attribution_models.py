@@ -17,7 +17,8 @@ N_VALUES, ASK = 8, 15
 def copying_model() -> transformers.LlamaForCausalLM:
     """Two layers of four heads that share two keys and values; one head copies the value token to the last position.
 
-    The stream: columns 0 to 15 say which token this is, 16 that it is a value, 17 that it asks, 24 to 31 what was copied.
+    Columns of the stream: 0 to 15 say which token this is, 16 that it is a value, 17 that it asks, 24 to 31 what was
+    copied.
     """
     config = transformers.LlamaConfig(
         vocab_size=16,

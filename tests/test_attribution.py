@@ -1,4 +1,4 @@
-"""Attribution: the planted component comes first, gradients agree with exact patching, and the model stays as it was."""
+"""Attribution: planted components come first, gradients agree with exact patching, and models stay as they were."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class EdgeScores:
         runs = self.runs
         shown = self.scores if circuit is None else {edge: self.scores[edge] for edge in circuit.edges}
         ordered = sorted(shown, key=lambda edge: -abs(shown[edge]))
-        found = {
+        found: dict[str, Any] = {
             "method": self.method,
             "steps": self.steps,
             "metric": metric_dict(self.tokenizer, runs.metric, runs.clean_metric, runs.corrupted_metric),
@@ -87,6 +87,7 @@ class EdgeScores:
                 "clean": texts_of(self.tokenizer, runs.pair.clean),
                 "corrupted": texts_of(self.tokenizer, runs.pair.corrupted),
             },
+            "roles": {one.path: one.role for one in runs.structure.components},
             "n_edges": len(self.scores),
             "edges": [
                 {"source": edge.source, "target": edge.target, "score": shown[edge]} for edge in ordered

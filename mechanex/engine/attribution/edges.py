@@ -94,13 +94,14 @@ def edge_runs(
             "module embeds its tokens."
         )
     runs = run_pair(adapter, tokenizer, pair, [], metric)
-    kept = []
+    kept: list[dict[str, Tensor]] = []
     with torch.no_grad():
         for ids in (pair.clean, pair.corrupted):
             run = StreamRun(adapter, structure, everything(structure))
             run.logits(ids_of(adapter, ids))
             kept.append({path: write[0] for path, write in run.writes.items()})
-    return EdgeRuns(structure, pair, *kept, runs.metric, runs.clean_metric, runs.corrupted_metric)
+    clean, corrupted = kept
+    return EdgeRuns(structure, pair, clean, corrupted, runs.metric, runs.clean_metric, runs.corrupted_metric)
 
 
 def gradient_edges(adapter: ModelAdapter, runs: EdgeRuns, steps: int) -> dict[Edge, float]:

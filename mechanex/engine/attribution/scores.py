@@ -49,6 +49,7 @@ class NodeScores:
         heads: by path of attention, [n_heads] float32, all positions together.
         head_positions: by path of attention, [n_heads, T corrupted] float32.
         roles: by path, ``"attention"`` and the like, of those that write to the residual stream.
+        layers: by path, the layer of those.
     """
 
     tokenizer: Any
@@ -60,6 +61,7 @@ class NodeScores:
     heads: dict[str, Tensor] = field(default_factory=dict)
     head_positions: dict[str, Tensor] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, int | None] = field(default_factory=dict)
 
     @property
     def tokens(self) -> list[Any]:
@@ -79,6 +81,7 @@ class NodeScores:
             "heads": {path: found.tolist() for path, found in self.heads.items()},
             "head_positions": {path: found.tolist() for path, found in self.head_positions.items()},
             "roles": dict(self.roles),
+            "layers": dict(self.layers),
         }
 
 
@@ -154,9 +157,9 @@ def attribution_scores(
         else:
             _fill_exact(found, sites, positions, lambda patches: exact_scores(adapter, runs, patches))
     runs.clean, runs.corrupted = {}, {}
-    found.roles = {
-        component.path: component.role for component in structure.components if component.path in found.scores
-    }
+    for one in structure.components:
+        if one.path in found.scores:
+            found.roles[one.path], found.layers[one.path] = one.role, one.layer
     return found
 
 
