@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST_ARGS ?= -n 3 --dist worksteal
 BENCH_ARGS ?=
 REAL_HOME := $(CURDIR)/build/real
 VENV := .venv

@@ -25,6 +25,7 @@ from mechanex.engine.pack import build_packs
 from mechanex.engine.passes import Resumed
 from mechanex.engine.regimes import first_change, length_dependent, regime, text_lengths
 from mechanex.engine.score import completion_logprobs
+from mechanex.errors import ValidationError
 
 ORIGINAL = 16  # texts of more tokens have other factors
 
@@ -343,3 +344,15 @@ def test_batch_tokens_bound_trees_as_well():
     packs = forward.packs_for(adapter, pairs, scoring=True, batch_tokens=50)
     assert sorted(p.input_ids.numel() for p in packs)[-2] <= 50
     assert max(p.input_ids.numel() for p in packs) == 64  # one pair that is longer alone
+
+
+def test_dynamic_factors_stretch_a_context_as_far_as_they_are_made_for():
+    prompt, tokenizer = list(range(3, 3 + ORIGINAL + 5)), tiny_tokenizer()
+    model = dynamic()
+    assert adapter_for(model).context == 3 * ORIGINAL
+    truth = dynamic().generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0].tolist()
+    assert generate_batch(model, tokenizer, [prompt], max_tokens=8, sampling_method="greedy") == [
+        tokenizer.decode(truth)
+    ]
+    with pytest.raises(ValidationError, match=f"context of {3 * ORIGINAL}"):
+        generate_batch(model, tokenizer, [prompt * 3], max_tokens=8)

@@ -59,7 +59,7 @@ for case in MANY_CASES[2:12:3][-int(sys.argv[2]):]:
     for name in sys.argv[3:]:
         many(*case.make(getattr(torch, name)))
 sae = triton._kernel("sae")
-for case in SAE_CASES[2:5]:
+for case in SAE_CASES[2 : 2 + int(sys.argv[2])]:
     for encoder in (torch.float32, torch.bfloat16, torch.int8):
         sae.features(*case.encoder(torch.bfloat16, encoder))
         sae.top_features(*case.encoder(torch.float32, encoder), case.k, case.signed)

@@ -120,9 +120,18 @@ class ModelAdapter(ABC):
 
     @property
     def context(self) -> int | None:
-        """Tokens that a text may have; None where the model names no limit."""
+        """Tokens that a text may have; None where the model names no limit.
+
+        Rotary factors of the kind "dynamic" stretch with a text that outgrows what the configuration names, and are
+        made to do so up to their factor.
+        """
         limit = getattr(self.config, "max_position_embeddings", None)
-        return limit if isinstance(limit, int) and limit > 0 else None
+        if not isinstance(limit, int) or limit <= 0:
+            return None
+        rotary = getattr(self.config, "rope_parameters", None)
+        if isinstance(rotary, dict) and rotary.get("rope_type") == "dynamic":
+            return int(limit * max(1.0, float(rotary.get("factor", 1.0))))
+        return limit
 
     @property
     def family(self) -> str | None:

@@ -35,7 +35,9 @@ class RateLimit:
             RateLimitError: too many; ``retry_after`` is when the next one may come, in whole seconds.
         """
         self.check(client)
-        self._limiter.hit(self._item, client)
+        if not self._limiter.hit(self._item, client):  # another thread took the last one
+            self.give_back(client)
+            self.check(client)
 
     def check(self, client: str) -> None:
         """Raises what ``take`` would, and counts nothing."""
