@@ -64,7 +64,7 @@ def _metric_with(adapter: ModelAdapter, runs: Runs, patches: Sequence[Patch]) ->
 
 
 def _put(runs: Runs, site: Site, patches: dict[int, Patch]) -> Any:
-    pair, clean = runs.pair, runs.clean[site]
+    pair, clean = runs.pair, runs.clean.values[site]
     counterpart = dict(zip(pair.corrupted_at.tolist(), pair.clean_at.tolist(), strict=True))
 
     def put(value: Tensor) -> Tensor:

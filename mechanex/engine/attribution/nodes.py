@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,16 +34,20 @@ def gradient_scores(
         runs: both runs, with the sites and the embedding recorded.
         sites: where.
         embedding: the module whose output is the input that is interpolated.
-        steps: 1: the gradient of the corrupted run (attribution patching). More: the mean of gradients on the way from
-            the corrupted embeddings to the clean ones (EAP-IG, arXiv:2403.17806), packed as rows of a batch.
+        steps: 1: the gradient of the corrupted run (attribution patching), as it was recorded. More: the mean of
+            gradients on the way from the corrupted embeddings to the clean ones (EAP-IG, arXiv:2403.17806), packed as
+            rows of a batch.
 
     Returns:
         For each site [T corrupted, 1], or [T corrupted, n_heads], float32.
     """
     points, tokens = midpoints(steps), len(runs.pair.corrupted)
-    totals = {site: torch.zeros_like(runs.corrupted[site], dtype=torch.float32) for site in sites}
+    totals = {site: torch.zeros_like(runs.corrupted.values[site], dtype=torch.float32) for site in sites}
+    if runs.corrupted.live:
+        points = []
+        totals |= _summed(runs, sites, runs.corrupted.logits[None], runs.corrupted.live)
     chunk = rows_at_once(adapter, tokens)
-    for start in range(0, steps, chunk):
+    for start in range(0, len(points), chunk):
         pause()
         some = points[start : start + chunk]
         for site, gradient in _gradients(adapter, runs, sites, embedding, some).items():
@@ -62,6 +66,14 @@ def _gradients(
         for site in sites:
             handles.add(tapped(site, rows, tokens, _kept(seen, site)))
         logits = last_logits(adapter, ids_of(adapter, runs.pair.corrupted, rows))
+    return _summed(runs, sites, logits, seen)
+
+
+def _summed(
+    runs: Runs, sites: Sequence[Site], logits: Tensor, seen: Mapping[Site, Tensor]
+) -> dict[Site, Tensor]:
+    """For each site that the metric hangs on [T, width], the sum of its gradients over the rows."""
+    rows = logits.shape[0]
     total = check_metric(runs.metric(logits), rows).sum()
     if not total.requires_grad:
         raise ValidationError(

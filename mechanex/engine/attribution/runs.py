@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from .metrics import Answer, Metric, check_metric, first_token, metric_of
 from .prompts import PromptPair
 from .sites import Site, last_logits, tapped
 
-__all__ = ["Runs", "alone", "ids_of", "recorded", "run_pair"]
+__all__ = ["Recording", "Runs", "alone", "ids_of", "recorded", "run_pair"]
 
 
 @contextmanager
@@ -28,28 +28,74 @@ def alone(adapter: ModelAdapter) -> Iterator[None]:
 
 
 @dataclass(eq=False)
+class Recording:
+    """What a pass over one prompt showed.
+
+    Attributes:
+        logits: [n_vocab] float32 at the prompt's end.
+        values: for each site its activations [T, width], without gradient.
+        live: where gradients were asked for, for each site its activations [1, T, …] as the logits hang on them.
+    """
+
+    logits: Tensor
+    values: dict[Site, Tensor]
+    live: dict[Site, Tensor]
+
+
+def recorded(
+    adapter: ModelAdapter, ids: Sequence[int], sites: Sequence[Site], gradients_from: Site | None = None
+) -> Recording:
+    """Runs a prompt once.
+
+    Args:
+        adapter: the model.
+        ids: the prompt.
+        sites: what is recorded.
+        gradients_from: where gradients begin; None for a pass without any.
+    """
+    values: dict[Site, Tensor] = {}
+    live: dict[Site, Tensor] = {}
+
+    def note(site: Site) -> Callable[[Tensor], Tensor | None]:
+        def keep(value: Tensor) -> Tensor | None:
+            if site is gradients_from:
+                value = value.detach().clone().requires_grad_(True)
+            # Copies: the model may go on in the same memory.
+            values[site] = value.detach()[0].flatten(1).clone()
+            if gradients_from is None:
+                return None
+            live[site] = value
+            return value.clone()
+
+        return keep
+
+    with torch.set_grad_enabled(gradients_from is not None), Handles() as handles:
+        for site in sites:
+            handles.add(tapped(site, 1, len(ids), note(site)))
+        logits = last_logits(adapter, ids_of(adapter, ids))
+    return Recording(logits[0], values, live)
+
+
+@dataclass(eq=False)
 class Runs:
     """Both runs.
 
     Attributes:
         pair: the prompts.
-        clean, corrupted: for each site its activations [T, width], without gradient.
-        clean_logits, corrupted_logits: [n_vocab] float32 at the prompts' ends.
+        clean, corrupted: what each showed.
         metric: what is attributed.
         clean_metric, corrupted_metric: its values.
     """
 
     pair: PromptPair
-    clean: dict[Site, Tensor]
-    corrupted: dict[Site, Tensor]
-    clean_logits: Tensor
-    corrupted_logits: Tensor
+    clean: Recording
+    corrupted: Recording
     metric: Metric
     clean_metric: float = field(init=False)
     corrupted_metric: float = field(init=False)
 
     def __post_init__(self) -> None:
-        both = torch.stack([self.clean_logits, self.corrupted_logits])
+        both = torch.stack([self.clean.logits, self.corrupted.logits.detach()])
         found = check_metric(self.metric(both), 2)
         self.clean_metric, self.corrupted_metric = found.tolist()
         if not torch.isfinite(found).all():
@@ -60,32 +106,18 @@ class Runs:
 
     def delta(self, site: Site) -> Tensor:
         """[T corrupted, width] float32, clean minus corrupted activations."""
-        return self.pair.delta(self.clean[site], self.corrupted[site])
+        return self.pair.delta(self.clean.values[site], self.corrupted.values[site])
+
+    def forget(self) -> None:
+        """Drops the activations."""
+        for recording in (self.clean, self.corrupted):
+            recording.values, recording.live = {}, {}
+            recording.logits = recording.logits.detach()
 
 
 def ids_of(adapter: ModelAdapter, ids: Sequence[int], rows: int = 1) -> Tensor:
     """[rows, T] token ids on the model's device."""
     return torch.tensor([list(ids)] * rows, device=adapter.device)
-
-
-def recorded(
-    adapter: ModelAdapter, ids: Sequence[int], sites: Sequence[Site]
-) -> tuple[Tensor, dict[Site, Tensor]]:
-    """[n_vocab] logits at a prompt's end, and activations [T, width] of sites, from one pass without gradients."""
-    found: dict[Site, Tensor] = {}
-    with torch.no_grad(), Handles() as handles:
-        for site in sites:
-            handles.add(tapped(site, 1, len(ids), _noted(found, site)))
-        logits = last_logits(adapter, ids_of(adapter, ids))
-    return logits[0], found
-
-
-def _noted(found: dict[Site, Tensor], site: Site) -> Any:
-    def note(value: Tensor) -> None:
-        # A copy: the model may go on in the same memory.
-        found[site] = value[0].flatten(1).clone()
-
-    return note
 
 
 def run_pair(
@@ -94,16 +126,20 @@ def run_pair(
     pair: PromptPair,
     sites: Sequence[Site],
     metric: Metric | Sequence[Answer] | None,
+    gradients_from: Site | None = None,
 ) -> Runs:
-    """Runs both prompts without gradients.
+    """Runs both prompts, the corrupted one with gradients where it is said from where.
 
     Raises:
         ValidationError: prompts that are too long, or what ``metric_of`` refuses.
     """
     check_length(adapter, max(len(pair.clean), len(pair.corrupted)))
-    clean_logits, clean = recorded(adapter, pair.clean, sites)
-    corrupted_logits, corrupted = recorded(adapter, pair.corrupted, sites)
+    clean = recorded(adapter, pair.clean, sites)
+    corrupted = recorded(adapter, pair.corrupted, sites, gradients_from)
     chosen = metric_of(
-        metric, clean_logits, corrupted_logits, lambda one: first_token(adapter, tokenizer, pair.clean, one)
+        metric,
+        clean.logits,
+        corrupted.logits,
+        lambda answer: first_token(adapter, tokenizer, pair.clean, answer),
     )
-    return Runs(pair, clean, corrupted, clean_logits, corrupted_logits, chosen)
+    return Runs(pair, clean, corrupted, chosen)

@@ -150,13 +150,14 @@ def attribution_scores(
     embedding = _embedding(adapter)
     with alone(adapter):
         sites = sites_of(adapter, structure, paths, heads)
-        runs = run_pair(adapter, tokenizer, pair, [embedding, *sites], metric)
+        once = embedding if method == "gradient" and steps == 1 else None
+        runs = run_pair(adapter, tokenizer, pair, [embedding, *sites], metric, once)
         found = NodeScores(tokenizer, method, steps if method == "gradient" else 0, runs)
         if method == "gradient":
             _fill(found, gradient_scores(adapter, runs, sites, embedding, steps), positions)
         else:
             _fill_exact(found, sites, positions, lambda patches: exact_scores(adapter, runs, patches))
-    runs.clean, runs.corrupted = {}, {}
+    runs.forget()
     for one in structure.components:
         if one.path in found.scores:
             found.roles[one.path], found.layers[one.path] = one.role, one.layer
