@@ -726,9 +726,6 @@ def test_an_optimization_stops_when_nobody_waits_for_it(connect: Connect, mechan
 # What isn't there yet, and what never will be
 
 LATER: list[tuple[str, str, Any]] = [
-    ("GET", "/graph", None),
-    ("GET", "/paths", None),
-    ("POST", "/attribution-patching/scores", {"clean_prompt": "a", "corrupted_prompt": "b"}),
     ("POST", "/raag/generate", {"qa_entries": [{"question": "Why?"}], "docs": [{"text": "Because."}]}),
 ]
 
@@ -766,6 +763,16 @@ GOOD: dict[str, Any] = {
         "typical_p": 0.5,
         "seed": 1,
         "stop": ["x"],
+    },
+    "/attribution-patching/scores": {
+        "clean_prompt": "Anna was calm.",
+        "corrupted_prompt": "Anna was angry.",
+        "target_module_paths": ["model.layers.1"],
+        "method": "exact",
+        "steps": 1,
+        "metric": [" a", 7],
+        "align": "tokens",
+        "positions": False,
     },
     **{path: body for _, path, body in LATER if body},
 }

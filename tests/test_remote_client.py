@@ -174,6 +174,37 @@ def test_an_account_from_its_first_to_its_last_moment(server: ServerProcess) -> 
         other.signup("third@example.com", "short")
 
 
+def close_to(found: Any, expected: Any) -> bool:
+    """Whether two answers are the same but for the rounding of their numbers."""
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(close_to(found[k], expected[k]) for k in expected)
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(close_to, found, expected))
+    if isinstance(expected, float):
+        return bool(found == pytest.approx(expected, abs=1e-3))
+    return bool(found == expected)
+
+
+def test_structure_and_attribution_are_the_same_here_and_there(remote: Mechanex, local: Mechanex) -> None:
+    assert remote.model.get_graph() == local.model.get_graph()
+    paths = remote.model.get_paths()
+    assert paths == local.model.get_paths()
+    prompts = ("Anna went home. She was calm. She", "Anna went home. She was angry. She")
+    for options in (
+        {},
+        {"steps": 3, "metric": (" smiled", " shouted"), "target_module_paths": tuple(paths[:4])},
+    ):
+        there = remote.attribution.compute_scores(*prompts, **options)  # type: ignore[arg-type]
+        here = local.attribution.compute_scores(*prompts, **options)  # type: ignore[arg-type]
+        assert close_to(there, here)
+    with pytest.raises(ValidationError, match="Paths like it"):
+        remote.attribution.compute_scores(*prompts, ["model.layers.1.self_atn"])
+    with pytest.raises(ValidationError, match="align='tokens'"):
+        remote.attribution.compute_scores("Anna", "Anna went home.")
+    with pytest.raises(MechanexError, match="a function as metric runs locally"):
+        remote.attribution.compute_scores(*prompts, metric=lambda logits: logits[:, 0])
+
+
 def test_behaviors_are_kept_by_the_server(remote: Mechanex, tmp_path: Path) -> None:
     made = remote.sae.create_behavior("angry", **EXAMPLES, description="shouting")
     assert made["behavior_name"] == "angry" and made["steering_vector_id"]
@@ -217,11 +248,6 @@ def test_models_of_a_server_are_listed_without_a_key(server: ServerProcess) -> N
 
 TO_COME: dict[str, Callable[[Mechanex], Any]] = {
     "sae.generate": lambda client: client.sae.generate("Hello", 5, ["angry"], force_steering=["angry"]),
-    "model.get_graph": lambda client: client.model.get_graph(),
-    "model.get_paths": lambda client: client.model.get_paths(),
-    "attribution.compute_scores": lambda client: client.attribution.compute_scores(
-        "a", "b", ("model.layers.1",)
-    ),
     "raag.generate": lambda client: client.raag.generate([{"question": "Who?"}], docs=[{"text": "Ada."}]),
 }
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import ValidationError
 
-__all__ = ["Stream", "others", "residual", "with_residual"]
+__all__ = ["Stream", "by_token", "given_out", "others", "residual", "with_given_out", "with_residual"]
 
 _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
@@ -27,13 +27,17 @@ class Stream:
     width: int
     model_id: str
 
+    def fits(self, hidden: object) -> bool:
+        """Whether this is one residual stream [B, T, d_model]."""
+        return isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[-1] == self.width
+
     def check(self, hidden: object) -> None:
         """Refuses what blocks pass on if it isn't one residual stream [B, T, d_model].
 
         Raises:
             ValidationError: several streams side by side, or another width.
         """
-        if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[-1] == self.width:
+        if self.fits(hidden):
             return
         got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
         raise ValidationError(
@@ -70,3 +74,22 @@ def _name(kwargs: _Kwargs) -> str:
             "or the first argument."
         )
     return found[0]
+
+
+def given_out(output: Any) -> Any:
+    """What a module gives out first: its output, or the first of several."""
+    return output[0] if isinstance(output, tuple) and output else output
+
+
+def with_given_out(new: Any, output: Any) -> Any:
+    """The output with another first value."""
+    return (new, *output[1:]) if isinstance(output, tuple) else new
+
+
+def by_token(value: Any, rows: int, tokens: int) -> Tensor | None:
+    """What a module gave as [rows, tokens, …], also where it works on tokens in one line; None where it isn't that."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 2:
+        return None
+    if value.shape[:2] == (rows, tokens):
+        return value
+    return value.reshape(rows, tokens, *value.shape[1:]) if value.shape[0] == rows * tokens else None

@@ -150,6 +150,11 @@ class ModelAdapter(ABC):
         part = get() if callable(get) else None
         return part if isinstance(part, nn.Module) else None
 
+    @property
+    def embedding(self) -> nn.Module | None:
+        """The module that turns token ids into the residual stream, if the model names it."""
+        return self._part("get_input_embeddings")
+
     def is_current(self) -> bool:
         """Whether the model still has the layers that this adapter knows."""
         return True

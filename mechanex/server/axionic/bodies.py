@@ -141,11 +141,16 @@ class SaeBody(Body):
 
 
 class ScoresBody(Body):
-    """Two prompts for attribution patching."""
+    """Two prompts for attribution patching; defaults are those of ``attribution.compute_scores``."""
 
     clean_prompt: str
     corrupted_prompt: str
-    target_module_paths: Items[str] | None = None
+    target_module_paths: Annotated[Items[str], Field(max_length=10_000)] | None = None
+    method: str = "gradient"
+    steps: Annotated[int, Field(ge=1, le=64)] = 1
+    metric: Annotated[Items[str | int], Field(min_length=2, max_length=2)] | None = None
+    align: str | None = None
+    positions: bool = True
 
 
 class RaagBody(Body):

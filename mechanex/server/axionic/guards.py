@@ -84,7 +84,7 @@ class Guards:
             return
         if who.account_id in self._busy:
             raise RateLimitError(
-                "A vector of this account is being computed: ask again when it is done.", 429, retry_after=5
+                "Something of this account is being computed: ask again when it is done.", 429, retry_after=5
             )
         self._busy.add(who.account_id)
         try:
@@ -129,4 +129,4 @@ async def _worker(request: Request, engine: Engine, who: Sender) -> Principal:
 
 
 Worker = Annotated[Principal, Depends(_worker)]
-"""The sender of a request for the model."""
+"""The sender of a request for the model: one whose account didn't ask for another model."""

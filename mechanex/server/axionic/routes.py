@@ -14,14 +14,13 @@ from ..accounts.store import store_of
 from ..http.disconnect import done_or_gone
 from ..model.engine import Engine
 from ..model.requests import TextRequest, results_of
-from . import accounts, behaviors
+from . import accounts, attribution, behaviors
 from .accounts import shown
 from .bodies import (
     GenerateBody,
     Output,
     RaagBody,
     Reason,
-    ScoresBody,
     SteeringBody,
 )
 from .guards import Sender, Worker
@@ -41,6 +40,7 @@ def axionic_router() -> APIRouter:
     whole.include_router(accounts.router)
     whole.include_router(router)
     whole.include_router(behaviors.router)
+    whole.include_router(attribution.router)
     return whole
 
 
@@ -107,24 +107,6 @@ async def kept_vectors(request: Request, who: Sender) -> list[dict[str, Any]]:
 async def delete_vector(vector_id: str, request: Request, who: Sender) -> None:
     """Deletes a steering vector that no behavior uses."""
     await run_sync(store_of(request).library.delete_vector, who.account_id, vector_id)
-
-
-@router.get("/graph", status_code=501)
-async def graph(who: Sender) -> None:
-    """The model's computation graph: not part of this version."""
-    raise _absent("The model's graph")
-
-
-@router.get("/paths", status_code=501)
-async def paths(who: Sender) -> None:
-    """The model's module paths: not part of this version."""
-    raise _absent("The list of module paths")
-
-
-@router.post("/attribution-patching/scores", status_code=501)
-async def attribution_scores(body: ScoresBody, who: Sender) -> None:
-    """Attribution patching: not part of this version."""
-    raise _absent("Attribution patching")
 
 
 @router.post("/raag/generate", status_code=501)

@@ -1,0 +1,1 @@
+"""Which components of a model an answer hangs on: attribution patching, exact patching, edges and circuits."""

@@ -1,0 +1,82 @@
+"""Activation patching: what the metric gains from each clean activation, by running with it in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.adapter import Handles, ModelAdapter
+from ..pauses import pause
+from .metrics import check_metric
+from .runs import Runs, ids_of
+from .sites import Site, last_logits, rows_at_once, tapped
+
+__all__ = ["Patch", "exact_scores"]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A clean activation that is put in place of a corrupted one.
+
+    Args:
+        site: where.
+        head: one of the site's heads; None for all of it.
+        position: of the corrupted prompt; None for all that have a counterpart.
+    """
+
+    site: Site
+    head: int | None = None
+    position: int | None = None
+
+
+def exact_scores(adapter: ModelAdapter, runs: Runs, patches: Sequence[Patch]) -> Tensor:
+    """[n] float32, the metric of the corrupted run with each patch alone in place, less the metric without it.
+
+    Patches run as rows of a batch, as many in a pass as the device takes well.
+
+    Args:
+        adapter: the model.
+        runs: both runs, with the patches' sites recorded.
+        patches: what to put in place.
+    """
+    chunk = rows_at_once(adapter, len(runs.pair.corrupted))
+    found = [torch.zeros(0)]
+    for start in range(0, len(patches), chunk):
+        pause()
+        found.append(_metric_with(adapter, runs, patches[start : start + chunk]).float().cpu())
+    return torch.cat(found) - runs.corrupted_metric
+
+
+def _metric_with(adapter: ModelAdapter, runs: Runs, patches: Sequence[Patch]) -> Tensor:
+    rows, tokens = len(patches), len(runs.pair.corrupted)
+    by_site: dict[Site, list[int]] = {}
+    for row, patch in enumerate(patches):
+        by_site.setdefault(patch.site, []).append(row)
+    with torch.no_grad(), Handles() as handles:
+        for site, of_site in by_site.items():
+            handles.add(tapped(site, rows, tokens, _put(runs, site, {row: patches[row] for row in of_site})))
+        logits = last_logits(adapter, ids_of(adapter, runs.pair.corrupted, rows))
+    return check_metric(runs.metric(logits), rows)
+
+
+def _put(runs: Runs, site: Site, patches: dict[int, Patch]) -> Any:
+    pair, clean = runs.pair, runs.clean.values[site]
+    counterpart = dict(zip(pair.corrupted_at.tolist(), pair.clean_at.tolist(), strict=True))
+
+    def put(value: Tensor) -> Tensor:
+        new = value.flatten(2).clone()
+        width = new.shape[-1] // max(1, site.n_heads)
+        for row, patch in patches.items():
+            columns = (
+                slice(None) if patch.head is None else slice(patch.head * width, (patch.head + 1) * width)
+            )
+            at = [patch.position] if patch.position is not None else list(counterpart)
+            at = [position for position in at if position in counterpart]
+            new[row, at, columns] = clean[[counterpart[position] for position in at], columns].to(new)
+        return new.reshape(value.shape)
+
+    return put

@@ -1,0 +1,61 @@
+"""The model's structure, and attribution patching."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from ...engine.attribution.scores import attribution_scores
+from ...engine.structure.graph import model_graph, model_paths
+from ..http.disconnect import done_or_gone
+from ..model.engine import Engine
+from .bodies import ScoresBody
+from .guards import Worker, guards_of
+
+if TYPE_CHECKING:
+    from ...engine.attribution.prompts import Align
+    from ...engine.attribution.scores import Method
+    from ...engine.models.adapter import ModelAdapter
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["axionic"])
+
+
+@router.get("/graph")
+async def graph(request: Request, engine: Engine, who: Worker) -> JSONResponse:
+    """The model's modules, and the way of its residual stream among them."""
+    return JSONResponse({"graph": await done_or_gone(request, engine.scheduler.run(model_graph))})
+
+
+@router.get("/paths")
+async def paths(request: Request, engine: Engine, who: Worker) -> JSONResponse:
+    """The modules that ``/attribution-patching/scores`` takes."""
+    return JSONResponse({"paths": await done_or_gone(request, engine.scheduler.run(model_paths))})
+
+
+@router.post("/attribution-patching/scores")
+async def scores(body: ScoresBody, request: Request, engine: Engine, who: Worker) -> JSONResponse:
+    """What modules, heads and positions are worth to the difference between two prompts' answers."""
+    for prompt in (body.clean_prompt, body.corrupted_prompt):
+        await engine.encode(prompt)
+
+    def work(adapter: ModelAdapter) -> dict[str, Any]:
+        found = attribution_scores(
+            adapter,
+            body.clean_prompt,
+            body.corrupted_prompt,
+            body.target_module_paths,
+            tokenizer=engine.tokenizer,
+            method=cast("Method", body.method),
+            steps=body.steps,
+            metric=body.metric,
+            align=cast("Align", body.align),
+            positions=body.positions,
+        )
+        return found.to_dict()
+
+    with guards_of(request).one_at_a_time(who):
+        return JSONResponse(await done_or_gone(request, engine.scheduler.run(work)))
