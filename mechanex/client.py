@@ -246,7 +246,7 @@ class Mechanex(AccountCalls):
             host: address to bind; ``127.0.0.1`` for this machine only.
             port: TCP port.
             use_vllm: run the model in vLLM.
-            corrected_behaviors: names of behaviors that every answer is steered by, unless its request names others.
+            corrected_behaviors: names of behaviors that are corrected in every answer, unless its request names others.
             block: False, for notebooks and programs that go on, serves from a thread.
             settings: ``vectors`` (a folder of vector files for every client), ``behaviors`` (contrastive examples),
                 ``database``, ``key`` and the limits of ``mechanex.server.settings.ServerSettings``.

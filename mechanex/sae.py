@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from . import _default
 from .base import Client, _BaseModule
 from .engine.datasets import read_pairs
-from .errors import APIError, AuthenticationError, NotFoundError, ValidationError
+from .engine.sae.traces import TracedToken, WatchedText
+from .errors import APIError, AuthenticationError, ValidationError
 from .home import behaviors_folder
 from .remote.answers import field, listed, object_of
-from .remote.bodies import examples, list_of, texts
+from .remote.bodies import examples, list_of, plain_whole, texts
 
 if TYPE_CHECKING:
     from .engine.models.resolve import LoadedModel
     from .engine.sae.autoencoder import SparseAutoencoder
     from .engine.sae.behavior import Behavior
+    from .engine.sae.dashboards import Dashboard
     from .engine.sae.explain import Explained
-    from .engine.sae.generate import WatchedText
     from .engine.sae.store import BehaviorStore
 
 __all__ = ["SAEModule"]
@@ -250,6 +251,44 @@ class SAEModule(_BaseModule):
             contexts=contexts,
         )
 
+    def dashboard(
+        self,
+        feature: int,
+        texts: Sequence[str],
+        *,
+        sae: str | os.PathLike[str] | None = None,
+        contexts: int = 10,
+    ) -> Dashboard:
+        """A feature of an autoencoder at a glance: where it says most, how often, and which tokens it makes likelier.
+
+        Args:
+            feature: its number.
+            texts: where to look.
+            sae: the autoencoder, as for ``create_behavior``; None for the model's default.
+            contexts: how many passages.
+
+        Returns:
+            What a notebook shows as a picture, and ``save`` writes as one (``.html`` or ``.png``).
+
+        Raises:
+            NotFoundError: no such autoencoder.
+            ValidationError: no such feature, or an autoencoder of another width or without a place.
+            MechanexError: no model is loaded.
+        """
+        from .engine.sae import registry
+        from .engine.sae.dashboard import dashboard
+
+        loaded = self._client.require_local("sae.dashboard", "features are looked at locally")
+        source = registry.find(loaded.name).name if sae is None else os.fspath(sae)
+        return dashboard(
+            loaded.model,
+            registry.load(source),
+            feature,
+            list_of("texts", texts, "texts"),
+            tokenizer=loaded.tokenizer,
+            contexts=contexts,
+        )
+
     @overload
     def generate(
         self,
@@ -292,17 +331,17 @@ class SAEModule(_BaseModule):
         Args:
             prompt: the text to continue.
             max_new_tokens: most tokens to add.
-            behavior_names: behaviors to watch; None for the server's choice, and here for all that are kept for this
-                model.
+            behavior_names: behaviors to watch; None for all that are kept for this model, on the server those of the
+                account.
             force_steering: behaviors to correct from the start, seen or not.
             action: what is done where a behavior is detected: ``"correct"`` it from that token on, ``"abort"`` the
-                answer, or only ``"report"`` it. Another than the first, a trace and sampling settings run locally only.
+                answer, or only ``"report"`` it.
             return_trace: give the text with the scores, detections and corrections of every token.
             sampling: as in ``generation.generate``: ``sampling_method``, ``top_k``, ``top_p``, ``min_p``,
                 ``typical_p``, ``temperature``, ``seed``, ``stop``.
 
         Returns:
-            The text: the prompt and its continuation where it ran here. With ``return_trace``, a ``WatchedText``.
+            The text: the prompt and its continuation. With ``return_trace``, a ``WatchedText``.
 
         Raises:
             NotFoundError: no such behavior.
@@ -334,20 +373,24 @@ class SAEModule(_BaseModule):
             )
             return found if return_trace else found.text
 
+        # Sent only when they say something, so that servers which know the contract alone understand the rest.
+        told = {"action": action if action != "correct" else None, "return_trace": return_trace or None}
+        told |= {name: plain_whole(value) for name, value in sampling.items()}
+        sent = body | {name: value for name, value in told.items() if value is not None}
+
+        def remote() -> str | WatchedText:
+            answer = transport.post("/sae/generate", sent)
+            if return_trace:
+                return _watched(answer, call, prompt)
+            if action != "correct":  # a server that doesn't know of actions has not done this one
+                field(answer, call, str, "finish_reason")
+            return field(answer, call, str, "text")
+
         only_local = None
         named = [*(body["behavior_names"] or ()), *(body["force_steering"] or ())]
-        if return_trace or action != "correct" or sampling:
-            only_local = (
-                "a trace, another action than 'correct' and sampling settings are for the local model"
-            )
-        elif self._client.local_model is not None and any(name in self._names() for name in named):
+        if self._client.local_model is not None and any(name in self._names() for name in named):
             only_local = "the behavior is kept on this machine"
-        return self._run(
-            call,
-            lambda: field(transport.post("/sae/generate", body), call, str, "text"),
-            local,
-            only_local=only_local,
-        )
+        return self._run(call, remote, local, only_local=only_local)
 
     @property
     def _store(self) -> BehaviorStore:
@@ -385,18 +428,34 @@ class SAEModule(_BaseModule):
             return os.fspath(asked), registry.load(os.fspath(asked))
         if unwanted:
             return None, None
-        try:
-            entry = registry.find(loaded.name)
-            return entry.name, registry.load(entry.name)
-        except NotFoundError as error:
-            _logger.warning("the difference of means watches alone: %s", error.message)
-            return None, None
+        return registry.for_model(loaded.name) or (None, None)
+
+
+def _watched(answer: Any, call: str, prompt: str) -> WatchedText:
+    """A server's answer with its trace."""
+    tokens = []
+    for one in field(answer, call, list, "trace"):
+        scores = field(one, call, dict, "scores")
+        detected, corrected = (tuple(field(one, call, list, name)) for name in ("detected", "corrected"))
+        tokens.append(
+            TracedToken(
+                field(one, call, int, "token"), field(one, call, str, "text"), scores, detected, corrected
+            )
+        )
+    return WatchedText(
+        field(answer, call, str, "text"),
+        field(answer, call, str, "finish_reason"),
+        tuple(field(answer, call, list, "detected")),
+        tuple(tokens),
+        prompt,
+    )
 
 
 if TYPE_CHECKING:
     _door: SAEModule = _default.client().sae
     create_behavior = _door.create_behavior
     create_behavior_from_jsonl = _door.create_behavior_from_jsonl
+    dashboard = _door.dashboard
     delete_behavior = _door.delete_behavior
     explain = _door.explain
     generate = _door.generate

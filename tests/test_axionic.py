@@ -726,11 +726,6 @@ def test_an_optimization_stops_when_nobody_waits_for_it(connect: Connect, mechan
 # What isn't there yet, and what never will be
 
 LATER: list[tuple[str, str, Any]] = [
-    (
-        "POST",
-        "/sae/generate",
-        {"prompt": "The", "max_new_tokens": 5, "behavior_names": ["a"], "force_steering": None},
-    ),
     ("POST", "/raag/generate", {"qa_entries": [{"question": "Why?"}], "docs": [{"text": "Because."}]}),
 ]
 
@@ -757,6 +752,18 @@ GOOD: dict[str, Any] = {
     },
     "/steering/generate": EXAMPLES | {"method": "caa", "layer_idxs": [1]},
     "/behaviors/create": EXAMPLES | {"behavior_name": "b", "description": ""},
+    "/sae/generate": {
+        "prompt": "The",
+        "max_new_tokens": 2,
+        "behavior_names": [],
+        "force_steering": None,
+        "action": "report",
+        "return_trace": True,
+        "sampling_method": "top-k",
+        "typical_p": 0.5,
+        "seed": 1,
+        "stop": ["x"],
+    },
     "/attribution-patching/scores": {
         "clean_prompt": "Anna was calm.",
         "corrupted_prompt": "Anna was angry.",

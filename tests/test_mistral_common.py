@@ -26,8 +26,9 @@ from mechanex.engine.models.resolve import LoadedModel  # noqa: E402
 from mechanex.engine.sampling import Sampling  # noqa: E402
 from mechanex.engine.score import completion_logprobs  # noqa: E402
 from mechanex.engine.text import encode_pair, encode_prompt, prompt_text  # noqa: E402
+from mechanex.engine.token_texts import TokenTexts  # noqa: E402
 from mechanex.server.model.requests import TextRequest  # noqa: E402
-from mechanex.server.model.texts import Encoder, TokenTexts  # noqa: E402
+from mechanex.server.model.texts import PromptEncoder  # noqa: E402
 
 QUESTION = [{"role": "user", "content": "Where is Anna?"}]
 STARTED = [*QUESTION, {"role": "assistant", "content": "She is at the"}]
@@ -84,7 +85,7 @@ def test_it_generates_scores_and_streams(loaded: LoadedModel) -> None:
 
 
 def test_the_server_takes_them(loaded: LoadedModel) -> None:
-    encoder = Encoder(loaded.tokenizer, 256, "tiny")
+    encoder = PromptEncoder(loaded.tokenizer, 256, "tiny")
     chat = Chat(STARTED, continue_final_message=True)
     ids = encoder.encode_chat(chat)
     assert ids == encode_prompt(loaded.tokenizer, chat)

@@ -237,3 +237,44 @@ def test_many_behaviors_at_once_score_as_each_alone(kind: str) -> None:
     torch.testing.assert_close(Scorer(behaviors)(x), wanted, rtol=1e-4, atol=1e-4)
     near = Scorer(behaviors, dtype=torch.bfloat16)(x)
     assert float((near - wanted).abs().median()) < 0.02
+
+
+def test_places_of_one_answer_are_told_token_by_token(tiny: ModelAdapter, anger: Behavior) -> None:
+    other = replace(anger, name="other", point=HookPoint("resid", 3), detector="probe", threshold=1e9)
+    (both,) = generate_watched(tiny, None, PROVOKING[:1], [anger, other], **GREEDY)
+    (one,) = generate_watched(tiny, None, PROVOKING[:1], [anger], **GREEDY)
+    assert both.text == one.text and len(both.trace) == len(one.trace)
+    assert all(set(t.scores) == {"anger", "other"} for t in both.trace[:-1])
+    assert [t.corrected for t in both.trace] == [t.corrected for t in one.trace]
+
+
+@pytest.mark.parametrize("how", ["reread", "static"])
+def test_answers_are_watched_however_the_model_takes_its_calls(
+    tiny: ModelAdapter, anger: Behavior, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = PROVOKING[:1] if how == "reread" else PROVOKING[:4]
+    for action in ("correct", "abort"):
+        wanted = generate_watched(tiny, None, prompts, [anger], action=action, **GREEDY)
+        with monkeypatch.context() as patch:
+            patch.setattr("mechanex.engine.decode.run.form", lambda *_: how)
+            found = generate_watched(tiny, None, prompts, [anger], action=action, **GREEDY)
+        for a, b in zip(found, wanted, strict=True):
+            assert (a.text, a.finish_reason, a.detected) == (b.text, b.finish_reason, b.detected)
+            assert [t.corrected for t in a.trace] == [t.corrected for t in b.trace]
+            for one, other in zip(a.trace, b.trace, strict=True):
+                assert one.scores == pytest.approx(other.scores, abs=1e-3)
+    assert any(t.corrected for one in wanted for t in one.trace) or action == "abort"
+
+
+def test_steering_and_watching_at_one_layer_is_seen_steered(
+    tiny: ModelAdapter, anger: Behavior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    for how in ("rolling", "static"):
+        monkeypatch.setattr("mechanex.engine.decode.run.form", lambda *_, how=how: how)
+        found = generate_watched(
+            tiny, None, PROVOKING[:2], [anger], action="report", forced=[anger], **GREEDY
+        )
+        told.append([[t.scores.get("anger", 0.0) for t in one.trace] for one in found])
+    for rolling, static in zip(*told, strict=True):
+        assert rolling == pytest.approx(static, abs=1e-3)

@@ -17,8 +17,8 @@ from mechanex.engine.detokenize import Continuation, special_tokens
 from mechanex.engine.generate import generate, generate_batch, stream
 from mechanex.engine.models.resolve import LoadedModel
 from mechanex.engine.sampling import Sampling
+from mechanex.engine.token_texts import TokenTexts
 from mechanex.server.model.requests import TextRequest
-from mechanex.server.model.texts import TokenTexts
 
 PROMPT = "The morning was cold"
 TOKENS = 12

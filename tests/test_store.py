@@ -560,23 +560,30 @@ def test_another_schema_version_is_refused_and_left_alone(
         assert connection.execute("SELECT count(*) FROM mechanex_users").fetchone() == (2,)
 
 
+@pytest.mark.parametrize("version", range(OLDEST_VERSION, VERSION))
 @on_each_database
-def test_a_database_of_version_2_goes_on_with_what_it_holds(database: str | None, clock: Clock) -> None:
+def test_a_database_of_an_earlier_version_goes_on_with_what_it_holds(
+    database: str | None, clock: Clock, version: int
+) -> None:
     store = opened(database, clock)
     ann, session = store.users.sign_up("ann@example.org", "correct horse")
     key = store.keys.create(ann.id, "laptop")
     vector_id = store.library.add_vector(ann.id, VECTOR)
+    made = store.library.add_behavior(ann.id, "kind", "", {"prompts": ["a"]}, vector_id)
     with store.database.write() as connection:
-        connection.exec_driver_sql("DROP INDEX mechanex_refresh_tokens_access")
-        for column in ("access_hash", "access_expires_at"):
-            connection.exec_driver_sql(f"ALTER TABLE mechanex_refresh_tokens DROP COLUMN {column}")
-        connection.exec_driver_sql("UPDATE mechanex_schema SET version = 2")
+        connection.exec_driver_sql("ALTER TABLE mechanex_behaviors DROP COLUMN watched")
+        if version == 2:
+            connection.exec_driver_sql("DROP INDEX mechanex_refresh_tokens_access")
+            for column in ("access_hash", "access_expires_at"):
+                connection.exec_driver_sql(f"ALTER TABLE mechanex_refresh_tokens DROP COLUMN {column}")
+        connection.exec_driver_sql(f"UPDATE mechanex_schema SET version = {version}")
     store.close()
     with ThreadPoolExecutor(4) as pool:  # several servers that share it start together
         again, *others = list(pool.map(lambda _: opened(database, clock), range(4)))
     for other in others:
         other.close()
     assert again.keys.account_for(key) == ann.id and again.library.vector(ann.id, vector_id) == VECTOR
+    assert again.library.behaviors(ann.id) == [made] and again.library.watched(ann.id, "kind") is None
     newer = again.sessions.refresh(session.refresh_token)
     assert again.sessions.account_for(newer.access_token) == ann.id
     assert again.users.log_in("ann@example.org", "correct horse")

@@ -13,16 +13,18 @@ from rich.text import Text
 from ..engine.datasets import read_lines
 from ..engine.models.resolve import LoadedModel, load
 from ..engine.sae import registry
+from ..engine.sae.dashboard import dashboard
 from ..engine.sae.explain import explain
-from ..engine.sae.generate import WatchedText, generate_watched
+from ..engine.sae.generate import generate_watched
 from ..engine.sae.read import read_sae
 from ..engine.sae.store import BehaviorStore
+from ..engine.sae.traces import WatchedText, save_traces
 from ..engine.sae.train import train_sae
 from ..engine.sae.training import TrainingSettings
 from ..errors import NotFoundError, ValidationError
 from .console import console, echo_json, model_text
 
-__all__ = ["run_explain", "run_list", "run_show", "run_trace", "run_train"]
+__all__ = ["run_explain", "run_feature", "run_list", "run_show", "run_trace", "run_train"]
 
 
 def run_list(as_json: bool) -> None:
@@ -86,6 +88,54 @@ def run_show(name: str, as_json: bool) -> None:
     console().print(table)
 
 
+def run_feature(
+    name: str,
+    feature: int,
+    model: str | None,
+    data: Sequence[Path],
+    contexts: int,
+    options: dict[str, Any],
+    pictures: Sequence[Path],
+    as_json: bool,
+) -> None:
+    """Prints a feature of an autoencoder, or of a behavior's, at a glance.
+
+    Raises:
+        MechanexError: there is no such autoencoder or feature.
+    """
+    store = BehaviorStore()
+    source = name
+    if name in store.names():
+        behavior = store.get(name)
+        if behavior.sae is None:
+            raise ValidationError(f"the behavior {name!r} has no autoencoder: name one.")
+        source, model = behavior.sae, model or behavior.model
+    sae = registry.load(source)
+    model = model or sae.model
+    if model is None:
+        raise ValidationError(f"it isn't known which model {source} is for: give --model.")
+    loaded = _loaded(model, options)
+    found = dashboard(
+        loaded.model, sae, feature, texts_in(data), tokenizer=loaded.tokenizer, contexts=contexts
+    )
+    for path in pictures:
+        found.save(path)
+    if as_json:
+        echo_json(found.as_dict())
+        return
+    console().print(found.title)
+    for one in found.passages:
+        line = Text(f"  {one.strongest:7.3f}  ")
+        for i, token in enumerate(one.tokens):
+            line.append(_plain(token), "bold" if i == one.at else "")
+        console().print(line, soft_wrap=True)
+    for what, effects in (("raises", found.promoted), ("lowers", found.suppressed)):
+        named = ", ".join(f"{_plain(one.token)!r} {one.change:+.2f}" for one in effects)
+        console().print(Text(f"  {what}: {named or 'not known'}"), soft_wrap=True)
+    for path in pictures:
+        click.echo(f"Written to {path}.")
+
+
 def run_explain(
     model: str,
     behavior: str,
@@ -124,6 +174,7 @@ def run_trace(
     sampling_method: str,
     seed: int,
     options: dict[str, Any],
+    pictures: Sequence[Path],
     as_json: bool,
 ) -> None:
     """Prints answers with the score of every token, detections and corrections marked."""
@@ -144,12 +195,16 @@ def run_trace(
         sampling_method=sampling_method,
         seed=seed,
     )
+    for path in pictures:
+        save_traces(found, path)
     if as_json:
         echo_json([{**vars(one), "trace": [vars(token) for token in one.trace]} for one in found])
         return
     for prompt, one in zip(prompts, found, strict=True):
         console().print(_marked(prompt, one), soft_wrap=True)
-        console().print(f"  {one.finish_reason}; detected: {', '.join(one.detected) or 'nothing'}")
+        console().print(f"  {one.summary}")
+    for path in pictures:
+        click.echo(f"Written to {path}.")
 
 
 def run_train(

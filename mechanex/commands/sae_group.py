@@ -13,6 +13,17 @@ __all__ = ["sae"]
 
 _model = click.argument("model", shell_complete=complete_model)
 _file = click.Path(exists=True, dir_okay=False, path_type=Path)
+_picture = click.Path(dir_okay=False, path_type=Path)
+_html = click.option("--html", type=_picture, help="Also write a picture as a web page.")
+_png = click.option("--png", type=_picture, help="Also write a picture as PNG, drawn by matplotlib.")
+
+
+def _pictures(**paths: Path | None) -> list[Path]:
+    """The paths that were given, each with the suffix of its kind."""
+    for kind, path in paths.items():
+        if path is not None and path.suffix.lower() != f".{kind}":
+            raise click.BadParameter(f"its name ends in .{kind}; got {path}.", param_hint=f"--{kind}")
+    return [path for path in paths.values() if path is not None]
 
 
 @click.group()
@@ -31,15 +42,49 @@ def list_saes(*, as_json: bool) -> None:
 
 @sae.command()
 @click.argument("name")
+@click.option("--feature", type=click.IntRange(min=0), help="Show this feature, in the texts of --data.")
+@click.option(
+    "--data", type=_file, multiple=True, help="Texts to look in: plain text or JSON lines; may be repeated."
+)
+@click.option("--model", show_default="the one it was made for", help="Model to look into.")
+@click.option(
+    "--contexts", type=click.IntRange(min=1), default=10, show_default=True, help="How many passages."
+)
+@_html
+@_png
+@device_option
+@dtype_option
 @json_option
-def show(name: str, *, as_json: bool) -> None:
-    """Show a behavior with its figures, or an autoencoder.
+def show(
+    name: str,
+    *,
+    feature: int | None,
+    data: tuple[Path, ...],
+    model: str | None,
+    contexts: int,
+    html: Path | None,
+    png: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Show a behavior with its figures, an autoencoder, or one of its features.
 
-    NAME is a behavior's, an autoencoder's, a folder, or a folder on the Hub.
+    NAME is a behavior's, an autoencoder's, a folder, or a folder on the Hub. A feature is shown by where it says most,
+    how often it says how much, and the tokens whose logits it raises and lowers.
     """
-    from .sae import run_show
+    pictures = _pictures(html=html, png=png)
+    if feature is None:
+        if data or pictures:
+            raise click.UsageError("--data, --html and --png go with --feature.")
+        from .sae import run_show
 
-    run_show(name, as_json)
+        run_show(name, as_json)
+        return
+    if not data:
+        raise click.UsageError("--feature looks for passages in texts: give --data.")
+    from .sae import run_feature
+
+    run_feature(name, feature, model, data, contexts, options, pictures, as_json)
 
 
 @sae.command()
@@ -91,6 +136,8 @@ def explain(
     help="How tokens are drawn: greedy, top-k, top-p, min-p or typical.",
 )
 @seed_option
+@_html
+@_png
 @device_option
 @dtype_option
 @json_option
@@ -103,6 +150,8 @@ def trace(
     max_tokens: int,
     sampling_method: str,
     seed: int,
+    html: Path | None,
+    png: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -110,9 +159,12 @@ def trace(
 
     Detected tokens are red and bold, corrected ones underlined; --json has the scores.
     """
+    pictures = _pictures(html=html, png=png)
     from .sae import run_trace
 
-    run_trace(model, prompts, behaviors, action, max_tokens, sampling_method, seed, options, as_json)
+    run_trace(
+        model, prompts, behaviors, action, max_tokens, sampling_method, seed, options, pictures, as_json
+    )
 
 
 @sae.command()

@@ -186,13 +186,13 @@ def optimize(ctx: click.Context, /, **options: Any) -> None:
     "--behaviors",
     shell_complete=complete_dataset,
     multiple=True,
-    help="A JSONL file of contrastive examples, or a bundled set; may be repeated.",
+    help="A JSONL file of contrastive examples, a bundled set, or a file of a behavior; may be repeated.",
 )
 @click.option(
     "--corrected-behavior",
     "corrected_behaviors",
     multiple=True,
-    help="A behavior that every answer is steered by; may be repeated.",
+    help="A behavior that is corrected in every answer; may be repeated.",
 )
 @click.option("--database", show_default="SQLite under MECHANEX_HOME", help="SQLAlchemy URL of the accounts.")
 @click.option("--model-name", show_default="MODEL", help="What clients call the model.")

@@ -29,9 +29,10 @@ class ServerSettings:
             address too.
         database: SQLAlchemy URL of the accounts; None for ``server.sqlite`` under ``MECHANEX_HOME``.
         vectors: folder of vector files that every client may use; a file's name without suffix is its id.
-        behaviors: files of behaviors that every client may use.
-        corrected_behaviors: names of behaviors that every answer is steered by, but those to requests of the OpenAI
-            API that name behaviors themselves.
+        behaviors: what every client may use: files of contrastive examples, of which vectors are made, and
+            ``.safetensors`` files of behaviors, which are watched.
+        corrected_behaviors: names of behaviors that are watched and corrected in every answer (one that is a vector
+            alone steers every answer), but those to requests that name behaviors themselves.
         model_name: the name that clients see; None for the loaded model's.
         max_batch: most requests that are decoded together.
         max_waiting: most requests that wait for a place; a later one gets 429.

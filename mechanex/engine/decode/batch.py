@@ -104,7 +104,10 @@ class CalledBatch:
             self._stepping.advance(latest)
         if not self._steering.recall(self._changes):
             ahead = int(unread is not None)
-            spans = [Span(row.request.steering, len(row.ids), row.length + ahead) for row in rows]
+            spans = [
+                Span(row.request.steering, len(row.ids), row.length + ahead, row.request.onlooker)
+                for row in rows
+            ]
             self._steering.prepare(spans, 1, self._changes)
         try:
             logits, self.kept = self._calls(self._stepping.inputs(), self.kept, 1)

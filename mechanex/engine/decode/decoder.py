@@ -173,6 +173,8 @@ class Decoder:
         choice = self._pending
         # A row that is sure to end with this token needs no further one.
         further = self._overlapped and any(len(row.chosen) + 1 < row.max_tokens for row in self.rows)
+        # Onlookers have to see a token before they are asked whether it was the last.
+        further &= all(row.request.onlooker is None for row in self.rows)
         if self._turn is not None:
             further &= all(row.n_known != self._turn for row in self.rows)
         self._pending = self._launch() if further else None
@@ -241,7 +243,8 @@ class Decoder:
         outcomes = self._settle(choice)
         if self._prefixes is not None:
             for row, news in outcomes:
-                if _has_ended(row, news) and not isinstance(news, MechanexError):
+                altered = row.request.onlooker is not None and row.request.onlooker.altered
+                if _has_ended(row, news) and not isinstance(news, MechanexError) and not altered:
                     self._keep(row, self._prefixes)
         self._take_out([row for row, news in outcomes if _has_ended(row, news)])
         return outcomes

@@ -105,6 +105,9 @@ class Prefixes:
         One at least of the row's is left, to choose its next token from.
         """
         tokens, steering, prompt_length = row.known[:-1], row.request.steering, len(row.ids)
+        onlooker = row.request.onlooker
+        if onlooker is not None and onlooker.altered:
+            return None
         best: tuple[int, int] | None = None
         numbers = self._by_start.get(_start(row.request.owner, tokens), ())
         ids = numpy.array(tokens) if numbers else None

@@ -71,7 +71,7 @@ class Reading:
     def spans(self) -> list[Span]:
         """Where the prompts' next tokens stand."""
         return [
-            Span(row.request.steering, len(row.ids), self.done - padding)
+            Span(row.request.steering, len(row.ids), self.done - padding, row.request.onlooker)
             for row, padding in zip(self.prompts, self._padding, strict=True)
         ]
 

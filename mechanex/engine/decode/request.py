@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from ..intervention import Edit
 from ..positions import TokenSelector
 from ..sampling import Sampling
 
-__all__ = ["Result", "Steer", "Step", "TextRequest", "TokenLogprob"]
+__all__ = ["Onlooker", "Result", "Steer", "Step", "TextRequest", "TokenLogprob"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,18 @@ class Steer:
     layer: int
     edit: Edit
     tokens: TokenSelector = None
+
+
+class Onlooker(Protocol):
+    """Who looks on while an answer is written, through the steering of the decoder."""
+
+    @property
+    def end(self) -> Literal["behavior"] | None:
+        """The reason for which the answer ends before its next token, if it does."""
+
+    @property
+    def altered(self) -> bool:
+        """Whether what was read of the answer isn't what its edits alone make of it."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class TextRequest:
         logprobs: None, or how many of the likeliest tokens to report with each chosen one's log-probability.
         prompt_logprobs: whether to report them for the prompt's tokens too.
         owner: whose it is: texts of others are not gone on from.
-        until: asked before each token but the first; a text ends the answer there, as its finish reason.
+        onlooker: one of its own, who may change or end the answer; the decoder's steering must know the kind.
         stream: whether the answer is read step by step; without it, everything comes as one step at the end.
     """
 
@@ -62,7 +74,7 @@ class TextRequest:
     prompt_logprobs: bool = False
     stream: bool = False
     owner: Hashable = None
-    until: Callable[[], Literal["behavior"] | None] | None = None
+    onlooker: Onlooker | None = None
 
 
 @dataclass(frozen=True)
@@ -82,11 +94,13 @@ class Step:
         text: to be joined to what came before.
         logprobs: those of its tokens.
         prompt_logprobs: those of the prompt's tokens, in the first step.
+        tokens: ids of what was chosen since, whether or not its text is out.
     """
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +116,7 @@ class Result:
         logprobs: one per token of the text, where asked for.
         prompt_logprobs: one per token of the prompt, the first None, where asked for.
         cached_tokens: tokens of the prompt that were not read, since a text before began alike.
+        tokens: ids of what was chosen.
     """
 
     text: str
@@ -111,3 +126,4 @@ class Result:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     cached_tokens: int = 0
+    tokens: tuple[int, ...] = ()

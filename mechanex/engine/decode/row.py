@@ -63,7 +63,9 @@ class Row:
         self._logprobs: list[TokenLogprob] = []
         # For each of them where its text begins in the answer, and whether it has any of its own.
         self._places: list[tuple[int, bool]] = []
+        self._n_unread = 1
         self._told = 0
+        self._tokens_told = 0
         self._prompt_told = False
         self._generator: torch.Generator | None = None
         self._uniform: list[float] = []
@@ -91,7 +93,7 @@ class Row:
     @property
     def length(self) -> int:
         """Tokens in the cache: the prompt and all that was chosen but the last, which the next step reads."""
-        return len(self.ids) + max(len(self.chosen) - 1, 0)
+        return len(self.ids) + max(len(self.chosen) - self._n_unread, 0)
 
     @property
     def final_length(self) -> int:
@@ -119,7 +121,9 @@ class Row:
         Returns:
             What there is to tell a reader that follows step by step.
         """
-        if self.chosen and self.request.until is not None and (reason := self.request.until()) is not None:
+        onlooker = self.request.onlooker
+        if self.chosen and onlooker is not None and (reason := onlooker.end) is not None:
+            self._n_unread = 0
             return self._finish(reason)
         self.chosen.append(token)
         self.counts[token] += 1
@@ -167,6 +171,7 @@ class Row:
             tuple(self._logprobs),
             tuple(self.prompt_logprobs),
             self.cached_tokens,
+            tuple(self.chosen),
         )
         return step
 
@@ -182,7 +187,10 @@ class Row:
             self._told += 1
         news = tuple(self._logprobs[told : self._told])
         prompt, self._prompt_told = () if self._prompt_told else tuple(self.prompt_logprobs), True
-        return Step(text, news, prompt) if text or news or prompt else None
+        if not (text or news or prompt):
+            return None
+        tokens, self._tokens_told = tuple(self.chosen[self._tokens_told :]), len(self.chosen)
+        return Step(text, news, prompt, tokens)
 
     def _is_out(self, begin: int, has_text: bool) -> bool:
         """Whether a token's text was given out; it may be kept back as the begin of a stop text."""

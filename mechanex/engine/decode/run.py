@@ -35,16 +35,13 @@ def decode(
         rows: what to continue.
         padding: a token id to fill rows with.
         tell: is given what each step brings of each row, perhaps nothing; True stops where it is.
-        steering: as for the decoder; with one of its own no step is captured.
+        steering: as for the decoder.
 
     Raises:
         MechanexError: the first row that can't be continued: its edits don't fit, its logits aren't finite, …
     """
     with exclusive(adapter), undisturbed(adapter.hf_model), torch.no_grad():
-        found = form(adapter, len(rows))
-        if steering is not None and found == "static":
-            found = "rolling"
-        decoder = Decoder(adapter, padding, form=found, steering=steering)
+        decoder = Decoder(adapter, padding, form=form(adapter, len(rows)), steering=steering)
         together = decoder.form in TOGETHER
         for row in rows:
             if (error := decoder.unfit(row)) is not None:

@@ -118,7 +118,7 @@ class StaticBatch:
             step.ids[:n, 0] = ids.to(step.ids.device, non_blocking=True)
             self._numbers = Numbers(rows, step.ids.device)
             self._spans = [
-                Span(self._steers(row), len(row.ids), length)
+                Span(self._steers(row), len(row.ids), length, row.request.onlooker)
                 for row, length in zip(rows, lengths, strict=True)
             ]
             steers = [steer for span in self._spans for steer in span.steering]
@@ -246,7 +246,8 @@ class StaticBatch:
 
     def _run(self, step: StaticStep, n: int, columns: int) -> Tensor:
         graphs = step.graphs
-        if not graphs.supported or graphs.failure or self._watched or not step.steering.is_static:
+        seen = any(span.onlooker is not None for span in self._spans or ())
+        if not graphs.supported or graphs.failure or self._watched or seen or not step.steering.is_static:
             logits = self._forward(step, n, columns, step.steering.active)
             step.move(n)
             return logits
@@ -275,6 +276,7 @@ class StaticBatch:
         """[rows, new, vocabulary] logits of a call over the first slots."""
         before = changes()
         self._attach(step, layers)
+        self._steering.look_on(self._spans or (), new)
         ids, positions, back = step.show(rows, columns, new)
         stated = Positions(positions, _OURS)
         if self._watched and self._numbers is not None:
@@ -287,6 +289,7 @@ class StaticBatch:
                 return self._calls(inputs, {self._name: step.cache}, new)[0]
         finally:
             self._running = False
+            self._steering.rest()
             if self._seen is not None:  # the step's own hooks are no reason to look at the model anew
                 self._seen += changes() - before
 
@@ -313,6 +316,7 @@ class StaticBatch:
         if layers == self._hooked:
             return
         self._leave_model()
+        self._steering.detach()  # whoever looks on sees what the edits make
 
         def hook(layer: int) -> Any:
             return lambda hidden: step.steering.edit(layer, hidden) if self._running else None

@@ -16,7 +16,7 @@ from ..hooks import attach
 from ..intervention import Edit, EditTable
 from ..models.adapter import Handles, ModelAdapter, ResidualHook
 from ..positions import TokenSelector, check_tokens, selects
-from .request import Steer
+from .request import Onlooker, Steer
 
 __all__ = ["RowSteering", "Span", "meeting"]
 
@@ -31,12 +31,20 @@ class Span:
         steering: the row's edits.
         prompt_length: tokens of its prompt, for positions that count from the prompt's end.
         first: absolute position of the call's first column for this row; negative where that is padding.
+        onlooker: the row's.
     """
 
-    __slots__ = ("first", "prompt_length", "steering")
+    __slots__ = ("first", "onlooker", "prompt_length", "steering")
 
-    def __init__(self, steering: tuple[Steer, ...], prompt_length: int, first: int) -> None:
+    def __init__(
+        self,
+        steering: tuple[Steer, ...],
+        prompt_length: int,
+        first: int,
+        onlooker: Onlooker | None = None,
+    ) -> None:
         self.steering, self.prompt_length, self.first = steering, prompt_length, first
+        self.onlooker = onlooker
 
     def selects(self, tokens: TokenSelector, index: Any) -> Any:
         """Whether a selector of tokens selects the row's positions ``index``, an int or an array of them."""
@@ -109,6 +117,14 @@ class RowSteering:
                 self._handles.add(attach(self._adapter, [(layer, self._hook(layer))]))
                 self._attached.add(layer)
         self.seconds += time.perf_counter() - begun
+
+    def look_on(self, spans: Sequence[Span], columns: int) -> bool:
+        """Sees to it that the next model call, whose edits somebody else makes, is seen by the rows' onlookers.
+
+        Returns:
+            Whether there are any; such a call can't be replayed from a graph.
+        """
+        return False
 
     def rest(self) -> None:
         """Ends the prepared call: what the model computes next is left alone."""

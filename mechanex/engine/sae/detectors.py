@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import ValidationError
 from ...ops.sae import sae_features, sae_top_features
+from ..pauses import pause
 from .autoencoder import SparseAutoencoder
 
 __all__ = ["Detector", "FeatureDetector", "ProbeDetector", "auroc", "fit_features", "fit_probe"]
@@ -142,6 +143,7 @@ def fit_features(
     n = len(positive)
     sums = torch.zeros(n, sae.n_features, dtype=torch.float64)
     for first in range(0, len(x), 1024):
+        pause()
         part = slice(first, first + 1024)
         sums.index_add_(0, answer[part], sae.encode(x[part]).double().cpu())
     means = sums / _sizes(answer, n)[:, None]

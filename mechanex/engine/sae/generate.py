@@ -3,59 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ...errors import ValidationError
-from ..capabilities.decoding import form
 from ..decode.request import TextRequest
 from ..decode.run import decode
 from ..generate import Generating
-from ..models.adapter import ModelAdapter, exclusive
+from ..models.adapter import ModelAdapter
 from ..sampling import Options
 from ..text import Prompt
+from ..token_texts import TokenTexts
 from .behavior import Behavior
-from .watching import Action, Seen, Watch, Watched, WatchingSteering, check_fits, forced_edits
+from .traces import TracedToken, WatchedText
+from .watching import ACTIONS, Action, Seen, Watch, WatchingSteering, check_fits, forced_edits
 
-__all__ = ["TracedToken", "WatchedText", "generate_watched"]
-
-
-@dataclass(frozen=True)
-class TracedToken:
-    """A token of an answer.
-
-    Args:
-        token: its id.
-        text: its text, as the tokenizer decodes it alone.
-        scores: by behavior; empty for the last token, which the model did not read.
-        detected: behaviors that it shows.
-        corrected: behaviors that were corrected in it.
-    """
-
-    token: int
-    text: str
-    scores: dict[str, float]
-    detected: tuple[str, ...]
-    corrected: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class WatchedText:
-    """A text and what was seen while it was written.
-
-    Args:
-        text: the prompt and its continuation.
-        finish_reason: ``"stop"``, ``"length"``, or ``"behavior"`` where one ended it.
-        detected: the behaviors that showed.
-        trace: the tokens of the answer.
-    """
-
-    text: str
-    finish_reason: str
-    detected: tuple[str, ...]
-    trace: tuple[TracedToken, ...]
+__all__ = ["generate_watched", "traced"]
 
 
 class _Watching(Generating):
@@ -80,28 +45,18 @@ class _Watching(Generating):
     def request(self, i: int, request: TextRequest) -> TextRequest:
         watch = self.watches[i]
         edits = (*request.steering, *self._forced)
-        return replace(
-            request,
-            steering=Watched(edits, watch) if watch.behaviors else edits,
-            until=lambda: "behavior" if watch.aborted else None,
-        )
+        return replace(request, steering=edits, onlooker=watch if watch.behaviors else None)
 
     def watched(self) -> list[WatchedText]:
         """Runs the call."""
         rows = self.rows(stream=False)
-        with exclusive(self.adapter):
-            if any(watch.behaviors for watch in self.watches) and form(self.adapter, len(rows)) == "reread":
-                raise ValidationError(
-                    f"{self.adapter.model_id} has no cache to go on from and reads its whole text for every token, "
-                    "so that its answers can't be watched."
-                )
-            decode(self.adapter, rows, self.padding, steering=WatchingSteering(self.adapter))
-        found = []
+        decode(self.adapter, rows, self.padding, steering=WatchingSteering(self.adapter))
+        found, names = [], TokenTexts(self.tokenizer)
         for prompt, row, watch in zip(self.prompts, rows, self.watches, strict=True):
             assert row.result is not None
-            trace = _traced(self.tokenizer, row.chosen, watch.seen)
-            names = tuple(b.name for b in watch.behaviors if b.name in watch.active)
-            found.append(WatchedText(prompt + row.text, row.result.finish_reason, names, trace))
+            trace = traced(row.chosen, [names[token][0] for token in row.chosen], watch.seen)
+            reason = row.result.finish_reason
+            found.append(WatchedText(prompt + row.text, reason, watch.detected, trace, prompt))
         return found
 
 
@@ -128,18 +83,24 @@ def generate_watched(
         options: keyword arguments of ``generate.Options``.
 
     Raises:
-        ValidationError: an argument out of its range, a behavior of another model, or a model without a cache.
+        ValidationError: an argument out of its range, or a behavior of another model.
     """
-    if action not in ("correct", "abort", "report"):
+    if action not in ACTIONS:
         raise ValidationError(f"action is correct, abort or report; got {action!r}.")
     return _Watching(model, tokenizer, prompts, Options(**options), behaviors, action, forced).watched()
 
 
-def _traced(tokenizer: Any, chosen: Sequence[int], seen: Sequence[Seen]) -> tuple[TracedToken, ...]:
-    texts = [tokenizer.decode([token]) for token in chosen]
+def traced(tokens: Sequence[int], texts: Sequence[str], seen: Sequence[Seen]) -> tuple[TracedToken, ...]:
+    """The trace of an answer.
+
+    Args:
+        tokens: what was chosen.
+        texts: their texts.
+        seen: what was seen of the first of them.
+    """
     nothing = Seen({}, (), ())
-    found = [*seen, *[nothing] * (len(chosen) - len(seen))]
+    found = [*seen[: len(tokens)], *[nothing] * (len(tokens) - len(seen))]
     return tuple(
         TracedToken(token, text, one.scores, one.detected, one.corrected)
-        for token, text, one in zip(chosen, texts, found, strict=False)
+        for token, text, one in zip(tokens, texts, found, strict=True)
     )

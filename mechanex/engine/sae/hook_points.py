@@ -13,7 +13,7 @@ from ...errors import ValidationError
 from ..attaching import after, before
 from ..models.adapter import ModelAdapter
 
-__all__ = ["HookPoint", "hook_point", "on_point"]
+__all__ = ["HookPoint", "check_point", "hook_point", "on_point"]
 
 Kind = Literal["resid", "resid_mid", "mlp_in", "mlp_out", "attn_out", "attn_z"]
 
@@ -142,12 +142,9 @@ def on_point(adapter: ModelAdapter, point: HookPoint, fn: Callable[[Tensor], Ten
     Raises:
         ValidationError: the model has no such layer, or its block no such part.
     """
+    check_point(adapter, point)
     if point.kind == "resid":
         return adapter.on_residual(point.layer, fn)
-    if not 0 <= point.layer < adapter.n_layers:
-        raise ValidationError(
-            f"{point} is not there: {adapter.model_id} has {adapter.n_layers} blocks, 0 to {adapter.n_layers - 1}."
-        )
     module, entering = _part(adapter, point)
     if entering:
 
@@ -165,6 +162,17 @@ def on_point(adapter: ModelAdapter, point: HookPoint, fn: Callable[[Tensor], Ten
         return None if new is None else ((new, *output[1:]) if several else new)
 
     return after(module, leave)
+
+
+def check_point(adapter: ModelAdapter, point: HookPoint) -> None:
+    """Raises a ValidationError where the model has no such layer, or its block no such part."""
+    if point.kind == "resid":
+        return
+    if not 0 <= point.layer < adapter.n_layers:
+        raise ValidationError(
+            f"{point} is not there: {adapter.model_id} has {adapter.n_layers} blocks, 0 to {adapter.n_layers - 1}."
+        )
+    _part(adapter, point)
 
 
 def _part(adapter: ModelAdapter, point: HookPoint) -> tuple[nn.Module, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ from .files import read_json
 from .hook_points import hook_point
 from .read import read_sae
 
-__all__ = ["Entry", "add", "default_sae", "entries", "find", "load", "user_file"]
+__all__ = ["Entry", "add", "default_sae", "entries", "find", "for_model", "load", "user_file"]
 
 BUNDLED = "bundled:"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,20 @@ def load(name: str) -> SparseAutoencoder:
 def default_sae(model: str) -> SparseAutoencoder:
     """Reads the default autoencoder of a model; errors as in ``find`` and ``read_sae``."""
     return _read(find(model))
+
+
+def for_model(model: str) -> tuple[str, SparseAutoencoder] | None:
+    """The default autoencoder of a model, by its name in the list and read; None, and a warning, where there is none.
+
+    Raises:
+        ValidationError: as in ``read_sae``.
+    """
+    try:
+        entry = find(model)
+        return entry.name, _read(entry)
+    except NotFoundError as error:
+        _log.warning("the difference of means watches alone: %s", error.message)
+        return None
 
 
 def _read(entry: Entry) -> SparseAutoencoder:

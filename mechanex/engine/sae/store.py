@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from .corrections import Correction
 from .detectors import FeatureDetector, ProbeDetector
 from .hook_points import hook_point
 
-__all__ = ["BehaviorStore", "check_name"]
+__all__ = ["BehaviorStore", "check_name", "read_behavior", "write_behavior"]
 
 FORMAT = "mechanex behavior 1"
 _NAME = re.compile(r"[\w][\w .-]{0,63}")
@@ -62,47 +63,8 @@ class BehaviorStore:
         return sorted(path.stem for path in self.folder.glob("*.safetensors"))
 
     def put(self, behavior: Behavior) -> None:
-        """Keeps a behavior, in place of one of its name."""
-        tensors: dict[str, Tensor] = {
-            "probe.direction": behavior.probe.direction,
-            "correction.direction": behavior.correction.direction,
-        }
-        told: dict[str, Any] = {
-            "format": FORMAT,
-            "library_version": __version__,
-            **{name: getattr(behavior, name) for name in ("name", "description", "model", "family", "width")},
-            "point": str(behavior.point),
-            "detector": behavior.detector,
-            "sae": behavior.sae,
-            "threshold": behavior.threshold,
-            "steering_vector_id": behavior.steering_vector_id,
-            "probe": [behavior.probe.low, behavior.probe.high],
-            "correction": {
-                name: getattr(behavior.correction, name) for name in ("way", "low", "high", "strength")
-            },
-            "figures": behavior.figures,
-        }
-        found = behavior.features
-        if found is not None:
-            told["features"] = {"low": found.low, "high": found.high, **_kept(found.sae)}
-            tensors |= {
-                "features.features": found.features,
-                "features.weights": found.weights,
-                "features.levels": found.levels,
-                "features.numbers": torch.tensor(found.names),
-            }
-            if found.sae.elementwise:
-                parts = {name: getattr(found.sae, name) for name in _PARTS}
-                tensors |= {f"sae.{name}": t for name, t in parts.items() if t is not None}
-            elif behavior.sae is None:
-                raise ValidationError(
-                    "this behavior's autoencoder is top-k, so that all of it is needed each time, and it isn't known "
-                    "where it comes from: give its folder or name."
-                )
-        stored = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-        told["checksum"] = _checksum(stored, told)
-        with atomic_path(self._path(behavior.name)) as temporary:
-            save_file(stored, temporary, {"mechanex": json.dumps(told)})
+        """Keeps a behavior, in place of one of its name; errors as ``write_behavior``."""
+        write_behavior(behavior, self._path(behavior.name))
 
     def get(self, name: str) -> Behavior:
         """The behavior of this name.
@@ -117,23 +79,7 @@ class BehaviorStore:
             raise NotFoundError(
                 f"no behavior is called {name!r}; there is: {known}. create_behavior makes one."
             )
-        try:
-            with safe_open(path, "pt") as file:
-                told = json.loads((file.metadata() or {})["mechanex"])
-                tensors = {key: file.get_tensor(key).clone() for key in list(file.keys())}
-            found = told.pop("checksum")
-            if told["format"] != FORMAT:
-                raise ValueError(f"its format is {told['format']!r:.40}, and this version reads {FORMAT!r}")
-            if found != _checksum(tensors, told):
-                raise ValueError("its checksum is not that of its content")
-            return self._behavior(told, tensors)
-        except MechanexError:
-            raise
-        # A damaged file may fail in any way; each of them means the same to the caller.
-        except Exception as error:
-            raise ValidationError(
-                f"{path} is not a sound behavior file ({type(error).__name__}: {error}): make it again."
-            ) from error
+        return read_behavior(path, self._saes)
 
     def delete(self, name: str) -> None:
         """Deletes a behavior.
@@ -148,54 +94,139 @@ class BehaviorStore:
             )
         path.unlink()
 
-    def _behavior(self, told: dict[str, Any], tensors: dict[str, Tensor]) -> Behavior:
-        probe = ProbeDetector(tensors["probe.direction"], *told["probe"])
-        features = None
-        if "features" in told:
-            kept = told["features"]
-            sae = self._autoencoder(told, tensors)
-            features = FeatureDetector(
-                sae,
-                tensors["features.features"],
-                tensors["features.weights"],
-                kept["low"],
-                kept["high"],
-                tensors["features.levels"],
-                tensors["features.numbers"],
-            )
-        correction = Correction(
-            direction=tensors["correction.direction"], detector=features, **told["correction"]
-        )
-        names = ("name", "description", "model", "family", "width", "detector", "sae", "threshold")
-        return Behavior(
-            **{name: told[name] for name in names},
-            point=hook_point(told["point"]),
-            probe=probe,
-            features=features,
-            correction=correction,
-            steering_vector_id=told["steering_vector_id"],
-            figures=told["figures"],
-        )
-
-    def _autoencoder(self, told: dict[str, Any], tensors: dict[str, Tensor]) -> SparseAutoencoder:
-        kept = told["features"]
-        parts = {name: tensors.get(f"sae.{name}") for name in _PARTS}
-        if parts["encoder"] is not None:
-            settings = {name: kept["settings"][name] for name in _SETTINGS}
-            return SparseAutoencoder(**parts, **settings, point=hook_point(told["point"]))  # type: ignore[arg-type]
-        source = told["sae"]
-        if source not in self._saes:
-            self._saes[source] = registry.load(source)
-        sae = self._saes[source]
-        if _digest(sae) != kept["digest"]:
-            raise ValidationError(
-                f"the autoencoder {source} is not the one that the behavior {told['name']!r} was made with: make the "
-                "behavior again."
-            )
-        return sae
-
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+def write_behavior(behavior: Behavior, path: Path) -> None:
+    """Writes a behavior's file, whole or not at all.
+
+    Raises:
+        ValidationError: its autoencoder is needed whole, and it isn't known where that comes from.
+        OSError: it can't be written.
+    """
+    tensors: dict[str, Tensor] = {
+        "probe.direction": behavior.probe.direction,
+        "correction.direction": behavior.correction.direction,
+    }
+    told: dict[str, Any] = {
+        "format": FORMAT,
+        "library_version": __version__,
+        **{name: getattr(behavior, name) for name in ("name", "description", "model", "family", "width")},
+        "point": str(behavior.point),
+        "detector": behavior.detector,
+        "sae": behavior.sae,
+        "threshold": behavior.threshold,
+        "steering_vector_id": behavior.steering_vector_id,
+        "probe": [behavior.probe.low, behavior.probe.high],
+        "correction": {
+            name: getattr(behavior.correction, name) for name in ("way", "low", "high", "strength")
+        },
+        "figures": behavior.figures,
+    }
+    found = behavior.features
+    if found is not None:
+        told["features"] = {"low": found.low, "high": found.high, **_kept(found.sae)}
+        tensors |= {
+            "features.features": found.features,
+            "features.weights": found.weights,
+            "features.levels": found.levels,
+            "features.numbers": torch.tensor(found.names),
+        }
+        if found.sae.elementwise:
+            parts = {name: getattr(found.sae, name) for name in _PARTS}
+            tensors |= {f"sae.{name}": t for name, t in parts.items() if t is not None}
+        elif behavior.sae is None:
+            raise ValidationError(
+                "this behavior's autoencoder is top-k, so that all of it is needed each time, and it isn't known "
+                "where it comes from: give its folder or name."
+            )
+    stored = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    told["checksum"] = _checksum(stored, told)
+    with atomic_path(path) as temporary:
+        save_file(stored, temporary, {"mechanex": json.dumps(told)})
+
+
+def read_behavior(path: Path, saes: MutableMapping[str, SparseAutoencoder] | None = None) -> Behavior:
+    """Reads a behavior's file.
+
+    Args:
+        path: the file, which is there.
+        saes: whole autoencoders that were read before, by their source; one that is read is added.
+
+    Raises:
+        NotFoundError: its top-k autoencoder isn't there any more.
+        ValidationError: it is damaged, or its autoencoder is another one now.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            told = json.loads((file.metadata() or {})["mechanex"])
+            tensors = {key: file.get_tensor(key).clone() for key in list(file.keys())}
+        found = told.pop("checksum")
+        if told["format"] != FORMAT:
+            raise ValueError(f"its format is {told['format']!r:.40}, and this version reads {FORMAT!r}")
+        if found != _checksum(tensors, told):
+            raise ValueError("its checksum is not that of its content")
+        return _behavior(told, tensors, {} if saes is None else saes)
+    except MechanexError:
+        raise
+    # A damaged file may fail in any way; each of them means the same to the caller.
+    except Exception as error:
+        raise ValidationError(
+            f"{path} is not a sound behavior file ({type(error).__name__}: {error}): make it again."
+        ) from error
+
+
+def _behavior(
+    told: dict[str, Any], tensors: dict[str, Tensor], saes: MutableMapping[str, SparseAutoencoder]
+) -> Behavior:
+    probe = ProbeDetector(tensors["probe.direction"], *told["probe"])
+    features = None
+    if "features" in told:
+        kept = told["features"]
+        sae = _autoencoder(told, tensors, saes)
+        features = FeatureDetector(
+            sae,
+            tensors["features.features"],
+            tensors["features.weights"],
+            kept["low"],
+            kept["high"],
+            tensors["features.levels"],
+            tensors["features.numbers"],
+        )
+    correction = Correction(
+        direction=tensors["correction.direction"], detector=features, **told["correction"]
+    )
+    names = ("name", "description", "model", "family", "width", "detector", "sae", "threshold")
+    return Behavior(
+        **{name: told[name] for name in names},
+        point=hook_point(told["point"]),
+        probe=probe,
+        features=features,
+        correction=correction,
+        steering_vector_id=told["steering_vector_id"],
+        figures=told["figures"],
+    )
+
+
+def _autoencoder(
+    told: dict[str, Any], tensors: dict[str, Tensor], saes: MutableMapping[str, SparseAutoencoder]
+) -> SparseAutoencoder:
+    kept = told["features"]
+    parts = {name: tensors.get(f"sae.{name}") for name in _PARTS}
+    if parts["encoder"] is not None:
+        settings = {name: kept["settings"][name] for name in _SETTINGS}
+        return SparseAutoencoder(**parts, **settings, point=hook_point(told["point"]))  # type: ignore[arg-type]
+    source = told["sae"]
+    if source not in saes:
+        saes[source] = registry.load(source)
+    sae = saes[source]
+    if _digest(sae) != kept["digest"]:
+        raise ValidationError(
+            f"the autoencoder {source} is not the one that the behavior {told['name']!r} was made with: make the "
+            "behavior again."
+        )
+    return sae
 
 
 def _kept(sae: SparseAutoencoder) -> dict[str, Any]:

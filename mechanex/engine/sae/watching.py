@@ -1,14 +1,17 @@
 """Watching answers while they are written: every token scored, and corrected or ended where a behavior shows.
 
-It rides on the decoder by what a request's edits are: a :class:`Watched` tuple of edits names the row's watch, and
-:class:`WatchingSteering`, in the place of the decoder's own, sees it with every call that it prepares.
+It rides on the decoder: a request names its :class:`Watch` as its onlooker, and :class:`WatchingSteering`, in the place
+of the decoder's own, sees it with every call that it prepares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,12 +22,14 @@ from ..decode.steering import RowSteering, Span
 from ..intervention import Edit
 from ..models.adapter import Handles, ModelAdapter
 from .behavior import Behavior
-from .hook_points import HookPoint, on_point
+from .hook_points import HookPoint, check_point, on_point
 from .scoring import Scorer
 
-__all__ = ["Action", "Seen", "Watch", "Watched", "WatchingSteering", "check_fits", "forced_edits"]
+__all__ = ["ACTIONS", "Action", "Seen", "Watch", "WatchingSteering", "check_fits", "forced_edits"]
 
 Action = Literal["correct", "abort", "report"]
+ACTIONS: tuple[Action, ...] = ("correct", "abort", "report")
+_KEPT_SCORERS = 64
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Seen:
 
 @dataclass(eq=False)
 class Watch:
-    """What is watched in one answer, and what was seen of it so far.
+    """What is watched in one answer, and what was seen of it so far; the onlooker of one row.
 
     Args:
         behaviors: the behaviors.
@@ -54,39 +59,77 @@ class Watch:
     Attributes:
         seen: its tokens, in order.
         active: the behaviors that were detected so far.
+        altered: whether a token was corrected.
     """
 
     behaviors: tuple[Behavior, ...]
     action: Action = "correct"
     seen: list[Seen] = field(default_factory=list)
     active: set[str] = field(default_factory=set)
+    altered: bool = False
+    _counts: dict[HookPoint, int] = field(default_factory=dict)
 
     @property
-    def aborted(self) -> bool:
-        """Whether the answer is to end."""
-        return self.action == "abort" and bool(self.active)
+    def end(self) -> Literal["behavior"] | None:
+        """``"behavior"`` once the answer is to end."""
+        return "behavior" if self.action == "abort" and self.active else None
+
+    @property
+    def detected(self) -> tuple[str, ...]:
+        """The behaviors that were detected so far, in the order in which they are watched."""
+        return tuple(behavior.name for behavior in self.behaviors if behavior.name in self.active)
+
+    def n_seen(self, point: HookPoint) -> int:
+        """Tokens that were scored at a place."""
+        return self._counts.get(point, 0)
+
+    def note(self, point: HookPoint, scores: dict[str, float], detected: Sequence[str]) -> tuple[str, ...]:
+        """Takes the scores of the next token at a place.
+
+        Returns:
+            The behaviors that are to be corrected in it.
+        """
+        self.active.update(detected)
+        corrected = tuple(name for name in scores if name in self.active) if self.action == "correct" else ()
+        self.altered |= bool(corrected)
+        place = self._counts[point] = self.n_seen(point) + 1
+        if place > len(self.seen):
+            self.seen.append(Seen(scores, tuple(detected), corrected))
+        else:  # another place of the same token was there before
+            one = self.seen[place - 1]
+            self.seen[place - 1] = Seen(
+                one.scores | scores, (*one.detected, *detected), (*one.corrected, *corrected)
+            )
+        return corrected
 
 
-class Watched(tuple[Steer, ...]):
-    """The edits of a request whose answer is watched.
+@dataclass(frozen=True)
+class _Here:
+    """A row with behaviors that are read at one place.
 
     Args:
-        edits: the edits themselves.
-        watch: what is watched.
+        row: of the call.
+        watch: what is watched in it.
+        behaviors: those that are read here.
+        first: which token of the answer stands in the call's first column, negative in the prompt; None for the next.
     """
 
+    row: int
     watch: Watch
+    behaviors: list[Behavior]
+    first: int | None
 
-    def __new__(cls, edits: Iterable[Steer], watch: Watch) -> Watched:
-        made = super().__new__(cls, tuple(edits))
-        made.watch = watch
-        return made
+    def tokens(self, columns: int, point: HookPoint) -> Iterator[tuple[int, int]]:
+        """The columns that hold tokens of the answer, and which ones they are."""
+        first = self.watch.n_seen(point) if self.first is None else self.first
+        return ((column, first + column) for column in range(max(0, -first), columns))
 
 
 class WatchingSteering(RowSteering):
-    """Row-wise steering that also watches the rows whose edits are :class:`Watched`.
+    """Row-wise steering that also watches the rows whose onlookers are :class:`Watch`.
 
-    Tokens of answers are watched as the model reads them, prompts are not.
+    Tokens of answers are watched as the model reads them, prompts are not. Where an answer is read again, what was
+    corrected in it is corrected again, and what was scored before is not scored.
 
     Args:
         adapter: the model.
@@ -97,27 +140,33 @@ class WatchingSteering(RowSteering):
         self._model = adapter
         self._hooks = Handles()
         self._points: set[HookPoint] = set()
-        self._scorers: dict[tuple[int, ...], Scorer] = {}
-        self._rows: list[Watch | None] = []
-        self._remembered: list[Watch | None] = []
+        self._scorers: OrderedDict[tuple[int, ...], Scorer] = OrderedDict()
+        self._rows: list[_Here] = []
+        self._remembered: list[_Here] = []
 
     @property
     def attached(self) -> bool:
         return super().attached or bool(self._points)
 
     def prepare(self, spans: Sequence[Span], columns: int, key: object = None) -> None:
+        edited = set(self._attached)
         super().prepare(spans, columns, key)
-        answers = columns == 1 and all(span.first >= span.prompt_length for span in spans)
-        watches = [getattr(span.steering, "watch", None) for span in spans]
-        if not answers:
-            _refuse_answers_read_again(spans, watches, columns)
-        self._rows = watches if answers and any(watches) else []
-        self._remembered = self._rows
-        for watch in self._rows:
-            for behavior in () if watch is None else watch.behaviors:
-                if behavior.point not in self._points:
-                    self._points.add(behavior.point)
-                    self._hooks.add(on_point(self._model, behavior.point, self._watching(behavior.point)))
+        if self._attached != edited:
+            # Hooks run in the order in which they came, and scores are of what the edits make.
+            self._unhook()
+        self.look_on(spans, columns)
+        self._remembered = [replace(one, first=None) for one in self._rows]
+
+    def look_on(self, spans: Sequence[Span], columns: int) -> bool:
+        self._rows = []
+        for i, span in enumerate(spans):
+            watch, first = span.onlooker, span.first - span.prompt_length
+            if isinstance(watch, Watch) and watch.behaviors and first + columns > 0:
+                self._rows.append(_Here(i, watch, list(watch.behaviors), first))
+        for point in {behavior.point for one in self._rows for behavior in one.behaviors} - self._points:
+            self._hooks.add(on_point(self._model, point, self._watching(point)))
+            self._points.add(point)
+        return bool(self._rows)
 
     def recall(self, key: object) -> bool:
         known = super().recall(key)
@@ -131,72 +180,93 @@ class WatchingSteering(RowSteering):
 
     def detach(self) -> None:
         super().detach()
+        self._unhook()
+        self._rows = self._remembered = []
+
+    def _unhook(self) -> None:
         self._hooks.remove()
         self._points.clear()
-        self._rows = self._remembered = []
 
     def _watching(self, point: HookPoint) -> Any:
         def watch(hidden: Tensor) -> Tensor | None:
             here = [
-                (i, w, [b for b in w.behaviors if b.point == point])
-                for i, w in enumerate(self._rows)
-                if w is not None
+                replace(one, behaviors=mine)
+                for one in self._rows
+                if (mine := [b for b in one.behaviors if b.point == point])
             ]
-            here = [one for one in here if one[2]]
-            return self._watch(hidden, here) if here else None
+            if not here:
+                return None
+            begun = time.perf_counter()
+            edited = self._watch(hidden, point, here)
+            self.seconds += time.perf_counter() - begun
+            return edited
 
         return watch
 
-    def _watch(self, hidden: Tensor, here: list[tuple[int, Watch, list[Behavior]]]) -> Tensor | None:
-        behaviors = list({id(b): b for _, _, found in here for b in found}.values())
-        scorer = self._scorer(behaviors, hidden.device)
-        x = hidden.flatten(0, 1) if hidden.dim() == 3 else hidden.flatten(0, 1).flatten(1)
-        scores = scorer(x)
-        found, hits = scores.tolist(), (scores > scorer.thresholds).tolist()
-        place = {id(b): j for j, b in enumerate(behaviors)}
-        change: dict[int, list[int]] = {}
-        for i, watch, mine in here:
-            names = [(b, place[id(b)]) for b in mine]
-            detected = tuple(b.name for b, j in names if hits[i][j])
-            watch.active.update(detected)
-            corrected = tuple(
-                b.name for b, _ in names if b.name in watch.active and watch.action == "correct"
-            )
-            for b, j in names:
-                if b.name in corrected:
-                    change.setdefault(j, []).append(i)
-            watch.seen.append(Seen({b.name: found[i][j] for b, j in names}, detected, corrected))
+    def _watch(self, hidden: Tensor, point: HookPoint, here: Sequence[_Here]) -> Tensor | None:
+        columns = hidden.shape[1]
+        new: list[tuple[int, _Here]] = []
+        change: dict[Behavior, list[int]] = {}
+        for one in here:
+            for column, token in one.tokens(columns, point):
+                place = one.row * columns + column
+                if token >= one.watch.n_seen(point):
+                    new.append((place, one))
+                    continue
+                for b in one.behaviors:
+                    if b.name in one.watch.seen[token].corrected:
+                        change.setdefault(b, []).append(place)
+        if new:
+            self._score(hidden, point, new, change)
         if not change:
             return None
-        edited = hidden.clone()
-        for j, rows in change.items():
-            index = torch.tensor(rows, device=hidden.device)
-            part = edited.index_select(0, index)
-            edited.index_copy_(0, index, behaviors[j].correction(part.flatten(2)).view_as(part))
+        edited = hidden.clone(memory_format=torch.contiguous_format)
+        flat = edited.flatten(0, 1)
+        for behavior, places in change.items():
+            index = torch.tensor(places, device=hidden.device)
+            part = flat.index_select(0, index)
+            flat.index_copy_(0, index, behavior.correction(part.flatten(1)).view_as(part))
         return edited
 
-    def _scorer(self, behaviors: list[Behavior], device: torch.device) -> Scorer:
+    def _score(
+        self,
+        hidden: Tensor,
+        point: HookPoint,
+        new: Sequence[tuple[int, _Here]],
+        change: dict[Behavior, list[int]],
+    ) -> None:
+        """Scores tokens that the model reads for the first time; adds to ``change`` what is to be corrected."""
+        behaviors = list({id(b): b for _, one in new for b in one.behaviors}.values())
+        scorer = self._scorer(sorted(behaviors, key=id), hidden.device)
+        column = {id(b): j for j, b in enumerate(scorer.behaviors)}
+        x = hidden.flatten(0, 1).flatten(1)
+        if len(new) < len(x):
+            x = x[torch.tensor([place for place, _ in new], device=x.device)]
+        scores = scorer(x)
+        found, hits = scores.tolist(), (scores > scorer.thresholds).tolist()
+        for (place, one), values, over in zip(new, found, hits, strict=True):
+            mine = {b.name: values[column[id(b)]] for b in one.behaviors}
+            detected = [b.name for b in one.behaviors if over[column[id(b)]]]
+            corrected = one.watch.note(point, mine, detected)
+            for b in one.behaviors:
+                if b.name in corrected:
+                    change.setdefault(b, []).append(place)
+
+    def _scorer(self, behaviors: Sequence[Behavior], device: torch.device) -> Scorer:
         key = tuple(map(id, behaviors))
         if key not in self._scorers:
             self._scorers[key] = Scorer(behaviors, device)
+            if len(self._scorers) > _KEPT_SCORERS:
+                self._scorers.popitem(last=False)
+        self._scorers.move_to_end(key)
         return self._scorers[key]
-
-
-def _refuse_answers_read_again(spans: Sequence[Span], watches: Sequence[Watch | None], columns: int) -> None:
-    """A text that is read anew would lose the corrections of what was read before."""
-    for span, watch in zip(spans, watches, strict=True):
-        if watch is not None and watch.seen and span.first + columns > span.prompt_length:
-            raise ValidationError(
-                "the answer grew to where this model reads its text anew, and corrections of what it read before would "
-                "be lost: ask for fewer tokens, or don't watch it."
-            )
 
 
 def check_fits(adapter: ModelAdapter, behavior: Behavior) -> None:
     """Refuses a behavior of another model.
 
     Raises:
-        ValidationError: another family or width, or a layer that isn't there.
+        ValidationError: another family or width, or a layer or a part of it that isn't there.
     """
     if None not in (behavior.family, adapter.family) and behavior.family != adapter.family:
         raise ValidationError(
@@ -210,21 +280,28 @@ def check_fits(adapter: ModelAdapter, behavior: Behavior) -> None:
             f"the behavior {behavior.name!r} is read at {behavior.point} of {behavior.model}, {behavior.width} wide, "
             f"and {adapter.model_id} has {adapter.n_layers} layers of width {adapter.d_model}: make it for this model."
         )
+    check_point(adapter, behavior.point)
+
+
+_forced: WeakKeyDictionary[Behavior, Steer] = WeakKeyDictionary()
 
 
 def forced_edits(behaviors: Sequence[Behavior]) -> tuple[Steer, ...]:
     """Edits that take behaviors out of every token, seen or not: their distance along the correction's direction.
 
+    The same behavior gives the same edit, so that rows share it.
+
     Raises:
         ValidationError: a behavior that isn't read in the residual stream.
     """
-    edits = []
     for behavior in behaviors:
         if behavior.point.kind != "resid":
             raise ValidationError(
                 f"the behavior {behavior.name!r} is read at {behavior.point}, and steering is forced on the residual "
                 "stream alone."
             )
-        found = behavior.correction
-        edits.append(Steer(behavior.point.layer, Edit.add(-(found.high - found.low) * found.direction)))
-    return tuple(edits)
+        if behavior not in _forced:
+            found = behavior.correction
+            edit = Edit.add(-(found.high - found.low) * found.direction)
+            _forced[behavior] = Steer(behavior.point.layer, edit)
+    return tuple(_forced[behavior] for behavior in behaviors)

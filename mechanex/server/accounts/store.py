@@ -10,7 +10,7 @@ from starlette.requests import Request
 
 from ...home import mechanex_home
 from ..library.database import Database, StorageError
-from ..library.files import VectorFiles
+from ..library.files import BehaviorFiles, VectorFiles
 from ..library.records import Library
 from ..settings import ServerSettings
 from .api_keys import ApiKeys
@@ -80,7 +80,13 @@ def open_store(
         Users(database, passwords or Passwords(), sessions, clock),
         sessions,
         ApiKeys(database, clock),
-        Library(database, VectorFiles(folder / "vectors"), clock, settings.max_vectors),
+        Library(
+            database,
+            VectorFiles(folder / "vectors"),
+            BehaviorFiles(folder / "behaviors"),
+            clock,
+            settings.max_vectors,
+        ),
     )
 
 

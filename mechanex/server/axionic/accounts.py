@@ -15,6 +15,7 @@ from ..accounts.sessions import Session
 from ..accounts.store import store_of
 from ..accounts.users import normalized
 from ..http.limits import client_address
+from ..library.kept import KeptBehavior
 from .bodies import KeyBody, LoginBody, ModelBody, RefreshBody
 from .guards import count_address, guards_of
 
@@ -108,7 +109,7 @@ async def delete_api_key(key_id: str, request: Request, account: AccountId) -> N
 
 def shown(record: Any) -> dict[str, Any]:
     """A record as answers have it: its fields, times as ISO 8601 in UTC."""
-    fields = asdict(record)
+    fields = record.as_dict() if isinstance(record, KeptBehavior) else asdict(record)
     for name in {"created_at", "last_used"} & set(fields):
         if fields[name] is not None:
             moment = datetime.fromtimestamp(fields[name], timezone.utc)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints, model_validator
 
@@ -115,12 +115,29 @@ class BehaviorBody(Body):
 
 
 class SaeBody(Body):
-    """A prompt to continue under the watch of a sparse autoencoder."""
+    """A prompt to continue while behaviors are watched; defaults are those of ``sae.generate``."""
 
     prompt: _Prompt
     max_new_tokens: Annotated[int, Field(ge=1, lt=2**31)] = 50
-    behavior_names: Items[str] | None = None
-    force_steering: Items[str] | None = None
+    behavior_names: Annotated[Items[str], Field(max_length=64)] | None = None
+    force_steering: Annotated[Items[str], Field(max_length=64)] | None = None
+    action: Literal["correct", "abort", "report"] = "correct"
+    return_trace: bool = False
+    sampling_method: str | None = None
+    top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stop: _Stop | Annotated[Items[_Stop], Field(max_length=16)] | None = None
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling settings that were given."""
+        names = ("sampling_method", "top_k", "top_p", "min_p", "typical_p", "temperature")
+        given = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class ScoresBody(Body):

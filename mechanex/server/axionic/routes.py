@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from ...engine.methods import check_method, vectors_by
 from ...engine.sampling import Sampling
 from ...errors import APIError, ValidationError
-from ..accounts.auth import Principal
 from ..accounts.store import store_of
 from ..http.disconnect import done_or_gone
-from ..model.engine import Engine, ServingEngine
+from ..model.engine import Engine
 from ..model.requests import TextRequest, results_of
-from . import accounts, attribution
+from . import accounts, attribution, behaviors
 from .accounts import shown
 from .bodies import (
-    BehaviorBody,
     GenerateBody,
     Output,
     RaagBody,
     Reason,
-    SaeBody,
     SteeringBody,
 )
-from .guards import Sender, Worker, guards_of
-
-if TYPE_CHECKING:
-    from ...engine.models.adapter import ModelAdapter
-    from ...engine.vectors import SteeringVector
+from .guards import Sender, Worker
+from .work import computed, examples_of, stops_of
 
 __all__ = ["axionic_router"]
 
@@ -47,6 +39,7 @@ def axionic_router() -> APIRouter:
     )
     whole.include_router(accounts.router)
     whole.include_router(router)
+    whole.include_router(behaviors.router)
     whole.include_router(attribution.router)
     return whole
 
@@ -82,9 +75,10 @@ async def generate(body: GenerateBody, request: Request, engine: Engine, who: Wo
                 max_tokens=body.max_tokens,
                 sampling=sampling,
                 seed=body.seed,
-                stops=_stops(body.stop),
+                stops=stops_of(body.stop),
                 steering=steering + engine.steerings.corrections,
                 owner=who.account_id,
+                onlooker=engine.steerings.correcting.onlooker(),
             )
         )
     ]
@@ -97,37 +91,10 @@ async def generate_vectors(
     body: SteeringBody, request: Request, engine: Engine, who: Worker
 ) -> dict[str, str]:
     """Computes a steering vector from contrastive answers and keeps it for the account."""
-    vector = await _computed(request, engine, who, _examples(engine, body), body.layer_idxs, body.method)
+    vector = await computed(request, engine, who, examples_of(engine, body), body.layer_idxs, body.method)
     return {
         "steering_vector_id": await run_sync(store_of(request).library.add_vector, who.account_id, vector)
     }
-
-
-@router.post("/behaviors/create")
-async def create_behavior(
-    body: BehaviorBody, request: Request, engine: Engine, who: Worker
-) -> dict[str, Any]:
-    """Keeps a behavior: a name for a vector, which is computed from the examples where no id of one is given."""
-    library = store_of(request).library
-    if body.behavior_name in engine.steerings.own_behaviors:
-        raise ValidationError(
-            f"the behavior {body.behavior_name!r} is the server's own, and every client may use it: choose another "
-            "name."
-        )
-    await run_sync(library.check_name, who.account_id, body.behavior_name)
-    examples = _examples(engine, body)
-    vector: SteeringVector | str
-    if body.steering_vector_id is None:
-        vector = await _computed(request, engine, who, examples, None, "caa")
-    elif await run_sync(library.vector, who.account_id, body.steering_vector_id) is not None:
-        vector = body.steering_vector_id
-    else:
-        # One of the operator's: the account keeps a copy, which stays when the operator's goes.
-        vector = await engine.steerings.vector(who.account_id, body.steering_vector_id)
-    made = await run_sync(
-        library.add_behavior, who.account_id, body.behavior_name, body.description, examples, vector
-    )
-    return shown(made)
 
 
 @router.get("/steering/vectors")
@@ -142,73 +109,10 @@ async def delete_vector(vector_id: str, request: Request, who: Sender) -> None:
     await run_sync(store_of(request).library.delete_vector, who.account_id, vector_id)
 
 
-@router.get("/behaviors")
-async def behaviors(request: Request, who: Sender) -> list[dict[str, Any]]:
-    """The account's behaviors, oldest first."""
-    return [shown(one) for one in await run_sync(store_of(request).library.behaviors, who.account_id)]
-
-
-@router.delete("/behaviors/{behavior_name:path}", status_code=204, response_class=Response)
-async def delete_behavior(behavior_name: str, request: Request, who: Sender) -> None:
-    """Deletes a behavior; its steering vector stays."""
-    await run_sync(store_of(request).library.delete_behavior, who.account_id, behavior_name)
-
-
-@router.post("/sae/generate", status_code=501)
-async def sae_generate(body: SaeBody, who: Sender) -> None:
-    """Generation under the watch of a sparse autoencoder: not part of this version."""
-    raise _absent("Generation with a sparse autoencoder", "POST /generate steers with a behavior's vector")
-
-
 @router.post("/raag/generate", status_code=501)
 async def raag_generate(body: RaagBody, who: Sender) -> None:
     """Retrieval-augmented answers with attribution: not part of this version."""
     raise _absent("Retrieval-augmented answer generation")
-
-
-async def _computed(
-    request: Request,
-    engine: ServingEngine,
-    who: Principal,
-    examples: Mapping[str, Sequence[Any]],
-    layer_idxs: Sequence[int] | None,
-    method: str,
-) -> SteeringVector:
-    """What ``steering.generate_vectors`` of a local client computes, for as long as the sender waits for it."""
-    _check_count(len(layer_idxs or ()), engine.settings.max_example_layers, "layers")
-    await engine.check_examples(
-        examples["prompts"], [*examples["positive_answers"], *examples["negative_answers"]]
-    )
-    check_method(method)
-    await run_sync(store_of(request).library.check_room, who.account_id)
-    compute = vectors_by(method)
-
-    def work(adapter: ModelAdapter) -> SteeringVector:
-        return compute(adapter, *examples.values(), layer_idxs, tokenizer=engine.tokenizer)
-
-    with guards_of(request).one_at_a_time(who):
-        return await done_or_gone(request, engine.scheduler.run(work))
-
-
-def _check_count(n: int, most: int, what: str) -> None:
-    if n > most:
-        raise ValidationError(f"a vector of {n} {what} was asked for, and this server takes {most} at most.")
-
-
-def _examples(engine: ServingEngine, body: SteeringBody | BehaviorBody) -> dict[str, Sequence[Any]]:
-    _check_count(len(body.prompts), engine.settings.max_examples, "examples")
-    return {
-        "prompts": body.prompts,
-        "positive_answers": body.positive_answers,
-        "negative_answers": body.negative_answers,
-    }
-
-
-def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
-    stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(stops):
-        raise ValidationError(f"stop is a text or a list of texts, none of them empty; got {stop!r}.")
-    return stops
 
 
 def _absent(what: str, instead: str | None = None) -> APIError:

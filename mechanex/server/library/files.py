@@ -1,4 +1,4 @@
-"""The files of accounts' steering vectors: whole and on the disk once saved, and those used lately kept in memory."""
+"""The files of accounts' vectors and behaviors: whole and on the disk once saved, those used lately kept in memory."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import errno
 import logging
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ...errors import MechanexError, NotFoundError
 from .database import StorageError
 
 if TYPE_CHECKING:
+    from ...engine.sae.autoencoder import SparseAutoencoder
+    from ...engine.sae.behavior import Behavior
     from ...engine.vectors import SteeringVector
 
-__all__ = ["VectorFiles"]
+__all__ = ["BehaviorFiles", "VectorFiles"]
+
+T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 
@@ -24,77 +29,120 @@ _CACHED = 64
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-class VectorFiles:
-    """Vectors by id, one file each. Methods block; any thread may call them.
+class _Files(ABC, Generic[T]):
+    """Things by id, one file each. Methods block; any thread may call them.
 
     Args:
         folder: where the files are.
     """
 
+    kind: str
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._cache: OrderedDict[str, SteeringVector] = OrderedDict()
+        self._cache: OrderedDict[str, T] = OrderedDict()
         self._lock = threading.Lock()
 
-    def save(self, vector_id: str, vector: SteeringVector) -> None:
-        """Writes a vector's file.
+    def save(self, file_id: str, thing: T) -> None:
+        """Writes a thing's file.
 
         Raises:
             StorageError: it can't be written; nothing is left of it then.
         """
         try:
-            vector.save(self._path(vector_id))
+            self._write(thing, self._path(file_id))
             _flush_folder(self._folder)
         except OSError as error:
-            _logger.error("steering vector can't be kept in %s: %s", self._folder, error)
-            self.remove(vector_id)
+            _logger.error("%s can't be kept in %s: %s", self.kind, self._folder, error)
+            self.remove(file_id)
             raise StorageError(
-                f"the steering vector can't be kept: {error.strerror or error} on the server.",
+                f"the {self.kind} can't be kept: {error.strerror or error} on the server.",
                 507 if error.errno in _FULL else 500,
             ) from error
-        self._remember(vector_id, vector)
+        self._remember(file_id, thing)
 
-    def load(self, vector_id: str) -> SteeringVector:
-        """The vector with this id, which must have been saved.
+    def load(self, file_id: str) -> T:
+        """The thing with this id, which must have been saved.
 
         Raises:
             StorageError: its file is missing or damaged.
         """
         with self._lock:
-            if vector_id in self._cache:
-                self._cache.move_to_end(vector_id)
-                return self._cache[vector_id]
-        from ...engine.vectors import SteeringVector
-
+            if file_id in self._cache:
+                self._cache.move_to_end(file_id)
+                return self._cache[file_id]
         try:
-            vector = SteeringVector.load(self._path(vector_id))
+            thing = self._read(self._path(file_id))
         except (MechanexError, OSError) as error:
-            _logger.error("steering vector %s can't be read: %s", vector_id, error)
+            _logger.error("%s %s can't be read: %s", self.kind, file_id, error)
             raise StorageError(
-                f"the file of steering vector {vector_id!r} is {_defect(error)} on the server: make the vector "
-                "again, or have the operator restore it.",
+                f"the file of {self.kind} {file_id!r} is {_defect(error)} on the server: make the "
+                f"{self.kind.split()[-1]} again, or have the operator restore it.",
                 500,
             ) from error
-        self._remember(vector_id, vector)
-        return vector
+        return self._remember(file_id, thing)
 
-    def remove(self, vector_id: str) -> None:
-        """Deletes a vector's file; one that can't be deleted stays, and belongs to nobody."""
+    def remove(self, file_id: str) -> None:
+        """Deletes a thing's file; one that can't be deleted stays, and belongs to nobody."""
         with self._lock:
-            self._cache.pop(vector_id, None)
+            self._cache.pop(file_id, None)
         try:
-            self._path(vector_id).unlink(missing_ok=True)
+            self._path(file_id).unlink(missing_ok=True)
         except OSError as error:
-            _logger.warning("the file of steering vector %s can't be deleted: %s", vector_id, error)
+            _logger.warning("the file of %s %s can't be deleted: %s", self.kind, file_id, error)
 
-    def _remember(self, vector_id: str, vector: SteeringVector) -> None:
+    @abstractmethod
+    def _write(self, thing: T, path: Path) -> None: ...
+
+    @abstractmethod
+    def _read(self, path: Path) -> T: ...
+
+    def _remember(self, file_id: str, thing: T) -> T:
+        """Keeps what was read, or what another thread read before: rows share what is one object."""
         with self._lock:
-            self._cache[vector_id] = vector
+            thing = self._cache.setdefault(file_id, thing)
             while len(self._cache) > _CACHED:
                 self._cache.popitem(last=False)
+        return thing
 
-    def _path(self, vector_id: str) -> Path:
-        return self._folder / f"{vector_id}.safetensors"
+    def _path(self, file_id: str) -> Path:
+        return self._folder / f"{file_id}.safetensors"
+
+
+class VectorFiles(_Files["SteeringVector"]):
+    """Steering vectors."""
+
+    kind = "steering vector"
+
+    def _write(self, thing: SteeringVector, path: Path) -> None:
+        thing.save(path)
+
+    def _read(self, path: Path) -> SteeringVector:
+        from ...engine.vectors import SteeringVector
+
+        return SteeringVector.load(path)
+
+
+class BehaviorFiles(_Files["Behavior"]):
+    """What watches for behaviors."""
+
+    kind = "behavior"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._saes: dict[str, SparseAutoencoder] = {}
+
+    def _write(self, thing: Behavior, path: Path) -> None:
+        from ...engine.sae.store import write_behavior
+
+        write_behavior(thing, path)
+
+    def _read(self, path: Path) -> Behavior:
+        from ...engine.sae.store import read_behavior
+
+        if not path.exists():
+            raise NotFoundError(f"{path} is not there.")
+        return read_behavior(path, self._saes)
 
 
 def _defect(error: Exception) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Table, delete, func, insert, select
@@ -13,34 +12,15 @@ from sqlalchemy.exc import IntegrityError
 
 from ...errors import NotFoundError, ValidationError
 from .database import Database, StorageError
-from .files import VectorFiles
+from .files import BehaviorFiles, VectorFiles
+from .kept import KeptBehavior, KeptVector
 from .schema import SHARED_ACCOUNT, behaviors, is_id, new_id, users, vectors
 
 if TYPE_CHECKING:
+    from ...engine.sae.behavior import Behavior
     from ...engine.vectors import SteeringVector
 
-__all__ = ["KeptBehavior", "KeptVector", "Library"]
-
-
-@dataclass(frozen=True)
-class KeptBehavior:
-    """A named vector; ``n_examples`` is how many it was made from."""
-
-    id: str
-    behavior_name: str
-    description: str
-    steering_vector_id: str
-    n_examples: int
-    created_at: float
-
-
-@dataclass(frozen=True)
-class KeptVector:
-    """A vector that an account keeps, and the names of the behaviors that use it."""
-
-    steering_vector_id: str
-    behavior_names: tuple[str, ...]
-    created_at: float
+__all__ = ["Library"]
 
 
 class Library:
@@ -52,13 +32,22 @@ class Library:
     Args:
         database: where the rows are.
         files: where the vectors are.
+        detectors: where that is which watches for behaviors, by the behaviors' ids.
         clock: seconds since 1970.
         most: vectors, and behaviors, that one account may keep; the shared account has no bound.
     """
 
-    def __init__(self, database: Database, files: VectorFiles, clock: Callable[[], float], most: int) -> None:
+    def __init__(
+        self,
+        database: Database,
+        files: VectorFiles,
+        detectors: BehaviorFiles,
+        clock: Callable[[], float],
+        most: int,
+    ) -> None:
         self._database = database
         self._files = files
+        self._detectors = detectors
         self._clock = clock
         self._most = most
 
@@ -132,8 +121,9 @@ class Library:
         description: str,
         examples: Mapping[str, Sequence[Any]],
         vector: SteeringVector | str,
+        watched: Behavior | None = None,
     ) -> KeptBehavior:
-        """Keeps a behavior: with a vector, which is kept too, or with the id of one that is there.
+        """Keeps a behavior: with a vector, which is kept too, or with the id of one that is there, and its detector.
 
         Raises:
             NotFoundError: the account has no such vector.
@@ -144,10 +134,16 @@ class Library:
         if given is not None and not self._owns(account_id, given):
             raise _no_vector(given)
         filed = nullcontext(vector) if isinstance(vector, str) else self._filed(vector)
+        told = None if watched is None else watched.as_dict()
+        n_examples = len(examples["prompts"])
         try:
-            with filed as vector_id, self._database.write() as connection:
+            with (
+                filed as vector_id,
+                self._watching(watched) as behavior_id,
+                self._database.write() as connection,
+            ):
                 made = KeptBehavior(
-                    new_id(), name, description, vector_id, len(examples["prompts"]), self._clock()
+                    behavior_id, name, description, vector_id, n_examples, self._clock(), told
                 )
                 self._check_room(connection, account_id, behaviors)
                 if given is None:
@@ -162,6 +158,7 @@ class Library:
                         examples=json.dumps(examples),
                         n_examples=made.n_examples,
                         created_at=made.created_at,
+                        watched=None if told is None else json.dumps(told),
                     )
                 )
         except IntegrityError as error:
@@ -185,6 +182,22 @@ class Library:
             )
         return found
 
+    def watched(self, account_id: str | None, name: str) -> Behavior | None:
+        """What watches for the account's behavior; None where that is a vector alone, or isn't there.
+
+        Raises:
+            StorageError: its file is missing or damaged.
+        """
+        behavior_id = self._watched_id(account_id, name)
+        if behavior_id is None:
+            return None
+        try:
+            return self._detectors.load(behavior_id)
+        except StorageError:
+            if self._watched_id(account_id, name) == behavior_id:
+                raise
+            return None  # it was deleted just now
+
     def behaviors(self, account_id: str | None) -> list[KeptBehavior]:
         """The account's behaviors, oldest first; their examples, which may be long, stay unread."""
         wanted = select(
@@ -194,10 +207,11 @@ class Library:
             behaviors.c.vector_id,
             behaviors.c.n_examples,
             behaviors.c.created_at,
+            behaviors.c.watched,
         ).where(behaviors.c.user_id == (account_id or SHARED_ACCOUNT))
         with self._database.read() as connection:
             rows = connection.execute(wanted.order_by(behaviors.c.created_at, behaviors.c.id)).all()
-        return [KeptBehavior(*row) for row in rows]
+        return [KeptBehavior(*row[:-1], None if row[-1] is None else json.loads(row[-1])) for row in rows]
 
     def examples(self, account_id: str | None, name: str) -> dict[str, list[Any]] | None:
         """The prompts and answers that the account's behavior was made from, or None."""
@@ -214,9 +228,11 @@ class Library:
         gone = 0
         if self.behavior_vector_id(account_id, name) is not None:
             with self._database.write() as connection:
+                behavior_id = connection.scalar(select(behaviors.c.id).where(*_named(account_id, name)))
                 gone = connection.execute(delete(behaviors).where(*_named(account_id, name))).rowcount
         if gone != 1:
             raise NotFoundError(f"no behavior of this account is called {name!r}: GET /behaviors lists them.")
+        self._detectors.remove(str(behavior_id))
 
     @contextmanager
     def _filed(self, vector: SteeringVector) -> Iterator[str]:
@@ -228,6 +244,28 @@ class Library:
         except BaseException:
             self._files.remove(vector_id)
             raise
+
+    @contextmanager
+    def _watching(self, watched: Behavior | None) -> Iterator[str]:
+        """A new behavior's id, under which its detector's file is there, and stays as ``_filed`` says."""
+        behavior_id = new_id()
+        if watched is None:
+            yield behavior_id
+            return
+        self._detectors.save(behavior_id, watched)
+        try:
+            yield behavior_id
+        except BaseException:
+            self._detectors.remove(behavior_id)
+            raise
+
+    def _watched_id(self, account_id: str | None, name: str) -> str | None:
+        if "\x00" in name:
+            return None
+        wanted = select(behaviors.c.id).where(*_named(account_id, name), behaviors.c.watched.is_not(None))
+        with self._database.read() as connection:
+            found: str | None = connection.scalar(wanted)
+        return found
 
     def _owns(self, account_id: str | None, vector_id: str) -> bool:
         if not is_id(vector_id):

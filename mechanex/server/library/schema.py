@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from typing import Any
 
 from sqlalchemy import (
     Column,
@@ -42,7 +43,7 @@ __all__ = [
     "vectors",
 ]
 
-VERSION = 3
+VERSION = 4
 OLDEST_VERSION = 2
 """From which ``migrate`` leads on."""
 
@@ -125,6 +126,8 @@ behaviors = Table(
     Column("examples", Text, nullable=False),
     Column("n_examples", Integer, nullable=False),
     Column("created_at", Double, nullable=False),
+    # What there is to say of the detector and the correction, as JSON; null for a behavior that is a vector alone.
+    Column("watched", Text),
     UniqueConstraint("user_id", "behavior_name", name="mechanex_behaviors_one_name"),
 )
 Index("mechanex_behaviors_vector", behaviors.c.vector_id)
@@ -147,8 +150,14 @@ def migrate(connection: Connection) -> None:
     # Another process may be doing the same: the second waits here, and finds it done.
     found = connection.scalar(select(schema_info.c.version).with_for_update())
     if found == 2:  # it kept nothing of access tokens, which were signed
-        for column in (session_tokens.c.access_hash, session_tokens.c.access_expires_at):
-            described = CreateColumn(column).compile(dialect=connection.dialect)
-            connection.exec_driver_sql(f"ALTER TABLE {session_tokens.name} ADD COLUMN {described}")
+        _add(connection, session_tokens, session_tokens.c.access_hash, session_tokens.c.access_expires_at)
         _by_access_token.create(connection)
+    if found in (2, 3):  # behaviors were vectors
+        _add(connection, behaviors, behaviors.c.watched)
     connection.execute(update(schema_info).values(version=VERSION))
+
+
+def _add(connection: Connection, table: Table, *columns: Column[Any]) -> None:
+    for column in columns:
+        described = CreateColumn(column).compile(dialect=connection.dialect)
+        connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {described}")

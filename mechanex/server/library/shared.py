@@ -15,6 +15,7 @@ from ...engine.formats.files import FORMATS
 from ...engine.models.adapter import ModelAdapter
 from ...engine.vectors import SteeringVector
 from ...errors import APIError, NotFoundError, ValidationError
+from .watched import BEHAVIOR_FILE
 
 __all__ = ["SharedVectors", "make_behaviors"]
 
@@ -87,18 +88,22 @@ def make_behaviors(adapter: ModelAdapter, sources: Sequence[Path]) -> dict[str, 
 
     Args:
         adapter: the model, nobody else's meanwhile.
-        sources: JSONL files, or names of bundled sets such as ``calm_angry``.
+        sources: JSONL files, or names of bundled sets such as ``calm_angry``; files of behaviors with detectors have
+            no vectors.
 
     Raises:
         NotFoundError: no such file or set.
         ValidationError: a bad line, or two sources of one name.
     """
-    found: dict[str, SteeringVector] = {}
+    found: dict[str, SteeringVector | None] = {}
     for source in sources:
         if source.stem in found:
             raise ValidationError(f"two behaviors are called {source.stem}: rename a file.")
+        if source.suffix == BEHAVIOR_FILE:
+            found[source.stem] = None
+            continue
         pairs = read_pairs(source if source.is_file() or source.suffix else data_path(source.name))
         found[source.stem] = caa_vectors(
             adapter, pairs.prompts, pairs.positive_answers, pairs.negative_answers
         )
-    return found
+    return {name: vector for name, vector in found.items() if vector is not None}

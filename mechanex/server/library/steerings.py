@@ -14,12 +14,15 @@ from ...engine.intervention import Edit
 from ...engine.memory import tensor_bytes
 from ...engine.models.adapter import ModelAdapter
 from ...engine.positions import TokenSelector
+from ...engine.sae.behavior import Behavior
+from ...engine.sae.store import BehaviorStore
 from ...engine.vector_store import VectorStore
 from ...engine.vectors import SteeringVector
 from ...errors import APIError, NotFoundError, ValidationError
 from ..settings import ServerSettings
 from .records import Library
 from .shared import SharedVectors, make_behaviors
+from .watched import WatchedBehaviors, Watching
 
 __all__ = ["Steerings"]
 
@@ -37,6 +40,9 @@ class Steerings:
         library: accounts' vectors and behaviors, or None.
         vectors: the operator's vectors.
 
+    Attributes:
+        watched: the behaviors with detectors.
+
     Raises:
         ValidationError: a vector of another model, or a corrected behavior that nobody made.
         NotFoundError: a folder or file that isn't there.
@@ -50,20 +56,25 @@ class Steerings:
         for name, vector in self._shared:
             self._check_fits(name, vector)
         self._behaviors = make_behaviors(adapter, settings.behaviors)
+        self.watched = WatchedBehaviors(adapter, settings.behaviors, library, BehaviorStore())
         self._digests: OrderedDict[int, tuple[SteeringVector, bytes]] = OrderedDict()
         self._edits: OrderedDict[tuple[bytes, float], tuple[tuple[int, Edit], ...]] = OrderedDict()
         self._edit_bytes = 0
-        self._corrected = {name: self._to_correct(name) for name in settings.corrected_behaviors}
+        corrected = {name: self._to_correct(name) for name in settings.corrected_behaviors}
+        self._corrected = [one for one in corrected.values() if isinstance(one, SteeringVector)]
+        self._names = frozenset({*self._behaviors, *self.watched.own, *corrected})
+        self.correcting = Watching(tuple(one for one in corrected.values() if isinstance(one, Behavior)))
+        """What every answer has watched."""
 
     @property
     def own_behaviors(self) -> frozenset[str]:
         """Names of the behaviors that the server was started with, which no client may take."""
-        return frozenset({*self._behaviors, *self._corrected})
+        return self._names
 
     @property
     def corrections(self) -> tuple[Steer, ...]:
         """The edits of the behaviors that every answer is steered by."""
-        return tuple(steer for vector in self._corrected.values() for steer in self.edits(vector, 1.0))
+        return tuple(steer for vector in self._corrected for steer in self.edits(vector, 1.0))
 
     async def by_vector(
         self,
@@ -103,9 +114,15 @@ class Steerings:
 
         Raises:
             NotFoundError: this sender has no such behavior, and the server neither.
+            ValidationError: one that has no vector.
         """
         vector = await run_sync(self._behavior_vector, account_id, name)
         if vector is None:
+            if await self.watched.find(account_id, name) is not None:
+                raise ValidationError(
+                    f"the behavior {name!r} is kept without a vector to steer by: leave steering_strength and "
+                    "behavior_action 'steer' out, and it is corrected where it shows."
+                )
             raise NotFoundError(
                 f"no behavior is called {name!r} here: make one with POST /behaviors/create, or use one that the "
                 "server was started with."
@@ -175,9 +192,14 @@ class Steerings:
                 return self._library.vector(account_id, vector_id)
         return self._behaviors.get(name)
 
-    def _to_correct(self, name: str) -> SteeringVector:
+    def _to_correct(self, name: str) -> Behavior | SteeringVector:
+        """What corrects a behavior: its detector with its correction, or where it has none its vector."""
         # The server's own come first: the shared account is every client's on an open server.
-        found = self._behaviors[name] if name in self._behaviors else self._behavior_vector(None, name)
+        found: Behavior | SteeringVector | None = self.watched.own.get(name) or self._behaviors.get(name)
+        if found is None:
+            found = self.watched.look_up(None, name) or self._behavior_vector(None, name)
+        if isinstance(found, Behavior):
+            return found
         if found is None:
             raise ValidationError(
                 f"the corrected behavior {name!r} is not known: start the server with --behaviors naming its "

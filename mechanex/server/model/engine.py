@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,21 +13,26 @@ from fastapi import Depends, Request
 
 from ...engine.models import adapter_for
 from ...engine.models.adapter import ModelAdapter
+from ...engine.sae.autoencoder import SparseAutoencoder
+from ...engine.sae.registry import for_model
 from ...engine.sampling import end_tokens
 from ...engine.text import Prompt
+from ...engine.token_texts import TokenTexts
 from ...engine.vector_store import VectorStore
-from ...errors import ValidationError
+from ...errors import MechanexError, ValidationError
 from ..library.steerings import Steerings
 from ..metrics import Metrics
 from ..settings import ServerSettings
 from .scheduler import Scheduler
-from .texts import PromptEncoder, TokenTexts
+from .texts import PromptEncoder
 
 if TYPE_CHECKING:
     from ...engine.models.resolve import LoadedModel
     from ..library.records import Library
 
 __all__ = ["Engine", "ServingEngine"]
+
+_logger = logging.getLogger(__name__)
 
 
 class ServingEngine:
@@ -74,6 +80,8 @@ class ServingEngine:
         if self.adapter.head is None:
             raise ValidationError(f"{self.adapter.model_id} can't generate: load it by name.")
         self.model_name = settings.model_name or _shown(loaded.name)
+        self._loaded_name = loaded.name
+        self._autoencoder: list[tuple[str, SparseAutoencoder] | None] = []
         self.metrics = Metrics()
         self.steerings = Steerings(self.adapter, settings, library, vectors or VectorStore())
         self.token_texts = TokenTexts(copy.deepcopy(self.tokenizer))
@@ -101,6 +109,21 @@ class ServingEngine:
             ids = await run_sync(self.encoder.encode, prompt)
         self.adapter.check_token_ids(ids)
         return ids
+
+    async def autoencoder(self) -> tuple[str, SparseAutoencoder] | None:
+        """The model's default autoencoder and its name, read once; None where there is none.
+
+        Raises:
+            MechanexError: it can't be read.
+        """
+        if not self._autoencoder:
+            try:
+                found = await run_sync(for_model, self._loaded_name)
+            except MechanexError as error:
+                _logger.error("the autoencoder of %s can't be read: %s", self._loaded_name, error)
+                raise MechanexError("The server can't read its model's autoencoder.", 500) from error
+            self._autoencoder.append(found)
+        return self._autoencoder[0]
 
     async def check_examples(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
         """Refuses what ``encode`` and the model would, before the model's thread has to do with it.

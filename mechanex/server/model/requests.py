@@ -9,8 +9,23 @@ from typing import Any
 
 from ...engine.decode.request import Result, Steer, Step, TextRequest, TokenLogprob
 from ...engine.decode.row import Row
+from ...engine.sae.generate import traced
+from ...engine.sae.traces import TracedToken
+from ...engine.sae.watching import Watch
 
-__all__ = ["Generation", "Result", "ServedRow", "Steer", "Step", "TextRequest", "TokenLogprob", "results_of"]
+__all__ = [
+    "Generation",
+    "Result",
+    "ServedRow",
+    "Steer",
+    "Step",
+    "TextRequest",
+    "TokenLogprob",
+    "TracedToken",
+    "results_of",
+    "trace_of",
+    "traced",
+]
 
 
 class Generation:
@@ -81,7 +96,8 @@ def _joined(steps: list[Step]) -> Step:
     if len(steps) == 1:
         return steps[0]
     text, logprobs = "".join(step.text for step in steps), [one for step in steps for one in step.logprobs]
-    return Step(text, tuple(logprobs), steps[0].prompt_logprobs)
+    tokens = tuple(token for step in steps for token in step.tokens)
+    return Step(text, tuple(logprobs), steps[0].prompt_logprobs, tokens)
 
 
 async def results_of(generations: Sequence[Generation]) -> list[Result]:
@@ -95,6 +111,11 @@ async def results_of(generations: Sequence[Generation]) -> list[Result]:
     finally:
         for one in generations:
             one.cancel()
+
+
+def trace_of(result: Result, texts: Sequence[str], onlooker: object) -> tuple[TracedToken, ...]:
+    """What was seen in the tokens of a finished answer, given their texts, by what looked on, if anything did."""
+    return traced(result.tokens, texts, onlooker.seen if isinstance(onlooker, Watch) else ())
 
 
 class ServedRow(Row):

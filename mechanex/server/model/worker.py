@@ -20,6 +20,7 @@ from ...engine.decode.reading import Reading
 from ...engine.decode.row import Row
 from ...engine.models.adapter import ModelAdapter, exclusive, undisturbed
 from ...engine.pauses import pausing
+from ...engine.sae.watching import WatchingSteering
 from ...errors import APIError, MechanexError
 from ..metrics import Metrics
 from ..settings import ServerSettings
@@ -341,6 +342,7 @@ class Worker:
             form=self._form,
             prefixes=self._prefixes,
             prefill_tokens=self._settings.prefill_tokens,
+            steering=WatchingSteering(self._adapter),
         )
 
 

@@ -77,8 +77,30 @@ class GenerationBody(Body):
     steering_strength: _Strength | None = Field(
         default=None, description="Multiplies the vector; 1 by default."
     )
-    behavior_names: Items[_Name] | None = Field(default=None, max_length=64)
-    force_steering: Items[_Name] | None = Field(default=None, max_length=64)
+    behavior_names: Items[_Name] | None = Field(
+        default=None,
+        max_length=64,
+        description="Behaviors that are watched and, where they show, corrected; the vector of one that has no "
+        "detector is added, and of all of them where steering_strength is given.",
+    )
+    corrected_behaviors: Items[_Name] | None = Field(
+        default=None,
+        max_length=64,
+        description="Behaviors that are watched and corrected; vectors alone are refused.",
+    )
+    force_steering: Items[_Name] | None = Field(
+        default=None,
+        max_length=64,
+        description="Behaviors that are taken out of every token, seen or not; of vectors as behavior_names.",
+    )
+    behavior_action: Literal["steer", "correct", "abort", "report"] | None = Field(
+        default=None,
+        description="What is done with behavior_names: their vectors are added, or they are watched, and corrected, "
+        "the answer ended (finish_reason 'behavior') or nothing done where they show.",
+    )
+    behavior_scores: bool | None = Field(
+        default=False, description="Whether the answer has the scores of every token, as 'behaviors'."
+    )
     steering: Items[SteeringItem] | None = Field(
         default=None, max_length=64, description="Several vectors at once."
     )
@@ -105,6 +127,12 @@ class GenerationBody(Body):
         if one is not None and other is not None and one != other:
             raise ValueError(
                 "steering_vector and steering_vector_id are one field; they name different vectors"
+            )
+        if self.behavior_action is not None and not (self.behavior_names or self.corrected_behaviors):
+            raise ValueError("behavior_action says what is done with behavior_names: give some")
+        if self.corrected_behaviors and self.behavior_action in ("abort", "report"):
+            raise ValueError(
+                f"corrected_behaviors are corrected, and behavior_action is '{self.behavior_action}': give one of them"
             )
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options goes with stream=true")

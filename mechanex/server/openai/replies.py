@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ... import __version__
+from ...engine.token_texts import TokenTexts
 from ..model.requests import Result, Step, TokenLogprob
-from ..model.texts import TokenTexts
+from .scores import Scores
 
 __all__ = ["DONE", "ChatReply", "CompletionReply", "Reply", "event"]
 
@@ -36,8 +37,12 @@ class Reply:
         model: the served model's name.
         texts: single tokens as text.
         with_logprobs: whether log-probabilities were asked for.
+
+    Attributes:
+        scores: what was seen in the answers' tokens, where that was asked for.
     """
 
+    scores: Scores | None = None
     prefix: str
     whole: str
     part: str
@@ -52,6 +57,8 @@ class Reply:
     def complete(self, results: Sequence[Result], n: int) -> dict[str, Any]:
         """The whole answer, of ``n`` choices to a prompt."""
         choices = [self.choice(i, result) for i, result in enumerate(results)]
+        if self.scores is not None:
+            choices = [c | {"behaviors": self.scores.whole(i, results[i])} for i, c in enumerate(choices)]
         return self._head(self.whole) | {"choices": choices, "usage": self.usage(results, n)}
 
     def chunk(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None, ask: bool) -> bytes:
@@ -70,6 +77,15 @@ class Reply:
     def told(self, index: int, news: Step | Result) -> list[dict[str, Any]]:
         """What a stream tells of an answer when more of it, or its end, has come."""
         raise NotImplementedError
+
+    def parts(self, index: int, news: Step | Result) -> list[dict[str, Any]]:
+        """As ``told``, with what was seen meanwhile."""
+        parts = self.told(index, news)
+        if self.scores is not None:
+            self.scores.take(index, news)
+            if parts:
+                parts[-1] |= {"behaviors": self.scores.part(index, isinstance(news, Result))}
+        return parts
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {

@@ -11,14 +11,18 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from ...engine.chat import Chat
+from ...engine.sae.behavior import Behavior
+from ...engine.sae.watching import forced_edits
 from ...engine.sampling import Sampling
 from ...errors import NotFoundError, ValidationError
 from ..accounts.auth import Principal, principal
 from ..http.disconnect import done_or_gone
+from ..library.watched import Watching
 from ..model.engine import Engine, ServingEngine
 from ..model.requests import Steer, TextRequest, results_of
 from .bodies import ChatBody, CompletionBody, GenerationBody
 from .replies import ChatReply, CompletionReply, Reply
+from .scores import Scores
 from .streams import stream_response
 
 __all__ = ["openai_router"]
@@ -60,7 +64,7 @@ async def _completions(body: CompletionBody, request: Request, engine: Engine, w
     _check_choices(engine, len(body.prompts) * body.n_answers)
     if engine.settings.log_prompts:
         request.state.log = {"prompt": body.prompt}
-    common = await _common(engine, body, who)
+    common, watching = await _common(engine, body, who)
     asked = body.max_tokens if "max_tokens" in body.model_fields_set else None
     common = replace(
         common,
@@ -78,7 +82,8 @@ async def _completions(body: CompletionBody, request: Request, engine: Engine, w
             text = prompt if isinstance(prompt, str) else await run_sync(engine.encoder.decode, prompt)
             echoed += [(text, ids)] * body.n_answers
     reply = CompletionReply(engine.model_name, engine.token_texts, body.logprobs is not None, echoed)
-    return await _answer(request, engine, body, reply, [replace(common, ids=ids) for ids in prompts])
+    wanted = [replace(common, ids=ids) for ids in prompts]
+    return await _answer(request, engine, body, reply, wanted, watching)
 
 
 async def _chat(body: ChatBody, request: Request, engine: Engine, who: Who) -> Response:
@@ -88,7 +93,7 @@ async def _chat(body: ChatBody, request: Request, engine: Engine, who: Who) -> R
     messages = [message.rendered for message in body.messages]
     if engine.settings.log_prompts:
         request.state.log = {"messages": messages}
-    common = await _common(engine, body, who)
+    common, watching = await _common(engine, body, who)
     chat = Chat(
         messages,
         continue_final_message=bool(body.continue_final_message),
@@ -105,17 +110,27 @@ async def _chat(body: ChatBody, request: Request, engine: Engine, who: Who) -> R
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     reply = ChatReply(engine.model_name, engine.token_texts, bool(body.logprobs))
-    return await _answer(request, engine, body, reply, [wanted])
+    return await _answer(request, engine, body, reply, [wanted], watching)
 
 
 async def _answer(
-    request: Request, engine: ServingEngine, body: GenerationBody, reply: Reply, prompts: list[TextRequest]
+    request: Request,
+    engine: ServingEngine,
+    body: GenerationBody,
+    reply: Reply,
+    prompts: list[TextRequest],
+    watching: Watching,
 ) -> Response:
     """Asks for the answers to all prompts, and tells them as a stream or as a whole."""
     n = body.n_answers
-    generations = engine.scheduler.submit_all(
-        [replace(one, seed=_seed(body.seed, i)) for one in prompts for i in range(n)]
-    )
+    requests = [
+        replace(one, seed=_seed(body.seed, i), onlooker=watching.onlooker())
+        for one in prompts
+        for i in range(n)
+    ]
+    generations = engine.scheduler.submit_all(requests)
+    if body.behavior_scores:
+        reply.scores = Scores(engine.token_texts, [one.onlooker for one in requests])
     if body.stream:
         options = body.stream_options
         ask = options is not None and bool(options.include_usage)
@@ -123,8 +138,10 @@ async def _answer(
     return JSONResponse(reply.complete(await done_or_gone(request, results_of(generations)), n))
 
 
-async def _common(engine: ServingEngine, body: GenerationBody, who: Principal) -> TextRequest:
-    """What both kinds of request say of their answers, yet without a prompt."""
+async def _common(
+    engine: ServingEngine, body: GenerationBody, who: Principal
+) -> tuple[TextRequest, Watching]:
+    """What both kinds of request say of their answers, yet without a prompt, and what they have watched in them."""
     temperature = 1.0 if body.temperature is None else body.temperature
     top_p = 1.0 if body.top_p is None else body.top_p
     # Below a millionth only the likeliest token is left, in any precision.
@@ -136,23 +153,28 @@ async def _common(engine: ServingEngine, body: GenerationBody, who: Principal) -
             engine.adapter.check_token_ids(token for token, _ in biases)
     except ValidationError as error:
         raise _invalid(f"Invalid value for 'logit_bias': {error.message}", "logit_bias") from error
-    return TextRequest(
+    steering, watching = await _steering(engine, body, who)
+    common = TextRequest(
         (),
         sampling=sampling,
         stops=body.stops,
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         logit_bias=biases,
-        steering=await _steering(engine, body, who),
+        steering=steering,
         owner=who.account_id,
         stream=bool(body.stream),
     )
+    return common, watching
 
 
-async def _steering(engine: ServingEngine, body: GenerationBody, who: Principal) -> tuple[Steer, ...]:
-    """The request's edits, in the order: the one vector, the list, the behaviors."""
+async def _steering(
+    engine: ServingEngine, body: GenerationBody, who: Principal
+) -> tuple[tuple[Steer, ...], Watching]:
+    """The request's edits, in the order: the one vector, the list, the behaviors; and what it has watched."""
     vector = body.steering_vector or body.steering_vector_id
     names = list(dict.fromkeys([*(body.behavior_names or ()), *(body.force_steering or ())]))
+    corrected = body.corrected_behaviors or ()
     given = body.steering_strength
     if given and vector is None and not names:
         raise _invalid(
@@ -171,13 +193,36 @@ async def _steering(engine: ServingEngine, body: GenerationBody, who: Principal)
                 who.account_id, item.vector, item.strength, layers=item.layers, tokens=item.selector
             )
         param = "behavior_names"
+        watched: list[Behavior] = []
         for name in names:
-            found += await steerings.by_behavior(who.account_id, name, strength)
+            behavior = await _watched(engine, body, who, name)
+            if behavior is None:
+                found += await steerings.by_behavior(who.account_id, name, strength)
+                continue
+            if name in (body.force_steering or ()):
+                found += forced_edits([behavior])
+            if name in (body.behavior_names or ()):
+                watched.append(behavior)
+        param = "corrected_behaviors"
+        watched += await steerings.watched.named(who.account_id, [n for n in corrected if n not in names])
     except (NotFoundError, ValidationError) as error:
         raise _invalid(error.message, param) from error
-    if not names:
+    action = body.behavior_action
+    watching = Watching(tuple(watched), action if action is not None and action != "steer" else "correct")
+    if not names and not corrected:
         found += steerings.corrections
-    return tuple(found)
+        watching = steerings.correcting
+    return tuple(found), watching
+
+
+async def _watched(engine: ServingEngine, body: GenerationBody, who: Principal, name: str) -> Behavior | None:
+    """The behavior of this name where it is to be watched; None where its vector is to be added."""
+    watched, action = engine.steerings.watched, body.behavior_action
+    if action == "steer":
+        return None
+    if action is not None or name in (body.corrected_behaviors or ()):
+        return (await watched.named(who.account_id, [name]))[0]
+    return await watched.find(who.account_id, name) if body.steering_strength is None else None
 
 
 def _described(engine: ServingEngine, request: Request) -> dict[str, Any]:

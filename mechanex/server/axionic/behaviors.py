@@ -1,0 +1,157 @@
+"""Behaviors of the Axionic API: made, listed and deleted, and text that is written while they are watched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from ...engine.sae.create import LEAST_EXAMPLES, create
+from ...engine.sae.watching import forced_edits
+from ...engine.sampling import Sampling
+from ...errors import ValidationError
+from ..accounts.auth import Principal
+from ..accounts.store import store_of
+from ..http.disconnect import done_or_gone
+from ..library.watched import Watching
+from ..model.engine import Engine, ServingEngine
+from ..model.requests import TextRequest, results_of, trace_of
+from .accounts import shown
+from .bodies import BehaviorBody, SaeBody
+from .guards import Sender, Worker
+from .work import computed, done, examples_of, stops_of
+
+if TYPE_CHECKING:
+    from ...engine.models.adapter import ModelAdapter
+    from ...engine.sae.behavior import Behavior
+    from ...engine.vectors import SteeringVector
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["axionic"])
+
+
+@router.post("/behaviors/create")
+async def create_behavior(
+    body: BehaviorBody, request: Request, engine: Engine, who: Worker
+) -> dict[str, Any]:
+    """Keeps a behavior: what watches for it, and a vector, which is computed where no id of one is given.
+
+    Of fewer than four examples, which can't be held out to measure anything, there is the vector alone.
+    """
+    library = store_of(request).library
+    if body.behavior_name in engine.steerings.own_behaviors:
+        raise ValidationError(
+            f"the behavior {body.behavior_name!r} is the server's own, and every client may use it: choose another "
+            "name."
+        )
+    await run_sync(library.check_name, who.account_id, body.behavior_name)
+    examples = examples_of(engine, body)
+    given, owned = None, False
+    if body.steering_vector_id is not None:
+        owned = await run_sync(library.vector, who.account_id, body.steering_vector_id) is not None
+        given = await engine.steerings.vector(who.account_id, body.steering_vector_id)
+    behavior = None
+    if len(body.prompts) >= LEAST_EXAMPLES:
+        behavior = await _behavior(request, engine, who, body, examples, given)
+    vector: SteeringVector | str
+    if given is None:
+        vector = await computed(request, engine, who, examples, None, "caa")
+    elif owned:
+        vector = str(body.steering_vector_id)
+    else:
+        # One of the operator's: the account keeps a copy, which stays when the operator's goes.
+        vector = given
+    made = await run_sync(
+        library.add_behavior, who.account_id, body.behavior_name, body.description, examples, vector, behavior
+    )
+    return shown(made)
+
+
+@router.get("/behaviors")
+async def behaviors(request: Request, who: Sender) -> list[dict[str, Any]]:
+    """The account's behaviors, oldest first."""
+    return [shown(one) for one in await run_sync(store_of(request).library.behaviors, who.account_id)]
+
+
+@router.delete("/behaviors/{behavior_name:path}", status_code=204, response_class=Response)
+async def delete_behavior(behavior_name: str, request: Request, who: Sender) -> None:
+    """Deletes a behavior; its steering vector stays."""
+    await run_sync(store_of(request).library.delete_behavior, who.account_id, behavior_name)
+
+
+@router.post("/sae/generate")
+async def sae_generate(body: SaeBody, request: Request, engine: Engine, who: Worker) -> JSONResponse:
+    """Continues a prompt while behaviors are watched; ``text`` is the prompt with its continuation.
+
+    Without ``behavior_names`` all that the account made for this model are watched; a request that names none has those
+    corrected that the server corrects in every answer.
+    """
+    steerings, names = engine.steerings, body.behavior_names
+    behaviors = await (
+        steerings.watched.every(who.account_id)
+        if names is None
+        else steerings.watched.named(who.account_id, names)
+    )
+    forced = await steerings.watched.named(who.account_id, body.force_steering or ())
+    edits = forced_edits(forced)
+    if not names:
+        known = {behavior.name for behavior in behaviors}
+        behaviors += tuple(b for b in steerings.correcting.behaviors if b.name not in known)
+        edits += steerings.corrections
+    onlooker = Watching(behaviors, body.action).onlooker()
+    asked = TextRequest(
+        await engine.encode(body.prompt),
+        max_tokens=body.max_new_tokens,
+        sampling=Sampling(**body.sampling),
+        seed=body.seed,
+        stops=stops_of(body.stop),
+        steering=edits,
+        owner=who.account_id,
+        onlooker=onlooker,
+    )
+    (result,) = await done_or_gone(request, results_of([engine.scheduler.submit(asked)]))
+    told: dict[str, Any] = {
+        "text": await run_sync(engine.encoder.text, body.prompt) + result.text,
+        "finish_reason": result.finish_reason,
+        "detected": list(onlooker.detected) if onlooker is not None else [],
+    }
+    if body.return_trace:
+        texts = [engine.token_texts[token][0] for token in result.tokens]
+        told["trace"] = [asdict(token) for token in trace_of(result, texts, onlooker)]
+    return JSONResponse(told)
+
+
+async def _behavior(
+    request: Request,
+    engine: ServingEngine,
+    who: Principal,
+    body: BehaviorBody,
+    examples: Mapping[str, Sequence[Any]],
+    vector: SteeringVector | None,
+) -> Behavior:
+    """What ``sae.create_behavior`` of a local client makes."""
+    await engine.check_examples(
+        examples["prompts"], [*examples["positive_answers"], *examples["negative_answers"]]
+    )
+    await run_sync(store_of(request).library.check_room, who.account_id)
+    source, sae = await engine.autoencoder() or (None, None)
+
+    def work(adapter: ModelAdapter) -> Behavior:
+        return create(
+            adapter,
+            body.behavior_name,
+            *examples.values(),
+            sae=sae,
+            source=source,
+            description=body.description,
+            vector=vector,
+            steering_vector_id=body.steering_vector_id,
+            tokenizer=engine.tokenizer,
+        )
+
+    return await done(request, engine, who, work)

@@ -1,0 +1,134 @@
+"""What senders may have watched: behaviors with detectors, those of the server, of accounts, and of the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from anyio.to_thread import run_sync
+
+from ...engine.models.adapter import ModelAdapter
+from ...engine.sae.behavior import Behavior
+from ...engine.sae.store import BehaviorStore, read_behavior
+from ...engine.sae.watching import Action, Watch, check_fits
+from ...errors import NotFoundError
+
+if TYPE_CHECKING:
+    from .records import Library
+
+__all__ = ["BEHAVIOR_FILE", "WatchedBehaviors", "Watching"]
+
+BEHAVIOR_FILE = ".safetensors"
+"""Suffix of the files of behaviors with detectors; others hold examples."""
+
+
+@dataclass(frozen=True)
+class Watching:
+    """What a request has watched in each of its answers, and what is done where it shows."""
+
+    behaviors: tuple[Behavior, ...] = ()
+    action: Action = "correct"
+
+    def onlooker(self) -> Watch | None:
+        """One for one answer."""
+        return Watch(self.behaviors, self.action) if self.behaviors else None
+
+
+class WatchedBehaviors:
+    """Behaviors that can be watched, by name; for the event loop's thread.
+
+    Args:
+        adapter: the model.
+        sources: the server's own: files of behaviors; of other files nothing is looked at.
+        library: those of accounts, or None.
+        kept: the operator's, kept on this machine.
+
+    Raises:
+        NotFoundError: a file that isn't there.
+        ValidationError: a file that is no behavior's, or one of another model's.
+    """
+
+    def __init__(
+        self, adapter: ModelAdapter, sources: Sequence[Path], library: Library | None, kept: BehaviorStore
+    ) -> None:
+        self._adapter, self._library, self._kept = adapter, library, kept
+        self._read: dict[Path, tuple[tuple[int, int], Behavior]] = {}
+        self.own: dict[str, Behavior] = {}
+        for path in sources:
+            if path.suffix == BEHAVIOR_FILE:
+                if not path.is_file():
+                    raise NotFoundError(f"there is no file {path}: --behaviors names files of behaviors.")
+                self.own[path.stem] = self._fitting(replace(read_behavior(path), name=path.stem))
+
+    async def named(self, account_id: str | None, names: Sequence[str]) -> tuple[Behavior, ...]:
+        """The behaviors of these names that this sender may have watched, each once.
+
+        Raises:
+            NotFoundError: the sender has none of a name.
+            ValidationError: one that is a vector alone, or another model's.
+        """
+        found = []
+        for name in dict.fromkeys(names):
+            behavior = await self.find(account_id, name)
+            if behavior is None:
+                raise NotFoundError(
+                    f"no behavior that can be watched is called {name!r} here: make one with POST /behaviors/create, "
+                    "of four examples or more, or use one that the server was started with."
+                )
+            found.append(behavior)
+        return tuple(found)
+
+    async def find(self, account_id: str | None, name: str) -> Behavior | None:
+        """The behavior of this name, or None where the sender has none, or one that is a vector alone.
+
+        Raises:
+            ValidationError: it is another model's.
+        """
+        own = self.own.get(name)
+        return own if own is not None else await run_sync(self.look_up, account_id, name)
+
+    async def every(self, account_id: str | None) -> tuple[Behavior, ...]:
+        """All that the sender made for this model."""
+        return await self.named(account_id, await run_sync(self._names, account_id))
+
+    def look_up(self, account_id: str | None, name: str) -> Behavior | None:
+        """As ``find``, without the server's own; blocks."""
+        found = None if self._library is None else self._library.watched(account_id, name)
+        if found is not None:
+            return self._fitting(found)
+        taken = self._library is not None and self._library.behavior_vector_id(account_id, name) is not None
+        if taken or account_id is not None or name not in self._kept.names():
+            return None
+        try:
+            return self._fitting(self._of_operator(name))
+        except FileNotFoundError:  # it was deleted just now
+            return None
+
+    def _of_operator(self, name: str) -> Behavior:
+        """A behavior that is kept on this machine; read again only where its file has changed, for rows to share."""
+        path = self._kept.folder / f"{name}{BEHAVIOR_FILE}"
+        status = path.stat()
+        state = (status.st_mtime_ns, status.st_ino)
+        known = self._read.get(path)
+        if known is None or known[0] != state:
+            known = self._read[path] = (state, self._kept.get(name))
+        return known[1]
+
+    def _names(self, account_id: str | None) -> list[str]:
+        model = self._adapter.model_id
+        kept = [] if self._library is None else self._library.behaviors(account_id)
+        names = [one.behavior_name for one in kept if (one.watched or {}).get("model") == model]
+        if account_id is None:
+            taken = {one.behavior_name for one in kept}
+            names += [
+                name
+                for name in self._kept.names()
+                if name not in taken and self._of_operator(name).model == model
+            ]
+        return names
+
+    def _fitting(self, behavior: Behavior) -> Behavior:
+        check_fits(self._adapter, behavior)
+        return behavior
