@@ -247,7 +247,6 @@ def test_models_of_a_server_are_listed_without_a_key(server: ServerProcess) -> N
 
 
 TO_COME: dict[str, Callable[[Mechanex], Any]] = {
-    "sae.generate": lambda client: client.sae.generate("Hello", 5, ["angry"], force_steering=["angry"]),
     "raag.generate": lambda client: client.raag.generate([{"question": "Who?"}], docs=[{"text": "Ada."}]),
 }
 
@@ -260,14 +259,11 @@ def test_what_the_server_cannot_do_yet_arrives_as_its_501(remote: Mechanex, name
     assert raised.value.status_code == 501 and str(raised.value).startswith("[501] ")
 
 
-LOCAL_TO_COME = {name: call for name, call in TO_COME.items() if name != "sae.generate"}
-
-
-@pytest.mark.parametrize("name", LOCAL_TO_COME)
+@pytest.mark.parametrize("name", TO_COME)
 def test_without_a_server_the_error_says_that_the_local_engine_is_to_come(local: Mechanex, name: str) -> None:
     for mode in ("auto", "local", "remote"):
         with pytest.raises(MechanexError, match=f"{name}.*local engine.*not there yet"):
-            LOCAL_TO_COME[name](local.set_execution_mode(mode))
+            TO_COME[name](local.set_execution_mode(mode))
 
 
 @pytest.mark.parametrize(
