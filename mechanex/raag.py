@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from matplotlib.font_manager import FontProperties
     from matplotlib.patches import Patch
 
+    from .engine.models.resolve import LoadedModel
+
 __all__ = ["RAAGModule", "add_glow_effect", "truncate_text"]
 
 
 class RAAGModule(_BaseModule):
-    """Module for Retrieval-Augmented Answer Generation APIs, on a server: its local engine is not there yet."""
+    """Module for Retrieval-Augmented Answer Generation APIs."""
 
     def generate(
         self,
@@ -33,17 +35,24 @@ class RAAGModule(_BaseModule):
     ) -> dict[str, Any]:
         """Performs Retrieval-Augmented Answer Generation. Corresponds to the /raag/generate endpoint.
 
+        Each question is answered from the documents (greedily, or with the answer that it gives), and every token of
+        the answer is traced to the chunks that it rests on: what it loses when question and answer can't attend to a
+        chunk, and when the chunk was never there.
+
         Args:
-            qa_entries: the questions, at least one.
-            docs: the documents to answer from; or
-            pinecone_index_name: the Pinecone index that holds them.
+            qa_entries: the questions, at least one: ``{"question": …}``, with ``"answer"`` to trace one that is given.
+            docs: the documents to answer from, ``{"text": …}``, perhaps with an ``"id"``; or
+            pinecone_index_name: the Pinecone index that holds them; here it takes Pinecone's client and
+                ``PINECONE_API_KEY``.
 
         Returns:
             The answers and, in ``data_by_question``, which chunk of which document each token goes back to.
 
         Raises:
-            ValidationError: no questions, or not exactly one of ``docs`` and ``pinecone_index_name``.
-            MechanexError: there is no server to ask, and whatever ``transport.call`` raises.
+            ValidationError: no questions, not exactly one of ``docs`` and ``pinecone_index_name``, a question or a
+                document without text, or documents that don't fit into the model's context where bm25s is missing.
+            NotFoundError: there is no such index.
+            MechanexError: neither a model nor a server, and whatever ``transport.call`` raises.
         """
         asked = [] if isinstance(qa_entries, (str, dict)) else list_of("qa_entries", qa_entries, "questions")
         if not asked:
@@ -57,7 +66,52 @@ class RAAGModule(_BaseModule):
         else:
             body["pinecone_index_name"] = pinecone_index_name
         call, transport = "raag.generate", self._client.transport
-        return self._run(call, lambda: object_of(transport.post("/raag/generate", body), call), None)
+
+        def local(loaded: LoadedModel) -> dict[str, Any]:
+            from .engine.raag.answer import answer_questions
+
+            return answer_questions(
+                loaded.model, loaded.tokenizer, asked, body.get("docs"), pinecone_index_name
+            )
+
+        return self._run(call, lambda: object_of(transport.post("/raag/generate", body), call), local)
+
+    def cite(
+        self,
+        prompt: str,
+        answer: str | None,
+        sources: Sequence[Any],
+        *,
+        max_tokens: int = 64,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """Says which sentences of the sources each sentence of an answer rests on, best first; on the loaded model.
+
+        Args:
+            prompt: what stands between the sources and the answer, as the model reads it.
+            answer: the answer; None to have it written.
+            sources: texts, or ``{"text": …, "id": …}``.
+            max_tokens: most tokens of an answer that is written.
+            seed: of the shuffled sources that scores are held against.
+
+        Returns:
+            ``{"answer": …, "sentences": [{"text", "start", "end", "citations": [{"source", "text", "score", "removed",
+            "validated"}]}], "retrieval": …}``. Scores are nats that the sentence loses without the source's.
+
+        Raises:
+            ValidationError: a prompt, an answer or a source without text, or sources that don't fit.
+            MechanexError: there is no model.
+        """
+        only_local = "a server has no such call"
+
+        def local(loaded: LoadedModel) -> dict[str, Any]:
+            from .engine.raag.cite import cite
+
+            return cite(
+                loaded.model, loaded.tokenizer, prompt, answer, sources, max_tokens=max_tokens, seed=seed
+            )
+
+        return self._run("raag.cite", lambda: {}, local, only_local=only_local)
 
 
 def truncate_text(text: str, max_width: float, font_properties: FontProperties) -> str:
@@ -140,6 +194,7 @@ def add_glow_effect(
 
 if TYPE_CHECKING:
     _door: RAAGModule = _default.client().raag
+    cite = _door.cite
     generate = _door.generate
 else:
 

@@ -734,7 +734,6 @@ LATER: list[tuple[str, str, Any]] = [
     ("GET", "/graph", None),
     ("GET", "/paths", None),
     ("POST", "/attribution-patching/scores", {"clean_prompt": "a", "corrupted_prompt": "b"}),
-    ("POST", "/raag/generate", {"qa_entries": [{"question": "Why?"}], "docs": [{"text": "Because."}]}),
 ]
 
 

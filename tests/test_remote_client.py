@@ -222,7 +222,6 @@ TO_COME: dict[str, Callable[[Mechanex], Any]] = {
     "attribution.compute_scores": lambda client: client.attribution.compute_scores(
         "a", "b", ("model.layers.1",)
     ),
-    "raag.generate": lambda client: client.raag.generate([{"question": "Who?"}], docs=[{"text": "Ada."}]),
 }
 
 
@@ -346,7 +345,7 @@ def test_bodies_are_those_of_the_wire_contract(proxy: FaultyProxy, both: Mechane
     assert proxy.requests[-1].json() == {**EXAMPLES, "layer_idxs": [3, -1], "method": "caa"}
     both.sae.create_behavior("b", **EXAMPLES)
     assert proxy.requests[-1].json() == {**EXAMPLES, "behavior_name": "b", "description": ""}
-    with pytest.raises(APIError):
+    with pytest.raises(MechanexError, match="has no question"):
         both.raag.generate([{"q": 1}], pinecone_index_name="index")
     assert proxy.requests[-1].json() == {"qa_entries": [{"q": 1}], "pinecone_index_name": "index"}
     assert both.sae.generate("Hi").startswith("Hi")  # here, after the server's 501

@@ -49,8 +49,8 @@ def check_questions(entries: Sequence[Any]) -> list[tuple[str, str | None]]:
             )
         if answer is not None and not (isinstance(answer, str) and answer.strip()):
             raise ValidationError(
-                f"qa_entries[{i}] has an answer without tokens: give a text, or leave 'answer' out to have one written; "
-                f"got {answer!r:.80}."
+                f"qa_entries[{i}] has an answer without tokens: give a text, or leave 'answer' out to have one "
+                f"written; got {answer!r:.80}."
             )
         found.append((question, answer))
     return found
@@ -158,16 +158,14 @@ def read_answer(
     written = max_tokens if answer is None else len(encode_pair(tokenizer, asked, f" {answer.strip()}")[1])
     room = None if adapter.context is None else adapter.context - written
     chunks = split_documents(tokenizer, docs, chunk_tokens)
-    layout, retrieval = fitting(
-        chunks, question, room, lambda some: lay_out(tokenizer, some, asked, docs)
-    )
+    layout, retrieval = fitting(chunks, question, room, lambda some: lay_out(tokenizer, some, asked, docs))
     if answer is None:
         options = Options(max_tokens=max_tokens, sampling_method="greedy", stop=_STOPS)
         answer = Generating(adapter, tokenizer, [layout.text], options).texts()[0][len(layout.text) :]
         if not answer.strip():
             raise ValidationError(
-                f"{adapter.model_id} wrote an answer without tokens to {question!r:.80}: give one under 'answer', or ask "
-                "otherwise."
+                f"{adapter.model_id} wrote an answer without tokens to {question!r:.80}: give one under 'answer', "
+                "or ask otherwise."
             )
     answer = answer.strip()
     # The prompt's tokens are the layout's: it ends without whitespace.

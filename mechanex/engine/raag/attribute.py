@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -114,9 +115,7 @@ def attribute(
     validated = [edge for edge in candidates if min(edge.weight, edge.removed) > threshold]
     if blocking:
         validated = _with_layers(adapter, reading, spans, base, validated)
-    return Attribution(
-        base, blocked if blocking else None, removed, threshold, null, candidates, validated
-    )
+    return Attribution(base, blocked if blocking else None, removed, threshold, null, candidates, validated)
 
 
 def _drops(
@@ -131,13 +130,16 @@ def _drops(
 
 
 def _shuffled(reading: Reading, spans: Sequence[Span], generator: torch.Generator) -> Reading:
-    """The same reading with the chunks' tokens in a random order, and none that the answer alone has.
+    """The same reading with what is peculiar to each chunk exchanged among all, and none that the answer alone has.
 
-    Chunks of this kind hold nothing that the answer could rest on.
+    Such chunks read as before and hold nothing that the answer could rest on. What several chunks have stays in its
+    place: without its sentences a text is another kind of text to a model, and every part of it costs more.
     """
     context = list(reading.context)
-    places = [i for first, end in spans for i in range(first, end)]
     held = set(reading.answer) - set(reading.question)
+    n_chunks = Counter(token for first, end in spans for token in set(context[first:end]))
+    inside = [i for first, end in spans for i in range(first, end)]
+    places = [i for i in inside if n_chunks[context[i]] == 1 or context[i] in held]
     rest = [context[i] for i in places if context[i] not in held] or list(reading.question)
     order = torch.randperm(len(places), generator=generator).tolist()
     drawn = torch.randint(len(rest), (len(places),), generator=generator).tolist()

@@ -11,7 +11,16 @@ from ...errors import ValidationError
 from ..encode import encode_text
 from .knockouts import Span
 
-__all__ = ["CHUNK_TOKENS", "Chunk", "Layout", "as_documents", "lay_out", "question_text", "split_documents"]
+__all__ = [
+    "CHUNK_TOKENS",
+    "Chunk",
+    "Layout",
+    "as_documents",
+    "lay_out",
+    "question_text",
+    "sentences",
+    "split_documents",
+]
 
 CHUNK_TOKENS = 64
 _SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"'”’)\]]*\s+|\n+")  # noqa: RUF001
@@ -73,7 +82,8 @@ def as_documents(docs: Sequence[Any]) -> list[tuple[Any, str]]:
             text = next((doc[key] for key in _TEXT_KEYS if key in doc), None)
         if not isinstance(text, str) or not text.strip():
             raise ValidationError(
-                f"document {i} has no text: a document is a text, or an object with a text under 'text'; got {doc!r:.80}."
+                f"document {i} has no text: a document is a text, or an object with a text under 'text'; "
+                f"got {doc!r:.80}."
             )
         found.append((doc.get("id", i) if isinstance(doc, Mapping) else i, text))
     return found
@@ -98,6 +108,13 @@ def split_documents(tokenizer: Any, docs: Sequence[tuple[Any, str]], chunk_token
             if start < end:
                 chunks.append(Chunk(len(chunks), number, document_id, start, end, text[start:end]))
     return chunks
+
+
+def sentences(text: str) -> list[Span]:
+    """Character ranges of a text's sentences, without those of whitespace alone."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    found = zip([0, *ends], [*ends, len(text)], strict=True)
+    return [(start, end) for start, end in found if text[start:end].strip()]
 
 
 def question_text(question: str) -> str:
@@ -161,14 +178,12 @@ def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
 
 def _cut(text: str, offsets: Sequence[Span], most: int | None) -> list[Span]:
     """Character ranges of the chunks of one document."""
-    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
-    sentences = list(zip([0, *ends], [*ends, len(text)], strict=True))
-    sentences = [(a, b) for a, b in sentences if text[a:b].strip()]
+    whole = sentences(text)
     if most is None:
-        return sentences
+        return whole
     found: list[Span] = []
     held = 0
-    for start, end in sentences:
+    for start, end in whole:
         tokens = [o for o in offsets if start < o[1] and o[0] < end and o[0] < o[1]]
         if found and held and held + len(tokens) <= most:
             found[-1] = (found[-1][0], end)

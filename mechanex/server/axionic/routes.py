@@ -10,6 +10,8 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from ...engine.methods import check_method, vectors_by
+from ...engine.raag.answer import answer_questions, check_questions
+from ...engine.raag.documents import as_documents
 from ...engine.sampling import Sampling
 from ...errors import APIError, ValidationError
 from ..accounts.auth import Principal
@@ -194,10 +196,23 @@ async def attribution_scores(body: ScoresBody, who: Sender) -> None:
     raise _absent("Attribution patching")
 
 
-@router.post("/raag/generate", status_code=501)
-async def raag_generate(body: RaagBody, who: Sender) -> None:
-    """Retrieval-augmented answers with attribution: not part of this version."""
-    raise _absent("Retrieval-augmented answer generation")
+@router.post("/raag/generate")
+async def raag_generate(body: RaagBody, request: Request, engine: Engine, who: Worker) -> dict[str, Any]:
+    """Answers questions from documents, and says which chunks each token of an answer rests on."""
+    docs, index = body.docs, body.pinecone_index_name
+    _check_count(len(body.qa_entries), engine.settings.max_examples, "questions")
+    questions = check_questions(body.qa_entries)
+    for text in [text for entry in questions for text in entry if text is not None]:
+        engine.encoder.check_size(text)
+    if docs is not None:
+        _check_count(len(docs), engine.settings.max_examples, "documents")
+        as_documents(docs)
+
+    def work(adapter: ModelAdapter) -> dict[str, Any]:
+        return answer_questions(adapter, engine.tokenizer, body.qa_entries, docs, index)
+
+    with guards_of(request).one_at_a_time(who):
+        return await done_or_gone(request, engine.scheduler.run(work))
 
 
 async def _computed(
@@ -226,7 +241,7 @@ async def _computed(
 
 def _check_count(n: int, most: int, what: str) -> None:
     if n > most:
-        raise ValidationError(f"a vector of {n} {what} was asked for, and this server takes {most} at most.")
+        raise ValidationError(f"{n} {what} were given, and this server takes {most} at most.")
 
 
 def _examples(engine: ServingEngine, body: SteeringBody | BehaviorBody) -> dict[str, Sequence[Any]]:
