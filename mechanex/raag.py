@@ -5,7 +5,7 @@ The module is also the default client's door: ``mechanex.raag.generate(...)`` ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import _default
@@ -16,12 +16,13 @@ from .remote.bodies import list_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.font_manager import FontProperties
     from matplotlib.patches import Patch
 
     from .engine.models.resolve import LoadedModel
 
-__all__ = ["RAAGModule", "add_glow_effect", "truncate_text"]
+__all__ = ["RAAGModule", "add_glow_effect", "draw_edges", "html_page", "truncate_text"]
 
 
 class RAAGModule(_BaseModule):
@@ -190,6 +191,95 @@ def add_glow_effect(
         ax.add_artist(outline)
         glow.append(outline)
     return glow
+
+
+def html_page(result: Mapping[str, Any], question: int = 0, *, candidates: bool = False) -> str:
+    """Writes an answer as a page of HTML on which pointing at a token marks the chunks that it rests on.
+
+    Args:
+        result: what ``generate`` returned.
+        question: which of its questions.
+        candidates: show candidate edges too, not the validated ones alone.
+
+    Raises:
+        ValidationError: there is no such question.
+    """
+    from .engine.raag.page import html_page as write
+
+    return write(_asked(result, question), candidates=candidates)
+
+
+def draw_edges(result: Mapping[str, Any], question: int = 0, *, candidates: bool = False) -> Figure:
+    """Draws an answer's tokens on the left, the chunks on the right, and the edges between them coloured by layer.
+
+    Needs no display; the colours can be told apart with any colour vision and in grey.
+
+    Args:
+        result: what ``generate`` returned.
+        question: which of its questions.
+        candidates: draw candidate edges too (grey where they weren't validated), not the validated ones alone.
+
+    Returns:
+        A figure; ``figure.savefig("edges.png")`` writes it.
+
+    Raises:
+        ValidationError: there is no such question, or matplotlib isn't installed.
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+        from matplotlib.font_manager import FontProperties
+    except ImportError:
+        raise ValidationError("a figure needs matplotlib: pip install 'mechanex[plot]'.") from None
+    from .engine.raag.page import edges_of
+
+    data = _asked(result, question)
+    edges = edges_of(data, candidates=candidates)
+    tokens, spans = data["bundle"]["answer_tokens"][0], data["bundle"]["chunk_spans"]
+    first = len(data["bundle"]["prompt_tokens"][0])
+    rows = max(len(tokens), len(spans))
+    figure = Figure(figsize=(9, 1 + 0.34 * rows), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlim=(0, 10), ylim=(rows, -1), title=data["question"].replace("$", r"\$"))
+    axes.axis("off")
+    font = FontProperties(size=10)
+    left = [(i + 0.5) * rows / len(tokens) - 0.5 for i in range(len(tokens))]
+    right = {span["chunk_global_id"]: (i + 0.5) * rows / len(spans) - 0.5 for i, span in enumerate(spans)}
+    for place, text in zip(left, tokens, strict=True):
+        axes.text(
+            1.9, place, text.strip() or repr(text), ha="right", va="center", font=font, parse_math=False
+        )
+    for place, span in zip(right.values(), spans, strict=True):
+        shown = truncate_text(" ".join(span["text"].split()), 250, font)
+        axes.text(5.1, place, shown, va="center", font=font, parse_math=False)
+    layers = sorted({edge["best_layer"] for _, edge in edges if edge["best_layer"] is not None})
+    color_of = {
+        layer: colormaps["viridis"](0.9 * i / max(1, len(layers) - 1)) for i, layer in enumerate(layers)
+    }
+    heaviest = max((edge["weight"] for _, edge in edges), default=1.0)
+    for token, edge in edges:
+        axes.plot(
+            [2, 5],
+            [left[token - first], right[edge["chunk_global_id"]]],
+            color=color_of.get(edge["best_layer"], "#999999"),
+            linewidth=1 + 4 * edge["weight"] / heaviest,
+            solid_capstyle="round",
+        )
+    for layer, color in color_of.items():
+        axes.plot([], [], color=color, linewidth=3, label=f"layer {layer}")
+    if layers:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=min(6, len(layers)), frameon=False)
+    return figure
+
+
+def _asked(result: Mapping[str, Any], question: int) -> dict[str, Any]:
+    asked = result.get("data_by_question") or {}
+    if str(question) not in asked:
+        raise ValidationError(
+            f"there is no question {question}: the answers are of {', '.join(asked) or 'none'}."
+        )
+    found: dict[str, Any] = asked[str(question)]
+    return found
 
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from server_process import ServerProcess, serving
 
+import mechanex
 from mechanex import Mechanex
 from mechanex.cli import main
 from mechanex.errors import MechanexError, ValidationError
@@ -91,6 +92,25 @@ def test_cite_goes_by_sentence_of_the_answer(local: Mechanex) -> None:
 def test_cite_refuses_what_has_no_text(local: Mechanex, arguments: Any, says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         local.raag.cite(*arguments)
+
+
+def test_the_figure_and_the_page_show_every_edge(local: Mechanex) -> None:
+    from matplotlib.figure import Figure
+
+    result = local.raag.generate(
+        [{"question": "Who has the $bag <b>?"}], docs=[{"text": "Mia <i> has $a bag$."}]
+    )
+    data = result["data_by_question"]["0"]
+    n_edges = sum(map(len, data["candidate"]["candidate_edges"].values()))
+    figure = mechanex.raag.draw_edges(result, candidates=True)
+    assert isinstance(figure, Figure) and n_edges > 0
+    figure.canvas.draw()
+    assert sum(len(line.get_xdata()) == 2 for line in figure.axes[0].lines) == n_edges
+    page = mechanex.raag.html_page(result, candidates=True)
+    assert "<b>" not in page and "Mia &lt;i&gt; has" in page
+    assert page.count('class="token rests"') == len(data["candidate"]["candidate_edges"])
+    with pytest.raises(ValidationError, match="no question 3"):
+        mechanex.raag.html_page(result, 3)
 
 
 def test_the_command_cites_files(tmp_path: Path) -> None:

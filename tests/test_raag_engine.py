@@ -13,7 +13,7 @@ from families import build
 from mechanex.engine.models.resolve import LoadedModel, load
 from mechanex.engine.raag.answer import answer_questions
 from mechanex.engine.raag.attribute import attribute
-from mechanex.engine.raag.knockouts import Reading
+from mechanex.engine.raag.knockouts import AnsweredPrompt
 from mechanex.errors import NotFoundError, ValidationError
 
 PEOPLE = [
@@ -69,7 +69,7 @@ def test_the_chunk_that_holds_the_answer_ranks_first(tiny: LoadedModel) -> None:
     right = first = 0
     for seed in range(60):
         docs, entry, who = planted(seed)
-        if right == 12:
+        if right == 10:
             break
         prompt = f"{' '.join(d['text'] for d in docs)} Question: {entry['question']} Answer:"
         ids = tiny.tokenizer(prompt, return_tensors="pt").input_ids
@@ -77,9 +77,9 @@ def test_the_chunk_that_holds_the_answer_ranks_first(tiny: LoadedModel) -> None:
         if tiny.tokenizer.decode(out, skip_special_tokens=True).strip() != entry["answer"]:
             continue
         right += 1
-        drops = torch.tensor(answered(tiny, entry, docs)["scores"]["blocked"])
+        drops = torch.tensor(answered(tiny, entry, docs, shuffles=0, n_removed=0)["scores"]["blocked"])
         first += int(drops.amax(1).argmax()) == who
-    assert right == 12 and first >= 0.9 * right
+    assert right == 10 and first >= 0.9 * right
 
 
 def test_documents_without_the_answer_give_no_validated_edge(tiny: LoadedModel) -> None:
@@ -189,7 +189,7 @@ def test_a_model_that_cannot_be_blocked_is_measured_by_removal() -> None:
     from mechanex.engine.models import adapter_for
 
     ids = torch.randint(3, 380, (24,), generator=torch.Generator().manual_seed(0)).tolist()
-    reading = Reading(tuple(ids[:16]), tuple(ids[16:20]), tuple(ids[20:]))
+    reading = AnsweredPrompt(tuple(ids[:16]), tuple(ids[16:20]), tuple(ids[20:]))
     found = attribute(adapter_for(build("bloom")), reading, [(1, 8), (8, 16)], shuffles=2)
     assert found.blocked is None and bool(found.removed.isfinite().all()) and len(found.null) == 2
     assert all(edge.best_layer is None for edge in found.candidates)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechanex.engine.models import adapter_for
 from mechanex.engine.raag.knockouts import (
-    Reading,
+    AnsweredPrompt,
     can_block,
     without_attention,
     without_chunk,
@@ -22,9 +22,9 @@ FAMILIES = ["llama", "gpt2", "qwen3", "gemma2", "cohere2", "falcon", "opt", "gpt
 UNMASKED = ["bloom", "mpt", "mamba"]
 
 
-def reading(seed: int = 0) -> Reading:
+def reading(seed: int = 0) -> AnsweredPrompt:
     ids = torch.randint(3, 380, (40,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Reading(tuple(ids[:28]), tuple(ids[28:33]), tuple(ids[33:]))
+    return AnsweredPrompt(tuple(ids[:28]), tuple(ids[28:33]), tuple(ids[33:]))
 
 
 def answered(model: Any, ids: tuple[int, ...], n: int, **more: Any) -> Tensor:
@@ -34,12 +34,12 @@ def answered(model: Any, ids: tuple[int, ...], n: int, **more: Any) -> Tensor:
     return torch.stack([logprobs[i - 1, ids[i]] for i in range(len(ids) - n, len(ids))])
 
 
-def removed_alone(model: Any, r: Reading, span: tuple[int, int]) -> Tensor:
+def removed_alone(model: Any, r: AnsweredPrompt, span: tuple[int, int]) -> Tensor:
     ids = r.context[: span[0]] + r.context[span[1] :] + r.question + r.answer
     return answered(model, ids, len(r.answer))
 
 
-def blocked_alone(model: Any, r: Reading, span: tuple[int, int]) -> Tensor:
+def blocked_alone(model: Any, r: AnsweredPrompt, span: tuple[int, int]) -> Tensor:
     """One pass with a mask of its own; these families take one mask for all layers at this length."""
     n = r.size
     seen = torch.ones(n, n, dtype=torch.bool).tril()

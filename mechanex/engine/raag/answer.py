@@ -14,9 +14,9 @@ from ..models import adapter_for
 from ..models.adapter import ModelAdapter
 from ..sampling import Options
 from ..text import encode_pair
-from .attribute import Attribution, Edge, attribute
-from .documents import CHUNK_TOKENS, Layout, as_documents, lay_out, question_text, split_documents
-from .knockouts import Reading
+from .attribute import SHUFFLES, Attribution, Edge, attribute
+from .documents import CHUNK_TOKENS, ChunkedPrompt, as_documents, lay_out, question_text, split_documents
+from .knockouts import AnsweredPrompt
 from .retrieve import fitting, from_pinecone
 
 __all__ = ["MAX_TOKENS", "answer_questions", "check_questions", "read_answer"]
@@ -67,6 +67,7 @@ def answer_questions(
     chunk_tokens: int | None = CHUNK_TOKENS,
     n_removed: int | None = None,
     seed: int = 0,
+    shuffles: int = SHUFFLES,
 ) -> dict[str, Any]:
     """Answers each question from the documents, in the wire's shape.
 
@@ -80,6 +81,7 @@ def answer_questions(
         chunk_tokens: most tokens of a chunk of whole sentences; None for a chunk for each sentence.
         n_removed: how many of the best candidates are removed too; None for eight.
         seed: of the shuffled chunks.
+        shuffles: how many shuffled readings an edge is held against.
 
     Raises:
         ValidationError: a question, an answer or a document without text, or documents that don't fit and can't be
@@ -107,6 +109,7 @@ def answer_questions(
             chunk_tokens=chunk_tokens,
             n_removed=n_removed,
             seed=seed,
+            shuffles=shuffles,
         )
     return {
         "answers": [one["answer"] for one in by_question.values()],
@@ -130,6 +133,7 @@ def read_answer(
     chunk_tokens: int | None = CHUNK_TOKENS,
     n_removed: int | None = None,
     seed: int = 0,
+    shuffles: int = SHUFFLES,
 ) -> dict[str, Any]:
     """One question's answer and what it rests on, as ``data_by_question`` holds it.
 
@@ -139,7 +143,7 @@ def read_answer(
         question: what documents are ranked by where not all fit.
         answer: as given; None to have it written.
         docs: (id, text) of each document.
-        max_tokens, chunk_tokens, n_removed, seed: as for :func:`answer_questions`.
+        max_tokens, chunk_tokens, n_removed, seed, shuffles: as for :func:`answer_questions`.
 
     Raises:
         ValidationError: as there, and an answer without tokens.
@@ -148,6 +152,7 @@ def read_answer(
         ("max_tokens", max_tokens, 1),
         ("chunk_tokens", chunk_tokens, 1),
         ("n_removed", n_removed, 0),
+        ("shuffles", shuffles, 0),
     ):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise ValidationError(f"{name} is a whole number, at least {least}; got {value!r}.")
@@ -171,8 +176,8 @@ def read_answer(
     # The prompt's tokens are the layout's: it ends without whitespace.
     prompt_ids, answer_ids = encode_pair(tokenizer, list(layout.ids), f" {answer}")
     behind = layout.spans[-1][1]
-    reading = Reading(tuple(prompt_ids[:behind]), tuple(prompt_ids[behind:]), tuple(answer_ids))
-    found = attribute(adapter, reading, layout.spans, n_removed=n_removed, seed=seed)
+    reading = AnsweredPrompt(tuple(prompt_ids[:behind]), tuple(prompt_ids[behind:]), tuple(answer_ids))
+    found = attribute(adapter, reading, layout.spans, n_removed=n_removed, seed=seed, shuffles=shuffles)
     return _shaped(tokenizer, question, answer, layout, reading, found, retrieval)
 
 
@@ -180,8 +185,8 @@ def _shaped(
     tokenizer: Any,
     question: str,
     answer: str,
-    layout: Layout,
-    reading: Reading,
+    layout: ChunkedPrompt,
+    reading: AnsweredPrompt,
     found: Attribution,
     retrieval: dict[str, Any],
 ) -> dict[str, Any]:
@@ -218,7 +223,9 @@ def _shaped(
     }
 
 
-def _edges(edges: Sequence[Edge], layout: Layout, prompt_tokens: int) -> dict[str, list[dict[str, Any]]]:
+def _edges(
+    edges: Sequence[Edge], layout: ChunkedPrompt, prompt_tokens: int
+) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for edge in sorted(edges, key=lambda e: (e.token, -e.weight)):
         found.setdefault(str(prompt_tokens + edge.token), []).append(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..models.adapter import ModelAdapter
-from .knockouts import Reading, Span, can_block, without_attention, without_chunk, without_chunk_whole
+from .knockouts import AnsweredPrompt, Span, can_block, without_attention, without_chunk, without_chunk_whole
 
 __all__ = ["Attribution", "Edge", "attribute"]
 
@@ -73,7 +72,7 @@ class Attribution:
 
 def attribute(
     adapter: ModelAdapter,
-    reading: Reading,
+    reading: AnsweredPrompt,
     spans: Sequence[Span],
     *,
     n_removed: int | None = None,
@@ -89,7 +88,7 @@ def attribute(
         n_removed: how many of the best candidates are removed too; None for ``REMOVED``. All are, where the model
             can't be blocked.
         seed: of the shuffles.
-        shuffles: how many there are.
+        shuffles: how many there are; without any the threshold is ``LEAST_DROP``.
     """
     blocking = can_block(adapter, reading)
     base, blocked = _drops(adapter, reading, spans, blocking)
@@ -119,7 +118,7 @@ def attribute(
 
 
 def _drops(
-    adapter: ModelAdapter, reading: Reading, spans: Sequence[Span], blocking: bool
+    adapter: ModelAdapter, reading: AnsweredPrompt, spans: Sequence[Span], blocking: bool
 ) -> tuple[Tensor, Tensor]:
     """([n_answer] log-probabilities with all chunks, [n_chunks, n_answer] what each chunk's loss costs)."""
     whole = [(0, 0), *spans]
@@ -129,28 +128,25 @@ def _drops(
     return found[0], found[0] - found[1:]
 
 
-def _shuffled(reading: Reading, spans: Sequence[Span], generator: torch.Generator) -> Reading:
-    """The same reading with what is peculiar to each chunk exchanged among all, and none that the answer alone has.
+def _shuffled(reading: AnsweredPrompt, spans: Sequence[Span], generator: torch.Generator) -> AnsweredPrompt:
+    """The same reading with the chunks' tokens in a random order, and none that the answer alone has.
 
-    Such chunks read as before and hold nothing that the answer could rest on. What several chunks have stays in its
-    place: without its sentences a text is another kind of text to a model, and every part of it costs more.
+    Chunks of this kind hold nothing that the answer could rest on.
     """
     context = list(reading.context)
+    places = [i for first, end in spans for i in range(first, end)]
     held = set(reading.answer) - set(reading.question)
-    n_chunks = Counter(token for first, end in spans for token in set(context[first:end]))
-    inside = [i for first, end in spans for i in range(first, end)]
-    places = [i for i in inside if n_chunks[context[i]] == 1 or context[i] in held]
     rest = [context[i] for i in places if context[i] not in held] or list(reading.question)
     order = torch.randperm(len(places), generator=generator).tolist()
     drawn = torch.randint(len(rest), (len(places),), generator=generator).tolist()
     moved = [context[places[i]] for i in order]
     for place, token, other in zip(places, moved, drawn, strict=True):
         context[place] = rest[other] if token in held else token
-    return Reading(tuple(context), reading.question, reading.answer)
+    return AnsweredPrompt(tuple(context), reading.question, reading.answer)
 
 
 def _with_layers(
-    adapter: ModelAdapter, reading: Reading, spans: Sequence[Span], base: Tensor, edges: Sequence[Edge]
+    adapter: ModelAdapter, reading: AnsweredPrompt, spans: Sequence[Span], base: Tensor, edges: Sequence[Edge]
 ) -> list[Edge]:
     """The edges with the layer at which alone a block costs most."""
     chunks = sorted({edge.chunk for edge in edges})
@@ -162,7 +158,7 @@ def _with_layers(
     )
     if found is None:
         return list(edges)
-    drops = dict(zip(chunks, (base - found).split(n), strict=True))
+    drops = dict(zip(chunks, (base - found).reshape(len(chunks), n, -1), strict=True))
     return [
         Edge(e.token, e.chunk, e.weight, e.removed, int(drops[e.chunk][:, e.token].argmax())) for e in edges
     ]

@@ -14,7 +14,7 @@ from .knockouts import Span
 __all__ = [
     "CHUNK_TOKENS",
     "Chunk",
-    "Layout",
+    "ChunkedPrompt",
     "as_documents",
     "lay_out",
     "question_text",
@@ -48,7 +48,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ChunkedPrompt:
     """A prompt made of chunks and a question.
 
     Attributes:
@@ -122,7 +122,9 @@ def question_text(question: str) -> str:
     return f"Question: {question.strip()} Answer:"
 
 
-def lay_out(tokenizer: Any, chunks: Sequence[Chunk], asked: str, docs: Sequence[tuple[Any, str]]) -> Layout:
+def lay_out(
+    tokenizer: Any, chunks: Sequence[Chunk], asked: str, docs: Sequence[tuple[Any, str]]
+) -> ChunkedPrompt:
     """The chunks in order, then what is asked; neighbours of one document keep what stands between them.
 
     Args:
@@ -158,7 +160,7 @@ def lay_out(tokenizer: Any, chunks: Sequence[Chunk], asked: str, docs: Sequence[
             "a chunk has no token of its own in the prompt: make chunk_tokens larger, or leave out documents of "
             "single characters."
         )
-    return Layout(text, tuple(ids), tuple(chunks), tuple(spans))
+    return ChunkedPrompt(text, tuple(ids), tuple(chunks), tuple(spans))
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:

@@ -27,14 +27,14 @@ from ..pauses import pause
 from ..regimes import first_change
 from ..score_pairs import score_pairs
 
-__all__ = ["Reading", "Span", "can_block", "without_attention", "without_chunk", "without_chunk_whole"]
+__all__ = ["AnsweredPrompt", "Span", "can_block", "without_attention", "without_chunk", "without_chunk_whole"]
 
 Span = tuple[int, int]
 """First token of a chunk in the prompt, and the one behind its last."""
 
 
 @dataclass(frozen=True)
-class Reading:
+class AnsweredPrompt:
     """A prompt with its answer, as token ids.
 
     Attributes:
@@ -100,7 +100,7 @@ class _Knockout:
     layer: int = -1
 
 
-def can_block(adapter: ModelAdapter, reading: Reading) -> bool:
+def can_block(adapter: ModelAdapter, reading: AnsweredPrompt) -> bool:
     """Whether the model takes a mask that hides a chunk from what stands behind it, at this length."""
     if packing_form(adapter, reading.size) not in TREES:
         return False
@@ -108,7 +108,7 @@ def can_block(adapter: ModelAdapter, reading: Reading) -> bool:
 
 
 def without_attention(
-    adapter: ModelAdapter, reading: Reading, spans: Sequence[Span], layers: Sequence[int] | None = None
+    adapter: ModelAdapter, reading: AnsweredPrompt, spans: Sequence[Span], layers: Sequence[int] | None = None
 ) -> Tensor | None:
     """[n, n_answer] log-probabilities of the answer's tokens when question and answer can't attend to a chunk.
 
@@ -129,7 +129,7 @@ def without_attention(
     return _run(adapter, reading, asked, layered=layers is not None)
 
 
-def without_chunk(adapter: ModelAdapter, reading: Reading, spans: Sequence[Span]) -> Tensor:
+def without_chunk(adapter: ModelAdapter, reading: AnsweredPrompt, spans: Sequence[Span]) -> Tensor:
     """[n, n_answer] log-probabilities of the answer's tokens when a chunk was never there.
 
     What stands before the chunks is read once for several of them, where the model takes a mask; else each is a pass.
@@ -158,7 +158,7 @@ def without_chunk(adapter: ModelAdapter, reading: Reading, spans: Sequence[Span]
     return found
 
 
-def without_chunk_whole(adapter: ModelAdapter, reading: Reading, spans: Sequence[Span]) -> Tensor:
+def without_chunk_whole(adapter: ModelAdapter, reading: AnsweredPrompt, spans: Sequence[Span]) -> Tensor:
     """What :func:`without_chunk` gives, by whole texts."""
     pairs = [
         (reading.context[:first] + reading.context[end:] + reading.question, reading.answer)
@@ -185,7 +185,7 @@ def _mask_entries(adapter: ModelAdapter) -> int:
     return MASK_BYTES // (2 * adapter.dtype.itemsize)
 
 
-def _row_budget(adapter: ModelAdapter, reading: Reading) -> int:
+def _row_budget(adapter: ModelAdapter, reading: AnsweredPrompt) -> int:
     """Tokens of a row of knock-outs: within the window, where the texts are, since models cut masks to it."""
     window = window_of(adapter)
     widest = window if window is not None and reading.size <= window else max(BATCH_TOKENS, 2 * reading.size)
@@ -193,7 +193,7 @@ def _row_budget(adapter: ModelAdapter, reading: Reading) -> int:
 
 
 def _run(
-    adapter: ModelAdapter, reading: Reading, asked: Sequence[_Knockout], *, layered: bool
+    adapter: ModelAdapter, reading: AnsweredPrompt, asked: Sequence[_Knockout], *, layered: bool
 ) -> Tensor | None:
     """[n, n_answer] log-probabilities under each knock-out; None where a layer was given no mask to change."""
     check_length(adapter, reading.size)
@@ -210,12 +210,12 @@ def _run(
             if layered and len(reached) < adapter.n_layers:
                 return None
             pair = pack.pair.cpu()
-            for i in pair.unique().tolist():
+            for i in set(pair.tolist()):
                 values[i] = found[pair == i][-n:]
     return torch.stack([v for v in values if v is not None])
 
 
-def _packs(adapter: ModelAdapter, reading: Reading, asked: Sequence[_Knockout]) -> list[_Knockouts]:
+def _packs(adapter: ModelAdapter, reading: AnsweredPrompt, asked: Sequence[_Knockout]) -> list[_Knockouts]:
     budget = _row_budget(adapter, reading)
     form = packing_form(adapter, reading.size)
     mask: Mask = form if form in TREES else "plain"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...errors import MechanexError, NotFoundError, ValidationError
-from .documents import Chunk, Layout
+from .documents import Chunk, ChunkedPrompt
 
 __all__ = ["fitting", "from_pinecone"]
 
@@ -16,8 +16,11 @@ _NAMESPACE = "__default__"  # Pinecone's name for the one that every index has
 
 
 def fitting(
-    chunks: Sequence[Chunk], question: str, room: int | None, lay_out: Callable[[Sequence[Chunk]], Layout]
-) -> tuple[Layout, dict[str, Any]]:
+    chunks: Sequence[Chunk],
+    question: str,
+    room: int | None,
+    lay_out: Callable[[Sequence[Chunk]], ChunkedPrompt],
+) -> tuple[ChunkedPrompt, dict[str, Any]]:
     """The prompt with all chunks, or with as many of the best by BM25 as fit.
 
     Args:
