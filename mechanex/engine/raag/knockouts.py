@@ -29,6 +29,10 @@ from ..score_pairs import score_pairs
 
 __all__ = ["AnsweredPrompt", "Span", "can_block", "without_attention", "without_chunk", "without_chunk_whole"]
 
+# Tokens of a reading beyond which removed chunks are passes of their own: a plain causal pass skips half of the
+# attention, and a row with a mask pays for all of it, whatever it shares.
+LONG = 1024
+
 Span = tuple[int, int]
 """First token of a chunk in the prompt, and the one behind its last."""
 
@@ -143,6 +147,8 @@ def without_chunk(adapter: ModelAdapter, reading: AnsweredPrompt, spans: Sequenc
         return torch.zeros(0, len(reading.answer))
     if not can_block(adapter, reading) or first_change(adapter.hf_model) is not None:
         return without_chunk_whole(adapter, reading, spans)
+    if reading.size > LONG:
+        return torch.cat([without_chunk_whole(adapter, reading, [span]) for span in spans])
     budget = _row_budget(adapter, reading)
     order = sorted(range(len(spans)), key=lambda i: spans[i])
     asked: list[_Knockout | None] = [None] * len(spans)
