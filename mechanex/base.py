@@ -22,7 +22,6 @@ _logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_NO_ENGINE = "The local engine of this module is not there yet."
 _OR_LOAD = "Or load a model, with load('mx-tiny') or load('<Hugging Face name>'): the call runs here then."
 _OR_HERE = "Or load a model and call set_execution_mode('local')."
 
@@ -59,7 +58,7 @@ class _BaseModule:
         self,
         caller: str,
         remote: Callable[[], T],
-        local: Callable[[LoadedModel], T] | None,
+        local: Callable[[LoadedModel], T],
         *,
         only_local: str | None = None,
         falls_back: bool = True,
@@ -73,7 +72,7 @@ class _BaseModule:
         Args:
             caller: the call's documented name, for messages.
             remote: makes the call on the server.
-            local: makes it on the loaded model; None where this version has no local engine for it.
+            local: makes it on the loaded model.
             only_local: why this call can't be sent to a server, if it can't.
             falls_back: whether the call means the same here: False for one about what only the server has.
 
@@ -83,20 +82,15 @@ class _BaseModule:
         """
         client = self._client
         mode = client.execution_mode
-        if mode == "local" and local is None:
-            raise MechanexError(
-                f"{caller} runs on a server only, its local engine is not there yet: call "
-                "set_execution_mode('auto'), with a key or a server of your own."
-            )
         if mode == "remote" and only_local is not None:
             raise ValidationError(
                 f"{caller} can't run on the server: {only_local}. Load a model here and call "
                 "set_execution_mode('auto') or ('local')."
             )
-        if local is not None and (mode == "local" or only_local is not None):
+        if mode == "local" or only_local is not None:
             return local(client.require_local(caller, only_local))
-        if mode == "remote" or local is None:
-            client.require_remote(caller, _NO_ENGINE if local is None else _OR_HERE)
+        if mode == "remote":
+            client.require_remote(caller, _OR_HERE)
             return remote()
         if not client.is_remote and (client.local_model is not None or not client.transport.address.chosen):
             return local(client.require_local(caller))

@@ -95,7 +95,7 @@ def logout() -> None:
 
 
 for _command in (
-    *(with_model.steer, with_model.score, with_model.optimize, with_model.serve, demo),
+    *(with_model.steer, with_model.score, with_model.cite, with_model.optimize, with_model.serve, demo),
     *(tools.models, tools.vectors, tools.doctor, sae_group.sae, inside.model, inside.attribute),
 ):
     main.add_command(_command)

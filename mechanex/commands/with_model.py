@@ -1,4 +1,4 @@
-"""The commands that load a model: steer, score, optimize and serve. What they do is in modules of their own."""
+"""The commands that load a model: steer, score, cite, optimize and serve. What they do is in modules of their own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .options import (
     split_option,
 )
 
-__all__ = ["optimize", "score", "serve", "steer"]
+__all__ = ["cite", "optimize", "score", "serve", "steer"]
 
 _model = click.argument("model", shell_complete=complete_model)
 
@@ -104,6 +104,47 @@ def score(**options: Any) -> None:
     from .score import run_score
 
     run_score(**options)
+
+
+@click.command()
+@click.argument(
+    "files",
+    nargs=-1,
+    required=True,
+    metavar="FILE...",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+)
+@click.option("--question", required=True, help="What is asked about the files.")
+@click.option("--answer", help="The answer to trace; by default the model writes one.")
+@click.option(
+    "--model",
+    default="mx-tiny",
+    show_default=True,
+    shell_complete=complete_model,
+    help="Who reads the files.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Most tokens of an answer.",
+)
+@seed_option
+@device_option
+@dtype_option
+@json_option
+def cite(**options: Any) -> None:
+    """Say which sentences of text files an answer rests on, best first.
+
+    A sentence counts by what the answer loses, in nats, when question and answer can't attend to it.
+
+    \b
+      mechanex cite notes.txt letter.txt --question "Who has the bag?"
+    """
+    from .cite import run_cite
+
+    run_cite(**options)
 
 
 @click.command()

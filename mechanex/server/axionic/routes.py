@@ -9,17 +9,16 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from ...engine.sampling import Sampling
-from ...errors import APIError, ValidationError
+from ...errors import ValidationError
 from ..accounts.store import store_of
 from ..http.disconnect import done_or_gone
 from ..model.engine import Engine
 from ..model.requests import TextRequest, results_of
-from . import accounts, attribution, behaviors
+from . import accounts, attribution, behaviors, raag
 from .accounts import shown
 from .bodies import (
     GenerateBody,
     Output,
-    RaagBody,
     Reason,
     SteeringBody,
 )
@@ -41,6 +40,7 @@ def axionic_router() -> APIRouter:
     whole.include_router(router)
     whole.include_router(behaviors.router)
     whole.include_router(attribution.router)
+    whole.include_router(raag.router)
     return whole
 
 
@@ -107,15 +107,3 @@ async def kept_vectors(request: Request, who: Sender) -> list[dict[str, Any]]:
 async def delete_vector(vector_id: str, request: Request, who: Sender) -> None:
     """Deletes a steering vector that no behavior uses."""
     await run_sync(store_of(request).library.delete_vector, who.account_id, vector_id)
-
-
-@router.post("/raag/generate", status_code=501)
-async def raag_generate(body: RaagBody, who: Sender) -> None:
-    """Retrieval-augmented answers with attribution: not part of this version."""
-    raise _absent("Retrieval-augmented answer generation")
-
-
-def _absent(what: str, instead: str | None = None) -> APIError:
-    return APIError(
-        f"{what} is not part of this version of the server{f'; {instead}' if instead else ''}.", 501
-    )

@@ -1,0 +1,1 @@
+"""Which parts of its documents an answer rests on: retrieval, chunks, knock-outs, edges."""

@@ -1,0 +1,38 @@
+"""The Axionic API's answers from documents, and which chunks their tokens rest on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request
+
+from ...engine.raag.answer import answer_questions, check_questions
+from ...engine.raag.documents import as_documents
+from ..model.engine import Engine
+from .bodies import RaagBody
+from .guards import Worker
+from .work import check_count, done
+
+if TYPE_CHECKING:
+    from ...engine.models.adapter import ModelAdapter
+
+__all__ = ["router"]
+
+router = APIRouter()
+
+
+@router.post("/raag/generate")
+async def raag_generate(body: RaagBody, request: Request, engine: Engine, who: Worker) -> dict[str, Any]:
+    """Answers questions from documents, and says which chunks each token of an answer rests on."""
+    docs, index = body.docs, body.pinecone_index_name
+    check_count(len(body.qa_entries), engine.settings.max_examples, "questions")
+    for text in (text for entry in check_questions(body.qa_entries) for text in entry if text is not None):
+        engine.encoder.check_size(text)
+    if docs is not None:
+        check_count(len(docs), engine.settings.max_examples, "documents")
+        as_documents(docs)
+
+    def work(adapter: ModelAdapter) -> dict[str, Any]:
+        return answer_questions(adapter, engine.tokenizer, body.qa_entries, docs, index)
+
+    return await done(request, engine, who, work)
