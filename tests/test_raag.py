@@ -31,7 +31,7 @@ def local() -> Mechanex:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with serving(home=tmp_path_factory.mktemp("home")) as running:
+    with serving("--pinecone-index", "ours", home=tmp_path_factory.mktemp("home")) as running:
         yield running
 
 
@@ -58,7 +58,9 @@ def test_a_server_says_what_is_wrong(server: ServerProcess) -> None:
     with pytest.raises(ValidationError, match="document 0 has no text"):
         remote.raag.generate(ASKED, docs=[{}])
     with pytest.raises(MechanexError, match=r"pip install pinecone|PINECONE_API_KEY"):
-        remote.raag.generate(ASKED, pinecone_index_name="no-such-index")
+        remote.raag.generate(ASKED, pinecone_index_name="ours")
+    with pytest.raises(ValidationError, match="reads no Pinecone index named 'theirs'"):
+        remote.raag.generate(ASKED, pinecone_index_name="theirs")
 
 
 def test_cite_names_the_sentence_first_that_the_answer_rests_on(local: Mechanex) -> None:

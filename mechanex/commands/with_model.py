@@ -235,6 +235,12 @@ def optimize(ctx: click.Context, /, **options: Any) -> None:
     multiple=True,
     help="A behavior that is corrected in every answer; may be repeated.",
 )
+@click.option(
+    "--pinecone-index",
+    "pinecone_indexes",
+    multiple=True,
+    help="A Pinecone index that accounts may have documents read from; may be repeated.",
+)
 @click.option("--database", show_default="SQLite under MECHANEX_HOME", help="SQLAlchemy URL of the accounts.")
 @click.option("--model-name", show_default="MODEL", help="What clients call the model.")
 @click.option(

@@ -33,6 +33,7 @@ class ServerSettings:
             ``.safetensors`` files of behaviors, which are watched.
         corrected_behaviors: names of behaviors that are watched and corrected in every answer (one that is a vector
             alone steers every answer), but those to requests that name behaviors themselves.
+        pinecone_indexes: those that any account may have documents read from, with this process's ``PINECONE_API_KEY``.
         model_name: the name that clients see; None for the loaded model's.
         max_batch: most requests that are decoded together.
         max_waiting: most requests that wait for a place; a later one gets 429.
@@ -69,6 +70,7 @@ class ServerSettings:
     vectors: Path | None = None
     behaviors: tuple[Path, ...] = ()
     corrected_behaviors: tuple[str, ...] = ()
+    pinecone_indexes: tuple[str, ...] = ()
     model_name: str | None = None
     max_batch: int = 64
     max_waiting: int = 512
@@ -115,6 +117,9 @@ class ServerSettings:
             _check_whole("max_cache_tokens", self.max_cache_tokens, 1)
         if self.prefix_bytes is not None:
             _check_whole("prefix_bytes", self.prefix_bytes, 0)
+        for name in ("pinecone_indexes", "cors_origins"):
+            if isinstance(getattr(self, name), str):
+                raise ValidationError(f"{name} is a list of names; got the text {getattr(self, name)!r}.")
         for name in ("request_timeout", "shutdown_grace", "access_token_minutes", "refresh_token_days"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:

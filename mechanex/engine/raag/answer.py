@@ -14,7 +14,7 @@ from ..models import adapter_for
 from ..models.adapter import ModelAdapter
 from ..sampling import Options
 from ..text import encode_pair
-from .attribute import SHUFFLES, Attribution, Edge, attribute
+from .attribute import SHUFFLES, Attribution, ChunkEdge, attribute
 from .documents import CHUNK_TOKENS, ChunkedPrompt, as_documents, lay_out, question_text, split_documents
 from .knockouts import AnsweredPrompt
 from .retrieve import fitting, from_pinecone
@@ -224,7 +224,7 @@ def _shaped(
 
 
 def _edges(
-    edges: Sequence[Edge], layout: ChunkedPrompt, prompt_tokens: int
+    edges: Sequence[ChunkEdge], layout: ChunkedPrompt, prompt_tokens: int
 ) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for edge in sorted(edges, key=lambda e: (e.token, -e.weight)):

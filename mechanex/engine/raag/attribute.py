@@ -11,7 +11,7 @@ from torch import Tensor
 from ..models.adapter import ModelAdapter
 from .knockouts import AnsweredPrompt, Span, can_block, without_attention, without_chunk, without_chunk_whole
 
-__all__ = ["Attribution", "Edge", "attribute"]
+__all__ = ["Attribution", "ChunkEdge", "attribute"]
 
 REMOVED = 8
 """Chunks that are removed by default: the best candidates that blocking names."""
@@ -22,7 +22,7 @@ LEAST_DROP = 0.1
 
 
 @dataclass(frozen=True)
-class Edge:
+class ChunkEdge:
     """A token of the answer that rests on a chunk.
 
     Attributes:
@@ -61,8 +61,8 @@ class Attribution:
     removed: Tensor
     threshold: float
     null: list[float]
-    candidates: list[Edge]
-    validated: list[Edge]
+    candidates: list[ChunkEdge]
+    validated: list[ChunkEdge]
 
     @property
     def drops(self) -> Tensor:
@@ -107,7 +107,7 @@ def attribute(
     )
     threshold = max([LEAST_DROP, *null])
     candidates = [
-        Edge(token, chunk, float(blocked[chunk, token]), float(removed[chunk, token]))
+        ChunkEdge(token, chunk, float(blocked[chunk, token]), float(removed[chunk, token]))
         for chunk, token in (blocked > LEAST_DROP).nonzero().tolist()
     ]
     candidates.sort(key=lambda edge: -edge.weight)
@@ -146,8 +146,12 @@ def _shuffled(reading: AnsweredPrompt, spans: Sequence[Span], generator: torch.G
 
 
 def _with_layers(
-    adapter: ModelAdapter, reading: AnsweredPrompt, spans: Sequence[Span], base: Tensor, edges: Sequence[Edge]
-) -> list[Edge]:
+    adapter: ModelAdapter,
+    reading: AnsweredPrompt,
+    spans: Sequence[Span],
+    base: Tensor,
+    edges: Sequence[ChunkEdge],
+) -> list[ChunkEdge]:
     """The edges with the layer at which alone a block costs most."""
     chunks = sorted({edge.chunk for edge in edges})
     n = adapter.n_layers
@@ -160,5 +164,6 @@ def _with_layers(
         return list(edges)
     drops = dict(zip(chunks, (base - found).reshape(len(chunks), n, -1), strict=True))
     return [
-        Edge(e.token, e.chunk, e.weight, e.removed, int(drops[e.chunk][:, e.token].argmax())) for e in edges
+        ChunkEdge(e.token, e.chunk, e.weight, e.removed, int(drops[e.chunk][:, e.token].argmax()))
+        for e in edges
     ]

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 
 from ...engine.raag.answer import answer_questions, check_questions
 from ...engine.raag.documents import as_documents
+from ...errors import ValidationError
 from ..model.engine import Engine
 from .bodies import RaagBody
 from .guards import Worker
@@ -25,6 +26,11 @@ router = APIRouter()
 async def raag_generate(body: RaagBody, request: Request, engine: Engine, who: Worker) -> dict[str, Any]:
     """Answers questions from documents, and says which chunks each token of an answer rests on."""
     docs, index = body.docs, body.pinecone_index_name
+    if index is not None and index not in engine.settings.pinecone_indexes:
+        raise ValidationError(
+            f"this server reads no Pinecone index named {index!r}: give docs, or start it with "
+            f"--pinecone-index {index!r}."
+        )
     check_count(len(body.qa_entries), engine.settings.max_examples, "questions")
     for text in (text for entry in check_questions(body.qa_entries) for text in entry if text is not None):
         engine.encoder.check_size(text)
