@@ -26,14 +26,14 @@ router = APIRouter()
 async def raag_generate(body: RaagBody, request: Request, engine: Engine, who: Worker) -> dict[str, Any]:
     """Answers questions from documents, and says which chunks each token of an answer rests on."""
     docs, index = body.docs, body.pinecone_index_name
+    check_count(len(body.qa_entries), engine.settings.max_examples, "questions")
+    for text in (text for entry in check_questions(body.qa_entries) for text in entry if text is not None):
+        engine.encoder.check_size(text)
     if index is not None and index not in engine.settings.pinecone_indexes:
         raise ValidationError(
             f"this server reads no Pinecone index named {index!r}: give docs, or start it with "
             f"--pinecone-index {index!r}."
         )
-    check_count(len(body.qa_entries), engine.settings.max_examples, "questions")
-    for text in (text for entry in check_questions(body.qa_entries) for text in entry if text is not None):
-        engine.encoder.check_size(text)
     if docs is not None:
         check_count(len(docs), engine.settings.max_examples, "documents")
         as_documents(docs)
