@@ -281,8 +281,11 @@ def test_a_file_that_says_its_site_is_believed(tmp_path: Path) -> None:
         assert SteeringVector.load(path).layers == (layer,)
     SteeringVector({3: a}).save(path)
     assert SteeringVector.load(path, site="input").layers == (3,)
-    with pytest.raises(ValidationError, match="says itself that its layers are inputs"):
-        SteeringVector.load(path, site="output")
+    SteeringVector({3: a}).save(tmp_path / "own.json")
+    assert SteeringVector.load(tmp_path / "own.json", site="input").layers == (3,)
+    for own in (path, tmp_path / "own.json"):
+        with pytest.raises(ValidationError, match="says itself that its layers are inputs"):
+            SteeringVector.load(own, site="output")
     write_control_vector(tmp_path / "v.gguf", {3: a.numpy()})
     with pytest.raises(ValidationError, match="says itself that its layers are outputs"):
         SteeringVector.load(tmp_path / "v.gguf", site="input")

@@ -22,6 +22,12 @@ from mechanex.engine.models import adapter_for
 from mechanex.engine.score import completion_logprobs
 from mechanex.errors import MechanexError, ValidationError
 from mechanex.utils.hooks import hf_hooks_contextmanager, make_steering_hook_hf
+from mechanex.utils.steering_opt import (
+    TrainingDatapoint,
+    optimize_vector,
+    optimize_vector_minibatch_hf,
+    optimize_vectors,
+)
 
 IDS = torch.arange(2, 14).view(2, 6)
 
@@ -74,11 +80,45 @@ def stay_steered(model: nn.Module) -> None:
     model.generate(IDS, max_new_tokens=2, do_sample=False)
 
 
+def optimize(model: nn.Module, **options: Any) -> None:
+    data = [TrainingDatapoint("The morning was", dst_completions=[" calm."], src_completions=[" cold"])]
+    optimize_vector(model, data, tokenizer=tiny_tokenizer(), **({"layer": 2, "max_iters": 2} | options))
+
+
+def optimize_with_noise(model: nn.Module) -> None:
+    optimize(model, noise_scale=0.1, do_tangent_space_noise=True, vector_clamp=1.0)
+
+
+def optimize_from_the_end(model: nn.Module) -> None:
+    optimize(model, layer=[1, 4])
+
+
+def optimize_several(model: nn.Module) -> None:
+    data = [TrainingDatapoint("The morning was", dst_completions=[" calm."])]
+    jobs = [{"datapoints": data, "layer": layer, "max_iters": 2} for layer in (1, 2)]
+    optimize_vectors(model, jobs, tokenizer=tiny_tokenizer())
+
+
+def optimize_on_minibatches(model: nn.Module) -> None:
+    optimize_vector_minibatch_hf(
+        model,
+        tiny_tokenizer(),
+        ["The morning was", "A woman"],
+        2,
+        dst_completions=[" calm."],
+        minibatch_size=1,
+        max_iters=2,
+    )
+
+
 def look(model: nn.Module) -> None:
     adapter_for(model).findings["seen"] = True
 
 
-@pytest.mark.parametrize("use", [look, extract, score, write, steer, lose_a_handle, stay_steered])
+OPTIMIZE = [optimize, optimize_with_noise, optimize_from_the_end, optimize_several, optimize_on_minibatches]
+
+
+@pytest.mark.parametrize("use", [look, extract, score, write, steer, lose_a_handle, stay_steered, *OPTIMIZE])
 def test_a_model_goes_when_its_last_name_goes(use: Callable[[nn.Module], None]):
     model = FAMILIES["llama"]()
     gone = weakref.ref(model)

@@ -230,6 +230,19 @@ def test_rows_and_masks_that_the_call_does_not_have_are_errors():
         logits(model)
 
 
+def test_a_mask_is_taken_as_a_tensor_an_array_or_a_list():
+    model, mask = build("llama"), torch.rand(IDS.shape, generator=torch.Generator().manual_seed(3)) < 0.5
+    found = []
+    for given_mask in (mask, mask.numpy(), mask.tolist()):
+        plan = SteeringPlan([Intervention(2, Edit.add(draw(D_MODEL)), mask=given_mask)])
+        with plan.apply(model):
+            found.append(logits(model))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    for wrong in (mask.long(), mask[0], mask.int().numpy(), [[1, 0]], [[True], [True, False]], "yes"):
+        with pytest.raises(ValidationError, match=r"A mask is \[batch, tokens\] of bool"):
+            Intervention(2, Edit.add(draw(D_MODEL)), mask=wrong)
+
+
 def test_the_positions_context_serves_hooks_attached_by_other_means():
     model = build("llama")
     hook = make_steering_hook_tflens(draw(D_MODEL), token=6)

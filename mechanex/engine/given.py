@@ -10,7 +10,29 @@ from torch import Tensor
 
 from ..errors import ValidationError
 
-__all__ = ["as_table", "as_vector"]
+__all__ = ["as_mask", "as_table", "as_vector"]
+
+
+def as_mask(name: str, value: object) -> Tensor:
+    """Truth values [batch, tokens]; a tensor keeps its device.
+
+    Args:
+        name: what they are called in messages.
+        value: a tensor, NumPy array or nested list of bools.
+
+    Raises:
+        ValidationError: something else.
+    """
+    if isinstance(value, Tensor):
+        kind, shape = str(value.dtype), list(value.shape)
+        found = value
+    else:
+        array = _as_array(value)
+        kind, shape = str(array.dtype), list(array.shape)
+        found = torch.from_numpy(np.array(array)) if array.dtype == np.bool_ else torch.empty(0)
+    if found.dtype != torch.bool or found.ndim != 2:
+        raise ValidationError(f"{name} is [batch, tokens] of bool; got {shape} of {kind}.")
+    return found
 
 
 def as_table(name: str, value: object) -> Tensor:
@@ -47,13 +69,17 @@ def as_vector(name: str, value: object) -> Tensor:
     return found
 
 
+def _as_array(value: object) -> Any:
+    """A NumPy array of what is given; one of objects where that can't be."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):
+        return np.asarray(None)
+
+
 def _from_numbers(name: str, value: object) -> Tensor:
     """A NumPy array in its own precision, float32 for lists."""
-    array: Any
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError):
-        array = np.asarray(None)
+    array = _as_array(value)
     if array.dtype.kind not in "fiu":
         raise ValidationError(
             f"{name} must be numbers: a tensor, a NumPy array or a list of numbers; got {type(value).__name__}."

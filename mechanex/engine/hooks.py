@@ -15,6 +15,7 @@ from .._private.torch import writes
 from ..errors import ValidationError
 from .attaching import hooks_on
 from .chains import numbered
+from .given import as_mask
 from .intervention import Edit, EditTable
 from .models import adapter_for
 from .models.adapter import Handles, ModelAdapter, ResidualHook, exclusive
@@ -41,7 +42,8 @@ class Intervention:
             ``generate`` was given, else the first call with a cache, or each call without one. Where a call's facts
             don't tell, the call raises a ValidationError that says what to do.
         rows: indices of the prompts of the batch, None for all. Beams and further sequences of a prompt belong to it.
-        mask: [B, T] bool for exactly one shape of call, instead of ``tokens`` and ``rows``.
+        mask: [B, T] bool for exactly one shape of call, instead of ``tokens`` and ``rows``; a tensor, NumPy array
+            or list.
 
     Raises:
         ValidationError: one of these is of another kind, or the edit holds NaN or infinite numbers.
@@ -57,10 +59,7 @@ class Intervention:
         if self.mask is not None:
             if self.tokens is not None or self.rows is not None:
                 raise ValidationError("An intervention takes a mask, or tokens and rows; got both.")
-            if self.mask.dtype != torch.bool or self.mask.ndim != 2:
-                raise ValidationError(
-                    f"A mask is [batch, tokens] of bool; got {list(self.mask.shape)} of {self.mask.dtype}."
-                )
+            object.__setattr__(self, "mask", as_mask("A mask", self.mask))
         check_tokens(self.tokens)
         if self.rows is not None:
             object.__setattr__(self, "rows", _row_indices(self.rows))

@@ -212,7 +212,8 @@ def _read_json(path: Path) -> Contents:
     layers = {_layer_number(key): _json_vector(key, values) for key, values in found.items()}
     if checksum is None:
         return Contents(layers, {})
-    return Contents(layers, {CHECKSUM: own_checksum(checksum)})
+    # Only this library writes such a checksum, and it numbers the blocks that streams enter.
+    return Contents(layers, {CHECKSUM: own_checksum(checksum)}, "input")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -142,7 +143,6 @@ class Stack:
         }
         pack, width = self._copies, step_pack.pack.input_ids.shape[1]
         self._scored = pack.row * width + pack.predictor
-        self._losses = self._whole_losses if not replayed else self._replayed_losses
         self._graphs = graphs if replayed and on_one_device(self._adapter.hf_model) else None
         self._runs: dict[LossOptions, Any] = {}
 
@@ -193,9 +193,12 @@ class Stack:
         """[J, P] losses of the pack's completions under each job's edits."""
         run = self._runs.get(options)
         if run is None:
+            # What is kept here must not hold the stack, which would live on with its model.
+            stack = weakref.proxy(self)
 
             def run(*table: Tensor) -> Tensor:
-                return self._losses(table, options)
+                found: Tensor = stack._losses(table, options)
+                return found
 
             if self._graphs is not None and table[0].requires_grad:
                 run = self._runs[options] = self._graphs.of(run, table)
@@ -225,14 +228,13 @@ class Stack:
         assert hidden is not None
         return hidden
 
-    def _replayed_losses(self, table: Table, options: LossOptions) -> Tensor:
+    def _losses(self, table: Table, options: LossOptions) -> Tensor:
+        if self._segments is None:
+            with self._hooks.editing(self._rows, table):
+                return self._scores(None, options)
         hidden = self._replayed(table)
         rows = hidden.flatten(0, 1).index_select(0, self._scored.to(hidden.device))
         return self._scores(self._adapter.finish(rows), options)
-
-    def _whole_losses(self, table: Table, options: LossOptions) -> Tensor:
-        with self._hooks.editing(self._rows, table):
-            return self._scores(None, options)
 
     def _scores(self, hidden: Tensor | None, options: LossOptions) -> Tensor:
         logprobs = scored_logprobs(self._adapter, self._copies, hidden, coldness=options.coldness)
