@@ -1,4 +1,4 @@
-# demo, test, test-long, test-real, test-versions, lint, bench, wheel: each makes .venv if it is missing and brings it up to date, then runs.
+# demo, test, test-ci, test-long, test-real, test-versions, lint, bench, wheel: each makes .venv if it is missing and brings it up to date, then runs.
 # An active virtualenv is only asked for its Python. PYTHON, TORCH, PYTEST_ARGS, BENCH_ARGS: set them on the command line.
 
 PYTHON ?= python3
@@ -16,12 +16,13 @@ SOURCES := csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/cuda_on_host/*
 
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-long test-real test-versions lint bench wheel clean
+.PHONY: help demo test test-ci test-long test-real test-versions lint bench wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   steer the bundled model: table, picture, figures"
 	@echo "make test   run the tests"
+	@echo "make test-ci   run those that take long and that a change seldom breaks: CUDA sources on the CPU, packaging, fuzzing, load"
 	@echo "make test-real   run the tests that need SmolLM2-135M (fetched once, 93 MB)"
 	@echo "make test-versions   run those that depend on transformers most, with its oldest and its newest version"
 	@echo "make test-long   run the tests that take minutes: every family of transformers, every case under Triton's interpreter"
@@ -34,6 +35,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-ci: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m ci $(PYTEST_ARGS)
 
 test-real: $(VENV)/.dev
 	$(BIN)/python scripts/real_model.py --home $(REAL_HOME)

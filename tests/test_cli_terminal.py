@@ -51,9 +51,13 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "whoami": ([], "{email}"),
 }
 ASKING = {"login", "signup"}
-# Autoencoders have a file of tests of their own.
+# Autoencoders, and what looks into a model or an answer, have files of tests of their own.
 ELSEWHERE = {
+    "attribute",
+    "cite",
     "delete-api-key",
+    "model graph",
+    "model paths",
     "serve",
     *(f"sae {name}" for name in ("explain", "list", "show", "trace", "train")),
 }

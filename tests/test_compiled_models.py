@@ -19,7 +19,7 @@ from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
 from mechanex.utils.hooks import hf_hooks_contextmanager, make_activs_hook_hf, make_steering_hook_hf
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.ci, pytest.mark.slow]
 
 D_MODEL = 8
 IDS = torch.arange(2, 14).view(2, 6)

@@ -26,13 +26,16 @@ HERE = Path(__file__).resolve().parent
 COMPILER = shutil.which("g++")
 HEADERS = Path(sysconfig.get_path("include"))
 
-pytestmark = pytest.mark.skipif(
-    COMPILER is None
-    or not (HERE.parent / "csrc").is_dir()
-    or not (HEADERS / "Python.h").exists()
-    or exchange_table() is None,
-    reason="needs g++, Python's headers, the source tree and torch 2.10",
-)
+pytestmark = [
+    pytest.mark.ci,
+    pytest.mark.skipif(
+        COMPILER is None
+        or not (HERE.parent / "csrc").is_dir()
+        or not (HEADERS / "Python.h").exists()
+        or exchange_table() is None,
+        reason="needs g++, Python's headers, the source tree and torch 2.10",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

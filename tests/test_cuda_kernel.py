@@ -21,9 +21,12 @@ HERE = Path(__file__).resolve().parent
 COMPILER = shutil.which("g++")
 TILE, ROW, WIDE, ANY = range(4)
 
-pytestmark = pytest.mark.skipif(
-    COMPILER is None or not (HERE.parent / "csrc").is_dir(), reason="needs g++ and the source tree"
-)
+pytestmark = [
+    pytest.mark.ci,
+    pytest.mark.skipif(
+        COMPILER is None or not (HERE.parent / "csrc").is_dir(), reason="needs g++ and the source tree"
+    ),
+]
 
 # Shapes that the op table need not have: a tile that isn't full, rows of a tile that differ, rows in many registers.
 LAYOUTS = (

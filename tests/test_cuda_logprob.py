@@ -22,9 +22,12 @@ HERE = Path(__file__).resolve().parent
 COMPILER = shutil.which("g++")
 MANY, FEW = 0, 132
 
-pytestmark = pytest.mark.skipif(
-    COMPILER is None or not (HERE.parent / "csrc").is_dir(), reason="needs g++ and the source tree"
-)
+pytestmark = [
+    pytest.mark.ci,
+    pytest.mark.skipif(
+        COMPILER is None or not (HERE.parent / "csrc").is_dir(), reason="needs g++ and the source tree"
+    ),
+]
 
 
 class Kernels:

@@ -44,7 +44,7 @@ from mechanex.utils.steering_opt import (
     optimize_vector_minibatch_hf,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.ci, pytest.mark.slow]
 
 TOKENIZER = tiny_tokenizer()
 PROMPTS = ["The morning was", "She said that the bread", "A woman"]

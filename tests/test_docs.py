@@ -40,6 +40,7 @@ def commands(page: Path) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda p: p.name)
 def test_shell_blocks_run(page, tmp_path):
     """`make` targets are checked to exist (running them from inside `make test` would not end); the rest is run."""

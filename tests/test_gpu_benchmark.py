@@ -26,9 +26,12 @@ case "$*" in
 esac
 """
 
-pytestmark = pytest.mark.skipif(
-    not SCRIPT.exists() or shutil.which("bash") is None, reason="needs a source tree and bash"
-)
+pytestmark = [
+    pytest.mark.ci,
+    pytest.mark.skipif(
+        not SCRIPT.exists() or shutil.which("bash") is None, reason="needs a source tree and bash"
+    ),
+]
 
 
 @pytest.fixture

@@ -20,7 +20,10 @@ from mechanex.backends import native
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = "import sys; from scikit_build_core.build import build_wheel; print(build_wheel(sys.argv[1]))"
 
-pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="not in a source tree")
+pytestmark = [
+    pytest.mark.ci,
+    pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="not in a source tree"),
+]
 
 Builder = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -20,7 +20,7 @@ from server_process import ServerProcess, serving
 from mechanex.server.axionic.bodies import GenerateBody, RaagBody, SteeringBody
 from mechanex.server.openai.bodies import ChatBody, CompletionBody
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.ci, pytest.mark.slow]
 
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/generate", "/steering/generate", "/auth/login")
 VICTIM = {"prompt": "Anna went to the market on Friday.", "max_tokens": 30, "temperature": 0}

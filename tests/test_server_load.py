@@ -12,7 +12,7 @@ from serving_load import Job, load, prompt_of, solo_answers
 
 from mechanex.engine.models.resolve import load as load_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.ci, pytest.mark.slow]
 
 N_CLIENTS = 64
 SECONDS = 3

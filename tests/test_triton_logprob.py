@@ -276,6 +276,7 @@ TARGETS = [
 ]
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 @outside_the_interpreter
 @pytest.mark.parametrize("target", TARGETS, ids=str)

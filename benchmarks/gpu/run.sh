@@ -66,7 +66,7 @@ if wanted test; then
   tests=("$root"/tests/test_{steer_op,steer_many,steer_table,steer_gpu,logprob_op,logprob_gpu,backends}.py)
   for more in "$root"/tests/test_{triton,static}*.py; do [ ! -e "$more" ] || tests+=("$more"); done
   outcome=passed
-  timeout 240 "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" "${tests[@]}" || status=$?
+  timeout 240 "$PYTHON" -m pytest -q -m "not long" -p no:cacheprovider "${workers[@]}" "${tests[@]}" || status=$?
   if [ "$status" -ne 0 ]; then
     outcome="failed ($status)"
     echo "tests $outcome: the timings that follow say so, and may be of wrong results" >&2
