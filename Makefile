@@ -22,7 +22,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 help:
 	@echo "make demo   steer the bundled model: table, picture, figures"
 	@echo "make test   run the tests"
-	@echo "make test-ci   run those that take long and that a change seldom breaks: CUDA sources on the CPU, packaging, fuzzing, load"
+	@echo "make test-ci   run those that take long and that a change seldom breaks: kernels on the CPU, packaging, faults, fuzzing, load"
 	@echo "make test-real   run the tests that need SmolLM2-135M (fetched once, 93 MB)"
 	@echo "make test-versions   run those that depend on transformers most, with its oldest and its newest version"
 	@echo "make test-long   run the tests that take minutes: every family of transformers, every case under Triton's interpreter"

@@ -190,6 +190,7 @@ def test_what_goes_wrong_is_one_line_on_stderr_and_exit_code_1(
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.ci
 def test_pipes_and_no_color_get_plain_text(model: str, data: str) -> None:
     arguments = ("steer", model, "--data", data, "--prompt", PROMPT, "--max-tokens", "3")
     done = as_process(*arguments, NO_COLOR="1", COLUMNS="60", PYTHONIOENCODING="utf-8")
@@ -284,6 +285,7 @@ def test_the_demo_shows_that_steering_works(
         assert most["perplexity"] <= 2 * plain["perplexity"]
 
 
+@pytest.mark.ci
 def test_text_that_the_terminal_lacks_does_not_stop_it(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -19,7 +19,7 @@ from server_process import serving
 from mechanex.bundled import model_path
 from mechanex.engine.vectors import SteeringVector
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.ci, pytest.mark.slow]
 
 
 def test_sigterm_under_load_ends_streams_within_ten_seconds(tmp_path: Path) -> None:

@@ -75,7 +75,10 @@ def assert_forward(got: Tensor, args: optable.Args) -> None:
 
 @pytest.mark.slow
 @outside_the_interpreter
-@pytest.mark.parametrize("cases", ["one of a kind", pytest.param("all", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "cases",
+    [pytest.param("one of a kind", marks=pytest.mark.ci), pytest.param("all", marks=pytest.mark.long)],
+)
 def test_under_the_interpreter(cases: str) -> None:
     # Finite differences take thousands of calls: `test_second_derivatives_exist` stands for them. The op's test of
     # equal bits has 700 rows; the one here does the same with fewer.
