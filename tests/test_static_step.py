@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from families import D_MODEL, FAMILIES, SLIDING, build, sliding_family, tiny_tokenizer
+from families import D_MODEL, FAMILIES, SLIDING, sliding_family, tiny_tokenizer
 from test_decode import N_NEW, PROMPTS, _all_of, ids_of, truth
 from torch import Tensor
 
@@ -41,6 +42,12 @@ DEVICES = [
         "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
     ),
 ]
+
+
+@cache
+def build(name: str) -> Any:
+    """A model that this file shares: hooks by which transformers collects hidden states elsewhere stay for ever."""
+    return FAMILIES[name]()
 
 
 class HostGraphs(Graphs):
