@@ -37,7 +37,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 test-ci: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m ci $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m "ci and not long" $(PYTEST_ARGS)
 
 test-real: $(VENV)/.dev
 	$(BIN)/python scripts/real_model.py --home $(REAL_HOME)

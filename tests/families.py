@@ -16,6 +16,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from mechanex._private.transformers import CAPTURING
+
 N_LAYERS = 4
 D_MODEL = 48
 N_HEADS = 4
@@ -227,7 +229,7 @@ def _written(model: PreTrainedModel) -> int:
 def _hooked(model: PreTrainedModel) -> bool:
     """Whether somebody has left a hook; those by which transformers collects hidden states stay for ever."""
     hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
-    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
+    return any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks)
 
 
 def changed_models() -> list[str]:

@@ -46,7 +46,7 @@ DEVICES = [
 
 @cache
 def build(name: str) -> Any:
-    """A model that this file shares: hooks by which transformers collects hidden states elsewhere stay for ever."""
+    """A model that this file shares: a step that other files' tests left on theirs has graphs of another kind."""
     return FAMILIES[name]()
 
 
@@ -461,7 +461,7 @@ def test_older_transformers_attend_so_inside_the_step(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(grouped, "_attend", counted)
     monkeypatch.setattr(grouped, "_NAME", "counted")
-    model = build("llama")
+    model = FAMILIES["llama"]()
     both(model, [TextRequest(one, 5) for one in ids_of()])
     assert len(calls) == 4 * adapter_for(model).n_layers
     assert model.config._attn_implementation == "sdpa"
