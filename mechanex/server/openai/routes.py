@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from ...engine.chat import Chat
 from ...engine.sae.behavior import Behavior
 from ...engine.sae.watching import forced_edits
-from ...engine.sampling import Sampling
+from ...engine.sampling import Sampling, row_seed
 from ...errors import NotFoundError, ValidationError
 from ..accounts.auth import Principal, principal
 from ..http.disconnect import done_or_gone
@@ -124,7 +124,7 @@ async def _answer(
     """Asks for the answers to all prompts, and tells them as a stream or as a whole."""
     n = body.n_answers
     requests = [
-        replace(one, seed=_seed(body.seed, i), onlooker=watching.onlooker())
+        replace(one, seed=None if body.seed is None else row_seed(body.seed, i), onlooker=watching.onlooker())
         for one in prompts
         for i in range(n)
     ]
@@ -260,10 +260,6 @@ def _check_room(engine: ServingEngine, prompt: int, asked: int | None) -> None:
             "max_tokens" if prompt < context else None,
             "context_length_exceeded",
         )
-
-
-def _seed(seed: int | None, i: int) -> int | None:
-    return None if seed is None else (seed + i) % 2**63
 
 
 def _invalid(message: str, param: str | None, code: str | None = None) -> ValidationError:
