@@ -210,7 +210,9 @@ async def _steering(
     except (NotFoundError, ValidationError) as error:
         raise _invalid(error.message, param) from error
     action = body.behavior_action
-    watching = Watching(tuple(watched.values()), action if action is not None and action != "steer" else "correct")
+    watching = Watching(
+        tuple(watched.values()), action if action is not None and action != "steer" else "correct"
+    )
     if not names and not corrected:
         found += steerings.corrections
         watching = steerings.correcting
