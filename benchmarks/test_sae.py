@@ -36,9 +36,9 @@ class Silent:
 
 @pytest.fixture(scope="module")
 def sae():
-    """A random JumpReLU autoencoder."""
+    """A random JumpReLU autoencoder whose numbers bfloat16 holds."""
     draw = torch.Generator().manual_seed(0)
-    encoder = torch.randn(N_FEATURES, WIDTH, generator=draw) / WIDTH**0.5
+    encoder = (torch.randn(N_FEATURES, WIDTH, generator=draw) / WIDTH**0.5).bfloat16().float()
     return SparseAutoencoder(
         encoder,
         torch.zeros(N_FEATURES),
@@ -71,11 +71,12 @@ def test_watching_beside_a_step(report, benchmark, sae, behaviors, n_rows):
     model = llama_110m()
     adapter = adapter_for(model)
     ids = torch.randint(3, 500, (n_rows, 16), generator=torch.Generator().manual_seed(0)).tolist()
-    columns = Scorer(behaviors)
+    columns = Scorer(behaviors, dtype=torch.bfloat16)
     x = torch.randn(n_rows, WIDTH, generator=torch.Generator().manual_seed(2))
+    whole = sae.encoder.bfloat16()
 
     def full():
-        return sae_features(x, sae.encoder, sae.bias, sae.threshold)
+        return sae_features(x, whole, sae.bias, sae.threshold)
 
     said = full().float()
     wanted = torch.stack([said[:, b.features.numbers] @ b.features.weights for b in behaviors], 1)

@@ -235,6 +235,8 @@ def test_many_behaviors_at_once_score_as_each_alone(kind: str) -> None:
             said = whole[:, behavior.features.names] @ behavior.features.weights
             torch.testing.assert_close((said - 0.1 * i) / (1 + 0.9 * i), wanted[:, i], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(Scorer(behaviors)(x), wanted, rtol=1e-4, atol=1e-4)
+    near = Scorer(behaviors, dtype=torch.bfloat16)(x)
+    assert float((near - wanted).abs().median()) < 0.02
 
 
 def test_places_of_one_answer_are_told_token_by_token(tiny: ModelAdapter, anger: Behavior) -> None:

@@ -22,9 +22,15 @@ class Scorer:
     Args:
         behaviors: at least one, all of one width.
         device: where activations are.
+        dtype: in which the encoder's rows are kept; float32 keeps scores to rounding, bfloat16 halves what is read.
     """
 
-    def __init__(self, behaviors: Sequence[Behavior], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        behaviors: Sequence[Behavior],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.behaviors = tuple(behaviors)
         self.thresholds = torch.tensor([b.threshold for b in behaviors], device=device)
         self._n, self._device = len(behaviors), torch.device(device)
@@ -36,7 +42,7 @@ class Scorer:
         self._low = torch.tensor([_ends(b)[0] for b in behaviors], device=device)
         self._span = torch.tensor([_ends(b)[1] - _ends(b)[0] for b in behaviors], device=device)
         self._groups = [
-            _Group([(i, behaviors[i].features) for i in places], self._n, self._device)  # type: ignore[misc]
+            _Group([(i, behaviors[i].features) for i in places], self._n, self._device, dtype)  # type: ignore[misc]
             for places in _by_autoencoder(behaviors)
         ]
 
@@ -79,10 +85,16 @@ class _Group:
     Args:
         members: places among all behaviors, with their detectors.
         n: how many behaviors there are.
-        device: where activations are.
+        device, dtype: as for :class:`Scorer`.
     """
 
-    def __init__(self, members: Sequence[tuple[int, FeatureDetector]], n: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        members: Sequence[tuple[int, FeatureDetector]],
+        n: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         first = members[0][1].sae
         self._whole = not first.elementwise
         if self._whole:
@@ -102,6 +114,7 @@ class _Group:
                 self._weights[row : row + len(found.weights), place] = found.weights.to(device)
                 row += len(found.weights)
         self._sae = sae
+        self._encoder = sae.encoder.to(dtype)
         self._gain = None if sae.gain is None else sae.gain.exp()
         self._norms = sae.decoder_norms if sae.by_decoder_norm else None
 
@@ -109,11 +122,11 @@ class _Group:
         sae = self._sae
         inputs = sae.prepare(x).inputs
         if not self._whole:
-            said = sae_features(inputs, sae.encoder, sae.bias, sae.threshold, self._gain, sae.offset)
+            said = sae_features(inputs, self._encoder, sae.bias, sae.threshold, self._gain, sae.offset)
             return said.float() @ self._weights
         assert sae.k is not None
         values, places = sae_top_features(
-            inputs, sae.encoder, sae.bias, sae.k, self._norms, signed=sae.activation == "abstopk"
+            inputs, self._encoder, sae.bias, sae.k, self._norms, signed=sae.activation == "abstopk"
         )
         return (values[:, :, None] * self._weights[places]).sum(1)
 
