@@ -71,7 +71,7 @@ def test_watching_beside_a_step(report, benchmark, sae, behaviors, n_rows):
     model = llama_110m()
     adapter = adapter_for(model)
     ids = torch.randint(3, 500, (n_rows, 16), generator=torch.Generator().manual_seed(0)).tolist()
-    columns = Scorer(behaviors, dtype=torch.bfloat16)
+    columns = Scorer(behaviors)
     x = torch.randn(n_rows, WIDTH, generator=torch.Generator().manual_seed(2))
     whole = sae.encoder.bfloat16()
 

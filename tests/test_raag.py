@@ -57,6 +57,8 @@ def test_a_server_says_what_is_wrong(server: ServerProcess) -> None:
         remote.raag.generate([{"q": 1}], docs=DOCS)
     with pytest.raises(ValidationError, match="document 0 has no text"):
         remote.raag.generate(ASKED, docs=[{}])
+    with pytest.raises(ValidationError, match=r"the request has 257 questions, and .* takes 256 at most"):
+        remote.raag.generate([{"question": "Who?"}] * 257, docs=DOCS)
     with pytest.raises(MechanexError, match=r"pip install pinecone|PINECONE_API_KEY"):
         remote.raag.generate(ASKED, pinecone_index_name="ours")
     with pytest.raises(ValidationError, match="reads no Pinecone index named 'theirs'"):

@@ -80,13 +80,14 @@ def test_pictures_are_written_without_a_display(tmp_path: Path) -> None:
         "from mechanex.engine.sae.traces import TracedToken, WatchedText\n"
         "one = WatchedText('ab', 'stop', (), (TracedToken(1, 'b $_{', {'x': 1.0}, (), ()),), 'a')\n"
         "one._repr_html_(); assert 'matplotlib' not in sys.modules and 'torch' not in sys.modules\n"
-        f"one.save({str(tmp_path / 'a.png')!r}); one.save({str(tmp_path / 'a.html')!r})\n"
+        f"one.save({str(tmp_path / 'a' / 'a.png')!r}); one.save({str(tmp_path / 'b' / 'a.html')!r})\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
-    assert (tmp_path / "a.html").read_text().startswith("<!doctype html>")
+    # In folders that are made, too, of both kinds.
+    assert (tmp_path / "a" / "a.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "b" / "a.html").read_text().startswith("<!doctype html>")
 
 
 def test_any_text_can_be_drawn(tmp_path: Path) -> None:

@@ -265,6 +265,30 @@ def test_unknown_behaviors_are_errors(served: TestClient) -> None:
         assert answer.status_code == 400 and said in answer.json()["error"]["message"], answer.text
 
 
+def test_each_field_of_behaviors_means_the_same_beside_others(served: TestClient) -> None:
+    prompt = PROVOKING[0]
+    # What is taken out of every token, or steered by its vector, is watched too where that was asked for.
+    for fields in (
+        {"force_steering": ["anger"]},
+        {"behavior_names": ["anger"], "behavior_action": "steer"},
+    ):
+        (both,) = completed(served, prompt, corrected_behaviors=["anger"], behavior_scores=True, **fields)
+        assert all(set(token["scores"]) == {"anger"} for token in both["behaviors"]["tokens"][:-1])
+    # behavior_action is about behavior_names: what is forced beside them may be a vector alone.
+    few = {name: texts[:3] for name, texts in ANGER.items()} | {"behavior_name": "few"}
+    assert served.post("/behaviors/create", json=few).status_code == 200
+    try:
+        (one,) = completed(
+            served, prompt, behavior_names=["anger"], behavior_action="report", force_steering=["few"]
+        )
+        (other,) = completed(served, prompt, force_steering=["few"])
+        assert one["text"] == other["text"]
+        answer = served.post("/v1/completions", json={"prompt": "The", "force_steering": ["nope"]})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "force_steering"
+    finally:
+        served.delete("/behaviors/few")
+
+
 def test_behaviors_belong_to_their_account_and_outlive_the_server(
     server: Server, wanted: dict[str, list[Any]], mechanex_home: Path
 ) -> None:

@@ -8,7 +8,7 @@ from ..errors import ValidationError
 from .models.adapter import ModelAdapter
 from .regimes import first_change
 
-__all__ = ["PROBE_TOKENS", "check_context", "check_length", "outgrown_length", "window_of"]
+__all__ = ["PROBE_TOKENS", "check_context", "check_length", "check_prompt", "outgrown_length", "window_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +60,17 @@ def check_length(adapter: ModelAdapter, longest: int) -> None:
         )
 
 
+def check_prompt(adapter: ModelAdapter, n_tokens: int, max_tokens: int) -> None:
+    """Refuses a prompt of so many tokens that fills the model's context, or passes it where nothing is added."""
+    context = adapter.context
+    if context is not None and n_tokens + min(max_tokens, 1) > context:
+        raise ValidationError(
+            f"the prompt has {n_tokens} tokens and {adapter.model_id} has a context of {context}: "
+            "shorten the prompt.",
+            details={"code": "context_length_exceeded"},
+        )
+
+
 def check_context(adapter: ModelAdapter, longest: int, max_tokens: int) -> None:
     """Refuses a prompt that fills the model's context, and logs where an answer will end at it.
 
@@ -68,15 +79,9 @@ def check_context(adapter: ModelAdapter, longest: int, max_tokens: int) -> None:
         longest: tokens of the longest prompt.
         max_tokens: most tokens that are to be added.
     """
+    check_prompt(adapter, longest, max_tokens)
     context = adapter.context
-    if context is None:
-        return
-    if longest >= context:
-        raise ValidationError(
-            f"the prompt has {longest} tokens and {adapter.model_id} has a context of {context}: "
-            "shorten the prompt."
-        )
-    if longest + max_tokens > context:
+    if context is not None and longest + max_tokens > context:
         _log.warning(
             "stopping after %d tokens, not %d: the context of %s has %d and the prompt %d",
             context - longest,

@@ -17,7 +17,7 @@ from .whole import as_whole
 if TYPE_CHECKING:
     from .vectors import SteeringVector
 
-__all__ = ["METHODS", "Options", "Sampling", "end_tokens", "padding_token"]
+__all__ = ["METHODS", "Options", "Sampling", "end_tokens", "padding_token", "row_seed"]
 
 _logger = logging.getLogger(__name__)
 
@@ -115,12 +115,17 @@ class Options(Sampling):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def seeds(self, n_rows: int) -> list[int]:
-        """One seed per row: ``seed + i``."""
+        """One seed per row."""
         seed = self.seed
         if seed is None:
             seed = int(torch.randint(2**62, ()))
             _logger.info("seed %d", seed)
-        return [(seed + i) % 2**63 for i in range(n_rows)]
+        return [row_seed(seed, i) for i in range(n_rows)]
+
+
+def row_seed(seed: int, i: int) -> int:
+    """The seed of row ``i`` of those that are drawn from one seed."""
+    return (seed + i) % 2**63
 
 
 def end_tokens(hf: Any, tokenizer: Any) -> list[int]:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from .html import bars, block, legend, page, shaded, table
+from .html import bars, block, legend, shaded, table, write_page
 from .plots import BLUE, COLUMNS, HIGH, drawn, put_bars, put_text, text_lines
 from .shading import Shade
 from .traces import as_picture
@@ -99,7 +99,7 @@ class Dashboard:
         """
         target = as_picture(path)
         if target.suffix.lower() == ".html":
-            target.write_text(page(self.title, self._repr_html_()), encoding="utf-8", errors="replace")
+            write_page(target, self.title, self._repr_html_())
             return
         most = max((one.strongest for one in self.passages), default=0.0)
         lines = text_lines([Shade(self.title, strong=False)])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+from ...home import atomic_path
 from .shading import Shade, color, visible
 
-__all__ = ["bars", "block", "legend", "page", "shaded", "table"]
+__all__ = ["bars", "block", "legend", "shaded", "table", "write_page"]
 
 # Colours of its own, so that a dark notebook doesn't show dark text on dark ground.
 _STYLE = (
@@ -21,12 +23,14 @@ _STYLE = (
 )
 
 
-def page(title: str, body: str) -> str:
-    """A whole document."""
-    return (
+def write_page(path: Path, title: str, body: str) -> None:
+    """Writes a whole document, whole or not at all."""
+    told = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title></head>'
         f"<body>{body}</body></html>\n"
     )
+    with atomic_path(path) as temporary:
+        temporary.write_text(told, encoding="utf-8", errors="replace")
 
 
 def block(parts: Iterable[str]) -> str:

@@ -22,14 +22,15 @@ class Scorer:
     Args:
         behaviors: at least one, all of one width.
         device: where activations are.
-        dtype: in which the encoder's rows are kept; float32 keeps scores to rounding, bfloat16 halves what is read.
+        dtype: in which the encoder's rows are kept; None: in bfloat16, which halves what is read, where that holds
+            all of their numbers, as of autoencoders that were published in it, else as they are.
     """
 
     def __init__(
         self,
         behaviors: Sequence[Behavior],
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.behaviors = tuple(behaviors)
         self.thresholds = torch.tensor([b.threshold for b in behaviors], device=device)
@@ -93,7 +94,7 @@ class _Group:
         members: Sequence[tuple[int, FeatureDetector]],
         n: int,
         device: torch.device,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
     ) -> None:
         first = members[0][1].sae
         self._whole = not first.elementwise
@@ -114,7 +115,10 @@ class _Group:
                 self._weights[row : row + len(found.weights), place] = found.weights.to(device)
                 row += len(found.weights)
         self._sae = sae
-        self._encoder = sae.encoder.to(dtype)
+        self._encoder = sae.encoder if dtype is None else sae.encoder.to(dtype)
+        if dtype is None and not self._whole:  # a part is this scorer's own; a whole one would be there twice
+            half = sae.encoder.bfloat16()
+            self._encoder = half if torch.equal(half.to(sae.encoder.dtype), sae.encoder) else sae.encoder
         self._gain = None if sae.gain is None else sae.gain.exp()
         self._norms = sae.decoder_norms if sae.by_decoder_norm else None
 

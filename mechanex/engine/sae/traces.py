@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import ValidationError
-from .html import block, legend, page, shaded
+from .html import block, legend, shaded, write_page
 from .plots import COLUMNS, HIGH, drawn, put_text, text_lines
 from .shading import Shade
 
@@ -88,7 +88,7 @@ def save_traces(texts: list[WatchedText], path: str | os.PathLike[str]) -> None:
     """
     target = as_picture(path)
     if target.suffix.lower() == ".html":
-        target.write_text(page("What was watched", _html(texts)), encoding="utf-8", errors="replace")
+        write_page(target, "What was watched", _html(texts))
         return
     lines = [
         line

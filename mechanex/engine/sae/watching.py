@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -69,6 +70,14 @@ class Watch:
     altered: bool = False
     _counts: dict[HookPoint, int] = field(default_factory=dict)
 
+    @cached_property
+    def by_point(self) -> dict[HookPoint, tuple[Behavior, ...]]:
+        """The behaviors by the places where they are read."""
+        found: dict[HookPoint, tuple[Behavior, ...]] = {}
+        for behavior in self.behaviors:
+            found[behavior.point] = (*found.get(behavior.point, ()), behavior)
+        return found
+
     @property
     def end(self) -> Literal["behavior"] | None:
         """``"behavior"`` once the answer is to end."""
@@ -90,7 +99,8 @@ class Watch:
             The behaviors that are to be corrected in it.
         """
         self.active.update(detected)
-        corrected = tuple(name for name in scores if name in self.active) if self.action == "correct" else ()
+        corrects = self.action == "correct" and self.active
+        corrected = tuple(name for name in scores if name in self.active) if corrects else ()
         self.altered |= bool(corrected)
         place = self._counts[point] = self.n_seen(point) + 1
         if place > len(self.seen):
@@ -116,13 +126,16 @@ class _Here:
 
     row: int
     watch: Watch
-    behaviors: list[Behavior]
+    behaviors: tuple[Behavior, ...]
     first: int | None
 
     def tokens(self, columns: int, point: HookPoint) -> Iterator[tuple[int, int]]:
         """The columns that hold tokens of the answer, and which ones they are."""
         first = self.watch.n_seen(point) if self.first is None else self.first
         return ((column, first + column) for column in range(max(0, -first), columns))
+
+
+_Rows = dict[HookPoint, list[_Here]]
 
 
 class WatchingSteering(RowSteering):
@@ -141,8 +154,8 @@ class WatchingSteering(RowSteering):
         self._hooks = Handles()
         self._points: set[HookPoint] = set()
         self._scorers: OrderedDict[tuple[int, ...], Scorer] = OrderedDict()
-        self._rows: list[_Here] = []
-        self._remembered: list[_Here] = []
+        self._rows: _Rows = {}
+        self._remembered: _Rows = {}
 
     @property
     def attached(self) -> bool:
@@ -155,15 +168,18 @@ class WatchingSteering(RowSteering):
             # Hooks run in the order in which they came, and scores are of what the edits make.
             self._unhook()
         self.look_on(spans, columns)
-        self._remembered = [replace(one, first=None) for one in self._rows]
+        self._remembered = {
+            point: [replace(one, first=None) for one in here] for point, here in self._rows.items()
+        }
 
     def look_on(self, spans: Sequence[Span], columns: int) -> bool:
-        self._rows = []
+        self._rows = {}
         for i, span in enumerate(spans):
             watch, first = span.onlooker, span.first - span.prompt_length
-            if isinstance(watch, Watch) and watch.behaviors and first + columns > 0:
-                self._rows.append(_Here(i, watch, list(watch.behaviors), first))
-        for point in {behavior.point for one in self._rows for behavior in one.behaviors} - self._points:
+            if isinstance(watch, Watch) and first + columns > 0:
+                for point, behaviors in watch.by_point.items():
+                    self._rows.setdefault(point, []).append(_Here(i, watch, behaviors, first))
+        for point in self._rows.keys() - self._points:
             self._hooks.add(on_point(self._model, point, self._watching(point)))
             self._points.add(point)
         return bool(self._rows)
@@ -176,12 +192,12 @@ class WatchingSteering(RowSteering):
 
     def rest(self) -> None:
         super().rest()
-        self._rows = []
+        self._rows = {}
 
     def detach(self) -> None:
         super().detach()
         self._unhook()
-        self._rows = self._remembered = []
+        self._rows = self._remembered = {}
 
     def _unhook(self) -> None:
         self._hooks.remove()
@@ -189,11 +205,7 @@ class WatchingSteering(RowSteering):
 
     def _watching(self, point: HookPoint) -> Any:
         def watch(hidden: Tensor) -> Tensor | None:
-            here = [
-                replace(one, behaviors=mine)
-                for one in self._rows
-                if (mine := [b for b in one.behaviors if b.point == point])
-            ]
+            here = self._rows.get(point)
             if not here:
                 return None
             begun = time.perf_counter()
@@ -236,19 +248,20 @@ class WatchingSteering(RowSteering):
         change: dict[Behavior, list[int]],
     ) -> None:
         """Scores tokens that the model reads for the first time; adds to ``change`` what is to be corrected."""
-        behaviors = list({id(b): b for _, one in new for b in one.behaviors}.values())
-        scorer = self._scorer(sorted(behaviors, key=id), hidden.device)
-        column = {id(b): j for j, b in enumerate(scorer.behaviors)}
+        kinds = {one.behaviors for _, one in new}
+        scorer = self._scorer(sorted({b for behaviors in kinds for b in behaviors}, key=id), hidden.device)
+        column = {b: j for j, b in enumerate(scorer.behaviors)}
+        columns = {behaviors: [(b.name, column[b]) for b in behaviors] for behaviors in kinds}
         x = hidden.flatten(0, 1).flatten(1)
         if len(new) < len(x):
             x = x[torch.tensor([place for place, _ in new], device=x.device)]
         scores = scorer(x)
         found, hits = scores.tolist(), (scores > scorer.thresholds).tolist()
         for (place, one), values, over in zip(new, found, hits, strict=True):
-            mine = {b.name: values[column[id(b)]] for b in one.behaviors}
-            detected = [b.name for b in one.behaviors if over[column[id(b)]]]
-            corrected = one.watch.note(point, mine, detected)
-            for b in one.behaviors:
+            mine = columns[one.behaviors]
+            detected = [name for name, j in mine if over[j]] if any(over) else []
+            corrected = one.watch.note(point, {name: values[j] for name, j in mine}, detected)
+            for b in one.behaviors if corrected else ():
                 if b.name in corrected:
                     change.setdefault(b, []).append(place)
 

@@ -50,7 +50,7 @@ async def create_behavior(
             "name."
         )
     await run_sync(library.check_name, who.account_id, body.behavior_name)
-    examples = examples_of(engine, body)
+    examples = await examples_of(engine, body)
     given, owned = None, False
     if body.steering_vector_id is not None:
         owned = await run_sync(library.vector, who.account_id, body.steering_vector_id) is not None
@@ -135,9 +135,6 @@ async def _behavior(
     vector: SteeringVector | None,
 ) -> Behavior:
     """What ``sae.create_behavior`` of a local client makes."""
-    await engine.check_examples(
-        examples["prompts"], [*examples["positive_answers"], *examples["negative_answers"]]
-    )
     await run_sync(store_of(request).library.check_room, who.account_id)
     source, sae = await engine.autoencoder() or (None, None)
 

@@ -16,12 +16,7 @@ from ..model.engine import Engine
 from ..model.requests import TextRequest, results_of
 from . import accounts, attribution, behaviors, raag
 from .accounts import shown
-from .bodies import (
-    GenerateBody,
-    Output,
-    Reason,
-    SteeringBody,
-)
+from .bodies import GenerateBody, Output, Reason, SteeringBody
 from .guards import Sender, Worker
 from .work import computed, examples_of, stops_of
 
@@ -91,7 +86,8 @@ async def generate_vectors(
     body: SteeringBody, request: Request, engine: Engine, who: Worker
 ) -> dict[str, str]:
     """Computes a steering vector from contrastive answers and keeps it for the account."""
-    vector = await computed(request, engine, who, examples_of(engine, body), body.layer_idxs, body.method)
+    examples = await examples_of(engine, body)
+    vector = await computed(request, engine, who, examples, body.layer_idxs, body.method)
     return {
         "steering_vector_id": await run_sync(store_of(request).library.add_vector, who.account_id, vector)
     }

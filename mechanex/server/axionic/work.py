@@ -36,9 +36,6 @@ async def computed(
 ) -> SteeringVector:
     """What ``steering.generate_vectors`` of a local client computes, for as long as the sender waits for it."""
     check_count(len(layer_idxs or ()), engine.settings.max_example_layers, "layers")
-    await engine.check_examples(
-        examples["prompts"], [*examples["positive_answers"], *examples["negative_answers"]]
-    )
     check_method(method)
     await run_sync(store_of(request).library.check_room, who.account_id)
     compute = vectors_by(method)
@@ -58,14 +55,15 @@ async def done(
 
 
 def check_count(n: int, most: int, what: str) -> None:
-    """Refuses a vector of more layers or examples than the server takes."""
+    """Refuses more layers, examples, questions or documents than the server takes."""
     if n > most:
-        raise ValidationError(f"a vector of {n} {what} was asked for, and this server takes {most} at most.")
+        raise ValidationError(f"the request has {n} {what}, and this server takes {most} at most.")
 
 
-def examples_of(engine: ServingEngine, body: SteeringBody | BehaviorBody) -> dict[str, Sequence[Any]]:
-    """The examples of a body, as many as the server takes at most."""
+async def examples_of(engine: ServingEngine, body: SteeringBody | BehaviorBody) -> dict[str, Sequence[Any]]:
+    """The examples of a body, as many as the server takes at most, each of which the model can read."""
     check_count(len(body.prompts), engine.settings.max_examples, "examples")
+    await engine.check_examples(body.prompts, [*body.positive_answers, *body.negative_answers])
     return {
         "prompts": body.prompts,
         "positive_answers": body.positive_answers,

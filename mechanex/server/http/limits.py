@@ -37,15 +37,17 @@ class RateLimit:
         self.check(client)
         if not self._limiter.hit(self._item, client):  # another thread took the last one
             self.give_back(client)
-            self.check(client)
+            raise self._refusal(client)
 
     def check(self, client: str) -> None:
         """Raises what ``take`` would, and counts nothing."""
-        if self._limiter.test(self._item, client):
-            return
+        if not self._limiter.test(self._item, client):
+            raise self._refusal(client)
+
+    def _refusal(self, client: str) -> RateLimitError:
         ends_at = self._limiter.get_window_stats(self._item, client).reset_time
         wait = max(1, math.ceil(ends_at - time.time()))
-        raise RateLimitError(
+        return RateLimitError(
             f"Too many {self._what}: at most {self._item.amount} a minute. Try again in {wait} s.",
             429,
             retry_after=wait,

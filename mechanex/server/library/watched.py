@@ -91,7 +91,8 @@ class WatchedBehaviors:
 
     async def every(self, account_id: str | None) -> tuple[Behavior, ...]:
         """All that the sender made for this model."""
-        return await self.named(account_id, await run_sync(self._names, account_id))
+        found = [await self.find(account_id, name) for name in await run_sync(self._names, account_id)]
+        return tuple(one for one in found if one is not None)  # one may have been deleted meanwhile
 
     def look_up(self, account_id: str | None, name: str) -> Behavior | None:
         """As ``find``, without the server's own; blocks."""
@@ -101,15 +102,19 @@ class WatchedBehaviors:
         taken = self._library is not None and self._library.behavior_vector_id(account_id, name) is not None
         if taken or account_id is not None or name not in self._kept.names():
             return None
-        try:
-            return self._fitting(self._of_operator(name))
-        except FileNotFoundError:  # it was deleted just now
-            return None
+        kept = self._of_operator(name)
+        return None if kept is None else self._fitting(kept)
 
-    def _of_operator(self, name: str) -> Behavior:
-        """A behavior that is kept on this machine; read again only where its file has changed, for rows to share."""
+    def _of_operator(self, name: str) -> Behavior | None:
+        """A behavior that is kept on this machine; read again only where its file has changed, for rows to share.
+
+        None where it was deleted just now.
+        """
         path = self._kept.folder / f"{name}{BEHAVIOR_FILE}"
-        status = path.stat()
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            return None
         state = (status.st_mtime_ns, status.st_ino)
         known = self._read.get(path)
         if known is None or known[0] != state:
@@ -122,11 +127,10 @@ class WatchedBehaviors:
         names = [one.behavior_name for one in kept if (one.watched or {}).get("model") == model]
         if account_id is None:
             taken = {one.behavior_name for one in kept}
-            names += [
-                name
-                for name in self._kept.names()
-                if name not in taken and self._of_operator(name).model == model
-            ]
+            for name in self._kept.names():
+                one = None if name in taken else self._of_operator(name)
+                if one is not None and one.model == model:
+                    names.append(name)
         return names
 
     def _fitting(self, behavior: Behavior) -> Behavior:

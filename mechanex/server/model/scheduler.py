@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from ...engine.limits import check_prompt
 from ...engine.models.adapter import ModelAdapter
+from ...engine.sampling import padding_token
 from ...errors import APIError, RateLimitError, ValidationError
 from ..metrics import Metrics
 from ..settings import ServerSettings
@@ -66,8 +68,7 @@ class Scheduler:
 
     def start(self) -> None:
         """Starts the model's thread; call it on the event loop's thread."""
-        pad = getattr(self._tokenizer, "pad_token_id", None)
-        padding = int(pad) if pad is not None else (self._ends[0] if self._ends else 0)
+        padding = padding_token(self._tokenizer, self._ends)
         loop = asyncio.get_running_loop()
         self._worker = Worker(self._adapter, padding, self._settings, self._metrics, loop)
         self._accepting = True
@@ -97,12 +98,7 @@ class Scheduler:
                     "the prompt is empty and the tokenizer adds no BOS: give at least one token."
                 )
             self._adapter.check_token_ids(request.ids)
-            if self.context is not None and n_ids + min(request.max_tokens, 1) > self.context:
-                raise ValidationError(
-                    f"the prompt has {n_ids} tokens and the context of {self._adapter.model_id} is "
-                    f"{self.context}: shorten the prompt.",
-                    details={"code": "context_length_exceeded"},
-                )
+            check_prompt(self._adapter, n_ids, request.max_tokens)
         deadline = time.monotonic() + self._settings.request_timeout
         rows = [
             ServedRow(Generation(request), self._tokenizer, self._ends, self.context, deadline)

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from ...engine.chat import Chat
 from ...engine.sae.behavior import Behavior
 from ...engine.sae.watching import forced_edits
-from ...engine.sampling import Sampling
+from ...engine.sampling import Sampling, row_seed
 from ...errors import NotFoundError, ValidationError
 from ..accounts.auth import Principal, principal
 from ..http.disconnect import done_or_gone
@@ -124,7 +124,7 @@ async def _answer(
     """Asks for the answers to all prompts, and tells them as a stream or as a whole."""
     n = body.n_answers
     requests = [
-        replace(one, seed=_seed(body.seed, i), onlooker=watching.onlooker())
+        replace(one, seed=None if body.seed is None else row_seed(body.seed, i), onlooker=watching.onlooker())
         for one in prompts
         for i in range(n)
     ]
@@ -173,8 +173,9 @@ async def _steering(
 ) -> tuple[tuple[Steer, ...], Watching]:
     """The request's edits, in the order: the one vector, the list, the behaviors; and what it has watched."""
     vector = body.steering_vector or body.steering_vector_id
-    names = list(dict.fromkeys([*(body.behavior_names or ()), *(body.force_steering or ())]))
+    named, forced = body.behavior_names or (), body.force_steering or ()
     corrected = body.corrected_behaviors or ()
+    names = list(dict.fromkeys([*named, *forced]))
     given = body.steering_strength
     if given and vector is None and not names:
         raise _invalid(
@@ -192,23 +193,26 @@ async def _steering(
             found += await steerings.by_vector(
                 who.account_id, item.vector, item.strength, layers=item.layers, tokens=item.selector
             )
-        param = "behavior_names"
-        watched: list[Behavior] = []
+        watched: dict[str, Behavior] = {}
         for name in names:
+            param = "behavior_names" if name in named else "force_steering"
             behavior = await _watched(engine, body, who, name)
             if behavior is None:
                 found += await steerings.by_behavior(who.account_id, name, strength)
                 continue
-            if name in (body.force_steering or ()):
+            if name in forced:
                 found += forced_edits([behavior])
-            if name in (body.behavior_names or ()):
-                watched.append(behavior)
+            if name in named:
+                watched[name] = behavior
         param = "corrected_behaviors"
-        watched += await steerings.watched.named(who.account_id, [n for n in corrected if n not in names])
+        more = [name for name in dict.fromkeys(corrected) if name not in watched]
+        watched.update(zip(more, await steerings.watched.named(who.account_id, more), strict=True))
     except (NotFoundError, ValidationError) as error:
         raise _invalid(error.message, param) from error
     action = body.behavior_action
-    watching = Watching(tuple(watched), action if action is not None and action != "steer" else "correct")
+    watching = Watching(
+        tuple(watched.values()), action if action is not None and action != "steer" else "correct"
+    )
     if not names and not corrected:
         found += steerings.corrections
         watching = steerings.correcting
@@ -217,7 +221,8 @@ async def _steering(
 
 async def _watched(engine: ServingEngine, body: GenerationBody, who: Principal, name: str) -> Behavior | None:
     """The behavior of this name where it is to be watched; None where its vector is to be added."""
-    watched, action = engine.steerings.watched, body.behavior_action
+    watched = engine.steerings.watched
+    action = body.behavior_action if name in (body.behavior_names or ()) else None
     if action == "steer":
         return None
     if action is not None or name in (body.corrected_behaviors or ()):
@@ -257,10 +262,6 @@ def _check_room(engine: ServingEngine, prompt: int, asked: int | None) -> None:
             "max_tokens" if prompt < context else None,
             "context_length_exceeded",
         )
-
-
-def _seed(seed: int | None, i: int) -> int | None:
-    return None if seed is None else (seed + i) % 2**63
 
 
 def _invalid(message: str, param: str | None, code: str | None = None) -> ValidationError:
