@@ -125,7 +125,7 @@ def _drops(
     whole = [(0, 0), *spans]
     found = without_attention(adapter, reading, whole) if blocking else None
     if found is None:
-        found = without_chunk_whole(adapter, reading, whole).cpu()
+        found = without_chunk_whole(adapter, reading, whole)
     return found[0], found[0] - found[1:]
 
 
