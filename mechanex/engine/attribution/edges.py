@@ -13,7 +13,7 @@ from ...errors import ValidationError
 from ..models.adapter import ModelAdapter
 from ..pauses import pause
 from ..structure.graph import Structure
-from .metrics import Answer, Metric, check_metric
+from .metrics import Answer, Metric, check_metric, summed
 from .nodes import midpoints
 from .prompts import PromptPair
 from .runs import ids_of, run_pair
@@ -143,12 +143,7 @@ def _gradients(adapter: ModelAdapter, runs: EdgeRuns, points: Sequence[float]) -
 
     run = StreamRun(adapter, runs.structure, everything(runs.structure), start)
     logits = run.logits(ids_of(adapter, runs.pair.corrupted, len(points)))
-    total = check_metric(runs.metric(logits), len(points)).sum()
-    if not total.requires_grad:
-        raise ValidationError(
-            "the metric has no gradient: compute it from the logits with torch's operations."
-        )
-    found = torch.autograd.grad(total, list(run.reads.values()), allow_unused=True)
+    found = torch.autograd.grad(summed(runs.metric, logits), list(run.reads.values()), allow_unused=True)
     zero = torch.zeros_like(runs.corrupted[embedding], dtype=torch.float32)
     return {
         name: zero if gradient is None else gradient.float().sum(0)

@@ -12,7 +12,8 @@ from ...engine.structure.graph import model_graph, model_paths
 from ..http.disconnect import done_or_gone
 from ..model.engine import Engine
 from .bodies import ScoresBody
-from .guards import Worker, guards_of
+from .guards import Worker
+from .work import done
 
 if TYPE_CHECKING:
     from ...engine.attribution.prompts import Align
@@ -57,5 +58,4 @@ async def scores(body: ScoresBody, request: Request, engine: Engine, who: Worker
         )
         return found.to_dict()
 
-    with guards_of(request).one_at_a_time(who):
-        return JSONResponse(await done_or_gone(request, engine.scheduler.run(work)))
+    return JSONResponse(await done(request, engine, who, work))
