@@ -225,12 +225,7 @@ def draw_edges(result: Mapping[str, Any], question: int = 0, *, candidates: bool
     Raises:
         ValidationError: there is no such question, or matplotlib isn't installed.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-        from matplotlib.font_manager import FontProperties
-    except ImportError:
-        raise ValidationError("a figure needs matplotlib: pip install 'mechanex[plot]'.") from None
+    from .engine.figures import new_figure
     from .engine.raag.page import edges_of
 
     data = _asked(result, question)
@@ -238,7 +233,10 @@ def draw_edges(result: Mapping[str, Any], question: int = 0, *, candidates: bool
     tokens, spans = data["bundle"]["answer_tokens"][0], data["bundle"]["chunk_spans"]
     first = len(data["bundle"]["prompt_tokens"][0])
     rows = max(len(tokens), len(spans))
-    figure = Figure(figsize=(9, 1 + 0.34 * rows), layout="constrained")
+    figure: Figure = new_figure(9, 1 + 0.34 * rows)
+    from matplotlib import colormaps
+    from matplotlib.font_manager import FontProperties
+
     axes = figure.add_subplot()
     axes.set(xlim=(0, 10), ylim=(rows, -1), title=data["question"].replace("$", r"\$"))
     axes.axis("off")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from attribution_models import ASK, COPY_HEAD, COPY_LAYER, LinearModel, copying_model
@@ -181,6 +182,30 @@ def test_any_module_is_scored_and_unknown_ones_are_refused() -> None:
         attribution_scores(model, [5, 90], [5, 31], ["model.layers.1.self_attention"])
     with pytest.raises(ValidationError, match="is empty"):
         attribution_scores(model, [5, 90], [5, 31], [])
+    with pytest.raises(ValidationError, match="a module path is a text"):
+        attribution_scores(model, [5, 90], [5, 31], [["model.norm"]])  # type: ignore[list-item]
+
+
+class _LongTexts(nn.Module):
+    """An MLP with an expert that only long texts come to."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp, self.expert = mlp, nn.Linear(48, 48)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.mlp(hidden)
+        return out + self.expert(hidden) if hidden.shape[1] > 4 else out
+
+
+def test_a_module_that_a_prompt_does_not_come_to_is_refused() -> None:
+    model = FAMILIES["llama"]()
+    model.model.layers[1].mlp = _LongTexts(model.model.layers[1].mlp)
+    path = "model.layers.1.mlp.expert"
+    assert attribution_scores(model, [5, 90, 17, 44, 8], [5, 31, 17, 44, 8], [path]).scores[path]
+    for method in ("gradient", "exact"):
+        with pytest.raises(ValidationError, match="expert took no part"):
+            attribution_scores(model, [5, 90], [5, 31], [path], method=method)  # type: ignore[arg-type]
 
 
 def test_answers_and_functions_are_metrics(tiny: LoadedModel) -> None:
@@ -194,6 +219,10 @@ def test_answers_and_functions_are_metrics(tiny: LoadedModel) -> None:
         logprobs = tiny.model(input_ids=tokens["input_ids"]).logits[:, -1].float().log_softmax(-1)
     expected = (logprobs[:, ids[0]] - logprobs[:, ids[1]]).tolist()
     assert [found["metric"]["clean"], found["metric"]["corrupted"]] == pytest.approx(expected, abs=1e-3)
+    whole = attribution_scores(
+        tiny.model, *PROMPTS[0], tokenizer=tiny.tokenizer, metric=[numpy.int64(one) for one in ids]
+    )
+    assert whole.to_dict()["metric"] == found["metric"]
     same = attribution_scores(tiny.model, PROMPTS[0][0], PROMPTS[0][0], tokenizer=tiny.tokenizer).to_dict()
     assert same["metric"]["name"] == "logprob" and set(same["scores"].values()) == {0.0}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from families import build
 from test_cli_tools import run
 
+import mechanex.commands.attribute
+import mechanex.commands.structure
 from mechanex.engine.attribution.plots import plot_circuit, plot_scores
 from mechanex.engine.models import adapter_for
 from mechanex.engine.structure.graph import model_graph
@@ -59,6 +62,24 @@ def test_what_does_not_go_together_is_said() -> None:
     longer = ("--clean", "Anna went home.", "--corrupted", "Anna")
     assert "align='tokens'" in run("attribute", "mx-tiny", *longer, code=1).stderr
     assert run("attribute", "mx-tiny", *longer, "--align", "--top", 1).stdout
+
+
+COMMANDS = [
+    ("model", "graph", "mx-tiny", "--out"),
+    ("attribute", "mx-tiny", *PROMPTS, "--plot"),
+    ("attribute", "mx-tiny", *PROMPTS, "--edges", "--plot"),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda one: " ".join(one[:2]))
+def test_a_figure_that_cannot_be_written_is_told_before_anything_runs(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (mechanex.commands.attribute, mechanex.commands.structure):
+        monkeypatch.setattr(module, "load", None)
+    assert "ends with .png, .svg, .pdf" in run(*command, tmp_path / "a.gif", code=1).stderr
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install 'mechanex[plot]'" in run(*command, tmp_path / "a.png", code=1).stderr
 
 
 def test_drawings_need_something_to_draw(tmp_path: Path) -> None:

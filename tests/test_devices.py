@@ -21,6 +21,8 @@ from test_scheduler import steers
 from torch import Tensor
 
 import mechanex
+from mechanex.engine.attribution.edge_scores import attribution_edges
+from mechanex.engine.attribution.scores import attribution_scores
 from mechanex.engine.beam import most_likely_completions
 from mechanex.engine.caa import caa_vectors
 from mechanex.engine.capabilities.decoding import rolls
@@ -30,6 +32,9 @@ from mechanex.engine.generate import generate, generate_batch, stream
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
+from mechanex.engine.raag import knockouts
+from mechanex.engine.raag.attribute import attribute
+from mechanex.engine.raag.knockouts import AnsweredPrompt
 from mechanex.engine.score import completion_logprobs, perplexity, rank_completions
 from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import ValidationError
@@ -191,6 +196,35 @@ def served(model: Any) -> Any:
     return [[one.text, [t.logprob for t in one.logprobs]] for one in scheduled_run(loaded, asked)]
 
 
+WAYS: list[dict[str, Any]] = [{}, {"steps": 3}, {"method": "exact"}]
+
+
+def patched(model: Any) -> Any:
+    clean, corrupted = [5, 90, 17, 44, 8], [5, 31, 17, 60, 8]
+    found = [attribution_scores(model, clean, corrupted, metric=(3, 7), **way) for way in WAYS]
+    return [
+        list(by_path.values()) for one in found for by_path in (one.positions, one.heads, one.head_positions)
+    ]
+
+
+def edges(model: Any) -> Any:
+    found = [attribution_edges(model, [5, 90, 17], [5, 31, 17], metric=(3, 7), **way) for way in WAYS]
+    scores = [torch.tensor(list(one.scores.values())) for one in found]
+    return [*scores, found[0].circuit(6).faithfulness, found[0].curve(shares=(0.2, 0.6)).faithfulness]
+
+
+def knocked_out(model: Any) -> Any:
+    """Of readings whose chunks are removed together, and of one so long that each is a pass of its own."""
+    ids = torch.randint(3, 380, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    short = AnsweredPrompt(tuple(ids[:28]), tuple(ids[28:33]), tuple(ids[33:]))
+    with pytest.MonkeyPatch.context() as patch:
+        found = []
+        for longest in (knockouts.LONG, 0):
+            patch.setattr(knockouts, "LONG", longest)
+            found.append(attribute(adapter_for(model), short, [(1, 6), (6, 20), (20, 26)], shuffles=2))
+    return [[one.logprobs, one.blocked, one.removed, torch.tensor(one.null)] for one in found]
+
+
 FORWARD: dict[str, Callable[[Any], Any]] = {
     "caa": lambda model: caa_vectors(model, PROMPTS, GOOD, BAD, range(N_LAYERS), TOKENIZER),
     "pca": lambda model: pca_vectors(model, PROMPTS, GOOD, BAD, [1, 3], TOKENIZER),
@@ -203,6 +237,7 @@ FORWARD: dict[str, Callable[[Any], Any]] = {
     "generation": written,
     "server": served,
     "beams": likely,
+    "knock-outs": knocked_out,
 }
 BACKWARD: dict[str, Callable[[Any], Any]] = {
     "gradients of scores": slope_of_scores,
@@ -214,6 +249,8 @@ BACKWARD: dict[str, Callable[[Any], Any]] = {
     "minibatches": in_minibatches,
     "output constraint": lambda model: optimized(model, do_output_constr=True, max_output_constr_iters=3),
     "melbo": constrained,
+    "attribution": patched,
+    "edges": edges,
 }
 WORK = FORWARD | BACKWARD
 """What is done with a model, and gives numbers or texts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,13 @@ def test_the_figure_and_the_page_show_every_edge(local: Mechanex) -> None:
     assert page.count('class="token rests"') == len(data["candidate"]["candidate_edges"])
     with pytest.raises(ValidationError, match="no question 3"):
         mechanex.raag.html_page(result, 3)
+
+
+def test_the_figure_needs_matplotlib(local: Mechanex, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = local.raag.generate(ASKED[:1], docs=DOCS)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValidationError, match=r"pip install 'mechanex\[plot\]'"):
+        mechanex.raag.draw_edges(result)
 
 
 def test_the_command_cites_files(tmp_path: Path) -> None:

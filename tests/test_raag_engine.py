@@ -6,6 +6,7 @@ import random
 import sys
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from families import build
@@ -107,6 +108,19 @@ def test_some_planted_facts_are_validated_at_a_layer(tiny: LoadedModel) -> None:
     assert seen >= 2
 
 
+def test_only_chunks_that_were_removed_too_are_validated(tiny: LoadedModel) -> None:
+    docs, entry, _ = planted(0)
+    one = answered(tiny, entry, docs, shuffles=0, n_removed=1)
+    assert len({e["chunk_global_id"] for e in edges_in(one, "validated")}) == 1
+    none = answered(tiny, entry, docs, shuffles=0, n_removed=0)
+    assert edges_in(none, "candidate") and not edges_in(none, "validated")
+
+
+def edges_in(data: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    found: dict[str, list[dict[str, Any]]] = data[kind][f"{kind}_edges"]
+    return [edge for edges in found.values() for edge in edges]
+
+
 def test_the_answer_has_the_wires_shape_and_repeats(tiny: LoadedModel) -> None:
     docs = [
         {"text": "Mia has a green bag. Lucy has a black hat."},
@@ -170,11 +184,23 @@ def test_without_bm25_the_error_says_what_to_do(tiny: LoadedModel, monkeypatch: 
         ([{"question": "Who?"}], [{"text": " "}], {}, "document 0 has no text"),
         ([{"question": "Who?"}], [{"text": "a b"}], {"chunk_tokens": 0}, "chunk_tokens is"),
         ([{"question": "Who? " * 300}], [{"text": "a b"}], {}, "not even the best chunk"),
+        ([{"question": "Who?"}], [{"text": "a b"}], {"max_tokens": None}, "max_tokens is"),
+        ([{"question": "Who?"}], [{"text": "a b"}], {"shuffles": None}, "shuffles is"),
+        ([{"question": "Who?"}], [{"text": "a b"}], {"n_removed": 1.5}, "n_removed is"),
+        ([{"question": "Who?"}], [{"text": "a b"}], {"seed": "today"}, "seed is"),
     ],
 )
 def test_bad_input_is_refused(tiny: LoadedModel, entries: Any, docs: Any, more: Any, says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         answer_questions(tiny.model, tiny.tokenizer, entries, docs, **more)
+
+
+def test_numbers_may_be_of_any_whole_type(tiny: LoadedModel) -> None:
+    docs, entry, _ = planted(0)
+    n = numpy.int64
+    given = {"chunk_tokens": n(8), "n_removed": n(1), "seed": n(1), "shuffles": n(1)}
+    plain = {name: int(value) for name, value in given.items()}
+    assert answered(tiny, entry, docs, **given) == answered(tiny, entry, docs, **plain)
 
 
 def test_an_index_without_client_or_key_is_refused(

@@ -393,7 +393,7 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({"steering_vector": "calm_angry", "steering_strength": "2"}, "steering_strength", "number"),
     ({"steering_vector": "calm_angry", "steering_vector_id": "kind_rude"}, None, "different vectors"),
     ({"behavior_names": ["nope"]}, "behavior_names", "nope"),
-    ({"force_steering": ["nope"]}, "behavior_names", "nope"),
+    ({"force_steering": ["nope"]}, "force_steering", "nope"),
     ({"top_k": 3}, "top_k", "Unrecognized request argument"),
     ({"temperature": 3}, "temperature", "less than or equal to 2"),
     ({"max_tokens": -1}, "max_tokens", "greater"),

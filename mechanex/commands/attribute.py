@@ -12,6 +12,7 @@ from rich.table import Table
 from ..engine.attribution.edge_scores import attribution_edges
 from ..engine.attribution.plots import plot_circuit, plot_scores
 from ..engine.attribution.scores import attribution_scores
+from ..engine.figures import check_figure
 from ..engine.models.resolve import load
 from .console import console, echo_json, model_text
 
@@ -35,6 +36,8 @@ def run_scores(
     Raises:
         MechanexError: whatever the engine finds wrong with the model, the prompts or the paths.
     """
+    if plot is not None:
+        check_figure(plot)
     loaded = load(model, backend="transformers", device=device, dtype=dtype)
     found = attribution_scores(
         loaded.model, clean, corrupted, tokenizer=loaded.tokenizer, **options
@@ -75,6 +78,8 @@ def run_edges(
     Raises:
         MechanexError: whatever the engine finds wrong with the model or the prompts.
     """
+    if plot is not None:
+        check_figure(plot)
     loaded = load(model, backend="transformers", device=device, dtype=dtype)
     scores = attribution_edges(loaded.model, clean, corrupted, tokenizer=loaded.tokenizer, **options)
     kept = None if circuit is None else scores.circuit(circuit)

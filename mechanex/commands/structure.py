@@ -10,6 +10,7 @@ import click
 from rich.text import Text
 from rich.tree import Tree
 
+from ..engine.figures import check_figure
 from ..engine.models import adapter_for
 from ..engine.models.resolve import load
 from ..engine.structure.graph import model_graph, model_paths
@@ -27,6 +28,8 @@ def run_graph(
     Raises:
         MechanexError: no such model, or matplotlib is missing.
     """
+    if out is not None:
+        check_figure(out)
     loaded = load(model, backend="transformers", **options)
     nodes = model_graph(adapter_for(loaded.model))
     if out is not None:

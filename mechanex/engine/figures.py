@@ -7,24 +7,53 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import ValidationError
 from ..home import atomic_path
 
-__all__ = ["BLUE", "RED", "figure_to", "plain_text"]
+__all__ = ["BLUE", "RED", "check_figure", "figure_to", "new_figure", "plain_text"]
 
 BLUE, RED = "#0072b2", "#d55e00"  # of Okabe and Ito's palette, told apart in every kind of colour vision
+Layout = Literal["constrained"] | None
 FORMATS = (".png", ".svg", ".pdf")
 
 
-@contextmanager
-def figure_to(path: str | os.PathLike[str], width: float, height: float) -> Iterator[Any]:
-    """A figure, written to a file when the block ends without an error.
+def new_figure(width: float, height: float, *, layout: Layout = "constrained", instead: str = "") -> Any:
+    """A white figure.
+
+    Args:
+        width, height: inches.
+        layout: matplotlib's; None where everything is put at a place of its own.
+        instead: what else may be done where matplotlib is missing, for the message.
+
+    Raises:
+        ValidationError: matplotlib isn't installed.
+    """
+    figure_class, canvas = _classes(instead)
+    figure = figure_class(figsize=(width, height), facecolor="white", layout=layout)
+    canvas(figure)
+    return figure
+
+
+def _classes(instead: str = "") -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValidationError(
+            "figures are drawn by matplotlib, which isn't installed: "
+            f"pip install 'mechanex[plot]'{', ' + instead if instead else ''}."
+        ) from error
+    return Figure, FigureCanvasAgg
+
+
+def check_figure(path: str | os.PathLike[str], *, instead: str = "") -> Path:
+    """The path of a figure that can be drawn; to be asked before work that takes long.
 
     Args:
         path: ends with .png, .svg or .pdf.
-        width, height: inches.
+        instead: as for :func:`new_figure`.
 
     Raises:
         ValidationError: another ending, or matplotlib isn't installed.
@@ -32,15 +61,30 @@ def figure_to(path: str | os.PathLike[str], width: float, height: float) -> Iter
     target = Path(path)
     if target.suffix.lower() not in FORMATS:
         raise ValidationError(f"a figure is a file that ends with {', '.join(FORMATS)}; got {str(path)!r}.")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValidationError(
-            "figures are drawn by matplotlib, which isn't installed: pip install 'mechanex[plot]'."
-        ) from error
-    figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    _classes(instead)
+    return target
+
+
+@contextmanager
+def figure_to(
+    path: str | os.PathLike[str],
+    width: float,
+    height: float,
+    *,
+    layout: Layout = "constrained",
+    instead: str = "",
+) -> Iterator[Any]:
+    """A figure, written to a file when the block ends without an error.
+
+    Args:
+        path: ends with .png, .svg or .pdf.
+        width, height, layout, instead: as for :func:`new_figure`.
+
+    Raises:
+        ValidationError: another ending, or matplotlib isn't installed.
+    """
+    target = check_figure(path, instead=instead)
+    figure = new_figure(width, height, layout=layout, instead=instead)
     yield figure
     with warnings.catch_warnings(), atomic_path(target) as temporary:
         warnings.filterwarnings("ignore", "Glyph .* missing")  # an empty box stands for it

@@ -18,7 +18,7 @@ from .edges import Edge, EdgeRuns, name_of
 from .metrics import check_metric
 from .runs import ids_of
 from .sites import rows_at_once
-from .streams import FINAL, Reader, StreamRun
+from .streams import FINAL, Reader, StreamRun, added, sources_of
 
 __all__ = [
     "SHARES",
@@ -145,9 +145,8 @@ def _within(runs: EdgeRuns, circuits: Sequence[frozenset[Edge]]) -> Any:
     at, theirs = runs.pair.clean_at, runs.pair.corrupted_at
 
     def read(reader: Reader, writes: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack(
-            [along(component, reader, writes[component.path]) for component in _sources(runs, reader, writes)]
-        ).sum(0)
+        sources = sources_of(runs.structure, reader)
+        return added([along(component, reader, writes[component.path]) for component in sources])
 
     def along(component: Component, reader: Reader, write: Tensor) -> Tensor:
         edge = Edge(component.path, name_of(reader))
@@ -157,14 +156,6 @@ def _within(runs: EdgeRuns, circuits: Sequence[frozenset[Edge]]) -> Any:
         return torch.where(kept, write, other)
 
     return read
-
-
-def _sources(runs: EdgeRuns, reader: Reader, writes: Mapping[str, Tensor]) -> list[Component]:
-    return [
-        component
-        for component in runs.structure.components
-        if component.path in writes and (reader is None or reader.reads(component))
-    ]
 
 
 def measured(adapter: ModelAdapter, runs: EdgeRuns, circuits: Sequence[Sequence[Edge]]) -> list[Circuit]:

@@ -13,6 +13,7 @@ from ..models import adapter_for
 from ..models.adapter import ModelAdapter
 from ..structure.graph import structure_of
 from ..text import Prompt
+from ..whole import as_whole
 from .circuits import SHARES, Circuit, Curve, Selection, choose_edges, curve_of, measured
 from .edges import Edge, EdgeRuns, edge_runs, exact_edges, gradient_edges
 from .metrics import Answer, Metric
@@ -60,8 +61,8 @@ class EdgeScores:
             raise ValidationError("a circuit has n_edges edges or a share of all: give one of the two.")
         if share is not None and not 0 < share <= 1:
             raise ValidationError(f"share is above 0 and up to 1; got {share!r}.")
-        n = n_edges if n_edges is not None else max(1, round((share or 0) * len(self.scores)))
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        n = as_whole(n_edges) if share is None else max(1, round(share * len(self.scores)))
+        if n is None or n < 0:
             raise ValidationError(f"n_edges is an int of 0 or more; got {n_edges!r}.")
         with alone(self.adapter):
             (found,) = measured(self.adapter, self.runs, [choose_edges(self.scores, n, how)])

@@ -13,12 +13,12 @@ from ...errors import ValidationError
 from ..models.adapter import ModelAdapter
 from ..pauses import pause
 from ..structure.graph import Structure
-from .metrics import Answer, Metric, check_metric
+from .metrics import Answer, Metric, check_metric, summed
 from .nodes import midpoints
 from .prompts import PromptPair
 from .runs import ids_of, run_pair
 from .sites import rows_at_once
-from .streams import FINAL, Reader, StreamRun, everything, readers_of
+from .streams import FINAL, Reader, StreamRun, everything, readers_of, sources_of
 
 __all__ = ["Edge", "EdgeRuns", "edge_runs", "exact_edges", "gradient_edges", "name_of"]
 
@@ -62,8 +62,7 @@ class EdgeRuns:
         return [
             Edge(component.path, name_of(reader))
             for reader in readers_of(self.structure)
-            for component in self.structure.components
-            if reader is None or reader.reads(component)
+            for component in sources_of(self.structure, reader)
         ]
 
     def delta(self, path: str) -> Tensor:
@@ -115,18 +114,22 @@ def gradient_edges(adapter: ModelAdapter, runs: EdgeRuns, steps: int) -> dict[Ed
     """
     tokens, points = len(runs.pair.corrupted), midpoints(steps)
     readers, sources = readers_of(runs.structure), runs.structure.components
-    totals = {name_of(reader): torch.zeros(0) for reader in readers}
+    totals: dict[str, Tensor] = {}
     chunk = rows_at_once(adapter, tokens)
     for start in range(0, steps, chunk):
         pause()
         for name, gradient in _gradients(adapter, runs, points[start : start + chunk]).items():
-            totals[name] = gradient + totals[name] if len(totals[name]) else gradient
-    deltas = torch.stack([runs.delta(component.path).flatten() for component in sources])
-    products = deltas @ torch.stack([totals[name_of(reader)].flatten() for reader in readers]).T / steps
+            totals[name] = totals[name] + gradient if name in totals else gradient
+    deltas = _rows(adapter, [runs.delta(component.path) for component in sources])
+    products = deltas @ _rows(adapter, [totals[name_of(reader)] for reader in readers]).T / steps
     column = {name_of(reader): n for n, reader in enumerate(readers)}
     row = {component.path: n for n, component in enumerate(sources)}
     table = products.cpu().tolist()
     return {edge: table[row[edge.source]][column[edge.target]] for edge in runs.edges}
+
+
+def _rows(adapter: ModelAdapter, values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([value.flatten().to(adapter.device) for value in values])
 
 
 def _gradients(adapter: ModelAdapter, runs: EdgeRuns, points: Sequence[float]) -> dict[str, Tensor]:
@@ -140,12 +143,7 @@ def _gradients(adapter: ModelAdapter, runs: EdgeRuns, points: Sequence[float]) -
 
     run = StreamRun(adapter, runs.structure, everything(runs.structure), start)
     logits = run.logits(ids_of(adapter, runs.pair.corrupted, len(points)))
-    total = check_metric(runs.metric(logits), len(points)).sum()
-    if not total.requires_grad:
-        raise ValidationError(
-            "the metric has no gradient: compute it from the logits with torch's operations."
-        )
-    found = torch.autograd.grad(total, list(run.reads.values()), allow_unused=True)
+    found = torch.autograd.grad(summed(runs.metric, logits), list(run.reads.values()), allow_unused=True)
     zero = torch.zeros_like(runs.corrupted[embedding], dtype=torch.float32)
     return {
         name: zero if gradient is None else gradient.float().sum(0)
@@ -166,8 +164,7 @@ def exact_edges(adapter: ModelAdapter, runs: EdgeRuns, edges: Sequence[Edge]) ->
     for start in range(0, len(edges), chunk):
         pause()
         some = edges[start : start + chunk]
-        rows = {(edge.target, edge.source): [r for r, e in enumerate(some) if e == edge] for edge in some}
-        run = StreamRun(adapter, runs.structure, _patched(runs, rows))
+        run = StreamRun(adapter, runs.structure, _patched(runs, some))
         with torch.no_grad():
             logits = run.logits(ids_of(adapter, runs.pair.corrupted, len(some)))
             values = check_metric(runs.metric(logits), len(some)) - runs.corrupted_metric
@@ -175,17 +172,19 @@ def exact_edges(adapter: ModelAdapter, runs: EdgeRuns, edges: Sequence[Edge]) ->
     return found
 
 
-def _patched(runs: EdgeRuns, rows: Mapping[tuple[str, str], Sequence[int]]) -> Any:
-    """Reads everything, and through some edges of some rows what was written in the clean run."""
+def _patched(runs: EdgeRuns, edges: Sequence[Edge]) -> Any:
+    """Reads everything, and through one edge for each row what was written in the clean run."""
     plain = everything(runs.structure)
     mine, theirs = runs.pair.corrupted_at, runs.pair.clean_at
+    sources: dict[str, list[tuple[int, str]]] = {}
+    for row, edge in enumerate(edges):
+        sources.setdefault(edge.target, []).append((row, edge.source))
 
     def read(reader: Reader, writes: Mapping[str, Tensor]) -> Tensor:
         stream = plain(reader, writes)
-        for (target, source), of_edge in rows.items():
-            if target == name_of(reader):
-                for row in of_edge:
-                    stream[row, mine] += runs.clean[source][theirs] - writes[source][row, mine]
+        for row, source in sources.get(name_of(reader), []):
+            gained = runs.clean[source][theirs] - writes[source][row, mine]
+            stream[row, mine] += gained.to(stream.device)
         return stream
 
     return read

@@ -65,7 +65,6 @@ def _metric_with(adapter: ModelAdapter, runs: Runs, patches: Sequence[Patch]) ->
 
 def _put(runs: Runs, site: Site, patches: dict[int, Patch]) -> Any:
     pair, clean = runs.pair, runs.clean.values[site]
-    counterpart = dict(zip(pair.corrupted_at.tolist(), pair.clean_at.tolist(), strict=True))
 
     def put(value: Tensor) -> Tensor:
         new = value.flatten(2).clone()
@@ -74,9 +73,10 @@ def _put(runs: Runs, site: Site, patches: dict[int, Patch]) -> Any:
             columns = (
                 slice(None) if patch.head is None else slice(patch.head * width, (patch.head + 1) * width)
             )
-            at = [patch.position] if patch.position is not None else list(counterpart)
-            at = [position for position in at if position in counterpart]
-            new[row, at, columns] = clean[[counterpart[position] for position in at], columns].to(new)
+            mine, theirs = pair.corrupted_at, pair.clean_at
+            if patch.position is not None:
+                mine, theirs = mine[mine == patch.position], theirs[mine == patch.position]
+            new[row, mine, columns] = clean[theirs, columns].to(new)
         return new.reshape(value.shape)
 
     return put

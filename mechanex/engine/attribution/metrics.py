@@ -12,8 +12,9 @@ from torch import Tensor
 from ...errors import ValidationError
 from ..joins import continue_ids
 from ..models.adapter import ModelAdapter
+from ..whole import as_whole
 
-__all__ = ["Answer", "LogprobDifference", "Metric", "check_metric", "first_token", "metric_of"]
+__all__ = ["Answer", "LogprobDifference", "Metric", "check_metric", "first_token", "metric_of", "summed"]
 
 Metric = Callable[[Tensor], Tensor]
 """From logits [B, n_vocab], float32, at the last position, to [B]; gradients flow through it."""
@@ -82,14 +83,15 @@ def first_token(adapter: ModelAdapter, tokenizer: Any, prompt: Sequence[int], an
     if isinstance(answer, str) and tokenizer is not None:
         ids = continue_ids(tokenizer, list(prompt), answer) if answer else []
     else:
-        ids = [answer] if isinstance(answer, int) and not isinstance(answer, bool) and answer >= 0 else []
+        token = as_whole(answer)
+        ids = [token] if token is not None and token >= 0 else []
     if not ids:
         raise ValidationError(
             f"an answer is a text with at least one token, or a token id; got {answer!r}"
             + (" and no tokenizer." if isinstance(answer, str) and tokenizer is None else ".")
         )
     adapter.check_token_ids(ids[:1])
-    return int(ids[0])
+    return ids[0]
 
 
 def check_metric(found: object, rows: int) -> Tensor:
@@ -104,3 +106,17 @@ def check_metric(found: object, rows: int) -> Tensor:
     raise ValidationError(
         f"a metric gives a number for each row, [{rows}], of logits [{rows}, n_vocab]; got {got}."
     )
+
+
+def summed(metric: Metric, logits: Tensor) -> Tensor:
+    """The sum of a metric over rows of logits [B, n_vocab], which gradients flow through.
+
+    Raises:
+        ValidationError: they don't, or it isn't a number for each row.
+    """
+    total = check_metric(metric(logits), logits.shape[0]).sum()
+    if not total.requires_grad:
+        raise ValidationError(
+            "the metric has no gradient: compute it from the logits with torch's operations."
+        )
+    return total

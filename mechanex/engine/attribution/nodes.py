@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ValidationError
 from ..models.adapter import Handles, ModelAdapter
 from ..pauses import pause
-from .metrics import check_metric
+from .metrics import summed
 from .runs import Runs, ids_of
 from .sites import Site, last_logits, rows_at_once, tapped
 
@@ -73,12 +72,7 @@ def _summed(
     runs: Runs, sites: Sequence[Site], logits: Tensor, seen: Mapping[Site, Tensor]
 ) -> dict[Site, Tensor]:
     """For each site that the metric hangs on [T, width], the sum of its gradients over the rows."""
-    rows = logits.shape[0]
-    total = check_metric(runs.metric(logits), rows).sum()
-    if not total.requires_grad:
-        raise ValidationError(
-            "the metric has no gradient: compute it from the logits with torch's operations."
-        )
+    total = summed(runs.metric, logits)
     wanted = [site for site in sites if seen[site].requires_grad]
     found = torch.autograd.grad(total, [seen[site] for site in wanted], allow_unused=True)
     return {

@@ -52,6 +52,9 @@ def recorded(
         ids: the prompt.
         sites: what is recorded.
         gradients_from: where gradients begin; None for a pass without any.
+
+    Raises:
+        ValidationError: a site that the prompt's pass doesn't come to.
     """
     values: dict[Site, Tensor] = {}
     live: dict[Site, Tensor] = {}
@@ -73,6 +76,12 @@ def recorded(
         for site in sites:
             handles.add(tapped(site, 1, len(ids), note(site)))
         logits = last_logits(adapter, ids_of(adapter, ids))
+    idle = next((site.path for site in sites if site not in values), None)
+    if idle is not None:
+        raise ValidationError(
+            f"{idle} took no part in the pass over one of the prompts, so it has nothing to patch: leave it out of "
+            "target_module_paths."
+        )
     return Recording(logits[0], values, live)
 
 

@@ -139,10 +139,9 @@ def attribution_scores(
     steps = check_method(method, steps)
     pair = prompt_pair(adapter, tokenizer, clean_prompt, corrupted_prompt, align)
     structure = structure_of(adapter)
-    paths = (
-        default_paths(structure) if target_module_paths is None else list(dict.fromkeys(target_module_paths))
-    )
+    paths = default_paths(structure) if target_module_paths is None else list(target_module_paths)
     structure.check(paths)
+    paths = list(dict.fromkeys(paths))
     if not paths:
         raise ValidationError(
             "target_module_paths is empty: name at least one, or pass None for the usual ones."

@@ -7,7 +7,7 @@ what the others of the layer write is set to nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..structure.components import Component
 from ..structure.graph import Structure
 from .sites import last_logits
 
-__all__ = ["FINAL", "Reader", "StreamRun", "everything", "readers_of"]
+__all__ = ["FINAL", "Reader", "StreamRun", "added", "everything", "readers_of", "sources_of"]
 
 FINAL = "logits"
 """The reader at the end: the final norm and the unembedding."""
@@ -37,16 +37,22 @@ def readers_of(structure: Structure) -> list[Reader]:
     return [*(component for component in structure.components if component.layer is not None), None]
 
 
+def sources_of(structure: Structure, reader: Reader) -> list[Component]:
+    """What a reader reads the writes of, in the order of running."""
+    return [component for component in structure.components if reader is None or reader.reads(component)]
+
+
+def added(writes: Sequence[Tensor]) -> Tensor:
+    """The sum of writes, in the order of running, on the device of the last."""
+    device = writes[-1].device
+    return torch.stack([write.to(device) for write in writes]).sum(0)
+
+
 def everything(structure: Structure) -> Read:
     """Reads what the model's components do."""
 
     def read(reader: Reader, writes: Mapping[str, Tensor]) -> Tensor:
-        mine = [
-            writes[p.path]
-            for p in structure.components
-            if p.path in writes and (reader is None or reader.reads(p))
-        ]
-        return torch.stack(mine).sum(0)
+        return added([writes[component.path] for component in sources_of(structure, reader)])
 
     return read
 
@@ -135,7 +141,8 @@ class StreamRun:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             component = self._running
             if component is not None and component.role == "block":
-                self.writes[component.path] = given_out(output) - self.reads[component.path]
+                left = given_out(output)
+                self.writes[component.path] = left - self.reads[component.path].to(left.device)
             self._running = None
             if index == self._adapter.n_layers - 1 and component is self._of_layer[index][-1]:
                 return with_given_out(self._stream_of(None), output)

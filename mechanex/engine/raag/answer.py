@@ -14,6 +14,7 @@ from ..models import adapter_for
 from ..models.adapter import ModelAdapter
 from ..sampling import Options
 from ..text import encode_pair
+from ..whole import as_whole
 from .attribute import SHUFFLES, Attribution, ChunkEdge, attribute
 from .documents import CHUNK_TOKENS, ChunkedPrompt, as_documents, lay_out, question_text, split_documents
 from .knockouts import AnsweredPrompt
@@ -148,14 +149,10 @@ def read_answer(
     Raises:
         ValidationError: as there, and an answer without tokens.
     """
-    for name, value, least in (
-        ("max_tokens", max_tokens, 1),
-        ("chunk_tokens", chunk_tokens, 1),
-        ("n_removed", n_removed, 0),
-        ("shuffles", shuffles, 0),
-    ):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise ValidationError(f"{name} is a whole number, at least {least}; got {value!r}.")
+    max_tokens = _at_least("max_tokens", max_tokens, 1)
+    chunk_tokens = None if chunk_tokens is None else _at_least("chunk_tokens", chunk_tokens, 1)
+    n_removed = None if n_removed is None else _at_least("n_removed", n_removed, 0)
+    seed, shuffles = _at_least("seed", seed, 0), _at_least("shuffles", shuffles, 0)
     if adapter.head is None or tokenizer is None:
         raise ValidationError(
             f"{adapter.model_id} can't answer: that takes a language head and a tokenizer; load the model by name."
@@ -179,6 +176,13 @@ def read_answer(
     reading = AnsweredPrompt(tuple(prompt_ids[:behind]), tuple(prompt_ids[behind:]), tuple(answer_ids))
     found = attribute(adapter, reading, layout.spans, n_removed=n_removed, seed=seed, shuffles=shuffles)
     return _shaped(tokenizer, question, answer, layout, reading, found, retrieval)
+
+
+def _at_least(name: str, value: object, least: int) -> int:
+    number = as_whole(value)
+    if number is None or not least <= number < 2**63:
+        raise ValidationError(f"{name} is a whole number, at least {least}; got {value!r}.")
+    return number
 
 
 def _shaped(

@@ -29,7 +29,7 @@ class ChunkEdge:
         token: its number in the answer.
         chunk: which of the spans.
         weight: nats that the token loses when the chunk is blocked (removed, where the model can't be blocked).
-        removed: nats that it loses when the chunk is removed.
+        removed: nats that it loses when the chunk is removed; NaN where that wasn't tried.
         best_layer: the layer at which alone blocking costs most; None for candidates, and where layers can't be told
             apart.
     """
@@ -53,7 +53,7 @@ class Attribution:
         threshold: nats that a validated edge exceeds.
         null: the largest drop of each shuffled reading, ascending.
         candidates: edges above ``LEAST_DROP``, heaviest first.
-        validated: those of them whose drops exceed the threshold.
+        validated: those of them whose drops both exceed the threshold.
     """
 
     logprobs: Tensor
@@ -111,7 +111,8 @@ def attribute(
         for chunk, token in (blocked > LEAST_DROP).nonzero().tolist()
     ]
     candidates.sort(key=lambda edge: -edge.weight)
-    validated = [edge for edge in candidates if min(edge.weight, edge.removed) > threshold]
+    # NaN, of a chunk that wasn't removed, exceeds nothing.
+    validated = [edge for edge in candidates if edge.weight > threshold and edge.removed > threshold]
     if blocking:
         validated = _with_layers(adapter, reading, spans, base, validated)
     return Attribution(base, blocked if blocking else None, removed, threshold, null, candidates, validated)
@@ -124,7 +125,7 @@ def _drops(
     whole = [(0, 0), *spans]
     found = without_attention(adapter, reading, whole) if blocking else None
     if found is None:
-        found = without_chunk_whole(adapter, reading, whole).cpu()
+        found = without_chunk_whole(adapter, reading, whole)
     return found[0], found[0] - found[1:]
 
 

@@ -108,13 +108,14 @@ def can_block(adapter: ModelAdapter, reading: AnsweredPrompt) -> bool:
     """Whether the model takes a mask that hides a chunk from what stands behind it, at this length."""
     if packing_form(adapter, reading.size) not in TREES:
         return False
-    return (len(reading.prompt) + len(reading.answer)) ** 2 <= _mask_entries(adapter)
+    return reading.size**2 <= _mask_entries(adapter)
 
 
 def without_attention(
     adapter: ModelAdapter, reading: AnsweredPrompt, spans: Sequence[Span], layers: Sequence[int] | None = None
 ) -> Tensor | None:
-    """[n, n_answer] log-probabilities of the answer's tokens when question and answer can't attend to a chunk.
+    """[n, n_answer] log-probabilities of the answer's tokens when question and answer can't attend to a chunk; on the
+    CPU.
 
     Args:
         adapter: the model, one for which :func:`can_block` holds.
@@ -134,7 +135,7 @@ def without_attention(
 
 
 def without_chunk(adapter: ModelAdapter, reading: AnsweredPrompt, spans: Sequence[Span]) -> Tensor:
-    """[n, n_answer] log-probabilities of the answer's tokens when a chunk was never there.
+    """[n, n_answer] log-probabilities of the answer's tokens when a chunk was never there, on the CPU.
 
     What stands before the chunks is read once for several of them, where the model takes a mask; else each is a pass.
 
@@ -170,7 +171,7 @@ def without_chunk_whole(adapter: ModelAdapter, reading: AnsweredPrompt, spans: S
         (reading.context[:first] + reading.context[end:] + reading.question, reading.answer)
         for first, end in spans
     ]
-    return torch.stack(score_pairs(adapter, pairs).tokens)
+    return torch.stack(score_pairs(adapter, pairs).tokens).cpu()
 
 
 def _groups(spans: Sequence[Span], size: int, budget: int) -> Iterator[list[int]]:

@@ -6,8 +6,9 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from ..figures import BLUE
 from .html import bars, block, legend, shaded, table, write_page
-from .plots import BLUE, COLUMNS, HIGH, drawn, put_bars, put_text, text_lines
+from .plots import COLUMNS, HIGH, picture, put_bars, put_text, text_lines
 from .shading import Shade
 from .traces import as_picture
 
@@ -107,7 +108,7 @@ class Dashboard:
             lines += [[], *text_lines([Shade(f"{one.strongest:8.3g}  "), *one.shades(most)])]
         text_high, figure_high = len(lines) * HIGH + 0.3, 2.6
         width, height = 0.4 + COLUMNS * 0.0753, text_high + figure_high
-        with drawn(target, width, height) as figure:
+        with picture(target, width, height) as figure:
             put_text(figure, lines, 0.2, 0.05)
             low, high = 0.45 / height, (figure_high - 0.8) / height
             axes = figure.add_axes((0.06, low, 0.25, high))

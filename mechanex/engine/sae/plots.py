@@ -1,23 +1,20 @@
-"""Pictures drawn by matplotlib, which is imported when one is drawn and needs no display."""
+"""Texts and bars in pictures drawn by matplotlib."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import ValidationError
-from ...home import atomic_path
+from ..figures import BLUE, RED, figure_to
 from .shading import Shade, color, visible
 
-__all__ = ["BLUE", "RED", "drawn", "put_bars", "put_text", "text_lines"]
+__all__ = ["picture", "put_bars", "put_text", "text_lines"]
 
-BLUE, RED = "#0072b2", "#d55e00"  # of Okabe and Ito's palette, told apart in every kind of colour vision
 COLUMNS = 96
 _WORDS = re.compile(r"\s*\S+|\s+")
 _SIZE = 9.0  # points
@@ -26,26 +23,9 @@ HIGH = 1.9 * _SIZE / 72  # inches of a line
 _Line = list[tuple[int, Shade]]
 
 
-@contextmanager
-def drawn(path: Path, width: float, height: float) -> Iterator[Any]:
-    """A figure of so many inches, written to a file when the block ends without an error.
-
-    Raises:
-        ValidationError: matplotlib isn't installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValidationError(
-            "pictures are drawn by matplotlib, which isn't installed: pip install 'mechanex[plot]', or save as .html."
-        ) from error
-    figure = Figure(figsize=(width, height), facecolor="white")
-    FigureCanvasAgg(figure)
-    yield figure
-    with warnings.catch_warnings(), atomic_path(path) as temporary:
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # an empty box stands for it
-        figure.savefig(temporary, format="png", dpi=150)
+def picture(path: Path, width: float, height: float) -> AbstractContextManager[Any]:
+    """A figure whose parts stand where they are put; see :func:`mechanex.engine.figures.figure_to`."""
+    return figure_to(path, width, height, layout=None, instead="or save as .html")
 
 
 def text_lines(tokens: Iterable[Shade], columns: int = COLUMNS) -> list[_Line]:

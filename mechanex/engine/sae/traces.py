@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...errors import ValidationError
 from .html import block, legend, shaded, write_page
-from .plots import COLUMNS, HIGH, drawn, put_text, text_lines
+from .plots import COLUMNS, HIGH, picture, put_text, text_lines
 from .shading import Shade
 
 __all__ = ["TracedToken", "WatchedText", "as_picture", "save_traces"]
@@ -101,7 +101,7 @@ def save_traces(texts: list[WatchedText], path: str | os.PathLike[str]) -> None:
     ]
     scale = [Shade("score "), *(Shade(f" {score:g} ", score / _FULL) for score in (0, 0.5, 1, _FULL))]
     lines += text_lines([*scale, Shade(f"   {_NOTES}")])
-    with drawn(target, 0.4 + COLUMNS * 0.0753, 0.4 + len(lines) * HIGH) as figure:
+    with picture(target, 0.4 + COLUMNS * 0.0753, 0.4 + len(lines) * HIGH) as figure:
         put_text(figure, lines, 0.2, 0.1)
 
 

@@ -39,13 +39,11 @@ class Heads:
         path: the projection's path.
         module: the projection; its input is [B, T, n_heads * width of a head].
         n_heads: query heads, whatever keys and values they share.
-        linear: whether the component's write is the projection's output: the sum of what each head writes.
     """
 
     path: str
     module: nn.Module
     n_heads: int
-    linear: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,7 +248,7 @@ def _with_heads(adapter: ModelAdapter, observed: Observed, component: Component)
     last = max(matrices, key=lambda call: call.ended)
     if last.given is None or len(last.given) != 3 or last.given[-1] % n_heads:
         return component
-    heads = Heads(last.path, last.module, n_heads, _hands_on(write.node, last.node))
+    heads = Heads(last.path, last.module, n_heads)
     return replace(component, role="attention", heads=heads)
 
 
@@ -261,13 +259,3 @@ def _n_heads(adapter: ModelAdapter, layer: int) -> int | None:
         if isinstance(found, int) and not isinstance(found, bool) and found > 0:
             return found
     return None
-
-
-def _hands_on(node: Any, target: Any) -> bool:
-    """Whether a value is another one, handed on."""
-    while node is not target:
-        came = _came_from(node)
-        if len(came) != 1:
-            return False
-        node = came[0]
-    return True
