@@ -6,11 +6,11 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from anyio.to_thread import run_sync
 
 from ...engine.decode.request import Steer
-from ...engine.intervention import Edit
 from ...engine.memory import tensor_bytes
 from ...engine.models.adapter import ModelAdapter
 from ...engine.positions import TokenSelector
@@ -58,7 +58,7 @@ class Steerings:
         self._behaviors = make_behaviors(adapter, settings.behaviors)
         self.watched = WatchedBehaviors(adapter, settings.behaviors, library, BehaviorStore())
         self._digests: OrderedDict[int, tuple[SteeringVector, bytes]] = OrderedDict()
-        self._edits: OrderedDict[tuple[bytes, float], tuple[tuple[int, Edit], ...]] = OrderedDict()
+        self._edits: OrderedDict[tuple[bytes, float], tuple[Steer, ...]] = OrderedDict()
         self._edit_bytes = 0
         corrected = {name: self._to_correct(name) for name in settings.corrected_behaviors}
         self._corrected = [one for one in corrected.values() if isinstance(one, SteeringVector)]
@@ -146,7 +146,7 @@ class Steerings:
         known = self._edits.get(key)
         if known is None:
             plan = vector.plan(self._adapter, strength)
-            known = tuple((i.layer, i.edit) for i in plan.interventions)
+            known = tuple(Steer(i.layer, i.edit, None, i.varying, i.condition) for i in plan.interventions)
             self._edits[key] = known
             self._edit_bytes += _bytes_of(known)
             while len(self._edits) > 1 and self._edit_bytes > _MOST_EDIT_BYTES:
@@ -154,17 +154,17 @@ class Steerings:
         self._edits.move_to_end(key)
         if strength == 0:
             return ()
-        return tuple(Steer(layer, edit, tokens) for layer, edit in known)
+        return tuple(replace(steer, tokens=tokens) for steer in known)
 
     def _digest(self, vector: SteeringVector) -> bytes:
         """A hash of the vector's content; vectors are immutable, so one seen lately isn't read again."""
         known = self._digests.get(id(vector))
         if known is not None and known[0] is vector:
             return known[1]
-        digest = hashlib.blake2b(digest_size=16)
-        for layer, direction in vector.items():
-            digest.update(f"{layer}:{direction.dtype}:{direction.numel()};".encode())
-            digest.update(direction.cpu().numpy().tobytes())
+        digest = hashlib.blake2b(vector.terms.text().encode(), digest_size=16)
+        for name, tensor in (*vector.items(), *vector.terms.tensors().items()):
+            digest.update(f"{name}:{tensor.dtype}:{tensor.numel()};".encode())
+            digest.update(tensor.cpu().numpy().tobytes())
         self._digests[id(vector)] = (vector, digest.digest())
         if len(self._digests) > _KEPT_DIGESTS:
             self._digests.popitem(last=False)
@@ -217,5 +217,5 @@ class Steerings:
             ) from error
 
 
-def _bytes_of(edits: Sequence[tuple[int, Edit]]) -> int:
-    return tensor_bytes(tensor for _, edit in edits for tensor in edit.tensors)
+def _bytes_of(steering: Sequence[Steer]) -> int:
+    return tensor_bytes(tensor for steer in steering for tensor in steer.edit.tensors)
