@@ -14,6 +14,7 @@ from ...engine.decode.request import Steer
 from ...engine.memory import tensor_bytes
 from ...engine.models.adapter import ModelAdapter
 from ...engine.positions import TokenSelector
+from ...engine.prompt_conditions import PromptCondition
 from ...engine.sae.behavior import Behavior
 from ...engine.sae.store import BehaviorStore
 from ...engine.vector_store import VectorStore
@@ -60,6 +61,7 @@ class Steerings:
         self._digests: OrderedDict[int, tuple[SteeringVector, bytes]] = OrderedDict()
         self._edits: OrderedDict[tuple[bytes, float], tuple[Steer, ...]] = OrderedDict()
         self._edit_bytes = 0
+        self._conditions: OrderedDict[tuple[bytes, float], PromptCondition] = OrderedDict()
         corrected = {name: self._to_correct(name) for name in settings.corrected_behaviors}
         self._corrected = [one for one in corrected.values() if isinstance(one, SteeringVector)]
         self._names = frozenset({*self._behaviors, *self.watched.own, *corrected})
@@ -84,6 +86,7 @@ class Steerings:
         *,
         layers: Sequence[int] | None = None,
         tokens: TokenSelector = None,
+        condition: PromptCondition | None = None,
     ) -> tuple[Steer, ...]:
         """The edits of a stored vector that this sender may use; () for None.
 
@@ -95,6 +98,7 @@ class Steerings:
             strength: multiplies it; 0 steers nothing.
             layers: only these of its layers.
             tokens: absolute positions to steer; None for all.
+            condition: has to be met by the prompt; None for the vector's own, if it has one.
 
         Raises:
             NotFoundError: there is none for this sender.
@@ -105,7 +109,40 @@ class Steerings:
         vector = await self.vector(account_id, vector_id)
         if layers is not None:
             vector = vector.restricted([self._adapter.layer_index(layer) for layer in layers])
-        return self.edits(vector, strength, tokens)
+        found = self.edits(vector, strength, tokens)
+        return found if condition is None else tuple(replace(steer, condition=condition) for steer in found)
+
+    async def condition(
+        self, account_id: str | None, vector_id: str, threshold: float, layer: int | None = None
+    ) -> PromptCondition:
+        """The condition whose direction is a stored vector's. The same one is the same object, so that rows share it.
+
+        Args:
+            account_id: the sender's account, or None for the operator.
+            vector_id: the vector's id.
+            threshold: of the prompts' mean cosine with it.
+            layer: of a vector that has several.
+
+        Raises:
+            NotFoundError: there is no such vector for this sender.
+            ValidationError: a vector of several layers and none named, or of another model.
+        """
+        vector = await self.vector(account_id, vector_id)
+        vector.plan(self._adapter)
+        if layer is not None:
+            vector = vector.restricted([self._adapter.layer_index(layer)])
+        if len(vector) > 1:
+            raise ValidationError(
+                f"a condition is decided at one layer, and {vector_id!r} has layers {list(vector.layers)}: name one."
+            )
+        ((at, direction),) = vector.items()
+        key = (self._digest(vector), float(threshold))
+        found = self._conditions.get(key)
+        if found is None:
+            found = self._conditions[key] = PromptCondition(at, direction, threshold)
+            if len(self._conditions) > _KEPT_DIGESTS:
+                self._conditions.popitem(last=False)
+        return found
 
     async def by_behavior(
         self, account_id: str | None, name: str, strength: float = 1.0
