@@ -285,7 +285,7 @@ def _train(gates: _Gates, groups: Sequence[_Group], steps: int, seed: int, progr
                     "the loss is not finite: the model's dtype is too narrow for this training; load it in float32."
                 )
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
 
