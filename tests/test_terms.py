@@ -83,6 +83,9 @@ def test_what_vectors_do_to_each_token_on_their_terms() -> None:
     torch.testing.assert_close(capped, Edit.cap(V, at_most=0.5).apply(X))
     turned = edited(vector.rotating({LAYER: W}, 20.0), 1.5)
     torch.testing.assert_close(turned, Edit.rotate(V, W, 30.0).apply(X))
+    for factor in (1.5, -2.0):
+        scaled = edited(factor * vector.rotating({LAYER: W}, 20.0))
+        torch.testing.assert_close(scaled, Edit.rotate(V, W, 20.0 * factor).apply(X))
 
 
 def test_terms_stay_with_a_vector_or_are_refused() -> None:

@@ -179,6 +179,8 @@ class SteeringVector(Mapping[int, Tensor]):
             return NotImplemented
         if not math.isfinite(number):
             raise ValidationError(f"a steering vector can be multiplied by a finite number; got {number}.")
+        if self.terms.planes:  # whose strength is the angle
+            return self._on(replace(self.terms, degrees=self.terms.degrees * number))
         return self._like({layer: tensor * number for layer, tensor in self._layers.items()})
 
     __rmul__ = __mul__
@@ -189,6 +191,8 @@ class SteeringVector(Mapping[int, Tensor]):
             return NotImplemented
         if number == 0:
             raise ValidationError("a steering vector can't be divided by zero.")
+        if self.terms.planes:
+            return self * (1 / number)
         return self._like({layer: tensor / number for layer, tensor in self._layers.items()})
 
     def __eq__(self, other: object) -> bool:
