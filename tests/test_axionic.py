@@ -774,6 +774,7 @@ HOSTILE: list[Any] = [None, True, -1, 1.5, 10**30, -(10**30), 1e308, float("nan"
                       "x" * 100_000, [], {}, [[[]]], [None], ["\ud800"], [{}], {"a": {"b": []}}]  # fmt: skip
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("path", GOOD)
 def test_no_wrong_field_crashes_a_call(shared: TestClient, path: str) -> None:
     client, headers = shared, signed_up(shared, {"email": f"{path}@example.org", "password": "correct horse"})

@@ -159,6 +159,7 @@ def test_json_is_all_that_comes_to_stdout(
     assert json.loads(ran.text[start:])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_pipe_that_is_closed_early_ends_a_command_without_a_word(
     screen: Terminal, name: str, given: dict[str, str], variables: dict[str, str]

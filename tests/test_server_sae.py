@@ -120,6 +120,7 @@ def completed(client: TestClient, prompt: Any, **fields: Any) -> list[dict[str, 
     return list(answer.json()["choices"])
 
 
+@pytest.mark.ci
 def test_the_server_says_what_the_local_engine_says(served: TestClient, wanted: dict[str, list[Any]]) -> None:
     for action in ("correct", "abort", "report"):
         for prompt, own in zip(PROVOKING[:3], wanted[action], strict=False):
@@ -356,6 +357,7 @@ def test_the_operators_behaviors_are_watched_for_everyone(
         server.start(behaviors=(mechanex_home / "gone.safetensors",))
 
 
+@pytest.mark.ci
 def test_rows_that_make_way_are_corrected_as_before(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     body = {"max_tokens": 160, "logit_bias": {"1": -100, "5": -100}}  # no end
     asked = body | {"behavior_names": ["anger"], "behavior_scores": True}
