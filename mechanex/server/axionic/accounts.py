@@ -17,7 +17,7 @@ from ..accounts.users import normalized
 from ..http.limits import client_address
 from ..library.kept import KeptBehavior
 from .bodies import KeyBody, LoginBody, ModelBody, RefreshBody
-from .guards import count_address, guards_of
+from .guards import CountedRoute, guards_of
 
 __all__ = ["router", "shown"]
 
@@ -41,7 +41,7 @@ async def _newcomer(request: Request) -> None:
 
 AccountId = Annotated[str, Depends(_account)]
 
-router = APIRouter(prefix="/auth", tags=["accounts"], dependencies=[Depends(count_address)])
+router = APIRouter(prefix="/auth", tags=["accounts"], route_class=CountedRoute)
 
 
 @router.post("/signup", dependencies=[Depends(_newcomer)])

@@ -17,6 +17,7 @@ from ...errors import ValidationError
 from ..accounts.auth import Principal
 from ..accounts.store import store_of
 from ..http.disconnect import done_or_gone
+from ..http.routes import Route
 from ..library.watched import Watching
 from ..model.engine import Engine, ServingEngine
 from ..model.requests import TextRequest, results_of, trace_of
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["router"]
 
-router = APIRouter(tags=["axionic"])
+router = APIRouter(tags=["axionic"], route_class=Route)
 
 
 @router.post("/behaviors/create")

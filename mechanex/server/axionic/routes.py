@@ -12,6 +12,7 @@ from ...engine.sampling import Sampling
 from ...errors import ValidationError
 from ..accounts.store import store_of
 from ..http.disconnect import done_or_gone
+from ..http.routes import Route
 from ..model.engine import Engine
 from ..model.requests import TextRequest, results_of
 from . import accounts, attribution, behaviors, raag
@@ -22,7 +23,7 @@ from .work import computed, examples_of, stops_of
 
 __all__ = ["axionic_router"]
 
-router = APIRouter(tags=["axionic"])
+router = APIRouter(tags=["axionic"], route_class=Route)
 
 
 def axionic_router() -> APIRouter:

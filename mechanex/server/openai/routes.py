@@ -17,6 +17,7 @@ from ...engine.sampling import Sampling, row_seed
 from ...errors import NotFoundError, ValidationError
 from ..accounts.auth import Principal, principal
 from ..http.disconnect import done_or_gone
+from ..http.routes import Route
 from ..library.watched import Watching
 from ..model.engine import Engine, ServingEngine
 from ..model.requests import Steer, TextRequest, results_of
@@ -32,7 +33,7 @@ Who = Annotated[Principal, Depends(principal)]
 
 def openai_router() -> APIRouter:
     """The routes under /v1."""
-    router = APIRouter(prefix="/v1", tags=["openai"])
+    router = APIRouter(prefix="/v1", tags=["openai"], route_class=Route)
     router.add_api_route("/models", _models, methods=["GET"])
     router.add_api_route("/models/{model:path}", _model, methods=["GET"], responses=_errors(404))
     responses = _errors(400, 401, 404, 413, 429, 500, 503, 504)
