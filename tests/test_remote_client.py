@@ -157,7 +157,7 @@ def test_sessions_passwords_and_the_end_of_an_account(server: ServerProcess) -> 
     with pytest.raises(NotFoundError, match="no session of this account"):
         client.end_session("../sessions")
     client.end_session(session["id"])
-    with pytest.raises(AuthenticationError, match="log in again"):
+    with pytest.raises(AuthenticationError, match="log-in with the password"):
         client.end_session(session["id"])
     client.login("last@example.com", "the next password")
     client.delete_account("the next password")
