@@ -15,6 +15,7 @@ from ...ops.head import Head
 from ..attaching import after, before
 from ..stream import Stream, residual, with_residual
 from .adapter import Handles, ModelAdapter, ResidualHook, undisturbed
+from .configuration import text_config
 from .kept import Kept
 
 __all__ = ["HuggingFaceAdapter", "find_layers"]
@@ -92,9 +93,7 @@ def _descend(model: nn.Module, path: str) -> Any:
 
 
 def _configured_depth(model: nn.Module) -> int | None:
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(config, "num_hidden_layers", None)
+    return getattr(text_config(getattr(model, "config", None)), "num_hidden_layers", None)
 
 
 def _candidates(model: nn.Module) -> str:
