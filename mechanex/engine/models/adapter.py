@@ -219,12 +219,22 @@ class ModelAdapter(ABC):
 
     @property
     def unembeds(self) -> bool:
-        """Whether the unembedding's weights are there between calls, so that it can be computed outside of the model.
+        """Whether the head is one matrix whose numbers are there between calls, to compute with outside of the model.
 
         torch multiplies by weights without numbers, and gives whatever the memory held.
         """
         head = self.head
-        return head is not None and not any(is_absent(weight) for weight in head.parameters())
+        return (
+            head is not None
+            and self._matrix is not None
+            and not any(is_absent(weight) for weight in head.parameters())
+        )
+
+    @property
+    def _matrix(self) -> Tensor | None:
+        """[n_vocab, d_model], what the head multiplies by; None where it is no single matrix."""
+        matrix = getattr(self.head, "weight", None)
+        return matrix if isinstance(matrix, Tensor) else None
 
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:
