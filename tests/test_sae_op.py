@@ -195,6 +195,10 @@ def test_compiled_code_calls_the_op() -> None:
         ({"encoder": torch.ones(4, 8, dtype=torch.int8)}, "an int8 encoder comes with a scale"),
         ({"scale": torch.ones(4)}, "an int8 encoder comes with a scale"),
         ({"bias": torch.ones(5)}, r"bias must be floating point \[4\], one number a feature"),
+        (
+            {"bias": torch.ones(4).to(torch.float8_e5m2)},
+            r"bias must be floating point \[4\], .* torch.float8_e5m2",
+        ),
         ({"threshold": torch.ones(4, dtype=torch.int64)}, r"threshold must be floating point \[4\]"),
         ({"gain": torch.ones(4)}, "gain and offset go together"),
         ({"hidden": torch.ones(2, 8, dtype=torch.int64)}, "hidden must be float32, bfloat16"),

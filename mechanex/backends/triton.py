@@ -46,7 +46,6 @@ __all__ = [
     "steer_many",
 ]
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
 # Rows of float32, which has no tensor cores, up to which reading the weights takes longer than multiplying them.
 _FLOAT_ROWS = 16
@@ -148,15 +147,6 @@ def refuses_steer(
     hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
 ) -> str | None:
     """Why the kernels can't take these arguments, or None."""
-    # Spelled out: this is asked before every launch.
-    if (
-        hidden.dtype not in _DTYPES
-        or (bias is not None and bias.dtype not in _DTYPES)
-        or (left is not None and left.dtype not in _DTYPES)
-        or (right is not None and right.dtype not in _DTYPES)
-    ):
-        found = [t.dtype for t in (hidden, bias, left, right) if t is not None and t.dtype not in _DTYPES]
-        return f"a dtype is {found[0]}, the kernels take float32, float64, bfloat16 and float16"
     if is_negated(hidden, bias, left, right):
         return NEGATED
     if left is None:

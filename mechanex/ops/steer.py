@@ -21,6 +21,7 @@ from mechanex.backends import eager
 from mechanex.errors import ValidationError
 
 from . import steer_many
+from .dtypes import DTYPE_NAMES, DTYPES
 from .gate import Gate
 from .ways import PLAIN, way
 
@@ -77,7 +78,7 @@ def steer(
         and hidden.dtype is bias.dtype
         and bias.shape == (1, *hidden.shape[-1:])
         and hidden.device == bias.device
-        and hidden.is_floating_point()
+        and hidden.dtype in DTYPES
     ):
         # One rounding of the float32 sum, as promised: torch adds half types in float32.
         return hidden + bias if hidden.dim() > 1 else hidden + bias[0]
@@ -241,8 +242,10 @@ def _check(
             continue
         if not isinstance(tensor, Tensor):
             raise ValidationError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise ValidationError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.dtype not in DTYPES:
+            raise ValidationError(
+                f"{name} must be floating point, got {tensor.dtype}: convert it to {DTYPE_NAMES}"
+            )
         if tensor.device != hidden.device:
             raise ValidationError(
                 f"{name} is on {tensor.device}, hidden on {hidden.device}: move one of them"

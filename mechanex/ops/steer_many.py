@@ -17,6 +17,7 @@ from mechanex import backends
 from mechanex.backends import eager
 from mechanex.errors import ValidationError
 
+from .dtypes import DTYPES
 from .gate import Gate
 from .ways import way
 
@@ -51,7 +52,7 @@ def check(
     """Raise :class:`ValidationError` unless strengths and gates fit arguments that are checked otherwise."""
     if strength is not None:
         shape = hidden.shape[:-1] if rows is None else rows.shape
-        if not isinstance(strength, Tensor) or not strength.is_floating_point():
+        if not isinstance(strength, Tensor) or strength.dtype not in DTYPES:
             got = strength.dtype if isinstance(strength, Tensor) else type(strength).__name__
             raise ValidationError(f"strength must be a floating-point tensor, one number an edit, got {got}")
         if strength.shape != shape:

@@ -42,8 +42,6 @@ def refuses_steer(
     hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
 ) -> str | None:
     """Why the kernel can't take these arguments, or None."""
-    if hidden.dtype not in DTYPE_CODES:
-        return f"hidden has dtype {hidden.dtype}, the kernels take float32, float64, bfloat16 and float16"
     if left is not None and left.shape[1] > _MAX_RANK:
         return f"the rank is {left.shape[1]}, the kernels take at most {_MAX_RANK}"
     return NEGATED if is_negated(hidden, bias, left, right) else None
