@@ -40,6 +40,7 @@ RESERVED_FIELDS = (
     "site",
     "method",
     "seed",
+    "terms",
 )
 
 

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from ...engine.chat import Chat
+from ...engine.prompt_conditions import PromptCondition
 from ...engine.sae.behavior import Behavior
 from ...engine.sae.watching import forced_edits
 from ...engine.sampling import Sampling, row_seed
@@ -21,7 +22,7 @@ from ..http.routes import Route
 from ..library.watched import Watching
 from ..model.engine import Engine, ServingEngine
 from ..model.requests import Steer, TextRequest, results_of
-from .bodies import ChatBody, CompletionBody, GenerationBody
+from .bodies import ChatBody, CompletionBody, ConditionItem, GenerationBody
 from .replies import ChatReply, CompletionReply, Reply
 from .scores import Scores
 from .streams import stream_response
@@ -188,11 +189,19 @@ async def _steering(
     steerings = engine.steerings
     param = "steering_vector"
     try:
-        found += await steerings.by_vector(who.account_id, vector, strength)
+        param = "steering_condition"
+        condition = await _condition(engine, who, body.steering_condition)
+        param = "steering_vector"
+        found += await steerings.by_vector(who.account_id, vector, strength, condition=condition)
         param = "steering"
         for item in body.steering or ():
             found += await steerings.by_vector(
-                who.account_id, item.vector, item.strength, layers=item.layers, tokens=item.selector
+                who.account_id,
+                item.vector,
+                item.strength,
+                layers=item.layers,
+                tokens=item.selector,
+                condition=await _condition(engine, who, item.condition),
             )
         watched: dict[str, Behavior] = {}
         for name in names:
@@ -218,6 +227,14 @@ async def _steering(
         found += steerings.corrections
         watching = steerings.correcting
     return tuple(found), watching
+
+
+async def _condition(
+    engine: ServingEngine, who: Principal, item: ConditionItem | None
+) -> PromptCondition | None:
+    if item is None:
+        return None
+    return await engine.steerings.condition(who.account_id, item.vector, item.threshold, item.layer)
 
 
 async def _watched(engine: ServingEngine, body: GenerationBody, who: Principal, name: str) -> Behavior | None:
