@@ -347,6 +347,20 @@ def test_the_operators_behaviors_are_watched_for_everyone(
     assert output == wanted["correct"][0].text
     (choice,) = completed(client, PROVOKING[0], behavior_scores=True)
     assert PROVOKING[0] + choice["text"] == output and choice["behaviors"]["detected"] == ["anger"]
+    # What a request names comes on top: nothing takes the correction away.
+    assert client.post("/behaviors/create", json=CREATE | {"behavior_name": "rage"}).status_code == 200
+    for fields in (
+        {"behavior_names": ["rage"], "behavior_action": "report"},
+        {"behavior_names": ["anger"], "behavior_action": "report"},
+        {"behavior_names": ["rage"], "steering_strength": 0},
+    ):
+        (choice,) = completed(client, PROVOKING[0], **fields)
+        assert PROVOKING[0] + choice["text"] == output
+    for names in ([], ["rage"]):
+        assert watched(client, PROVOKING[0], behavior_names=names, action="report")["text"] == output
+    (choice,) = completed(client, PROVOKING[0], behavior_names=["anger"], behavior_action="abort")
+    assert choice["finish_reason"] == "behavior"
+    assert client.delete("/behaviors/rage").status_code == 204
     file = mechanex_home / "behaviors" / "anger.safetensors"
     moved = file.rename(mechanex_home / "rage.safetensors")
     other = server.start(behaviors=(moved,))

@@ -89,8 +89,8 @@ async def delete_behavior(behavior_name: str, request: Request, who: Sender) -> 
 async def sae_generate(body: SaeBody, request: Request, engine: Engine, who: Worker) -> JSONResponse:
     """Continues a prompt while behaviors are watched; ``text`` is the prompt with its continuation.
 
-    Without ``behavior_names`` all that the account made for this model are watched; a request that names none has those
-    corrected that the server corrects in every answer.
+    Without ``behavior_names`` all that the account made for this model are watched; what the server corrects in every
+    answer is corrected in these too.
     """
     steerings, names = engine.steerings, body.behavior_names
     behaviors = await (
@@ -99,12 +99,8 @@ async def sae_generate(body: SaeBody, request: Request, engine: Engine, who: Wor
         else steerings.watched.named(who.account_id, names)
     )
     forced = await steerings.watched.named(who.account_id, body.force_steering or ())
-    edits = forced_edits(forced)
-    if not names:
-        known = {behavior.name for behavior in behaviors}
-        behaviors += tuple(b for b in steerings.correcting.behaviors if b.name not in known)
-        edits += steerings.corrections
-    onlooker = Watching(behaviors, body.action).onlooker()
+    edits = forced_edits(forced) + steerings.corrections
+    onlooker = Watching(behaviors, body.action, steerings.floor).onlooker()
     asked = TextRequest(
         await engine.encode(body.prompt),
         max_tokens=body.max_new_tokens,

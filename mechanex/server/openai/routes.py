@@ -208,7 +208,8 @@ async def _steering(
             param = "behavior_names" if name in named else "force_steering"
             behavior = await _watched(engine, body, who, name)
             if behavior is None:
-                found += await steerings.by_behavior(who.account_id, name, strength)
+                beyond = steerings.beyond_corrections(name, strength)
+                found += await steerings.by_behavior(who.account_id, name, beyond)
                 continue
             if name in forced:
                 found += forced_edits([behavior])
@@ -220,13 +221,9 @@ async def _steering(
     except (NotFoundError, ValidationError) as error:
         raise _invalid(error.message, param) from error
     action = body.behavior_action
-    watching = Watching(
-        tuple(watched.values()), action if action is not None and action != "steer" else "correct"
-    )
-    if not names and not corrected:
-        found += steerings.corrections
-        watching = steerings.correcting
-    return tuple(found), watching
+    found += steerings.corrections
+    done = action if action is not None and action != "steer" else "correct"
+    return tuple(found), Watching(tuple(watched.values()), done, steerings.floor)
 
 
 async def _condition(
