@@ -22,6 +22,7 @@ from mechanex.errors import ValidationError
 
 from . import steer_many
 from .dtypes import DTYPE_NAMES, DTYPES
+from .edits import StackedEdits
 from .gate import Gate
 from .ways import PLAIN, way
 
@@ -92,7 +93,8 @@ def steer(
     if strength is not None or gate is not None or (rows is not None and rows.dim() == hidden.dim()):
         steer_many.check(hidden, rows, strength, bias, gate)
         if strength is not None or gate is not None or rows is None or rows.shape[-1] != 1:
-            return steer_many.steer(hidden, rows, strength, bias, left, right, gate, backend)
+            edits = StackedEdits(bias, left, right, gate)
+            return steer_many.steer(hidden, rows, strength, edits, backend)
         rows = rows.squeeze(-1)
     if hidden.dim() == 2:
         return _dispatch(hidden, rows, bias, left, right, backend)
