@@ -53,9 +53,10 @@ def declines_steer(
     """Why ``auto`` leaves these arguments to plain torch, or None."""
     if rows is None and left is None and bias is not None and bias.dtype is hidden.dtype:
         return "one vector added to every row is a plain addition"
-    if left is not None and left.shape[0] == 1:
-        rank, width = left.shape[1:]
-        if rank > TORCH_RANK or (hidden.shape[0] == 1 and rank * width > TORCH_TABLE):
+    if left is not None:
+        n_edits, rank, width = left.shape
+        many = rank > TORCH_RANK or (rank * width > TORCH_TABLE and hidden.shape[0] == 1)
+        if n_edits == 1 and many:
             return "one edit of high rank is two matrix products"
     return None
 
@@ -76,11 +77,7 @@ def steer(
     stored = _stored(x, wide, bias, left, right) if x.is_cuda else wide
     bias, left, right = table(bias, stored), table(left, stored), table(right, stored)
     edits = left if bias is None else bias
-    return _run(
-        "steer",
-        x,
-        hidden.dtype,
-        stored,
+    given = (
         0 if rows is None else rows.data_ptr(),
         0 if rows is None else rows.stride(0),
         0 if bias is None else bias.data_ptr(),
@@ -89,6 +86,7 @@ def steer(
         0 if edits is None else edits.shape[0],
         0 if left is None else left.shape[1],
     )
+    return _run("steer", x, hidden.dtype, stored, given)
 
 
 def refuses_steer_many(
@@ -128,17 +126,8 @@ def steer_many(hidden: Tensor, rows: Tensor | None, strength: Tensor | None, edi
         table(offset, wide),
     )
     at, *addresses = map(address, kept)
-    return _run(
-        "steer_many",
-        x,
-        hidden.dtype,
-        stored,
-        at,
-        1 if rows is None else rows.shape[1],
-        *addresses,
-        edits.bias.shape[0],
-        edits.rank,
-    )
+    given = (at, 1 if rows is None else rows.shape[1], *addresses, edits.bias.shape[0], edits.rank)
+    return _run("steer_many", x, hidden.dtype, stored, given)
 
 
 def _stored(x: Tensor, wide: torch.dtype, *tables: Tensor | None) -> torch.dtype:
@@ -147,7 +136,7 @@ def _stored(x: Tensor, wide: torch.dtype, *tables: Tensor | None) -> torch.dtype
     return x.dtype if all(t is None or t.dtype is x.dtype for t in tables) else wide
 
 
-def _run(op: str, x: Tensor, dtype: torch.dtype, stored: torch.dtype, *given: int) -> Tensor:
+def _run(op: str, x: Tensor, dtype: torch.dtype, stored: torch.dtype, given: tuple[int, ...]) -> Tensor:
     """What an op of the compiled module for the rows' device makes of them.
 
     Args:
