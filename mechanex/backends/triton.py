@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from mechanex.errors import MechanexError
+from mechanex.ops.edits import StackedEdits
 from mechanex.ops.encoder import FeatureEncoder
-from mechanex.ops.gate import Gate
 from mechanex.ops.head import Head
 
 from .arithmetic import check_rows
@@ -203,20 +203,12 @@ def steer_gradients(
 
 
 def refuses_steer_many(
-    hidden: Tensor,
-    rows: Tensor | None,
-    strength: Tensor | None,
-    bias: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    gate: Gate | None,
+    hidden: Tensor, rows: Tensor | None, strength: Tensor | None, edits: StackedEdits
 ) -> str | None:
     """Why the kernel can't take these arguments, or None."""
-    weight, offset = (None, None) if gate is None else (gate.weight, gate.offset)
-    for more in (strength, weight, offset):
-        reason = refuses_steer(hidden, rows, more, None, None)
-        if reason is not None:
-            return reason
+    bias, left, right, _, weight, offset = edits.tensors
+    if is_negated(strength, weight, offset):
+        return NEGATED
     reason = refuses_steer(hidden, rows, bias, left, right)
     widest: int = _kernel("launch").MAX_WIDTH
     if reason is None and hidden.shape[1] > widest:
@@ -224,23 +216,15 @@ def refuses_steer_many(
     return reason
 
 
-def steer_many(
-    hidden: Tensor,
-    rows: Tensor | None,
-    strength: Tensor | None,
-    bias: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    gate: Gate | None,
-) -> Tensor:
+def steer_many(hidden: Tensor, rows: Tensor | None, strength: Tensor | None, edits: StackedEdits) -> Tensor:
     """Several edits of a row in order; see :func:`mechanex.backends.reference.steer_many`.
 
     Raises:
         ValidationError: a row index is out of range (interpreter; a GPU gives NaN rows).
     """
     if rows is not None and rows.device.type == "cpu":
-        check_rows(rows, bias.shape[0])
-    out: Tensor = _kernel("steer_many").steer_many(hidden, rows, strength, bias, left, right, gate)
+        check_rows(rows, edits.bias.shape[0])
+    out: Tensor = _kernel("steer_many").steer_many(hidden, rows, strength, edits)
     return out
 
 
