@@ -46,13 +46,11 @@ class SteeringWorker(_Base):  # type: ignore[misc]
         n_tokens = config.scheduler_config.max_num_batched_tokens + _PADDING
         capacity = Capacity.of(config.additional_config)
         self._stream = SteeredStream(layers, width, capacity, n_tokens, self.device, dtype)
+        here = [layer for layer in layers if layer is not None]
         with run_alone(config):
-            takes_two = {
-                id(layer): _takes_two(layer, width, dtype, self.device)
-                for layer in layers
-                if layer is not None
-            }
+            takes_two = {id(layer): _takes_two(layer, width, dtype, self.device) for layer in here}
         self._stream.wrap(layers, lambda layer: takes_two[id(layer)])
+        self._form = "a sum of two tensors" if any(takes_two.values()) else "one tensor"
         self._edits: dict[str, Mapping[int, Edit]] = {}
         self._slots = Slots(capacity.slots)
         follow(self.model_runner, self._begin, self._stream.clear, is_v2=config.use_v2_model_runner)
@@ -65,6 +63,10 @@ class SteeringWorker(_Base):  # type: ignore[misc]
             check_edits(edits, self._stream.width, self._stream.n_layers, self._stream.capacity)
             self._edits[key] = edits
         return key
+
+    def steering_form(self) -> str:
+        """How the model's layers give the residual stream."""
+        return self._form
 
     def _begin(self, steps: Steps) -> None:
         """Puts the edits of a step's requests into the tables, and each token's places into the rows."""

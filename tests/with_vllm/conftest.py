@@ -11,19 +11,20 @@ from typing import Any
 
 import pytest
 
-if find_spec("vllm") is None:
-    collect_ignore_glob = ["*"]
-
 # Before vLLM is imported. One process, unless a test says otherwise: a second one takes as long to start as the engine.
-for name, value in {
+ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CONFIGURE_LOGGING": os.environ.get("VLLM_CONFIGURE_LOGGING", "0"),
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-}.items():
-    os.environ[name] = value
+}
+
+if find_spec("vllm") is None:
+    collect_ignore_glob = ["*"]
+else:
+    os.environ.update(ENVIRONMENT)
 
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
