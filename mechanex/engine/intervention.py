@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._private.torch import writes
 from ..errors import ValidationError
+from ..ops.edits import StackedEdits
 from ..ops.gate import NORM, Gate, openings, with_norm_of
 from ..ops.steer import bind, steer
 from .given import as_table, as_vector
@@ -321,7 +322,7 @@ class EditTable:
 
     def __init__(self, edits: list[Edit]) -> None:
         self.edits = edits
-        self._stacked: _Stack | None = None
+        self._stacked: StackedEdits | None = None
         self._chains: Tensor | None = None
 
     @classmethod
@@ -346,7 +347,7 @@ class EditTable:
             table._chains = torch.tensor(filled, dtype=torch.int32)
         return table
 
-    def _stack(self, hidden: Tensor) -> _Stack:
+    def _stack(self, hidden: Tensor) -> StackedEdits:
         dtype = compute_dtype(hidden.dtype)
         if self._stacked is not None:
             bias = self._stacked.bias
@@ -362,7 +363,7 @@ class EditTable:
         if any(e.gate is not None for e in edits):
             gate = Gate.stack([e.gate or Gate.of("none", torch.zeros_like(e.bias)) for e in edits])
             gate = gate.to(hidden.device, dtype)
-        stacked = _Stack(bias, left, right, gate)
+        stacked = StackedEdits(bias, left, right, gate)
         if not any(e.requires_grad for e in self.edits):
             self._stacked = stacked
         return stacked
@@ -438,16 +439,6 @@ class EditTable:
             for k, edit in enumerate(edits):
                 x = torch.where((rows[:, i] == k)[:, None], _dense(edit, before, amount), x)
         return torch.where((rows == -1).all(1, keepdim=True), flat, x.to(flat.dtype)).view(hidden.shape)
-
-
-@dataclass(frozen=True)
-class _Stack:
-    """The tensors of a table, as the op takes them."""
-
-    bias: Tensor
-    left: Tensor | None
-    right: Tensor | None
-    gate: Gate | None
 
 
 def _dense(edit: Edit, x: Tensor, amount: Tensor | None) -> Tensor:

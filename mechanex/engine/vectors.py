@@ -28,6 +28,7 @@ from .vector_checks import (
     as_seed,
     as_text_fields,
     check_strength,
+    written_seed,
 )
 
 if TYPE_CHECKING:
@@ -440,14 +441,13 @@ class SteeringVector(Mapping[int, Tensor]):
                 say, or ``site`` is missing or contradicts the file; names the file and the problem.
         """
         layers, fields, more = read_layers(path, site)
-        seed = fields.get("seed")
         try:
             return cls(
                 layers,
                 model=fields.get("model"),
                 model_family=fields.get("model_family"),
                 method=fields.get("method"),
-                seed=None if seed is None else int(seed),
+                seed=written_seed(path, fields.get("seed")),
                 metadata={key: value for key, value in fields.items() if key not in RESERVED_FIELDS},
                 library_version=fields.get("library_version", ""),
                 terms=Terms.read(fields[TERMS], more) if TERMS in fields else None,

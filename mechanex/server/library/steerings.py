@@ -21,9 +21,10 @@ from ...engine.vector_store import VectorStore
 from ...engine.vectors import SteeringVector
 from ...errors import APIError, NotFoundError, ValidationError
 from ..settings import ServerSettings
+from .folder import SharedVectors
 from .records import Library
-from .shared import SharedVectors, make_behaviors
-from .watched import WatchedBehaviors, Watching
+from .shared import make_behaviors
+from .watched import WatchedBehaviors
 
 __all__ = ["Steerings"]
 
@@ -63,10 +64,10 @@ class Steerings:
         self._edit_bytes = 0
         self._conditions: OrderedDict[tuple[bytes, float], PromptCondition] = OrderedDict()
         corrected = {name: self._to_correct(name) for name in settings.corrected_behaviors}
-        self._corrected = [one for one in corrected.values() if isinstance(one, SteeringVector)]
+        self._corrected = {name: one for name, one in corrected.items() if isinstance(one, SteeringVector)}
         self._names = frozenset({*self._behaviors, *self.watched.own, *corrected})
-        self.correcting = Watching(tuple(one for one in corrected.values() if isinstance(one, Behavior)))
-        """What every answer has watched."""
+        self.floor = tuple(one for one in corrected.values() if isinstance(one, Behavior))
+        """The behaviors that are watched and corrected in every answer."""
 
     @property
     def own_behaviors(self) -> frozenset[str]:
@@ -75,8 +76,12 @@ class Steerings:
 
     @property
     def corrections(self) -> tuple[Steer, ...]:
-        """The edits of the behaviors that every answer is steered by."""
-        return tuple(steer for vector in self._corrected for steer in self.edits(vector, 1.0))
+        """The edits of the behaviors that every answer is steered by, at strength 1."""
+        return tuple(steer for vector in self._corrected.values() for steer in self.edits(vector, 1.0))
+
+    def beyond_corrections(self, name: str, strength: float) -> float:
+        """What is left of a behavior's strength where every answer is steered by it: a request may ask for more."""
+        return max(0.0, strength - 1.0) if name in self._corrected else strength
 
     async def by_vector(
         self,

@@ -18,6 +18,7 @@ from ...engine.sampling import Sampling, row_seed
 from ...errors import NotFoundError, ValidationError
 from ..accounts.auth import Principal, principal
 from ..http.disconnect import done_or_gone
+from ..http.routes import Route
 from ..library.watched import Watching
 from ..model.engine import Engine, ServingEngine
 from ..model.requests import Steer, TextRequest, results_of
@@ -33,7 +34,7 @@ Who = Annotated[Principal, Depends(principal)]
 
 def openai_router() -> APIRouter:
     """The routes under /v1."""
-    router = APIRouter(prefix="/v1", tags=["openai"])
+    router = APIRouter(prefix="/v1", tags=["openai"], route_class=Route)
     router.add_api_route("/models", _models, methods=["GET"])
     router.add_api_route("/models/{model:path}", _model, methods=["GET"], responses=_errors(404))
     responses = _errors(400, 401, 404, 413, 429, 500, 503, 504)
@@ -207,7 +208,8 @@ async def _steering(
             param = "behavior_names" if name in named else "force_steering"
             behavior = await _watched(engine, body, who, name)
             if behavior is None:
-                found += await steerings.by_behavior(who.account_id, name, strength)
+                beyond = steerings.beyond_corrections(name, strength)
+                found += await steerings.by_behavior(who.account_id, name, beyond)
                 continue
             if name in forced:
                 found += forced_edits([behavior])
@@ -219,13 +221,9 @@ async def _steering(
     except (NotFoundError, ValidationError) as error:
         raise _invalid(error.message, param) from error
     action = body.behavior_action
-    watching = Watching(
-        tuple(watched.values()), action if action is not None and action != "steer" else "correct"
-    )
-    if not names and not corrected:
-        found += steerings.corrections
-        watching = steerings.correcting
-    return tuple(found), watching
+    found += steerings.corrections
+    done = action if action is not None and action != "steer" else "correct"
+    return tuple(found), Watching(tuple(watched.values()), done, steerings.floor)
 
 
 async def _condition(
