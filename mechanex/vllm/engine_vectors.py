@@ -170,7 +170,7 @@ def edits_by_layer(source: object, n_layers: int) -> dict[int, Edit]:
         ValidationError: it is neither.
     """
     if isinstance(source, SteeringVector):
-        return {layer: Edit.add(tensor.float()) for layer, tensor in source.items()}
+        return _of_vector(source)
     if not isinstance(source, Mapping) or not source:
         raise ValidationError(
             f"a vector is a SteeringVector or {{layer: tensor or Edit}}; got {type(source).__name__}."
@@ -182,6 +182,20 @@ def edits_by_layer(source: object, n_layers: int) -> dict[int, Edit]:
     if len(found) < len(source):
         raise ValidationError(f"a layer is named twice in {list(source)}: keep one.")
     return dict(sorted(found.items()))
+
+
+def _of_vector(vector: SteeringVector) -> dict[int, Edit]:
+    terms = vector.terms
+    if terms.schedule is not None or terms.condition is not None or terms.planes:
+        raise ValidationError(
+            "in vLLM a vector does the same to every text, times its strength, and this one has a schedule, a condition "
+            "on prompts or a rotation: serve it with mechanex serve, or take its numbers, SteeringVector(dict(vector))."
+        )
+    found: dict[int, Edit] = {}
+    for layer, tensor in vector.items():
+        edit, gate = Edit.add(tensor.float()), terms.gates.get(layer)
+        found[layer] = edit if gate is None else edit.gated(gate.kind, gate.weight, gate.offset)
+    return found
 
 
 def _layer(layer: Any, n_layers: int) -> int:
