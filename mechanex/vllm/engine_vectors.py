@@ -188,8 +188,9 @@ def _of_vector(vector: SteeringVector) -> dict[int, Edit]:
     terms = vector.terms
     if terms.schedule is not None or terms.condition is not None or terms.planes:
         raise ValidationError(
-            "in vLLM a vector does the same to every text, times its strength, and this one has a schedule, a condition "
-            "on prompts or a rotation: serve it with mechanex serve, or take its numbers, SteeringVector(dict(vector))."
+            "in vLLM a vector does the same to every text, times its strength, and this one has a schedule, a "
+            "condition on prompts or a rotation: serve it with mechanex serve, or take its numbers, "
+            "SteeringVector(dict(vector))."
         )
     found: dict[int, Edit] = {}
     for layer, tensor in vector.items():
