@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from .._version import __version__
 from ..errors import ValidationError
+from .dose_record import FIELD as CALIBRATION
+from .dose_record import DoseRecord
+from .edit_kinds import TOKENS, check_kind, check_token_kind, edit_of
 from .formats.files import read_layers, write_layers
 from .formats.record import FORMAT_VERSION
 from .formats.site import Site
@@ -130,6 +134,22 @@ class SteeringVector(Mapping[int, Tensor]):
         return self._any.device
 
     @property
+    def edit(self) -> str:
+        """How it edits the stream when it is applied: ``"add"`` unless its metadata says otherwise."""
+        return self.metadata.get("edit", "add")
+
+    @property
+    def tokens(self) -> str:
+        """Which tokens it edits when it is applied: ``"all"`` unless its metadata says otherwise."""
+        return self.metadata.get("edited_tokens", "all")
+
+    @property
+    def calibration(self) -> DoseRecord | None:
+        """What ``calibrate`` or ``tune`` saw at which strength; None where neither was called."""
+        text = self.metadata.get(CALIBRATION)
+        return None if text is None else DoseRecord.of(text)
+
+    @property
     def _any(self) -> Tensor:
         return next(iter(self._layers.values()))
 
@@ -166,7 +186,7 @@ class SteeringVector(Mapping[int, Tensor]):
             return NotImplemented
         if not math.isfinite(number):
             raise ValidationError(f"a steering vector can be multiplied by a finite number; got {number}.")
-        return self._like({layer: tensor * number for layer, tensor in self._layers.items()})
+        return self._scaled(number, {layer: tensor * number for layer, tensor in self._layers.items()})
 
     __rmul__ = __mul__
 
@@ -176,7 +196,7 @@ class SteeringVector(Mapping[int, Tensor]):
             return NotImplemented
         if number == 0:
             raise ValidationError("a steering vector can't be divided by zero.")
-        return self._like({layer: tensor / number for layer, tensor in self._layers.items()})
+        return self._scaled(1 / number, {layer: tensor / number for layer, tensor in self._layers.items()})
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SteeringVector):
@@ -214,7 +234,7 @@ class SteeringVector(Mapping[int, Tensor]):
         for layer, tensor in self._layers.items():
             wide = tensor.to(widest(tensor.device))
             unit[layer] = (wide / wide.norm()).to(tensor.dtype)
-        return self._like(unit)
+        return self._like(unit, self._uncalibrated())
 
     def cosine_similarity(self, other: SteeringVector) -> dict[int, float]:
         """Cosine of the angle between the two, for each layer that both have.
@@ -239,7 +259,8 @@ class SteeringVector(Mapping[int, Tensor]):
         missing = [layer for layer in layers if layer not in self._layers]
         if missing:
             raise ValidationError(f"the vector has layers {list(self.layers)}, and not {missing}.")
-        return self._like({layer: self._layers[layer] for layer in layers})
+        kept = {layer: self._layers[layer] for layer in layers}
+        return self._like(kept, None if len(kept) == len(self) else self._uncalibrated())
 
     def to(self, target: torch.device | torch.dtype | str) -> SteeringVector:
         """The same vector on another device, or in float32 or float64; a smaller dtype is refused."""
@@ -256,12 +277,15 @@ class SteeringVector(Mapping[int, Tensor]):
         tokens: int | slice | None = None,
         rows: Sequence[int] | None = None,
     ) -> Handle:
-        """Adds ``strength`` times the vector to the stream at its layers, until the handle is removed.
+        """Edits the stream by ``strength`` times the vector at its layers, until the handle is removed.
+
+        The vector is added, to every token, unless its ``edit`` and ``tokens`` say otherwise, as those of tuned ones
+        do.
 
         Args:
             model: a Hugging Face or TransformerLens model.
             strength: multiplies the vector; 0 changes nothing and logs a warning.
-            tokens: absolute positions to steer (int, slice, or None for all).
+            tokens: absolute positions to steer (int, slice, or None for those that the vector names).
             rows: rows of the batch to steer, None for all.
 
         Returns:
@@ -282,7 +306,6 @@ class SteeringVector(Mapping[int, Tensor]):
     ) -> SteeringPlan:
         """What ``apply`` does, checked but not yet applied; arguments and errors as there."""
         from .hooks import Intervention, SteeringPlan
-        from .intervention import Edit
         from .models import adapter_for
 
         check_strength(strength)
@@ -299,8 +322,15 @@ class SteeringVector(Mapping[int, Tensor]):
                 f"{adapter.model_id} is of {adapter.family!r}: use a vector of this family, or "
                 "SteeringVector(dict(vector)) to try its numbers all the same."
             )
+        check_kind(self.edit)
+        check_token_kind(self.tokens)
+        if self.calibration is not None:
+            self.calibration.warn(float(strength))
+        if strength == 0 and self.edit != "add":
+            return SteeringPlan([])
+        chosen = TOKENS[self.tokens] if tokens is None else tokens
         return SteeringPlan(
-            Intervention(adapter.layer_index(layer), Edit.add(tensor), tokens=tokens, rows=rows)
+            Intervention(adapter.layer_index(layer), edit_of(self.edit, tensor), tokens=chosen, rows=rows)
             for layer, tensor in (self * strength)._layers.items()
         )
 
@@ -308,8 +338,14 @@ class SteeringVector(Mapping[int, Tensor]):
         """Writes the vector: ``.safetensors`` keeps all, ``.gguf`` float32 and text, ``.json`` numbers only.
 
         Raises:
-            ValidationError: an unknown suffix, or layer 0 in GGUF, which has no name for it.
+            ValidationError: an unknown suffix, layer 0 in GGUF, which has no name for it, or JSON for a vector that
+                isn't simply added, which numbers don't tell.
         """
+        if Path(path).suffix.lower() == ".json" and (self.edit, self.tokens) != ("add", "all"):
+            raise ValidationError(
+                f"JSON keeps numbers only, and this vector's edit is {self.edit!r} of {self.tokens} tokens: save it as "
+                ".safetensors."
+            )
         write_layers(path, self._layers, self._fields())
 
     @classmethod
@@ -359,7 +395,18 @@ class SteeringVector(Mapping[int, Tensor]):
         fields |= {key: str(value) for key, value in optional.items() if value is not None}
         return fields | self.metadata
 
-    def _like(self, layers: dict[int, Tensor]) -> SteeringVector:
+    def _scaled(self, factor: float, layers: dict[int, Tensor]) -> SteeringVector:
+        """Itself times ``factor``, given as ``layers``: what was calibrated is at other strengths."""
+        found = self.calibration
+        if found is None:
+            return self._like(layers)
+        record = {} if factor == 0 else {CALIBRATION: found.scaled(factor).text()}
+        return self._like(layers, self._uncalibrated() | record)
+
+    def _uncalibrated(self) -> dict[str, str]:
+        return {key: value for key, value in self.metadata.items() if key != CALIBRATION}
+
+    def _like(self, layers: dict[int, Tensor], metadata: Mapping[str, str] | None = None) -> SteeringVector:
         return SteeringVector(
             layers,
             model=self.model,
@@ -367,16 +414,22 @@ class SteeringVector(Mapping[int, Tensor]):
             method=self.method,
             seed=self.seed,
             site=self.site,
-            metadata=self.metadata,
+            metadata=self.metadata if metadata is None else metadata,
         )
 
     def _common(self, other: SteeringVector) -> dict[str, Any]:
+        ours, theirs = (self.edit, self.tokens), (other.edit, other.tokens)
+        if ours != theirs:
+            raise ValidationError(
+                f"vectors that edit differently don't add up (one: {', '.join(ours)} tokens; the other: "
+                f"{', '.join(theirs)} tokens): apply both, or take their numbers, SteeringVector(dict(vector))."
+            )
         return {
             "model": _agreed(self.model, other.model),
             "model_family": _agreed(self.model_family, other.model_family),
             "method": _agreed(self.method, other.method),
             "seed": _agreed(self.seed, other.seed),
-            "metadata": dict(self.metadata.items() & other.metadata.items()),
+            "metadata": dict(self._uncalibrated().items() & other.metadata.items()),
         }
 
     def _check_width(self, other: SteeringVector) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from anyio.to_thread import run_sync
 
 from ...engine.decode.request import Steer
+from ...engine.edit_kinds import TOKENS
 from ...engine.intervention import Edit
 from ...engine.memory import tensor_bytes
 from ...engine.models.adapter import ModelAdapter
@@ -154,14 +155,15 @@ class Steerings:
         self._edits.move_to_end(key)
         if strength == 0:
             return ()
-        return tuple(Steer(layer, edit, tokens) for layer, edit in known)
+        chosen = TOKENS[vector.tokens] if tokens is None else tokens
+        return tuple(Steer(layer, edit, chosen) for layer, edit in known)
 
     def _digest(self, vector: SteeringVector) -> bytes:
         """A hash of the vector's content; vectors are immutable, so one seen lately isn't read again."""
         known = self._digests.get(id(vector))
         if known is not None and known[0] is vector:
             return known[1]
-        digest = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(vector.edit.encode(), digest_size=16)
         for layer, direction in vector.items():
             digest.update(f"{layer}:{direction.dtype}:{direction.numel()};".encode())
             digest.update(direction.cpu().numpy().tobytes())
