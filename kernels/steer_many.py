@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mechanex.backends.arithmetic import many_dtype
-from mechanex.ops.gate import NONE, NORM, RELU, SIGMOID, STEP, Gate
+from mechanex.ops.edits import StackedEdits
+from mechanex.ops.gate import NONE, NORM, RELU, SIGMOID, STEP
 
 from .convert import narrow, widen
 from .launch import IN_TRITON, Launcher, adjacent, block_for, contiguous, current
@@ -115,15 +115,7 @@ def _steer_many_kernel(
 _launch = Launcher(_steer_many_kernel)
 
 
-def steer_many(
-    hidden: Tensor,
-    rows: Tensor | None,
-    strength: Tensor | None,
-    bias: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    gate: Gate | None,
-) -> Tensor:
+def steer_many(hidden: Tensor, rows: Tensor | None, strength: Tensor | None, edits: StackedEdits) -> Tensor:
     """Several edits of a row in order; see :func:`mechanex.backends.reference.steer_many`.
 
     Rows with an index outside ``[-1, K)`` come back as NaN.
@@ -132,8 +124,7 @@ def steer_many(
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
-    edits, rank = 1 if rows is None else rows.shape[1], 0 if left is None else left.shape[1]
-    wide = many_dtype(hidden, strength, bias, left, right, gate)
+    wide = edits.dtype_for(hidden, strength)
     # A row is held whole whatever the rank.
     block = block_for(1, width, 1, wide)
     hidden = adjacent(hidden)
@@ -146,17 +137,12 @@ def steer_many(
                 out,
                 contiguous(rows),
                 contiguous(strength),
-                contiguous(bias),
-                contiguous(left),
-                contiguous(right),
-                None if gate is None else contiguous(gate.kinds),
-                None if gate is None else contiguous(gate.weight),
-                None if gate is None else contiguous(gate.offset),
-                bias.shape[0],
+                *map(contiguous, edits.tensors),
+                edits.bias.shape[0],
                 width,
                 hidden.stride(0),
             ),
-            (edits, rank, block.columns, IN_TRITON[wide]),
+            (1 if rows is None else rows.shape[1], edits.rank, block.columns, IN_TRITON[wide]),
             block.warps,
         )
     return out

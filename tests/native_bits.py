@@ -18,6 +18,7 @@ from optable import (
     SAE_CASES,
     TOP_CASES,
     SteerCase,
+    with_edits,
     with_head,
 )
 from torch import Tensor
@@ -34,7 +35,7 @@ def results() -> list[Tensor]:
     found = []
     for dtype in DTYPES:
         found += [native.steer(*case.make(dtype)) for case in (*CASES, *MORE)]
-        found += [native.steer_many(*case.make(dtype)) for case in MANY_CASES]
+        found += [native.steer_many(*with_edits(case.make(dtype))) for case in MANY_CASES]
         for case in LOGPROB_CASES:
             args = with_head(case.make(dtype))
             found += [*native.LOGPROB.run(*args), *native.LOGPROB.with_slope(*args)]

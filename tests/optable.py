@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mechanex.ops.edits import StackedEdits
 from mechanex.ops.encoder import FeatureEncoder
 from mechanex.ops.gate import KINDS, Gate
 from mechanex.ops.head import Head
@@ -32,6 +33,12 @@ def with_head(args: LogprobArgs) -> tuple[Tensor, Head, Tensor]:
     """The arguments of ``completion_logprob`` as backends take them."""
     hidden, weight, target, *rest = args
     return hidden, Head(weight, *rest), target
+
+
+def with_edits(args: ManyArgs) -> tuple[Tensor, Tensor | None, Tensor | None, StackedEdits]:
+    """The arguments of ``steer_many`` as backends take them."""
+    hidden, rows, strength, *edits = args
+    return hidden, rows, strength, StackedEdits(*edits)
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

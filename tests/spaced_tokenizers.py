@@ -59,3 +59,31 @@ def spaced_tokenizer(kind: str) -> PreTrainedTokenizerFast:
         eos_token="</s>",
         clean_up_tokenization_spaces=False,
     )
+
+
+@cache
+def _trained_word_pieces() -> str:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = ["[UNK]", "[CLS]", "[SEP]"]
+    # Digits too, as every published vocabulary has them.
+    lines = [*_TEXT.split("\n"), *[_EXTRA] * 8, *"0123456789"]
+    trainer = trainers.WordPieceTrainer(vocab_size=360, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return str(tokenizer.to_str())
+
+
+def word_piece_tokenizer() -> PreTrainedTokenizerFast:
+    """A new tokenizer as BERT's, and some GPT-2s': ``##`` marks what goes on with a word, [CLS] and [SEP] surround."""
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=Tokenizer.from_str(_trained_word_pieces()),
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        clean_up_tokenization_spaces=False,
+    )

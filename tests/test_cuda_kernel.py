@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from optable import CASES, DTYPES, MANY_CASES, ManyCase, SteerCase
+from optable import CASES, DTYPES, MANY_CASES, ManyCase, SteerCase, with_edits
 from test_steer_op import guarded, widened
 from tolerances import assert_within, many_truth
 
@@ -193,7 +193,7 @@ def test_several_edits_match_the_oracle(case: ManyCase, dtype: torch.dtype, kern
     kernels.seed = 7
     args = case.make(dtype)
     with guarded():
-        out = native.steer_many(*args)
+        out = native.steer_many(*with_edits(args))
     truth, scale = many_truth(args)
     assert out.dtype == dtype
     assert_within(out, truth, scale, case.base.width)
@@ -209,20 +209,20 @@ def test_several_edits_keep_rows_without_one_and_bad_indices_give_nan(
     hidden.view(integer)[0, :3] = torch.tensor([-1, 1, torch.iinfo(integer).min], dtype=integer)
     rows[0] = -1
     rows[5:9, 1] = torch.tensor([-2, 5, 2**31 - 1, -(2**31)], dtype=torch.int32)
-    out = native.steer_many(*args)
+    out = native.steer_many(*with_edits(args))
     assert torch.equal(out[0].view(integer), hidden[0].view(integer))
     assert out[5:9].isnan().all() and not out[1:5].isnan().any()
     for seed in (1, 2):
         kernels.seed = seed
-        assert torch.equal(native.steer_many(*args).view(integer), out.view(integer))
+        assert torch.equal(native.steer_many(*with_edits(args)).view(integer), out.view(integer))
 
 
 def test_the_widest_row_of_a_half_type_fits_a_block(kernels: Kernels) -> None:
     wide = ManyCase(SteerCase(1, edits.MANY_WIDTH, n_edits=2, rank=4, rows="mixed"), 2, True, ("norm",))
     args = wide.make(torch.bfloat16)
-    assert edits.refuses_steer_many(*args) is None
+    assert edits.refuses_steer_many(*with_edits(args)) is None
     truth, scale = many_truth(args)
-    assert_within(native.steer_many(*args), truth, scale, edits.MANY_WIDTH)
+    assert_within(native.steer_many(*with_edits(args)), truth, scale, edits.MANY_WIDTH)
     wider = ManyCase(SteerCase(1, edits.MANY_WIDTH + 8), 1, True)
-    assert "the width is 24008" in edits.refuses_steer_many(*wider.make(torch.bfloat16))
-    assert edits.refuses_steer_many(*wider.make(torch.float32)) is None
+    assert "the width is 24008" in edits.refuses_steer_many(*with_edits(wider.make(torch.bfloat16)))
+    assert edits.refuses_steer_many(*with_edits(wider.make(torch.float32))) is None

@@ -16,7 +16,7 @@ from mechanex import Mechanex, SteeringVector, ValidationError
 from mechanex.bundled import data_path
 from mechanex.cli import main
 from mechanex.engine.datasets import ContrastivePairs, read_pairs
-from mechanex.engine.doses.dose import Dose
+from mechanex.engine.doses.dose import Dose, kind_of
 from mechanex.engine.doses.halving import front, rounds, spread, survivors
 from mechanex.engine.doses.sweep import sweep
 from mechanex.engine.doses.written import mean_logprobs, write
@@ -158,7 +158,7 @@ def test_strength_one_of_a_tuned_vector_is_the_chosen_dose(tmp_path: Path) -> No
     assert len(tuned) == 1 and tuned.metadata["recommendation"] == found.sentence
     dose = found.chosen.dose
     assert tuned.allclose(dose.strength * found.vectors["caa"].restricted([dose.layer]), rtol=1e-3, atol=1e-3)
-    assert (tuned.edit, tuned.tokens) == (dose.edit, dose.tokens)
+    assert (kind_of(tuned), tuned.tokens) == (dose.edit, dose.tokens)
     assert tuned.calibration.strength == 1.0 and dict(tuned.calibration.seen)[1.0] == tuned.calibration.kl
     tuned.save(tmp_path / "tuned.safetensors")
     again = SteeringVector.load(tmp_path / "tuned.safetensors")

@@ -16,7 +16,7 @@ from mechanex.bundled import data_path
 from mechanex.engine.caa import caa_vectors
 from mechanex.engine.datasets import read_pairs
 from mechanex.engine.doses.calibrate import PASSES, calibrate, dose_quantile, plain_pairs
-from mechanex.engine.doses.dose import Dose
+from mechanex.engine.doses.dose import EDITS, Dose, kind_of
 from mechanex.engine.doses.forced import ForcedAnswers
 from mechanex.engine.generate import generate
 from mechanex.engine.hooks import Intervention, SteeringPlan
@@ -164,7 +164,7 @@ def test_a_vector_with_its_dose_inside_steers_by_it(tiny: LoadedModel, calm: Vec
     dosed = Dose(3, 0.7, "clamp", "generated").vector(calm)
     dosed.save(tmp_path / "dosed.safetensors")
     dosed = Vector.load(tmp_path / "dosed.safetensors")
-    assert (dosed.edit, dosed.tokens) == ("clamp", "generated")
+    assert (kind_of(dosed), dosed.tokens) == ("clamp", "generated")
     prompt, options = "Anna met the neighbour.", {"sampling_method": "greedy", "max_tokens": 12}
     found = generate(tiny.model, tiny.tokenizer, prompt, vector=dosed, strength=1.0, **options)
     plan = SteeringPlan([Intervention(3, Edit.clamp(calm[3], 0.7), tokens=slice(-1, None))])
@@ -176,8 +176,36 @@ def test_a_vector_with_its_dose_inside_steers_by_it(tiny: LoadedModel, calm: Vec
         dosed + calm
     with pytest.raises(ValidationError, match="safetensors"):
         dosed.save(tmp_path / "dosed.json")
-    with pytest.raises(ValidationError, match="an edit is one of"):
-        Vector(dict(calm), metadata={"edit": "melt"}).plan(tiny.model)
+    with pytest.raises(ValidationError, match="tokens to steer"):
+        calm.on_tokens("some")
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_strength_one_of_a_doses_vector_does_what_the_dose_does(
+    tiny: LoadedModel, calm: Vector, edit: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    plane = calm.rotating({3: torch.randn(calm.width)}, 0.0)
+    dose = Dose(3, 0.4, edit, "generated")
+    made = dose.vector(plane)
+    made.save(tmp_path / "v.safetensors")
+    made = Vector.load(tmp_path / "v.safetensors")
+    hidden = torch.randn(5, calm.width)
+    ((theirs,), (ours,)) = made.plan(tiny.model).interventions, dose.of(plane)
+    torch.testing.assert_close(theirs.edit.apply(hidden), ours.edit.apply(hidden), rtol=1e-5, atol=1e-5)
+    assert theirs.tokens == ours.tokens == slice(-1, None) and theirs.layer == 3
+    assert kind_of(made) == edit
+
+
+def test_a_dose_of_a_rotation_turns_by_the_angle_of_the_addition(calm: Vector) -> None:
+    mean = torch.randn(calm.width, generator=torch.Generator().manual_seed(1))
+    ((one,),) = [Dose(3, 1.0, "rotate").of(calm.rotating({3: mean}, 0.0))]
+    turned = one.edit.apply(mean[None])[0].double()
+    direction, along = calm[3].double(), mean.double() / mean.double().norm()
+    added = mean.double() + direction - (direction @ along) * along
+    assert torch.cosine_similarity(turned, added, 0) == pytest.approx(1.0, abs=1e-5)
+    with pytest.raises(ValidationError, match="second direction"):
+        Dose(3, 1.0, "rotate").of(calm)
 
 
 def test_calibrate_is_a_door_of_the_client(calm: Vector) -> None:

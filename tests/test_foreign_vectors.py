@@ -79,6 +79,49 @@ def test_a_vector_may_be_a_list_an_array_or_have_an_axis_of_one(form: Any) -> No
     torch.testing.assert_close(start.float(), truth)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz], ids=str)
+def test_vectors_in_eight_bits_count_as_the_numbers_that_they_hold(dtype: torch.dtype) -> None:
+    given = torch.from_numpy(numbers(D_MODEL)).to(dtype)
+    truth = given.float()
+    vector = SteeringVector({2: given})
+    assert vector.dtype == torch.float32 and torch.equal(vector[2], truth)
+    assert vector == SteeringVector({2: truth})
+    rows = given[None]
+    for edit, same in (
+        (Edit.add(given), Edit.add(truth)),
+        (Edit.ablate(given), Edit.ablate(truth)),
+        (Edit.affine(given, rows, rows), Edit.affine(truth, truth[None], truth[None])),
+        (Edit.dense(given, given.expand(D_MODEL, -1)), Edit.dense(truth, truth.expand(D_MODEL, -1))),
+        (Edit.add(given).gated("step", given), Edit.add(truth).gated("step", truth)),
+    ):
+        hidden = torch.from_numpy(numbers(2 * D_MODEL, 1)).view(2, D_MODEL)
+        torch.testing.assert_close(edit.apply(hidden), same.apply(hidden))
+    with pytest.raises(ValidationError, match="NaN or infinite"):
+        SteeringVector({2: torch.full((4,), float("nan")).to(dtype)})
+
+
+def test_a_vector_that_torch_does_not_read_is_refused() -> None:
+    packed = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    with pytest.raises(ValidationError, match=r"layer 2 is torch.float4_e2m1fn_x2, .* convert it yourself"):
+        SteeringVector({2: packed})
+
+
+@pytest.mark.parametrize(
+    ("text", "logged"), [("None", False), ("", False), ("null", False), ("4.5", True), ("9" * 5000, True)]
+)
+def test_a_file_whose_seed_is_no_number_has_none(
+    text: str, logged: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "v.safetensors"
+    save_file({"layer.2": torch.from_numpy(numbers())}, path, metadata={"seed": text, "author": "x"})
+    vector = SteeringVector.load(path, site="input")
+    assert vector.seed is None and vector.metadata == {"author": "x"}
+    assert ("no whole number" in caplog.text) == logged and len(caplog.text) < 400
+    again = tmp_path / "again.safetensors"
+    vector.save(again)
+    assert SteeringVector.load(again).seed is None
+
+
 def test_whole_numbers_are_numbers_in_lists_and_arrays() -> None:
     assert SteeringVector({0: [1, 0, -2]}) == SteeringVector({0: np.array([1, 0, -2])})
     assert SteeringVector({0: [1, 0, -2]}) == SteeringVector({0: torch.tensor([1.0, 0.0, -2.0])})

@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spaced_tokenizers import KINDS, spaced_tokenizer
+from spaced_tokenizers import KINDS, spaced_tokenizer, word_piece_tokenizer
 
 from mechanex.engine.caa import caa_vectors
 from mechanex.engine.optimize.datapoints import completions_of
@@ -45,6 +45,39 @@ def test_a_completion_continues_the_prompts_text(kind, as_ids, prompt, completio
     assert read(tokenizer, ids + answer) == read(tokenizer, whole)
     if whole[: len(before)] == before:
         assert ids + answer == whole
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "pieces"),
+    [
+        ("Anna m", "et the", ["##et", "the"]),
+        ("The dog m", "et Anna.", ["##et", "anna", "."]),
+        ("Anna met", " the", ["the"]),
+        ("Anna met", "the", ["##t", "##h", "##e"]),
+        ("Anna met ", "the", ["the"]),
+        ("Anna met.", "The", ["the"]),
+        ("the wea", "ther, the dog.", ["##t", "##her", ",", "the", "dog", "."]),
+        ("", "Anna", ["anna"]),
+    ],
+)
+def test_word_pieces_go_on_with_a_word_that_the_prompt_ends_within(prompt, completion, pieces):
+    tokenizer = word_piece_tokenizer()
+    ids, answer = encode_pair(tokenizer, prompt, completion)
+    assert tokenizer.convert_ids_to_tokens(answer) == pieces
+    assert encode_pair(tokenizer, ids, completion)[1] == answer or prompt.endswith(" ")
+    # What ends each text of BERT's kind stands neither between the two nor behind them.
+    assert tokenizer.sep_token_id not in ids and ids == encode_prompt(tokenizer, prompt)
+    assert encode_prompt(tokenizer, "the [SEP]")[-1:] == [tokenizer.sep_token_id]
+
+
+@given(st.text("adehmnot ", min_size=1, max_size=14), st.text("adehmnot ", max_size=14))
+@settings(deadline=None, max_examples=60)
+def test_word_pieces_read_as_the_whole_text(prompt, completion):
+    tokenizer = word_piece_tokenizer()
+    if not prompt.strip() or not completion.strip():
+        return
+    ids, answer = encode_pair(tokenizer, prompt, completion)
+    assert read(tokenizer, ids + answer) == read(tokenizer, encode_prompt(tokenizer, prompt + completion))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -42,6 +42,7 @@ def score(hidden: Tensor, **options: str) -> Tensor:
         ((H, W, T[:4]), r"target must have shape \[5\], got \[4\]"),
         ((H, W, T, B[:7]), r"bias must have shape \[V\] = \[200\], got \[7\]"),
         ((H, W, T, B.long()), "bias must be floating point, got torch.int64"),
+        ((H, W, T, B.to(torch.float8_e5m2)), "got torch.float8_e5m2: convert it to float32"),
         ((H, W.to("meta"), T), "weight is on meta, hidden on cpu"),
         ((H, W, T, B, float("nan")), "scale must be a finite number, got nan"),
         ((H, W, T, B, torch.ones(())), "scale must be a finite number, got tensor"),

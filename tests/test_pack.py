@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechanex.engine.pack import build_packs
@@ -23,6 +23,7 @@ def paths(pack):
         yield pair, pack.input_ids[row, visible[row, column]].tolist()
 
 
+@settings(deadline=None)
 @given(pairs_of_ids, st.sampled_from([1, 16, 64]), st.sampled_from([1, 40, 10_000]))
 def test_every_completion_token_sees_its_own_prompt_and_itself(pairs, row_tokens, batch_tokens):
     found = {i: [] for i in range(len(pairs))}
@@ -33,6 +34,7 @@ def test_every_completion_token_sees_its_own_prompt_and_itself(pairs, row_tokens
         assert found[i] == [[*prompt, *completion[: k + 1]] for k in range(len(completion))]
 
 
+@settings(deadline=None)
 @given(pairs_of_ids, st.sampled_from(["tree", "padded"]))
 def test_predictors_and_targets_are_those_of_the_pair_alone(pairs, layout):
     for pack in build_packs(pairs, layout=layout):
@@ -47,6 +49,7 @@ def test_predictors_and_targets_are_those_of_the_pair_alone(pairs, layout):
             assert places == list(range(len(prompt), len(prompt) + len(completion)))
 
 
+@settings(deadline=None)
 @given(pairs_of_ids)
 def test_one_prompt_is_stored_once(pairs):
     (pack,) = build_packs(pairs, row_tokens=10_000, batch_tokens=10_000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -354,5 +355,41 @@ def test_dynamic_factors_stretch_a_context_as_far_as_they_are_made_for():
     assert generate_batch(model, tokenizer, [prompt], max_tokens=8, sampling_method="greedy") == [
         tokenizer.decode(truth)
     ]
+    with pytest.raises(ValidationError, match=f"context of {3 * ORIGINAL}"):
+        generate_batch(model, tokenizer, [prompt * 3], max_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("named", "times"),
+    [
+        ({"rope_parameters": _DYNAMIC}, 3),
+        ({"rope_parameters": {"full_attention": _DYNAMIC, "sliding_attention": _DEFAULT}}, 3),
+        ({"rope_parameters": {"full_attention": _DYNAMIC, "sliding_attention": _DYNAMIC}}, 3),
+        ({"rope_parameters": {"full_attention": _DEFAULT, "sliding_attention": _DYNAMIC}}, 1),
+        ({"rope_parameters": {"sliding_attention": _DYNAMIC}}, 3),
+        ({"rope_parameters": {"full_attention": _DYNAMIC, "sliding_attention": None}}, 3),
+        ({"rope_parameters": _LONGROPE}, 1),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 3.0}}, 3),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": None}}, 1),
+        ({}, 1),
+    ],
+)
+@pytest.mark.parametrize("multimodal", [False, True])
+def test_a_context_is_read_wherever_a_configuration_puts_its_rotary_parameters(named, times, multimodal):
+    model = FAMILIES["llama"]()
+    text = SimpleNamespace(max_position_embeddings=ORIGINAL, **named)
+    wrapper = SimpleNamespace(max_position_embeddings=7, get_text_config=lambda: text)
+    model.config = wrapper if multimodal else text
+    assert adapter_for(model).context == times * ORIGINAL
+    model.config.max_position_embeddings = text.max_position_embeddings = None
+    assert adapter_for(model).context is None
+
+
+def test_texts_outgrow_a_context_that_layers_of_one_kind_stretch():
+    by_kind = {"full_attention": _DYNAMIC, "sliding_attention": _DEFAULT}
+    model = FAMILIES["gemma3"](rope_parameters=by_kind, max_position_embeddings=ORIGINAL)
+    prompt, tokenizer = list(range(3, 3 + ORIGINAL + 5)), tiny_tokenizer()
+    (text,) = generate_batch(model, tokenizer, [prompt], max_tokens=8, sampling_method="greedy")
+    assert len(text) > len(tokenizer.decode(prompt))
     with pytest.raises(ValidationError, match=f"context of {3 * ORIGINAL}"):
         generate_batch(model, tokenizer, [prompt * 3], max_tokens=8)

@@ -18,6 +18,7 @@ from mechanex.engine.models import adapter_for
 from mechanex.engine.score import completion_logprobs, perplexity, rank_completions
 from mechanex.engine.text import encode_pair, encode_prompt
 from mechanex.errors import MechanexError, ValidationError
+from mechanex.utils.steering_opt import TrainingDatapoint, optimize_vector
 
 TOKENIZER = tiny_tokenizer()
 PROMPTS, COMPLETIONS = (
@@ -342,6 +343,24 @@ def test_a_language_head_of_its_own_kind_is_used_itself():
         found = completion_logprobs(model, PROMPTS, COMPLETIONS, TOKENIZER, greedy=greedy)
         check(found, truths)
     assert not torch.allclose(found.sums, plain, rtol=1e-2)
+
+
+@pytest.mark.parametrize("n_maps", [1, 2])
+def test_a_language_head_of_several_modules_is_used_itself(n_maps):
+    model = FAMILIES["llama"]()
+    width = model.config.hidden_size
+    more = [torch.nn.Linear(width, width, bias=False) for _ in range(n_maps - 1)]
+    model.lm_head = torch.nn.Sequential(*more, model.lm_head)
+    with torch.no_grad():
+        truths = [alone(model, p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    for greedy in (False, True):
+        check(completion_logprobs(model, PROMPTS, COMPLETIONS, TOKENIZER, greedy=greedy), truths)
+    check(completion_logprobs(model, PROMPTS[:1], COMPLETIONS[:1], TOKENIZER), truths[:1])
+    data = [TrainingDatapoint("The morning was", dst_completions=[" calm."])]
+    options = {"tokenizer": TOKENIZER, "max_iters": 2, "return_info": True}
+    assert optimize_vector(model, data, 1, **options)[0].isfinite().all()
+    with pytest.raises(ValidationError, match=r"Sequential and no single matrix"):
+        _ = adapter_for(model).unembedding
 
 
 def test_progress_shows_a_bar(capsys):

@@ -67,6 +67,7 @@ def rebuilt(every: list[Tensor | None], gate: Gate | None) -> optable.ManyArgs:
     return *tensors, None if gate is None else Gate(gate.kinds, weight, offset)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("case", MANY_GRADIENT_CASES, ids=str)
 def test_gradients_of_both_orders_agree_with_finite_differences(case: ManyCase, backend: str) -> None:
@@ -273,6 +274,7 @@ G = Gate(torch.zeros(2, dtype=torch.int32), torch.zeros(2, 8), torch.zeros(2))
         ({"strength": S[:, :2]}, r"strength must have shape \[5, 3\] \(that of rows\), got \[5, 2\]"),
         ({"strength": 2.0}, "one number an edit, got float"),
         ({"strength": R}, "floating-point tensor, .* got torch.int32"),
+        ({"strength": R.to(torch.float8_e5m2)}, "floating-point tensor, .* got torch.float8_e5m2"),
         ({"strength": S.to("meta")}, "strength is on meta"),
         ({"rows": R[:4]}, r"rows must have shape \[5\], or \[5\] and m edits, got \[4, 3\]"),
         ({"rows": R[:, :, None]}, "rows must have shape"),
@@ -295,6 +297,7 @@ def test_bad_arguments_say_what_was_wrong(arguments: dict[str, object], message:
         (lambda: Gate(G.kinds.long(), G.weight, G.offset), "int32"),
         (lambda: Gate(G.kinds, G.weight[:1], G.offset), r"gate.weight must be floating point \[2, d\]"),
         (lambda: Gate(G.kinds, G.weight, G.offset[:1]), r"gate.offset must be floating point \[2\]"),
+        (lambda: Gate(G.kinds, G.weight.to(torch.float8_e5m2), G.offset), "gate.weight .* torch.float8_e5m2"),
     ],
 )
 def test_a_gate_says_what_is_wrong_with_it(make: object, message: str) -> None:
@@ -302,6 +305,7 @@ def test_a_gate_says_what_is_wrong_with_it(make: object, message: str) -> None:
         make()  # type: ignore[operator]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("case", MANY_GRADIENT_CASES[1:], ids=str)
 def test_the_library_op_passes_opcheck(case: ManyCase) -> None:
     args = case.make(torch.float32)

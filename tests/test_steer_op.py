@@ -113,6 +113,7 @@ def gradients(op: Callable[..., Tensor], args: optable.Args, cotangent: Tensor) 
     return [None if t is None else next(found) for t in leaves]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
 def test_gradients_of_both_orders_agree_with_finite_differences(case: SteerCase, backend: str) -> None:
@@ -222,6 +223,7 @@ def test_a_row_index_outside_the_table_gives_nan_on_a_gpu() -> None:
 
 
 X, B, P = torch.zeros(5, 8), torch.zeros(2, 8), torch.zeros(2, 3, 8)
+F8 = torch.float8_e4m3fn
 R = torch.zeros(5, dtype=torch.int32)
 
 
@@ -240,6 +242,12 @@ R = torch.zeros(5, dtype=torch.int32)
         ((X.int(), R, B), "hidden must be floating point, got torch.int32"),
         ((X, None, B[:1].int()), "bias must be floating point"),
         ((X.int(), None, B[:1].int()), "must be floating point"),
+        (
+            (X.to(F8), None, B[:1].to(F8)),
+            "hidden must be floating point, got torch.float8_e4m3fn: convert it",
+        ),
+        ((X, None, B[:1].to(F8)), "bias must be floating point, got torch.float8_e4m3fn: convert it"),
+        ((X, R, B, P.to(F8), P.to(F8)), "left must be floating point, got torch.float8_e4m3fn: convert it"),
         ((X, R, B.tolist()), "bias must be a tensor, got list"),
         ((X, None, B[:1].to("meta")), "bias is on meta, hidden on cpu"),
         ((X, R.to("meta"), B), "rows is on meta"),

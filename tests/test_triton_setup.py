@@ -42,7 +42,7 @@ def compile_only(self, *args, grid, warmup, **options):
 
 JITFunction.run = compile_only
 from mechanex.backends import triton
-from optable import MANY_CASES, SAE_CASES, SteerCase
+from optable import MANY_CASES, SAE_CASES, SteerCase, with_edits
 steer = triton._kernel("steer").steer
 many = triton._kernel("steer_many").steer_many
 gradients = triton._kernel("steer_gradients").gradients
@@ -57,7 +57,7 @@ for case in cases[: int(sys.argv[2])]:
         gradients(torch.zeros_like(args[0]), *args, (True, True, True))
 for case in MANY_CASES[2:12:3][-int(sys.argv[2]):]:
     for name in sys.argv[3:]:
-        many(*case.make(getattr(torch, name)))
+        many(*with_edits(case.make(getattr(torch, name))))
 sae = triton._kernel("sae")
 for case in SAE_CASES[2 : 2 + int(sys.argv[2])]:
     for encoder in (torch.float32, torch.bfloat16, torch.int8):
@@ -141,6 +141,7 @@ print(triton._kernel("steer").__name__, triton._kernel("steer").__file__)
 """
 
 
+@pytest.mark.ci
 @in_a_source_tree
 @pytest.mark.skipif(
     Path(mechanex.__file__).resolve().parent.parent != HERE.parent, reason="the package is a staged copy"
@@ -155,6 +156,7 @@ def test_a_source_tree_runs_the_kernels_that_it_holds(tmp_path: Path) -> None:
     ], done.stderr
 
 
+@pytest.mark.ci
 @in_a_source_tree
 def test_an_installed_package_runs_its_own_kernels(tmp_path: Path) -> None:
     site, package = tmp_path / "site", tmp_path / "site" / "mechanex"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mechanex.backends import reference
+from mechanex.ops.edits import StackedEdits
 from mechanex.ops.gate import KINDS
 
 # What a float32 model's logits may differ by when only the order of the sums differs.
@@ -57,7 +58,7 @@ def many_truth(args: optable.ManyArgs) -> tuple[Tensor, Tensor]:
     wide = [None if t is None else t.double() for t in (hidden, strength, bias, left, right)]
     gates = None if gate is None else gate.to(hidden.device, torch.float64)
     x, s, b, low, high = wide
-    truth = reference.steer_many(x, rows, s, b, low, high, gates)
+    truth = reference.steer_many(x, rows, s, StackedEdits(b, low, high, gates))
     scale = []
     for t in range(hidden.shape[0]):
         now, size = x[t], x[t].abs()

@@ -152,7 +152,7 @@ def prefers_torch() -> bool:
 
 def kernel(op: str, name: str | None, tensor: Tensor, *rest: Any) -> Callable[..., Tensor]:
     """The function that computes ``op``, one with a single result: ``run`` of what :func:`select` gives."""
-    return _select(op, name, True, tensor, *rest).run
+    return _select(op, name, True, (tensor, *rest)).run
 
 
 def gradients(
@@ -162,7 +162,7 @@ def gradients(
 
     Args and raises as for :func:`select`.
     """
-    return _select(op, name, False, tensor, *rest).gradients
+    return _select(op, name, False, (tensor, *rest)).gradients
 
 
 def select(op: str, name: str | None, tensor: Tensor, *rest: Any) -> Kernel:
@@ -178,19 +178,19 @@ def select(op: str, name: str | None, tensor: Tensor, *rest: Any) -> Kernel:
         ValidationError: no such backend, or an explicitly chosen one that does not serve these arguments.
         MechanexError: an explicitly chosen backend can't run here.
     """
-    return _select(op, name, True, tensor, *rest)
+    return _select(op, name, True, (tensor, *rest))
 
 
-def _select(op: str, name: str | None, by_size: bool, tensor: Tensor, *rest: Any) -> Kernel:
+def _select(op: str, name: str | None, by_size: bool, args: tuple[Any, ...]) -> Kernel:
     """As :func:`select`; the size of a call counts where asked for: gradients keep to the kernels that repeat bits."""
-    chosen = name or _setting or active()
+    chosen, tensor = name or _setting or active(), args[0]
     if chosen == "auto":
-        if tensor.is_cuda and by_size and op in _BY_SIZE and _is_native_quicker(op, tensor, rest[0], rest[2]):
+        if tensor.is_cuda and by_size and op in _BY_SIZE and _is_native_quicker(op, tensor, args[1], args[3]):
             quick = _native(op)
-            if quick and quick.refuses(tensor, *rest) is None and quick.declines(tensor, *rest) is None:
+            if quick and quick.refuses(*args) is None and quick.declines(*args) is None:
                 return quick
-        for candidate in _candidates(op, tensor.device.type):
-            if candidate.refuses(tensor, *rest) is None and candidate.declines(tensor, *rest) is None:
+        for candidate in _candidates(op, "cpu" if tensor.is_cpu else tensor.device.type):
+            if candidate.refuses(*args) is None and candidate.declines(*args) is None:
                 return candidate
         return _REGISTRY["eager"].ops[op]
     backend = get(chosen)
@@ -207,7 +207,7 @@ def _select(op: str, name: str | None, by_size: bool, tensor: Tensor, *rest: Any
     if reason is not None:
         raise MechanexError(f"backend {chosen!r} can't run on {device} here: {reason}")
     found = backend.ops[op]
-    reason = found.refuses(tensor, *rest)
+    reason = found.refuses(*args)
     if reason is not None:
         raise ValidationError(f"backend {chosen!r} can't compute this {op}: {reason}; choose auto or eager")
     return found

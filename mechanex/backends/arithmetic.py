@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from mechanex.errors import ValidationError
-from mechanex.ops.gate import Gate
 
-__all__ = ["check_rows", "compute_dtype", "many_dtype", "wide_product", "widens", "without_autocast"]
+__all__ = ["check_rows", "compute_dtype", "wide_product", "widens", "without_autocast"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,19 +48,6 @@ def check_rows(rows: Tensor, n_edits: int) -> None:
             f"rows has values from {low} to {high}, but the table holds {n_edits} edit(s): "
             f"give -1 (no edit) or an index from 0 to {n_edits - 1}"
         )
-
-
-def many_dtype(
-    hidden: Tensor,
-    strength: Tensor | None,
-    bias: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    gate: Gate | None,
-) -> torch.dtype:
-    """The dtype of the arithmetic of several edits."""
-    gates = () if gate is None else (gate.weight, gate.offset)
-    return compute_dtype(hidden, strength, bias, left, right, *gates)
 
 
 @functools.cache

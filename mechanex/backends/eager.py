@@ -13,11 +13,12 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from mechanex.ops.edits import StackedEdits
 from mechanex.ops.encoder import FeatureEncoder
-from mechanex.ops.gate import NORM, Gate, openings, with_norm_of
+from mechanex.ops.gate import NORM, openings, with_norm_of
 from mechanex.ops.head import Head
 
-from .arithmetic import check_rows, compute_dtype, many_dtype, without_autocast
+from .arithmetic import check_rows, compute_dtype, without_autocast
 from .backend import Backend, Kernel
 from .chunked import Chunked
 
@@ -86,65 +87,42 @@ def steer(
     return edited.masked_fill(outside, float("nan"))
 
 
-def steer_many(
-    hidden: Tensor,
-    rows: Tensor | None,
-    strength: Tensor | None,
-    bias: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    gate: Gate | None,
-) -> Tensor:
+def steer_many(hidden: Tensor, rows: Tensor | None, strength: Tensor | None, edits: StackedEdits) -> Tensor:
     """Several edits of a row in order; see :func:`mechanex.backends.reference.steer_many`.
 
     Raises:
         ValidationError: a row index is out of range (CPU; on other devices that row becomes NaN).
     """
     if rows is not None and rows.device.type == "cpu":
-        check_rows(rows, bias.shape[0])
-    return steer_many_unchecked(hidden, rows, strength, bias, left, right, gate)
+        check_rows(rows, edits.bias.shape[0])
+    return steer_many_unchecked(hidden, rows, strength, edits)
 
 
 @without_autocast
 def steer_many_unchecked(
-    hidden: Tensor,
-    rows: Tensor | None,
-    strength: Tensor | None,
-    bias: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    gate: Gate | None,
+    hidden: Tensor, rows: Tensor | None, strength: Tensor | None, edits: StackedEdits
 ) -> Tensor:
     """As :func:`steer_many`, but no value is looked at: for what traces, captures or differentiates it.
 
     Rows with an index out of range become NaN.
     """
-    n_edits = bias.shape[0]
-    wide = many_dtype(hidden, strength, bias, left, right, gate)
+    n_edits, wide = edits.bias.shape[0], edits.dtype_for(hidden, strength)
     if rows is None:
         rows = torch.zeros(hidden.shape[0], 1, dtype=torch.int32, device=hidden.device)
     if n_edits == 0:
         return hidden.clone(memory_format=torch.contiguous_format)
-    strength, left, right = (None if t is None else t.to(wide) for t in (strength, left, right))
-    bias, gate = bias.to(wide), None if gate is None else gate.to(hidden.device, wide)
+    strength, edits = None if strength is None else strength.to(wide), edits.to(wide)
     x = hidden.to(wide)
     for i in range(rows.shape[1]):
-        x = _edited(x, rows[:, i], None if strength is None else strength[:, i], bias, left, right, gate)
+        x = _edited(x, rows[:, i], None if strength is None else strength[:, i], edits)
     edited = torch.where((rows == -1).all(1, keepdim=True), hidden, x.to(hidden.dtype))
     outside = ((rows < -1) | (rows >= n_edits)).any(1, keepdim=True)
     return edited.masked_fill(outside, float("nan"))
 
 
-def _edited(
-    x: Tensor,
-    rows: Tensor,
-    strength: Tensor | None,
-    bias: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    gate: Gate | None,
-) -> Tensor:
+def _edited(x: Tensor, rows: Tensor, strength: Tensor | None, edits: StackedEdits) -> Tensor:
     """One edit of each row ``[T, d]``, all of one dtype; rows without one as they are."""
+    bias, left, right, gate = edits
     index = _index(rows, bias.shape)
     change = bias.index_select(0, index)
     if left is not None and right is not None:

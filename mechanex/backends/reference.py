@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from mechanex.errors import ValidationError
+from mechanex.ops.edits import StackedEdits
 from mechanex.ops.encoder import FeatureEncoder
-from mechanex.ops.gate import KINDS, Gate
+from mechanex.ops.gate import KINDS
 from mechanex.ops.head import Head
 
 from .backend import Backend, Kernel
@@ -61,25 +62,14 @@ def steer(
     return out
 
 
-def steer_many(
-    hidden: Tensor,
-    rows: Tensor | None,
-    strength: Tensor | None,
-    bias: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    gate: Gate | None,
-) -> Tensor:
+def steer_many(hidden: Tensor, rows: Tensor | None, strength: Tensor | None, edits: StackedEdits) -> Tensor:
     """Edit one row at a time, one edit after another: ``x ← x + s · a(w·x + c) · (b + Lᵀ(R x))``.
 
     Args:
         hidden: residual stream, ``[T, d]``.
         rows: edits of each row in order, ``[T, m]`` integers, -1 for none; None: edit 0 for every row, m = 1.
         strength: s, ``[T, m]``; None: 1.
-        bias: ``[K, d]``.
-        left: ``[K, r, d]``, or None for rank 0.
-        right: ``[K, r, d]``, given exactly when ``left`` is.
-        gate: a, w and c of the K edits; None: every gate is open.
+        edits: the table of K edits.
 
     Returns:
         ``[T, d]`` in ``hidden``'s dtype, rounded once; always new memory. A row without any edit is copied.
@@ -87,15 +77,13 @@ def steer_many(
     Raises:
         ValidationError: a row index is outside ``[-1, K)``.
     """
-    floats = [strength, bias, left, right, *((gate.weight, gate.offset) if gate else ())]
-    wide = torch.float32
-    if any(t is not None and t.dtype == torch.float64 for t in (hidden, *floats)):
-        wide = torch.float64
+    bias, left, right, gate = edits
+    wide = edits.dtype_for(hidden, strength)
     out = []
     for t in range(hidden.shape[0]):
-        edits = [0] if rows is None else [int(k) for k in rows[t]]
+        chain = [0] if rows is None else rows[t].tolist()
         x = hidden[t].to(wide)
-        for i, k in enumerate(edits):
+        for i, k in enumerate(chain):
             if not -1 <= k < bias.shape[0]:
                 raise ValidationError(f"rows[{t}, {i}] is {k}, but the table holds {bias.shape[0]} edit(s)")
             if k == -1:
@@ -114,7 +102,7 @@ def steer_many(
             if kind == "norm" and y.norm() > 0:
                 y = y * (x.norm() / y.norm())
             x = y
-        out.append(hidden[t] if all(k == -1 for k in edits) else x.to(hidden.dtype))
+        out.append(hidden[t] if all(k == -1 for k in chain) else x.to(hidden.dtype))
     return torch.stack(out) if out else torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 

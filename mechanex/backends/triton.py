@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from mechanex.errors import MechanexError
+from mechanex.ops.edits import StackedEdits
 from mechanex.ops.encoder import FeatureEncoder
-from mechanex.ops.gate import Gate
 from mechanex.ops.head import Head
 
 from .arithmetic import check_rows
@@ -46,7 +46,6 @@ __all__ = [
     "steer_many",
 ]
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
 # Rows of float32, which has no tensor cores, up to which reading the weights takes longer than multiplying them.
 _FLOAT_ROWS = 16
@@ -148,15 +147,6 @@ def refuses_steer(
     hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
 ) -> str | None:
     """Why the kernels can't take these arguments, or None."""
-    # Spelled out: this is asked before every launch.
-    if (
-        hidden.dtype not in _DTYPES
-        or (bias is not None and bias.dtype not in _DTYPES)
-        or (left is not None and left.dtype not in _DTYPES)
-        or (right is not None and right.dtype not in _DTYPES)
-    ):
-        found = [t.dtype for t in (hidden, bias, left, right) if t is not None and t.dtype not in _DTYPES]
-        return f"a dtype is {found[0]}, the kernels take float32, float64, bfloat16 and float16"
     if is_negated(hidden, bias, left, right):
         return NEGATED
     if left is None:
@@ -213,20 +203,12 @@ def steer_gradients(
 
 
 def refuses_steer_many(
-    hidden: Tensor,
-    rows: Tensor | None,
-    strength: Tensor | None,
-    bias: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    gate: Gate | None,
+    hidden: Tensor, rows: Tensor | None, strength: Tensor | None, edits: StackedEdits
 ) -> str | None:
     """Why the kernel can't take these arguments, or None."""
-    weight, offset = (None, None) if gate is None else (gate.weight, gate.offset)
-    for more in (strength, weight, offset):
-        reason = refuses_steer(hidden, rows, more, None, None)
-        if reason is not None:
-            return reason
+    bias, left, right, _, weight, offset = edits.tensors
+    if is_negated(strength, weight, offset):
+        return NEGATED
     reason = refuses_steer(hidden, rows, bias, left, right)
     widest: int = _kernel("launch").MAX_WIDTH
     if reason is None and hidden.shape[1] > widest:
@@ -234,23 +216,15 @@ def refuses_steer_many(
     return reason
 
 
-def steer_many(
-    hidden: Tensor,
-    rows: Tensor | None,
-    strength: Tensor | None,
-    bias: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    gate: Gate | None,
-) -> Tensor:
+def steer_many(hidden: Tensor, rows: Tensor | None, strength: Tensor | None, edits: StackedEdits) -> Tensor:
     """Several edits of a row in order; see :func:`mechanex.backends.reference.steer_many`.
 
     Raises:
         ValidationError: a row index is out of range (interpreter; a GPU gives NaN rows).
     """
     if rows is not None and rows.device.type == "cpu":
-        check_rows(rows, bias.shape[0])
-    out: Tensor = _kernel("steer_many").steer_many(hidden, rows, strength, bias, left, right, gate)
+        check_rows(rows, edits.bias.shape[0])
+    out: Tensor = _kernel("steer_many").steer_many(hidden, rows, strength, edits)
     return out
 
 

@@ -121,7 +121,7 @@ def measure(**options: Any) -> None:
     "edits",
     multiple=True,
     show_default="all",
-    help="How to edit: add, clamp or norm; may be repeated.",
+    help="How to edit: add, clamp, norm or rotate; may be repeated.",
 )
 @click.option(
     "--tokens",

@@ -147,7 +147,8 @@ def side_by_side(
     Returns:
         ``prompt``, ``plain`` and ``steered`` of each; the first prompts that differ.
     """
-    adapter, found = adapter_for(model), {}
+    adapter = adapter_for(model)
+    found: dict[str, dict[str, str]] = {}
     for datapoint in datapoints:
         text = prompt_text(tokenizer, datapoint.prompt)
         if text in found or len(found) == _PROMPTS:

@@ -13,14 +13,15 @@ from rich.table import Table
 from ..bundled import dataset_path
 from ..engine.datasets import prompt_of, read_lines, read_pairs
 from ..engine.doses.ability import read_questions
+from ..engine.doses.dose import EDITS, check_kind
 from ..engine.doses.measure import measure
 from ..engine.doses.scorers import TextScorer, classifier, word_share
 from ..engine.doses.sweep import STRENGTHS, sweep
 from ..engine.doses.tune import tuned
-from ..engine.edit_kinds import EDITS, TOKENS, check_kind, check_token_kind
 from ..engine.figures import check_figure
 from ..engine.methods import check_method
 from ..engine.models.resolve import load
+from ..engine.terms import TOKENS, check_token_kind
 from ..errors import ValidationError
 from .console import console, echo_json, model_text
 from .vectors import find_vector

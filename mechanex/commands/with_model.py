@@ -250,11 +250,23 @@ def optimize(ctx: click.Context, /, **options: Any) -> None:
     "--max-waiting", type=click.IntRange(min=1), show_default="512", help="Most that wait; then 429."
 )
 @click.option(
+    "--trusted-proxy",
+    "trusted_proxies",
+    multiple=True,
+    help="An address or network of proxies whose X-Forwarded-For is believed; may be repeated.",
+)
+@click.option(
     "--cors-origin", "cors_origins", multiple=True, help="A web origin that may call; may be repeated."
 )
 @click.option("--open-signup", is_flag=True, help="Let anyone who reaches the server make an account.")
 @click.option("--log-prompts", is_flag=True, help="Write prompts to the log too.")
 @click.option("--use-vllm", is_flag=True, help="Run the model in vLLM.")
+@click.option(
+    "--vllm-arg",
+    "vllm_args",
+    multiple=True,
+    help="An argument of vLLM's own server, such as --tensor-parallel-size=2; may be repeated.",
+)
 @device_option
 @dtype_option
 @click.option(

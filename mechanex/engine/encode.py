@@ -27,18 +27,23 @@ def encode_bare(tokenizer: Any, text: str, *, special: bool = False) -> list[int
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Token ids, with the tokenizer's own special tokens but never a second BOS, and no EOS that it appended."""
+    """Token ids, with the tokenizer's own special tokens but never a second BOS, and no end that it appended."""
     ids = encode_bare(tokenizer, text, special=True)
-    bos, eos = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
+    bos = getattr(tokenizer, "bos_token_id", None)
     while len(ids) > 1 and ids[0] == bos and ids[1] == bos:
         del ids[0]
-    if eos is None:
-        return ids
-    written, mark = text, getattr(tokenizer, "eos_token", None)
-    ends = 0
-    while mark and written.endswith(mark):
-        written, ends = written[: -len(mark)], ends + 1
-    # With one token for both ends, a single one is the BOS of an empty text and stays.
-    if ids[-1 - ends :] == [eos] * (ends + 1) and (len(ids) > 1 or eos != bos):
-        del ids[-1]
+    # The kind of BERT ends a text with a separator.
+    for name in ("eos_token", "sep_token"):
+        mark, end = getattr(tokenizer, name, None), getattr(tokenizer, f"{name}_id", None)
+        # With one token for both ends, a single one is the BOS of an empty text and stays.
+        if end is not None and (len(ids) > 1 or end != bos) and _is_appended(ids, end, text, mark):
+            del ids[-1]
     return ids
+
+
+def _is_appended(ids: list[int], end: int, text: str, mark: str | None) -> bool:
+    """Whether the ids end with one token ``end`` more than the text has of its ``mark``."""
+    written = 0
+    while mark and text.endswith(mark):
+        text, written = text[: -len(mark)], written + 1
+    return ids[-1 - written :] == [end] * (written + 1)

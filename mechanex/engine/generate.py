@@ -127,7 +127,16 @@ class Generating:
     def rows(self, *, stream: bool) -> list[Row]:
         options = self.options
         requests = [
-            TextRequest(ids, options.max_tokens, options, seed, options.stops, self.steering, stream=stream)
+            TextRequest(
+                ids,
+                options.max_tokens,
+                options,
+                seed,
+                options.stops,
+                self.steering,
+                stream=stream,
+                guard=options.guard if self.steering else None,
+            )
             for ids, seed in zip(self.ids, self.seeds, strict=True)
         ]
         requests = [self.request(i, one) for i, one in enumerate(requests)]
@@ -149,7 +158,10 @@ class Generating:
         plan = options.vector.plan(self.adapter, options.strength)
         if options.strength == 0:
             return ()
-        return tuple(Steer(self.adapter.layer_index(i.layer), i.edit, i.tokens) for i in plan.interventions)
+        return tuple(
+            Steer(self.adapter.layer_index(i.layer), i.edit, i.tokens, i.varying, i.condition)
+            for i in plan.interventions
+        )
 
     def _encode(self, prompt: Prompt) -> list[int]:
         ids = encode_prompt(self.tokenizer, prompt)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ValidationError
+from ..ops.dtypes import DTYPES
 
 __all__ = ["as_mask", "as_table", "as_vector"]
 
@@ -36,7 +37,7 @@ def as_mask(name: str, value: object) -> Tensor:
 
 
 def as_table(name: str, value: object) -> Tensor:
-    """Numbers of any shape, floating; a floating tensor keeps its dtype, device and gradient.
+    """Numbers of any shape, floating; a floating tensor keeps its device, gradient and, if torch computes in it, dtype.
 
     Args:
         name: what they are called in messages.
@@ -46,11 +47,11 @@ def as_table(name: str, value: object) -> Tensor:
         ValidationError: something else.
     """
     found = value if isinstance(value, Tensor) else _from_numbers(name, value)
-    return found if found.is_floating_point() else found.float()
+    return _computable(name, found) if found.is_floating_point() else found.float()
 
 
 def as_vector(name: str, value: object) -> Tensor:
-    """One vector [d] of floating numbers; a tensor keeps its dtype, device and gradient.
+    """One vector [d] of floating numbers; a tensor keeps its device, gradient and, if torch computes in it, dtype.
 
     Args:
         name: what it is called in messages.
@@ -66,7 +67,19 @@ def as_vector(name: str, value: object) -> Tensor:
         raise ValidationError(
             f"{name} must be one vector of floating numbers [d]; got {found.dtype} of shape {list(found.shape)}."
         )
-    return found
+    return _computable(name, found)
+
+
+def _computable(name: str, found: Tensor) -> Tensor:
+    """Floating numbers in a dtype that torch computes in: float32 for those of eight bits, which it holds exactly."""
+    if found.dtype in DTYPES:
+        return found
+    try:
+        return found.float()
+    except (RuntimeError, TypeError) as error:
+        raise ValidationError(
+            f"{name} is {found.dtype}, which torch doesn't turn into float32 ({error}): convert it yourself."
+        ) from error
 
 
 def _as_array(value: object) -> Any:

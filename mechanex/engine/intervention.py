@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,11 +11,14 @@ from torch import Tensor
 
 from .._private.torch import writes
 from ..errors import ValidationError
+from ..ops.edits import StackedEdits
 from ..ops.gate import NORM, Gate, openings, with_norm_of
 from ..ops.steer import bind, steer
 from .given import as_table, as_vector
 
 __all__ = ["Edit", "EditTable", "composed", "compute_dtype"]
+
+_PARALLEL = 1e-4  # sine of the angle below which two directions span no plane
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -134,6 +138,53 @@ class Edit:
         v = _vector(v, "v")
         direction = unit(v)[None]
         return cls(value * v, -direction, direction)
+
+    @classmethod
+    def cap(cls, v: Tensor, *, at_most: float | None = None, at_least: float | None = None) -> Edit:
+        """Holds the projection x·v̂ on one side of a bound, and leaves x alone where it is there already.
+
+        Args:
+            v: [d_model]; its direction alone counts.
+            at_most: the largest projection, in the units of x.
+            at_least: the smallest one.
+
+        Raises:
+            ValidationError: not exactly one bound, or a v without direction.
+        """
+        direction = unit(_vector(v, "v"))
+        if at_most is not None and at_least is None:
+            return cls(-direction).gated("relu", direction, -float(at_most))
+        if at_least is not None and at_most is None:
+            return cls(direction).gated("relu", -direction, float(at_least))
+        raise ValidationError(
+            f"A cap has one bound, at_most=… or at_least=…; got {at_most!r} and {at_least!r}. For both, make two edits."
+        )
+
+    @classmethod
+    def rotate(cls, v: Tensor, other: Tensor, degrees: float) -> Edit:
+        """Turns x in the plane of two vectors by a fixed angle; what stands outside of the plane, and ‖x‖, stay.
+
+        Args:
+            v: [d_model], what a positive angle turns ``other`` to.
+            other: [d_model], not parallel to v.
+            degrees: the angle.
+
+        Raises:
+            ValidationError: one of them is zero, or they are parallel and span no plane.
+        """
+        second = unit(_vector(v, "v"))
+        first = unit(_vector(other, "other").to(second))
+        rest = second - (second @ first) * first
+        if float(rest.norm()) < _PARALLEL:
+            raise ValidationError(
+                "The two vectors of a rotation are parallel and span no plane: give two directions."
+            )
+        plane = torch.stack([first, unit(rest)])
+        angle = math.radians(float(degrees))
+        turn = plane.new_tensor(
+            [[math.cos(angle) - 1, math.sin(angle)], [-math.sin(angle), math.cos(angle) - 1]]
+        )
+        return cls(torch.zeros_like(second), turn @ plane, plane)
 
     @classmethod
     def affine(cls, v: Tensor, left: Tensor, right: Tensor) -> Edit:
@@ -271,7 +322,7 @@ class EditTable:
 
     def __init__(self, edits: list[Edit]) -> None:
         self.edits = edits
-        self._stacked: _Stack | None = None
+        self._stacked: StackedEdits | None = None
         self._chains: Tensor | None = None
 
     @classmethod
@@ -296,7 +347,7 @@ class EditTable:
             table._chains = torch.tensor(filled, dtype=torch.int32)
         return table
 
-    def _stack(self, hidden: Tensor) -> _Stack:
+    def _stack(self, hidden: Tensor) -> StackedEdits:
         dtype = compute_dtype(hidden.dtype)
         if self._stacked is not None:
             bias = self._stacked.bias
@@ -312,7 +363,7 @@ class EditTable:
         if any(e.gate is not None for e in edits):
             gate = Gate.stack([e.gate or Gate.of("none", torch.zeros_like(e.bias)) for e in edits])
             gate = gate.to(hidden.device, dtype)
-        stacked = _Stack(bias, left, right, gate)
+        stacked = StackedEdits(bias, left, right, gate)
         if not any(e.requires_grad for e in self.edits):
             self._stacked = stacked
         return stacked
@@ -388,16 +439,6 @@ class EditTable:
             for k, edit in enumerate(edits):
                 x = torch.where((rows[:, i] == k)[:, None], _dense(edit, before, amount), x)
         return torch.where((rows == -1).all(1, keepdim=True), flat, x.to(flat.dtype)).view(hidden.shape)
-
-
-@dataclass(frozen=True)
-class _Stack:
-    """The tensors of a table, as the op takes them."""
-
-    bias: Tensor
-    left: Tensor | None
-    right: Tensor | None
-    gate: Gate | None
 
 
 def _dense(edit: Edit, x: Tensor, amount: Tensor | None) -> Tensor:

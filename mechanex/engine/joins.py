@@ -13,6 +13,8 @@ __all__ = ["continue_ids", "split_texts"]
 # What a text is encoded behind, to see its tokens inside a text; where one merges with the text's begin, the next is
 # taken. The second is too rare to merge with anything, but unknown to some tokenizers, which join unknown characters.
 _BEFORE = (".", "\u241e", "\n", "a")
+# Tokenizers that mark what goes on with a word split at those above: one of these stays a token of its own.
+_WITHIN = "0123456789qxzjvwkybcdefghilmnoprstu"
 
 _log = logging.getLogger(__name__)
 _warned: set[str] = set()
@@ -82,7 +84,7 @@ def _joined(tokenizer: Any, ids: list[int], text: str, whole: list[int]) -> list
 
 def _candidates(tokenizer: Any, text: str) -> Iterator[list[int]]:
     yield encode_bare(tokenizer, text)
-    for before in _BEFORE:
+    for before in (*_BEFORE, *(_WITHIN if text[:1].isalnum() else "")):
         if found := _rest(encode_bare(tokenizer, before), encode_bare(tokenizer, before + text)):
             yield found
 

@@ -6,6 +6,7 @@ import logging
 
 from ..errors import ValidationError
 from .models.adapter import ModelAdapter
+from .models.configuration import rotary_tables
 from .regimes import first_change
 
 __all__ = ["PROBE_TOKENS", "check_context", "check_length", "check_prompt", "outgrown_length", "window_of"]
@@ -33,10 +34,8 @@ def outgrown_length(adapter: ModelAdapter, longest: int) -> int | None:
     That is its attention window, where its rotary factors change, and what its configuration names.
     """
     config = adapter.config
-    tables = getattr(config, "rope_parameters", None) or {}
     named = [getattr(config, name, None) for name in _LENGTH_SETTINGS]
-    for table in [tables, *tables.values()] if isinstance(tables, dict) else []:
-        named += [table.get(name) for name in _LENGTH_SETTINGS] if isinstance(table, dict) else []
+    named += [table.get(name) for _, table in rotary_tables(config) for name in _LENGTH_SETTINGS]
     lengths = [
         n for n in (*named, window_of(adapter)) if isinstance(n, int) and 0 < n < max(longest, PROBE_TOKENS)
     ]

@@ -200,7 +200,6 @@ def build_packs(
     batch_tokens: int = BATCH_TOKENS,
     tree_tokens: Callable[[int], int] | None = None,
     last_tokens: bool = True,
-    pad_id: int = 0,
     apart: Sequence[Hashable] | None = None,
     mask_entries: int | None = None,
 ) -> list[Pack]:
@@ -219,7 +218,6 @@ def build_packs(
         batch_tokens: most tokens of a pack, padding included, unless one tree, or one pair, alone is longer; rows are
             not filled beyond it.
         last_tokens: lay out each completion's last token too. It predicts nothing that is scored.
-        pad_id: id that fills the rows' ends.
         apart: one more key a pair that pairs which share a prompt agree in; it isn't numbered.
         mask_entries: most entries B·T·T of a tree pack's mask; a pair that is longer alone is a padded row, which
             needs no such mask. Default: no bound.
@@ -255,7 +253,7 @@ def build_packs(
             if form == "tree" and mask_entries is not None:
                 count = min(count, mask_entries // width**2)
             count = max(1, count)
-            packs.append(_lay_out(rows[:count], pairs, source, form, last_tokens, pad_id))
+            packs.append(_lay_out(rows[:count], pairs, source, form, last_tokens))
             rows = rows[count:]
     return packs
 
@@ -326,11 +324,11 @@ class _Row:
         self.sources += [source] * n
         return segment
 
-    def padded(self, width: int, pad_id: int) -> tuple[list[int], ...]:
+    def padded(self, width: int) -> tuple[list[int], ...]:
         """What a pack holds of each token, in its order, each ``width`` long."""
         missing = width - len(self.ids)
         columns = (
-            (self.ids, pad_id),
+            (self.ids, 0),
             (self.places, 0),
             (self.segments, -1),
             (self.parents, -1),
@@ -347,7 +345,6 @@ def _lay_out(
     source: list[int],
     layout: PackLayout,
     last_tokens: bool,
-    pad_id: int,
 ) -> Pack:
     rows: list[_Row] = []
     scored: list[tuple[int, int, int, int, int]] = []
@@ -368,7 +365,7 @@ def _lay_out(
                     for k, (before, token) in enumerate(zip(predictors, completion, strict=True))
                 )
     width = max(len(row.ids) for row in rows)
-    columns = zip(*(row.padded(width, pad_id) for row in rows), strict=True)
+    columns = zip(*(row.padded(width) for row in rows), strict=True)
     by_token = (torch.tensor(c, dtype=torch.int64) for c in columns)
     by_target = torch.tensor(scored, dtype=torch.int64).T
     return Pack(layout, *by_token, *by_target)

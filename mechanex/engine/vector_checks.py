@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import numbers
+import os
 from collections.abc import Mapping
 
 import torch
@@ -22,10 +23,12 @@ __all__ = [
     "as_seed",
     "as_text_fields",
     "check_strength",
+    "written_seed",
 ]
 
 _logger = logging.getLogger(__name__)
 
+_NO_SEED = ("", "none", "null")
 RESERVED_FIELDS = (
     "format_version",
     "library_version",
@@ -37,6 +40,7 @@ RESERVED_FIELDS = (
     "site",
     "method",
     "seed",
+    "terms",
 )
 
 
@@ -72,6 +76,18 @@ def as_seed(seed: object) -> int | None:
     if number is None and seed is not None:
         raise ValidationError(f"the seed of a vector is a whole number, or None; got {seed!r}.")
     return number
+
+
+def written_seed(path: str | os.PathLike[str], text: str | None) -> int | None:
+    """The seed that a file names; None for what is no whole number, as other tools write where they have none."""
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        if text.strip().lower() not in _NO_SEED:
+            _logger.warning("%s: the seed %r is no whole number and is left out", path, text[:40])
+        return None
 
 
 def as_direction(layer: int, given: object) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mechanex.errors import ValidationError
 
+from .dtypes import DTYPES
+
 __all__ = ["KINDS", "NONE", "NORM", "RELU", "SIGMOID", "STEP", "Gate", "openings", "with_norm_of"]
 
 # A kind's code is its place; compiled kernels know the codes too (csrc/steer.h, kernels/steer_many.py).
@@ -49,12 +51,12 @@ class Gate:
                 f"gate.kinds must be int32 [K], got {self.kinds.dtype} {list(self.kinds.shape)}"
             )
         n_edits = self.kinds.shape[0]
-        if self.weight.dim() != 2 or self.weight.shape[0] != n_edits or not self.weight.is_floating_point():
+        if self.weight.dim() != 2 or self.weight.shape[0] != n_edits or self.weight.dtype not in DTYPES:
             raise ValidationError(
                 f"gate.weight must be floating point [{n_edits}, d], got {self.weight.dtype} "
                 f"{list(self.weight.shape)}"
             )
-        if tuple(self.offset.shape) != (n_edits,) or not self.offset.is_floating_point():
+        if tuple(self.offset.shape) != (n_edits,) or self.offset.dtype not in DTYPES:
             raise ValidationError(
                 f"gate.offset must be floating point [{n_edits}], got {self.offset.dtype} "
                 f"{list(self.offset.shape)}"

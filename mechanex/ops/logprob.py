@@ -17,12 +17,11 @@ from mechanex import backends
 from mechanex.backends import eager
 from mechanex.errors import MechanexError, ValidationError
 
+from .dtypes import DTYPE_NAMES, DTYPES
 from .head import Head
 from .ways import way
 
 __all__ = ["completion_logprob", "log1mexp", "log_add_eps"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def completion_logprob(
@@ -262,8 +261,8 @@ def _check(
             raise ValidationError(
                 f"{name} is on {tensor.device}, hidden on {hidden.device}: move one of them"
             )
-    if hidden.dtype not in _DTYPES:
-        raise ValidationError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
+    if hidden.dtype not in DTYPES:
+        raise ValidationError(f"hidden must be {DTYPE_NAMES}, got {hidden.dtype}")
     if hidden.dim() < 1:
         raise ValidationError("hidden must have shape [N, d], got a scalar")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
@@ -280,8 +279,8 @@ def _check(
         raise ValidationError(f"target must have shape {list(hidden.shape[:-1])}, got {list(target.shape)}")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         raise ValidationError(f"bias must have shape [V] = [{weight.shape[0]}], got {list(bias.shape)}")
-    if bias is not None and not bias.is_floating_point():
-        raise ValidationError(f"bias must be floating point, got {bias.dtype}")
+    if bias is not None and bias.dtype not in DTYPES:
+        raise ValidationError(f"bias must be floating point, got {bias.dtype}: convert it to {DTYPE_NAMES}")
     for name, number in (("scale", scale), ("coldness", coldness)):
         if not _is_between(-math.inf, number):
             raise ValidationError(f"{name} must be a finite number, got {number!r}")

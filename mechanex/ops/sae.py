@@ -16,13 +16,13 @@ from mechanex import backends
 from mechanex.backends import eager
 from mechanex.errors import ValidationError
 
+from .dtypes import DTYPE_NAMES, DTYPES
 from .encoder import FeatureEncoder
 from .ways import way
 
 __all__ = ["quantized", "sae_features", "sae_top_features"]
 
-_HIDDEN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_ENCODERS = (*_HIDDEN, torch.int8)
+_ENCODERS = (*DTYPES, torch.int8)
 
 
 def sae_features(
@@ -198,10 +198,9 @@ def _check(hidden: Tensor, encoder: Tensor, more: dict[str, Tensor | None]) -> N
                 f"{name} needs a gradient, and this op has none: detach it, call it under torch.no_grad(), or encode "
                 "with the autoencoder's own encode"
             )
-    if hidden.dtype not in _HIDDEN or hidden.dim() < 1:
+    if hidden.dtype not in DTYPES or hidden.dim() < 1:
         raise ValidationError(
-            f"hidden must be float32, bfloat16, float16 or float64 of shape [T, d], got {hidden.dtype} "
-            f"{list(hidden.shape)}"
+            f"hidden must be {DTYPE_NAMES} of shape [T, d], got {hidden.dtype} {list(hidden.shape)}"
         )
     if encoder.dtype not in _ENCODERS or encoder.dim() != 2 or encoder.shape[1] != hidden.shape[-1]:
         raise ValidationError(
@@ -209,9 +208,7 @@ def _check(hidden: Tensor, encoder: Tensor, more: dict[str, Tensor | None]) -> N
             f"{encoder.dtype} {list(encoder.shape)}"
         )
     for name, tensor in more.items():
-        if tensor is not None and (
-            tuple(tensor.shape) != (encoder.shape[0],) or not tensor.is_floating_point()
-        ):
+        if tensor is not None and (tuple(tensor.shape) != (encoder.shape[0],) or tensor.dtype not in DTYPES):
             raise ValidationError(
                 f"{name} must be floating point [{encoder.shape[0]}], one number a feature, got {tensor.dtype} "
                 f"{list(tensor.shape)}"

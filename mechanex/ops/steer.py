@@ -21,6 +21,8 @@ from mechanex.backends import eager
 from mechanex.errors import ValidationError
 
 from . import steer_many
+from .dtypes import DTYPE_NAMES, DTYPES
+from .edits import StackedEdits
 from .gate import Gate
 from .ways import PLAIN, way
 
@@ -77,7 +79,7 @@ def steer(
         and hidden.dtype is bias.dtype
         and bias.shape == (1, *hidden.shape[-1:])
         and hidden.device == bias.device
-        and hidden.is_floating_point()
+        and hidden.dtype in DTYPES
     ):
         # One rounding of the float32 sum, as promised: torch adds half types in float32.
         return hidden + bias if hidden.dim() > 1 else hidden + bias[0]
@@ -91,7 +93,8 @@ def steer(
     if strength is not None or gate is not None or (rows is not None and rows.dim() == hidden.dim()):
         steer_many.check(hidden, rows, strength, bias, gate)
         if strength is not None or gate is not None or rows is None or rows.shape[-1] != 1:
-            return steer_many.steer(hidden, rows, strength, bias, left, right, gate, backend)
+            edits = StackedEdits(bias, left, right, gate)
+            return steer_many.steer(hidden, rows, strength, edits, backend)
         rows = rows.squeeze(-1)
     if hidden.dim() == 2:
         return _dispatch(hidden, rows, bias, left, right, backend)
@@ -236,42 +239,45 @@ def _check(
     hidden: Tensor, rows: Tensor | None, bias: Tensor, left: Tensor | None, right: Tensor | None
 ) -> None:
     """Raise :class:`ValidationError` unless shapes, dtypes and devices fit; values are not looked at."""
+    device = getattr(hidden, "device", None)
     for name, tensor in (("hidden", hidden), ("bias", bias), ("left", left), ("right", right)):
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
             raise ValidationError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise ValidationError(f"{name} must be floating point, got {tensor.dtype}")
-        if tensor.device != hidden.device:
+        if tensor.dtype not in DTYPES:
             raise ValidationError(
-                f"{name} is on {tensor.device}, hidden on {hidden.device}: move one of them"
+                f"{name} must be floating point, got {tensor.dtype}: convert it to {DTYPE_NAMES}"
             )
-    if hidden.dim() < 1:
+        if tensor.device != device:
+            raise ValidationError(f"{name} is on {tensor.device}, hidden on {device}: move one of them")
+    shape, table = hidden.shape, bias.shape
+    if not shape:
         raise ValidationError("hidden must have shape [T, d], got a scalar")
-    width = hidden.shape[-1]
-    if bias.dim() != 2 or bias.shape[1] != width:
-        raise ValidationError(f"bias must have shape [K, {width}] (hidden's width), got {list(bias.shape)}")
+    width = shape[-1]
+    if len(table) != 2 or table[1] != width:
+        raise ValidationError(f"bias must have shape [K, {width}] (hidden's width), got {list(table)}")
     if (left is None) != (right is None):
         raise ValidationError("left and right go together: give both (rank 1 and up) or neither")
     if left is not None and right is not None:
-        if left.dim() != 3 or left.shape[0] != bias.shape[0] or left.shape[2] != width:
+        factors = left.shape
+        if len(factors) != 3 or factors[0] != table[0] or factors[2] != width:
             raise ValidationError(
-                f"left must have shape [K, r, d] = [{bias.shape[0]}, r, {width}], got {list(left.shape)}"
+                f"left must have shape [K, r, d] = [{table[0]}, r, {width}], got {list(factors)}"
             )
-        if right.shape != left.shape:
-            raise ValidationError(f"right must have left's shape {list(left.shape)}, got {list(right.shape)}")
+        if right.shape != factors:
+            raise ValidationError(f"right must have left's shape {list(factors)}, got {list(right.shape)}")
     if rows is None:
-        if bias.shape[0] != 1:
-            raise ValidationError(
-                f"without rows the table must hold one edit, got {bias.shape[0]}: give rows"
-            )
+        if table[0] != 1:
+            raise ValidationError(f"without rows the table must hold one edit, got {table[0]}: give rows")
         return
     if not isinstance(rows, Tensor) or rows.dtype != torch.int32:
         got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
         raise ValidationError(f"rows must be an int32 tensor, got {got}: use rows.to(torch.int32)")
-    if rows.shape != hidden.shape[:-1] and rows.shape[:-1] != hidden.shape[:-1]:
-        shape = list(hidden.shape[:-1])
-        raise ValidationError(f"rows must have shape {shape}, or {shape} and m edits, got {list(rows.shape)}")
-    if rows.device != hidden.device:
-        raise ValidationError(f"rows is on {rows.device}, hidden on {hidden.device}: move one of them")
+    tokens, named = shape[:-1], rows.shape
+    if named != tokens and named[:-1] != tokens:
+        raise ValidationError(
+            f"rows must have shape {list(tokens)}, or {list(tokens)} and m edits, got {list(named)}"
+        )
+    if rows.device != device:
+        raise ValidationError(f"rows is on {rows.device}, hidden on {device}: move one of them")

@@ -17,6 +17,8 @@ from mechanex import backends
 from mechanex.backends import eager
 from mechanex.errors import ValidationError
 
+from .dtypes import DTYPES
+from .edits import StackedEdits
 from .gate import Gate
 from .ways import way
 
@@ -24,25 +26,18 @@ __all__ = ["check", "steer"]
 
 
 def steer(
-    hidden: Tensor,
-    rows: Tensor | None,
-    strength: Tensor | None,
-    bias: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    gate: Gate | None,
-    backend: str | None,
+    hidden: Tensor, rows: Tensor | None, strength: Tensor | None, edits: StackedEdits, backend: str | None
 ) -> Tensor:
     """The op for checked arguments, as :func:`mechanex.ops.steer.steer` takes them."""
     n_rows = math.prod(hidden.shape[:-1])  # a width of 0 leaves no -1 to infer
     flat = hidden.reshape(n_rows, hidden.shape[-1])
     many = rows is not None and rows.dim() == hidden.dim()
-    edits = rows.shape[-1] if many and rows is not None else 1
-    if edits == 0:
+    n_each = rows.shape[-1] if many and rows is not None else 1
+    if n_each == 0:
         return hidden.clone(memory_format=torch.contiguous_format)
-    rows = None if rows is None else rows.reshape(n_rows, edits)
-    strength = None if strength is None else strength.reshape(n_rows, edits)
-    return _dispatch(flat, rows, strength, bias, left, right, gate, backend).view(hidden.shape)
+    rows = None if rows is None else rows.reshape(n_rows, n_each)
+    strength = None if strength is None else strength.reshape(n_rows, n_each)
+    return _dispatch(flat, rows, strength, edits, backend).view(hidden.shape)
 
 
 def check(
@@ -51,7 +46,7 @@ def check(
     """Raise :class:`ValidationError` unless strengths and gates fit arguments that are checked otherwise."""
     if strength is not None:
         shape = hidden.shape[:-1] if rows is None else rows.shape
-        if not isinstance(strength, Tensor) or not strength.is_floating_point():
+        if not isinstance(strength, Tensor) or strength.dtype not in DTYPES:
             got = strength.dtype if isinstance(strength, Tensor) else type(strength).__name__
             raise ValidationError(f"strength must be a floating-point tensor, one number an edit, got {got}")
         if strength.shape != shape:
@@ -77,19 +72,11 @@ def check(
 
 
 def _dispatch(
-    hidden: Tensor,
-    rows: Tensor | None,
-    strength: Tensor | None,
-    bias: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    gate: Gate | None,
-    backend: str | None,
+    hidden: Tensor, rows: Tensor | None, strength: Tensor | None, edits: StackedEdits, backend: str | None
 ) -> Tensor:
     """Take the way of checked arguments; rows and strength are ``[T, m]``, or None."""
-    kinds, weight, offset = (None, None, None) if gate is None else (gate.kinds, gate.weight, gate.offset)
-    tensors = (hidden, rows, strength, bias, left, right, kinds, weight, offset)
-    args = (hidden, rows, strength, bias, left, right, gate)
+    args = (hidden, rows, strength, edits)
+    tensors = (hidden, rows, strength, *edits.tensors)
     by = way(tensors)
     if by == "library":
         edited: Tensor = torch.ops.mechanex.steer_many(*tensors, backend)
@@ -115,7 +102,7 @@ def _run(
     offset: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    args = _arguments(hidden, rows, strength, bias, left, right, kinds, weight, offset)
+    args = (hidden, rows, strength, StackedEdits.of(bias, left, right, kinds, weight, offset))
     return backends.kernel("steer_many", backend, *args)(*args)
 
 
@@ -141,8 +128,9 @@ class _SteerManyFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         _setup(ctx, inputs, None)
-        args = _arguments(*inputs[:-1])
-        return backends.kernel("steer_many", inputs[-1], *args)(*args)
+        hidden, rows, strength, *edits, backend = inputs
+        args = (hidden, rows, strength, StackedEdits.of(*edits))
+        return backends.kernel("steer_many", backend, *args)(*args)
 
     backward = staticmethod(_backward)
 
@@ -163,25 +151,10 @@ def _gradients(
         seen: list[Any] = [
             t.view_as(t) if t is not None and need else t for t, need in zip(tensors, needed, strict=True)
         ]
-        out = eager.steer_many_unchecked(*_arguments(*seen))
+        hidden, rows, strength, *edits = seen
+        out = eager.steer_many_unchecked(hidden, rows, strength, StackedEdits.of(*edits))
         wanted = [t for t, need in zip(seen, needed, strict=True) if need and t is not None]
         found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again, allow_unused=True))
     return tuple(
         next(found) if need and t is not None else None for t, need in zip(seen, needed, strict=True)
     )
-
-
-def _arguments(
-    hidden: Tensor,
-    rows: Tensor | None,
-    strength: Tensor | None,
-    bias: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    kinds: Tensor | None,
-    weight: Tensor | None,
-    offset: Tensor | None,
-) -> tuple[Any, ...]:
-    """What a backend takes, of the tensors that autograd and compilers see."""
-    gate = None if kinds is None or weight is None or offset is None else Gate(kinds, weight, offset)
-    return hidden, rows, strength, bias, left, right, gate

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mechanex.errors import ValidationError
-from mechanex.ops.gate import Gate
+from mechanex.ops.edits import StackedEdits
 
-from ..arithmetic import compute_dtype, many_dtype
+from ..arithmetic import compute_dtype
 from ..backend import NEGATED, is_negated
 from . import modules
 from .modules import DTYPE_CODES, address, on_stream, table
@@ -42,8 +42,6 @@ def refuses_steer(
     hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
 ) -> str | None:
     """Why the kernel can't take these arguments, or None."""
-    if hidden.dtype not in DTYPE_CODES:
-        return f"hidden has dtype {hidden.dtype}, the kernels take float32, float64, bfloat16 and float16"
     if left is not None and left.shape[1] > _MAX_RANK:
         return f"the rank is {left.shape[1]}, the kernels take at most {_MAX_RANK}"
     return NEGATED if is_negated(hidden, bias, left, right) else None
@@ -55,9 +53,10 @@ def declines_steer(
     """Why ``auto`` leaves these arguments to plain torch, or None."""
     if rows is None and left is None and bias is not None and bias.dtype is hidden.dtype:
         return "one vector added to every row is a plain addition"
-    if left is not None and left.shape[0] == 1:
-        rank, width = left.shape[1:]
-        if rank > TORCH_RANK or (hidden.shape[0] == 1 and rank * width > TORCH_TABLE):
+    if left is not None:
+        n_edits, rank, width = left.shape
+        many = rank > TORCH_RANK or (rank * width > TORCH_TABLE and hidden.shape[0] == 1)
+        if n_edits == 1 and many:
             return "one edit of high rank is two matrix products"
     return None
 
@@ -78,16 +77,7 @@ def steer(
     stored = _stored(x, wide, bias, left, right) if x.is_cuda else wide
     bias, left, right = table(bias, stored), table(left, stored), table(right, stored)
     edits = left if bias is None else bias
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    n_rows, width = x.shape
     given = (
-        DTYPE_CODES[x.dtype],
-        n_rows,
-        width,
-        x.data_ptr(),
-        x.stride(0),
-        out.data_ptr(),
-        width,
         0 if rows is None else rows.data_ptr(),
         0 if rows is None else rows.stride(0),
         0 if bias is None else bias.data_ptr(),
@@ -96,72 +86,48 @@ def steer(
         0 if edits is None else edits.shape[0],
         0 if left is None else left.shape[1],
     )
-    _call("steer", x, stored, given)
-    return out if out.dtype is hidden.dtype else out.to(hidden.dtype)
+    return _run("steer", x, hidden.dtype, stored, given)
 
 
 def refuses_steer_many(
-    hidden: Tensor,
-    rows: Tensor | None,
-    strength: Tensor | None,
-    bias: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    gate: Gate | None,
+    hidden: Tensor, rows: Tensor | None, strength: Tensor | None, edits: StackedEdits
 ) -> str | None:
     """Why the kernel can't take these arguments, or None."""
+    bias, left, right, _, weight, offset = edits.tensors
     reason = refuses_steer(hidden, rows, bias, left, right)
     if reason is not None:
         return reason
-    if is_negated(strength) or (gate is not None and is_negated(gate.weight, gate.offset)):
+    if is_negated(strength, weight, offset):
         return NEGATED
     if hidden.is_cuda and hidden.dtype.itemsize == 2 and hidden.shape[1] > MANY_WIDTH:
         return f"the width is {hidden.shape[1]}, several edits of a half type take at most {MANY_WIDTH}"
     return None
 
 
-def steer_many(
-    hidden: Tensor,
-    rows: Tensor | None,
-    strength: Tensor | None,
-    bias: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    gate: Gate | None,
-) -> Tensor:
+def steer_many(hidden: Tensor, rows: Tensor | None, strength: Tensor | None, edits: StackedEdits) -> Tensor:
     """Several edits of a row in order; see :func:`mechanex.backends.reference.steer_many`.
 
     Raises:
         ValidationError, RuntimeError: as :func:`steer`.
     """
-    wide = many_dtype(hidden, strength, bias, left, right, gate)
+    wide = edits.dtype_for(hidden, strength)
     x = hidden if wide is torch.float32 else hidden.to(wide)
     if x.stride(1) != 1:
         x = x.contiguous()
-    kinds, weight, offset = (None, None, None) if gate is None else (gate.kinds, gate.weight, gate.offset)
+    bias, left, right, kinds, weight, offset = edits.tensors
     stored = _stored(x, wide, bias, left, right, weight) if x.is_cuda else wide
-    rows, strength = None if rows is None else rows.contiguous(), table(strength, wide)
-    left = table(left, stored)
-    kept = (table(bias, stored), left, table(right, stored), None if kinds is None else kinds.contiguous())
-    more = (table(weight, stored), table(offset, wide))
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    n_rows, width = x.shape
-    given = (
-        DTYPE_CODES[x.dtype],
-        n_rows,
-        width,
-        x.data_ptr(),
-        x.stride(0),
-        out.data_ptr(),
-        width,
-        address(rows),
-        1 if rows is None else rows.shape[1],
-        *map(address, (strength, *kept, *more)),
-        bias.shape[0],
-        0 if left is None else left.shape[1],
+    # Named until the kernel has run: what is converted here lives as long.
+    kept = (
+        None if rows is None else rows.contiguous(),
+        table(strength, wide),
+        *(table(t, stored) for t in (bias, left, right)),
+        None if kinds is None else kinds.contiguous(),
+        table(weight, stored),
+        table(offset, wide),
     )
-    _call("steer_many", x, stored, given)
-    return out if out.dtype is hidden.dtype else out.to(hidden.dtype)
+    at, *addresses = map(address, kept)
+    given = (at, 1 if rows is None else rows.shape[1], *addresses, edits.bias.shape[0], edits.rank)
+    return _run("steer_many", x, hidden.dtype, stored, given)
 
 
 def _stored(x: Tensor, wide: torch.dtype, *tables: Tensor | None) -> torch.dtype:
@@ -170,19 +136,25 @@ def _stored(x: Tensor, wide: torch.dtype, *tables: Tensor | None) -> torch.dtype
     return x.dtype if all(t is None or t.dtype is x.dtype for t in tables) else wide
 
 
-def _call(op: str, x: Tensor, stored: torch.dtype, given: tuple[int, ...]) -> None:
-    """Runs an op of the compiled module for the rows' device.
+def _run(op: str, x: Tensor, dtype: torch.dtype, stored: torch.dtype, given: tuple[int, ...]) -> Tensor:
+    """What an op of the compiled module for the rows' device makes of them.
 
     Args:
         op: its name.
-        x: the rows.
+        x: the rows, ``[T, d]``.
+        dtype: of the result.
         stored: the dtype of the edits, which the CPU's kernels read in that of the arithmetic.
-        given: the code of the rows' dtype, then sizes, addresses and strides.
+        given: addresses, strides and sizes of all but the rows and the result.
     """
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    n_rows, width = x.shape
+    rows = (n_rows, width, x.data_ptr(), x.stride(0), out.data_ptr(), width)
+    code = DTYPE_CODES[x.dtype]
     if x.is_cuda:
-        getattr(modules.cuda(), op)(given[0], DTYPE_CODES[stored], *given[1:], *on_stream(x))
-        return
-    try:
-        getattr(modules.cpu(), op)(*given)
-    except IndexError as error:
-        raise ValidationError(str(error)) from None
+        getattr(modules.cuda(), op)(code, DTYPE_CODES[stored], *rows, *given, *on_stream(x))
+    else:
+        try:
+            getattr(modules.cpu(), op)(code, *rows, *given)
+        except IndexError as error:
+            raise ValidationError(str(error)) from None
+    return out if out.dtype is dtype else out.to(dtype)

@@ -49,6 +49,8 @@ class Tried(Protocol):
     def head(self) -> nn.Module | None: ...
     @property
     def unembedding(self) -> Head: ...
+    @property
+    def unembeds(self) -> bool: ...
 
 
 class Findings(MutableMapping[str, Any]):
@@ -110,8 +112,10 @@ def _way_out(model: Tried) -> Hashable:
     head = model.head
     if head is None:
         return None
-    unembedding = model.unembedding
-    read = {t.data_ptr() for t in (unembedding.weight, unembedding.bias) if t is not None and not t.is_meta}
+    read = set()
+    if model.unembeds:
+        unembedding = model.unembedding
+        read = {t.data_ptr() for t in (unembedding.weight, unembedding.bias) if t is not None}
     modules = [*_around(model.hf_model, model.trunk), *head.modules()]
     plain = tuple((id(m), _wrapping(m), *_attributes(m)) for m in modules)
     tensors = [

@@ -66,7 +66,7 @@ def watch_unembedding(adapter: ModelAdapter, pack: Pack, run: Callable[[], Any])
             handle.remove()
     theirs = pack.predictors_of(logits)
     with torch.no_grad():
-        if seen and bool(theirs.isfinite().all()):
+        if seen and adapter.unembeds and bool(theirs.isfinite().all()):
             ours = adapter.unembedding.logits(pack.predictors_of(seen[0]))
-            adapter.findings["unembedding"] = adapter.unembeds and close(ours, theirs.to(ours))
+            adapter.findings["unembedding"] = close(ours, theirs.to(ours))
     return theirs

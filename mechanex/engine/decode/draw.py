@@ -29,7 +29,6 @@ class Draws:
         self._heat: Tensor | None = None
         if any(t != 1 for t in temperatures):
             self._heat = torch.tensor(temperatures, device=device)[:, None]
-        self._n_rows = len(samplings)
         self._kept: list[tuple[Tensor | None, Callable[[Tensor], Tensor]]] = []
         for name, (keep, setting, idle) in _METHODS.items():
             members = [i for i, s in enumerate(samplings) if s.sampling_method == name]

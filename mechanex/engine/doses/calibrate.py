@@ -55,7 +55,7 @@ def calibrate(
 
     Args:
         model: a Hugging Face or TransformerLens model.
-        vector: what to calibrate; its ``edit`` and ``tokens`` count, and ``-vector`` is calibrated by itself.
+        vector: what to calibrate, on its own terms (clamp, norm, rotation, tokens); ``-vector`` is another one.
         kl: the budget in nats, above 0: the 95th percentile over the answers' tokens of KL(steered‖plain), from
             logits before temperature.
         prompts: what the answers answer; None for open questions.
@@ -87,9 +87,7 @@ def calibrate(
         raise ValidationError(
             f"no strength was found at which 95 % of tokens move by {budget:.3g} nats: "
             + ", ".join(f"{at:.3g} gives {moved:.3g}" for at, moved in sorted(seen.items()))
-            + ". Give another budget, or another edit than "
-            + repr(vector.edit)
-            + "."
+            + ". Give another budget, or a vector on other terms."
         )
     _log.info("strength %.4g moves 95 %% of tokens by up to %.3g nats", strength, seen[strength])
     return with_record(vector, DoseRecord(budget, strength, tuple(sorted(seen.items())), len(forced)))
@@ -113,6 +111,7 @@ def _with_metadata(vector: SteeringVector, metadata: dict[str, str]) -> Steering
         seed=vector.seed,
         metadata=metadata,
         library_version=vector.library_version,
+        terms=vector.terms,
     )
 
 

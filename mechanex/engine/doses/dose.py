@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import ValidationError
-from ..edit_kinds import TOKENS, check_kind, check_token_kind, edit_of
 from ..hooks import Intervention, SteeringPlan
+from ..intervention import Edit
 from ..models import adapter_for
 from ..models.adapter import ModelAdapter
+from ..terms import TOKENS, check_token_kind
 from ..vectors import SteeringVector
 
-__all__ = ["Dose", "Edited", "edited_by"]
+__all__ = ["EDITS", "Dose", "Edited", "check_kind", "edited_by", "kind_of"]
+
+EDITS = ("add", "clamp", "norm", "rotate")
+"""add: the vector is added; clamp: the projection on it becomes its norm; norm: it is added and the row gets its own
+norm back; rotate: the row is turned from the mean stream to the vector, by the angle that adding it to the mean
+makes."""
 
 Edited = tuple[Intervention, ...]
 """What is done to a text: the edits of one setting, empty for none."""
@@ -28,7 +35,7 @@ class Dose:
     Args:
         layer: where.
         strength: multiplies the vector.
-        edit: how; one of ``mechanex.engine.edit_kinds.EDITS``.
+        edit: how; one of ``EDITS``.
         tokens: ``"all"``, ``"generated"`` (those that an answer is predicted from) or ``"prompt"`` (those before).
         method: how the vector was made.
 
@@ -47,26 +54,71 @@ class Dose:
         check_token_kind(self.tokens)
 
     def of(self, vector: SteeringVector) -> Edited:
-        """What this dose of a vector does; the vector has the dose's layer."""
-        edit = edit_of(self.edit, vector[self.layer] * self.strength)
+        """What this dose of a vector does; the vector has the dose's layer, and for a rotation a plane."""
+        direction = vector[self.layer] * self.strength
+        if self.edit == "rotate":
+            plane = self._plane(vector)
+            edit = Edit.rotate(vector[self.layer], plane, self._degrees(vector))
+        elif self.edit == "clamp":
+            edit = Edit.clamp(direction, 1.0)
+        else:
+            edit = Edit.add(direction)
+        if self.edit == "norm":
+            edit = edit.gated("norm")
         return (Intervention(self.layer, edit, tokens=TOKENS[self.tokens]),)
+
+    def _plane(self, vector: SteeringVector) -> Tensor:
+        plane = vector.terms.planes.get(self.layer)
+        if plane is None:
+            raise ValidationError(
+                "a rotation needs a second direction at its layer: give the vector one, vector.rotating(means, 0)."
+            )
+        return plane
+
+    def _degrees(self, vector: SteeringVector) -> float:
+        """Strength times the angle between the mean stream and the mean stream with the vector added."""
+        mean = self._plane(vector).double()
+        along = mean / mean.norm()
+        direction = vector[self.layer].double()
+        across = direction - (direction @ along) * along
+        return self.strength * math.degrees(math.atan2(float(across.norm()), float(mean.norm())))
 
     def vector(self, vector: SteeringVector) -> SteeringVector:
         """The vector whose strength 1 is this dose."""
-        metadata = {"edit": self.edit, "edited_tokens": self.tokens}
-        scaled = vector.restricted([self.layer]) * self.strength
-        return SteeringVector(
-            scaled,
+        made = SteeringVector(
+            {self.layer: vector[self.layer] * self.strength},
             model=vector.model,
             model_family=vector.model_family,
             method=vector.method,
             seed=vector.seed,
-            metadata={**scaled.metadata, **metadata},
-        )
+        ).on_tokens(self.tokens)
+        if self.edit == "clamp":
+            return made.clamping()
+        if self.edit == "norm":
+            return made.keeping_norm()
+        if self.edit == "rotate":
+            return made.rotating({self.layer: self._plane(vector)}, self._degrees(vector))
+        return made
 
     def __str__(self) -> str:
         where = "" if self.tokens == "all" else f", {self.tokens} tokens"
         return f"layer {self.layer}, {self.edit}{where}, {self.strength:.3g} ×"
+
+
+def check_kind(edit: str) -> None:
+    """Raises a ValidationError for a kind of edit that there is none of."""
+    if edit not in EDITS:
+        raise ValidationError(f"an edit is one of {', '.join(map(repr, EDITS))}; got {edit!r}.")
+
+
+def kind_of(vector: SteeringVector) -> str:
+    """How a vector edits, in a word."""
+    terms = vector.terms
+    if terms.planes:
+        return "rotate"
+    gates = {gate.kind for gate in terms.gates.values()}
+    how = "clamp" if terms.clamps else "norm" if gates == {"norm"} else "gated" if gates else "add"
+    return how + (", scheduled" if terms.schedule else "") + (", when" if terms.condition else "")
 
 
 def edited_by(model: nn.Module | ModelAdapter, steering: Any, strength: float = 1.0) -> Edited:

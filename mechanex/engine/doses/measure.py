@@ -16,8 +16,9 @@ from ..models import adapter_for
 from ..models.adapter import ModelAdapter
 from ..sampling import Options
 from ..text import Prompt, prompt_text
+from ..vectors import SteeringVector
 from .ability import ChoiceQuestion, right_answers
-from .dose import Edited, edited_by
+from .dose import Edited, edited_by, kind_of
 from .dose_report import Change, DoseReport, KLFigures, SideBySide
 from .forced import ForcedAnswers
 from .intervals import Interval, bootstrap, mean_of, ratio_of
@@ -162,10 +163,9 @@ def _kl(adapter: ModelAdapter, plain: Sequence[Written], edited: Edited) -> KLFi
 
 def _told(steering: Any, edited: Edited, strength: float) -> str:
     layers = sorted({one.layer for one in edited})
-    edit, tokens = getattr(steering, "edit", None), getattr(steering, "tokens", None)
-    how = (
-        f"{edit}, {tokens} tokens, strength {strength:g}" if isinstance(edit, str) else f"{len(edited)} edits"
-    )
+    how = f"{len(edited)} edits"
+    if isinstance(steering, SteeringVector):
+        how = f"{kind_of(steering)}, {steering.tokens} tokens, strength {strength:g}"
     return f"layers {', '.join(map(str, layers)) or 'none'}: {how}"
 
 

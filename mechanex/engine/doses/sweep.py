@@ -24,11 +24,12 @@ from ..sampling import Options
 from ..text import Prompt, encode_pair
 from ..vectors import SteeringVector
 from .calibrate import dose_quantile
-from .dose import Dose
+from .dose import EDITS, Dose
 from .forced import ForcedAnswers
 from .halving import front, rounds, spread, survivors
 from .judge import TextJudge, name_of
 from .kept_work import KeptWork
+from .means import stream_means
 from .scorers import TextScorer, classifier
 from .swept import Setting, Swept
 
@@ -42,6 +43,7 @@ FORCED = 0.7
 # Steps from the best of the finalists to strengths beside it.
 BESIDE = (0.8, 1.2, 1.45)
 MORE_REPETITION = 0.1
+MEAN_OF = 32  # answers that the mean stream is taken of
 CHUNK = 64
 
 
@@ -51,7 +53,7 @@ def sweep(
     *,
     layers: Sequence[int] | None = None,
     strengths: Sequence[float] = STRENGTHS,
-    edits: Sequence[str] = ("add", "clamp", "norm"),
+    edits: Sequence[str] = EDITS,
     tokens: Sequence[str] = ("all", "generated", "prompt"),
     methods: Sequence[str] = ("caa",),
     scorer: TextScorer | None = None,
@@ -78,8 +80,8 @@ def sweep(
         data: contrastive pairs, or their JSONL file.
         layers: negatives from the end; None for all but the first.
         strengths: multiples of the vectors.
-        edits: of ``mechanex.engine.edit_kinds.EDITS``.
-        tokens: of ``mechanex.engine.edit_kinds.TOKENS``.
+        edits: of ``mechanex.engine.doses.dose.EDITS``.
+        tokens: of ``mechanex.engine.terms.TOKENS``.
         methods: how vectors are made, as in ``generate_vectors``.
         scorer: from an answer to how much it shows of what is sought; None for naive Bayes on the pairs' answers.
         validation: prompts for texts; None for the prompts of held-back pairs.
@@ -114,6 +116,11 @@ def sweep(
         )
         for method in methods
     }
+    if "rotate" in edits:
+        answered = zip(fit.prompts, fit.positive_answers, fit.negative_answers, strict=True)
+        read = [encode_pair(tokenizer, prompt, one) for prompt, *both in answered for one in both]
+        means = stream_means(adapter, read[:MEAN_OF], used)
+        vectors = {method: vector.rotating(means, 0.0) for method, vector in vectors.items()}
     kept = KeptWork(checkpoint, adapter, vectors, [validation, max_tokens, seed, check.positive_answers])
     options = Options(max_tokens=max_tokens, seed=seed)
     judge = TextJudge(adapter, tokenizer, validation, scorer, options, vectors, kept, progress)

@@ -93,7 +93,11 @@ class _Writing(Generating):
 
     def begin(self, settings: Sequence[Edited], n_prompts: int) -> None:
         self._settings = [
-            tuple(Steer(self.adapter.layer_index(i.layer), i.edit, i.tokens) for i in one) for one in settings
+            tuple(
+                Steer(self.adapter.layer_index(i.layer), i.edit, i.tokens, i.varying, i.condition)
+                for i in one
+            )
+            for one in settings
         ]
         self.seeds = self.seeds[:n_prompts] * (len(settings) // n_prompts)
 

@@ -23,6 +23,7 @@ from ..following.calls import Followed, Prompts
 from ..following.generating import watch_generate
 from ..regimes import each_alone
 from ..stream import Stream, others, residual
+from .configuration import context_of, text_config
 from .kept import Kept
 from .offload import is_absent, where_it_runs
 
@@ -115,23 +116,12 @@ class ModelAdapter(ABC):
     @property
     def config(self) -> Any:
         """The text part of the model's configuration."""
-        config: Any = self.hf_model.config
-        return config.get_text_config() if hasattr(config, "get_text_config") else config
+        return text_config(self.hf_model.config)
 
     @property
     def context(self) -> int | None:
-        """Tokens that a text may have; None where the model names no limit.
-
-        Rotary factors of the kind "dynamic" stretch with a text that outgrows what the configuration names, and are
-        made to do so up to their factor.
-        """
-        limit = getattr(self.config, "max_position_embeddings", None)
-        if not isinstance(limit, int) or limit <= 0:
-            return None
-        rotary = getattr(self.config, "rope_parameters", None)
-        if isinstance(rotary, dict) and rotary.get("rope_type") == "dynamic":
-            return int(limit * max(1.0, float(rotary.get("factor", 1.0))))
-        return limit
+        """Tokens that a text may have; None where the model names no limit."""
+        return context_of(self.config)
 
     @property
     def family(self) -> str | None:
@@ -229,12 +219,22 @@ class ModelAdapter(ABC):
 
     @property
     def unembeds(self) -> bool:
-        """Whether the unembedding's weights are there between calls, so that it can be computed outside of the model.
+        """Whether the head is one matrix whose numbers are there between calls, to compute with outside of the model.
 
         torch multiplies by weights without numbers, and gives whatever the memory held.
         """
         head = self.head
-        return head is not None and not any(is_absent(weight) for weight in head.parameters())
+        return (
+            head is not None
+            and self._matrix is not None
+            and not any(is_absent(weight) for weight in head.parameters())
+        )
+
+    @property
+    def _matrix(self) -> Tensor | None:
+        """[n_vocab, d_model], what the head multiplies by; None where it is no single matrix."""
+        matrix = getattr(self.head, "weight", None)
+        return matrix if isinstance(matrix, Tensor) else None
 
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:

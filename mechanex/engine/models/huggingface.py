@@ -15,6 +15,7 @@ from ...ops.head import Head
 from ..attaching import after, before
 from ..stream import Stream, residual, with_residual
 from .adapter import Handles, ModelAdapter, ResidualHook, undisturbed
+from .configuration import text_config
 from .kept import Kept
 
 __all__ = ["HuggingFaceAdapter", "find_layers"]
@@ -92,9 +93,7 @@ def _descend(model: nn.Module, path: str) -> Any:
 
 
 def _configured_depth(model: nn.Module) -> int | None:
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(config, "num_hidden_layers", None)
+    return getattr(text_config(getattr(model, "config", None)), "num_hidden_layers", None)
 
 
 def _candidates(model: nn.Module) -> str:
@@ -216,9 +215,15 @@ class HuggingFaceAdapter(ModelAdapter):
     @property
     def unembedding(self) -> Head:
         head: Any = self.head
-        if head is None or not hasattr(head, "weight"):
+        if head is None:
             raise ValidationError(
                 f"{type(self.hf_model).__name__} has no language head; load it with AutoModelForCausalLM."
+            )
+        matrix = self._matrix
+        if matrix is None:
+            raise ValidationError(
+                f"The language head of {self.model_id} is a {type(head).__name__} and no single matrix: what needs the "
+                "unembedding itself can't be computed for it."
             )
         config = self.config
         scale = 1.0
@@ -227,7 +232,7 @@ class HuggingFaceAdapter(ModelAdapter):
         if isinstance(divisor := getattr(config, "logits_scaling", None), int | float):
             scale /= float(divisor)
         softcap = getattr(config, "final_logit_softcapping", None)
-        return Head(head.weight, getattr(head, "bias", None), scale, softcap)
+        return Head(matrix, getattr(head, "bias", None), scale, softcap)
 
     @cached_property
     def _tail(self) -> list[nn.Module]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...errors import ValidationError
 from ..caches import returned_caches
 from ..capabilities.probing import close
+from .configuration import text_config
 
 __all__ = ["installed", "official_name", "require", "same", "unsuitable", "watched", "wrap"]
 
@@ -60,8 +61,7 @@ def official_name(short: str) -> str | None:
 
 def unsuitable(config: Any) -> str | None:
     """Why a model of this configuration should not be wrapped, or None."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if text is not config and importlib.util.find_spec("torchvision") is None:
+    if text_config(config) is not config and importlib.util.find_spec("torchvision") is None:
         # TransformerLens would run pip by itself.
         return "it takes images or sound too, for which TransformerLens needs torchvision (pip install it)."
     return None
@@ -103,7 +103,7 @@ def watched(model: nn.Module) -> dict[str, Tensor]:
     Args:
         model: a transformers causal model, or the one inside a bridge.
     """
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    config = text_config(model.config)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (1, _PROBE), generator=generator).to(
         next(model.parameters()).device

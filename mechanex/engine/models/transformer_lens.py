@@ -93,7 +93,13 @@ class HookedTransformerAdapter(TransformerLensAdapter):
     @property
     def unembedding(self) -> Head:
         head: Any = self.model.unembed
-        return Head(head.W_U.T, head.b_U, 1.0, self.config.final_logit_softcapping)
+        return Head(self._matrix, head.b_U, 1.0, self.config.final_logit_softcapping)
+
+    @property
+    def _matrix(self) -> Tensor:
+        head: Any = self.model.unembed
+        matrix: Tensor = head.W_U.T
+        return matrix
 
     def _follow(self) -> Following:
         """Follows the blocks: ``HookedTransformer.generate`` runs ``forward`` past any hook on the model."""
