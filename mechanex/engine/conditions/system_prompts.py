@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ...bundled import open_questions
 from ...errors import ValidationError
-from ..capabilities.replaying import resumed
+from ..capabilities.replaying import replay_agrees
 from ..capabilities.unembedding import unembedding_agrees
 from ..chat import has_chat_template
 from ..decode.run import decode
@@ -26,7 +26,7 @@ from ..intervention import compute_dtype
 from ..models import adapter_for
 from ..models.adapter import ModelAdapter, ResidualHook, exclusive, undisturbed
 from ..pack import Pack
-from ..passes import scored_hidden, visit_residuals
+from ..passes import Resumed, scored_hidden, visit_residuals
 from ..pauses import pause
 from ..sampling import Options
 from ..terms import Terms, TokenGate
@@ -182,7 +182,8 @@ class _ChatGroup:
         with torch.no_grad():
             # Hidden states where they do: logits of a large vocabulary take much memory.
             self._wanted = _by_chat(prompted, [look(adapter, pack) for pack in prompted])
-            self._begun = [resumed(adapter, pack, layer) for pack in self.packs] if self._unembeds else []
+            resumes = self._unembeds and replay_agrees(adapter)
+            self._begun = [Resumed(adapter, pack, layer) for pack in self.packs] if resumes else []
 
     def kl(self) -> Tensor:
         """[N] KL(with the prompt‖as the model is now, without) of each token, differentiable, in nats."""
@@ -190,7 +191,8 @@ class _ChatGroup:
         if not self._unembeds:
             found = _by_chat(self.packs, [scored_logits(adapter, pack) for pack in self.packs])
             return _kl(self._wanted, found)
-        found = _by_chat(self.packs, [begun.scored() for begun in self._begun])
+        ends = [begun.scored() for begun in self._begun] or [scored_hidden(adapter, p) for p in self.packs]
+        found = _by_chat(self.packs, ends)
         with torch.no_grad():
             wanted = adapter.unembedding.logits(self._wanted)
         return _kl(wanted, adapter.unembedding.logits(found))
