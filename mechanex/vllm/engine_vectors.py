@@ -163,6 +163,18 @@ class EngineVectors:
         return known
 
 
+def _edit_of(vector: SteeringVector, layer: int) -> Edit:
+    """What a vector does at a layer, as its terms say."""
+    terms, direction = vector.terms, vector[layer].float()
+    if terms.schedule or terms.condition or terms.planes or terms.tokens != "all":
+        raise ValidationError(
+            "in vLLM a vector acts on every token of a request, times its strength: give one without a schedule, a "
+            "condition, a rotation or tokens of its own, or SteeringVector(dict(vector)), and name tokens in the request."
+        )
+    edit: Edit = terms.made(layer, lambda strength: Edit.add(direction * strength), direction)(1.0)
+    return edit
+
+
 def edits_by_layer(source: object, n_layers: int) -> dict[int, Edit]:
     """The edits that a user means by a vector, by ``{layer: tensor or Edit}``.
 
@@ -170,7 +182,7 @@ def edits_by_layer(source: object, n_layers: int) -> dict[int, Edit]:
         ValidationError: it is neither.
     """
     if isinstance(source, SteeringVector):
-        return _of_vector(source)
+        return {layer: _edit_of(source, layer) for layer in source.layers}
     if not isinstance(source, Mapping) or not source:
         raise ValidationError(
             f"a vector is a SteeringVector or {{layer: tensor or Edit}}; got {type(source).__name__}."
@@ -182,21 +194,6 @@ def edits_by_layer(source: object, n_layers: int) -> dict[int, Edit]:
     if len(found) < len(source):
         raise ValidationError(f"a layer is named twice in {list(source)}: keep one.")
     return dict(sorted(found.items()))
-
-
-def _of_vector(vector: SteeringVector) -> dict[int, Edit]:
-    terms = vector.terms
-    if terms.schedule is not None or terms.condition is not None or terms.planes:
-        raise ValidationError(
-            "in vLLM a vector does the same to every text, times its strength, and this one has a schedule, a "
-            "condition on prompts or a rotation: serve it with mechanex serve, or take its numbers, "
-            "SteeringVector(dict(vector))."
-        )
-    found: dict[int, Edit] = {}
-    for layer, tensor in vector.items():
-        edit, gate = Edit.add(tensor.float()), terms.gates.get(layer)
-        found[layer] = edit if gate is None else edit.gated(gate.kind, gate.weight, gate.offset)
-    return found
 
 
 def _layer(layer: Any, n_layers: int) -> int:
