@@ -169,7 +169,8 @@ def _edit_of(vector: SteeringVector, layer: int) -> Edit:
     if terms.schedule or terms.condition or terms.planes or terms.tokens != "all":
         raise ValidationError(
             "in vLLM a vector acts on every token of a request, times its strength: give one without a schedule, a "
-            "condition, a rotation or tokens of its own, or SteeringVector(dict(vector)), and name tokens in the request."
+            "condition, a rotation or tokens of its own, or SteeringVector(dict(vector)), and name tokens in the "
+            "request."
         )
     edit: Edit = terms.made(layer, lambda strength: Edit.add(direction * strength), direction)(1.0)
     return edit
