@@ -30,7 +30,7 @@ from mechanex.engine.sae.detectors import auroc
 from mechanex.engine.sae.examples import read_examples
 from mechanex.engine.sae.read import read_sae
 from mechanex.engine.sae.train import train_sae
-from mechanex.engine.sae.training import TrainingSettings
+from mechanex.engine.sae.train_step import TrainingSettings
 from mechanex.home import mechanex_home
 
 BEHAVIORS = Path(__file__).with_name("sae_behaviors")
