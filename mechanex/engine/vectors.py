@@ -15,12 +15,12 @@ from ..errors import ValidationError
 from .formats.files import read_layers, write_layers
 from .formats.record import FORMAT_VERSION
 from .formats.site import Site
+from .given import as_number
 from .intervention import widest
 from .vector_checks import (
     RESERVED_FIELDS,
     as_direction,
     as_layer,
-    as_number,
     as_seed,
     as_text_fields,
     check_strength,
