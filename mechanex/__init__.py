@@ -44,10 +44,14 @@ _NAMES = {
 }
 _CLIENT_METHODS = frozenset(
     {
+        "change_password",
         "create_api_key",
+        "delete_account",
         "delete_api_key",
+        "end_session",
         "get_huggingface_models",
         "list_api_keys",
+        "list_sessions",
         "load",
         "load_model",
         "login",
@@ -105,10 +109,14 @@ if TYPE_CHECKING:
     )
 
     _client = client.default_client()
+    change_password = _client.change_password
     create_api_key = _client.create_api_key
+    delete_account = _client.delete_account
     delete_api_key = _client.delete_api_key
+    end_session = _client.end_session
     get_huggingface_models = _client.get_huggingface_models
     list_api_keys = _client.list_api_keys
+    list_sessions = _client.list_sessions
     load = _client.load
     load_model = _client.load_model
     login = _client.login
@@ -152,14 +160,18 @@ __all__ = [
     "attribution",
     "backends",
     "bundled",
+    "change_password",
     "client",
     "create_api_key",
+    "delete_account",
     "delete_api_key",
+    "end_session",
     "engine",
     "errors",
     "generation",
     "get_huggingface_models",
     "list_api_keys",
+    "list_sessions",
     "load",
     "load_model",
     "login",

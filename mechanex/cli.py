@@ -13,10 +13,23 @@ import click
 from ._version import __version__
 from .commands import inside, sae_group, tools, with_model
 from .commands.group import Group
-from .commands.options import email_option, json_option, password_option
+from .commands.options import email_option, json_option, new_password_option, password_option
 from .demo.command import demo
 
-__all__ = ["create_api_key", "delete_api_key", "list_api_keys", "login", "logout", "main", "signup", "whoami"]
+__all__ = [
+    "change_password",
+    "create_api_key",
+    "delete_account",
+    "delete_api_key",
+    "end_session",
+    "list_api_keys",
+    "list_sessions",
+    "login",
+    "logout",
+    "main",
+    "signup",
+    "whoami",
+]
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -88,10 +101,48 @@ def whoami(*, as_json: bool = False) -> None:
 
 @main.command()
 def logout() -> None:
-    """Log out and remove stored credentials."""
+    """Log out: end the session on the server, and remove stored credentials."""
     from .commands.account import run_logout
 
     run_logout(click.get_current_context().obj)
+
+
+@main.command()
+@json_option
+def list_sessions(*, as_json: bool = False) -> None:
+    """List the sessions of your Axionic account, one for each log-in."""
+    from .commands.account import run_list_sessions
+
+    run_list_sessions(click.get_current_context().obj, as_json)
+
+
+@main.command()
+@click.argument("session_id")
+def end_session(session_id: str) -> None:
+    """End a session at once. SESSION_ID is the id that list-sessions shows."""
+    from .commands.account import run_end_session
+
+    run_end_session(click.get_current_context().obj, session_id)
+
+
+@main.command()
+@password_option
+@new_password_option
+def change_password(password: str, new_password: str) -> None:
+    """Change your password; all sessions end, and this one goes on."""
+    from .commands.account import run_change_password
+
+    run_change_password(click.get_current_context().obj, password, new_password)
+
+
+@main.command()
+@password_option
+@click.confirmation_option(prompt="Delete the account with its vectors, behaviors and keys?")
+def delete_account(password: str) -> None:
+    """Delete your Axionic account with everything that it has made."""
+    from .commands.account import run_delete_account
+
+    run_delete_account(click.get_current_context().obj, password)
 
 
 for _command in (

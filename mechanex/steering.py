@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from .engine.formats.site import Site
     from .engine.models.resolve import LoadedModel
+    from .engine.prompt_conditions import PromptCondition
     from .engine.text import Prompt
     from .engine.vectors import SteeringVector
 
@@ -28,6 +29,7 @@ __all__ = ["SteeringModule"]
 
 _CALL = "steering.generate_vectors"
 _ONLY_LOCAL = ("pca", "probe")
+_HERE = "it looks into the model"
 
 
 class SteeringModule(_BaseModule):
@@ -147,6 +149,86 @@ class SteeringModule(_BaseModule):
             progress=progress,
         )
 
+    def fit_condition(
+        self,
+        prompts: Sequence[Prompt],
+        others: Sequence[Prompt],
+        layer_idxs: Sequence[int] | None = None,
+        *,
+        false_positives: float = 0.02,
+    ) -> PromptCondition:
+        """Fits the condition that prompts of one kind meet and others don't, for ``SteeringVector.when``; runs locally.
+
+        Args:
+            prompts: of the kind that is to be steered: text, token ids or chat messages, 8 or more.
+            others: of every other kind that is to be left alone, as mixed as what will come, 8 or more.
+            layer_idxs: candidates for the layer where prompts are looked at, negatives from the end; None for all.
+            false_positives: share of other prompts that may meet it, calibrated on held-out ones.
+
+        Returns:
+            The condition, with its layer, threshold and held-out rates.
+
+        Raises:
+            MechanexError: no model is loaded.
+            ValidationError: too few prompts, ones that the model can't tell apart, a rate outside of (0, 1), or a layer
+                that doesn't exist.
+        """
+        from .engine.conditions.fitting import fit_condition
+
+        loaded = self._client.require_local("steering.fit_condition", _HERE)
+        return fit_condition(
+            loaded.model, prompts, others, layer_idxs, loaded.tokenizer, false_positives=false_positives
+        )
+
+    def from_system_prompt(
+        self,
+        system_prompt: str,
+        prompts: Sequence[Prompt] | None = None,
+        layer_idxs: Sequence[int] | None = None,
+        *,
+        steps: int = 40,
+        answer_tokens: int = 20,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> SteeringVector:
+        """Trains a vector that stands in for a system prompt, whose tokens it saves; runs locally.
+
+        Each token opens it by a gate: x ← x + sigmoid(w·x + c)·v at 6 layers, with w, c and v trained so that the next
+        tokens are those that the model would choose under the system prompt.
+
+        Args:
+            system_prompt: the text.
+            prompts: questions that are answered under it, to learn from: text or chat messages; None for 40 open ones.
+            layer_idxs: where it acts, negatives from the end; None for 6 layers.
+            steps: of training, over 8 chats each.
+            answer_tokens: tokens of each answer that it is trained on.
+            seed: of the answers and of the order.
+            progress: show a progress bar.
+
+        Returns:
+            The vector, for ``steering_vector`` at strength 1; ``metadata["recovered"]`` is the share of the prompt's
+            effect on held-out chats that it brings about (of nats per token, ``metadata["prompt_kl"]``).
+
+        Raises:
+            MechanexError: no model is loaded.
+            ValidationError: no system prompt, one that changes nothing, fewer than 5 prompts, or a layer that doesn't
+                exist.
+        """
+        from .engine.conditions.system_prompts import from_system_prompt
+
+        loaded = self._client.require_local("steering.from_system_prompt", _HERE)
+        return from_system_prompt(
+            loaded.model,
+            system_prompt,
+            prompts,
+            loaded.tokenizer,
+            layers=layer_idxs,
+            steps=steps,
+            answer_tokens=answer_tokens,
+            seed=seed,
+            progress=progress,
+        )
+
     def get_vectors(self, vector_id: str) -> dict[int, Tensor]:
         """Retrieves stored vectors by id, of this session or an earlier one.
 
@@ -245,6 +327,8 @@ if TYPE_CHECKING:
     _door: SteeringModule = _default.client().steering
     generate_vectors = _door.generate_vectors
     generate_from_jsonl = _door.generate_from_jsonl
+    fit_condition = _door.fit_condition
+    from_system_prompt = _door.from_system_prompt
     get_vectors = _door.get_vectors
     delete_vectors = _door.delete_vectors
     save_vectors = _door.save_vectors

@@ -45,6 +45,6 @@ for version in "${versions[@]}"; do
   echo "== transformers $version (${SECONDS} s)"
   environment "$version"
   # shellcheck disable=SC2086
-  "build/versions/$version/bin/python" -m pytest -q -p no:cacheprovider ${PYTEST_ARGS:--n 3 --dist worksteal} "${tests[@]}"
+  "build/versions/$version/bin/python" -m pytest -q -m "not long" -p no:cacheprovider ${PYTEST_ARGS:--n 3 --dist worksteal} "${tests[@]}"
 done
 echo "== done (${SECONDS} s)"

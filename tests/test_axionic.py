@@ -121,6 +121,68 @@ def test_the_whole_life_of_an_account(client: TestClient) -> None:
     refused(client.delete(f"/auth/api-keys/{listed['id']}", headers=headers), 404)
 
 
+def test_sessions_are_listed_and_ended(client: TestClient) -> None:
+    first = client.post("/auth/signup", json=ANN).json()["session"]
+    second = client.post("/auth/login", json=ANN).json()["session"]
+    mine, other = bearer(first["access_token"]), bearer(second["access_token"])
+    listed = client.get("/auth/sessions", headers=mine).json()["sessions"]
+    assert len(listed) == 2 and all(one["created_at"] < one["expires_at"] for one in listed)
+    # A log-out ends the session of its token, the used ones' too, and no other; nobody learns which tokens there are.
+    newer = client.post("/auth/refresh", json={"refresh_token": second["refresh_token"]}).json()["session"]
+    for token in (second["refresh_token"], newer["refresh_token"], "mxr-nothing"):
+        assert client.post("/auth/logout", json={"refresh_token": token}).status_code == 204
+    for gone in (second, newer):
+        refused(client.get("/auth/whoami", headers=bearer(gone["access_token"])), 401)
+        refused(client.post("/auth/refresh", json={"refresh_token": gone["refresh_token"]}), 401)
+    (left,) = client.get("/auth/sessions", headers=mine).json()["sessions"]
+    refused(client.get("/auth/sessions", headers=other), 401)
+    stranger = signed_up(client, BOB)
+    for session_id in (left["id"], "nothing", "%2e%2e%2fsessions"):
+        refused(client.delete(f"/auth/sessions/{session_id}", headers=stranger), 404)
+    assert client.delete(f"/auth/sessions/{left['id']}", headers=mine).status_code == 204
+    refused(client.get("/auth/whoami", headers=mine), 401)
+
+
+def test_a_new_password_ends_what_the_old_one_began(client: TestClient) -> None:
+    headers = signed_up(client, ANN)
+    elsewhere = bearer(client.post("/auth/login", json=ANN).json()["session"]["access_token"])
+    key = client.post("/auth/api-keys", json={}, headers=headers).json()["key"]
+    new = {"password": ANN["password"], "new_password": "another horse"}
+    # What lies in programs can't lock out the owner; beside a token it may come.
+    refused(client.post("/auth/password", json=new, headers={"x-api-key": key}), 403)
+    refused(client.post("/auth/password", json=new | {"password": "wrong horse"}, headers=headers), 403)
+    refused(client.post("/auth/password", json=new | {"new_password": "short"}, headers=headers), 400)
+    answer = client.post("/auth/password", json=new, headers={"x-api-key": key, **headers}).json()
+    assert answer["user"]["email"] == ANN["email"]
+    for old in (headers, elsewhere):
+        refused(client.get("/auth/whoami", headers=old), 401)
+    assert client.get("/auth/whoami", headers=bearer(answer["session"]["access_token"])).status_code == 200
+    refused(client.post("/auth/login", json=ANN), 401)
+    assert client.post("/auth/login", json=ANN | {"password": "another horse"}).status_code == 200
+    assert client.get("/auth/whoami", headers={"x-api-key": key}).status_code == 200
+
+
+def test_a_deleted_account_leaves_nothing(client: TestClient, mechanex_home: Path) -> None:
+    headers, stranger = signed_up(client, ANN), signed_up(client, BOB)
+    key = client.post("/auth/api-keys", json={}, headers=headers).json()["key"]
+    behavior = EXAMPLES | {"behavior_name": "kind", "description": ""}
+    for who in (headers, stranger):
+        assert client.post("/behaviors/create", json=behavior, headers=who).status_code == 200
+    files = {path for path in (mechanex_home / "server").rglob("*") if path.is_file()}
+    password = {"password": ANN["password"]}
+    refused(client.post("/auth/delete-account", json={"password": "wrong horse"}, headers=headers), 403)
+    refused(client.post("/auth/delete-account", json=password, headers={"x-api-key": key}), 403)
+    assert client.post("/auth/delete-account", json=password, headers=headers).status_code == 204
+    for old in (headers, {"x-api-key": key}):
+        answer = client.get("/auth/api-keys", headers=old)
+        assert answer.status_code == 401 or "has none" in answer.text
+    refused(client.post("/auth/login", json=ANN), 401)
+    left = {path for path in (mechanex_home / "server").rglob("*") if path.is_file()}
+    assert left < files and len(left) == len(files) / 2
+    assert len(client.get("/behaviors", headers=stranger).json()) == 1
+    assert client.post("/auth/signup", json=ANN).status_code == 200
+
+
 def test_a_key_without_a_name_gets_one(client: TestClient) -> None:
     headers = signed_up(client, ANN)
     assert client.post("/auth/api-keys", json={}, headers=headers).json()["name"] == "Default Key"
@@ -774,6 +836,7 @@ HOSTILE: list[Any] = [None, True, -1, 1.5, 10**30, -(10**30), 1e308, float("nan"
                       "x" * 100_000, [], {}, [[[]]], [None], ["\ud800"], [{}], {"a": {"b": []}}]  # fmt: skip
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("path", GOOD)
 def test_no_wrong_field_crashes_a_call(shared: TestClient, path: str) -> None:
     client, headers = shared, signed_up(shared, {"email": f"{path}@example.org", "password": "correct horse"})

@@ -26,6 +26,7 @@ from mechanex.utils.steering_opt import (
 )
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", FAMILIES)
 def test_cached_equals_uncached_equals_plain_passes(name):
     model = build(name)

@@ -263,6 +263,7 @@ def test_a_text_is_of_the_tone_that_has_most_words_in_it() -> None:
     assert tone_of("") == tone_of("The door was a door.") == "neutral"
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 @pytest.mark.skipif("mx-tiny" not in mechanex.bundled.model_names(), reason="mx-tiny is not in this tree")
 @pytest.mark.parametrize("n_tones", [1, pytest.param(3, marks=pytest.mark.long)])

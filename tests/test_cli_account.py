@@ -259,3 +259,15 @@ def test_output_to_a_pipe_is_plain(server: ServerProcess, email: str) -> None:
     done = as_process("list-api-keys", COLUMNS="60")
     assert done.returncode == 0 and "\x1b" not in done.stdout and not done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 60
+
+
+def test_sessions_a_new_password_and_the_end(server: ServerProcess, email: str) -> None:
+    run("signup", "--email", email, "--password", PASSWORD)
+    (session,) = json.loads(run("list-sessions", "--json").stdout)
+    changed = run("change-password", given=f"{PASSWORD}\nthe next password\n")
+    assert "password is changed" in changed.stdout and "next password" not in changed.output
+    run("end-session", session["id"], code=1)
+    assert email in run("whoami").stdout
+    assert "other" not in run("delete-account", "--password", "wrong password", "--yes", code=1).stdout
+    assert "are deleted" in run("delete-account", "--password", "the next password", "--yes").stdout
+    run("login", "--email", email, "--password", "the next password", code=1)

@@ -106,6 +106,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("one_thread")
 def test_ctrl_c_keeps_the_best_and_resume_ends_where_an_undisturbed_run_does(tmp_path: Path) -> None:
     options = ("--data", "rome_delhi", "--split", "promote", *QUICK)
@@ -181,6 +182,7 @@ def test_only_the_prompt_is_steered_in_the_measurement_too(tmp_path: Path) -> No
     assert -measured["after"] == pytest.approx(report["loss"], abs=1e-4)
 
 
+@pytest.mark.ci
 def test_the_second_phase_shortens_the_vector_and_is_reported(tmp_path: Path) -> None:
     options = ("--data", "rome_delhi", "--split", "promote", *QUICK, "--max-iters", 60)
     run(*options, "--out", tmp_path / "long")

@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "demo": (["--out", "{tmp}/demo"], "completions of the tone"),
     "doctor": ([], "server answers: yes"),
     "list-api-keys": ([], "last used"),
+    "list-sessions": ([], "expires at"),
     "logout": ([], "Logged out"),
     "models": ([], "bundled"),
     "optimize": (["mx-tiny", *QUICK, "--out", "{tmp}/optimized"], "stopped by max_iters"),
@@ -55,13 +56,26 @@ ASKING = {"login", "signup"}
 ELSEWHERE = {
     "attribute",
     "cite",
+    "change-password",
+    "delete-account",
     "delete-api-key",
+    "end-session",
     "model graph",
     "model paths",
     "serve",
     *(f"sae {name}" for name in ("explain", "list", "show", "trace", "train")),
 }
-WITHOUT_DATA = {*ASKING, "delete-api-key", "serve", "logout", "vectors delete", "vectors export"}
+WITHOUT_DATA = {
+    *ASKING,
+    "change-password",
+    "delete-account",
+    "delete-api-key",
+    "end-session",
+    "serve",
+    "logout",
+    "vectors delete",
+    "vectors export",
+}
 
 
 def commands(group: click.Group = main, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
@@ -159,6 +173,7 @@ def test_json_is_all_that_comes_to_stdout(
     assert json.loads(ran.text[start:])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_pipe_that_is_closed_early_ends_a_command_without_a_word(
     screen: Terminal, name: str, given: dict[str, str], variables: dict[str, str]

@@ -155,6 +155,7 @@ def test_clients_share_nothing_but_the_stored_vectors(saved_model: str) -> None:
 # The package's surface
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "first_lines",
     [

@@ -137,6 +137,7 @@ def test_few_shot_optimizes_a_vector_per_layer_each_as_alone():
         torch.testing.assert_close(found[layer], alone[layer], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.ci
 def test_few_shot_prefers_positive_answers_in_every_kind_of_model():
     for name in ("llama", "bloom", "mamba"):
         model = build(name)

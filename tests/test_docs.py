@@ -24,6 +24,7 @@ def blocks(page: Path, language: str) -> list[str]:
     return [body for kind, body in BLOCK.findall(page.read_text(encoding="utf-8")) if kind == language]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_python_blocks_run_one_after_another(page, tmp_path, monkeypatch):
     found = blocks(page, "python")

@@ -261,6 +261,7 @@ def test_the_positions_context_serves_hooks_attached_by_other_means():
     assert seen == [False, False, True, False]
 
 
+@pytest.mark.ci
 def test_a_model_that_was_compiled_before_is_steered():
     model = FAMILIES["llama"]()
     compiled = torch.compile(model, backend="eager")

@@ -279,6 +279,10 @@ def test_rows_that_hold_several_sequences_are_refused():
     packed = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
     with pytest.raises(ValidationError, match="several sequences"):
         watched(model, lambda: model(input_ids=IDS, position_ids=packed))
+    # Engines that batch continuously keep ids and positions in one buffer.
+    buffer = torch.cat([IDS, packed])
+    with pytest.raises(ValidationError, match="several sequences"):
+        watched(model, lambda: model(input_ids=buffer[:1], position_ids=buffer[1:]))
 
 
 def test_a_cache_under_any_name_is_found_and_one_that_is_hidden_is_noticed():

@@ -83,6 +83,7 @@ def test_the_chunk_that_holds_the_answer_ranks_first(tiny: LoadedModel) -> None:
     assert right == 10 and first >= 0.9 * right
 
 
+@pytest.mark.ci
 def test_documents_without_the_answer_give_no_validated_edge(tiny: LoadedModel) -> None:
     silent = 0
     for seed in range(10):
@@ -91,6 +92,7 @@ def test_documents_without_the_answer_give_no_validated_edge(tiny: LoadedModel) 
     assert silent >= 9
 
 
+@pytest.mark.ci
 def test_some_planted_facts_are_validated_at_a_layer(tiny: LoadedModel) -> None:
     """Token indices count over prompt then answer."""
     seen = 0

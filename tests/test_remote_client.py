@@ -136,6 +136,43 @@ def test_strength_zero_steers_nothing_and_says_so(remote: Mechanex, caplog: pyte
     assert "steers nothing" in caplog.text
 
 
+def test_sessions_passwords_and_the_end_of_an_account(server: ServerProcess) -> None:
+    client = Mechanex(server.url)
+    client.signup("last@example.com", "a long password")
+    client.set_key(client.create_api_key("notebook")["key"])
+    assert client.login("last@example.com", "a long password")
+    other = Mechanex(server.url)
+    other.login("last@example.com", "a long password", persist=False)
+    assert len(client.list_sessions()) == 3
+    token = other.transport.credentials.current(other.transport.address.origin).access_token
+    assert token is not None and other.logout() is True
+    with pytest.raises(AuthenticationError, match="session has ended"):
+        Mechanex(server.url).set_token(token).whoami()
+    client.login("last@example.com", "a long password")
+    with pytest.raises(AuthenticationError, match="password is wrong"):
+        client.change_password("another password", "the next password")
+    told = client.change_password("a long password", "the next password")
+    assert told["session"]["access_token"] == "***"
+    (session,) = client.list_sessions()
+    with pytest.raises(NotFoundError, match="no session of this account"):
+        client.end_session("../sessions")
+    client.end_session(session["id"])
+    with pytest.raises(AuthenticationError, match="log-in with the password"):
+        client.end_session(session["id"])
+    client.login("last@example.com", "the next password")
+    client.delete_account("the next password")
+    assert not client.is_remote
+    with pytest.raises(AuthenticationError, match="address or the password"):
+        client.login("last@example.com", "the next password")
+
+
+def test_logging_out_works_without_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    client = Mechanex("http://127.0.0.1:9").set_token("an-access-token", "a-refresh-token")
+    client.logout()
+    assert not client.is_remote and "goes on at the server" in caplog.text
+    assert "a-refresh-token" not in caplog.text
+
+
 def test_an_account_from_its_first_to_its_last_moment(server: ServerProcess) -> None:
     client = Mechanex(server.url)
     answer = client.signup("first@example.com", "a long password")

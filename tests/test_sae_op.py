@@ -132,6 +132,19 @@ def test_nan_is_seen(backend: str) -> None:
     assert places[0, 0] == 5 and values[0, 0].isnan() and values[0, 1:].isfinite().all()
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_k_features_are_found_however_little_they_say(backend: str, signed: bool) -> None:
+    hidden, encoder, bias, *_ = SaeCase(2, 8, 12).make(torch.float32, torch.float32)
+    bias[:] = -torch.inf
+    bias[7] = 0.0
+    values, places = sae_top_features(hidden, encoder, bias, 5, signed=signed, backend=backend)
+    assert all(len(set(row)) == 5 and 7 in row + [7] * signed for row in places.tolist())
+    assert bool((values.abs() == torch.inf).all() if signed else (values[:, 1:] == 0).all())
+    values, places = sae_top_features(hidden * torch.nan, encoder, bias, 12, signed=signed, backend=backend)
+    assert bool(values.isnan().all()) and all(len(set(row)) == 12 for row in places.tolist())
+
+
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_the_first_of_equal_features_comes_first(backend: str) -> None:
     if backend not in AVAILABLE:

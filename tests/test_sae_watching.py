@@ -246,10 +246,10 @@ def test_columns_of_an_autoencoder_in_bfloat16_are_kept_so_and_scores_stay(anger
     half = replace(anger, detector="features", features=replace(found, sae=part).narrowed())
     x = torch.randn(7, 128, generator=torch.Generator().manual_seed(0))
     scorer = Scorer([half])
-    assert scorer._groups[0]._encoder.dtype == torch.bfloat16
+    assert scorer._parts[0]._encoder.dtype == torch.bfloat16
     torch.testing.assert_close(scorer(x)[:, 0], half.scores(x), rtol=1e-5, atol=1e-5)
     whole = replace(half, features=replace(found, sae=replace(part, encoder=found.sae.encoder)).narrowed())
-    assert Scorer([whole])._groups[0]._encoder.dtype == torch.float32
+    assert Scorer([whole])._parts[0]._encoder.dtype == torch.float32
 
 
 def test_places_of_one_answer_are_told_token_by_token(tiny: ModelAdapter, anger: Behavior) -> None:

@@ -131,6 +131,7 @@ def test_greedy_answers_are_those_of_each_request_alone(tiny: Any) -> None:
     assert n_hooks(tiny.model) == 0
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("family", [*FAMILIES, *(f"{name} with a window" for name in SLIDING)])
 def test_every_family_answers_as_alone(family: str) -> None:
     name, _, windowed = family.partition(" ")
@@ -677,6 +678,7 @@ def test_other_work_runs_between_steps_and_its_errors_come_back(tiny: Any) -> No
     asyncio.run(mixed())
 
 
+@pytest.mark.ci
 def test_text_goes_on_while_a_vector_is_computed_and_neither_changes(tiny: Any) -> None:
     def examples(n: int) -> tuple[list[str], list[str], list[str]]:
         return (

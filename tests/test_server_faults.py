@@ -26,6 +26,7 @@ from mechanex.server.accounts.store import Store, open_store
 from mechanex.server.settings import ServerSettings
 
 pytestmark = [
+    pytest.mark.ci,
     pytest.mark.slow,
     pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX"),
 ]

@@ -17,13 +17,17 @@ from server_process import ServerProcess, serving
 from serving_data import tone_vectors
 
 from mechanex.engine.chat import Chat
+from mechanex.engine.conditions.fitting import prompt_means
 from mechanex.engine.generate import generate
+from mechanex.engine.models import adapter_for
 from mechanex.engine.models.resolve import load
+from mechanex.engine.prompt_conditions import PromptCondition
 from mechanex.engine.text import encode_prompt
 from mechanex.engine.vectors import SteeringVector
 
 PROMPT = "Anna went to the market on Friday."
 OTHER = "The food in Rome"
+THRESHOLD = 0.0
 CHAT: list[Any] = [
     {"role": "system", "content": "Be kind."},
     {"role": "user", "content": "What is the capital of France?"},
@@ -39,7 +43,14 @@ def local() -> Any:
 def vectors(local: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("vectors")
     SteeringVector({4: torch.full((128,), 1e38)}).save(folder / "huge.safetensors")
-    return folder, tone_vectors(local.model, local.tokenizer, folder)
+    found = tone_vectors(local.model, local.tokenizer, folder)
+    ids = [encode_prompt(local.tokenizer, prompt) for prompt in (PROMPT, OTHER)]
+    means = prompt_means(adapter_for(local.model), ids, [2])[2]
+    market = SteeringVector({2: means[0] - means[1]})
+    market.save(folder / "market.safetensors")
+    condition = PromptCondition(2, market[2], THRESHOLD)
+    found["calm_angry"].when(condition).save(folder / "calm_at_the_market.safetensors")
+    return folder, found
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +72,44 @@ def expected(local: Any, prompt: Any, n: int, vector: Any = None, strength: floa
     text = local.tokenizer.decode(ids)
     whole = generate(local.model, local.tokenizer, ids, max_tokens=n, sampling_method="greedy", **steered)
     return whole[len(text) :]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {
+            "steering_vector": "calm_angry",
+            "steering_strength": -2,
+            "steering_condition": {"vector": "market", "threshold": THRESHOLD},
+        },
+        {"steering_vector": "calm_at_the_market", "steering_strength": -2},
+        {
+            "steering": [
+                {
+                    "vector": "calm_angry",
+                    "strength": -2,
+                    "condition": {"vector": "market", "threshold": THRESHOLD, "layer": 2},
+                }
+            ]
+        },
+    ],
+)
+def test_prompts_that_meet_a_condition_are_steered(
+    client: OpenAI, local: Any, vectors: Any, body: dict[str, Any]
+) -> None:
+    steered = [expected(local, PROMPT, 20, vectors[1]["calm_angry"], -2.0), expected(local, OTHER, 20)]
+    assert steered[0] != expected(local, PROMPT, 20)
+    options: dict[str, Any] = {
+        "model": "mx-tiny",
+        "max_tokens": 20,
+        "temperature": 0,
+        "extra_body": body,
+    }
+    together = client.completions.create(prompt=[PROMPT, OTHER], **options)
+    assert [choice.text for choice in together.choices] == steered
+    for prompt, text in zip((PROMPT, OTHER), steered, strict=True):
+        pieces = client.completions.create(prompt=prompt, stream=True, **options)
+        assert "".join(piece.choices[0].text for piece in pieces) == text
 
 
 def test_models(client: OpenAI) -> None:
@@ -383,6 +432,17 @@ def test_steering_by_vector(client: OpenAI, local: Any, vectors: Any) -> None:
 WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({"steering_vector": "nope"}, "steering_vector", "nope"),
     ({"steering_vector": "../../etc/passwd"}, "steering_vector", "id"),
+    ({"steering_condition": {"vector": "market", "threshold": 0}}, None, "goes with"),
+    (
+        {"steering_vector": "calm_angry", "steering_condition": {"vector": "nope", "threshold": 0}},
+        "steering_condition",
+        "nope",
+    ),
+    (
+        {"steering_vector": "calm_angry", "steering_condition": {"vector": "market", "threshold": 2}},
+        "steering_condition",
+        "less than or equal to 1",
+    ),
     ({"steering": [{"vector": "nope"}]}, "steering", "nope"),
     ({"steering": [{"vector": "calm_angry", "layers": [1]}]}, "steering", "layers"),
     ({"steering": [{"vector": "calm_angry", "layers": [99]}]}, "steering", "99"),

@@ -6,6 +6,8 @@ import json
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -108,7 +110,7 @@ def test_a_damaged_vector_that_comes_later_is_an_error_with_a_reason(tmp_path: P
         assert status == 500
         assert "bad.safetensors" in answer["error"]["message"]
         assert str(folder) not in answer["error"]["message"]
-        # Every answer is steered by the corrected behavior unless its request names others.
+        # Every answer is steered by the corrected behavior; a request may ask for more of it, and not for less.
         texts = [
             json.loads(
                 call(running, "POST", "/v1/completions", {"prompt": PROMPT, "temperature": 0, **extra})[2]
@@ -116,12 +118,13 @@ def test_a_damaged_vector_that_comes_later_is_an_error_with_a_reason(tmp_path: P
             for extra in (
                 {},
                 {"behavior_names": ["kind_rude"]},
+                {"behavior_names": ["kind_rude"], "steering_strength": 0},
                 {"behavior_names": ["kind_rude"], "steering_strength": -4},
+                {"behavior_names": ["kind_rude"], "steering_strength": 4},
             )
         ]
-        assert (
-            texts[0]["choices"][0]["text"] == texts[1]["choices"][0]["text"] != texts[2]["choices"][0]["text"]
-        )
+        same, more = {one["choices"][0]["text"] for one in texts[:4]}, texts[4]["choices"][0]["text"]
+        assert len(same) == 1 and more not in same
         until(lambda: f'"prompt": "{PROMPT}"' in running.output())  # asked for with --log-prompts
 
 
@@ -168,3 +171,20 @@ def test_a_folders_name_is_the_models(tmp_path: Path) -> None:
         assert json.loads(running.get("/v1/models"))["data"][0]["id"] == "my-model"
         body = {"model": "my-model", "prompt": PROMPT, "max_tokens": 2, "steering_vector": "v1.2 calm"}
         assert call(running, "POST", "/v1/completions", body)[0] == 200
+
+
+def test_whatever_a_library_says_is_a_line_of_json() -> None:
+    code = (
+        "import logging, warnings\n"
+        "from mechanex.commands.serve import _log_json\n"
+        "_log_json('info')\n"
+        "from transformers.utils import logging as of_transformers\n"
+        "of_transformers.get_logger('transformers.models').warning('of transformers\\nin two lines')\n"
+        "warnings.warn('of torch')\n"
+        "logging.getLogger('torch').warning('by a logger')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    told = [json.loads(line)["message"] for line in done.stderr.splitlines()]
+    assert done.returncode == 0 and not done.stdout
+    for wanted in ("of transformers\nin two lines", "of torch", "by a logger"):
+        assert sum(wanted in line for line in told) == 1

@@ -120,6 +120,7 @@ def completed(client: TestClient, prompt: Any, **fields: Any) -> list[dict[str, 
     return list(answer.json()["choices"])
 
 
+@pytest.mark.ci
 def test_the_server_says_what_the_local_engine_says(served: TestClient, wanted: dict[str, list[Any]]) -> None:
     for action in ("correct", "abort", "report"):
         for prompt, own in zip(PROVOKING[:3], wanted[action], strict=False):
@@ -346,6 +347,20 @@ def test_the_operators_behaviors_are_watched_for_everyone(
     assert output == wanted["correct"][0].text
     (choice,) = completed(client, PROVOKING[0], behavior_scores=True)
     assert PROVOKING[0] + choice["text"] == output and choice["behaviors"]["detected"] == ["anger"]
+    # What a request names comes on top: nothing takes the correction away.
+    assert client.post("/behaviors/create", json=CREATE | {"behavior_name": "rage"}).status_code == 200
+    for fields in (
+        {"behavior_names": ["rage"], "behavior_action": "report"},
+        {"behavior_names": ["anger"], "behavior_action": "report"},
+        {"behavior_names": ["rage"], "steering_strength": 0},
+    ):
+        (choice,) = completed(client, PROVOKING[0], **fields)
+        assert PROVOKING[0] + choice["text"] == output
+    for names in ([], ["rage"]):
+        assert watched(client, PROVOKING[0], behavior_names=names, action="report")["text"] == output
+    (choice,) = completed(client, PROVOKING[0], behavior_names=["anger"], behavior_action="abort")
+    assert choice["finish_reason"] == "behavior"
+    assert client.delete("/behaviors/rage").status_code == 204
     file = mechanex_home / "behaviors" / "anger.safetensors"
     moved = file.rename(mechanex_home / "rage.safetensors")
     other = server.start(behaviors=(moved,))
@@ -356,6 +371,7 @@ def test_the_operators_behaviors_are_watched_for_everyone(
         server.start(behaviors=(mechanex_home / "gone.safetensors",))
 
 
+@pytest.mark.ci
 def test_rows_that_make_way_are_corrected_as_before(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     body = {"max_tokens": 160, "logit_bias": {"1": -100, "5": -100}}  # no end
     asked = body | {"behavior_names": ["anger"], "behavior_scores": True}

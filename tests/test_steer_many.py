@@ -67,6 +67,7 @@ def rebuilt(every: list[Tensor | None], gate: Gate | None) -> optable.ManyArgs:
     return *tensors, None if gate is None else Gate(gate.kinds, weight, offset)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("case", MANY_GRADIENT_CASES, ids=str)
 def test_gradients_of_both_orders_agree_with_finite_differences(case: ManyCase, backend: str) -> None:
@@ -304,6 +305,7 @@ def test_a_gate_says_what_is_wrong_with_it(make: object, message: str) -> None:
         make()  # type: ignore[operator]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("case", MANY_GRADIENT_CASES[1:], ids=str)
 def test_the_library_op_passes_opcheck(case: ManyCase) -> None:
     args = case.make(torch.float32)

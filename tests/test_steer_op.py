@@ -113,6 +113,7 @@ def gradients(op: Callable[..., Tensor], args: optable.Args, cotangent: Tensor) 
     return [None if t is None else next(found) for t in leaves]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
 def test_gradients_of_both_orders_agree_with_finite_differences(case: SteerCase, backend: str) -> None:

@@ -591,6 +591,7 @@ def test_a_database_of_an_earlier_version_goes_on_with_what_it_holds(
     opened(database, clock).close()
 
 
+@pytest.mark.ci
 @on_each_database
 def test_a_new_database_can_be_opened_by_many_at_once(database: str | None, tmp_path: Path) -> None:
     code = (
@@ -616,6 +617,7 @@ def test_a_new_database_can_be_opened_by_many_at_once(database: str | None, tmp_
         assert out == "opened\n", err
 
 
+@pytest.mark.ci
 @on_each_database
 def test_several_servers_can_share_a_database(database: str | None) -> None:
     store = opened(database)
@@ -688,6 +690,7 @@ def test_threads_that_open_a_new_database_find_one(postgresql: Postgres) -> None
             assert all(pool.map(work, range(6)))
 
 
+@pytest.mark.ci
 def test_a_database_that_goes_away_is_an_error_that_passes(postgresql: Postgres) -> None:
     url = postgresql.new_database()
     store = opened(url)

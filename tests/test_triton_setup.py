@@ -141,6 +141,7 @@ print(triton._kernel("steer").__name__, triton._kernel("steer").__file__)
 """
 
 
+@pytest.mark.ci
 @in_a_source_tree
 @pytest.mark.skipif(
     Path(mechanex.__file__).resolve().parent.parent != HERE.parent, reason="the package is a staged copy"
@@ -155,6 +156,7 @@ def test_a_source_tree_runs_the_kernels_that_it_holds(tmp_path: Path) -> None:
     ], done.stderr
 
 
+@pytest.mark.ci
 @in_a_source_tree
 def test_an_installed_package_runs_its_own_kernels(tmp_path: Path) -> None:
     site, package = tmp_path / "site", tmp_path / "site" / "mechanex"

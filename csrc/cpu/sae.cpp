@@ -32,8 +32,33 @@ struct Int8 {
   }
 };
 
+// The sum of a vector's lanes, halves to halves.
+typedef float Float4 __attribute__((vector_size(16)));
+typedef double Double2 __attribute__((vector_size(16)));
+
+template <class Part, class V>
+MX_INLINE Part folded(V v) {
+  struct Parts {
+    Part part[MX_BYTES / 16];
+  };
+  Parts parts = bits<Parts>(v);
+  for (int n = MX_BYTES / 32; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) parts.part[i] += parts.part[i + n];
+  return parts.part[0];
+}
+
+MX_INLINE float total(FloatV v) {
+  const Float4 four = folded<Float4>(v);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+MX_INLINE double total(DoubleV v) {
+  const Double2 two = folded<Double2>(v);
+  return two[0] + two[1];
+}
+
 // Rows that share one reading of a feature, and features that are read side by side. However many there are, each
-// product is one sum in the order of the columns.
+// product is one sum over the columns, in the same order.
 constexpr int kRows = 4, kFeatures = 4;
 
 template <class Wide, class Table, int M, int J>
@@ -42,9 +67,13 @@ __attribute__((noinline)) void products(const typename Wide::Scalar* x, const ty
   using V = typename Wide::Vector;
   using S = typename Wide::Scalar;
   constexpr int64_t kWidth = sizeof(V) / sizeof(S);
+  constexpr int64_t kRead = J * kWidth * sizeof(typename Table::Stored), kLine = 64;
   V sums[M][J] = {};
   int64_t c = 0;
   for (; c + kWidth <= d; c += kWidth) {
+    // Side by side, rows are too short for the processor to see where they go on.
+    const char* next = (const char*)(encoder + J * (d + c));
+    for (int64_t byte = 0; byte < kRead; byte += kLine) __builtin_prefetch(next + byte);
     V values[M];
     for (int m = 0; m < M; ++m) values[m] = Wide::load(x + m * d + c);
     for (int j = 0; j < J; ++j) {
@@ -60,7 +89,7 @@ __attribute__((noinline)) void products(const typename Wide::Scalar* x, const ty
     }
   }
   for (int m = 0; m < M; ++m)
-    for (int j = 0; j < J; ++j) out[m][j] = sum<V, S>(sums[m][j]);
+    for (int j = 0; j < J; ++j) out[m][j] = total(sums[m][j]);
 }
 
 // Calls take(t, f, product) for every row and the features from first to end, these in order for each row.
@@ -130,13 +159,18 @@ void top(const SaeArgs* args, int64_t begin, int64_t end) {
   for (int64_t piece = begin; piece < end; ++piece) {
     S* values = (S*)args->values + piece * args->n_rows * k;
     int64_t* places = args->places + piece * args->n_rows * k;
-    for (int64_t i = 0; i < args->n_rows * k; ++i) places[i] = -1;
+    for (int64_t i = 0; i < args->n_rows * k; ++i) {
+      places[i] = -1;
+      values[i] = __builtin_nanf("");
+    }
     const int64_t first = piece * args->n_features / args->pieces;
     const int64_t last = (piece + 1) * args->n_features / args->pieces;
     walk<Wide, Table>(args, first, last, [&](int64_t t, int64_t f, S p) {
       S z = p + bias[f];
       if (norms != nullptr) z *= norms[f];
       S* mine = values + t * k;
+      // Nearly all end here. Nothing is at most the NaN of an empty place.
+      if (args->sized ? size(z) <= size(mine[k - 1]) : z <= mine[k - 1]) return;
       int64_t* where = places + t * k;
       if (where[k - 1] >= 0 && !goes_before(z, mine[k - 1], args->sized)) return;
       int64_t i = k - 1;

@@ -43,6 +43,12 @@ def data_path(name: str) -> Path:
     return _HERE / "data" / f"{stem}.jsonl"
 
 
+def open_questions() -> list[str]:
+    """Returns questions of all kinds that any chat model answers, written for this package."""
+    text = (_HERE / "data" / "open_questions.txt").read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line]
+
+
 def dataset_path(name_or_path: str | Path) -> Path:
     """Returns a dataset's file: the one at this path, or else the bundled one of this name.
 

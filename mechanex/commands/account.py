@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -13,9 +14,13 @@ from ..errors import MechanexError
 from .console import console, echo_json, json_text, model_text
 
 __all__ = [
+    "run_change_password",
     "run_create_api_key",
+    "run_delete_account",
     "run_delete_api_key",
+    "run_end_session",
     "run_list_api_keys",
+    "run_list_sessions",
     "run_login",
     "run_logout",
     "run_signup",
@@ -82,13 +87,7 @@ def run_list_api_keys(client: Mechanex | None, as_json: bool) -> None:
     if not keys:
         click.echo("There are no API keys. To make one: mechanex create-api-key")
         return
-    table = Table()
-    columns = ("name", "key", "created_at", "last_used", "id")
-    for column in columns:
-        table.add_column(column.replace("_", " "), overflow="fold")
-    for key in keys:
-        table.add_row(*(model_text(_shown(key.get(column))) for column in columns))
-    console().print(table)
+    _print_table(keys, ("name", "key", "created_at", "last_used", "id"))
 
 
 def run_create_api_key(client: Mechanex | None, name: str, save: bool, as_json: bool) -> None:
@@ -118,6 +117,38 @@ def run_delete_api_key(client: Mechanex | None, key_id: str) -> None:
     click.echo("The API key is deleted: it opens nothing any more.")
 
 
+def run_list_sessions(client: Mechanex | None, as_json: bool) -> None:
+    """Prints the account's sessions."""
+    sessions = (client or Mechanex()).list_sessions()
+    if as_json:
+        echo_json(sessions)
+    elif not sessions:
+        click.echo("There are no sessions: nobody is logged in.")
+    else:
+        _print_table(sessions, ("created_at", "expires_at", "id"))
+
+
+def run_end_session(client: Mechanex | None, session_id: str) -> None:
+    """Ends a session, and says so."""
+    (client or Mechanex()).end_session(session_id)
+    click.echo("The session is ended: its tokens open nothing any more.")
+
+
+def run_change_password(client: Mechanex | None, password: str, new_password: str) -> None:
+    """Changes the password and stores the new session's tokens."""
+    client = client or Mechanex()
+    client.change_password(password, new_password)
+    click.echo(
+        f"The password is changed, and other sessions have ended. This one's tokens are in {_path(client)}."
+    )
+
+
+def run_delete_account(client: Mechanex | None, password: str) -> None:
+    """Deletes the account, and says so."""
+    (client or Mechanex()).delete_account(password)
+    click.echo("The account and everything that it had made are deleted.")
+
+
 def run_whoami(client: Mechanex | None, as_json: bool) -> None:
     """Prints what the server tells about the account."""
     user = (client or Mechanex()).whoami()
@@ -139,6 +170,15 @@ def run_logout(client: Mechanex | None) -> None:
         click.echo("There were no stored credentials.")
     if os.environ.get("MECHANEX_API_KEY"):
         click.echo("MECHANEX_API_KEY is still set, and is used.", err=True)
+
+
+def _print_table(records: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    table = Table()
+    for column in columns:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    for record in records:
+        table.add_row(*(model_text(_shown(record.get(column))) for column in columns))
+    console().print(table)
 
 
 def _store(client: Mechanex, key: str) -> None:

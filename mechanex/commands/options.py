@@ -26,6 +26,7 @@ __all__ = [
     "email_option",
     "json_option",
     "layer_option",
+    "new_password_option",
     "password_option",
     "seed_option",
     "split_option",
@@ -40,7 +41,13 @@ class Asked(click.Option):
     def prompt_for_value(self, ctx: click.Context) -> Any:
         if sys.stdin is not None and sys.stdin.isatty():
             try:
-                return click.prompt(str(self.prompt), type=self.type, hide_input=self.hide_input, err=True)
+                return click.prompt(
+                    str(self.prompt),
+                    type=self.type,
+                    hide_input=self.hide_input,
+                    confirmation_prompt=self.confirmation_prompt,
+                    err=True,
+                )
             except click.Abort:
                 if not self.hide_input:
                     click.echo(err=True)  # "Aborted!" gets a line of its own
@@ -88,6 +95,15 @@ password_option = click.option(
     hide_input=True,
     envvar="MECHANEX_PASSWORD",
     help="Your password; better typed, piped or in MECHANEX_PASSWORD than given here.",
+)
+new_password_option = click.option(
+    "--new-password",
+    cls=Asked,
+    prompt=True,
+    hide_input=True,
+    confirmation_prompt=True,
+    envvar="MECHANEX_NEW_PASSWORD",
+    help="The next one; better typed, piped or in MECHANEX_NEW_PASSWORD than given here.",
 )
 
 

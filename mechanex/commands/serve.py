@@ -28,10 +28,18 @@ def run_serve(*, model: str, device: str | None, dtype: str | None, log_level: s
 
 
 def _log_json(level: str) -> None:
+    from transformers.utils import logging as of_transformers
+
     from ..server.serve import JsonLines
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # Else these write lines of their own to stderr.
+    logging.captureWarnings(True)
+    of_transformers.disable_default_handler()
+    of_transformers.enable_propagation()
+    logging.getLogger("torch").handlers.clear()
+    logging.getLogger("torch").propagate = True
     for noisy in ("httpx", "httpcore", "urllib3", "filelock", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -250,6 +250,12 @@ def optimize(ctx: click.Context, /, **options: Any) -> None:
     "--max-waiting", type=click.IntRange(min=1), show_default="512", help="Most that wait; then 429."
 )
 @click.option(
+    "--trusted-proxy",
+    "trusted_proxies",
+    multiple=True,
+    help="An address or network of proxies whose X-Forwarded-For is believed; may be repeated.",
+)
+@click.option(
     "--cors-origin", "cors_origins", multiple=True, help="A web origin that may call; may be repeated."
 )
 @click.option("--open-signup", is_flag=True, help="Let anyone who reaches the server make an account.")

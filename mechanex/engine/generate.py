@@ -149,7 +149,10 @@ class Generating:
         plan = options.vector.plan(self.adapter, options.strength)
         if options.strength == 0:
             return ()
-        return tuple(Steer(self.adapter.layer_index(i.layer), i.edit, i.tokens) for i in plan.interventions)
+        return tuple(
+            Steer(self.adapter.layer_index(i.layer), i.edit, i.tokens, i.varying, i.condition)
+            for i in plan.interventions
+        )
 
     def _encode(self, prompt: Prompt) -> list[int]:
         ids = encode_prompt(self.tokenizer, prompt)

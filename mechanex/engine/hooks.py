@@ -6,8 +6,10 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,8 @@ from .intervention import Edit, EditTable
 from .models import adapter_for
 from .models.adapter import Handles, ModelAdapter, ResidualHook, exclusive
 from .positions import TokenSelector, check_tokens, followed, positions_are_given, selected
+from .prompt_conditions import PromptCondition
+from .schedules import Varying
 from .whole import as_whole
 
 _Chains = tuple[tuple[int, ...], ...]
@@ -44,6 +48,8 @@ class Intervention:
         rows: indices of the prompts of the batch, None for all. Beams and further sequences of a prompt belong to it.
         mask: [B, T] bool for exactly one shape of call, instead of ``tokens`` and ``rows``; a tensor, NumPy array
             or list.
+        varying: edits by place that stand in for ``edit``, which is only looked at for its width then.
+        condition: has to be met by a prompt for its text to be edited; the engine's own generation decides it.
 
     Raises:
         ValidationError: one of these is of another kind, or the edit holds NaN or infinite numbers.
@@ -54,6 +60,8 @@ class Intervention:
     tokens: TokenSelector = None
     rows: Sequence[int] | None = None
     mask: Tensor | None = None
+    varying: Varying | None = field(default=None, kw_only=True)
+    condition: PromptCondition | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.mask is not None:
@@ -68,7 +76,7 @@ class Intervention:
     @property
     def everywhere(self) -> bool:
         """Whether every token of every row is edited."""
-        return self.tokens is None and self.rows is None and self.mask is None
+        return self.tokens is None and self.rows is None and self.mask is None and self.varying is None
 
     def active(self, batch: int, length: int, device: torch.device) -> Tensor:
         """[B, T] bool: the tokens of the running call that are edited.
@@ -112,7 +120,10 @@ class _LayerEdits:
         self._interventions = interventions
         self._everywhere = all(i.everywhere for i in interventions)
         self.traced = self._everywhere
-        self._changes_with_call = any(i.tokens is not None or i.rows is not None for i in interventions)
+        self._changes_with_call = any(
+            i.tokens is not None or i.rows is not None or i.varying is not None for i in interventions
+        )
+        self._varies = any(i.varying is not None for i in interventions)
         self._tables: dict[_Chains, tuple[tuple[int, ...], EditTable]] = {}
         self._known: tuple[tuple[object, ...], _Chains, Tensor] | None = None
 
@@ -125,6 +136,8 @@ class _LayerEdits:
             return None if _elsewhere.get() else self._table((whole,)).apply(hidden)
         if _elsewhere.get():
             return None
+        if self._varies:
+            return self._varied(hidden)
         chains, index = self._chains(hidden.shape[0], hidden.shape[1], hidden.device)
         return self._table(chains).apply(hidden, index) if chains else None
 
@@ -142,6 +155,30 @@ class _LayerEdits:
         if not self._changes_with_call and not any(m.is_inference() for m in masks):
             self._known = (key, tuple(chains), index)
         return tuple(chains), index
+
+    def _varied(self, hidden: Tensor) -> Tensor | None:
+        """The edited stream where strengths depend on where a token stands."""
+        batch, length = hidden.shape[:2]
+        seen = followed(batch, length)
+        last = (seen.prompt_lengths - 1).to(seen.index.device)
+        places = (seen.index - last).expand(batch, length).flatten().cpu().numpy()
+        edits: list[Edit] = []
+        reached: list[Any] = []
+        for one in self._interventions:
+            active = (
+                (one.active(batch, length, hidden.device).cpu() & (seen.index >= 0).cpu()).flatten().numpy()
+            )
+            spread = [(one.edit, active)] if one.varying is None else one.varying.spread(places, active)
+            edits += [edit for edit, _ in spread]
+            reached += [tokens for _, tokens in spread]
+        if not edits:
+            return None
+        chains: dict[tuple[Edit, ...], int] = {}
+        found = numbered(edits, numpy.stack(reached, -1), chains)
+        if not chains:
+            return None
+        index = torch.from_numpy(found).view(batch, length).to(hidden.device)
+        return EditTable.of_chains(list(chains)).apply(hidden, index)
 
     def _table(self, chains: _Chains) -> EditTable:
         """The table of these chains; kept while no tensor of an edit changes and none needs gradients."""
@@ -188,8 +225,15 @@ class SteeringPlan:
                     f"An edit at layer {intervention.layer} is {intervention.edit.width} wide, but the residual "
                     f"stream of {adapter.model_id} is {adapter.d_model} wide; the vector was made for another model."
                 )
+            if intervention.condition is not None:
+                raise ValidationError(
+                    "Whether a prompt meets a condition is decided while the engine generates: give the vector to "
+                    "generate, generate_batch or a server, or attach it without its condition."
+                )
             by_layer.setdefault(adapter.layer_index(intervention.layer), []).append(intervention)
-        asks = any(i.tokens is not None or i.rows is not None for i in self.interventions)
+        asks = any(
+            i.tokens is not None or i.rows is not None or i.varying is not None for i in self.interventions
+        )
         hooks: list[tuple[int, ResidualHook]] = [
             (n, _LayerEdits(found)) for n, found in sorted(by_layer.items())
         ]

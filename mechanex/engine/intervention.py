@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,8 @@ from ..ops.steer import bind, steer
 from .given import as_table, as_vector
 
 __all__ = ["Edit", "EditTable", "composed", "compute_dtype"]
+
+_PARALLEL = 1e-4  # sine of the angle below which two directions span no plane
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -135,6 +138,53 @@ class Edit:
         v = _vector(v, "v")
         direction = unit(v)[None]
         return cls(value * v, -direction, direction)
+
+    @classmethod
+    def cap(cls, v: Tensor, *, at_most: float | None = None, at_least: float | None = None) -> Edit:
+        """Holds the projection x·v̂ on one side of a bound, and leaves x alone where it is there already.
+
+        Args:
+            v: [d_model]; its direction alone counts.
+            at_most: the largest projection, in the units of x.
+            at_least: the smallest one.
+
+        Raises:
+            ValidationError: not exactly one bound, or a v without direction.
+        """
+        direction = unit(_vector(v, "v"))
+        if at_most is not None and at_least is None:
+            return cls(-direction).gated("relu", direction, -float(at_most))
+        if at_least is not None and at_most is None:
+            return cls(direction).gated("relu", -direction, float(at_least))
+        raise ValidationError(
+            f"A cap has one bound, at_most=… or at_least=…; got {at_most!r} and {at_least!r}. For both, make two edits."
+        )
+
+    @classmethod
+    def rotate(cls, v: Tensor, other: Tensor, degrees: float) -> Edit:
+        """Turns x in the plane of two vectors by a fixed angle; what stands outside of the plane, and ‖x‖, stay.
+
+        Args:
+            v: [d_model], what a positive angle turns ``other`` to.
+            other: [d_model], not parallel to v.
+            degrees: the angle.
+
+        Raises:
+            ValidationError: one of them is zero, or they are parallel and span no plane.
+        """
+        second = unit(_vector(v, "v"))
+        first = unit(_vector(other, "other").to(second))
+        rest = second - (second @ first) * first
+        if float(rest.norm()) < _PARALLEL:
+            raise ValidationError(
+                "The two vectors of a rotation are parallel and span no plane: give two directions."
+            )
+        plane = torch.stack([first, unit(rest)])
+        angle = math.radians(float(degrees))
+        turn = plane.new_tensor(
+            [[math.cos(angle) - 1, math.sin(angle)], [-math.sin(angle), math.cos(angle) - 1]]
+        )
+        return cls(torch.zeros_like(second), turn @ plane, plane)
 
     @classmethod
     def affine(cls, v: Tensor, left: Tensor, right: Tensor) -> Edit:

@@ -37,6 +37,7 @@ RESERVED_FIELDS = (
     "site",
     "method",
     "seed",
+    "terms",
 )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor
 
 from .._version import __version__
 from ..errors import ValidationError
-from .formats.files import read_layers, write_layers
-from .formats.record import FORMAT_VERSION
+from .formats.files import TERMS, read_layers, write_layers
+from .formats.record import FORMAT_VERSION, TERMS_VERSION
 from .formats.site import Site
 from .given import as_number
-from .intervention import widest
+from .intervention import Edit, widest
+from .prompt_conditions import PromptCondition
+from .schedules import Schedule, Varying
+from .terms import Terms, TokenGate
 from .vector_checks import (
     RESERVED_FIELDS,
     as_direction,
@@ -57,6 +61,7 @@ class SteeringVector(Mapping[int, Tensor]):
         site: where in a layer it acts; ``"resid_pre"``, the residual stream entering the block.
         metadata: further text fields, kept in safetensors and GGUF files.
         library_version: the version that made it; this one by default.
+        terms: when and how it acts, beyond being added to every token; see ``when``, ``rotating``, ``scheduled``.
 
     Raises:
         ValidationError: no layers, a negative layer, different widths, NaN or infinite numbers, another site.
@@ -75,6 +80,7 @@ class SteeringVector(Mapping[int, Tensor]):
         site: str = SITE,
         metadata: Mapping[str, str] | None = None,
         library_version: str = __version__,
+        terms: Terms | None = None,
     ) -> None:
         if not isinstance(layers, Mapping) or not layers:
             raise ValidationError(
@@ -100,6 +106,8 @@ class SteeringVector(Mapping[int, Tensor]):
         self.site = site
         self.library_version = library_version
         self.metadata = as_text_fields(metadata or {})
+        self.terms = (terms or Terms()).among(self._layers)
+        _check_terms(self.terms, self.width)
 
     def __getitem__(self, layer: int) -> Tensor:
         return self._layers[layer].clone()
@@ -138,7 +146,12 @@ class SteeringVector(Mapping[int, Tensor]):
         norms = ", ".join(f"{layer}: {norm:.4g}" for layer, norm in self.norms().items())
         made = {"model": self.model, "method": self.method}
         origin = "".join(f", {name}={value!r}" for name, value in made.items() if value)
-        return f"SteeringVector(width={self.width}, norms={{{norms}}}{origin})"
+        on = f", terms={self.terms.text()}" if self.terms and not self._by_function else ""
+        return f"SteeringVector(width={self.width}, norms={{{norms}}}{origin}{on})"
+
+    @property
+    def _by_function(self) -> bool:
+        return self.terms.schedule is not None and self.terms.schedule.function is not None
 
     # Algebra
 
@@ -283,7 +296,6 @@ class SteeringVector(Mapping[int, Tensor]):
     ) -> SteeringPlan:
         """What ``apply`` does, checked but not yet applied; arguments and errors as there."""
         from .hooks import Intervention, SteeringPlan
-        from .intervention import Edit
         from .models import adapter_for
 
         check_strength(strength)
@@ -300,10 +312,106 @@ class SteeringVector(Mapping[int, Tensor]):
                 f"{adapter.model_id} is of {adapter.family!r}: use a vector of this family, or "
                 "SteeringVector(dict(vector)) to try its numbers all the same."
             )
-        return SteeringPlan(
-            Intervention(adapter.layer_index(layer), Edit.add(tensor), tokens=tokens, rows=rows)
-            for layer, tensor in (self * strength)._layers.items()
+        terms, interventions = self.terms, []
+        for layer, tensor in self._layers.items():
+            edit_at = terms.made(layer, lambda s, v=tensor: Edit.add(v * s), tensor)  # type: ignore[misc]
+            edit, varying = edit_at(strength), None
+            if terms.schedule is not None:
+                varying = Varying(terms.schedule, lambda s, make=edit_at: make(s * strength))  # type: ignore[misc]
+            at = adapter.layer_index(layer)
+            interventions.append(
+                Intervention(at, edit, tokens=tokens, rows=rows, varying=varying, condition=terms.condition)
+            )
+        return SteeringPlan(interventions)
+
+    # Terms
+
+    def when(self, condition: PromptCondition | TokenGate | Mapping[int, TokenGate]) -> SteeringVector:
+        """The same vector under a condition.
+
+        Args:
+            condition: of prompts: a text is steered, its prompt too, if its prompt meets it, and is exactly what it is
+                without the vector if not; or of each token: gates that it opens, for every layer or by layer.
+
+        Raises:
+            ValidationError: another width, or gates of layers that have one.
+        """
+        if isinstance(condition, PromptCondition):
+            return self._on(replace(self.terms, condition=condition))
+        by_layer = (
+            dict(condition) if isinstance(condition, Mapping) else dict.fromkeys(self._layers, condition)
         )
+        if twice := [layer for layer in by_layer if layer in self.terms.gates]:
+            raise ValidationError(f"the vector has a gate at layers {twice} already, and a layer has one.")
+        self.restricted(list(by_layer))
+        return self._on(replace(self.terms, gates={**self.terms.gates, **by_layer}))
+
+    def keeping_norm(self) -> SteeringVector:
+        """The same vector, added so that every edited token keeps the norm that it had."""
+        return self.when(TokenGate("norm"))
+
+    def scheduled(
+        self, strengths: Sequence[float] | Callable[[int], float], *, prompt: float | None = None
+    ) -> SteeringVector:
+        """The same vector with a strength that changes along a text.
+
+        Args:
+            strengths: multiply the strength where the answer's tokens 0, 1, 2, … are chosen, the last one going on; or
+                a function of that number, which is negative in the prompt.
+            prompt: multiplies it in the prompt, but for its last token; None for the first of the list.
+        """
+        return self._on(replace(self.terms, schedule=Schedule(strengths, prompt=prompt)))
+
+    def rotating(self, other: Mapping[int, Any], degrees: float) -> SteeringVector:
+        """The same vector as a rotation: the stream is turned by ``degrees`` in the plane of ``other`` and the vector.
+
+        What stands outside of the plane and the stream's norm stay as they are.
+
+        Args:
+            other: ``{layer: [d]}``, or a vector, what is turned towards this one.
+            degrees: by how much, at strength 1.
+
+        Raises:
+            ValidationError: a layer without a second vector, or one that is parallel to the first.
+        """
+        if missing := [layer for layer in self._layers if layer not in other]:
+            raise ValidationError(
+                f"a rotation needs a second vector at every layer; there is none at {missing}."
+            )
+        planes = {layer: as_direction(layer, other[layer]).to(self._any) for layer in self._layers}
+        for layer, tensor in self._layers.items():
+            Edit.rotate(tensor, planes[layer], degrees)
+        return self._on(replace(self.terms, planes=planes, degrees=float(degrees)))
+
+    @classmethod
+    def capping(
+        cls,
+        directions: Mapping[int, Any],
+        *,
+        at_most: float | None = None,
+        at_least: float | None = None,
+        **said: Any,
+    ) -> SteeringVector:
+        """A vector that, at strength 1, holds projections on one side of a bound and leaves other tokens alone.
+
+        Args:
+            directions: ``{layer: [d]}``; their norms don't count.
+            at_most, at_least: the bound of the projection x·v̂, one of them, in the units of the stream.
+            said: keyword arguments of ``SteeringVector``.
+        """
+        layers, gates = {}, {}
+        for layer, direction in SteeringVector(directions)._layers.items():
+            edit = Edit.cap(direction, at_most=at_most, at_least=at_least)
+            assert edit.gate is not None
+            layers[layer] = edit.bias
+            gates[layer] = TokenGate("relu", edit.gate.weight[0], float(edit.gate.offset))
+        return cls(layers, terms=Terms(gates=gates), **said)
+
+    def _on(self, terms: Terms) -> SteeringVector:
+        found = self._like(self._layers)
+        found.terms = terms
+        _check_terms(terms, self.width)
+        return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the vector: ``.safetensors`` keeps all, ``.gguf`` float32 and text, ``.json`` numbers only.
@@ -311,7 +419,7 @@ class SteeringVector(Mapping[int, Tensor]):
         Raises:
             ValidationError: an unknown suffix, or layer 0 in GGUF, which has no name for it.
         """
-        write_layers(path, self._layers, self._fields())
+        write_layers(path, self._layers, self._fields(), self.terms.tensors())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, site: Site | None = None) -> SteeringVector:
@@ -328,7 +436,7 @@ class SteeringVector(Mapping[int, Tensor]):
             ValidationError: the file is not a sound vector file, its content isn't what its checksum and metadata
                 say, or ``site`` is missing or contradicts the file; names the file and the problem.
         """
-        layers, fields = read_layers(path, site)
+        layers, fields, more = read_layers(path, site)
         try:
             return cls(
                 layers,
@@ -338,13 +446,14 @@ class SteeringVector(Mapping[int, Tensor]):
                 seed=written_seed(path, fields.get("seed")),
                 metadata={key: value for key, value in fields.items() if key not in RESERVED_FIELDS},
                 library_version=fields.get("library_version", ""),
+                terms=Terms.read(fields[TERMS], more) if TERMS in fields else None,
             )
         except ValueError as error:
             raise ValidationError(f"{path} is not a usable vector file: {error}") from error
 
     def _fields(self) -> dict[str, str]:
         fields = {
-            "format_version": FORMAT_VERSION,
+            "format_version": TERMS_VERSION if self.terms else FORMAT_VERSION,
             "library_version": self.library_version,
             "width": str(self.width),
             "layers": ",".join(map(str, self._layers)),
@@ -355,6 +464,7 @@ class SteeringVector(Mapping[int, Tensor]):
             "model_family": self.model_family,
             "method": self.method,
             "seed": self.seed,
+            TERMS: self.terms.text() if self.terms else None,
         }
         fields |= {key: str(value) for key, value in optional.items() if value is not None}
         return fields | self.metadata
@@ -368,6 +478,7 @@ class SteeringVector(Mapping[int, Tensor]):
             seed=self.seed,
             site=self.site,
             metadata=self.metadata,
+            terms=self.terms,
         )
 
     def _common(self, other: SteeringVector) -> dict[str, Any]:
@@ -377,7 +488,16 @@ class SteeringVector(Mapping[int, Tensor]):
             "method": _agreed(self.method, other.method),
             "seed": _agreed(self.seed, other.seed),
             "metadata": dict(self.metadata.items() & other.metadata.items()),
+            "terms": self._common_terms(other),
         }
+
+    def _common_terms(self, other: SteeringVector) -> Terms:
+        if self.terms is not other.terms and (self.terms or other.terms):
+            raise ValidationError(
+                "vectors that act on different terms (gates, planes, schedules or conditions) don't add up to one: "
+                "apply both, or take their numbers, SteeringVector(dict(vector))."
+            )
+        return self.terms
 
     def _check_width(self, other: SteeringVector) -> None:
         if self.width != other.width:
@@ -389,6 +509,14 @@ class SteeringVector(Mapping[int, Tensor]):
         zero = [layer for layer in layers or self.layers if not self._layers[layer].any()]
         if zero:
             raise ValidationError(f"the vector is zero at layers {zero} and can't be {purpose} there.")
+
+
+def _check_terms(terms: Terms, width: int) -> None:
+    for name, tensor in terms.tensors().items():
+        if tensor.numel() != width:
+            raise ValidationError(
+                f"the vector is {width} wide, and the {name} of its terms {tensor.numel()}: use those of one model."
+            )
 
 
 def _agreed(ours: _T | None, theirs: _T | None) -> _T | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any, Literal, TypeVar
 
@@ -13,6 +14,8 @@ from .transport import TIMEOUT, Transport, tokens_of
 __all__ = ["AccountCalls"]
 
 _logger = logging.getLogger(__name__)
+
+_LOGOUT_TIMEOUT = 5.0
 
 Self = TypeVar("Self", bound="AccountCalls")
 
@@ -92,12 +95,73 @@ class AccountCalls:
         return self._entered(self._enter("login", email, password, "no"), email, persist=persist)
 
     def logout(self) -> bool:
-        """Forgets the credentials, in this client and in the file; says whether the file held any.
+        """Ends the session on the server, and forgets the credentials, in this client and in the file.
+
+        A server that can't be reached keeps the session until it expires; a warning says so.
+
+        Returns:
+            Whether the file held any credentials.
 
         Raises:
             MechanexError: the file can't be read or written, and stays as it is.
         """
-        return self.transport.credentials.forget()
+        credentials = self.transport.credentials
+        with contextlib.suppress(MechanexError):  # of the file, which is told below
+            token = credentials.current(self.transport.address.origin).refresh_token
+            if token is not None:
+                self._end_session_of(token)
+        return credentials.forget()
+
+    def list_sessions(self) -> list[dict[str, Any]]:
+        """The account's sessions, one for each log-in that hasn't ended: ``id``, ``created_at``, ``expires_at``."""
+        self.require_remote("list_sessions")
+        found = listed(self.transport.get("/auth/sessions"), "list_sessions", "sessions")
+        return [object_of(session, "list_sessions") for session in found]
+
+    def end_session(self, session_id: str) -> None:
+        """Ends one of the account's sessions at once; takes a log-in, which an API key is not.
+
+        Args:
+            session_id: the ``id`` that ``list_sessions`` shows.
+
+        Raises:
+            NotFoundError: the account has no such session.
+        """
+        self.require_remote("end_session")
+        self.transport.delete("/auth/sessions/", session_id)
+
+    def change_password(self, password: str, new_password: str, *, persist: bool = True) -> dict[str, Any]:
+        """Changes the password of the account, whose sessions all end; this client goes on with a new one.
+
+        Args:
+            password: the one until now.
+            new_password: the next one.
+            persist: keep the new tokens in the file of stored credentials.
+
+        Returns:
+            The server's answer with its tokens masked.
+
+        Raises:
+            ValidationError: an empty argument, or a new password that the server finds wrong.
+            AuthenticationError: the password is wrong, or only an API key is known.
+        """
+        self.require_remote("change_password")
+        body = _not_empty(password=password, new_password=new_password)
+        answer = self.transport.call("POST", "/auth/password", body, secrets=(password, new_password))
+        given = object_of(answer, "change_password")
+        user = object_of(given.get("user"), "change_password")
+        return self._entered(given, field(user, "change_password", str, "email"), persist=persist)
+
+    def delete_account(self, password: str) -> None:
+        """Deletes the account with its vectors, behaviors, keys and sessions, and forgets the credentials.
+
+        Raises:
+            AuthenticationError: the password is wrong, or only an API key is known.
+        """
+        self.require_remote("delete_account")
+        body = _not_empty(password=password)
+        self.transport.call("POST", "/auth/delete-account", body, secrets=(password,))
+        self.transport.credentials.forget()
 
     def set_key(self: Self, api_key: str, *, persist: bool = False) -> Self:
         """Uses an API key from now on; ``persist`` keeps it in the file of stored credentials.
@@ -190,12 +254,23 @@ class AccountCalls:
         return answer if isinstance(answer, dict) else {}
 
     def _enter(self, call: str, email: str, password: str, signed: Literal["key", "no"]) -> dict[str, Any]:
-        for name, text in (("email", email), ("password", password)):
-            if not isinstance(text, str) or not text.strip():
-                raise ValidationError(f"{name} is a text that isn't empty.")
-        body = {"email": email.strip(), "password": password}
+        body = _not_empty(email=email, password=password)
+        body["email"] = body["email"].strip()
         answer = self.transport.call("POST", f"/auth/{call}", body, signed=signed, secrets=(password,))
         return object_of(answer, call)
+
+    def _end_session_of(self, refresh_token: str) -> None:
+        try:
+            self.transport.call(
+                "POST",
+                "/auth/logout",
+                {"refresh_token": refresh_token},
+                timeout=_LOGOUT_TIMEOUT,
+                signed="no",
+                secrets=(refresh_token,),
+            )
+        except MechanexError as error:
+            _logger.warning("the session goes on at the server until it expires: %s", error)
 
     def _entered(self, answer: dict[str, Any], email: str, *, persist: bool) -> dict[str, Any]:
         tokens = tokens_of(answer)
@@ -204,3 +279,10 @@ class AccountCalls:
         given = tuple(text for text in (tokens.access_token, tokens.refresh_token) if text is not None)
         masked: dict[str, Any] = without_secrets(answer, given)
         return masked
+
+
+def _not_empty(**texts: str) -> dict[str, str]:
+    for name, text in texts.items():
+        if not isinstance(text, str) or not text.strip():
+            raise ValidationError(f"{name} is a text that isn't empty.")
+    return texts

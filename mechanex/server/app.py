@@ -35,6 +35,7 @@ __all__ = ["create_app"]
 _logger = logging.getLogger(__name__)
 
 _SHORT_KEY = 16
+_CREDENTIALS_BYTES = 8 * 2**10  # what anyone may send
 
 
 def create_app(
@@ -117,7 +118,12 @@ def create_app(
             allow_headers=["*"],  # clients have their own, OpenAI's among them
             expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(RequestMiddleware, metrics=engine.metrics, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        RequestMiddleware,
+        metrics=engine.metrics,
+        max_body_bytes=settings.max_body_bytes,
+        small_bodies={"/auth/": _CREDENTIALS_BYTES},
+    )
     return app
 
 

@@ -114,6 +114,8 @@ class Listening:
             timeout_graceful_shutdown=3,
             timeout_keep_alive=30,
             server_header=False,
+            proxy_headers=bool(settings.trusted_proxies),
+            forwarded_allow_ips=list(settings.trusted_proxies),
             lifespan="on",
         )
         self.server = _Server(config, settings.shutdown_grace)

@@ -50,6 +50,8 @@ class ServerSettings:
         max_vectors: most steering vectors, and most behaviors, that one account may keep.
         request_timeout: seconds from a request's arrival to its last token.
         shutdown_grace: seconds that running answers get to finish after SIGTERM.
+        trusted_proxies: addresses and networks of proxies whose ``X-Forwarded-For`` and ``X-Forwarded-Proto`` are
+            believed; of anybody else they aren't.
         cors_origins: origins that browsers may call from; empty for none.
         rate_limit: requests per minute of one client to the account endpoints; none where only this machine connects.
         api_rate_limit: requests per minute of one account (or the server's key) to the Axionic API, likewise.
@@ -84,6 +86,7 @@ class ServerSettings:
     max_vectors: int = 1000
     request_timeout: float = 600.0
     shutdown_grace: float = 4.0
+    trusted_proxies: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     rate_limit: int = 60
     api_rate_limit: int = 1200
@@ -117,9 +120,11 @@ class ServerSettings:
             _check_whole("max_cache_tokens", self.max_cache_tokens, 1)
         if self.prefix_bytes is not None:
             _check_whole("prefix_bytes", self.prefix_bytes, 0)
-        for name in ("pinecone_indexes", "cors_origins"):
+        for name in ("pinecone_indexes", "trusted_proxies", "cors_origins"):
             if isinstance(getattr(self, name), str):
                 raise ValidationError(f"{name} is a list of names; got the text {getattr(self, name)!r}.")
+        for proxy in self.trusted_proxies:
+            _check_network(proxy)
         for name in ("request_timeout", "shutdown_grace", "access_token_minutes", "refresh_token_days"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
@@ -154,6 +159,15 @@ def _checked_key(key: object) -> str:
             f"the server's key (key=… or {KEY_VARIABLE}) is a text of printable ASCII characters, not empty."
         )
     return stripped
+
+
+def _check_network(text: object) -> None:
+    try:
+        ipaddress.ip_network(text if isinstance(text, str) else "")
+    except ValueError as error:
+        raise ValidationError(
+            f"a trusted proxy is an address such as 10.0.0.7 or a network such as 10.0.0.0/8; got {text!r}."
+        ) from error
 
 
 def _check_whole(name: str, value: object, least: int) -> None:

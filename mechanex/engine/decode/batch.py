@@ -105,8 +105,7 @@ class CalledBatch:
         if not self._steering.recall(self._changes):
             ahead = int(unread is not None)
             spans = [
-                Span(row.request.steering, len(row.ids), row.length + ahead, row.request.onlooker)
-                for row in rows
+                Span(row.steering, len(row.ids), row.length + ahead, row.request.onlooker) for row in rows
             ]
             self._steering.prepare(spans, 1, self._changes)
         try:

@@ -122,7 +122,7 @@ def are_sound(logits: Tensor) -> bool:
 def not_finite(row: Row) -> MechanexError:
     """The end of a row whose logits are NaN or infinite."""
     what = "the model's logits are not finite but infinite or NaN: "
-    if not row.request.steering:
+    if not row.steering:
         return MechanexError(
             f"{what}its weights are damaged, or steering that was attached to the model is too strong.", 500
         )

@@ -126,11 +126,13 @@ class Decoder:
             reading.sound &= are_sound(logits[0])
             self._note_prompt(reading.rows, logits[0], begin)
         reading.done, reading.logits = end, logits[:, -1]
-        return end == reading.columns
+        return end == reading.columns and not reading.decide()
 
     def _call(self, reading: Reading, end: int, last: int) -> Tensor:
         try:
-            logits, reading.kept = self._calls(reading.inputs(end), reading.kept, last)
+            # After the edits' hooks, so that what those make is seen.
+            with reading.evidence.gathered(self._adapter, reading.places_until(end)):
+                logits, reading.kept = self._calls(reading.inputs(end), reading.kept, last)
         finally:
             self.steering.rest()
         return logits

@@ -104,9 +104,9 @@ class Prefixes:
 
         One at least of the row's is left, to choose its next token from.
         """
-        tokens, steering, prompt_length = row.known[:-1], row.request.steering, len(row.ids)
+        tokens, steering, prompt_length = row.known[:-1], row.steering, len(row.ids)
         onlooker = row.request.onlooker
-        if onlooker is not None and onlooker.altered:
+        if (onlooker is not None and onlooker.altered) or _varies(steering) or row.undecided:
             return None
         best: tuple[int, int] | None = None
         numbers = self._by_start.get(_start(row.request.owner, tokens), ())
@@ -144,8 +144,8 @@ class Prefixes:
             kept: the batch's cache, by the name of its argument.
             place: the row's place there.
         """
-        tokens, steering, prompt_length = row.known[:n], row.request.steering, len(row.ids)
-        if len(tokens) < _LEAST or self._most <= 0:
+        tokens, steering, prompt_length = row.known[:n], row.steering, len(row.ids)
+        if len(tokens) < _LEAST or self._most <= 0 or _varies(steering):
             return
         ((name, cache),) = kept.items()
         states = cache.states_of(place, n)
@@ -185,6 +185,11 @@ class Prefixes:
         self._by_start[start].remove(number)
         if not self._by_start[start]:
             del self._by_start[start]
+
+
+def _varies(steering: Sequence[Steer]) -> bool:
+    """Whether edits differ from token to token, so that texts that begin alike may have been edited differently."""
+    return any(steer.varying is not None for steer in steering)
 
 
 def _start(owner: Hashable, tokens: Sequence[int]) -> tuple[object, ...]:

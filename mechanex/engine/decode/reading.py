@@ -10,6 +10,7 @@ from torch import Tensor
 from ..left_padding import left_padded
 from ..positions import Positions
 from .calls import Carried, StepInputs
+from .evidence import Evidence
 from .prefixes import Prefixes
 from .row import Row
 from .steering import Span
@@ -51,11 +52,33 @@ class Reading:
         self.done = 0
         self.kept: Carried | None = None
         self.logits: Tensor | None = None
-        if prefixes is not None and not self.wants_logprobs:
-            self._begin_behind(prefixes)
+        self._prefixes = prefixes
+        self.evidence = Evidence(self.prompts)
+        """What conditions are decided by, where some are yet to be."""
+        # A condition looks at the whole of a prompt.
+        if not self.evidence.wanted:
+            self._begin_behind()
 
-    def _begin_behind(self, prefixes: Prefixes) -> None:
+    def decide(self) -> bool:
+        """Decides the conditions of prompts that were read to the end; whether they have to be read again, steered."""
+        if not self.evidence.wanted:
+            return False
+        again = False
+        for row, place in zip(self.rows, self.places, strict=True):
+            again |= row.decide(self.evidence.met(place))
+        self.evidence = Evidence(())
+        if again:
+            self.done, self.kept, self.logits = 0, None, None
+            for row in self.rows:
+                row.prompt_logprobs = []
+            self._begin_behind()
+        return again
+
+    def _begin_behind(self) -> None:
         """Starts behind what was read before of every prompt."""
+        prefixes = self._prefixes
+        if prefixes is None or self.wants_logprobs:
+            return
         found = [prefixes.find(row) for row in self.prompts]
         ends = [p + (0 if one is None else one[1]) for p, one in zip(self._padding, found, strict=True)]
         begin = min(ends)
@@ -71,9 +94,13 @@ class Reading:
     def spans(self) -> list[Span]:
         """Where the prompts' next tokens stand."""
         return [
-            Span(row.request.steering, len(row.ids), self.done - padding, row.request.onlooker)
+            Span(row.steering, len(row.ids), self.done - padding, row.request.onlooker)
             for row, padding in zip(self.prompts, self._padding, strict=True)
         ]
+
+    def places_until(self, end: int) -> Tensor:
+        """[prompts, columns] int64 positions of the tokens from ``done`` to this column, -1 for padding."""
+        return self._index[:, self.done : end]
 
     def inputs(self, end: int) -> StepInputs:
         """The call that reads on to this column."""

@@ -8,7 +8,9 @@ from typing import Literal, Protocol
 
 from ..intervention import Edit
 from ..positions import TokenSelector
+from ..prompt_conditions import PromptCondition
 from ..sampling import Sampling
+from ..schedules import Varying
 
 __all__ = ["Onlooker", "Result", "Steer", "Step", "TextRequest", "TokenLogprob"]
 
@@ -21,11 +23,20 @@ class Steer:
         layer: 0 … n_layers.
         edit: what is done; strength included.
         tokens: absolute positions (int, slice, None for all), as in :class:`mechanex.engine.hooks.Intervention`.
+        varying: edits by place that stand in for ``edit``.
+        condition: has to be met by the prompt for the row to be edited.
     """
 
     layer: int
     edit: Edit
     tokens: TokenSelector = None
+    varying: Varying | None = None
+    condition: PromptCondition | None = None
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it does the same to every token."""
+        return self.tokens is None and self.varying is None
 
 
 class Onlooker(Protocol):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 
 from ..detokenize import Continuation
-from .request import Result, Step, TextRequest, TokenLogprob
+from ..prompt_conditions import PromptCondition
+from .request import Result, Steer, Step, TextRequest, TokenLogprob
 
 __all__ = ["Row"]
 
@@ -51,6 +52,10 @@ class Row:
         self.prompt_logprobs: list[TokenLogprob | None] = []
         self.prompt_key: tuple[object, ...] = _key_of(request, prompt)
         """Equal for rows whose prompts come to the same keys and values, edits included."""
+        self.steering: tuple[Steer, ...] = tuple(s for s in request.steering if s.condition is None)
+        """The edits that are in force: those whose conditions were met, and those without."""
+        self.undecided: tuple[PromptCondition, ...] = _conditions(request.steering)
+        """The conditions that are yet to be decided, when the prompt has been read."""
         self.cached_tokens = 0
         """Tokens of the prompt that needn't be read, since a text before began alike."""
         self.result: Result | None = None
@@ -99,6 +104,17 @@ class Row:
     def final_length(self) -> int:
         """The most positions that it can come to use."""
         return len(self.ids) + self.max_tokens
+
+    def decide(self, met: Collection[PromptCondition]) -> bool:
+        """Decides its conditions, for good; whether edits come into force that were not.
+
+        Args:
+            met: those that its prompt meets.
+        """
+        steering = tuple(s for s in self.request.steering if s.condition is None or s.condition in met)
+        changed = len(steering) > len(self.steering)
+        self.steering, self.undecided = steering, ()
+        return changed
 
     def suspend(self) -> None:
         """Leaves the batch for the queue; what was chosen stays, and is read again with the prompt."""
@@ -198,9 +214,16 @@ class Row:
         return begin < given or (not has_text and begin == given)
 
 
+def _conditions(steering: Sequence[Steer]) -> tuple[PromptCondition, ...]:
+    return tuple(dict.fromkeys(steer.condition for steer in steering if steer.condition is not None))
+
+
 def _key_of(request: TextRequest, prompt: tuple[int, int] | None) -> tuple[object, ...]:
     # Edits of the same content are the same objects, alive as long as the row. A slice has no hash.
-    steering = tuple((steer.layer, id(steer.edit), repr(steer.tokens)) for steer in request.steering)
+    steering = tuple(
+        (steer.layer, id(steer.edit), repr(steer.tokens), id(steer.varying), id(steer.condition))
+        for steer in request.steering
+    )
     wanted = request.prompt_logprobs, request.prompt_logprobs and request.logprobs
     # Whoever names rows of the batch may steer two equal prompts differently.
     return tuple(request.ids), steering, wanted, prompt, request.owner

@@ -123,7 +123,7 @@ class StaticBatch:
             ]
             steers = [steer for span in self._spans for steer in span.steering]
             self._edits = list({id(steer.edit): steer.edit for steer in steers}.values())
-            self._moving = any(steer.tokens is not None for steer in steers)
+            self._moving = any(not steer.is_fixed for steer in steers)
             self._place(step)
         else:
             assert latest is not None
@@ -236,13 +236,13 @@ class StaticBatch:
     def _steers(self, row: Row) -> tuple[Steer, ...]:
         """What edits a row inside the step: applied plans, then its own edits."""
         if self._watched:  # the plans' hooks do theirs
-            return row.request.steering
+            return row.steering
         planned = (
-            Steer(i.layer, i.edit, i.tokens)
+            Steer(i.layer, i.edit, i.tokens, i.varying)
             for i in self._plan
             if i.rows is None or (row.prompt is not None and row.prompt[0] in i.rows)
         )
-        return (*planned, *row.request.steering)
+        return (*planned, *row.steering)
 
     def _run(self, step: StaticStep, n: int, columns: int) -> Tensor:
         graphs = step.graphs

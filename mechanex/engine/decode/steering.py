@@ -50,6 +50,19 @@ class Span:
         """Whether a selector of tokens selects the row's positions ``index``, an int or an array of them."""
         return selects(tokens, index, lambda: self.prompt_length)
 
+    def edit(self, steer: Steer, at: int) -> Edit | None:
+        """What it does to the row's token at this position, or None."""
+        if not self.selects(steer.tokens, at):
+            return None
+        return steer.edit if steer.varying is None else steer.varying.edit(at - (self.prompt_length - 1))
+
+    def spread(self, steer: Steer, at: Any) -> list[tuple[Edit, Any]]:
+        """Its edits of the row's tokens at these positions [n], each with a bool array [n] of those that it reaches."""
+        reached = self.selects(steer.tokens, at)
+        if steer.varying is None:
+            return [(steer.edit, reached)]
+        return steer.varying.spread(at - (self.prompt_length - 1), reached)
+
 
 class RowSteering:
     """Attaches to a model and edits its calls row by row; calls that weren't prepared pass unedited.
@@ -87,6 +100,13 @@ class RowSteering:
                 adapter.layer_index(steer.layer)
                 raise ValidationError(f"A request's layers count from 0; got layer {steer.layer}.")
             check_tokens(steer.tokens)
+            if steer.condition is not None:
+                if steer.condition.width != adapter.d_model:
+                    raise ValidationError(
+                        f"A condition is {steer.condition.width} wide, but the residual stream of {adapter.model_id} "
+                        f"is {adapter.d_model} wide; it was made for another model."
+                    )
+                adapter.layer_index(steer.condition.layer)
             chains.setdefault(steer.layer, []).append(steer.edit)
         for chain in chains.values():
             EditTable.of_chains([chain])
@@ -110,7 +130,7 @@ class RowSteering:
         layers = sorted({steer.layer for span in spans for steer in span.steering})
         tables = {layer: self._table(layer, spans, columns) for layer in layers}
         self._current = {layer: table for layer, table in tables.items() if table is not None}
-        fixed = key is not None and all(s.tokens is None for span in spans for s in span.steering)
+        fixed = key is not None and all(s.is_fixed for span in spans for s in span.steering)
         self._known = (key, self._current) if fixed else None
         for layer in layers:
             if layer not in self._attached:
@@ -174,15 +194,18 @@ def meeting(layer: int, spans: Sequence[Span], columns: int) -> tuple[tuple[tupl
     for row, span in zip(index, spans, strict=True):
         here = [steer for steer in span.steering if steer.layer == layer]
         begin = max(0, -span.first)
-        if all(steer.tokens is None for steer in here):
+        if all(steer.is_fixed for steer in here):
             if here:
                 row[begin:] = slots.setdefault(tuple(steer.edit for steer in here), len(slots))
         elif columns == 1:
-            chain = tuple(steer.edit for steer in here if span.selects(steer.tokens, span.first))
+            found = [span.edit(steer, span.first) for steer in here]
+            chain = tuple(edit for edit in found if edit is not None)
             if chain:
                 row[0] = slots.setdefault(chain, len(slots))
         else:
             places = numpy.arange(span.first, span.first + columns)
-            reached = [span.selects(steer.tokens, places) for steer in here]
-            row[:] = numbered([steer.edit for steer in here], numpy.stack(reached, 1), slots)
+            spread = [one for steer in here for one in span.spread(steer, places)]
+            if spread:
+                reached = numpy.stack([tokens for _, tokens in spread], 1)
+                row[:] = numbered([edit for edit, _ in spread], reached, slots)
     return tuple(slots), index

@@ -124,9 +124,25 @@ def old_tokens(values: Iterable[Any], batch: int, length: int, past: int | None)
 
 
 def without(values: Iterable[Any], taken: Iterable[Tensor]) -> list[Any]:
-    """The values that aren't among these tensors, nor views of them."""
-    places = {tensor.untyped_storage().data_ptr() for tensor in taken}
-    return [v for v in values if not (isinstance(v, Tensor) and v.untyped_storage().data_ptr() in places)]
+    """The values that share no element with these tensors; one buffer may hold ids and positions side by side."""
+    spans = [_span(tensor) for tensor in taken]
+
+    def is_taken(value: Any) -> bool:
+        if not isinstance(value, Tensor):
+            return False
+        first, end = _span(value)
+        return any(first < other_end and other < end for other, other_end in spans)
+
+    return [value for value in values if not is_taken(value)]
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor's elements begin and end in memory."""
+    first = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return first, first
+    reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, first + (reach + 1) * tensor.element_size()
 
 
 def keeps_a_list(values: Iterable[Any]) -> bool:
@@ -189,7 +205,10 @@ def _fits(ids: Tensor, real: Tensor, index: Tensor, past: int = 0) -> Tensor:
 def _contradicted(ids: Tensor, real: Tensor, past: int) -> str:
     steps = ids[real].diff()
     if bool(((ids[real][1:] == 0) & (steps < 0)).any()) and bool(((steps == 1) | (steps < 0)).all()):
-        return "a row holds several sequences, each with positions of its own"
+        return (
+            "a row holds several sequences, each with positions of its own, as continuous batching makes them; give "
+            "each a row, or steer without naming tokens or rows"
+        )
     shown = ", ".join(map(str, ids[real][:8].tolist())) + (", …" if int(real.sum()) > 8 else "")
     told = (
         f"a cache and masks tell of {past} tokens before them"

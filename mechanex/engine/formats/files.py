@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .site import Site, check_site, declared, layer_in, shift
 __all__ = [
     "FORMATS",
     "MAX_BYTES",
+    "TERMS",
     "Contents",
     "VectorFormat",
     "atomic_path",
@@ -35,6 +36,9 @@ __all__ = [
 MAX_BYTES = 256 << 20
 
 _LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
+TERMS = "terms"
+"""The text field that says on which terms a vector acts."""
+_MORE = "terms."  # begins the names of tensors that are no layers
 _SAFETENSORS_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -55,12 +59,14 @@ class Contents:
         fields: its text fields.
         site: what its format or names say that the numbers mean, or None.
         unsaid: names of tensors whose numbers may mean either.
+        more: its other tensors by name.
     """
 
     layers: Layers
     fields: Fields
     site: Site | None = None
     unsaid: tuple[str, ...] = ()
+    more: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,10 +75,12 @@ class VectorFormat:
 
     name: str
     read: Callable[[Path], Contents]
-    write: Callable[[Path, Mapping[int, Tensor], Mapping[str, str]], None]
+    write: Callable[[Path, Mapping[int, Tensor], Mapping[str, str], Mapping[str, Tensor]], None]
 
 
-def read_layers(path: str | os.PathLike[str], site: Site | None = None) -> tuple[Layers, Fields]:
+def read_layers(
+    path: str | os.PathLike[str], site: Site | None = None
+) -> tuple[Layers, Fields, dict[str, Tensor]]:
     """Reads a vector file of any known format; half precision comes back as float32, float64 stays.
 
     Args:
@@ -80,7 +88,8 @@ def read_layers(path: str | os.PathLike[str], site: Site | None = None) -> tuple
         site: what its numbers mean, where the file doesn't say it: the stream that enters a block, or its output.
 
     Returns:
-        ``{layer: tensor [d]}``, finite, all of one width, in order of layers, and the file's text fields.
+        ``{layer: tensor [d]}``, finite, all of one width, in order of layers, the file's text fields, and its other
+        tensors by name, of the same width.
 
     Raises:
         NotFoundError: there is no such file.
@@ -104,8 +113,9 @@ def read_layers(path: str | os.PathLike[str], site: Site | None = None) -> tuple
         said = declared(found.fields.get("site")) if found.site is None else found.site
         more = shift(str(source), said, site, found.unsaid)
         layers = _checked({number + more: tensor for number, tensor in found.layers.items()})
-        check_record(layers, found.fields)
-        return layers, found.fields
+        _check_more(found.more, next(iter(layers.values())).numel())
+        check_record(layers, found.fields, found.more)
+        return layers, found.fields, dict(found.more)
     except MechanexError:
         raise
     # A parser that is handed a hostile file may fail in any way; each of them means the same to the caller.
@@ -117,7 +127,10 @@ def read_layers(path: str | os.PathLike[str], site: Site | None = None) -> tuple
 
 
 def write_layers(
-    path: str | os.PathLike[str], layers: Mapping[int, Tensor], fields: Mapping[str, str]
+    path: str | os.PathLike[str],
+    layers: Mapping[int, Tensor],
+    fields: Mapping[str, str],
+    more: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes a vector file in the format of its suffix; a half-written file never has the final name.
 
@@ -125,6 +138,7 @@ def write_layers(
         path: the file to make or replace; missing parent folders are made.
         layers: ``{layer: tensor [d]}``.
         fields: text fields to keep beside them (JSON drops them, but for the checksum).
+        more: other tensors [d] by name, which safetensors alone hold.
 
     Raises:
         ValidationError: unknown suffix, or layers that the format can't hold.
@@ -132,7 +146,7 @@ def write_layers(
     target = Path(path)
     chosen = format_of(target)
     with atomic_path(target) as temporary:
-        chosen.write(temporary, layers, fields)
+        chosen.write(temporary, layers, fields, more or {})
 
 
 def format_of(path: str | os.PathLike[str]) -> VectorFormat:
@@ -160,6 +174,14 @@ def _checked(layers: Layers) -> Layers:
     return dict(sorted(layers.items()))
 
 
+def _check_more(more: Mapping[str, Tensor], width: int) -> None:
+    for name, tensor in more.items():
+        if tensor.numel() != width:
+            raise ValueError(f"{name[:40]} is {tensor.numel()} wide, and its layers {width}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name[:40]} holds NaN or infinite numbers")
+
+
 def _layer_number(text: str) -> int:
     if not _LAYER.fullmatch(text):
         raise ValueError(f"{text[:40]!r} is no layer number (0, 1, 2, …)")
@@ -173,21 +195,17 @@ def _read_safetensors(path: Path) -> Contents:
     except SafetensorError as error:
         raise ValueError(str(error)) from error
     layers: Layers = {}
+    more: dict[str, Tensor] = {}
     meanings: dict[str, Any] = {}
     for key, entry in entries:
+        tensor = _tensor(key, entry)
+        if key.startswith(_MORE):
+            more[key.removeprefix(_MORE)] = tensor
+            continue
         layer, meanings[key] = layer_in(key)
         if layer in layers:
             raise ValueError(f"layer {layer} is there twice")
-        if entry["dtype"] not in _SAFETENSORS_DTYPES:
-            raise ValueError(
-                f"layer {layer} has dtype {entry['dtype']}; {', '.join(_SAFETENSORS_DTYPES)} are read"
-            )
-        if any(size != 1 for size in entry["shape"][:-1]) or not entry["shape"]:
-            raise ValueError(f"layer {layer} has shape {entry['shape']}, and a vector has one dimension")
-        if not entry["data"]:
-            raise ValueError(f"layer {layer} is empty")
-        tensor = torch.frombuffer(bytearray(entry["data"]), dtype=_SAFETENSORS_DTYPES[entry["dtype"]])
-        layers[layer] = tensor if tensor.dtype == torch.float64 else tensor.float()
+        layers[layer] = tensor
     header_bytes = int.from_bytes(data[:8], "little")
     fields = json.loads(data[8 : 8 + header_bytes]).get("__metadata__") or {}
     texts = {str(key): str(value) for key, value in fields.items()}
@@ -196,12 +214,28 @@ def _read_safetensors(path: Path) -> Contents:
         raise ValueError(f"its tensors are named in several ways: {', '.join(meanings)[:100]}")
     if said == {None}:
         return Contents(layers, texts, unsaid=tuple(sorted(meanings, key=lambda key: layer_in(key)[0])))
-    return Contents(layers, texts, None if said <= {"plain"} else said.pop())
+    return Contents(layers, texts, None if said <= {"plain"} else said.pop(), more=more)
 
 
-def _write_safetensors(path: Path, layers: Mapping[int, Tensor], fields: Mapping[str, str]) -> None:
+def _tensor(key: str, entry: Mapping[str, Any]) -> Tensor:
+    """One vector [d] of a safetensors file, in float32 or float64."""
+    if entry["dtype"] not in _SAFETENSORS_DTYPES:
+        raise ValueError(f"{key[:40]} has dtype {entry['dtype']}; {', '.join(_SAFETENSORS_DTYPES)} are read")
+    if any(size != 1 for size in entry["shape"][:-1]) or not entry["shape"]:
+        raise ValueError(f"{key[:40]} has shape {entry['shape']}, and a vector has one dimension")
+    if not entry["data"]:
+        raise ValueError(f"{key[:40]} is empty")
+    tensor = torch.frombuffer(bytearray(entry["data"]), dtype=_SAFETENSORS_DTYPES[entry["dtype"]])
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _write_safetensors(
+    path: Path, layers: Mapping[int, Tensor], fields: Mapping[str, str], more: Mapping[str, Tensor]
+) -> None:
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in more.items()}
     tensors = {f"layer.{layer}": tensor.detach().cpu().contiguous() for layer, tensor in layers.items()}
-    path.write_bytes(safetensors_bytes(tensors, metadata=with_checksum(layers, fields)))
+    tensors |= {_MORE + name: tensor for name, tensor in stored.items()}
+    path.write_bytes(safetensors_bytes(tensors, metadata=with_checksum(layers, fields, stored)))
 
 
 def _read_json(path: Path) -> Contents:
@@ -229,7 +263,18 @@ def _json_vector(key: str, values: object) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).float()
 
 
-def _write_json(path: Path, layers: Mapping[int, Tensor], fields: Mapping[str, str]) -> None:
+def _only_layers(fields: Mapping[str, str], more: Mapping[str, Tensor], kind: str) -> None:
+    if more or TERMS in fields:
+        raise ValidationError(
+            f"{kind} keeps directions alone, and this vector acts on terms of its own (gates, a plane, a schedule or a "
+            "condition): save it as .safetensors."
+        )
+
+
+def _write_json(
+    path: Path, layers: Mapping[int, Tensor], fields: Mapping[str, str], more: Mapping[str, Tensor]
+) -> None:
+    _only_layers(fields, more, "JSON")
     stored = {layer: tensor.detach().cpu().float() for layer, tensor in layers.items()}
     lines = {str(layer): tensor.tolist() for layer, tensor in stored.items()}
     path.write_text(json.dumps(lines | with_checksum(stored, {}), allow_nan=False), encoding="utf-8")
@@ -242,9 +287,12 @@ def _read_gguf(path: Path) -> Contents:
     return Contents(layers, fields, "output")
 
 
-def _write_gguf(path: Path, layers: Mapping[int, Tensor], fields: Mapping[str, str]) -> None:
+def _write_gguf(
+    path: Path, layers: Mapping[int, Tensor], fields: Mapping[str, str], more: Mapping[str, Tensor]
+) -> None:
     from .gguf import write_control_vector
 
+    _only_layers(fields, more, "GGUF")
     write_control_vector(path, layers, fields)
 
 

@@ -268,7 +268,8 @@ class SparseAutoencoder:
         for name in names:
             tensor = getattr(self, name)
             changed[name] = None if tensor is None else change(tensor)
-        return replace(self, **changed)
+        same = all(changed[name] is getattr(self, name) for name in names)
+        return self if same else replace(self, **changed)
 
     def __repr__(self) -> str:
         made = f", {self.model}" if self.model else ""

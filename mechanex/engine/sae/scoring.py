@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ...ops.sae import sae_features, sae_top_features
-from .autoencoder import SparseAutoencoder
 from .behavior import Behavior
-from .detectors import FeatureDetector
+from .detectors import FeatureDetector, ProbeDetector
 
 __all__ = ["Scorer"]
 
@@ -33,38 +31,30 @@ class Scorer:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.behaviors = tuple(behaviors)
-        self.thresholds = torch.tensor([b.threshold for b in behaviors], device=device)
-        self._n, self._device = len(behaviors), torch.device(device)
-        plain = [i for i, b in enumerate(behaviors) if b.detector == "probe"]
-        self._probes: tuple[Tensor, Tensor] | None = None
-        if plain:
-            chosen = [behaviors[i].probe for i in plain]
-            self._probes = self._at(plain), torch.stack([p.direction for p in chosen]).to(device)
-        self._low = torch.tensor([_ends(b)[0] for b in behaviors], device=device)
-        self._span = torch.tensor([_ends(b)[1] - _ends(b)[0] for b in behaviors], device=device)
-        self._groups = [
-            _Group([(i, behaviors[i].features) for i in places], self._n, self._device, dtype)  # type: ignore[misc]
-            for places in _by_autoencoder(behaviors)
-        ]
+        self._parts: list[_Probes | _Columns | _Largest] = []
+        places: list[int] = []
+        if plain := [i for i, b in enumerate(behaviors) if b.detector == "probe"]:
+            self._parts.append(_Probes([behaviors[i].probe for i in plain], device))
+            places += plain
+        for members in _by_autoencoder(behaviors):
+            detectors = [found for i in members if (found := behaviors[i].features) is not None]
+            kind = _Columns if detectors[0].sae.elementwise else _Largest
+            self._parts.append(kind(detectors, device, dtype))
+            places += members
+        # Which of the parts' columns each behavior's is.
+        in_order = places == sorted(places)
+        self._order = None if in_order else torch.tensor(places, device=device).argsort()
+        ends = [(b.features if b.detector == "features" and b.features else b.probe) for b in behaviors]
+        self._least = torch.tensor([-one.low / (one.high - one.low) for one in ends], device=device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, n_behaviors] float32 scores of activations [T, d]; shapes depend on T alone."""
         x = x.float()
-        raw = torch.zeros(x.shape[0], self._n, device=x.device)
-        if self._probes is not None:
-            raw = raw.index_copy(1, self._probes[0], x @ self._probes[1].T)
-        for group in self._groups:
-            raw = raw + group(x)
-        return (raw - self._low) / self._span
-
-    def _at(self, places: Sequence[int]) -> Tensor:
-        return torch.tensor(places, dtype=torch.int64, device=self._device)
-
-
-def _ends(behavior: Behavior) -> tuple[float, float]:
-    found = behavior.decides
-    assert hasattr(found, "low") and hasattr(found, "high")
-    return found.low, found.high
+        sums = [part(x) for part in self._parts]
+        found = sums[0] if len(sums) == 1 else torch.cat(sums, 1)
+        if self._order is not None:
+            found = found.index_select(1, self._order)
+        return found + self._least
 
 
 def _by_autoencoder(behaviors: Sequence[Behavior]) -> list[list[int]]:
@@ -80,67 +70,90 @@ def _by_autoencoder(behaviors: Sequence[Behavior]) -> list[list[int]]:
     return list(groups.values())
 
 
-class _Group:
-    """Behaviors that ask features of one autoencoder.
+class _Probes:
+    """The components of activations along the directions of probes, their span being 1."""
+
+    def __init__(self, probes: Sequence[ProbeDetector], device: torch.device | str) -> None:
+        self._directions = torch.stack([one.direction / (one.high - one.low) for one in probes]).to(device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x @ self._directions.T
+
+
+class _Columns:
+    """Weighted sums of some features each, their span being 1, of autoencoders that take the same input.
 
     Args:
-        members: places among all behaviors, with their detectors.
-        n: how many behaviors there are.
+        detectors: whose features; sums of fewer than others have are filled up with their first at weight 0.
         device, dtype: as for :class:`Scorer`.
     """
 
     def __init__(
-        self,
-        members: Sequence[tuple[int, FeatureDetector]],
-        n: int,
-        device: torch.device,
-        dtype: torch.dtype | None,
+        self, detectors: Sequence[FeatureDetector], device: torch.device | str, dtype: torch.dtype | None
     ) -> None:
-        first = members[0][1].sae
-        self._whole = not first.elementwise
-        if self._whole:
-            sae = first.to(device)
-            self._weights = torch.zeros(sae.n_features, n, device=device)
-            for place, found in members:
-                self._weights[found.features.to(device), place] = found.weights.to(device)
-        else:
-            parts = [
-                found.narrowed() if len(found.features) < found.sae.n_features else found
-                for _, found in members
-            ]
-            sae = _joined([found.sae.restricted(found.features) for found in parts]).to(device)
-            self._weights = torch.zeros(sae.n_features, n, device=device)
-            row = 0
-            for (place, _), found in zip(members, parts, strict=True):
-                self._weights[row : row + len(found.weights), place] = found.weights.to(device)
-                row += len(found.weights)
-        self._sae = sae
+        most = max(len(found.features) for found in detectors)
+        self._sae = detectors[0].narrowed().sae.to(device)
+        self._weights = torch.zeros(len(detectors), most, device=device)
+        rows: list[Tensor] = []
+        for weights, found in zip(self._weights, detectors, strict=True):
+            count = len(found.features)
+            weights[:count] = found.weights / (found.high - found.low)
+            rows.append(torch.cat([found.features, found.features[:1].expand(most - count)]))
+
+        def of_rows(name: str) -> Tensor | None:
+            if getattr(self._sae, name) is None:
+                return None
+            return torch.cat([getattr(d.sae, name)[i] for d, i in zip(detectors, rows, strict=True)]).to(
+                device
+            )
+
+        encoder = of_rows("encoder")
+        assert encoder is not None
+        narrow = encoder.to(torch.bfloat16 if dtype is None else dtype)
+        exact = dtype is not None or torch.equal(narrow.to(encoder.dtype), encoder)
+        self._encoder = narrow if exact else encoder
+        self._bias, self._threshold, gain, self._offset = map(
+            of_rows, ("bias", "threshold", "gain", "offset")
+        )
+        self._gain = None if gain is None else gain.exp()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        assert self._bias is not None
+        inputs = self._sae.prepare(x).inputs
+        said = sae_features(inputs, self._encoder, self._bias, self._threshold, self._gain, self._offset)
+        return (said.float().view(-1, *self._weights.shape) * self._weights).sum(2)
+
+
+class _Largest:
+    """Weighted sums of some features each, their span being 1, of one top-k autoencoder.
+
+    Args:
+        detectors: whose features.
+        device: as for :class:`Scorer`.
+        dtype: likewise; None: as it is, which a copy would add to.
+    """
+
+    def __init__(
+        self, detectors: Sequence[FeatureDetector], device: torch.device | str, dtype: torch.dtype | None
+    ) -> None:
+        self._sae = sae = detectors[0].sae.to(device)
         self._encoder = sae.encoder if dtype is None else sae.encoder.to(dtype)
-        if dtype is None and not self._whole:  # a part is this scorer's own; a whole one would be there twice
-            half = sae.encoder.bfloat16()
-            self._encoder = half if torch.equal(half.to(sae.encoder.dtype), sae.encoder) else sae.encoder
-        self._gain = None if sae.gain is None else sae.gain.exp()
         self._norms = sae.decoder_norms if sae.by_decoder_norm else None
+        self._weights = torch.zeros(sae.n_features, len(detectors), device=device)
+        for i, found in enumerate(detectors):
+            self._weights[found.features.to(device), i] = (found.weights / (found.high - found.low)).to(
+                device
+            )
 
     def __call__(self, x: Tensor) -> Tensor:
         sae = self._sae
-        inputs = sae.prepare(x).inputs
-        if not self._whole:
-            said = sae_features(inputs, self._encoder, sae.bias, sae.threshold, self._gain, sae.offset)
-            return said.float() @ self._weights
         assert sae.k is not None
         values, places = sae_top_features(
-            inputs, self._encoder, sae.bias, sae.k, self._norms, signed=sae.activation == "abstopk"
+            sae.prepare(x).inputs,
+            self._encoder,
+            sae.bias,
+            sae.k,
+            self._norms,
+            signed=sae.activation == "abstopk",
         )
         return (values[:, :, None] * self._weights[places]).sum(1)
-
-
-def _joined(parts: Sequence[SparseAutoencoder]) -> SparseAutoencoder:
-    """The features of several autoencoders that take the same input as those of one."""
-    if len(parts) == 1:
-        return parts[0]
-    tensors: dict[str, Tensor | None] = {}
-    for name in ("encoder", "bias", "decoder", "threshold", "gain", "offset"):
-        found = [getattr(part, name) for part in parts]
-        tensors[name] = None if found[0] is None else torch.cat(found)
-    return replace(parts[0], **tensors)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -56,6 +56,7 @@ class Watch:
         behaviors: the behaviors.
         action: what is done where one is detected: ``"correct"``: from that token to the answer's end; ``"abort"``: the
             answer ends; ``"report"``: nothing.
+        floor: names of behaviors that are corrected whatever the action is, and end no answer.
 
     Attributes:
         seen: its tokens, in order.
@@ -65,6 +66,7 @@ class Watch:
 
     behaviors: tuple[Behavior, ...]
     action: Action = "correct"
+    floor: frozenset[str] = frozenset()
     seen: list[Seen] = field(default_factory=list)
     active: set[str] = field(default_factory=set)
     altered: bool = False
@@ -81,7 +83,7 @@ class Watch:
     @property
     def end(self) -> Literal["behavior"] | None:
         """``"behavior"`` once the answer is to end."""
-        return "behavior" if self.action == "abort" and self.active else None
+        return "behavior" if self.action == "abort" and self.active - self.floor else None
 
     @property
     def detected(self) -> tuple[str, ...]:
@@ -99,8 +101,8 @@ class Watch:
             The behaviors that are to be corrected in it.
         """
         self.active.update(detected)
-        corrects = self.action == "correct" and self.active
-        corrected = tuple(name for name in scores if name in self.active) if corrects else ()
+        to_correct = self.active if self.action == "correct" else self.active & self.floor
+        corrected = tuple(name for name in scores if name in to_correct) if to_correct else ()
         self.altered |= bool(corrected)
         place = self._counts[point] = self.n_seen(point) + 1
         if place > len(self.seen):
@@ -135,7 +137,58 @@ class _Here:
         return ((column, first + column) for column in range(max(0, -first), columns))
 
 
-_Rows = dict[HookPoint, list[_Here]]
+@dataclass(frozen=True)
+class _Columns:
+    """Which of a scorer's columns are those of a row's behaviors.
+
+    Args:
+        names: the behaviors'.
+        places: their columns.
+        thresholds: their thresholds.
+    """
+
+    names: tuple[str, ...]
+    places: tuple[int, ...]
+    thresholds: tuple[float, ...]
+
+    def read(self, values: Sequence[float]) -> tuple[dict[str, float], list[str]]:
+        """Of a token's scores, those of the row's behaviors, and the behaviors that they detect."""
+        mine = [values[place] for place in self.places]
+        detected = [
+            n for n, value, most in zip(self.names, mine, self.thresholds, strict=True) if value > most
+        ]
+        return dict(zip(self.names, mine, strict=True)), detected
+
+
+class _Place:
+    """What is watched at one place in a call.
+
+    Args:
+        rows: the rows with behaviors that are read there.
+    """
+
+    def __init__(self, rows: list[_Here]) -> None:
+        self.rows = rows
+        self.scorer: Scorer | None = None
+        self.columns: dict[tuple[Behavior, ...], _Columns] = {}
+
+    def repeated(self) -> _Place:
+        """The same for calls that repeat this one, each with the next token."""
+        return _Place([replace(one, first=None) for one in self.rows])
+
+    def meet(self, scorer_of: Callable[[Sequence[Behavior]], Scorer]) -> Scorer:
+        """What scores the rows' behaviors together."""
+        if self.scorer is None:
+            kinds = {one.behaviors for one in self.rows}
+            self.scorer = scorer_of(sorted({b for behaviors in kinds for b in behaviors}, key=id))
+            place = {b: j for j, b in enumerate(self.scorer.behaviors)}
+            for kind in kinds:
+                facts = [(b.name, place[b], b.threshold) for b in kind]
+                self.columns[kind] = _Columns(*zip(*facts, strict=True))
+        return self.scorer
+
+
+_Places = dict[HookPoint, _Place]
 
 
 class WatchingSteering(RowSteering):
@@ -154,8 +207,8 @@ class WatchingSteering(RowSteering):
         self._hooks = Handles()
         self._points: set[HookPoint] = set()
         self._scorers: OrderedDict[tuple[int, ...], Scorer] = OrderedDict()
-        self._rows: _Rows = {}
-        self._remembered: _Rows = {}
+        self._places: _Places = {}
+        self._remembered: _Places = {}
 
     @property
     def attached(self) -> bool:
@@ -168,36 +221,35 @@ class WatchingSteering(RowSteering):
             # Hooks run in the order in which they came, and scores are of what the edits make.
             self._unhook()
         self.look_on(spans, columns)
-        self._remembered = {
-            point: [replace(one, first=None) for one in here] for point, here in self._rows.items()
-        }
+        self._remembered = {point: place.repeated() for point, place in self._places.items()}
 
     def look_on(self, spans: Sequence[Span], columns: int) -> bool:
-        self._rows = {}
+        rows: dict[HookPoint, list[_Here]] = {}
         for i, span in enumerate(spans):
             watch, first = span.onlooker, span.first - span.prompt_length
             if isinstance(watch, Watch) and first + columns > 0:
                 for point, behaviors in watch.by_point.items():
-                    self._rows.setdefault(point, []).append(_Here(i, watch, behaviors, first))
-        for point in self._rows.keys() - self._points:
+                    rows.setdefault(point, []).append(_Here(i, watch, behaviors, first))
+        self._places = {point: _Place(here) for point, here in rows.items()}
+        for point in self._places.keys() - self._points:
             self._hooks.add(on_point(self._model, point, self._watching(point)))
             self._points.add(point)
-        return bool(self._rows)
+        return bool(self._places)
 
     def recall(self, key: object) -> bool:
         known = super().recall(key)
         if known:
-            self._rows = self._remembered
+            self._places = self._remembered
         return known
 
     def rest(self) -> None:
         super().rest()
-        self._rows = {}
+        self._places = {}
 
     def detach(self) -> None:
         super().detach()
         self._unhook()
-        self._rows = self._remembered = {}
+        self._places = self._remembered = {}
 
     def _unhook(self) -> None:
         self._hooks.remove()
@@ -205,65 +257,60 @@ class WatchingSteering(RowSteering):
 
     def _watching(self, point: HookPoint) -> Any:
         def watch(hidden: Tensor) -> Tensor | None:
-            here = self._rows.get(point)
-            if not here:
+            place = self._places.get(point)
+            if place is None:
                 return None
             begun = time.perf_counter()
-            edited = self._watch(hidden, point, here)
+            edited = self._watch(hidden, point, place)
             self.seconds += time.perf_counter() - begun
             return edited
 
         return watch
 
-    def _watch(self, hidden: Tensor, point: HookPoint, here: Sequence[_Here]) -> Tensor | None:
+    def _watch(self, hidden: Tensor, point: HookPoint, place: _Place) -> Tensor | None:
         columns = hidden.shape[1]
         new: list[tuple[int, _Here]] = []
         change: dict[Behavior, list[int]] = {}
-        for one in here:
+        for one in place.rows:
             for column, token in one.tokens(columns, point):
-                place = one.row * columns + column
+                index = one.row * columns + column
                 if token >= one.watch.n_seen(point):
-                    new.append((place, one))
+                    new.append((index, one))
                     continue
                 for b in one.behaviors:
                     if b.name in one.watch.seen[token].corrected:
-                        change.setdefault(b, []).append(place)
+                        change.setdefault(b, []).append(index)
         if new:
-            self._score(hidden, point, new, change)
+            self._score(hidden, point, place, new, change)
         if not change:
             return None
         edited = hidden.clone(memory_format=torch.contiguous_format)
         flat = edited.flatten(0, 1)
-        for behavior, places in change.items():
-            index = torch.tensor(places, device=hidden.device)
-            part = flat.index_select(0, index)
-            flat.index_copy_(0, index, behavior.correction(part.flatten(1)).view_as(part))
+        for behavior, indices in change.items():
+            chosen = torch.tensor(indices, device=hidden.device)
+            part = flat.index_select(0, chosen)
+            flat.index_copy_(0, chosen, behavior.correction(part.flatten(1)).view_as(part))
         return edited
 
     def _score(
         self,
         hidden: Tensor,
         point: HookPoint,
+        place: _Place,
         new: Sequence[tuple[int, _Here]],
         change: dict[Behavior, list[int]],
     ) -> None:
         """Scores tokens that the model reads for the first time; adds to ``change`` what is to be corrected."""
-        kinds = {one.behaviors for _, one in new}
-        scorer = self._scorer(sorted({b for behaviors in kinds for b in behaviors}, key=id), hidden.device)
-        column = {b: j for j, b in enumerate(scorer.behaviors)}
-        columns = {behaviors: [(b.name, column[b]) for b in behaviors] for behaviors in kinds}
+        scorer = place.meet(lambda behaviors: self._scorer(behaviors, hidden.device))
         x = hidden.flatten(0, 1).flatten(1)
         if len(new) < len(x):
-            x = x[torch.tensor([place for place, _ in new], device=x.device)]
-        scores = scorer(x)
-        found, hits = scores.tolist(), (scores > scorer.thresholds).tolist()
-        for (place, one), values, over in zip(new, found, hits, strict=True):
-            mine = columns[one.behaviors]
-            detected = [name for name, j in mine if over[j]] if any(over) else []
-            corrected = one.watch.note(point, {name: values[j] for name, j in mine}, detected)
+            x = x[torch.tensor([index for index, _ in new], device=x.device)]
+        for (index, one), values in zip(new, scorer(x).tolist(), strict=True):
+            scores, detected = place.columns[one.behaviors].read(values)
+            corrected = one.watch.note(point, scores, detected)
             for b in one.behaviors if corrected else ():
                 if b.name in corrected:
-                    change.setdefault(b, []).append(place)
+                    change.setdefault(b, []).append(index)
 
     def _scorer(self, behaviors: Sequence[Behavior], device: torch.device) -> Scorer:
         key = tuple(map(id, behaviors))

@@ -25,6 +25,7 @@ __all__ = [
     "WRONG_KEYS_PER_MINUTE",
     "AuthenticationMiddleware",
     "Principal",
+    "bearer_of",
     "is_open",
     "principal",
 ]
@@ -33,7 +34,7 @@ WRONG_KEYS_PER_MINUTE = 60
 """From one address. Where all clients come through a proxy they have one address, and right keys go on there."""
 
 _PROBES = frozenset({"/health", "/ready"})
-OPEN_PATHS = frozenset({*_PROBES, "/auth/signup", "/auth/login", "/auth/refresh"})
+OPEN_PATHS = frozenset({*_PROBES, "/auth/signup", "/auth/login", "/auth/refresh", "/auth/logout"})
 """What needs no key: probes, and what brings its own credentials or checks them itself."""
 
 _LOCAL_NAME = re.compile(r"([a-z0-9-]+\.)*localhost")
@@ -136,9 +137,14 @@ def is_open(request: Request) -> bool:
     return bool(state.settings.is_loopback) and state.server_key is None
 
 
-def _credentials(request: Request) -> list[str]:
+def bearer_of(request: Request) -> str | None:
+    """What a request has in ``Authorization: Bearer``, or None."""
     scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-    given = (request.headers.get("x-api-key"), bearer.strip() if scheme.lower() == "bearer" else None)
+    return bearer.strip() or None if scheme.lower() == "bearer" else None
+
+
+def _credentials(request: Request) -> list[str]:
+    given = (request.headers.get("x-api-key"), bearer_of(request))
     return [text for text in given if text]
 
 

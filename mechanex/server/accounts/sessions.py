@@ -7,14 +7,14 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 
-from ...errors import AuthenticationError
+from ...errors import AuthenticationError, NotFoundError
 from ..library.database import Database
-from ..library.schema import new_id, session_tokens, sessions
+from ..library.schema import is_id, new_id, session_tokens, sessions
 from .api_keys import hash_of
 
-__all__ = ["SESSION_ENDED", "Session", "Sessions", "is_access_token"]
+__all__ = ["SESSION_ENDED", "OpenSession", "Session", "Sessions", "is_access_token"]
 
 _logger = logging.getLogger(__name__)
 
@@ -31,6 +31,15 @@ class Session:
 
     access_token: str
     refresh_token: str
+
+
+@dataclass(frozen=True)
+class OpenSession:
+    """A session as it can be listed: it ends at ``expires_at`` where its refresh token isn't used before."""
+
+    id: str
+    created_at: float
+    expires_at: float
 
 
 class Sessions:
@@ -91,6 +100,53 @@ class Sessions:
                 connection.execute(update(sessions).where(sessions.c.id == row.id).values(revoked_at=now))
                 _logger.warning("session %s ended: one of its refresh tokens came back after its use", row.id)
         raise AuthenticationError("The refresh token is not valid, or was used before: log in again.", 401)
+
+    def all(self, account_id: str) -> list[OpenSession]:
+        """The account's sessions that haven't ended, oldest first."""
+        wanted = select(sessions.c.id, sessions.c.created_at, sessions.c.expires_at).where(
+            sessions.c.user_id == account_id,
+            sessions.c.revoked_at.is_(None),
+            sessions.c.expires_at > self._clock(),
+        )
+        with self._database.read() as connection:
+            rows = connection.execute(wanted.order_by(sessions.c.created_at, sessions.c.id)).all()
+        return [OpenSession(*row) for row in rows]
+
+    def end(self, account_id: str, session_id: str) -> None:
+        """Ends a session at once.
+
+        Raises:
+            NotFoundError: the account has none with this id, or it has ended.
+        """
+        if not is_id(session_id) or not self._end(
+            sessions.c.id == session_id, sessions.c.user_id == account_id
+        ):
+            raise NotFoundError(
+                f"no session of this account has the id {session_id!r}: GET /auth/sessions lists them."
+            )
+
+    def end_of(self, refresh_token: str) -> None:
+        """Ends the session of a refresh token, of one that was used too; a text that is none ends none."""
+        owner = select(session_tokens.c.session_id).where(
+            session_tokens.c.token_hash == hash_of(refresh_token)
+        )
+        self._end(sessions.c.id.in_(owner))
+
+    def end_all(self, connection: Connection, account_id: str) -> None:
+        """Ends all sessions of an account, in the transaction of ``connection``."""
+        connection.execute(
+            update(sessions)
+            .where(sessions.c.user_id == account_id, sessions.c.revoked_at.is_(None))
+            .values(revoked_at=self._clock())
+        )
+
+    def _end(self, *which: ColumnElement[bool]) -> bool:
+        now = self._clock()
+        with self._database.write() as connection:
+            ended = connection.execute(
+                update(sessions).where(*which, sessions.c.revoked_at.is_(None)).values(revoked_at=now)
+            )
+        return ended.rowcount > 0
 
     def account_for(self, access_token: str) -> str | None:
         """The id of the account that an access token was given to, or None for a text that is none.

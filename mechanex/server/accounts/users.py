@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from ...errors import AuthenticationError, NotFoundError, ValidationError
@@ -58,10 +58,7 @@ class Users:
         address = normalized(email)
         if not _is_address(address):
             raise ValidationError(f"{email[:100]!r} is no email address: write name@example.org.")
-        if not SHORTEST_PASSWORD <= len(password) <= LONGEST_PASSWORD:
-            raise ValidationError(
-                f"a password has {SHORTEST_PASSWORD} to {LONGEST_PASSWORD} characters; this one has {len(password)}."
-            )
+        _check_password(password)
         user = User(new_id(), address, None, self._clock())
         hashed = self._passwords.hash(password)
         try:
@@ -98,6 +95,33 @@ class Users:
                 connection.execute(update(users).where(users.c.id == row.id).values(password_hash=renewed))
             return self._sessions.begin(connection, row.id)
 
+    def change_password(self, account_id: str, password: str, new: str) -> Session:
+        """Gives an account another password, ends all of its sessions and begins a new one.
+
+        Raises:
+            AuthenticationError: the password is wrong.
+            ValidationError: the new one is too short or too long.
+        """
+        _check_password(new)
+        self.check_password(account_id, password)
+        hashed = self._passwords.hash(new)
+        with self._database.write() as connection:
+            connection.execute(update(users).where(users.c.id == account_id).values(password_hash=hashed))
+            self._sessions.end_all(connection, account_id)
+            return self._sessions.begin(connection, account_id)
+
+    def check_password(self, account_id: str, password: str) -> None:
+        """Raises an AuthenticationError where this isn't the account's password."""
+        with self._database.read() as connection:
+            stored = connection.scalar(select(users.c.password_hash).where(users.c.id == account_id))
+        if not self._passwords.verify(stored, password[: LONGEST_PASSWORD + 1]):
+            raise AuthenticationError("The password is wrong.", 403)
+
+    def delete(self, account_id: str) -> None:
+        """Deletes an account with its sessions and API keys; what it has made must be gone before."""
+        with self._database.write() as connection:
+            connection.execute(delete(users).where(users.c.id == account_id))
+
     def get(self, account_id: str | None) -> User:
         """An account; None is the shared one of requests without an account.
 
@@ -121,6 +145,13 @@ class Users:
 def normalized(email: str) -> str:
     """An address as it is kept and compared."""
     return unicodedata.normalize("NFC", email).strip().lower()
+
+
+def _check_password(password: str) -> None:
+    if not SHORTEST_PASSWORD <= len(password) <= LONGEST_PASSWORD:
+        raise ValidationError(
+            f"a password has {SHORTEST_PASSWORD} to {LONGEST_PASSWORD} characters; this one has {len(password)}."
+        )
 
 
 def _is_address(text: str) -> bool:

@@ -10,14 +10,14 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Request, Response
 
 from ...errors import AuthenticationError, NotFoundError
-from ..accounts.auth import Principal, is_open, principal
+from ..accounts.auth import Principal, bearer_of, is_open, principal
 from ..accounts.sessions import Session
 from ..accounts.store import store_of
 from ..accounts.users import normalized
 from ..http.limits import client_address
 from ..library.kept import KeptBehavior
-from .bodies import KeyBody, LoginBody, ModelBody, RefreshBody
-from .guards import count_address, guards_of
+from .bodies import KeyBody, LoginBody, ModelBody, NewPasswordBody, PasswordBody, RefreshBody
+from .guards import CountedRoute, guards_of
 
 __all__ = ["router", "shown"]
 
@@ -31,6 +31,16 @@ async def _account(who: Annotated[Principal, Depends(principal)]) -> str:
     return who.account_id
 
 
+AccountId = Annotated[str, Depends(_account)]
+
+
+async def _logged_in(request: Request, account: AccountId) -> str:
+    token = bearer_of(request)  # beside it there may be an API key, which names the account too
+    if token is None or await run_sync(store_of(request).sessions.account_for, token) != account:
+        raise AuthenticationError("This call takes an access token, of a log-in with the password.", 403)
+    return account
+
+
 async def _newcomer(request: Request) -> None:
     settings = request.app.state.settings
     if is_open(request) or settings.open_signup:
@@ -39,9 +49,10 @@ async def _newcomer(request: Request) -> None:
         raise AuthenticationError("To sign up here, send the server's key: ask its operator for it.", 403)
 
 
-AccountId = Annotated[str, Depends(_account)]
+LoggedIn = Annotated[str, Depends(_logged_in)]
+"""The account of an access token: its API keys, which lie in programs, can't end it or lock out its owner."""
 
-router = APIRouter(prefix="/auth", tags=["accounts"], dependencies=[Depends(count_address)])
+router = APIRouter(prefix="/auth", tags=["accounts"], route_class=CountedRoute)
 
 
 @router.post("/signup", dependencies=[Depends(_newcomer)])
@@ -56,8 +67,7 @@ async def sign_up(body: LoginBody, request: Request) -> dict[str, Any]:
 async def log_in(body: LoginBody, request: Request) -> dict[str, Any]:
     """Begins a session."""
     users, guards = store_of(request).users, guards_of(request)
-    address = client_address(request.client.host if request.client else None)
-    with guards.logging_in(address, normalized(body.email)):
+    with guards.logging_in(_address(request), normalized(body.email)):
         session = await guards.hashing(lambda: users.log_in(body.email, body.password))
     return {"session": _session(request, session)}
 
@@ -67,6 +77,46 @@ async def refresh(body: RefreshBody, request: Request) -> dict[str, Any]:
     """Exchanges a refresh token, which works once, for another pair."""
     session = await run_sync(store_of(request).sessions.refresh, body.refresh_token)
     return {"session": _session(request, session)}
+
+
+@router.post("/logout", status_code=204, response_class=Response)
+async def log_out(body: RefreshBody, request: Request) -> None:
+    """Ends the session of a refresh token, which is all that it asks for; says nothing of texts that are none."""
+    await run_sync(store_of(request).sessions.end_of, body.refresh_token)
+
+
+@router.get("/sessions")
+async def sessions(request: Request, account: AccountId) -> dict[str, Any]:
+    """The account's sessions, one for each log-in that hasn't ended."""
+    found = await run_sync(store_of(request).sessions.all, account)
+    return {"sessions": [shown(session) for session in found]}
+
+
+@router.delete("/sessions/{session_id:path}", status_code=204, response_class=Response)
+async def end_session(session_id: str, request: Request, account: LoggedIn) -> None:
+    """Ends a session at once."""
+    await run_sync(store_of(request).sessions.end, account, session_id)
+
+
+@router.post("/password")
+async def change_password(body: NewPasswordBody, request: Request, account: LoggedIn) -> dict[str, Any]:
+    """Changes the password, ends all sessions and begins one."""
+    users, guards = store_of(request).users, guards_of(request)
+    with guards.logging_in(_address(request), account):
+        session = await guards.hashing(
+            lambda: users.change_password(account, body.password, body.new_password)
+        )
+    return {"session": _session(request, session), "user": shown(await run_sync(users.get, account))}
+
+
+@router.post("/delete-account", status_code=204, response_class=Response)
+async def delete_account(body: PasswordBody, request: Request, account: LoggedIn) -> None:
+    """Deletes the account with everything that it has made: vectors, behaviors, keys, sessions."""
+    store, guards = store_of(request), guards_of(request)
+    with guards.logging_in(_address(request), account):
+        await guards.hashing(lambda: store.users.check_password(account, body.password))
+    await run_sync(store.library.delete_all, account)
+    await run_sync(store.users.delete, account)
 
 
 @router.get("/whoami")
@@ -107,10 +157,14 @@ async def delete_api_key(key_id: str, request: Request, account: AccountId) -> N
     await run_sync(store_of(request).keys.delete, account, key_id)
 
 
+def _address(request: Request) -> str:
+    return client_address(request.client.host if request.client else None)
+
+
 def shown(record: Any) -> dict[str, Any]:
     """A record as answers have it: its fields, times as ISO 8601 in UTC."""
     fields = record.as_dict() if isinstance(record, KeptBehavior) else asdict(record)
-    for name in {"created_at", "last_used"} & set(fields):
+    for name in {"created_at", "expires_at", "last_used"} & set(fields):
         if fields[name] is not None:
             moment = datetime.fromtimestamp(fields[name], timezone.utc)
             fields[name] = moment.isoformat(timespec="seconds")

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from ...engine.attribution.scores import attribution_scores
 from ...engine.structure.graph import model_graph, model_paths
 from ..http.disconnect import done_or_gone
+from ..http.routes import Route
 from ..model.engine import Engine
 from .bodies import ScoresBody
 from .guards import Worker
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["router"]
 
-router = APIRouter(tags=["axionic"])
+router = APIRouter(tags=["axionic"], route_class=Route)
 
 
 @router.get("/graph")

@@ -17,6 +17,7 @@ from ...errors import ValidationError
 from ..accounts.auth import Principal
 from ..accounts.store import store_of
 from ..http.disconnect import done_or_gone
+from ..http.routes import Route
 from ..library.watched import Watching
 from ..model.engine import Engine, ServingEngine
 from ..model.requests import TextRequest, results_of, trace_of
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["router"]
 
-router = APIRouter(tags=["axionic"])
+router = APIRouter(tags=["axionic"], route_class=Route)
 
 
 @router.post("/behaviors/create")
@@ -88,8 +89,8 @@ async def delete_behavior(behavior_name: str, request: Request, who: Sender) -> 
 async def sae_generate(body: SaeBody, request: Request, engine: Engine, who: Worker) -> JSONResponse:
     """Continues a prompt while behaviors are watched; ``text`` is the prompt with its continuation.
 
-    Without ``behavior_names`` all that the account made for this model are watched; a request that names none has those
-    corrected that the server corrects in every answer.
+    Without ``behavior_names`` all that the account made for this model are watched; what the server corrects in every
+    answer is corrected in these too.
     """
     steerings, names = engine.steerings, body.behavior_names
     behaviors = await (
@@ -98,12 +99,8 @@ async def sae_generate(body: SaeBody, request: Request, engine: Engine, who: Wor
         else steerings.watched.named(who.account_id, names)
     )
     forced = await steerings.watched.named(who.account_id, body.force_steering or ())
-    edits = forced_edits(forced)
-    if not names:
-        known = {behavior.name for behavior in behaviors}
-        behaviors += tuple(b for b in steerings.correcting.behaviors if b.name not in known)
-        edits += steerings.corrections
-    onlooker = Watching(behaviors, body.action).onlooker()
+    edits = forced_edits(forced) + steerings.corrections
+    onlooker = Watching(behaviors, body.action, steerings.floor).onlooker()
     asked = TextRequest(
         await engine.encode(body.prompt),
         max_tokens=body.max_new_tokens,

@@ -15,7 +15,9 @@ __all__ = [
     "KeyBody",
     "LoginBody",
     "ModelBody",
+    "NewPasswordBody",
     "Output",
+    "PasswordBody",
     "RaagBody",
     "Reason",
     "RefreshBody",
@@ -50,6 +52,18 @@ class LoginBody(Body):
 
     email: Annotated[str, Field(min_length=1, max_length=320)]
     password: Annotated[str, Field(min_length=1, max_length=LONGEST_PASSWORD, repr=False)]
+
+
+class PasswordBody(Body):
+    """The account's password, for what a stolen token must not do."""
+
+    password: Annotated[str, Field(min_length=1, max_length=LONGEST_PASSWORD, repr=False)]
+
+
+class NewPasswordBody(PasswordBody):
+    """The account's password and the next one."""
+
+    new_password: Annotated[str, Field(min_length=1, max_length=LONGEST_PASSWORD, repr=False)]
 
 
 class RefreshBody(Body):

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from anyio.to_thread import run_sync
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Response
 
 from ...errors import AuthenticationError, RateLimitError, ValidationError
 from ..accounts.auth import Principal, is_open, principal
 from ..accounts.store import store_of
 from ..http.limits import RateLimit, client_address
+from ..http.routes import Route
 from ..model.engine import Engine
 from ..settings import ServerSettings
 
-__all__ = ["Guards", "Sender", "Worker", "count_address", "guards_of"]
+__all__ = ["CountedRoute", "Guards", "Sender", "Worker", "guards_of"]
 
 T = TypeVar("T")
 
@@ -29,6 +30,9 @@ LOGINS_FROM_ALL = 100
 
 # A password's hash takes 64 MiB while it is computed.
 HASHES_AT_ONCE = 2
+
+# Each takes a tenth of a second or more, so that the last of them waits no more than a few.
+HASHES_WAITING = 32
 
 
 class Guards:
@@ -44,12 +48,23 @@ class Guards:
         self._logins = RateLimit("attempts to log in to this account", LOGINS_PER_MINUTE)
         self._logins_from_all = RateLimit("attempts to log in to this account", LOGINS_FROM_ALL)
         self._hashing = asyncio.Semaphore(HASHES_AT_ONCE)
+        self._n_hashing = 0
         self._busy: set[str] = set()
 
     async def hashing(self, work: Callable[[], T]) -> T:
-        """Does work that hashes a password, in a thread."""
-        async with self._hashing:
-            return await run_sync(work)
+        """Does work that hashes a password, in a thread.
+
+        Raises:
+            RateLimitError: too many others wait for that already.
+        """
+        if self._n_hashing >= HASHES_AT_ONCE + HASHES_WAITING:
+            raise RateLimitError("Too many log in at once: try again in 5 s.", 429, retry_after=5)
+        self._n_hashing += 1
+        try:
+            async with self._hashing:
+                return await run_sync(work)
+        finally:
+            self._n_hashing -= 1
 
     @contextmanager
     def logging_in(self, address: str, email: str) -> Iterator[None]:
@@ -99,10 +114,22 @@ def guards_of(request: Request) -> Guards:
     return guards
 
 
-async def count_address(request: Request) -> None:
-    """Counts a request of an address; where a proxy stands before the server, all have the same."""
-    if not is_open(request):
-        guards_of(request).addresses.take(client_address(request.client.host if request.client else None))
+class CountedRoute(Route):
+    """A route that counts a request of an address before it reads the body.
+
+    Where a proxy stands before the server that it was not told to trust, all have the same address.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def count_and_handle(request: Request) -> Response:
+            if not is_open(request):
+                address = client_address(request.client.host if request.client else None)
+                guards_of(request).addresses.take(address)
+            return await handle(request)
+
+        return count_and_handle
 
 
 async def _limited(request: Request, who: Annotated[Principal, Depends(principal)]) -> Principal:

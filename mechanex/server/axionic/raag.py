@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from ...engine.raag.answer import answer_questions, check_questions
 from ...engine.raag.documents import as_documents
 from ...errors import ValidationError
+from ..http.routes import Route
 from ..model.engine import Engine
 from .bodies import RaagBody
 from .guards import Worker
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["router"]
 
-router = APIRouter()
+router = APIRouter(route_class=Route)
 
 
 @router.post("/raag/generate")

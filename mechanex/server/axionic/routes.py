@@ -12,6 +12,8 @@ from ...engine.sampling import Sampling
 from ...errors import ValidationError
 from ..accounts.store import store_of
 from ..http.disconnect import done_or_gone
+from ..http.routes import Route
+from ..library.watched import Watching
 from ..model.engine import Engine
 from ..model.requests import TextRequest, results_of
 from . import accounts, attribution, behaviors, raag
@@ -22,7 +24,7 @@ from .work import computed, examples_of, stops_of
 
 __all__ = ["axionic_router"]
 
-router = APIRouter(tags=["axionic"])
+router = APIRouter(tags=["axionic"], route_class=Route)
 
 
 def axionic_router() -> APIRouter:
@@ -73,7 +75,7 @@ async def generate(body: GenerateBody, request: Request, engine: Engine, who: Wo
                 stops=stops_of(body.stop),
                 steering=steering + engine.steerings.corrections,
                 owner=who.account_id,
-                onlooker=engine.steerings.correcting.onlooker(),
+                onlooker=Watching(floor=engine.steerings.floor).onlooker(),
             )
         )
     ]

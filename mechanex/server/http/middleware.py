@@ -8,10 +8,12 @@ import logging
 import random
 import re
 import time
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...errors import APIError
@@ -38,10 +40,13 @@ class RequestMiddleware:
         app: the application.
         metrics: what is counted.
         max_body_bytes: largest body; a larger one is answered with 413.
+        small_bodies: largest body by the beginning of a path, where it is smaller.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int) -> None:
-        self._app, self._metrics, self._most = app, metrics, max_body_bytes
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, small_bodies: Mapping[str, int]
+    ) -> None:
+        self._app, self._metrics, self._most, self._small = app, metrics, max_body_bytes, small_bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,6 +57,8 @@ class RequestMiddleware:
         request_id = given if _ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
         scope.setdefault("state", {})["request_id"] = request_id
         begun, status = time.perf_counter(), 0
+        small = [size for prefix, size in self._small.items() if scope["path"].startswith(prefix)]
+        most = min([self._most, *small])
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -61,20 +68,12 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            length = headers.get("content-length", "")
-            if length.isascii() and length.isdigit() and (len(length) > 15 or int(length) > self._most):
+            refusal = _refusal(Request(scope), headers, most)
+            if refusal is not None:
                 await discard(receive)
-                # Of a very large body the rest is not read, so the connection can't serve another request.
-                refusal = error_answer(
-                    Request(scope),
-                    413,
-                    self._too_large,
-                    code="request_too_large",
-                    headers={"connection": "close"},
-                )
                 await refusal(scope, receive, sending)
                 return
-            await self._app(scope, self._limited(receive), sending)
+            await self._app(scope, _limited(receive, most), sending)
         except ClientDisconnect:
             pass  # in the middle of its body
         except asyncio.CancelledError:  # uvicorn's time to end is over, and this request's task ends anyway
@@ -88,33 +87,6 @@ class RequestMiddleware:
                 await error_answer(Request(scope), 500, INTERNAL)(scope, receive, sending)
         finally:
             self._note(scope, request_id, status, time.perf_counter() - begun)
-
-    def _limited(self, receive: Receive) -> Receive:
-        taken, whole = 0, False
-        deadline = time.monotonic() + _BODY_SECONDS
-
-        async def receiving() -> Message:
-            nonlocal taken, whole
-            if whole:
-                return await receive()
-            try:
-                message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0.001))
-            except asyncio.TimeoutError:
-                raise HTTPException(408, "The request's body took too long to arrive.") from None
-            if message["type"] == "http.request":
-                taken += len(message.get("body", b""))
-                whole = not message.get("more_body", False)
-                if taken > self._most:
-                    if not whole:
-                        await discard(receive)
-                    raise HTTPException(413, self._too_large)
-            return message
-
-        return receiving
-
-    @property
-    def _too_large(self) -> str:
-        return f"The request's body is larger than the {self._most} bytes that this server takes."
 
     def _note(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", None)
@@ -134,6 +106,48 @@ class RequestMiddleware:
                 **scope["state"].get("log", {}),
             }
             _access.info("%s", json.dumps(line))
+
+
+def _refusal(request: Request, headers: Headers, most: int) -> Response | None:
+    """The answer to a head that forbids reading its body; it ends the connection, of which the rest is not read."""
+    close = {"connection": "close"}
+    length = headers.get("content-length", "")
+    if length and "transfer-encoding" in headers:
+        # Two ends of one body: proxies that take the other one see a second request in it.
+        return error_answer(
+            request, 400, "A request has a Content-Length or a Transfer-Encoding, not both.", headers=close
+        )
+    if length.isascii() and length.isdigit() and (len(length) > 15 or int(length) > most):
+        return error_answer(request, 413, _too_large(most), code="request_too_large", headers=close)
+    return None
+
+
+def _limited(receive: Receive, most: int) -> Receive:
+    taken, whole = 0, False
+    deadline = time.monotonic() + _BODY_SECONDS
+
+    async def receiving() -> Message:
+        nonlocal taken, whole
+        if whole:
+            return await receive()
+        try:
+            message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0.001))
+        except asyncio.TimeoutError:
+            raise HTTPException(408, "The request's body took too long to arrive.") from None
+        if message["type"] == "http.request":
+            taken += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if taken > most:
+                if not whole:
+                    await discard(receive)
+                raise HTTPException(413, _too_large(most))
+        return message
+
+    return receiving
+
+
+def _too_large(most: int) -> str:
+    return f"The request's body is larger than the {most} bytes that this server takes here."
 
 
 async def discard(receive: Receive) -> None:

@@ -234,6 +234,21 @@ class Library:
             raise NotFoundError(f"no behavior of this account is called {name!r}: GET /behaviors lists them.")
         self._detectors.remove(str(behavior_id))
 
+    def delete_all(self, account_id: str) -> None:
+        """Deletes everything that an account has made."""
+        of_it = behaviors.c.user_id == account_id, vectors.c.user_id == account_id
+        with self._database.write() as connection:
+            # Holds off others that make something of it now.
+            connection.execute(select(users.c.id).where(users.c.id == account_id).with_for_update())
+            detectors = list(connection.scalars(select(behaviors.c.id).where(of_it[0])))
+            files = list(connection.scalars(select(vectors.c.id).where(of_it[1])))
+            connection.execute(delete(behaviors).where(of_it[0]))
+            connection.execute(delete(vectors).where(of_it[1]))
+        for behavior_id in detectors:
+            self._detectors.remove(behavior_id)
+        for vector_id in files:
+            self._files.remove(vector_id)
+
     @contextmanager
     def _filed(self, vector: SteeringVector) -> Iterator[str]:
         """The id under which a vector's file is there, and stays where the block ends without an error."""

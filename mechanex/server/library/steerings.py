@@ -6,14 +6,15 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from anyio.to_thread import run_sync
 
 from ...engine.decode.request import Steer
-from ...engine.intervention import Edit
 from ...engine.memory import tensor_bytes
 from ...engine.models.adapter import ModelAdapter
 from ...engine.positions import TokenSelector
+from ...engine.prompt_conditions import PromptCondition
 from ...engine.sae.behavior import Behavior
 from ...engine.sae.store import BehaviorStore
 from ...engine.vector_store import VectorStore
@@ -22,7 +23,7 @@ from ...errors import APIError, NotFoundError, ValidationError
 from ..settings import ServerSettings
 from .records import Library
 from .shared import SharedVectors, make_behaviors
-from .watched import WatchedBehaviors, Watching
+from .watched import WatchedBehaviors
 
 __all__ = ["Steerings"]
 
@@ -58,13 +59,14 @@ class Steerings:
         self._behaviors = make_behaviors(adapter, settings.behaviors)
         self.watched = WatchedBehaviors(adapter, settings.behaviors, library, BehaviorStore())
         self._digests: OrderedDict[int, tuple[SteeringVector, bytes]] = OrderedDict()
-        self._edits: OrderedDict[tuple[bytes, float], tuple[tuple[int, Edit], ...]] = OrderedDict()
+        self._edits: OrderedDict[tuple[bytes, float], tuple[Steer, ...]] = OrderedDict()
         self._edit_bytes = 0
+        self._conditions: OrderedDict[tuple[bytes, float], PromptCondition] = OrderedDict()
         corrected = {name: self._to_correct(name) for name in settings.corrected_behaviors}
-        self._corrected = [one for one in corrected.values() if isinstance(one, SteeringVector)]
+        self._corrected = {name: one for name, one in corrected.items() if isinstance(one, SteeringVector)}
         self._names = frozenset({*self._behaviors, *self.watched.own, *corrected})
-        self.correcting = Watching(tuple(one for one in corrected.values() if isinstance(one, Behavior)))
-        """What every answer has watched."""
+        self.floor = tuple(one for one in corrected.values() if isinstance(one, Behavior))
+        """The behaviors that are watched and corrected in every answer."""
 
     @property
     def own_behaviors(self) -> frozenset[str]:
@@ -73,8 +75,12 @@ class Steerings:
 
     @property
     def corrections(self) -> tuple[Steer, ...]:
-        """The edits of the behaviors that every answer is steered by."""
-        return tuple(steer for vector in self._corrected for steer in self.edits(vector, 1.0))
+        """The edits of the behaviors that every answer is steered by, at strength 1."""
+        return tuple(steer for vector in self._corrected.values() for steer in self.edits(vector, 1.0))
+
+    def beyond_corrections(self, name: str, strength: float) -> float:
+        """What is left of a behavior's strength where every answer is steered by it: a request may ask for more."""
+        return max(0.0, strength - 1.0) if name in self._corrected else strength
 
     async def by_vector(
         self,
@@ -84,6 +90,7 @@ class Steerings:
         *,
         layers: Sequence[int] | None = None,
         tokens: TokenSelector = None,
+        condition: PromptCondition | None = None,
     ) -> tuple[Steer, ...]:
         """The edits of a stored vector that this sender may use; () for None.
 
@@ -95,6 +102,7 @@ class Steerings:
             strength: multiplies it; 0 steers nothing.
             layers: only these of its layers.
             tokens: absolute positions to steer; None for all.
+            condition: has to be met by the prompt; None for the vector's own, if it has one.
 
         Raises:
             NotFoundError: there is none for this sender.
@@ -105,7 +113,40 @@ class Steerings:
         vector = await self.vector(account_id, vector_id)
         if layers is not None:
             vector = vector.restricted([self._adapter.layer_index(layer) for layer in layers])
-        return self.edits(vector, strength, tokens)
+        found = self.edits(vector, strength, tokens)
+        return found if condition is None else tuple(replace(steer, condition=condition) for steer in found)
+
+    async def condition(
+        self, account_id: str | None, vector_id: str, threshold: float, layer: int | None = None
+    ) -> PromptCondition:
+        """The condition whose direction is a stored vector's. The same one is the same object, so that rows share it.
+
+        Args:
+            account_id: the sender's account, or None for the operator.
+            vector_id: the vector's id.
+            threshold: of the prompts' mean cosine with it.
+            layer: of a vector that has several.
+
+        Raises:
+            NotFoundError: there is no such vector for this sender.
+            ValidationError: a vector of several layers and none named, or of another model.
+        """
+        vector = await self.vector(account_id, vector_id)
+        vector.plan(self._adapter)
+        if layer is not None:
+            vector = vector.restricted([self._adapter.layer_index(layer)])
+        if len(vector) > 1:
+            raise ValidationError(
+                f"a condition is decided at one layer, and {vector_id!r} has layers {list(vector.layers)}: name one."
+            )
+        ((at, direction),) = vector.items()
+        key = (self._digest(vector), float(threshold))
+        found = self._conditions.get(key)
+        if found is None:
+            found = self._conditions[key] = PromptCondition(at, direction, threshold)
+            if len(self._conditions) > _KEPT_DIGESTS:
+                self._conditions.popitem(last=False)
+        return found
 
     async def by_behavior(
         self, account_id: str | None, name: str, strength: float = 1.0
@@ -146,7 +187,7 @@ class Steerings:
         known = self._edits.get(key)
         if known is None:
             plan = vector.plan(self._adapter, strength)
-            known = tuple((i.layer, i.edit) for i in plan.interventions)
+            known = tuple(Steer(i.layer, i.edit, None, i.varying, i.condition) for i in plan.interventions)
             self._edits[key] = known
             self._edit_bytes += _bytes_of(known)
             while len(self._edits) > 1 and self._edit_bytes > _MOST_EDIT_BYTES:
@@ -154,17 +195,17 @@ class Steerings:
         self._edits.move_to_end(key)
         if strength == 0:
             return ()
-        return tuple(Steer(layer, edit, tokens) for layer, edit in known)
+        return tuple(replace(steer, tokens=tokens) for steer in known)
 
     def _digest(self, vector: SteeringVector) -> bytes:
         """A hash of the vector's content; vectors are immutable, so one seen lately isn't read again."""
         known = self._digests.get(id(vector))
         if known is not None and known[0] is vector:
             return known[1]
-        digest = hashlib.blake2b(digest_size=16)
-        for layer, direction in vector.items():
-            digest.update(f"{layer}:{direction.dtype}:{direction.numel()};".encode())
-            digest.update(direction.cpu().numpy().tobytes())
+        digest = hashlib.blake2b(vector.terms.text().encode(), digest_size=16)
+        for name, tensor in (*vector.items(), *vector.terms.tensors().items()):
+            digest.update(f"{name}:{tensor.dtype}:{tensor.numel()};".encode())
+            digest.update(tensor.cpu().numpy().tobytes())
         self._digests[id(vector)] = (vector, digest.digest())
         if len(self._digests) > _KEPT_DIGESTS:
             self._digests.popitem(last=False)
@@ -217,5 +258,5 @@ class Steerings:
             ) from error
 
 
-def _bytes_of(edits: Sequence[tuple[int, Edit]]) -> int:
-    return tensor_bytes(tensor for _, edit in edits for tensor in edit.tensors)
+def _bytes_of(steering: Sequence[Steer]) -> int:
+    return tensor_bytes(tensor for steer in steering for tensor in steer.edit.tensors)

@@ -26,14 +26,26 @@ BEHAVIOR_FILE = ".safetensors"
 
 @dataclass(frozen=True)
 class Watching:
-    """What a request has watched in each of its answers, and what is done where it shows."""
+    """What a request has watched in each of its answers, and what is done where it shows.
+
+    Args:
+        behaviors: those that the request names.
+        action: what is done where they show.
+        floor: those that the server corrects in every answer: a request adds to them, and takes none away.
+    """
 
     behaviors: tuple[Behavior, ...] = ()
     action: Action = "correct"
+    floor: tuple[Behavior, ...] = ()
 
     def onlooker(self) -> Watch | None:
         """One for one answer."""
-        return Watch(self.behaviors, self.action) if self.behaviors else None
+        named = {behavior.name for behavior in self.behaviors}
+        watched = (*self.behaviors, *(one for one in self.floor if one.name not in named))
+        if not watched:
+            return None
+        ending = named if self.action == "abort" else set()
+        return Watch(watched, self.action, frozenset(one.name for one in self.floor) - ending)
 
 
 class WatchedBehaviors:

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from ...engine.positions import TokenSelector, check_tokens
 from ..http.body import Body, Items, Part, few_fields
 
-__all__ = ["ChatBody", "CompletionBody", "GenerationBody", "SteeringItem"]
+__all__ = ["ChatBody", "CompletionBody", "ConditionItem", "GenerationBody", "SteeringItem"]
 
 T = TypeVar("T")
 
@@ -19,6 +19,16 @@ _Place = Annotated[int, Field(ge=-(2**31), le=2**31)]
 _Strength = Annotated[float, Field(ge=-1e6, le=1e6)]
 _Some = Annotated[Items[T], Field(max_length=4096)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class ConditionItem(Part):
+    """A condition that the prompt has to meet: its mean cosine with a stored vector, above a threshold."""
+
+    vector: _Id = Field(description="Id of a stored vector, the direction.")
+    threshold: Annotated[float, Field(ge=-1, le=1)]
+    layer: _Place | None = Field(
+        default=None, description="Which of the vector's layers, where it has several."
+    )
 
 
 class SteeringItem(Part):
@@ -33,6 +43,10 @@ class SteeringItem(Part):
         default=None,
         description="Positions to steer: one, or [start, stop] or [start, stop, step] with null for an open end; "
         "negatives count from the end of the prompt. All by default.",
+    )
+
+    condition: ConditionItem | None = Field(
+        default=None, description="Has to be met by the prompt for this vector to steer its answer."
     )
 
     @property
@@ -76,6 +90,11 @@ class GenerationBody(Body):
     steering_vector_id: _Id | None = Field(default=None, description="The same as steering_vector.")
     steering_strength: _Strength | None = Field(
         default=None, description="Multiplies the vector; 1 by default."
+    )
+    steering_condition: ConditionItem | None = Field(
+        default=None,
+        description="Has to be met by the prompt for steering_vector to steer its answer; else the answer is what it "
+        "is without. A vector that was saved with a condition brings its own.",
     )
     behavior_names: Items[_Name] | None = Field(
         default=None,
@@ -128,6 +147,8 @@ class GenerationBody(Body):
             raise ValueError(
                 "steering_vector and steering_vector_id are one field; they name different vectors"
             )
+        if self.steering_condition is not None and one is None and other is None:
+            raise ValueError("steering_condition goes with a steering_vector; give one")
         if self.behavior_action is not None and not (self.behavior_names or self.corrected_behaviors):
             raise ValueError("behavior_action says what is done with behavior_names: give some")
         if self.corrected_behaviors and self.behavior_action in ("abort", "report"):

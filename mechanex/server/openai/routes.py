@@ -11,16 +11,18 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from ...engine.chat import Chat
+from ...engine.prompt_conditions import PromptCondition
 from ...engine.sae.behavior import Behavior
 from ...engine.sae.watching import forced_edits
 from ...engine.sampling import Sampling, row_seed
 from ...errors import NotFoundError, ValidationError
 from ..accounts.auth import Principal, principal
 from ..http.disconnect import done_or_gone
+from ..http.routes import Route
 from ..library.watched import Watching
 from ..model.engine import Engine, ServingEngine
 from ..model.requests import Steer, TextRequest, results_of
-from .bodies import ChatBody, CompletionBody, GenerationBody
+from .bodies import ChatBody, CompletionBody, ConditionItem, GenerationBody
 from .replies import ChatReply, CompletionReply, Reply
 from .scores import Scores
 from .streams import stream_response
@@ -32,7 +34,7 @@ Who = Annotated[Principal, Depends(principal)]
 
 def openai_router() -> APIRouter:
     """The routes under /v1."""
-    router = APIRouter(prefix="/v1", tags=["openai"])
+    router = APIRouter(prefix="/v1", tags=["openai"], route_class=Route)
     router.add_api_route("/models", _models, methods=["GET"])
     router.add_api_route("/models/{model:path}", _model, methods=["GET"], responses=_errors(404))
     responses = _errors(400, 401, 404, 413, 429, 500, 503, 504)
@@ -187,18 +189,27 @@ async def _steering(
     steerings = engine.steerings
     param = "steering_vector"
     try:
-        found += await steerings.by_vector(who.account_id, vector, strength)
+        param = "steering_condition"
+        condition = await _condition(engine, who, body.steering_condition)
+        param = "steering_vector"
+        found += await steerings.by_vector(who.account_id, vector, strength, condition=condition)
         param = "steering"
         for item in body.steering or ():
             found += await steerings.by_vector(
-                who.account_id, item.vector, item.strength, layers=item.layers, tokens=item.selector
+                who.account_id,
+                item.vector,
+                item.strength,
+                layers=item.layers,
+                tokens=item.selector,
+                condition=await _condition(engine, who, item.condition),
             )
         watched: dict[str, Behavior] = {}
         for name in names:
             param = "behavior_names" if name in named else "force_steering"
             behavior = await _watched(engine, body, who, name)
             if behavior is None:
-                found += await steerings.by_behavior(who.account_id, name, strength)
+                beyond = steerings.beyond_corrections(name, strength)
+                found += await steerings.by_behavior(who.account_id, name, beyond)
                 continue
             if name in forced:
                 found += forced_edits([behavior])
@@ -210,13 +221,17 @@ async def _steering(
     except (NotFoundError, ValidationError) as error:
         raise _invalid(error.message, param) from error
     action = body.behavior_action
-    watching = Watching(
-        tuple(watched.values()), action if action is not None and action != "steer" else "correct"
-    )
-    if not names and not corrected:
-        found += steerings.corrections
-        watching = steerings.correcting
-    return tuple(found), watching
+    found += steerings.corrections
+    done = action if action is not None and action != "steer" else "correct"
+    return tuple(found), Watching(tuple(watched.values()), done, steerings.floor)
+
+
+async def _condition(
+    engine: ServingEngine, who: Principal, item: ConditionItem | None
+) -> PromptCondition | None:
+    if item is None:
+        return None
+    return await engine.steerings.condition(who.account_id, item.vector, item.threshold, item.layer)
 
 
 async def _watched(engine: ServingEngine, body: GenerationBody, who: Principal, name: str) -> Behavior | None:
