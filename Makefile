@@ -16,7 +16,7 @@ SOURCES := csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/cuda_on_host/*
 
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-ci test-long test-real test-versions lint bench wheel clean
+.PHONY: help demo test test-ci test-long test-real test-versions test-vllm lint bench wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test-ci   run those that take long and that a change seldom breaks: kernels on the CPU, packaging, faults, fuzzing, load"
 	@echo "make test-real   run the tests that need SmolLM2-135M (fetched once, 93 MB)"
 	@echo "make test-versions   run those that depend on transformers most, with its oldest and its newest version"
+	@echo "make test-vllm   run the tests of steering in vLLM, in an environment of their own (made once, 3.5 GB)"
 	@echo "make test-long   run the tests that take minutes: every family of transformers, every case under Triton's interpreter"
 	@echo "make lint   ruff, mypy --strict, clang-format"
 	@echo "make bench  run the benchmarks, write benchmarks/RESULTS.md; BENCH_ARGS=\"--compare FILE.json\""
@@ -45,6 +46,10 @@ test-real: $(VENV)/.dev
 
 test-versions: $(VENV)/.dev
 	PYTEST_ARGS="$(PYTEST_ARGS)" scripts/test_versions.sh
+
+test-vllm:
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" scripts/vllm_env.sh
+	build/vllm/venv/bin/python -m pytest -q -p no:cacheprovider tests/with_vllm
 
 test-long: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m long $(PYTEST_ARGS)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .engine.models.resolve import LoadedModel
     from .engine.vector_store import VectorStore
     from .server.serve import RunningServer
+    from .vllm.launch import RunningEngine
 
 __all__ = ["EXECUTION_MODES", "Mechanex", "default_client"]
 
@@ -234,7 +235,7 @@ class Mechanex(AccountCalls):
         *,
         block: bool = True,
         **settings: Any,
-    ) -> RunningServer | None:
+    ) -> RunningServer | RunningEngine | None:
         """Turns the model into an OpenAI-compatible endpoint, with the Axionic API beside it, until it is stopped.
 
         Blocks until SIGINT (Ctrl-C) or SIGTERM, or with ``block=False`` serves from a thread. An address that other
@@ -245,11 +246,13 @@ class Mechanex(AccountCalls):
             model: a name to load, or a model; None for the loaded one. It stays this client's model.
             host: address to bind; ``127.0.0.1`` for this machine only.
             port: TCP port.
-            use_vllm: run the model in vLLM.
+            use_vllm: run the model in vLLM; it needs a name or a folder.
             corrected_behaviors: names of behaviors that are corrected in every answer, unless its request names others.
             block: False, for notebooks and programs that go on, serves from a thread.
             settings: ``vectors`` (a folder of vector files for every client), ``behaviors`` (contrastive examples),
-                ``database``, ``key`` and the limits of ``mechanex.server.settings.ServerSettings``.
+                ``database``, ``key`` and the limits of ``mechanex.server.settings.ServerSettings``. With
+                ``use_vllm``: ``vectors``, ``key``, ``model_name``, ``max_batch``, and ``vllm_args``, a list of
+                arguments of ``vllm serve``.
 
         Returns:
             With ``block=False``, once it answers, a handle with ``url``, ``key`` and ``stop()``, which is a context
@@ -263,6 +266,15 @@ class Mechanex(AccountCalls):
         from .serving import check_no_loop, serve
 
         check_no_loop(block)  # before a model is loaded
+        if use_vllm:
+            from .vllm.supported import check_installed
+
+            check_installed()
+            from .vllm.launch import serve_vllm
+
+            given = {"host": host, "port": port, "corrected_behaviors": corrected_behaviors, **settings}
+            arguments = given.pop("vllm_args", ())
+            return serve_vllm(self._named(model), given, vllm_args=arguments, block=block)
         if isinstance(model, str | os.PathLike):
             self.load_model(os.fspath(model))
         elif model is not None:
@@ -275,11 +287,21 @@ class Mechanex(AccountCalls):
             self._loaded,
             host=host,
             port=port,
-            use_vllm=use_vllm,
             corrected_behaviors=corrected_behaviors,
             stored=self.vectors,
             block=block,
             **settings,
+        )
+
+    def _named(self, model: Any) -> str:
+        """The name or folder of the model that vLLM is to load."""
+        if isinstance(model, str | os.PathLike):
+            return os.fspath(model)
+        if model is None and self._loaded is not None and self._loaded.name:
+            return self._loaded.name
+        raise ValidationError(
+            "use_vllm loads a model by its name or folder: serve('name', use_vllm=True), with save_pretrained before "
+            "for a model of your own."
         )
 
     def set_execution_mode(self, mode: str) -> Mechanex:

@@ -54,6 +54,7 @@ class GenerationModule(_BaseModule):
         stop: str | Sequence[str] | None = None,
         stream: Literal[False] = False,
         continue_final_message: bool = False,
+        guard: float | None = None,
     ) -> str: ...
 
     @overload
@@ -74,6 +75,7 @@ class GenerationModule(_BaseModule):
         stop: str | Sequence[str] | None = None,
         stream: Literal[True],
         continue_final_message: bool = False,
+        guard: float | None = None,
     ) -> Iterator[str]: ...
 
     def generate(
@@ -93,6 +95,7 @@ class GenerationModule(_BaseModule):
         stop: str | Sequence[str] | None = None,
         stream: bool = False,
         continue_final_message: bool = False,
+        guard: float | None = None,
     ) -> str | Iterator[str]:
         """Runs a standard generation, on the server or on the local model as the execution mode says.
 
@@ -115,12 +118,15 @@ class GenerationModule(_BaseModule):
             stream: give an iterator of text; its first piece is the prompt, and joined they are the whole
                 result. A server's text comes in one piece.
             continue_final_message: go on with a chat's last message instead of answering it.
+            guard: most nats by which steering may move a token's distribution, KL(steered‖plain) before temperature,
+                against a plain row with the same tokens beside it. A token beyond is chosen at the strongest of ⅔, ⅓
+                and 0 of the strength that is within, else by the plain row. Runs locally.
 
         Returns:
             The prompt followed by its continuation.
 
-        A server takes text prompts and vectors by id; other prompts and vectors, and another ``typical_p`` than the
-        default, run on the local model only.
+        A server takes text prompts and vectors by id; other prompts and vectors, a guard, and another ``typical_p``
+        than the default, run on the local model only.
 
         Raises:
             MechanexError: neither a model nor a server, and whatever ``transport.call`` raises.
@@ -181,6 +187,7 @@ class GenerationModule(_BaseModule):
                 stop=stop,
                 vector=vector,
                 strength=steering_strength,
+                guard=guard,
             )
 
         only_local = None
@@ -188,6 +195,8 @@ class GenerationModule(_BaseModule):
             only_local = "a prompt of token ids or chat messages needs the model's tokenizer"
         elif typical_p != _TYPICAL_P:
             only_local = "typical_p can't be sent"
+        elif guard is not None:
+            only_local = "a guard can't be sent"
         elif steering_vector is not None:
             only_local = self._only_local(steering_vector)
         # What isn't stored here, a server's id, means nothing here: the server's own error says more.

@@ -23,7 +23,6 @@ def serve(
     *,
     host: str = "0.0.0.0",
     port: int = 8000,
-    use_vllm: bool = False,
     corrected_behaviors: Sequence[str] | None = None,
     vectors: str | os.PathLike[str] | None = None,
     behaviors: Sequence[str | os.PathLike[str]] = (),
@@ -35,20 +34,19 @@ def serve(
 
     Args:
         loaded: the model, as ``mechanex.engine.models.resolve.load`` gives it.
-        host, port, use_vllm, corrected_behaviors, vectors, behaviors, block, settings: as ``Mechanex.serve`` takes
+        host, port, corrected_behaviors, vectors, behaviors, block, settings: as ``Mechanex.serve`` takes
             them.
         stored: the operator's vectors by id; by default those under ``MECHANEX_HOME``.
 
     Raises:
-        ValidationError: a setting out of its range or unknown, ``use_vllm`` without vLLM, or behaviors that aren't
-            known.
+        ValidationError: a setting out of its range or unknown, or behaviors that aren't known.
         NotFoundError: a file that isn't there.
         MechanexError: the ``serve`` extra is missing, the address is taken, or an event loop runs that ``block=True``
             would hold up.
     """
     check_no_loop(block)
     try:
-        from .server.serve import check_vllm, serve_loaded
+        from .server.serve import serve_loaded
         from .server.settings import ServerSettings
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("mechanex"):
@@ -56,8 +54,6 @@ def serve(
         raise MechanexError(
             f"serving needs {error.name}, which isn't installed: pip install 'mechanex[serve]'."
         ) from error
-    if use_vllm:
-        check_vllm()
     for name, given in (("corrected_behaviors", corrected_behaviors), ("behaviors", behaviors)):
         if isinstance(given, str):
             raise ValidationError(f"{name} is a list of texts; got the text {given!r}.")

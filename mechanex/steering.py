@@ -193,8 +193,8 @@ class SteeringModule(_BaseModule):
     ) -> SteeringVector:
         """Trains a vector that stands in for a system prompt, whose tokens it saves; runs locally.
 
-        Each token opens it by a gate: x ← x + sigmoid(w·x + c)·v at 6 layers, with w, c and v trained so that the next
-        tokens are those that the model would choose under the system prompt.
+        Each token opens it by a gate: x ← x + sigmoid(w·x + c)·v at 6 layers, with w, c and v trained so that the
+        model's next tokens are those that it would choose under the system prompt.
 
         Args:
             system_prompt: the text.

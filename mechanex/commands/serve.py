@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from ..engine.models.resolve import load
+from ..errors import ValidationError
 from ..serving import serve
 
 __all__ = ["run_serve"]
@@ -20,11 +21,20 @@ def run_serve(*, model: str, device: str | None, dtype: str | None, log_level: s
     """
     _log_json(log_level)
     given = {name: value for name, value in options.items() if value is not None}
-    if options["use_vllm"]:
-        from ..server.serve import check_vllm
+    use_vllm, arguments = given.pop("use_vllm"), given.pop("vllm_args")
+    if not use_vllm:
+        if arguments:
+            raise ValidationError("--vllm-arg goes with --use-vllm.")
+        serve(load(model, backend="transformers", device=device, dtype=dtype), **given)
+        return
+    from ..vllm.supported import check_installed
 
-        check_vllm()  # before the model is loaded, which may take minutes
-    serve(load(model, backend="transformers", device=device, dtype=dtype), **given)
+    check_installed()
+    if device is not None:
+        raise ValidationError("vLLM chooses its devices itself: leave --device out.")
+    from ..vllm.launch import serve_vllm
+
+    serve_vllm(model, {k: v for k, v in given.items() if v is not False}, dtype=dtype, vllm_args=arguments)
 
 
 def _log_json(level: str) -> None:

@@ -261,6 +261,12 @@ def optimize(ctx: click.Context, /, **options: Any) -> None:
 @click.option("--open-signup", is_flag=True, help="Let anyone who reaches the server make an account.")
 @click.option("--log-prompts", is_flag=True, help="Write prompts to the log too.")
 @click.option("--use-vllm", is_flag=True, help="Run the model in vLLM.")
+@click.option(
+    "--vllm-arg",
+    "vllm_args",
+    multiple=True,
+    help="An argument of vLLM's own server, such as --tensor-parallel-size=2; may be repeated.",
+)
 @device_option
 @dtype_option
 @click.option(

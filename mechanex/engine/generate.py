@@ -127,7 +127,16 @@ class Generating:
     def rows(self, *, stream: bool) -> list[Row]:
         options = self.options
         requests = [
-            TextRequest(ids, options.max_tokens, options, seed, options.stops, self.steering, stream=stream)
+            TextRequest(
+                ids,
+                options.max_tokens,
+                options,
+                seed,
+                options.stops,
+                self.steering,
+                stream=stream,
+                guard=options.guard if self.steering else None,
+            )
             for ids, seed in zip(self.ids, self.seeds, strict=True)
         ]
         requests = [self.request(i, one) for i, one in enumerate(requests)]

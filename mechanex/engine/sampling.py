@@ -80,6 +80,7 @@ class Options(Sampling):
         stop: a text or texts that end the continuation; the first that comes is cut off.
         vector: steers the model during this call.
         strength: multiplies the vector; 0 steers nothing and logs a warning.
+        guard: most nats of KL(steered‖plain) of a token's distribution; see ``generation.generate``. None for no bound.
         continue_final_message: go on with a chat's last message instead of answering it.
 
     Raises:
@@ -92,6 +93,7 @@ class Options(Sampling):
     vector: SteeringVector | None = None
     strength: float = 1.0
     continue_final_message: bool = False
+    guard: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,6 +106,10 @@ class Options(Sampling):
             if seed is None or not 0 <= seed < 2**63:
                 raise ValidationError(f"seed is a whole number from 0 to 2**63 - 1; got {self.seed!r}.")
             object.__setattr__(self, "seed", seed)
+        if self.guard is not None and not (_is_number(self.guard) and 0 <= self.guard < math.inf):
+            raise ValidationError(
+                f"guard is a number of nats, 0 or more, or None for no bound; got {self.guard!r}."
+            )
         if not all(isinstance(text, str) and text for text in self.stops):
             raise ValidationError(
                 f"stop is a text or a list of texts, none of them empty; got {self.stop!r}."

@@ -96,17 +96,22 @@ class SteerTable:
         self._check_slot(slot)
         self.write(slot, Edit(torch.zeros_like(self._bias[slot])))
 
-    def apply(self, hidden: Tensor, rows: Tensor, strength: Tensor | None = None) -> Tensor:
+    def apply(
+        self, hidden: Tensor, rows: Tensor, strength: Tensor | None = None, *, only_adds: bool = False
+    ) -> Tensor:
         """Edit ``hidden`` [..., d_model] out of place, without looking at any value on a device.
 
         Args:
             hidden: the residual stream, on the table's device.
             rows: int32 of hidden's leading shape, or [..., m] for m edits in order; a slot, or -1 for none.
             strength: floating point of rows' shape; None: 1.
+            only_adds: whether the caller knows that none of these edits has a rank or a gate, which then aren't read.
 
         Raises:
             ValidationError: shapes, dtypes or devices don't fit, or (on the CPU) a slot doesn't exist.
         """
+        if only_adds:
+            return steer(hidden, rows, self._bias, strength=strength)
         return steer(hidden, rows, self._bias, self._left, self._right, strength=strength, gate=self._gate)
 
     @property

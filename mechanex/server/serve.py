@@ -16,14 +16,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import click
 import uvicorn
 
 from .._private.uvicorn import forget_signals
-from ..errors import MechanexError, ValidationError
+from ..errors import MechanexError
 from .app import create_app
 from .http.connections import BACKLOG, bounded, listen, most_connections
 from .settings import ServerSettings
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from ..engine.vector_store import VectorStore
     from .model.scheduler import Scheduler
 
-__all__ = ["RunningServer", "check_vllm", "serve_loaded"]
+__all__ = ["RunningServer", "serve_loaded"]
 
 _logger = logging.getLogger(__name__)
 _END_SECONDS = 10.0  # beyond the time that running answers have
@@ -184,18 +183,6 @@ class _Server(uvicorn.Server):
         await asyncio.sleep(0.05)  # the last events go out
         await super().shutdown(sockets)
         forget_signals(self)
-
-
-def check_vllm() -> None:
-    """Raises a ValidationError that says what ``use_vllm`` lacks."""
-    if find_spec("vllm") is None:
-        raise ValidationError(
-            "use_vllm=True needs vLLM, which isn't installed: pip install vllm (Linux, a GPU), or leave use_vllm "
-            "at False: the server batches by itself."
-        )
-    raise ValidationError(
-        "use_vllm=True needs mechanex's vLLM plugin, which is not part of this version: leave use_vllm at False."
-    )
 
 
 class JsonLines(logging.Formatter):

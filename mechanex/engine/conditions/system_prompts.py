@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ...bundled import open_questions
 from ...errors import ValidationError
-from ..capabilities.replaying import resumed
+from ..capabilities.replaying import replay_agrees
 from ..capabilities.unembedding import unembedding_agrees
 from ..chat import has_chat_template
 from ..decode.run import decode
@@ -26,7 +26,7 @@ from ..intervention import compute_dtype
 from ..models import adapter_for
 from ..models.adapter import ModelAdapter, ResidualHook, exclusive, undisturbed
 from ..pack import Pack
-from ..passes import scored_hidden, visit_residuals
+from ..passes import Resumed, scored_hidden, visit_residuals
 from ..pauses import pause
 from ..sampling import Options
 from ..terms import Terms, TokenGate
@@ -99,7 +99,7 @@ def from_system_prompt(
     held, chats = chats[:n_held], chats[n_held:]
     with exclusive(adapter), undisturbed(adapter.hf_model):
         gates = _Gates(adapter, places)
-        unseen = _Group(adapter, held, places[0])
+        unseen = _ChatGroup(adapter, held, places[0])
         with torch.no_grad():
             prompt_kl = float(unseen.kl().mean())
         if not prompt_kl > 1e-6:
@@ -107,7 +107,7 @@ def from_system_prompt(
                 "the system prompt doesn't change the model's answers, so that there is nothing to learn: check that "
                 "the tokenizer's template writes system messages."
             )
-        groups = [_Group(adapter, chats[i : i + _BATCH], places[0]) for i in range(0, len(chats), _BATCH)]
+        groups = [_ChatGroup(adapter, chats[i : i + _BATCH], places[0]) for i in range(0, len(chats), _BATCH)]
         gates.measure(groups[0].packs)
         _train(gates, groups, steps, seed, progress)
         with gates.applied(), torch.no_grad():
@@ -165,7 +165,7 @@ def _prompted(tokenizer: Any, system_prompt: str | None, prompt: Prompt) -> Prom
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
-class _Group:
+class _ChatGroup:
     """Chats that are run together: what the model says under the prompt, and passes without it from a layer on.
 
     Args:
@@ -182,7 +182,8 @@ class _Group:
         with torch.no_grad():
             # Hidden states where they do: logits of a large vocabulary take much memory.
             self._wanted = _by_chat(prompted, [look(adapter, pack) for pack in prompted])
-            self._begun = [resumed(adapter, pack, layer) for pack in self.packs] if self._unembeds else []
+            resumes = self._unembeds and replay_agrees(adapter)
+            self._begun = [Resumed(adapter, pack, layer) for pack in self.packs] if resumes else []
 
     def kl(self) -> Tensor:
         """[N] KL(with the prompt‖as the model is now, without) of each token, differentiable, in nats."""
@@ -190,7 +191,8 @@ class _Group:
         if not self._unembeds:
             found = _by_chat(self.packs, [scored_logits(adapter, pack) for pack in self.packs])
             return _kl(self._wanted, found)
-        found = _by_chat(self.packs, [begun.scored() for begun in self._begun])
+        ends = [begun.scored() for begun in self._begun] or [scored_hidden(adapter, p) for p in self.packs]
+        found = _by_chat(self.packs, ends)
         with torch.no_grad():
             wanted = adapter.unembedding.logits(self._wanted)
         return _kl(wanted, adapter.unembedding.logits(found))
@@ -267,7 +269,7 @@ class _Gates:
         return SteeringVector({layer: v for layer, (v, _, _) in made.items()}, terms=Terms(gates), **said)
 
 
-def _train(gates: _Gates, groups: Sequence[_Group], steps: int, seed: int, progress: bool) -> None:
+def _train(gates: _Gates, groups: Sequence[_ChatGroup], steps: int, seed: int, progress: bool) -> None:
     """Adam on the mean KL of a group a step, each group in turn in an order drawn anew; the rate falls to zero."""
     parameters = [part for one in gates.parameters.values() for part in one.values()]
     optimizer = torch.optim.Adam(parameters, lr=_RATE)
@@ -285,7 +287,7 @@ def _train(gates: _Gates, groups: Sequence[_Group], steps: int, seed: int, progr
                     "the loss is not finite: the model's dtype is too narrow for this training; load it in float32."
                 )
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
 
@@ -317,7 +319,7 @@ def prompt_shift(
     chats = _chats(model, tokenizer, system_prompt, prompts, answer_tokens, seed)
     plan = vector.plan(adapter, strength)
     with exclusive(adapter), undisturbed(adapter.hf_model), torch.no_grad():
-        group = _Group(adapter, chats, min(adapter.layer_index(i.layer) for i in plan.interventions))
+        group = _ChatGroup(adapter, chats, min(adapter.layer_index(i.layer) for i in plan.interventions))
         plain = float(group.kl().mean())
         with plan.apply(adapter):
             return plain, float(group.kl().mean())

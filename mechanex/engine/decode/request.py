@@ -12,7 +12,7 @@ from ..prompt_conditions import PromptCondition
 from ..sampling import Sampling
 from ..schedules import Varying
 
-__all__ = ["Onlooker", "Result", "Steer", "Step", "TextRequest", "TokenLogprob"]
+__all__ = ["GuardedToken", "Onlooker", "Result", "Steer", "Step", "TextRequest", "TokenLogprob"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class TextRequest:
         logprobs: None, or how many of the likeliest tokens to report with each chosen one's log-probability.
         prompt_logprobs: whether to report them for the prompt's tokens too.
         owner: whose it is: texts of others are not gone on from.
+        guard: most nats of KL(steered‖plain) of a token, then chosen at a smaller strength; by ``decode`` only.
         onlooker: one of its own, who may change or end the answer; the decoder's steering must know the kind.
         stream: whether the answer is read step by step; without it, everything comes as one step at the end.
     """
@@ -86,6 +87,24 @@ class TextRequest:
     stream: bool = False
     owner: Hashable = None
     onlooker: Onlooker | None = None
+    guard: float | None = None
+
+
+@dataclass(frozen=True)
+class GuardedToken:
+    """What a guard did about one token of an answer.
+
+    Args:
+        share: of the edits' strength at the token that it is chosen from; 0 leaves that token alone.
+        kl: KL(steered‖plain) at that share in nats, of the logits before temperature.
+        full_kl: the same at the whole strength.
+        plain: whether no share was within the bound, so that the token is the plain row's.
+    """
+
+    share: float
+    kl: float
+    full_kl: float
+    plain: bool
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 from ..detokenize import Continuation
 from ..prompt_conditions import PromptCondition
-from .request import Result, Steer, Step, TextRequest, TokenLogprob
+from .request import GuardedToken, Result, Steer, Step, TextRequest, TokenLogprob
 
 __all__ = ["Row"]
 
@@ -56,6 +56,8 @@ class Row:
         """The edits that are in force: those whose conditions were met, and those without."""
         self.undecided: tuple[PromptCondition, ...] = _conditions(request.steering)
         """The conditions that are yet to be decided, when the prompt has been read."""
+        self.guarded: list[GuardedToken] = []
+        """What a guard did about each token, where there is one."""
         self.cached_tokens = 0
         """Tokens of the prompt that needn't be read, since a text before began alike."""
         self.result: Result | None = None

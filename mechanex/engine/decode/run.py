@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ...errors import MechanexError
+from ...errors import MechanexError, ValidationError
 from ..capabilities.decoding import form
 from ..models.adapter import ModelAdapter, exclusive, undisturbed
 from .calls import TOGETHER
 from .decoder import Decoder, Outcome
+from .guarded import decode_guarded
 from .request import Step
 from .row import Row
 from .steering import RowSteering
@@ -41,6 +42,12 @@ def decode(
         MechanexError: the first row that can't be continued: its edits don't fit, its logits aren't finite, …
     """
     with exclusive(adapter), undisturbed(adapter.hf_model), torch.no_grad():
+        if any(row.request.guard is not None for row in rows):
+            if steering is not None:
+                raise ValidationError("a guard doesn't go with watched behaviors: leave one of them out.")
+            for group in _groups(rows):
+                decode_guarded(adapter, group, padding, tell)
+            return
         decoder = Decoder(adapter, padding, form=form(adapter, len(rows)), steering=steering)
         together = decoder.form in TOGETHER
         for row in rows:

@@ -81,6 +81,12 @@ class _SlotLayer(OwnLayer, DynamicLayer):  # type: ignore[no-untyped-call]
             # Masked columns weigh nothing, but nothing times NaN is NaN: whatever was there before is wiped.
             buffer[first : first + m, :, longest:] = 0
 
+    def keep(self, index: Tensor, kept: Tensor) -> None:
+        """Copies columns ``kept`` of the first slots over columns ``index``, both [rows] int64."""
+        for buffer in self._states:
+            rows = torch.arange(index.shape[0], device=buffer.device)
+            buffer[rows, :, index.to(buffer.device)] = buffer[rows, :, kept.to(buffer.device)]
+
     def move(self, source: int, target: int) -> None:
         """Copies a slot over another."""
         for buffer in self._states:
@@ -194,6 +200,15 @@ class SlotCache(Cache):
         """
         shown = self._shown
         shown.rows, shown.columns, shown.index, shown.new = rows, columns, index, index.shape[1]
+
+    def keep(self, index: Tensor, kept: Tensor) -> None:
+        """Keeps one of several new columns of each row: column ``kept`` becomes column ``index``.
+
+        Args:
+            index, kept: [rows] int64, of the first slots.
+        """
+        for layer in self._filled:
+            layer.keep(index, kept)
 
     def states_of(self, row: int, n: int) -> tuple[tuple[Tensor, Tensor] | None, ...] | None:
         """Each layer's keys and values [1, heads, n, width] of a row's first tokens, as views; None for a layer

@@ -36,7 +36,7 @@ from .request import Steer
 from .row import Row
 from .slot_steering import SlotSteering
 from .slots import SlotCache
-from .static_step import StaticStep, bucket
+from .static_step import StaticStep, bucket, sight_mask
 from .steering import RowSteering, Span
 
 __all__ = ["StaticBatch"]
@@ -281,7 +281,8 @@ class StaticBatch:
         stated = Positions(positions, _OURS)
         if self._watched and self._numbers is not None:
             stated = self._numbers.stated(positions)
-        inputs = StepInputs(ids, self._mask(back), positions, stated)
+        mask = sight_mask(back, self._masks, self._window, self._adapter.dtype)
+        inputs = StepInputs(ids, mask, positions, stated)
         self._running = True
         try:
             silent = nullcontext() if self._watched else taken_over()
@@ -292,25 +293,6 @@ class StaticBatch:
             self._steering.rest()
             if self._seen is not None:  # the step's own hooks are no reason to look at the model anew
                 self._seen += changes() - before
-
-    def _mask(self, back: Tensor) -> Tensor | dict[str, Tensor]:
-        """What the model takes as its mask, from how far back each token stands that is seen."""
-        dtype = self._adapter.dtype
-        lowest = torch.finfo(dtype).min
-        hidden = back[:, None] < 0
-        shape = hidden.shape
-
-        def mask(hidden: Tensor) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=back.device).masked_fill_(hidden, lowest)
-
-        if self._masks == "plain":
-            return mask(hidden)
-        narrow = mask(hidden | (back[:, None] >= self._window)) if self._window is not None else mask(hidden)
-        return (
-            narrow
-            if self._masks == "window"
-            else {"full_attention": mask(hidden), "sliding_attention": narrow}
-        )
 
     def _attach(self, step: StaticStep, layers: frozenset[int]) -> None:
         if layers == self._hooked:

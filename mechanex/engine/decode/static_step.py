@@ -12,7 +12,7 @@ from .graphs import Graphs
 from .slot_steering import SlotSteering
 from .slots import SlotCache
 
-__all__ = ["StaticStep", "bucket"]
+__all__ = ["StaticStep", "bucket", "sight_mask"]
 
 
 def bucket(n: int, fewest: int = 1) -> int:
@@ -20,6 +20,27 @@ def bucket(n: int, fewest: int = 1) -> int:
     n = max(n, fewest)
     power = 1 << (n - 1).bit_length()
     return power * 3 // 4 if power > 16 and n <= power * 3 // 4 else power
+
+
+def sight_mask(back: Tensor, form: str, window: int | None, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """What a model takes as its mask.
+
+    Args:
+        back: [rows, new, columns] int64, how far back each column stands; negative where it isn't seen.
+        form: how the model takes masks, one of :data:`mechanex.engine.pack.TREES`.
+        window: of its layers that have one, or None.
+        dtype: the model's.
+    """
+    lowest = torch.finfo(dtype).min
+    hidden = back[:, None] < 0
+
+    def mask(hidden: Tensor) -> Tensor:
+        return torch.zeros(hidden.shape, dtype=dtype, device=back.device).masked_fill_(hidden, lowest)
+
+    if form == "plain":
+        return mask(hidden)
+    narrow = mask(hidden | (back[:, None] >= window)) if window is not None else mask(hidden)
+    return narrow if form == "window" else {"full_attention": mask(hidden), "sliding_attention": narrow}
 
 
 class StaticStep:

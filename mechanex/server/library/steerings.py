@@ -21,8 +21,9 @@ from ...engine.vector_store import VectorStore
 from ...engine.vectors import SteeringVector
 from ...errors import APIError, NotFoundError, ValidationError
 from ..settings import ServerSettings
+from .folder import SharedVectors
 from .records import Library
-from .shared import SharedVectors, make_behaviors
+from .shared import make_behaviors
 from .watched import WatchedBehaviors
 
 __all__ = ["Steerings"]

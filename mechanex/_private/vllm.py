@@ -1,0 +1,218 @@
+"""vLLM: what its documentation doesn't name. Importing this imports vLLM; only its own processes and tests do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import vllm
+import vllm.v1.core.kv_cache_utils as cache_keys
+from torch import nn
+from vllm.config import set_current_vllm_config
+from vllm.forward_context import set_forward_context
+from vllm.platforms import current_platform
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+__all__ = [
+    "VERSION",
+    "Steps",
+    "engine_config",
+    "follow",
+    "llm_class",
+    "loaded_model",
+    "run_alone",
+    "salt_blocks",
+    "scheduler_class",
+    "server_main",
+    "worker_class",
+]
+
+VERSION: str = vllm.__version__
+
+_SALTED = "_gen_prompt_embeds_extra_hash_keys"  # of (request, first token, token after the last) -> list
+
+
+def worker_class() -> Any:
+    """vLLM's worker for this platform."""
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        return CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker
+
+    return Worker
+
+
+def scheduler_class(vllm_config: Any) -> Any:
+    """The scheduler that vLLM takes with this configuration, where none is named."""
+    return AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
+
+
+def salt_blocks(salt: Callable[[Any, int, int], Sequence[str]]) -> None:
+    """Has the hash of each block of the prefix cache hold what ``salt`` says of it.
+
+    For this process, and once: another call changes the salt.
+
+    Args:
+        salt: gives texts for a request and the first token and the one after the last of a block.
+    """
+    inner = getattr(cache_keys, _SALTED)
+    inner = getattr(inner, "unsalted", inner)
+
+    def salted(request: Any, start: int, stop: int) -> list[Any]:
+        return [*inner(request, start, stop), *salt(request, start, stop)]
+
+    salted.unsalted = inner  # type: ignore[attr-defined]
+    setattr(cache_keys, _SALTED, salted)
+
+
+@contextmanager
+def run_alone(vllm_config: Any) -> Iterator[None]:
+    """Runs a block in which single layers of a loaded model may be called; attention attends to nothing."""
+    with (
+        torch.inference_mode(),
+        set_current_vllm_config(vllm_config),
+        set_forward_context(None, vllm_config, slot_mapping={}),
+    ):
+        yield
+
+
+class Steps(Protocol):
+    """The steps of a model runner."""
+
+    def reads(self) -> list[tuple[str, int, int, int]]:
+        """What the step that begins reads: for each request in the order of the tokens its id, how many of its
+        tokens were read before, how many are read now, and how many its prompt has."""
+
+    def extra_args(self, request_id: str) -> Mapping[str, Any]:
+        """A request's ``SamplingParams.extra_args``."""
+
+    def knows(self, request_id: str) -> bool:
+        """Whether the request hasn't ended."""
+
+
+def follow(runner: Any, begin: Callable[[Steps], None], end: Callable[[], None], *, is_v2: bool) -> None:
+    """Has ``begin`` called before each pass of a loaded model runner over requests, and ``end`` after it.
+
+    Passes that serve no request, such as warm-ups, aren't followed. The V2 runner has no place for ``end``.
+    """
+    if is_v2:
+        _V2Steps(runner.model_state, begin)
+        return
+    steps = _V1Steps(runner)
+    inner = runner._model_forward
+
+    def followed(*args: Any, **kwargs: Any) -> Any:
+        begin(steps)
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            end()
+
+    runner._model_forward = followed
+
+
+class _V1Steps:
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+
+    def reads(self) -> list[tuple[str, int, int, int]]:
+        batch = self._runner.input_batch
+        n = batch.num_reqs
+        begins = self._runner.query_start_loc.np[: n + 1].tolist()
+        computed = batch.num_computed_tokens_cpu[:n].tolist()
+        prompts = batch.num_prompt_tokens[:n].tolist()
+        return [
+            (request_id, computed[i], begins[i + 1] - begins[i], prompts[i])
+            for i, request_id in enumerate(batch.req_ids[:n])
+        ]
+
+    def extra_args(self, request_id: str) -> Mapping[str, Any]:
+        params = self._runner.requests[request_id].sampling_params
+        return (params and params.extra_args) or {}
+
+    def knows(self, request_id: str) -> bool:
+        return request_id in self._runner.requests
+
+
+class _V2Steps:
+    """Not run yet: this runner needs a GPU. Written from the source of 0.30."""
+
+    def __init__(self, state: Any, begin: Callable[[Steps], None]) -> None:
+        self._known: dict[str, tuple[int, Mapping[str, Any]]] = {}
+        self._batch: Any = None
+        add, remove, prepare = state.add_request, state.remove_request, state.prepare_inputs
+
+        def add_request(index: int, data: Any) -> None:
+            params = data.sampling_params
+            self._known[data.req_id] = len(data.prompt_token_ids), (params and params.extra_args) or {}
+            add(index, data)
+
+        def remove_request(request_id: str) -> None:
+            self._known.pop(request_id, None)
+            remove(request_id)
+
+        def prepare_inputs(batch: Any, states: Any) -> Any:
+            self._batch = batch
+            begin(self)
+            return prepare(batch, states)
+
+        state.add_request, state.remove_request, state.prepare_inputs = (
+            add_request,
+            remove_request,
+            prepare_inputs,
+        )
+
+    def reads(self) -> list[tuple[str, int, int, int]]:
+        batch, n = self._batch, self._batch.num_reqs
+        computed, scheduled = (
+            batch.num_computed_tokens_np[:n].tolist(),
+            batch.num_scheduled_tokens[:n].tolist(),
+        )
+        return [
+            (request_id, computed[i], scheduled[i], self._known[request_id][0])
+            for i, request_id in enumerate(batch.req_ids[:n])
+        ]
+
+    def extra_args(self, request_id: str) -> Mapping[str, Any]:
+        return self._known[request_id][1]
+
+    def knows(self, request_id: str) -> bool:
+        return request_id in self._known
+
+
+def loaded_model(runner: Any) -> nn.Module:
+    """The model of a runner."""
+    model = runner.get_model()
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def server_main(arguments: Sequence[str]) -> None:
+    """Runs vLLM's OpenAI server with these arguments, until SIGINT or SIGTERM."""
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.launcher import validate_api_server_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(list(arguments))
+    validate_api_server_args(args)
+    uvloop.run(run_server(args))
+
+
+def engine_config(options: Mapping[str, Any]) -> Any:
+    """The configuration of an engine with these options, which isn't started."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(**options).create_engine_config()
+
+
+def llm_class() -> Any:
+    """``vllm.LLM``."""
+    from vllm import LLM
+
+    return LLM

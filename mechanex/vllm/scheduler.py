@@ -1,0 +1,93 @@
+"""vLLM's scheduler, with requests that wait for room in the tables, and a prefix cache that knows steering.
+
+For vLLM's ``scheduler_cls``.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from .._private.vllm import VERSION, salt_blocks, scheduler_class
+from .asked import FIELD, AskedEdit, block_salt, edits_of
+from .capacity import Capacity
+from .slots import Slots
+from .supported import check_version
+
+__all__ = ["steering_scheduler"]
+
+
+def steering_scheduler(*, vllm_config: Any, **options: Any) -> Any:
+    """The scheduler that vLLM would take, with steering; arguments as there."""
+    check_version(VERSION)
+    salt_blocks(_salt)
+    return _on(scheduler_class(vllm_config))(vllm_config=vllm_config, **options)
+
+
+def _asked(request: Any) -> tuple[AskedEdit, ...]:
+    params = request.sampling_params
+    text = ((params and params.extra_args) or {}).get(FIELD)
+    return edits_of(text) if text else ()
+
+
+def _salt(request: Any, start: int, stop: int) -> Sequence[str]:
+    return block_salt(_asked(request), start, stop, request.num_prompt_tokens)
+
+
+@cache
+def _on(base: Any) -> Any:
+    class SteeringScheduler(base):  # type: ignore[misc]
+        """Requests whose edits find no slot are held back, in the order in which they came."""
+
+        def __init__(self, *, vllm_config: Any, **options: Any) -> None:
+            super().__init__(vllm_config=vllm_config, **options)
+            self._slots = Slots(Capacity.of(vllm_config.additional_config).slots)
+            self._held: deque[Any] = deque()
+
+        def add_request(self, request: Any) -> None:
+            if not self._held and self._admit(request):
+                return
+            if _asked(request):
+                self._held.append(request)
+            else:
+                super().add_request(request)
+
+        def _admit(self, request: Any) -> bool:
+            keys = [one.key for one in _asked(request)]
+            if not self._slots.fits(keys):
+                return False
+            if keys:
+                self._slots.acquire(request.request_id, keys)
+            super().add_request(request)
+            return True
+
+        def schedule(self, *args: Any, **kwargs: Any) -> Any:
+            while self._held and self._admit(self._held[0]):
+                self._held.popleft()
+            return super().schedule(*args, **kwargs)
+
+        def finish_requests(self, request_ids: Any, finished_status: Any) -> Any:
+            given = (request_ids,) if isinstance(request_ids, str) else request_ids
+            given = None if given is None else set(given)
+            gone = [one for one in self._held if given is None or one.request_id in given]
+            for one in gone:
+                self._held.remove(one)
+                one.status = finished_status
+            return [*super().finish_requests(given, finished_status), *gone]
+
+        def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+            freed = super()._free_request(request, *args, **kwargs)
+            self._slots.release(request.request_id)
+            return freed
+
+        def get_num_unfinished_requests(self) -> int:
+            paused = self.pause_state.name != "UNPAUSED"
+            return int(super().get_num_unfinished_requests()) + (0 if paused else len(self._held))
+
+        def get_request_counts(self) -> tuple[int, int]:
+            running, waiting = super().get_request_counts()
+            return running, waiting + len(self._held)
+
+    return SteeringScheduler
