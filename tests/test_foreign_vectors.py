@@ -23,9 +23,11 @@ from mechanex.engine.generate import generate
 from mechanex.engine.hooks import Intervention, SteeringPlan, positions
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
+from mechanex.engine.sae.training import TrainingSettings
 from mechanex.engine.score import completion_logprobs
 from mechanex.engine.vector_store import VectorStore
 from mechanex.utils.beam_search import sample_most_likely_completions_hf
+from mechanex.utils.completions import get_completion_logprob_hf
 from mechanex.utils.hooks import hf_hooks_contextmanager, make_steering_hook_hf
 from mechanex.utils.steering_opt import (
     TrainingDatapoint,
@@ -174,6 +176,8 @@ def test_numbers_of_any_type_are_numbers_everywhere(kind: Any) -> None:
                 model, "The", None, tokenizer, k=2, iters=1, coldness=number
             ).scores.tolist(),
             SteeringVector({0: [1.0, 2.0]}) * number,
+            get_completion_logprob_hf(model, *text, tokenizer, eps=number).tolist(),
+            TrainingSettings(lr=number, n_features=kind(64) if kind is torch.tensor else np.int32(64)),
             optimize_vector(
                 model,
                 [

@@ -120,35 +120,24 @@ class Resumed:
         layer: lowest layer that will be edited, 0 to n_layers; n_layers is edited where the last block, which is run
             again, gives its output.
         also: higher layers up to n_layers - 1 whose residual is kept too.
-        whole: keep nothing and run all layers each time, as for models that can't be replayed
-            (:func:`mechanex.engine.capabilities.replaying.resumed`).
 
     Attributes:
-        residual: [B, T, d_model] entering ``layer`` or the last block, without gradient; None when the model is run
-            whole.
+        residual: [B, T, d_model] entering ``layer`` or the last block, without gradient; None where the
+            pass did not come by.
         residuals: the same by layer, for that one and ``also``.
         arguments: what each layer from there up was called with, beside the residual.
     """
 
-    def __init__(
-        self,
-        adapter: ModelAdapter,
-        pack: Pack,
-        layer: int,
-        also: Sequence[int] = (),
-        *,
-        whole: bool = False,
-    ) -> None:
+    def __init__(self, adapter: ModelAdapter, pack: Pack, layer: int, also: Sequence[int] = ()) -> None:
         self._adapter, self._pack, self._layer = adapter, pack, min(layer, adapter.n_layers - 1)
         self._keep = {self._layer, *also}
         self.residuals: dict[int, Tensor] = {}
         self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        if not whole:
-            self._record()
+        self._record()
 
     @property
     def residual(self) -> Tensor | None:
-        """[B, T, d_model] that :meth:`scored` begins with, without gradient; None when the model is run whole."""
+        """[B, T, d_model] that :meth:`scored` begins with, without gradient; None where the pass did not come by."""
         return self.residuals.get(self._layer)
 
     def _record(self) -> None:
@@ -177,8 +166,7 @@ class Resumed:
     def scored(self) -> Tensor:
         """[N, d_model] normed hidden states that predict the completion tokens, in the pack's order."""
         pack, adapter, hidden = self._pack, self._adapter, self.residual
-        if hidden is None:
-            return scored_hidden(adapter, pack)
+        assert hidden is not None
         with pack.running(adapter.hf_model):
             for block, (args, kwargs) in zip(adapter.layers[self._layer :], self.arguments, strict=True):
                 out = block(hidden, *args, **kwargs)

@@ -106,10 +106,13 @@ class Options(Sampling):
             if seed is None or not 0 <= seed < 2**63:
                 raise ValidationError(f"seed is a whole number from 0 to 2**63 - 1; got {self.seed!r}.")
             object.__setattr__(self, "seed", seed)
-        if self.guard is not None and not (_is_number(self.guard) and 0 <= self.guard < math.inf):
-            raise ValidationError(
-                f"guard is a number of nats, 0 or more, or None for no bound; got {self.guard!r}."
-            )
+        if self.guard is not None:
+            guard = as_finite(self.guard)
+            if guard is None or guard < 0:
+                raise ValidationError(
+                    f"guard is a number of nats, 0 or more, or None for no bound; got {self.guard!r}."
+                )
+            object.__setattr__(self, "guard", guard)
         if not all(isinstance(text, str) and text for text in self.stops):
             raise ValidationError(
                 f"stop is a text or a list of texts, none of them empty; got {self.stop!r}."

@@ -10,11 +10,10 @@ from torch import Tensor
 from ...errors import MechanexError
 from ..forward import packs_for
 from ..models.adapter import ModelAdapter, undisturbed
-from ..pack import Pack
 from ..passes import Resumed, scored_hidden
 from .probing import close, probe_pairs
 
-__all__ = ["replay_agrees", "resumed"]
+__all__ = ["replay_agrees"]
 
 _log = logging.getLogger(__name__)
 
@@ -33,15 +32,6 @@ def replay_agrees(adapter: ModelAdapter) -> bool:
             _log.info("%s can't be resumed at a layer; every step runs the whole model.", adapter.model_id)
         adapter.findings["replay"] = agrees
     return bool(adapter.findings["replay"])
-
-
-def resumed(adapter: ModelAdapter, pack: Pack, layer: int) -> Resumed:
-    """:class:`.passes.Resumed` for any model; one that can't be replayed is run whole each time.
-
-    Args:
-        adapter, pack, layer: as for it.
-    """
-    return Resumed(adapter, pack, layer, whole=not replay_agrees(adapter))
 
 
 def _probe_replay(adapter: ModelAdapter) -> bool:
