@@ -16,6 +16,7 @@ from ..errors import ValidationError
 from .formats.files import TERMS, read_layers, write_layers
 from .formats.record import FORMAT_VERSION, TERMS_VERSION
 from .formats.site import Site
+from .given import as_number
 from .intervention import Edit, widest
 from .prompt_conditions import PromptCondition
 from .schedules import Schedule, Varying
@@ -24,7 +25,6 @@ from .vector_checks import (
     RESERVED_FIELDS,
     as_direction,
     as_layer,
-    as_number,
     as_seed,
     as_text_fields,
     check_strength,

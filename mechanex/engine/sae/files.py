@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ...errors import MechanexError, NotFoundError, ValidationError
+from ..given import as_finite
 
 __all__ = [
     "Weights",
@@ -190,9 +190,10 @@ def whole(config: Mapping[str, Any], name: str, path: Path, default: int | None 
 def number(config: Mapping[str, Any], name: str, path: Path) -> float:
     """A finite number of a configuration; anything else is a ValidationError."""
     value = config.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    found = as_finite(value)
+    if found is None:
         raise ValidationError(f"{name} in {path} is {_shown(value)}, and a finite number is expected.")
-    return float(value)
+    return found
 
 
 def switch(config: Mapping[str, Any], name: str, path: Path, default: bool) -> bool:
