@@ -1,10 +1,11 @@
-# demo, test, test-ci, test-long, test-real, test-versions, lint, bench, wheel: each makes .venv if it is missing and brings it up to date, then runs.
-# An active virtualenv is only asked for its Python. PYTHON, TORCH, PYTEST_ARGS, BENCH_ARGS: set them on the command line.
+# demo, test, test-ci, test-long, test-real, test-versions, lint, bench, quality, wheel: each makes .venv if it is missing and brings it up to date, then runs.
+# An active virtualenv is only asked for its Python. PYTHON, TORCH, PYTEST_ARGS, BENCH_ARGS, QUALITY_ARGS: set them on the command line.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?= -n 3 --dist worksteal
 BENCH_ARGS ?=
+QUALITY_ARGS ?=
 REAL_HOME := $(CURDIR)/build/real
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ SOURCES := csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/cuda_on_host/*
 
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-ci test-long test-real test-versions test-vllm lint bench wheel clean
+.PHONY: help demo test test-ci test-long test-real test-versions test-vllm lint bench quality wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +30,7 @@ help:
 	@echo "make test-long   run the tests that take minutes: every family of transformers, every case under Triton's interpreter"
 	@echo "make lint   ruff, mypy --strict, clang-format"
 	@echo "make bench  run the benchmarks, write benchmarks/RESULTS.md; BENCH_ARGS=\"--compare FILE.json\""
+	@echo "make quality   measure tuned steering on SmolLM2-135M, write docs/quality.md (hours; QUALITY_ARGS=\"--prompts 10\")"
 	@echo "make wheel  build a wheel into dist/ and try it in a fresh environment"
 
 demo: $(VENV)/.demo
@@ -62,6 +64,10 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest -q benchmarks --write-results $(BENCH_ARGS)
+
+quality: $(VENV)/.dev
+	$(BIN)/python scripts/real_model.py --home $(REAL_HOME)
+	MECHANEX_HOME=$(REAL_HOME) $(BIN)/python benchmarks/quality.py $(QUALITY_ARGS)
 
 wheel: $(VENV)/.venv
 	rm -rf dist

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import _default
 from .base import _BaseModule
@@ -19,6 +19,7 @@ from .remote.bodies import example_lists, examples, layer_list
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .engine.datasets import ContrastivePairs
     from .engine.formats.site import Site
     from .engine.models.resolve import LoadedModel
     from .engine.prompt_conditions import PromptCondition
@@ -229,6 +230,98 @@ class SteeringModule(_BaseModule):
             progress=progress,
         )
 
+    def tune(
+        self,
+        data: ContrastivePairs | str | os.PathLike[str],
+        *,
+        split: str | None = None,
+        seed: int = 0,
+        progress: bool = False,
+        **options: Any,
+    ) -> SteeringVector:
+        """Finds layer, edit, tokens and strength for contrastive examples, and gives the vector with its dose inside.
+
+        Strength 1 of the result is the dose that was chosen: the largest effect on held-back prompts at no more than
+        1.5 times the plain model's perplexity (``most_perplexity``). Runs on the loaded model only.
+
+        Args:
+            data: contrastive pairs, their JSONL file, or a bundled dataset's name.
+            split: use only the lines whose ``"split"`` is this.
+            seed: of everything that is drawn.
+            progress: show progress bars.
+            options: of ``mechanex.utils.doses.sweep``, such as ``scorer``, ``layers`` or ``checkpoint``.
+
+        Raises:
+            MechanexError: no model is loaded.
+            NotFoundError: there is no such file.
+            ValidationError: too few pairs, an unknown edit, a layer that doesn't exist, ….
+        """
+        from .bundled import dataset_path
+        from .engine.datasets import ContrastivePairs, read_pairs
+
+        if isinstance(data, ContrastivePairs):
+            if split is not None:
+                raise ValidationError("split goes with a file: these pairs have no splits.")
+            pairs = data
+        else:
+            pairs = read_pairs(dataset_path(os.fspath(data)), split=split)
+
+        def local(loaded: LoadedModel) -> SteeringVector:
+            from .engine.doses.tune import tune
+
+            return tune(
+                loaded.model, pairs, tokenizer=loaded.tokenizer, seed=seed, progress=progress, **options
+            )
+
+        return self._run("steering.tune", _not_sent, local, only_local="vectors are tuned on a loaded model")
+
+    def calibrate(
+        self,
+        vector: str | os.PathLike[str] | Mapping[int, Any] | SteeringVector,
+        kl: float = 1.0,
+        *,
+        prompts: Sequence[Prompt] | None = None,
+        answers: Sequence[str] | None = None,
+        max_tokens: int = 32,
+        seed: int = 0,
+    ) -> SteeringVector:
+        """Finds the strength of a vector at which 95 % of tokens move by at most ``kl`` nats; gives one that knows it.
+
+        ``.calibration.strength`` of the result is that strength; its numbers are those of the vector. Doses so found
+        are alike for vectors, layers and models of any scale. Runs on the loaded model only.
+
+        Args:
+            vector: an id, a vector file, ``{layer: [d]}`` or a ``SteeringVector``.
+            kl: the 95th percentile over tokens of KL(steered‖plain), nats, from logits before temperature.
+            prompts: texts or chats whose answers are looked at; None for open questions.
+            answers: one for each prompt; None for what the plain model writes.
+            max_tokens: of an answer that is written.
+            seed: of the answers that are written.
+
+        Raises:
+            MechanexError: no model is loaded.
+            NotFoundError: the vector is neither a stored id nor a file.
+            ValidationError: a vector that doesn't fit the model or is zero, or a budget that no strength meets.
+        """
+
+        def local(loaded: LoadedModel) -> SteeringVector:
+            from .engine.doses.calibrate import calibrate
+
+            return calibrate(
+                loaded.model,
+                self._client.vectors.resolve(vector, loaded.model),
+                kl,
+                prompts=prompts,
+                answers=answers,
+                tokenizer=loaded.tokenizer,
+                max_tokens=max_tokens,
+                seed=seed,
+            )
+
+        return self._run(
+            "steering.calibrate", _not_sent, local, only_local="vectors are calibrated on a loaded model"
+        )
+
     def get_vectors(self, vector_id: str) -> dict[int, Tensor]:
         """Retrieves stored vectors by id, of this session or an earlier one.
 
@@ -323,6 +416,10 @@ class SteeringModule(_BaseModule):
         )
 
 
+def _not_sent() -> NoReturn:
+    raise AssertionError("runs on a loaded model only")
+
+
 if TYPE_CHECKING:
     _door: SteeringModule = _default.client().steering
     generate_vectors = _door.generate_vectors
@@ -333,6 +430,8 @@ if TYPE_CHECKING:
     delete_vectors = _door.delete_vectors
     save_vectors = _door.save_vectors
     load_vectors = _door.load_vectors
+    tune = _door.tune
+    calibrate = _door.calibrate
 else:
 
     def __getattr__(name: str) -> Any:

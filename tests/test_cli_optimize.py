@@ -172,6 +172,25 @@ def test_datapoints_are_steered_where_and_how_they_say(tmp_path: Path) -> None:
     assert plain > 0.3 and negative < 0 and nowhere == 0 and 0 != single < plain
 
 
+def test_texts_with_and_without_the_vector_are_shown(tmp_path: Path) -> None:
+    """Of the held-out prompts where there are some; drawn with one seed, steered as the datapoint asks."""
+    held_out = write(
+        tmp_path / "held.jsonl",
+        {"prompt": "Maria wrote a letter to Emma on Friday.", "dst_completions": [" The streets"]},
+    )
+    data = ("--data", "rome_delhi", "--split", "promote", *QUICK, "--max-iters", 30)
+    told = run(*data, "--eval", held_out, "--out", tmp_path / "o").stdout
+    (text,) = json.loads((tmp_path / "o/report.json").read_text())["texts"]
+    assert "plain" in told and "steered" in told and text["steered"].split()[0] in told
+    loaded = load("mx-tiny", backend="transformers")
+    vector = SteeringVector.load(tmp_path / "o/vector.safetensors")
+    for name, steering in (("plain", None), ("steered", vector)):
+        (found,) = generate_batch(
+            loaded.model, loaded.tokenizer, [text["prompt"]], vector=steering, max_tokens=40, seed=0
+        )
+        assert found == text["prompt"] + text[name]
+
+
 def test_only_the_prompt_is_steered_in_the_measurement_too(tmp_path: Path) -> None:
     line = {"prompt": "Tom came home from a journey.", "dst_completions": [" The streets of Rome"]}
     data = write(tmp_path / "d.jsonl", line)

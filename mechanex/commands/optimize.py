@@ -24,7 +24,7 @@ from ..errors import ValidationError
 from ..home import atomic_path
 from ..utils.optimization import optimize_vector
 from .console import console, echo_json, json_text
-from .optimize_report import measure, print_report, save_curve
+from .optimize_report import measure, print_report, save_curve, side_by_side
 
 __all__ = ["run_optimize"]
 
@@ -100,6 +100,16 @@ def run_optimize(
         figures = measure(
             loaded.model, loaded.tokenizer, held, steering, only_prompt=options["only_hook_prompt"]
         )
+    interrupted = "interrupted" in (info["stopped"], info.get("output_constr_stopped"))
+    texts = []
+    if not interrupted:
+        texts = side_by_side(
+            loaded.model,
+            loaded.tokenizer,
+            held or datapoints,
+            steering,
+            only_prompt=options["only_hook_prompt"],
+        )
     report = {
         "version": __version__,
         "model": adapter.model_id,
@@ -110,6 +120,7 @@ def run_optimize(
         "seconds": seconds,
         **info,
         "held_out": None if figures is None else {"data": held_out, **figures.as_dict()},
+        "texts": texts,
     }
     with atomic_path(out / "report.json") as temporary:
         Path(temporary).write_text(json_text(report) + "\n", encoding="utf-8")
@@ -117,7 +128,7 @@ def run_optimize(
         echo_json(report)
     else:
         print_report(report, figures, out, curve)
-    if "interrupted" not in (info["stopped"], info.get("output_constr_stopped")):
+    if not interrupted:
         return 0
     steps = info["iters"] + info.get("output_constr_iters", 0)
     click.echo(

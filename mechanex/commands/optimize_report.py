@@ -10,15 +10,20 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor, nn
 
+from ..engine.doses.written import write
 from ..engine.hooks import Intervention
 from ..engine.intervention import Edit
+from ..engine.models import adapter_for
 from ..engine.optimize.datapoints import Side, TrainingDatapoint
 from ..engine.positions import TokenSelector
+from ..engine.sampling import Options
 from ..engine.score import completion_logprobs
-from ..engine.text import encode_pair
-from .console import console, exp
+from ..engine.text import encode_pair, encode_prompt, prompt_text
+from .console import console, exp, model_text
 
-__all__ = ["Figures", "Scored", "measure", "print_report", "save_curve"]
+__all__ = ["Figures", "Scored", "measure", "print_report", "save_curve", "side_by_side"]
+
+_PROMPTS, _TOKENS = 3, 40  # of texts that are shown
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,39 @@ def measure(
     return Figures(scored)
 
 
+def side_by_side(
+    model: nn.Module,
+    tokenizer: Any,
+    datapoints: Sequence[TrainingDatapoint],
+    vector: Mapping[int, Tensor],
+    *,
+    only_prompt: bool = False,
+) -> list[dict[str, str]]:
+    """What the model writes after a few of the prompts without and with a vector, drawn with the same seed.
+
+    Args:
+        model, tokenizer, datapoints, vector, only_prompt: as for :func:`measure`.
+
+    Returns:
+        ``prompt``, ``plain`` and ``steered`` of each; the first prompts that differ.
+    """
+    adapter = adapter_for(model)
+    found: dict[str, dict[str, str]] = {}
+    for datapoint in datapoints:
+        text = prompt_text(tokenizer, datapoint.prompt)
+        if text in found or len(found) == _PROMPTS:
+            continue
+        tokens = datapoint.token
+        if only_prompt:
+            tokens = _within(tokens, len(encode_prompt(tokenizer, datapoint.prompt)))
+        sign = -1 if datapoint.is_negative else 1
+        edits = tuple(Intervention(layer, Edit.add(sign * v), tokens=tokens) for layer, v in vector.items())
+        options = Options(max_tokens=_TOKENS, seed=0)
+        ((plain,), (steered,)) = write(adapter, tokenizer, [datapoint.prompt], [(), edits], options)
+        found[text] = {"prompt": text, "plain": plain.text, "steered": steered.text}
+    return list(found.values())
+
+
 def _within(tokens: TokenSelector, n_prompt: int) -> TokenSelector:
     """The selected positions that lie in a prompt of ``n_prompt`` tokens."""
     if tokens is None:
@@ -173,6 +211,13 @@ def print_report(report: Mapping[str, Any], figures: Figures | None, out: Path, 
     say(f"loss {report['starting_loss']:.4g} → {report['loss']:.4g} nats, norm {report['norm']:.4g}")
     if figures is not None:
         _print_figures(screen, figures)
+    if report["texts"]:
+        table = Table(title="seed 0", show_lines=True)
+        for column in ("prompt", "plain", "steered"):
+            table.add_column(column, ratio=1, overflow="fold")
+        for one in report["texts"]:
+            table.add_row(*(model_text(one[name].strip()) for name in ("prompt", "plain", "steered")))
+        screen.print(table)
     say(f"vector: {out / 'vector.safetensors'}")
     say(f"report: {out / 'report.json'}")
     say(

@@ -14,12 +14,25 @@ from ..errors import ValidationError
 from ..ops.gate import KINDS
 from .given import as_vector
 from .intervention import Edit
+from .positions import TokenSelector
 from .prompt_conditions import PromptCondition
 from .schedules import Schedule
 
-__all__ = ["Terms", "TokenGate"]
+__all__ = ["TOKENS", "Terms", "TokenGate", "check_token_kind"]
+
+TOKENS: dict[str, TokenSelector] = {"all": None, "generated": slice(-1, None), "prompt": slice(0, -1)}
+"""Tokens by name. generated: those that an answer is predicted from, the prompt's last one and the answer's own;
+prompt: those before."""
 
 _SEEING = ("step", "sigmoid", "relu")
+
+
+def check_token_kind(tokens: str) -> None:
+    """Raises a ValidationError for a name of tokens that there is none of."""
+    if tokens not in TOKENS:
+        raise ValidationError(
+            f"the tokens to steer are one of {', '.join(map(repr, TOKENS))}; got {tokens!r}."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +86,11 @@ class Terms:
         degrees: by how much strength 1 turns it.
         schedule: multiplies the strength along a text.
         condition: has to be met by a prompt for its text to be steered at all.
+        clamps: the projection on the vector becomes the vector's norm, in place of an addition.
+        tokens: which it edits where nobody says; one of ``TOKENS``.
+
+    Raises:
+        ValidationError: another name of tokens.
     """
 
     gates: Mapping[int, TokenGate] = field(default_factory=dict)
@@ -80,9 +98,15 @@ class Terms:
     degrees: float = 0.0
     schedule: Schedule | None = None
     condition: PromptCondition | None = None
+    clamps: bool = False
+    tokens: str = "all"
+
+    def __post_init__(self) -> None:
+        check_token_kind(self.tokens)
 
     def __bool__(self) -> bool:
-        return bool(self.gates or self.planes or self.schedule or self.condition)
+        acts = self.gates or self.planes or self.schedule or self.condition or self.clamps
+        return bool(acts) or self.tokens != "all"
 
     def among(self, layers: Mapping[int, Any]) -> Terms:
         """Those of some layers."""
@@ -103,9 +127,12 @@ class Terms:
         gate, plane = self.gates.get(layer), self.planes.get(layer)
 
         def edit(strength: float) -> Edit:
-            found = (
-                make(strength) if plane is None else Edit.rotate(direction, plane, self.degrees * strength)
-            )
+            if plane is not None:
+                found = Edit.rotate(direction, plane, self.degrees * strength)
+            elif self.clamps and strength:
+                found = Edit.clamp(direction * strength, 1.0)
+            else:
+                found = make(strength)
             return found if gate is None else found.gated(gate.kind, gate.weight, gate.offset)
 
         return edit
@@ -140,6 +167,10 @@ class Terms:
         if (condition := self.condition) is not None:
             names = ("layer", "threshold", "false_positives", "true_positives")
             said["condition"] = {name: getattr(condition, name) for name in names}
+        if self.clamps:
+            said["clamps"] = True
+        if self.tokens != "all":
+            said["tokens"] = self.tokens
         return json.dumps(said)
 
     @classmethod
@@ -166,6 +197,8 @@ class Terms:
                 float(said.get("degrees", 0.0)),
                 None if schedule is None else Schedule(schedule["values"], prompt=schedule["prompt"]),
                 None if condition is None else PromptCondition(weight=left.pop("condition"), **condition),
+                bool(said.get("clamps", False)),
+                str(said.get("tokens", "all")),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"its terms are not complete: {error}") from error

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .._version import __version__
 from ..errors import ValidationError
+from .dose_record import FIELD as CALIBRATION
+from .dose_record import DoseRecord
 from .formats.files import TERMS, read_layers, write_layers
 from .formats.record import FORMAT_VERSION, TERMS_VERSION
 from .formats.site import Site
@@ -20,7 +22,7 @@ from .given import as_number
 from .intervention import Edit, widest
 from .prompt_conditions import PromptCondition
 from .schedules import Schedule, Varying
-from .terms import Terms, TokenGate
+from .terms import TOKENS, Terms, TokenGate
 from .vector_checks import (
     RESERVED_FIELDS,
     as_direction,
@@ -139,6 +141,17 @@ class SteeringVector(Mapping[int, Tensor]):
         return self._any.device
 
     @property
+    def tokens(self) -> str:
+        """Which tokens it edits where nobody says: ``"all"``, ``"generated"`` or ``"prompt"``; see ``on_tokens``."""
+        return self.terms.tokens
+
+    @property
+    def calibration(self) -> DoseRecord | None:
+        """What ``calibrate`` or ``tune`` saw at which strength; None where neither was called."""
+        text = self.metadata.get(CALIBRATION)
+        return None if text is None else DoseRecord.of(text)
+
+    @property
     def _any(self) -> Tensor:
         return next(iter(self._layers.values()))
 
@@ -180,7 +193,7 @@ class SteeringVector(Mapping[int, Tensor]):
             return NotImplemented
         if not math.isfinite(number):
             raise ValidationError(f"a steering vector can be multiplied by a finite number; got {number}.")
-        return self._like({layer: tensor * number for layer, tensor in self._layers.items()})
+        return self._scaled(number, {layer: tensor * number for layer, tensor in self._layers.items()})
 
     __rmul__ = __mul__
 
@@ -190,7 +203,7 @@ class SteeringVector(Mapping[int, Tensor]):
             return NotImplemented
         if number == 0:
             raise ValidationError("a steering vector can't be divided by zero.")
-        return self._like({layer: tensor / number for layer, tensor in self._layers.items()})
+        return self._scaled(1 / number, {layer: tensor / number for layer, tensor in self._layers.items()})
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SteeringVector):
@@ -228,7 +241,7 @@ class SteeringVector(Mapping[int, Tensor]):
         for layer, tensor in self._layers.items():
             wide = tensor.to(widest(tensor.device))
             unit[layer] = (wide / wide.norm()).to(tensor.dtype)
-        return self._like(unit)
+        return self._like(unit, self._uncalibrated())
 
     def cosine_similarity(self, other: SteeringVector) -> dict[int, float]:
         """Cosine of the angle between the two, for each layer that both have.
@@ -253,7 +266,8 @@ class SteeringVector(Mapping[int, Tensor]):
         missing = [layer for layer in layers if layer not in self._layers]
         if missing:
             raise ValidationError(f"the vector has layers {list(self.layers)}, and not {missing}.")
-        return self._like({layer: self._layers[layer] for layer in layers})
+        kept = {layer: self._layers[layer] for layer in layers}
+        return self._like(kept, None if len(kept) == len(self) else self._uncalibrated())
 
     def to(self, target: torch.device | torch.dtype | str) -> SteeringVector:
         """The same vector on another device, or in float32 or float64; a smaller dtype is refused."""
@@ -275,7 +289,7 @@ class SteeringVector(Mapping[int, Tensor]):
         Args:
             model: a Hugging Face or TransformerLens model.
             strength: multiplies the vector; 0 changes nothing and logs a warning.
-            tokens: absolute positions to steer (int, slice, or None for all).
+            tokens: absolute positions to steer (int, slice, or None for those that the vector names).
             rows: rows of the batch to steer, None for all.
 
         Returns:
@@ -312,6 +326,9 @@ class SteeringVector(Mapping[int, Tensor]):
                 f"{adapter.model_id} is of {adapter.family!r}: use a vector of this family, or "
                 "SteeringVector(dict(vector)) to try its numbers all the same."
             )
+        if self.calibration is not None:
+            self.calibration.warn(float(strength))
+        tokens = TOKENS[self.tokens] if tokens is None else tokens
         terms, interventions = self.terms, []
         for layer, tensor in self._layers.items():
             edit_at = terms.made(layer, lambda s, v=tensor: Edit.add(v * s), tensor)  # type: ignore[misc]
@@ -349,6 +366,19 @@ class SteeringVector(Mapping[int, Tensor]):
     def keeping_norm(self) -> SteeringVector:
         """The same vector, added so that every edited token keeps the norm that it had."""
         return self.when(TokenGate("norm"))
+
+    def clamping(self) -> SteeringVector:
+        """The same vector as a clamp: the projection on it becomes strength times its norm, whatever it was."""
+        return self._on(replace(self.terms, clamps=True))
+
+    def on_tokens(self, tokens: str) -> SteeringVector:
+        """The same vector for some tokens only, where nobody says which.
+
+        Args:
+            tokens: ``"all"``; ``"generated"``, those that an answer is predicted from, the prompt's last one included;
+                or ``"prompt"``, those before.
+        """
+        return self._on(replace(self.terms, tokens=tokens))
 
     def scheduled(
         self, strengths: Sequence[float] | Callable[[int], float], *, prompt: float | None = None
@@ -408,7 +438,7 @@ class SteeringVector(Mapping[int, Tensor]):
         return cls(layers, terms=Terms(gates=gates), **said)
 
     def _on(self, terms: Terms) -> SteeringVector:
-        found = self._like(self._layers)
+        found = self._like(self._layers, self._uncalibrated())
         found.terms = terms
         _check_terms(terms, self.width)
         return found
@@ -469,7 +499,18 @@ class SteeringVector(Mapping[int, Tensor]):
         fields |= {key: str(value) for key, value in optional.items() if value is not None}
         return fields | self.metadata
 
-    def _like(self, layers: dict[int, Tensor]) -> SteeringVector:
+    def _scaled(self, factor: float, layers: dict[int, Tensor]) -> SteeringVector:
+        """Itself times ``factor``, given as ``layers``: what was calibrated is at other strengths."""
+        found = self.calibration
+        if found is None:
+            return self._like(layers)
+        record = {} if factor == 0 else {CALIBRATION: found.scaled(factor).text()}
+        return self._like(layers, self._uncalibrated() | record)
+
+    def _uncalibrated(self) -> dict[str, str]:
+        return {key: value for key, value in self.metadata.items() if key != CALIBRATION}
+
+    def _like(self, layers: dict[int, Tensor], metadata: Mapping[str, str] | None = None) -> SteeringVector:
         return SteeringVector(
             layers,
             model=self.model,
@@ -477,7 +518,7 @@ class SteeringVector(Mapping[int, Tensor]):
             method=self.method,
             seed=self.seed,
             site=self.site,
-            metadata=self.metadata,
+            metadata=self.metadata if metadata is None else metadata,
             terms=self.terms,
         )
 
@@ -487,7 +528,7 @@ class SteeringVector(Mapping[int, Tensor]):
             "model_family": _agreed(self.model_family, other.model_family),
             "method": _agreed(self.method, other.method),
             "seed": _agreed(self.seed, other.seed),
-            "metadata": dict(self.metadata.items() & other.metadata.items()),
+            "metadata": dict(self._uncalibrated().items() & other.metadata.items()),
             "terms": self._common_terms(other),
         }
 

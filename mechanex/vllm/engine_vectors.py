@@ -163,6 +163,18 @@ class EngineVectors:
         return known
 
 
+def _edit_of(vector: SteeringVector, layer: int) -> Edit:
+    """What a vector does at a layer, as its terms say."""
+    terms, direction = vector.terms, vector[layer].float()
+    if terms.schedule or terms.condition or terms.tokens != "all":
+        raise ValidationError(
+            "in vLLM a vector acts on every token of a request: give one without a schedule, a condition or tokens of "
+            "its own, or SteeringVector(dict(vector)), and name tokens in the request."
+        )
+    edit: Edit = terms.made(layer, lambda strength: Edit.add(direction * strength), direction)(1.0)
+    return edit
+
+
 def edits_by_layer(source: object, n_layers: int) -> dict[int, Edit]:
     """The edits that a user means by a vector, by ``{layer: tensor or Edit}``.
 
@@ -170,7 +182,7 @@ def edits_by_layer(source: object, n_layers: int) -> dict[int, Edit]:
         ValidationError: it is neither.
     """
     if isinstance(source, SteeringVector):
-        return {layer: Edit.add(tensor.float()) for layer, tensor in source.items()}
+        return {layer: _edit_of(source, layer) for layer in source.layers}
     if not isinstance(source, Mapping) or not source:
         raise ValidationError(
             f"a vector is a SteeringVector or {{layer: tensor or Edit}}; got {type(source).__name__}."

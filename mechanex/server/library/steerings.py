@@ -188,7 +188,9 @@ class Steerings:
         known = self._edits.get(key)
         if known is None:
             plan = vector.plan(self._adapter, strength)
-            known = tuple(Steer(i.layer, i.edit, None, i.varying, i.condition) for i in plan.interventions)
+            known = tuple(
+                Steer(i.layer, i.edit, i.tokens, i.varying, i.condition) for i in plan.interventions
+            )
             self._edits[key] = known
             self._edit_bytes += _bytes_of(known)
             while len(self._edits) > 1 and self._edit_bytes > _MOST_EDIT_BYTES:
@@ -196,7 +198,7 @@ class Steerings:
         self._edits.move_to_end(key)
         if strength == 0:
             return ()
-        return tuple(replace(steer, tokens=tokens) for steer in known)
+        return known if tokens is None else tuple(replace(steer, tokens=tokens) for steer in known)
 
     def _digest(self, vector: SteeringVector) -> bytes:
         """A hash of the vector's content; vectors are immutable, so one seen lately isn't read again."""

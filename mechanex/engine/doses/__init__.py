@@ -1,0 +1,1 @@
+"""What steering does and what it costs: doses tried, priced, calibrated and chosen."""

@@ -1,0 +1,162 @@
+"""A dose: where, how and how strongly a direction is put into the stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...errors import ValidationError
+from ..hooks import Intervention, SteeringPlan
+from ..intervention import Edit
+from ..models import adapter_for
+from ..models.adapter import ModelAdapter
+from ..terms import TOKENS, check_token_kind
+from ..vectors import SteeringVector
+
+__all__ = ["EDITS", "Dose", "Edited", "check_kind", "edited_by", "kind_of"]
+
+EDITS = ("add", "clamp", "norm", "rotate")
+"""add: the vector is added; clamp: the projection on it becomes its norm; norm: it is added and the row gets its own
+norm back; rotate: the row is turned from the mean stream to the vector, by the angle that adding it to the mean
+makes."""
+
+Edited = tuple[Intervention, ...]
+"""What is done to a text: the edits of one setting, empty for none."""
+
+
+@dataclass(frozen=True)
+class Dose:
+    """One way to give a vector.
+
+    Args:
+        layer: where.
+        strength: multiplies the vector.
+        edit: how; one of ``EDITS``.
+        tokens: ``"all"``, ``"generated"`` (those that an answer is predicted from) or ``"prompt"`` (those before).
+        method: how the vector was made.
+
+    Raises:
+        ValidationError: an unknown edit or name of tokens.
+    """
+
+    layer: int
+    strength: float
+    edit: str = "add"
+    tokens: str = "all"
+    method: str = "caa"
+
+    def __post_init__(self) -> None:
+        check_kind(self.edit)
+        check_token_kind(self.tokens)
+
+    def of(self, vector: SteeringVector) -> Edited:
+        """What this dose of a vector does; the vector has the dose's layer, and for a rotation a plane."""
+        direction = vector[self.layer] * self.strength
+        if self.edit == "rotate":
+            plane = self._plane(vector)
+            edit = Edit.rotate(vector[self.layer], plane, self._degrees(vector))
+        elif self.edit == "clamp":
+            edit = Edit.clamp(direction, 1.0)
+        else:
+            edit = Edit.add(direction)
+        if self.edit == "norm":
+            edit = edit.gated("norm")
+        return (Intervention(self.layer, edit, tokens=TOKENS[self.tokens]),)
+
+    def _plane(self, vector: SteeringVector) -> Tensor:
+        plane = vector.terms.planes.get(self.layer)
+        if plane is None:
+            raise ValidationError(
+                "a rotation needs a second direction at its layer: give the vector one, vector.rotating(means, 0)."
+            )
+        return plane
+
+    def _degrees(self, vector: SteeringVector) -> float:
+        """Strength times the angle between the mean stream and the mean stream with the vector added."""
+        mean = self._plane(vector).double()
+        along = mean / mean.norm()
+        direction = vector[self.layer].double()
+        across = direction - (direction @ along) * along
+        return self.strength * math.degrees(math.atan2(float(across.norm()), float(mean.norm())))
+
+    def vector(self, vector: SteeringVector) -> SteeringVector:
+        """The vector whose strength 1 is this dose."""
+        made = SteeringVector(
+            {self.layer: vector[self.layer] * self.strength},
+            model=vector.model,
+            model_family=vector.model_family,
+            method=vector.method,
+            seed=vector.seed,
+        ).on_tokens(self.tokens)
+        if self.edit == "clamp":
+            return made.clamping()
+        if self.edit == "norm":
+            return made.keeping_norm()
+        if self.edit == "rotate":
+            return made.rotating({self.layer: self._plane(vector)}, self._degrees(vector))
+        return made
+
+    def __str__(self) -> str:
+        where = "" if self.tokens == "all" else f", {self.tokens} tokens"
+        return f"layer {self.layer}, {self.edit}{where}, {self.strength:.3g} ×"
+
+
+def check_kind(edit: str) -> None:
+    """Raises a ValidationError for a kind of edit that there is none of."""
+    if edit not in EDITS:
+        raise ValidationError(f"an edit is one of {', '.join(map(repr, EDITS))}; got {edit!r}.")
+
+
+def kind_of(vector: SteeringVector) -> str:
+    """How a vector edits, in a word."""
+    terms = vector.terms
+    if terms.planes:
+        return "rotate"
+    gates = {gate.kind for gate in terms.gates.values()}
+    how = "clamp" if terms.clamps else "norm" if gates == {"norm"} else "gated" if gates else "add"
+    return how + (", scheduled" if terms.schedule else "") + (", when" if terms.condition else "")
+
+
+def edited_by(model: nn.Module | ModelAdapter, steering: Any, strength: float = 1.0) -> Edited:
+    """The edits that a user means by a vector, a plan, interventions or ``{layer: tensor}``.
+
+    Args:
+        model: the model that is to be steered.
+        steering: what steers it; interventions that name rows or a mask can't be given.
+        strength: multiplies a vector; a plan has its own strengths.
+
+    Raises:
+        ValidationError: another kind, edits that don't fit the model, or a strength beside a plan.
+    """
+    adapter = adapter_for(model)
+    if isinstance(steering, SteeringPlan):
+        found: Sequence[Any] = steering.interventions
+    elif isinstance(steering, Intervention):
+        found = [steering]
+    elif isinstance(steering, Sequence) and not isinstance(steering, str):
+        found = steering
+    else:
+        vector = steering if isinstance(steering, SteeringVector) else SteeringVector(steering)
+        return tuple(vector.plan(adapter, strength).interventions) if strength else ()
+    if strength != 1:
+        raise ValidationError(f"a plan has its own strengths; leave strength={strength!r} out.")
+    for one in found:
+        if not isinstance(one, Intervention):
+            raise ValidationError(
+                f"steering is a SteeringVector, a SteeringPlan or interventions; got {type(one).__name__}."
+            )
+        if one.mask is not None or one.rows is not None:
+            raise ValidationError(
+                "An edit names rows of a batch, but measuring lays out its own batches: steer by tokens."
+            )
+        if one.edit.width != adapter.d_model:
+            raise ValidationError(
+                f"An edit at layer {one.layer} is {one.edit.width} wide, and the stream of {adapter.model_id} "
+                f"{adapter.d_model}: the vector was made for another model."
+            )
+        adapter.layer_index(one.layer)
+    return tuple(found)

@@ -1,0 +1,200 @@
+"""Sweeps: what they cost, that they go on where they were, what they choose; and what tuned vectors carry."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from families import N_LAYERS, build, tiny_tokenizer
+
+from mechanex import Mechanex, SteeringVector, ValidationError
+from mechanex.bundled import data_path
+from mechanex.cli import main
+from mechanex.engine.datasets import ContrastivePairs, read_pairs
+from mechanex.engine.doses.dose import Dose, kind_of
+from mechanex.engine.doses.halving import front, rounds, spread, survivors
+from mechanex.engine.doses.sweep import sweep
+from mechanex.engine.doses.written import mean_logprobs, write
+from mechanex.engine.generate import generate_batch
+from mechanex.engine.models import adapter_for
+from mechanex.engine.sampling import Options
+
+NOUNS = ("river", "man", "woman", "morning", "letter", "road", "garden", "house", "day", "night")
+PAIRS = ContrastivePairs(
+    [f"The {noun} was" for noun in NOUNS] + [f"She saw the {noun} and" for noun in NOUNS],
+    [" good and happy"] * 10 + [" was happy that it came"] * 10,
+    [" bad and angry"] * 10 + [" was angry at all of it"] * 10,
+)
+PROMPTS = [f"{who} looked at the {noun}" for who in ("He", "She", "They") for noun in NOUNS]
+
+
+def test_two_thousand_settings_cost_sixty_evaluations_at_most() -> None:
+    """Counted in tokens that blocks of the model were given, whoever gave them."""
+    model, tokenizer = build("llama"), tiny_tokenizer()
+    adapter = adapter_for(model)
+    seen = 0
+
+    def count(_: Any, args: Any, kwargs: Any) -> None:
+        nonlocal seen
+        hidden = args[0] if args else kwargs["hidden_states"]
+        seen += hidden.shape[0] * hidden.shape[1]
+
+    for layer in adapter.layers:
+        layer.register_forward_pre_hook(count, with_kwargs=True)
+    (texts,) = write(adapter, tokenizer, PROMPTS, [()], Options(max_tokens=40, seed=0))
+    seen = 0
+    (texts,) = write(adapter, tokenizer, PROMPTS, [()], Options(max_tokens=40, seed=0))
+    mean_logprobs(adapter, texts)
+    whole, seen = seen, 0
+    strengths = [0.1 * i for i in range(1, 76)]
+    found = sweep(
+        model, PAIRS, layers=range(1, N_LAYERS), strengths=strengths, validation=PROMPTS, max_tokens=40,
+        tokenizer=tokenizer,
+    )  # fmt: skip
+    assert len(found.settings) >= 2000
+    assert seen / whole <= 60
+    assert found.evaluations == pytest.approx(seen / whole, rel=0.35)
+
+
+def quick(**options: Any) -> Any:
+    return sweep(
+        build("llama"),
+        PAIRS,
+        tokenizer=tiny_tokenizer(),
+        **{
+            "layers": [1, 2],
+            "strengths": [0.5, 1.0],
+            "tokens": ["all"],
+            "finalists": 3,
+            "validation": PROMPTS[:6],
+            "test": PROMPTS[6:12],
+            "max_tokens": 8,
+            **options,
+        },
+    )
+
+
+def test_a_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint.json"
+    whole = quick(checkpoint=path)
+    kept = json.loads(path.read_text())
+    assert sum(map(len, kept["forced"].values())) >= 12 and len(kept["written"]) >= 4
+    # Of an interrupted one a part is there.
+    first = next(iter(kept["forced"]["0"]))
+    kept["forced"] = {"0": {first: kept["forced"]["0"][first]}}
+    kept["written"].popitem()
+    path.write_text(json.dumps(kept))
+    again = quick(checkpoint=path)
+    assert again.chosen.dose == whole.chosen.dose and again.evaluations < whole.evaluations
+    assert [one.dose for one in again.settings] == [one.dose for one in whole.settings]
+    with pytest.raises(ValidationError, match="another sweep"):
+        quick(checkpoint=path, seed=5)
+    path.write_text("{}")
+    with pytest.raises(ValidationError, match="no checkpoint"):
+        quick(checkpoint=path)
+
+
+def test_the_chosen_dose_has_the_largest_effect_at_a_bearable_price() -> None:
+    found = quick(scorer=lambda text: float(len(text)), most_perplexity=1.5)
+    texts = [one.texts for one in found.settings if one.texts is not None]
+    bearable = [t.effect for t in texts if t.perplexity <= 1.5 and t.repetition <= 0.1]
+    assert found.chosen.texts.effect == max(bearable)
+    assert found.sentence.startswith(str(found.chosen.dose)) and "perplexity" in found.sentence
+    assert found.confirmed is not None and set(found.confirmed) == {"plain", "effect", "perplexity"}
+    assert found.confirmed["effect"].low <= found.confirmed["effect"].value <= found.confirmed["effect"].high
+    best = found.front
+    assert all(a.texts.effect < b.texts.effect for a, b in pairwise(best))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"edits": ["melt"]}, "an edit is one of"),
+        ({"tokens": ["some"]}, "tokens to steer"),
+        ({"methods": ["magic"]}, "method is one of"),
+        ({"layers": [99]}, "Layer 99"),
+        ({"strengths": []}, "strengths is a list"),
+        ({"strengths": [0.0]}, "other than 0"),
+        ({"validation": []}, "validation is a list"),
+    ],
+)
+def test_what_can_t_be_swept_is_refused(wrong: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValidationError, match=match):
+        quick(**wrong)
+
+
+def test_survivors_are_the_front_then_what_is_behind_it() -> None:
+    effects, prices = [1.0, 3.0, 2.0, 0.5, 9.0], [1.0, 2.0, 2.5, 1.5, 50.0]
+    assert front(effects, prices) == [0, 1, 4]
+    assert survivors(effects, prices, 2, most=10.0) == [0, 1]
+    assert survivors(effects, prices, 4, most=10.0) == [0, 1, 2, 3]
+    assert spread([4, 5, 6, 7, 8], 3) == [4, 6, 8]
+    plan = rounds(2000, 20, 8, 5000)
+    assert plan[0] == (2000, 1) and plan[-1][0] <= 32
+    assert all(b[0] < a[0] and b[1] >= a[1] for a, b in pairwise(plan))
+    assert rounds(3, 20, 8, 5000) == [(3, 20)]
+
+
+@pytest.mark.slow
+def test_strength_one_of_a_tuned_vector_is_the_chosen_dose(tmp_path: Path) -> None:
+    pairs = read_pairs(data_path("calm_angry"), split="train")
+    some = ContrastivePairs(pairs.prompts[:40], pairs.positive_answers[:40], pairs.negative_answers[:40])
+    client = Mechanex()
+    client.load("mx-tiny")
+    options = {
+        "layers": [3],
+        "strengths": [0.5, 0.8],
+        "finalists": 2,
+        "max_tokens": 12,
+        "most_evaluations": 10,
+    }
+    tuned = client.steering.tune(some, **options)
+    found = sweep(client.local_model, some, **options)
+    assert len(tuned) == 1 and tuned.metadata["recommendation"] == found.sentence
+    dose = found.chosen.dose
+    assert tuned.allclose(dose.strength * found.vectors["caa"].restricted([dose.layer]), rtol=1e-3, atol=1e-3)
+    assert (kind_of(tuned), tuned.tokens) == (dose.edit, dose.tokens)
+    assert tuned.calibration.strength == 1.0 and dict(tuned.calibration.seen)[1.0] == tuned.calibration.kl
+    tuned.save(tmp_path / "tuned.safetensors")
+    again = SteeringVector.load(tmp_path / "tuned.safetensors")
+    prompts = [str(prompt) for prompt in pairs.prompts[50:54]]
+    adapter = adapter_for(client.local_model)
+    (steered,) = write(
+        adapter, adapter.tokenizer, prompts, [dose.of(found.vectors["caa"])], Options(max_tokens=12, seed=3)
+    )
+    texts = generate_batch(
+        client.local_model, adapter.tokenizer, prompts, vector=again, strength=1.0, max_tokens=12, seed=3
+    )
+    assert texts == [prompt + one.text for prompt, one in zip(prompts, steered, strict=True)]
+
+
+@pytest.mark.slow
+def test_the_command_sweeps_and_writes_the_tuned_vector(tmp_path: Path) -> None:
+    arguments = ["sweep", "mx-tiny", "--data", "calm_angry", "--split", "heldout", "--layer", "3", "--out"]
+    arguments += [str(tmp_path / "s"), "--strength", "0.6", "--tokens", "all", "--edit", "add"]
+    arguments += ["--finalists", "1", "--max-tokens", "8", "--json"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    told = json.loads(result.stdout)
+    assert told["chosen"]["dose"]["layer"] == 3 and told["confirmed"]["effect"]["low"] is not None
+    assert SteeringVector.load(tmp_path / "s" / "vector.safetensors").calibration is not None
+    assert (tmp_path / "s" / "sweep.png").exists() and json.loads((tmp_path / "s" / "sweep.json").read_text())
+    refused = CliRunner().invoke(main, arguments)
+    assert refused.exit_code == 1 and "--resume" in refused.stderr
+    again = CliRunner().invoke(main, [*arguments, "--resume"])
+    assert again.exit_code == 0 and json.loads(again.stdout)["chosen"] == told["chosen"]
+
+
+def test_settings_of_one_seed_draw_alike() -> None:
+    adapter = adapter_for(build("llama"))
+    torch.manual_seed(0)
+    vector = SteeringVector({1: torch.zeros(adapter.d_model) + 1e-9})
+    both = write(
+        adapter, tiny_tokenizer(), PROMPTS[:3], [(), Dose(1, 1.0).of(vector)], Options(max_tokens=8, seed=1)
+    )
+    assert [one.ids for one in both[0]] == [one.ids for one in both[1]]
