@@ -476,7 +476,8 @@ class SteeringVector(Mapping[int, Tensor]):
                 seed=written_seed(path, fields.get("seed")),
                 metadata={key: value for key, value in fields.items() if key not in RESERVED_FIELDS},
                 library_version=fields.get("library_version", ""),
-                terms=Terms.read(fields[TERMS], more) if TERMS in fields else None,
+                # A field of this name in another tool's file says nothing of ours.
+                terms=Terms.read(fields[TERMS], more) if {TERMS, "format_version"} <= fields.keys() else None,
             )
         except ValueError as error:
             raise ValidationError(f"{path} is not a usable vector file: {error}") from error
@@ -539,7 +540,7 @@ class SteeringVector(Mapping[int, Tensor]):
         }
 
     def _common_terms(self, other: SteeringVector) -> Terms:
-        if self.terms is not other.terms and (self.terms or other.terms):
+        if not self.terms.same_as(other.terms):
             raise ValidationError(
                 "vectors that act on different terms (gates, planes, schedules or conditions) don't add up to one: "
                 "apply both, or take their numbers, SteeringVector(dict(vector))."

@@ -168,9 +168,9 @@ def _edit_of(vector: SteeringVector, layer: int) -> Edit:
     terms = vector.terms
     if terms.schedule or terms.condition or terms.planes or terms.clamps or terms.tokens != "all":
         raise ValidationError(
-            "in vLLM a vector does the same to every token, times its strength, and this one has a schedule, a condition "
-            "on prompts, tokens of its own, a rotation or a clamp: serve it with mechanex serve, take its numbers, "
-            "SteeringVector(dict(vector)), or give {layer: Edit.clamp(…)}."
+            "in vLLM a vector does the same to every token, times its strength, and this one has a schedule, a "
+            "condition on prompts, tokens of its own, a rotation or a clamp: serve it with mechanex serve, or take its "
+            "numbers, SteeringVector(dict(vector)), or give {layer: Edit.clamp(…)}."
         )
     edit, gate = Edit.add(vector[layer].float()), terms.gates.get(layer)
     return edit if gate is None else edit.gated(gate.kind, gate.weight, gate.offset)
