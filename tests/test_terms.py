@@ -21,6 +21,7 @@ from mechanex.engine.models import adapter_for
 from mechanex.engine.prompt_conditions import PromptCondition
 from mechanex.engine.schedules import Schedule
 from mechanex.engine.terms import TokenGate
+from mechanex.vllm.engine_vectors import edits_by_layer
 
 X = torch.randn(64, D_MODEL, generator=torch.Generator().manual_seed(0)) * 3
 V, W = torch.randn(2, D_MODEL, generator=torch.Generator().manual_seed(1))
@@ -83,6 +84,9 @@ def test_what_vectors_do_to_each_token_on_their_terms() -> None:
     torch.testing.assert_close(capped, Edit.cap(V, at_most=0.5).apply(X))
     turned = edited(vector.rotating({LAYER: W}, 20.0), 1.5)
     torch.testing.assert_close(turned, Edit.rotate(V, W, 30.0).apply(X))
+    for factor in (1.5, -2.0):
+        scaled = edited(factor * vector.rotating({LAYER: W}, 20.0))
+        torch.testing.assert_close(scaled, Edit.rotate(V, W, 20.0 * factor).apply(X))
 
 
 def test_terms_stay_with_a_vector_or_are_refused() -> None:
@@ -101,6 +105,19 @@ def test_terms_stay_with_a_vector_or_are_refused() -> None:
         TokenGate("sigmoid")
     with pytest.raises(ValidationError, match="while the engine generates"):
         SteeringVector({LAYER: V}).when(PromptCondition(1, W, 0.0)).apply(build("llama"))
+
+
+def test_vllm_gets_the_gates_and_refuses_what_it_can_not_do() -> None:
+    vector = SteeringVector({LAYER: V})
+    gated = vector.when(TokenGate.above(V, 0.3))
+    assert torch.equal(edits_by_layer(gated, 4)[LAYER].apply(X), edited(gated))
+    for one in (
+        vector.when(PromptCondition(1, W, 0.0)),
+        vector.scheduled([1]),
+        vector.rotating({LAYER: W}, 9),
+    ):
+        with pytest.raises(ValidationError, match="vLLM"):
+            edits_by_layer(one, 4)
 
 
 @pytest.mark.parametrize("make", ["gate", "cap", "rotation", "schedule", "condition"])

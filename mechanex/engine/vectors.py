@@ -501,11 +501,17 @@ class SteeringVector(Mapping[int, Tensor]):
 
     def _scaled(self, factor: float, layers: dict[int, Tensor]) -> SteeringVector:
         """Itself times ``factor``, given as ``layers``: what was calibrated is at other strengths."""
-        found = self.calibration
-        if found is None:
-            return self._like(layers)
-        record = {} if factor == 0 else {CALIBRATION: found.scaled(factor).text()}
-        return self._like(layers, self._uncalibrated() | record)
+        turned = replace(self.terms, degrees=self.terms.degrees * factor) if self.terms.planes else None
+        if turned is not None:  # its strength is the angle
+            layers = self._layers
+        found, metadata = self.calibration, None
+        if found is not None:
+            record = {} if factor == 0 else {CALIBRATION: found.scaled(factor).text()}
+            metadata = self._uncalibrated() | record
+        scaled = self._like(layers, metadata)
+        if turned is not None:
+            scaled.terms = turned
+        return scaled
 
     def _uncalibrated(self) -> dict[str, str]:
         return {key: value for key, value in self.metadata.items() if key != CALIBRATION}
