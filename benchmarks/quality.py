@@ -201,7 +201,7 @@ def page(found: list[dict[str, Any]]) -> str:
             "**Default** is the mean difference of the pairs that the tuned vector is made from, added to all tokens",
             "at the documented layer; **tuned** is the dose that the sweep chose on validation prompts. Both are read",
             "off at 1.5 times the plain model's perplexity, between the strengths that were run, with 95 % intervals",
-            "of the bootstrap over prompts; where all of a way's strengths cost less, the price of the dearest is given.",
+            "of the bootstrap over prompts; where all of a way's strengths cost less, the dearest one counts.",
             "",
             *rows,
             "",
