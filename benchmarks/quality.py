@@ -41,7 +41,7 @@ BEHAVIORS = ROOT / "benchmarks" / "behaviors"
 MODEL = "smollm2-135m"
 MOST = 1.5  # of the plain model's perplexity: where both ways are compared
 DEFAULT_STRENGTHS = (0.5, 1.0, 1.5, 2.25, 3.5)
-TUNED_STRENGTHS = (0.6, 0.8, 1.0, 1.25)
+TUNED_STRENGTHS = (0.7, 1.0, 1.4, 2.0, 2.8)
 
 
 def curve(texts: list[list[Written]], loaded: LoadedModel, scorer: Any) -> list[dict[str, Any]]:
@@ -114,6 +114,7 @@ def measured(name: str, loaded: LoadedModel, args: argparse.Namespace, out: Path
     options = Options(max_tokens=args.max_tokens, seed=1)
     texts = write(adapter, loaded.tokenizer, test, [(), *plain_way, *tuned], options)
     found = curve(texts, loaded, scorer)
+    dosed = found[1 + len(plain_way) + TUNED_STRENGTHS.index(1.0)]
     questions = read_questions(BEHAVIORS / "ability.jsonl")
     right = right_answers(
         adapter,
@@ -134,10 +135,10 @@ def measured(name: str, loaded: LoadedModel, args: argparse.Namespace, out: Path
         "default": at_price(found[0], found[1 : 1 + len(plain_way)]),
         "tuned": at_price(found[0], found[1 + len(plain_way) :]),
         "tuned_at_1": {
-            "effect": float(np.mean(found[-2]["scores"]) - np.mean(found[0]["scores"])),
-            "perplexity": found[-2]["perplexity"] / found[0]["perplexity"],
-            "repetition": found[-2]["repetition"],
-            "example": found[-2]["example"],
+            "effect": float(np.mean(dosed["scores"]) - np.mean(found[0]["scores"])),
+            "perplexity": dosed["perplexity"] / found[0]["perplexity"],
+            "repetition": dosed["repetition"],
+            "example": dosed["example"],
         },
         "ability": {
             "plain": float(right[0].mean()),
@@ -200,7 +201,7 @@ def page(found: list[dict[str, Any]]) -> str:
             "**Default** is the mean difference of the pairs that the tuned vector is made from, added to all tokens",
             "at the documented layer; **tuned** is the dose that the sweep chose on validation prompts. Both are read",
             "off at 1.5 times the plain model's perplexity, between the strengths that were run, with 95 % intervals",
-            "of the bootstrap over prompts.",
+            "of the bootstrap over prompts; where all of a way's strengths cost less, the dearest one counts.",
             "",
             *rows,
             "",
@@ -223,7 +224,8 @@ def won(one: dict[str, Any]) -> bool:
 
 
 def interval(found: dict[str, float]) -> str:
-    return f"{found['value']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+    told = f"{found['value']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+    return told if found["dearest"] >= MOST else f"{told} at {found['dearest']:.2f} ×"
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import D_MODEL, N_LAYERS, build, tiny_tokenizer
+from safetensors.torch import save_file
 
 from mechanex import SteeringVector, ValidationError
 from mechanex.engine.decode.request import Steer, TextRequest
@@ -237,3 +238,25 @@ def test_what_is_no_schedule_is_refused() -> None:
             Schedule(values)  # type: ignore[arg-type]
     with pytest.raises(ValidationError, match="list"):
         SteeringVector({1: torch.ones(N_LAYERS)}).scheduled(lambda i: 1.0).save("v.safetensors")
+
+
+def test_vectors_of_the_same_terms_add_up_and_of_others_do_not(tmp_path: Path) -> None:
+    v = SteeringVector({1: torch.randn(8)}).when(TokenGate("sigmoid", torch.ones(8), 0.5))
+    assert (2 * v - v).allclose(v) and (2 * v - v).terms.gates[1].offset == 0.5
+    v.save(tmp_path / "v.safetensors")
+    assert (SteeringVector.load(tmp_path / "v.safetensors") + v).allclose(2 * v)
+    for other in (
+        SteeringVector(dict(v)),
+        SteeringVector(dict(v)).when(TokenGate("sigmoid", torch.ones(8), 0.4)),
+    ):
+        with pytest.raises(ValidationError, match="don't add up"):
+            v + other
+    changing = SteeringVector(dict(v)).scheduled(lambda place: 1.0)
+    assert (changing + changing).allclose(2 * changing)
+    with pytest.raises(ValidationError, match="don't add up"):
+        changing + SteeringVector(dict(v)).scheduled(lambda place: 1.0)
+
+
+def test_a_field_of_another_tool_that_is_called_terms_says_nothing(tmp_path: Path) -> None:
+    save_file({"layer_1": torch.ones(8)}, tmp_path / "v.safetensors", {"terms": "of use"})
+    assert not SteeringVector.load(tmp_path / "v.safetensors", site="input").terms

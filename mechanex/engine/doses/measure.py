@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -14,6 +13,7 @@ from torch import nn
 from ...errors import ValidationError
 from ..models import adapter_for
 from ..models.adapter import ModelAdapter
+from ..models.packaged import PACKAGED
 from ..sampling import Options
 from ..text import Prompt, prompt_text
 from ..vectors import SteeringVector
@@ -170,10 +170,6 @@ def _told(steering: Any, edited: Edited, strength: float) -> str:
 
 
 def weights_hash(adapter: ModelAdapter) -> str | None:
-    """The hash of the model's weights where they are kept with one."""
-    source = getattr(adapter.hf_model.config, "_name_or_path", "")
-    path = Path(str(source)) / "weights.sha256"
-    try:
-        return path.read_text(encoding="utf-8").split()[0] if path.is_file() else None
-    except (OSError, IndexError):
-        return None
+    """The hash of the model's weights where they are a packaged model's."""
+    known = PACKAGED.get(adapter.model_id)
+    return None if known is None else known.weights_sha256
