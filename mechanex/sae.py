@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .engine.models.resolve import LoadedModel
     from .engine.sae.autoencoder import SparseAutoencoder
     from .engine.sae.behavior import Behavior
-    from .engine.sae.dashboards import Dashboard
+    from .engine.sae.dashboard import Dashboard
     from .engine.sae.explain import Explained
     from .engine.sae.store import BehaviorStore
 
@@ -276,7 +276,7 @@ class SAEModule(_BaseModule):
             MechanexError: no model is loaded.
         """
         from .engine.sae import registry
-        from .engine.sae.dashboard import dashboard
+        from .engine.sae.feature_stats import dashboard
 
         loaded = self._client.require_local("sae.dashboard", "features are looked at locally")
         source = registry.find(loaded.name).name if sae is None else os.fspath(sae)

@@ -16,7 +16,7 @@ from tiny import grammar
 
 from mechanex.engine.models.resolve import load
 from mechanex.engine.sae.train import train_sae
-from mechanex.engine.sae.training import TrainingSettings
+from mechanex.engine.sae.train_step import TrainingSettings
 
 # The model's corpus is of seed 0, its held-out texts of 1,000,003.
 SEED = 500_009

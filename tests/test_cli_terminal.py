@@ -20,7 +20,9 @@ from server_process import ServerProcess, serving
 from terminal import Ran, Terminal, terminal
 
 from mechanex import Mechanex, SteeringVector
+from mechanex.bundled import dataset_path
 from mechanex.cli import main
+from mechanex.engine.datasets import read_pairs
 
 pytest.importorskip("pexpect")
 
@@ -44,6 +46,10 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
         "perplexity",
     ),
     "steer": (["mx-tiny", "--vector", "{file}", "--prompt", PROMPT, "--max-tokens", "3"], "unsteered"),
+    "vectors condition": (
+        ["{id}", "{tmp}/c.safetensors", "--model", "mx-tiny", "--prompts", "{paris}", "--others", "{rome}"],
+        "Written to",
+    ),
     "vectors delete": (["{id}"], "Deleted"),
     "vectors export": (["{id}", "{tmp}/exported.gguf"], "Written to"),
     "vectors import": (["{file}"], ""),
@@ -120,7 +126,13 @@ def vector() -> SteeringVector:
 def given(vector: SteeringVector, tmp_path: Path, mechanex_home: Path) -> dict[str, str]:
     """What stands for the names in the arguments: a vector in the test's folder, and one that is stored."""
     vector.save(tmp_path / "vector.safetensors")
+    pairs = read_pairs(dataset_path("paris_rome"), split="train")
+    for name, answers in (("paris", pairs.positive_answers), ("rome", pairs.negative_answers)):
+        texts = (f"{prompt}{answer}\n" for prompt, answer in zip(pairs.prompts, answers, strict=True))
+        (tmp_path / f"{name}.txt").write_text("".join(texts), encoding="utf-8")
     return {
+        "paris": str(tmp_path / "paris.txt"),
+        "rome": str(tmp_path / "rome.txt"),
         "tmp": str(tmp_path),
         "file": str(tmp_path / "vector.safetensors"),
         "id": Mechanex().vectors.put(vector),

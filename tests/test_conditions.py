@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from families import D_MODEL, build, n_hooks, tiny_tokenizer
+from test_real_model import loaded as loaded
 from test_static_step import run
 from test_terms import steers
 
 from mechanex import SteeringVector, ValidationError
-from mechanex.bundled import dataset_path
+from mechanex.bundled import dataset_path, open_questions
 from mechanex.engine.caa import caa_vectors
 from mechanex.engine.conditions.fitting import fit_condition, prompt_means
 from mechanex.engine.datasets import read_pairs
@@ -190,6 +191,94 @@ def test_a_fitted_condition_keeps_the_effect_and_leaves_other_texts_alone() -> N
     assert changed > 0.9
     assert steered >= 0.95
     assert left >= 0.98
+
+
+# On SmolLM2: questions about cooking are steered, whatever else is asked is left alone.
+
+DISHES = ("rice", "lentils", "chicken", "carrots", "pasta", "salmon", "eggs", "beans", "pumpkin", "pancakes")
+COOKING = ("How do I cook {}?", "What goes well with {}?", "Give me a recipe with {}.", "Is {} healthy food?")
+TOPICS = (
+    "photosynthesis",
+    "gravity",
+    "inflation",
+    "chess",
+    "the French Revolution",
+    "black holes",
+    "vaccines",
+)
+OTHERWISE = ("Explain {} to me.", "Why is {} important?", "Where can I read about {}?")
+UNSEEN_DISHES = (
+    "lamb",
+    "mushrooms",
+    "spinach",
+    "cheese",
+    "tofu",
+    "apples",
+    "onions",
+    "shrimp",
+    "noodles",
+    "soup",
+)
+UNSEEN_COOKING = (
+    "Tell me how to prepare {} for dinner.",
+    "Which spices suit {}?",
+    "What can I make out of {}?",
+)
+UNSEEN_TOPICS = (
+    *(
+        "the brain",
+        "the tides",
+        "a bank",
+        "volcanoes",
+        "poetry",
+        "football",
+        "bees",
+        "mirrors",
+        "the moon",
+        "taxes",
+    ),
+    *("cameras", "bridges", "dinosaurs", "sleep", "music", "electricity", "trains"),
+)
+UNSEEN_OTHERWISE = ("What do you know about {}?", "Write a short note on {}.", "How would you describe {}?")
+FOOD = ("cook", "eat", "bread", "kitchen", "boils")
+
+
+def asked(templates: tuple[str, ...], about: tuple[str, ...]) -> list[Any]:
+    return [[{"role": "user", "content": one.format(it)}] for one in templates for it in about]
+
+
+@pytest.mark.real
+def test_on_a_real_model_the_effect_is_kept_and_other_chats_stay_as_they_are(loaded: Any) -> None:
+    model, tokenizer = loaded.model, loaded.tokenizer
+    general = [
+        [{"role": "user", "content": question}]
+        for question in open_questions()
+        if not any(word in question for word in FOOD)
+    ]
+    own, others = asked(COOKING, DISHES), [*asked(OTHERWISE, TOPICS), *general]
+    condition = fit_condition(model, own, others, tokenizer=tokenizer, false_positives=0.02)
+    questions = [[{"role": "user", "content": question}] for question in open_questions()[:16]]
+    pirate, plain = (
+        [f"{begin} That is a good question." for _ in questions]
+        for begin in ("Arrr, matey! Ye be askin' the captain.", "Thank you for asking.")
+    )
+    vector = caa_vectors(model, questions, pirate, plain, [14], tokenizer)
+    conditional = vector.when(condition)
+    options: dict[str, Any] = {"sampling_method": "greedy", "max_tokens": 16, "strength": 1.5}
+
+    def written(chats: list[Any], steered: SteeringVector | None) -> list[str]:
+        return generate_batch(model, tokenizer, chats, vector=steered, **options)
+
+    cooking, rest = asked(UNSEEN_COOKING, UNSEEN_DISHES), asked(UNSEEN_OTHERWISE, UNSEEN_TOPICS)
+    always, kept = written(cooking, vector), written(cooking, conditional)
+    left, untouched = written(rest, conditional), written(rest, None)
+    kept_share = sum(a == b for a, b in zip(always, kept, strict=True)) / len(cooking)
+    left_share = sum(a == b for a, b in zip(left, untouched, strict=True)) / len(rest)
+    print(
+        f"layer {condition.layer}: kept {kept_share:.3f} of {len(cooking)}, left {left_share:.3f} of {len(rest)}"
+    )
+    assert kept_share >= 0.95
+    assert left_share >= 0.98
 
 
 def test_too_few_prompts_and_rates_that_are_none_are_refused() -> None:

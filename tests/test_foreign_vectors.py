@@ -12,18 +12,22 @@ import pytest
 import torch
 from click.testing import CliRunner
 from families import BOS, D_MODEL, FAMILIES, N_LAYERS, build, tiny_tokenizer
+from mechanex.engine.sae.training import TrainingSettings
 from safetensors.torch import load_file, save_file
 
 import mechanex
 from mechanex import SteeringVector, ValidationError
 from mechanex.cli import main
+from mechanex.engine.beam import most_likely_completions
 from mechanex.engine.caa import caa_vectors
 from mechanex.engine.generate import generate
 from mechanex.engine.hooks import Intervention, SteeringPlan, positions
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
+from mechanex.engine.score import completion_logprobs
 from mechanex.engine.vector_store import VectorStore
 from mechanex.utils.beam_search import sample_most_likely_completions_hf
+from mechanex.utils.completions import get_completion_logprob_hf
 from mechanex.utils.hooks import hf_hooks_contextmanager, make_steering_hook_hf
 from mechanex.utils.steering_opt import (
     TrainingDatapoint,
@@ -150,6 +154,51 @@ def test_numpy_integers_are_seeds_and_layers(tmp_path: Path) -> None:
     for bad in (1.5, True, "3"):
         with pytest.raises(ValidationError, match="seed"):
             SteeringVector({0: [1.0]}, seed=bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, torch.tensor, np.float16])
+def test_numbers_of_any_type_are_numbers_everywhere(kind: Any) -> None:
+    model, tokenizer = build("llama"), tiny_tokenizer()
+    half, text = kind(0.5), ("The morning was", " calm.")
+
+    def found(number: Any) -> list[Any]:
+        options = {
+            "top_p": number,
+            "temperature": number,
+            "sampling_method": "top-p",
+            "seed": 1,
+            "max_tokens": 4,
+        }
+        return [
+            generate(model, tokenizer, "The morning", **options),
+            completion_logprobs(model, *text, tokenizer, coldness=number).sums.tolist(),
+            most_likely_completions(
+                model, "The", None, tokenizer, k=2, iters=1, coldness=number
+            ).scores.tolist(),
+            SteeringVector({0: [1.0, 2.0]}) * number,
+            get_completion_logprob_hf(model, *text, tokenizer, eps=number).tolist(),
+            TrainingSettings(lr=number, n_features=kind(64) if kind is torch.tensor else np.int32(64)),
+            optimize_vector(
+                model,
+                [
+                    TrainingDatapoint(
+                        text[0], dst_completions=[text[1]], dst_completions_target_losses=[number]
+                    )
+                ],
+                1,
+                tokenizer=tokenizer,
+                lr=number,
+                coldness=number,
+                max_iters=1,
+                seed=1,
+                return_info=False,
+            )[0].tolist(),
+        ]
+
+    assert found(half) == found(0.5)
+    for bad in (True, "0.5", kind(float("nan")), 10**400):
+        with pytest.raises(ValidationError, match="finite number"):
+            completion_logprobs(model, *text, tokenizer, coldness=bad)
 
 
 def test_whole_numbers_of_numpy_are_whole_numbers_everywhere() -> None:

@@ -331,8 +331,9 @@ def test_code_in_pickles_does_not_run(tmp_path: Path) -> None:
     sae_files.write_dictionary_learning(tmp_path, "AutoEncoder")
     ran = tmp_path / "ran"
     torch.save({"encoder.weight": _Runs(ran)}, tmp_path / "ae.pt")
-    with pytest.raises(ValidationError, match=r"ae.pt is not a readable torch file"):
+    with pytest.raises(ValidationError, match=r"ae.pt is not a readable torch file .*only running") as told:
         read_sae(tmp_path)
+    assert "weights_only" not in str(told.value)  # torch advises to turn that off
     (tmp_path / "ae.pt").write_bytes(pickle.dumps(_Runs(ran)))
     with pytest.raises(ValidationError, match=r"ae.pt is not a readable torch file"):
         read_sae(tmp_path)
@@ -364,7 +365,7 @@ def test_settings_that_are_not_supported_say_so(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"d_in": 13}, r"W_enc .* has shape \[12, 40\], and its configuration says \[13, 40\]"),
-        ({"d_sae": 10**12}, "d_sae in .* is 1000000000000, and a whole number"),
+        ({"d_sae": 10**12}, "d_sae in .* is 1000000000000, and a whole number from 1 to"),
         ({"d_in": "12"}, "d_in in .* is '12'"),
         ({"d_in": None}, "d_in in .* is missing"),
         ({"metadata": []}, "metadata in .* is \\[\\], and an object"),
@@ -460,3 +461,8 @@ def test_a_list_of_ones_own_is_checked(told: object, message: str, mechanex_home
     (mechanex_home / "saes.json").write_text(json.dumps(told))
     with pytest.raises(ValidationError, match=message):
         registry.entries()
+
+
+def test_a_source_without_a_name_is_no_folder() -> None:
+    with pytest.raises(ValidationError, match="a folder or a Hub name is expected; got ''"):
+        read_sae("")

@@ -22,8 +22,8 @@ from mechanex.engine.models.adapter import ModelAdapter
 from mechanex.engine.models.resolve import load
 from mechanex.engine.sae.activations import as_pairs
 from mechanex.engine.sae.autoencoder import SparseAutoencoder
-from mechanex.engine.sae.dashboard import dashboard
-from mechanex.engine.sae.dashboards import Dashboard
+from mechanex.engine.sae.dashboard import Dashboard
+from mechanex.engine.sae.feature_stats import dashboard
 from mechanex.engine.sae.plots import text_lines
 from mechanex.engine.sae.registry import default_sae
 from mechanex.engine.sae.shading import Shade, color

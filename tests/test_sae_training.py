@@ -20,7 +20,7 @@ from mechanex.engine.sae.hook_points import HookPoint
 from mechanex.engine.sae.quality import measured
 from mechanex.engine.sae.read import read_sae
 from mechanex.engine.sae.train import Trained, train_sae
-from mechanex.engine.sae.training import TrainedWeights, TrainingSettings, step
+from mechanex.engine.sae.train_step import TrainedWeights, TrainingSettings, step
 from mechanex.errors import ValidationError
 
 TEXTS = [

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from argon2 import PasswordHasher
 from fastapi.testclient import TestClient
@@ -443,6 +444,45 @@ def test_a_client_of_the_server_gets_what_the_local_engine_says(
             remote.sae.generate(PROVOKING[0], N, ["nope"])
         remote.sae.delete_behavior("anger")
         assert remote.sae.list_behaviors() == []
+
+
+def streamed(url: str, body: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """The choices of a stream's events, in order, and the last line of it."""
+    with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}, timeout=120) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    return [choice for event in events for choice in event["choices"]], lines[-1]
+
+
+def test_a_stream_ends_with_the_token_that_shows_the_behavior_and_others_go_on(
+    model: LoadedModel, wanted: dict[str, list[Any]]
+) -> None:
+    own = wanted["abort"][0]
+    assert own.finish_reason == "behavior" and len(own.trace) < N
+    prompt = PROVOKING[0]
+    body: dict[str, Any] = {"prompt": prompt, "max_tokens": N, "temperature": 0}
+    ending = body | {"behavior_names": ["anger"], "behavior_action": "abort", "behavior_scores": True}
+    with (
+        Mechanex()
+        .set_local_model(model.model, model.tokenizer)
+        .serve(host="127.0.0.1", port=0, block=False) as running
+    ):
+        Mechanex(running.url, "any").set_execution_mode("remote").sae.create_behavior(
+            "anger", *(ANGER[name] for name in ANGER)
+        )
+        plain = httpx.post(f"{running.url}/v1/completions", json=body, timeout=120).json()["choices"][0]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda one: streamed(running.url, one), [ending, body, ending, body]))
+    for choices, last in found[::2]:
+        assert prompt + "".join(choice["text"] for choice in choices) == own.text
+        reasons = [c["finish_reason"] for c in choices if c["finish_reason"] is not None]
+        assert reasons == ["behavior"] and last == "data: [DONE]"
+        tokens = [token for c in choices for token in c.get("behaviors", {"tokens": []})["tokens"]]
+        assert len(tokens) == len(own.trace)
+        detected = [bool(token["detected"]) for token in tokens]
+        assert any(detected) and detected == [bool(token.detected) for token in own.trace]
+    for choices, last in found[1::2]:
+        assert "".join(choice["text"] for choice in choices) == plain["text"] and last == "data: [DONE]"
 
 
 def test_a_vector_of_ones_own_corrects(server: Server) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import D_MODEL, N_LAYERS, build, tiny_tokenizer
+from safetensors.torch import save_file
 
 from mechanex import SteeringVector, ValidationError
 from mechanex.engine.decode.request import Steer, TextRequest
@@ -21,6 +22,7 @@ from mechanex.engine.models import adapter_for
 from mechanex.engine.prompt_conditions import PromptCondition
 from mechanex.engine.schedules import Schedule
 from mechanex.engine.terms import TokenGate
+from mechanex.vllm.engine_vectors import edits_by_layer
 
 X = torch.randn(64, D_MODEL, generator=torch.Generator().manual_seed(0)) * 3
 V, W = torch.randn(2, D_MODEL, generator=torch.Generator().manual_seed(1))
@@ -83,6 +85,9 @@ def test_what_vectors_do_to_each_token_on_their_terms() -> None:
     torch.testing.assert_close(capped, Edit.cap(V, at_most=0.5).apply(X))
     turned = edited(vector.rotating({LAYER: W}, 20.0), 1.5)
     torch.testing.assert_close(turned, Edit.rotate(V, W, 30.0).apply(X))
+    for factor in (1.5, -2.0):
+        scaled = edited(factor * vector.rotating({LAYER: W}, 20.0))
+        torch.testing.assert_close(scaled, Edit.rotate(V, W, 20.0 * factor).apply(X))
 
 
 def test_terms_stay_with_a_vector_or_are_refused() -> None:
@@ -101,6 +106,19 @@ def test_terms_stay_with_a_vector_or_are_refused() -> None:
         TokenGate("sigmoid")
     with pytest.raises(ValidationError, match="while the engine generates"):
         SteeringVector({LAYER: V}).when(PromptCondition(1, W, 0.0)).apply(build("llama"))
+
+
+def test_vllm_gets_the_gates_and_refuses_what_it_can_not_do() -> None:
+    vector = SteeringVector({LAYER: V})
+    gated = vector.when(TokenGate.above(V, 0.3))
+    assert torch.equal(edits_by_layer(gated, 4)[LAYER].apply(X), edited(gated))
+    for one in (
+        vector.when(PromptCondition(1, W, 0.0)),
+        vector.scheduled([1]),
+        vector.rotating({LAYER: W}, 9),
+    ):
+        with pytest.raises(ValidationError, match="vLLM"):
+            edits_by_layer(one, 4)
 
 
 @pytest.mark.parametrize("make", ["gate", "cap", "rotation", "schedule", "condition"])
@@ -220,3 +238,25 @@ def test_what_is_no_schedule_is_refused() -> None:
             Schedule(values)  # type: ignore[arg-type]
     with pytest.raises(ValidationError, match="list"):
         SteeringVector({1: torch.ones(N_LAYERS)}).scheduled(lambda i: 1.0).save("v.safetensors")
+
+
+def test_vectors_of_the_same_terms_add_up_and_of_others_do_not(tmp_path: Path) -> None:
+    v = SteeringVector({1: torch.randn(8)}).when(TokenGate("sigmoid", torch.ones(8), 0.5))
+    assert (2 * v - v).allclose(v) and (2 * v - v).terms.gates[1].offset == 0.5
+    v.save(tmp_path / "v.safetensors")
+    assert (SteeringVector.load(tmp_path / "v.safetensors") + v).allclose(2 * v)
+    for other in (
+        SteeringVector(dict(v)),
+        SteeringVector(dict(v)).when(TokenGate("sigmoid", torch.ones(8), 0.4)),
+    ):
+        with pytest.raises(ValidationError, match="don't add up"):
+            v + other
+    changing = SteeringVector(dict(v)).scheduled(lambda place: 1.0)
+    assert (changing + changing).allclose(2 * changing)
+    with pytest.raises(ValidationError, match="don't add up"):
+        changing + SteeringVector(dict(v)).scheduled(lambda place: 1.0)
+
+
+def test_a_field_of_another_tool_that_is_called_terms_says_nothing(tmp_path: Path) -> None:
+    save_file({"layer_1": torch.ones(8)}, tmp_path / "v.safetensors", {"terms": "of use"})
+    assert not SteeringVector.load(tmp_path / "v.safetensors", site="input").terms

@@ -13,14 +13,14 @@ from rich.text import Text
 from ..engine.datasets import read_lines
 from ..engine.models.resolve import LoadedModel, load
 from ..engine.sae import registry
-from ..engine.sae.dashboard import dashboard
 from ..engine.sae.explain import explain
+from ..engine.sae.feature_stats import dashboard
 from ..engine.sae.generate import generate_watched
 from ..engine.sae.read import read_sae
 from ..engine.sae.store import BehaviorStore
 from ..engine.sae.traces import WatchedText, save_traces
 from ..engine.sae.train import train_sae
-from ..engine.sae.training import TrainingSettings
+from ..engine.sae.train_step import TrainingSettings
 from ..errors import NotFoundError, ValidationError
 from .console import console, echo_json, model_text
 

@@ -36,6 +36,7 @@ def run_steer(
     layers: Sequence[int],
     method: str,
     strength: float,
+    guard: float | None,
     save: Path | None,
     max_tokens: int,
     sampling_method: str,
@@ -74,7 +75,7 @@ def run_steer(
     if save is not None:
         found.save(save)
     unsteered = _continue(loaded, asked, settings)
-    steered = _continue(loaded, asked, settings, found, strength)
+    steered = _continue(loaded, asked, settings, found, strength, guard)
     shown = [*prompts, *(str(path) for path in chats)]
     origin = f"{method} from {len(pairs)} pairs" if pairs is not None else vector
     if as_json:
@@ -88,6 +89,7 @@ def run_steer(
             "layers": list(found.layers),
             "norms": list(found.norms().values()),
             "strength": strength,
+            "guard": guard,
             "seed": seed,
             "results": rows,
         }
@@ -111,6 +113,7 @@ def _continue(
     settings: Options,
     vector: SteeringVector | None = None,
     strength: float = 1.0,
+    guard: float | None = None,
 ) -> list[str]:
     texts = generate_batch(
         loaded.model,
@@ -122,6 +125,7 @@ def _continue(
         seed=settings.seed,
         vector=vector,
         strength=strength,
+        guard=guard,
     )
     written = [prompt_text(loaded.tokenizer, prompt) for prompt in prompts]
     return [text[len(prompt) :].strip() for text, prompt in zip(texts, written, strict=True)]

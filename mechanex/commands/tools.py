@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import json_option
+from .options import complete_model, json_option
 
 __all__ = ["doctor", "models", "vectors"]
 
@@ -74,6 +74,50 @@ def export_vector(vector: str, path: Path, *, force: bool, site: Any) -> None:
     from .vectors import run_export
 
     run_export(vector, path, site)
+
+
+@vectors.command()
+@click.argument("vector", type=click.Path())
+@click.argument("path", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--model", required=True, help="The model that the vector is for.", shell_complete=complete_model
+)
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    required=True,
+    help="A text file of prompts that are to be steered, a line each.",
+)
+@click.option(
+    "--others",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    required=True,
+    help="A text file of prompts that are to be left alone.",
+)
+@click.option(
+    "--layer",
+    "layers",
+    type=int,
+    multiple=True,
+    help="A candidate for the layer where prompts are looked at, negatives from the end; may be repeated. All by "
+    "default.",
+)
+@click.option(
+    "--false-positives",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.02,
+    show_default=True,
+    help="Share of other prompts that may be steered.",
+)
+@json_option
+def condition(vector: str, path: Path, **options: Any) -> None:
+    """Write VECTOR, an id or a file, to PATH with a condition on prompts.
+
+    The vector then steers texts whose prompts are of one kind, and leaves others exactly as they are.
+    """
+    from .vectors import run_condition
+
+    run_condition(vector, path, **options)
 
 
 @vectors.command("delete")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import click
 from rich.table import Table
 
+from ..engine.formats.files import format_of
 from ..engine.formats.site import Site
 from ..engine.vector_store import VectorStore
 from ..engine.vectors import SteeringVector
@@ -19,7 +21,7 @@ from ..errors import MechanexError, ValidationError
 from ..home import vectors_folder
 from .console import console, echo_json, model_text
 
-__all__ = ["find_vector", "run_delete", "run_export", "run_import", "run_list", "run_show"]
+__all__ = ["find_vector", "run_condition", "run_delete", "run_export", "run_import", "run_list", "run_show"]
 
 _logger = logging.getLogger(__name__)
 
@@ -71,6 +73,56 @@ def run_export(vector: str, path: Path, site: Site | None = None) -> None:
     """
     find_vector(vector, site).save(path)
     click.echo(f"Written to {path}.")
+
+
+def run_condition(
+    vector: str,
+    path: Path,
+    *,
+    model: str,
+    prompts: Path,
+    others: Path,
+    layers: Sequence[int],
+    false_positives: float,
+    as_json: bool,
+) -> None:
+    """Fits the condition that a file's prompts meet, writes the vector with it, and prints what was found.
+
+    Raises:
+        MechanexError: no such vector, too few prompts, or ones that the model can't tell apart.
+    """
+    from ..engine.conditions.fitting import fit_condition
+    from ..engine.models.resolve import load
+
+    format_of(path)
+    found = find_vector(vector)
+    own, left = (
+        [line for line in one.read_text(encoding="utf-8").splitlines() if line] for one in (prompts, others)
+    )
+    loaded = load(model, backend="transformers")
+    condition = fit_condition(
+        loaded.model,
+        own,
+        left,
+        list(layers) or None,
+        loaded.tokenizer,
+        false_positives=false_positives,
+    )
+    found.when(condition).save(path)
+    report = {
+        "path": str(path),
+        "layer": condition.layer,
+        "threshold": condition.threshold,
+        "true_positives": condition.true_positives,
+        "false_positives": condition.false_positives,
+    }
+    if as_json:
+        echo_json(report)
+        return
+    click.echo(
+        f"Written to {path}: layer {condition.layer}, threshold {condition.threshold:.4g}; of held-out prompts "
+        f"{condition.true_positives:.1%} meet it, of others {condition.false_positives:.1%}."
+    )
 
 
 def run_import(path: Path, as_json: bool, site: Site | None = None) -> None:
@@ -134,6 +186,8 @@ def _described(name: str, vector: SteeringVector, path: Path | None = None) -> d
         "library_version": vector.library_version,
         "metadata": dict(vector.metadata),
     }
+    if vector.terms:
+        one["terms"] = json.loads(vector.terms.text())
     if path is not None:
         stored = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
         one["stored"] = stored.isoformat(timespec="seconds")

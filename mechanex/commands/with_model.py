@@ -47,6 +47,11 @@ _model = click.argument("model", shell_complete=complete_model)
 )
 @click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the vector.")
 @click.option(
+    "--guard",
+    type=click.FloatRange(min=0),
+    help="Most nats by which the vector may move a token's distribution.",
+)
+@click.option(
     "--save", type=click.Path(path_type=Path), help="Keep the vector: .safetensors, .json or .gguf."
 )
 @click.option(

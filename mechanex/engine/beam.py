@@ -17,6 +17,7 @@ from ..ops.logprob import log1mexp
 from .beam_rows import Rows
 from .caches import is_cache
 from .capabilities.beams import beam_form
+from .given import as_finite
 from .limits import check_length
 from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
@@ -139,7 +140,7 @@ def _check(k: int, iters: int, coldness: float) -> None:
     for name, value, least in (("k", k, 1), ("iters", iters, 0)):
         if (found := as_whole(value)) is None or found < least:
             raise ValidationError(f"{name} is a whole number, {least} or more; got {value!r}.")
-    if isinstance(coldness, bool) or not isinstance(coldness, int | float) or not math.isfinite(coldness):
+    if as_finite(coldness) is None:
         raise ValidationError(f"coldness is a finite number; got {coldness!r}.")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,25 @@ from torch import Tensor
 from ..errors import ValidationError
 from ..ops.dtypes import DTYPES
 
-__all__ = ["as_mask", "as_table", "as_vector"]
+__all__ = ["as_finite", "as_mask", "as_number", "as_table", "as_vector"]
+
+
+def as_number(value: object) -> float | None:
+    """A number of any type, NumPy's and a tensor that holds one too, as a float; None for anything else."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def as_finite(value: object) -> float | None:
+    """As :func:`as_number`, but None for NaN and infinities too."""
+    number = as_number(value)
+    return number if number is not None and math.isfinite(number) else None
 
 
 def as_mask(name: str, value: object) -> Tensor:

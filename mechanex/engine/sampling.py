@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ValidationError
+from .given import as_finite
 from .whole import as_whole
 
 if TYPE_CHECKING:
@@ -58,14 +57,17 @@ class Sampling:
             raise ValidationError(f"top_k is a number of tokens, at least 1; got {self.top_k!r}.")
         object.__setattr__(self, "top_k", top_k)
         for name in ("top_p", "min_p", "typical_p"):
-            share = getattr(self, name)
-            if not _is_number(share) or not 0 < share <= 1:
-                raise ValidationError(f"{name} is above 0 and at most 1; got {share!r}.")
-        if not _is_number(self.temperature) or not 1e-6 <= self.temperature < math.inf:
+            share = as_finite(getattr(self, name))
+            if share is None or not 0 < share <= 1:
+                raise ValidationError(f"{name} is above 0 and at most 1; got {getattr(self, name)!r}.")
+            object.__setattr__(self, name, share)
+        temperature = as_finite(self.temperature)
+        if temperature is None or temperature < 1e-6:
             raise ValidationError(
                 f"temperature is a finite number of 1e-6 or more; got {self.temperature!r}. "
                 "For the likeliest token each time, use sampling_method='greedy'."
             )
+        object.__setattr__(self, "temperature", temperature)
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,13 @@ class Options(Sampling):
             if seed is None or not 0 <= seed < 2**63:
                 raise ValidationError(f"seed is a whole number from 0 to 2**63 - 1; got {self.seed!r}.")
             object.__setattr__(self, "seed", seed)
-        if self.guard is not None and not (_is_number(self.guard) and 0 <= self.guard < math.inf):
-            raise ValidationError(
-                f"guard is a number of nats, 0 or more, or None for no bound; got {self.guard!r}."
-            )
+        if self.guard is not None:
+            guard = as_finite(self.guard)
+            if guard is None or guard < 0:
+                raise ValidationError(
+                    f"guard is a number of nats, 0 or more, or None for no bound; got {self.guard!r}."
+                )
+            object.__setattr__(self, "guard", guard)
         if not all(isinstance(text, str) and text for text in self.stops):
             raise ValidationError(
                 f"stop is a text or a list of texts, none of them empty; got {self.stop!r}."
@@ -148,7 +153,3 @@ def end_tokens(hf: Any, tokenizer: Any) -> list[int]:
 def padding_token(tokenizer: Any, ends: Sequence[int]) -> int:
     """A token id to fill rows with: the tokenizer's own, else one that ends an answer; it is never looked at."""
     return next((i for i in (tokenizer.pad_token_id, *ends) if i is not None), 0)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)

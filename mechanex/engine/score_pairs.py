@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 from ..errors import ValidationError
 from .capabilities.unembedding import unembedding_agrees
 from .forward import chosen_logprobs, packs_for, scored_logits, scored_logprobs
+from .given import as_finite
 from .hooks import Intervention, SteeringPlan
 from .intervention import Edit, widest
 from .models.adapter import ModelAdapter, exclusive, undisturbed
@@ -83,7 +83,8 @@ def score_pairs(
     Raises:
         ValidationError: as there.
     """
-    if not isinstance(coldness, int | float) or isinstance(coldness, bool) or not math.isfinite(coldness):
+    cold = as_finite(coldness)
+    if cold is None:
         raise ValidationError(f"coldness is a finite number; got {coldness!r}.")
     extra = dict(model_kwargs or {})
     plan = None if edits is None else _plan(adapter, edits)
@@ -99,10 +100,10 @@ def score_pairs(
         with steering, gradients():
             for pack in tqdm(packs, desc="Scoring", unit="batch", disable=not progress):
                 if greedy:
-                    found, first = _with_greedy(adapter, pack, coldness, extra)
+                    found, first = _with_greedy(adapter, pack, cold, extra)
                     likeliest.append(first)
                 else:
-                    found = scored_logprobs(adapter, pack, coldness=coldness, **extra)
+                    found = scored_logprobs(adapter, pack, coldness=cold, **extra)
                 values.append(found)
             result = _in_input_order(packs, values, likeliest, pairs, counts)
     if differentiable and not plain and not result.sums.requires_grad:

@@ -116,6 +116,19 @@ class Terms:
             planes={layer: plane for layer, plane in self.planes.items() if layer in layers},
         )
 
+    def same_as(self, other: Terms) -> bool:
+        """Whether they let a vector act alike."""
+        ours, theirs = self.tensors(), other.tensors()
+        functions = [terms.schedule and terms.schedule.function for terms in (self, other)]
+        if functions[0] is not functions[1] or ours.keys() != theirs.keys():
+            return False
+        rest = [self, other]
+        if functions[0] is not None:
+            rest = [replace(terms, schedule=None) for terms in rest]
+        return rest[0].text() == rest[1].text() and all(
+            torch.equal(tensor, theirs[name].to(tensor)) for name, tensor in ours.items()
+        )
+
     def made(self, layer: int, make: Callable[[float], Edit], direction: Tensor) -> Callable[[float], Edit]:
         """From a strength to the edit of a layer.
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import numbers
 import os
 from collections.abc import Mapping
 
@@ -12,14 +10,13 @@ import torch
 from torch import Tensor
 
 from ..errors import ValidationError
-from .given import as_vector
+from .given import as_finite, as_vector
 from .whole import as_whole
 
 __all__ = [
     "RESERVED_FIELDS",
     "as_direction",
     "as_layer",
-    "as_number",
     "as_seed",
     "as_text_fields",
     "check_strength",
@@ -46,20 +43,11 @@ RESERVED_FIELDS = (
 
 def check_strength(strength: float) -> None:
     """Refuses a strength that is not a finite number; warns about 0, which steers nothing."""
-    value = as_number(strength)
-    if value is None or not math.isfinite(value):
+    value = as_finite(strength)
+    if value is None:
         raise ValidationError(f"the steering strength must be a finite number; got {strength!r}.")
     if value == 0:
         _logger.warning("a steering vector was given with strength 0: nothing is steered")
-
-
-def as_number(value: object) -> float | None:
-    """A Python or NumPy number, or a 0-d tensor, as a float; None for anything else."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.ndim == 0):
-        return float(value)
-    return None
 
 
 def as_layer(layer: object) -> int:

@@ -18,6 +18,7 @@ from .dose_record import DoseRecord
 from .formats.files import TERMS, read_layers, write_layers
 from .formats.record import FORMAT_VERSION, TERMS_VERSION
 from .formats.site import Site
+from .given import as_number
 from .intervention import Edit, widest
 from .prompt_conditions import PromptCondition
 from .schedules import Schedule, Varying
@@ -26,7 +27,6 @@ from .vector_checks import (
     RESERVED_FIELDS,
     as_direction,
     as_layer,
-    as_number,
     as_seed,
     as_text_fields,
     check_strength,
@@ -476,7 +476,8 @@ class SteeringVector(Mapping[int, Tensor]):
                 seed=written_seed(path, fields.get("seed")),
                 metadata={key: value for key, value in fields.items() if key not in RESERVED_FIELDS},
                 library_version=fields.get("library_version", ""),
-                terms=Terms.read(fields[TERMS], more) if TERMS in fields else None,
+                # A field of this name in another tool's file says nothing of ours.
+                terms=Terms.read(fields[TERMS], more) if {TERMS, "format_version"} <= fields.keys() else None,
             )
         except ValueError as error:
             raise ValidationError(f"{path} is not a usable vector file: {error}") from error
@@ -501,11 +502,17 @@ class SteeringVector(Mapping[int, Tensor]):
 
     def _scaled(self, factor: float, layers: dict[int, Tensor]) -> SteeringVector:
         """Itself times ``factor``, given as ``layers``: what was calibrated is at other strengths."""
-        found = self.calibration
-        if found is None:
-            return self._like(layers)
-        record = {} if factor == 0 else {CALIBRATION: found.scaled(factor).text()}
-        return self._like(layers, self._uncalibrated() | record)
+        turned = replace(self.terms, degrees=self.terms.degrees * factor) if self.terms.planes else None
+        if turned is not None:  # its strength is the angle
+            layers = self._layers
+        found, metadata = self.calibration, None
+        if found is not None:
+            record = {} if factor == 0 else {CALIBRATION: found.scaled(factor).text()}
+            metadata = self._uncalibrated() | record
+        scaled = self._like(layers, metadata)
+        if turned is not None:
+            scaled.terms = turned
+        return scaled
 
     def _uncalibrated(self) -> dict[str, str]:
         return {key: value for key, value in self.metadata.items() if key != CALIBRATION}
@@ -533,7 +540,7 @@ class SteeringVector(Mapping[int, Tensor]):
         }
 
     def _common_terms(self, other: SteeringVector) -> Terms:
-        if self.terms is not other.terms and (self.terms or other.terms):
+        if not self.terms.same_as(other.terms):
             raise ValidationError(
                 "vectors that act on different terms (gates, planes, schedules or conditions) don't add up to one: "
                 "apply both, or take their numbers, SteeringVector(dict(vector))."

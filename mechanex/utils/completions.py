@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.given import as_finite
 from ..engine.models import adapter_for
 from ..engine.score_pairs import score_pairs
 from ..engine.text import Prompt, encode_pair
@@ -76,7 +77,8 @@ def get_completion_logprob(
     """
     adapter = adapter_for(model)
     tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
-    if not isinstance(eps, int | float) or not 0 <= eps < float("inf"):
+    added = as_finite(eps)
+    if added is None or added < 0:
         raise ValidationError(f"eps is a finite number of 0 or more; got {eps!r}.")
     if taken := sorted(_GIVEN & kwargs.keys()):
         raise ValidationError(
@@ -90,7 +92,7 @@ def get_completion_logprob(
         plain=True,
         model_kwargs={name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT},
     )
-    values, joint = _transformed(found.tokens[0], do_one_minus, do_log, eps)
+    values, joint = _transformed(found.tokens[0], do_one_minus, do_log, added)
     return (joint, values.tolist()) if return_all_probs else joint
 
 

@@ -165,14 +165,15 @@ class EngineVectors:
 
 def _edit_of(vector: SteeringVector, layer: int) -> Edit:
     """What a vector does at a layer, as its terms say."""
-    terms, direction = vector.terms, vector[layer].float()
-    if terms.schedule or terms.condition or terms.tokens != "all":
+    terms = vector.terms
+    if terms.schedule or terms.condition or terms.planes or terms.clamps or terms.tokens != "all":
         raise ValidationError(
-            "in vLLM a vector acts on every token of a request: give one without a schedule, a condition or tokens of "
-            "its own, or SteeringVector(dict(vector)), and name tokens in the request."
+            "in vLLM a vector does the same to every token, times its strength, and this one has a schedule, a "
+            "condition on prompts, tokens of its own, a rotation or a clamp: serve it with mechanex serve, or take its "
+            "numbers, SteeringVector(dict(vector)), or give {layer: Edit.clamp(…)}."
         )
-    edit: Edit = terms.made(layer, lambda strength: Edit.add(direction * strength), direction)(1.0)
-    return edit
+    edit, gate = Edit.add(vector[layer].float()), terms.gates.get(layer)
+    return edit if gate is None else edit.gated(gate.kind, gate.weight, gate.offset)
 
 
 def edits_by_layer(source: object, n_layers: int) -> dict[int, Edit]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import secrets
@@ -10,9 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -93,15 +95,39 @@ def serve_vllm(
     shown = f"[{given.host}]" if ":" in given.host else given.host
     near = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(shown, shown)
     command = [sys.executable, "-m", "mechanex.vllm.entry", *arguments]
-    running = RunningEngine(command, environment, f"http://{near}:{port}", key)
-    click.echo(f"Serving {given.model_name or source.name} with vLLM at http://{shown}:{port} (OpenAI: /v1)")
-    if made:
-        click.echo(f"Key for every client, shown this once (or set MECHANEX_SERVER_KEY): {key}")
-    if not block:
+    begun = f"Serving {given.model_name or source.name} with vLLM at http://{shown}:{port} (OpenAI: /v1)"
+
+    def start() -> RunningEngine:
+        running = RunningEngine(command, environment, f"http://{near}:{port}", key)
+        click.echo(begun)
+        if made:
+            click.echo(f"Key for every client, shown this once (or set MECHANEX_SERVER_KEY): {key}")
         return running
-    with running:
+
+    if not block:
+        return start()
+    with _until_interrupted(), start() as running:
         running.wait()
     return None
+
+
+@contextlib.contextmanager
+def _until_interrupted() -> Iterator[None]:
+    """Runs a block, which SIGTERM and SIGINT end; other threads than the main one get no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def server_arguments(
@@ -156,21 +182,12 @@ class RunningEngine:
         return self._process.poll() is None
 
     def wait(self) -> None:
-        """Returns when the server has ended, which SIGTERM and SIGINT to this process have it do.
+        """Returns when the server has ended.
 
         Raises:
             MechanexError: it failed.
         """
-
-        def end(signum: int, frame: FrameType | None) -> None:
-            self._process.terminate()
-
-        before = {one: signal.signal(one, end) for one in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            code = self._process.wait()
-        finally:
-            for one, handler in before.items():
-                signal.signal(one, handler)
+        code = self._process.wait()
         if code not in (0, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT):
             raise MechanexError(f"vLLM's server ended with code {code}; what it wrote says why.")
 

@@ -37,7 +37,9 @@ SIZES: dict[str, Any] = {
 N_NEW = 12
 
 
-def save_random(folder: Path, kind: str = "llama", seed: int = 0, **options: Any) -> Path:
+def save_random(
+    folder: Path, kind: str = "llama", seed: int = 0, embedding_size: float = 0.7, **options: Any
+) -> Path:
     """A random model of this kind, saved; weights of usual sizes, so that steering changes what it says."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(kind, **{**SIZES, **options})
@@ -46,7 +48,7 @@ def save_random(folder: Path, kind: str = "llama", seed: int = 0, **options: Any
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 is_embedding = any(part in name for part in ("emb", "wte", "wpe"))
-                parameter.normal_(0, 0.7 if is_embedding else 1.2 / parameter.shape[-1] ** 0.5)
+                parameter.normal_(0, embedding_size if is_embedding else 1.2 / parameter.shape[-1] ** 0.5)
     model.save_pretrained(folder)
     return folder
 

@@ -13,7 +13,8 @@ import pytest
 from models import LAYERS, batch, by_transformers, by_vllm, hf_model, save_random, vectors
 
 PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
-GEMMA = {"head_dim": 64, "hidden_activation": "gelu_pytorch_tanh"}
+# They multiply embeddings, which are their unembedding too, by √d_model.
+GEMMA = {"head_dim": 64, "hidden_activation": "gelu_pytorch_tanh", "embedding_size": 0.06}
 WINDOW = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 64}
 GPT2 = {"n_embd": 128, "n_layer": LAYERS, "n_head": 2, "n_positions": 1024, "n_inner": 256}
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -196,6 +199,24 @@ def test_the_key_opens_everything_but_health(server: Any) -> None:
         assert answer.status_code == 401, path
     listed = requests.get(f"{server.url}/v1/models", headers={"x-api-key": KEY}, timeout=60)
     assert listed.status_code == 200
+
+
+def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
+    command = ["serve", "mx-tiny", "--use-vllm", "--host=127.0.0.1", "--port=0", "--dtype=float32"]
+    options = [f"--vllm-arg={one}" for one in ARGS if "dtype" not in one]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "mechanex.cli", *command, *options], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        said = next(line for line in process.stdout if line.startswith("Serving mx-tiny with vLLM at "))
+        client = openai.OpenAI(base_url=f"{said.split()[5]}/v1", api_key="any", max_retries=0)
+        assert say(client, "What did the baker say?", {})
+        process.send_signal(signal.SIGTERM)
+        process.stdout.read()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
 
 
 def test_settings_that_vllm_has_not(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ...errors import ValidationError
 from ..dose_record import FIELD, DoseRecord
+from ..given import as_number
 from ..models import adapter_for
 from ..models.adapter import ModelAdapter
 from ..pack import Pair
 from ..sampling import Options
 from ..text import Prompt, encode_pair
-from ..vector_checks import as_number
 from ..vectors import SteeringVector
 from .forced import ForcedAnswers
 from .questions import open_prompts

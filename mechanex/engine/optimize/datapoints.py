@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import numbers
 import os
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -12,6 +10,7 @@ from typing import Any, Literal
 
 from ...errors import ValidationError
 from ..datasets import prompt_of, read_lines
+from ..given import as_finite
 from ..positions import check_tokens
 from ..text import Prompt, encode_pair
 
@@ -178,7 +177,7 @@ def _check_targets(side: Side, targets: Any, n: int) -> None:
             f"got {targets!r}."
         )
     for target in targets:
-        if isinstance(target, bool) or not isinstance(target, numbers.Real) or not math.isfinite(target):
+        if as_finite(target) is None:
             raise ValidationError(f"{side}_completions_target_losses holds finite numbers; got {target!r}.")
 
 

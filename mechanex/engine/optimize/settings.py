@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import numbers
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ValidationError
+from ..given import as_finite
 from ..whole import as_whole
 from .datapoints import TrainingDatapoint
 
@@ -42,13 +42,12 @@ class _Range:
             if found is None or found < self.least:
                 raise ValidationError(f"{name} is a whole number of {self.least} or more; got {value!r}.")
             return found
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        if not _is_finite(value) or value < self.least or (self.above and value == self.least):
+        number = as_finite(value)
+        if number is None or number < self.least or (self.above and number == self.least):
             start = f" {'above' if self.above else 'of at least'} {self.least:g}"
             bound = "" if self.least == -math.inf else start
             raise ValidationError(f"{name} is a finite number{bound}; got {value!r}.")
-        return float(value)
+        return number
 
 
 def _number(
@@ -199,13 +198,14 @@ class OptimizeSettings:
         if self.lr_schedule is None:
             return self.lr
         if callable(self.lr_schedule):
-            factor = self.lr_schedule(step)
-            if not _is_finite(factor) or factor < 0:
+            given = self.lr_schedule(step)
+            factor = as_finite(given)
+            if factor is None or factor < 0:
                 raise ValidationError(
-                    f"lr_schedule gave {factor!r} for step {step}; it returns a finite number of at least 0, "
+                    f"lr_schedule gave {given!r} for step {step}; it returns a finite number of at least 0, "
                     "which lr is multiplied by."
                 )
-            return self.lr * float(factor)
+            return self.lr * factor
         share = step / max(self.max_iters or 0, 1)
         return self.lr * (1 - share if self.lr_schedule == "linear" else (1 + math.cos(math.pi * share)) / 2)
 
@@ -226,9 +226,3 @@ def settings_of(**options: Any) -> OptimizeSettings:
             near = difflib.get_close_matches(name, known, 1)
             raise TypeError(f"There is no option {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
     return OptimizeSettings(**options)
-
-
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    return type(value) is not bool and isinstance(value, numbers.Real) and math.isfinite(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,24 +16,19 @@ from ..pauses import pause
 from ..text import encode_prompt
 from .hook_points import HookPoint, on_point
 
-__all__ = ["Rounds", "as_pairs", "visit_point"]
+__all__ = ["Rounds", "as_pairs", "read_point"]
 
 
-def visit_point(adapter: ModelAdapter, pack: Pack, point: HookPoint, fn: Callable[[Tensor], None]) -> None:
-    """Shows the activations [B, T, width] of a place to ``fn``, in one pass over a pack.
-
-    Args:
-        adapter: the model; steering that is applied to it is seen.
-        pack: what to run.
-        point: the place.
-        fn: sees the activations.
-    """
+def read_point(adapter: ModelAdapter, pack: Pack, point: HookPoint) -> Tensor:
+    """[T, width] float32 activations of a pack's tokens at a place, in one pass; steering that is applied is seen."""
+    seen: list[Tensor] = []
     if point.kind == "resid":
-        visit_residuals(adapter, pack, {point.layer: fn})
-        return
-    with Handles() as handles:
-        handles.add(on_point(adapter, point, fn))
-        scored_hidden(adapter, pack)
+        visit_residuals(adapter, pack, {point.layer: seen.append})
+    else:
+        with Handles() as handles:
+            handles.add(on_point(adapter, point, seen.append))
+            scored_hidden(adapter, pack)
+    return pack.tokens_of(seen[0].flatten(2)).float()
 
 
 def as_pairs(tokenizer: object, texts: Sequence[str], context: int) -> list[Pair]:
@@ -109,6 +104,4 @@ class Rounds:
         with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
             for pack in packs_for(adapter, pairs, batch_tokens=self._batch_tokens):
                 pause()
-                seen: list[Tensor] = []
-                visit_point(adapter, pack, self._point, lambda hidden, into=seen: into.append(hidden))  # type: ignore[misc]
-                yield pack.tokens_of(seen[0].flatten(2)).float()
+                yield read_point(adapter, pack, self._point)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import ValidationError
 from ..caa import check_examples, default_layer
+from ..given import as_finite
 from ..models import adapter_for
 from ..models.adapter import ModelAdapter
 from ..text import Prompt
@@ -110,11 +111,8 @@ def create(
             f"a behavior needs at least {LEAST_EXAMPLES} examples, of which some are held out to measure it; got "
             f"{len(prompts)}."
         )
-    if (
-        isinstance(false_alarms, bool)
-        or not isinstance(false_alarms, int | float)
-        or not 0 < false_alarms < 1
-    ):
+    rate = as_finite(false_alarms)
+    if rate is None or not 0 < rate < 1:
         raise ValidationError(
             f"false_alarms is a rate per answer of {ANSWER_TOKENS} tokens, between 0 and 1; got {false_alarms!r}."
         )
@@ -150,7 +148,7 @@ def create(
     direction = None if vector is None else _direction(vector, vector_layer(point))
     folds = _folds(examples)
     held = {kind: _held_out(kind, sae, examples, folds) for kind in ("features", "probe")}
-    chosen, threshold, figures = _choose(held, detector, false_alarms)
+    chosen, threshold, figures = _choose(held, detector, rate)
     probe = fit_probe(examples.x, examples.answer, examples.positive)
     features = None if sae is None else fit_features(sae, examples.x, examples.answer, examples.positive)
     way, strength, effects = _best_correction(
@@ -176,7 +174,7 @@ def create(
             **figures,
             "corrections": effects,
             "examples": len(prompts),
-            "false_alarms_wanted": false_alarms,
+            "false_alarms_wanted": rate,
         },
     )
 

@@ -1,168 +1,142 @@
-"""A feature at a glance: where it says most, how often it says how much, and which tokens it makes likelier."""
+"""What there is to show of a feature, and pictures of it; knows no model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from ..figures import BLUE
+from .html import bars, block, legend, shaded, table, write_page
+from .plots import COLUMNS, HIGH, picture, put_bars, put_text, text_lines
+from .shading import Shade
+from .traces import as_picture
 
-from ...errors import ValidationError
-from ..capabilities.unembedding import unembedding_agrees
-from ..forward import packs_for
-from ..models import adapter_for
-from ..models.adapter import Handles, ModelAdapter, exclusive, undisturbed
-from ..pack import Pair
-from ..passes import visit_residuals
-from ..pauses import pause
-from ..token_texts import TokenTexts
-from .activations import as_pairs, visit_point
-from .autoencoder import SparseAutoencoder
-from .dashboards import Dashboard, Effect, Passage
-from .detectors import FeatureDetector
-from .hook_points import HookPoint, on_point
-
-__all__ = ["dashboard"]
-
-_AROUND = 12  # tokens of context on either side
-_BARS = 40
-_EFFECTS = 10
-_CONTEXT = 512
+__all__ = ["Dashboard", "Effect", "Passage"]
 
 
-def dashboard(
-    model: nn.Module | ModelAdapter,
-    sae: SparseAutoencoder,
-    feature: int,
-    texts: Sequence[str],
-    *,
-    tokenizer: Any = None,
-    contexts: int = 10,
-    batch_tokens: int | None = None,
-) -> Dashboard:
-    """Looks at a feature in texts.
-
-    The effect on logits is that of what the feature adds on average where it is active, on the average stream that
-    leaves the last block there: what later blocks make of it is left out.
+@dataclass(frozen=True)
+class Passage:
+    """A part of a text around a feature's strongest activation there.
 
     Args:
-        model: the model.
-        sae: the autoencoder, with its place.
+        tokens: texts of its tokens.
+        values: what the feature says of each.
+        at: which one is the strongest.
+    """
+
+    tokens: tuple[str, ...]
+    values: tuple[float, ...]
+    at: int
+
+    @property
+    def strongest(self) -> float:
+        """What the feature says of the strongest token."""
+        return self.values[self.at]
+
+    def shades(self, most: float) -> list[Shade]:
+        """The tokens as pictures show them."""
+        return [
+            Shade(text, value / most if most > 0 else 0.0, i == self.at, note=f"{value:.3g}")
+            for i, (text, value) in enumerate(zip(self.tokens, self.values, strict=True))
+        ]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A token, and by how much its logit changes."""
+
+    token: str
+    change: float
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    """A feature at a glance; in a notebook it shows itself.
+
+    Args:
         feature: its number.
-        texts: where to look; the first token of each is left out.
-        tokenizer: needed where the model carries none.
-        contexts: how many passages, one a text.
-        batch_tokens: most tokens of one pass; None for what suits the device.
-
-    Raises:
-        ValidationError: there is no such feature, the autoencoder's place isn't known, or no text has two tokens.
-    """
-    adapter = adapter_for(model)
-    tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
-    if isinstance(feature, bool) or not isinstance(feature, int) or not 0 <= feature < sae.n_features:
-        raise ValidationError(f"features are numbered 0 to {sae.n_features - 1}; got {feature!r}.")
-    if sae.point is None:
-        raise ValidationError("it isn't known where this autoencoder reads: read it with point='resid.…'.")
-    asked = FeatureDetector(sae, torch.tensor([feature]), torch.ones(1), 0.0, 1.0, torch.zeros(1))
-    pairs = as_pairs(tokenizer, texts, _CONTEXT)
-    values: list[Tensor] = [torch.zeros(0)] * len(pairs)
-    places = _Places(adapter, sae)
-    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
-        for pack in packs_for(adapter, pairs, batch_tokens=batch_tokens):
-            pause()
-            x, stream = places.read(pack)
-            said = torch.cat([asked.values(part)[:, 0] for part in torch.split(x, 1024)]).float().cpu()
-            places.add(said, x, stream)
-            for i in set(pack.pair.tolist()):
-                values[i] = said[(pack.pair == i).cpu()]
-        effects = places.effects(feature, tokenizer)
-    every = torch.cat(values)
-    active = every[every != 0]
-    counts, edges = (
-        torch.histogram(active.double(), _BARS) if len(active) else (torch.zeros(0), torch.zeros(0))
-    )
-    names = TokenTexts(tokenizer)
-    best = sorted(range(len(pairs)), key=lambda i: -float(values[i].max()))[:contexts]
-    return Dashboard(
-        feature=feature,
-        source=sae.source,
-        point=str(sae.point),
-        n_tokens=len(every),
-        n_active=len(active),
-        counts=tuple(int(one) for one in counts),
-        edges=tuple(float(one) for one in edges),
-        passages=tuple(_passage(names, pairs[i], values[i]) for i in best if float(values[i].max()) > 0),
-        promoted=tuple(effects[:_EFFECTS]),
-        suppressed=tuple(effects[: -_EFFECTS - 1 : -1]),
-    )
-
-
-def _passage(names: TokenTexts, pair: Pair, values: Tensor) -> Passage:
-    at = int(values.argmax())
-    begin, end = max(0, at - _AROUND), at + 1 + _AROUND
-    tokens = tuple(names[token][0] for token in pair[1][begin:end])
-    return Passage(tokens, tuple(values[begin:end].tolist()), at - begin)
-
-
-class _Places:
-    """What a feature adds where it is active, and the stream that leaves the last block there.
-
-    Args:
-        adapter: the model.
-        sae: the autoencoder.
+        source: where its autoencoder was read from.
+        point: where that reads.
+        n_tokens: tokens that were looked at.
+        n_active: those of which it said something.
+        counts, edges: how many of these lie between one edge and the next.
+        passages: where it says most, the strongest first.
+        promoted, suppressed: tokens whose logits it raises and lowers most; empty where that can't be told.
     """
 
-    def __init__(self, adapter: ModelAdapter, sae: SparseAutoencoder) -> None:
-        self._adapter, self._sae = adapter, sae
-        assert sae.point is not None
-        self._point: HookPoint = sae.point
-        self._sees_logits = (
-            adapter.head is not None and sae.d_out == adapter.d_model and unembedding_agrees(adapter)
-        )
-        self._amount = 0.0
-        self._n = 0
-        self._stream = torch.zeros(adapter.d_model, dtype=torch.float64)
+    feature: int
+    source: str
+    point: str
+    n_tokens: int
+    n_active: int
+    counts: tuple[int, ...]
+    edges: tuple[float, ...]
+    passages: tuple[Passage, ...]
+    promoted: tuple[Effect, ...]
+    suppressed: tuple[Effect, ...]
 
-    def read(self, pack: Any) -> tuple[Tensor, Tensor | None]:
-        """[T, d_in] activations of the pack's tokens and [T, d_model] the stream in the end, where that is of use."""
-        seen: list[Tensor] = []
-        if not self._sees_logits:
-            visit_point(self._adapter, pack, self._point, lambda hidden: seen.append(hidden))
-            return pack.tokens_of(seen[0].flatten(2)).float(), None
-        last: list[Tensor] = []
-        with Handles() as handles:
-            handles.add(on_point(self._adapter, self._point, lambda hidden: seen.append(hidden)))
-            visit_residuals(self._adapter, pack, {self._adapter.n_layers: lambda hidden: last.append(hidden)})
-        return pack.tokens_of(seen[0].flatten(2)).float(), pack.tokens_of(last[0]).float()
+    @property
+    def title(self) -> str:
+        """Which feature it is, and how often it is active."""
+        share = 100 * self.n_active / max(self.n_tokens, 1)
+        return f"feature {self.feature} at {self.point}: active in {share:.2g} % of {self.n_tokens:,} tokens"
 
-    def add(self, said: Tensor, x: Tensor, stream: Tensor | None) -> None:
-        """Takes what the feature says of activations."""
-        active = said != 0
-        if stream is None or not bool(active.any()):
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        told = dict(vars(self))
+        for name in ("passages", "promoted", "suppressed"):
+            told[name] = [dict(vars(one)) for one in told[name]]
+        return told
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a picture of it.
+
+        Args:
+            path: an ``.html`` or a ``.png`` file.
+
+        Raises:
+            ValidationError: another suffix, or a PNG without matplotlib.
+        """
+        target = as_picture(path)
+        if target.suffix.lower() == ".html":
+            write_page(target, self.title, self._repr_html_())
             return
-        amount = said[active]
-        size = self._sae.prepare(x[active.to(x.device)]).size
-        if size is not None and not self._sae.is_transcoder:
-            amount = amount * size[:, 0].float().cpu()
-        self._amount += float(amount.double().sum())
-        self._n += len(amount)
-        self._stream += stream[active.to(stream.device)].double().sum(0).cpu()
+        most = max((one.strongest for one in self.passages), default=0.0)
+        lines = text_lines([Shade(self.title, strong=False)])
+        for one in self.passages:
+            lines += [[], *text_lines([Shade(f"{one.strongest:8.3g}  "), *one.shades(most)])]
+        text_high, figure_high = len(lines) * HIGH + 0.3, 2.6
+        width, height = 0.4 + COLUMNS * 0.0753, text_high + figure_high
+        with picture(target, width, height) as figure:
+            put_text(figure, lines, 0.2, 0.05)
+            low, high = 0.45 / height, (figure_high - 0.8) / height
+            axes = figure.add_axes((0.06, low, 0.25, high))
+            if self.edges:
+                widths = [b - a for a, b in zip(self.edges, self.edges[1:], strict=False)]
+                axes.bar(self.edges[:-1], self.counts, widths, align="edge", color=BLUE)
+                axes.set_yscale("log")
+            axes.set_title("tokens by activation", fontsize=9)
+            axes.tick_params(labelsize=7)
+            axes.spines[["top", "right"]].set_visible(False)
+            for left, name, effects in (
+                (0.45, "logits raised", self.promoted),
+                (0.79, "logits lowered", self.suppressed),
+            ):
+                axes = figure.add_axes((left, low, 0.19, high))
+                put_bars(axes, [one.token for one in effects], [one.change for one in effects], name)
 
-    def effects(self, feature: int, tokenizer: Any) -> list[Effect]:
-        """Changes of the logits of all tokens, the largest first; none where they can't be told."""
-        if not self._n:
-            return []
-        adapter, sae = self._adapter, self._sae
-        direction = sae.decoder[feature].float().cpu()
-        if sae.by_decoder_norm:
-            direction = direction / direction.norm().clamp_min(torch.finfo(torch.float32).tiny)
-        stream = (self._stream / self._n).float()
-        both = torch.stack([stream, stream + self._amount / self._n * direction])
-        logits = adapter.unembedding.logits(adapter.finish(both.to(adapter.device, adapter.dtype)))
-        change = (logits[1].float() - logits[0].float()).cpu()
-        change = change[: len(tokenizer)]
-        order = change.argsort(descending=True).tolist()
-        shown = [*order[:_EFFECTS], *order[max(_EFFECTS, len(order) - _EFFECTS) :]]
-        names = TokenTexts(tokenizer)
-        return [Effect(names[token][0], float(change[token])) for token in shown]
+    def _repr_html_(self) -> str:
+        most = max((one.strongest for one in self.passages), default=0.0)
+        parts = [f"<b>{legend([], self.title)}</b>"]
+        parts += [bars(self.counts, self.edges, "tokens by activation (heights are logarithms)")]
+        parts += [
+            table([name, "logit"], [(one.token, one.change) for one in effects])
+            for name, effects in (("raised", self.promoted), ("lowered", self.suppressed))
+            if effects
+        ]
+        for one in self.passages:
+            parts.append(shaded(one.shades(most), f"{one.strongest:.3g} "))
+        return block(
+            [*parts, legend([], "framed: the strongest token; the colour tells how much the feature says")]
+        )

@@ -16,7 +16,7 @@ from ..models.adapter import Handles, ModelAdapter, exclusive, undisturbed
 from ..pack import Pack, Pair
 from ..pauses import pause
 from ..text import Prompt, encode_pair
-from .activations import visit_point
+from .activations import read_point
 from .corrections import Correction
 from .hook_points import HookPoint, on_point
 
@@ -86,9 +86,7 @@ def read_examples(
         packs = packs_for(adapter, pairs, batch_tokens=batch_tokens)
         for pack in tqdm(packs, desc="Examples", unit="batch", disable=not progress):
             pause()
-            seen: list[Tensor] = []
-            visit_point(adapter, pack, point, lambda hidden, into=seen: into.append(hidden))  # type: ignore[misc]
-            found.append((pack.tokens_of(seen[0].flatten(2)).float().cpu(), pack.pair.cpu()))
+            found.append((read_point(adapter, pack, point).cpu(), pack.pair.cpu()))
     x, answer = (torch.cat(parts) for parts in zip(*found, strict=True))
     if not bool(torch.isfinite(x).all()):
         raise ValidationError(

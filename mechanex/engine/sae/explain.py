@@ -13,7 +13,7 @@ from ..forward import packs_for
 from ..models import adapter_for
 from ..models.adapter import ModelAdapter, exclusive, undisturbed
 from ..pauses import pause
-from .activations import as_pairs, visit_point
+from .activations import as_pairs, read_point
 from .behavior import Behavior
 
 __all__ = ["Context", "Explained", "explain"]
@@ -89,9 +89,7 @@ def explain(
     with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
         for pack in packs_for(adapter, pairs, batch_tokens=batch_tokens):
             pause()
-            seen: list[Tensor] = []
-            visit_point(adapter, pack, behavior.point, lambda hidden, into=seen: into.append(hidden))  # type: ignore[misc]
-            x = pack.tokens_of(seen[0].flatten(2)).float().cpu()
+            x = read_point(adapter, pack, behavior.point).cpu()
             said = behavior.probe.scores(x)[:, None] if found is None else found.values(x)[:, order]
             for i in set(pack.pair.tolist()):
                 values[i] = said[(pack.pair == i).cpu()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ...errors import MechanexError, NotFoundError, ValidationError
+from ..given import as_finite
 
 __all__ = [
     "Weights",
@@ -32,6 +33,7 @@ __all__ = [
 MAX_BYTES = 64 << 30
 MAX_JSON = 16 << 20
 MAX_TENSORS = 64
+MAX_COUNT = 1 << 31
 
 
 class Weights:
@@ -132,7 +134,11 @@ def read_pickled(path: Path) -> Weights:
     """The tensors of a file of ``torch.save``, by torch's reader that runs no code; errors as in ``read_json``."""
 
     def read() -> dict[str, Tensor]:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            # torch's own words advise to run the file's code.
+            raise ValueError("it holds more than tensors, which only running its code would read") from error
         if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
             raise ValueError(f"it holds a {type(found).__name__}, and a state dict is expected")
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
@@ -174,9 +180,9 @@ def _floats(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def whole(config: Mapping[str, Any], name: str, path: Path, default: int | None = None) -> int:
     """A count of a configuration, at least 1; anything else is a ValidationError."""
     value = config.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 31:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_COUNT:
         raise ValidationError(
-            f"{name} in {path} is {_shown(value)}, and a whole number of at least 1 is expected."
+            f"{name} in {path} is {_shown(value)}, and a whole number from 1 to {MAX_COUNT:,} is expected."
         )
     return value
 
@@ -184,9 +190,10 @@ def whole(config: Mapping[str, Any], name: str, path: Path, default: int | None 
 def number(config: Mapping[str, Any], name: str, path: Path) -> float:
     """A finite number of a configuration; anything else is a ValidationError."""
     value = config.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    found = as_finite(value)
+    if found is None:
         raise ValidationError(f"{name} in {path} is {_shown(value)}, and a finite number is expected.")
-    return float(value)
+    return found
 
 
 def switch(config: Mapping[str, Any], name: str, path: Path, default: bool) -> bool:

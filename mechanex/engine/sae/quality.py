@@ -13,7 +13,7 @@ from ..forward import packs_for, scored_logprobs
 from ..models.adapter import Handles, ModelAdapter, exclusive, undisturbed
 from ..pack import Pack, Pair
 from ..pauses import pause
-from .activations import visit_point
+from .activations import read_point
 from .autoencoder import SparseAutoencoder
 from .hook_points import on_point
 
@@ -72,9 +72,7 @@ def _reconstruction(adapter: ModelAdapter, sae: SparseAutoencoder, packs: Sequen
     assert point is not None
     for pack in packs:
         pause()
-        seen: list[Tensor] = []
-        visit_point(adapter, pack, point, lambda hidden, into=seen: into.append(hidden))  # type: ignore[misc]
-        x = pack.tokens_of(seen[0].flatten(2)).float()
+        x = read_point(adapter, pack, point)
         features = sae.encode(x)
         said |= (features != 0).any(0)
         active += int((features != 0).sum())

@@ -96,6 +96,8 @@ def _read_folder(folder: Path) -> SparseAutoencoder:
 
 
 def _folder(source: str, revision: str | None) -> Path:
+    if not source:
+        raise ValidationError("a folder or a Hub name is expected; got ''.")
     path = Path(source).expanduser()
     if path.is_dir():
         return path

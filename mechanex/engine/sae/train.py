@@ -29,7 +29,7 @@ from .activations import Rounds, as_pairs
 from .autoencoder import SparseAutoencoder
 from .hook_points import HookPoint, hook_point
 from .quality import measured
-from .training import TrainedWeights, TrainingSettings, folded, step
+from .train_step import TrainedWeights, TrainingSettings, folded, step
 
 __all__ = ["Trained", "train_sae"]
 

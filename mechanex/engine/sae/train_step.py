@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ...errors import ValidationError
+from ..given import as_finite
+from ..whole import as_whole
 from .autoencoder import SparseAutoencoder
 
 __all__ = ["Rule", "TrainedWeights", "TrainingSettings", "folded", "step"]
@@ -68,19 +70,21 @@ class TrainingSettings:
             value = getattr(self, one.name)
             if one.name in ("rule", "lr"):
                 continue
-            least = 0 if one.name == "seed" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            least, found = 0 if one.name == "seed" else 1, as_whole(value)
+            if found is None or found < least:
                 raise ValidationError(f"{one.name} is a whole number from {least} up; got {value!r}.")
+            object.__setattr__(self, one.name, found)
         if self.k > self.n_features:
             raise ValidationError(f"k is at most the number of features, {self.n_features}; got {self.k}.")
         if self.buffer % self.batch:
             raise ValidationError(
                 f"buffer is a multiple of batch, {self.batch}, so that no activation is left over; got {self.buffer}."
             )
-        if self.lr is not None and not (
-            isinstance(self.lr, int | float) and 0 < self.lr < math.inf and not isinstance(self.lr, bool)
-        ):
-            raise ValidationError(f"lr is a finite number above 0; got {self.lr!r}.")
+        if self.lr is not None:
+            lr = as_finite(self.lr)
+            if lr is None or lr <= 0:
+                raise ValidationError(f"lr is a finite number above 0; got {self.lr!r}.")
+            object.__setattr__(self, "lr", lr)
 
     @property
     def rate(self) -> float:
