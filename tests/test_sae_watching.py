@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mechanex.bundled import data_path, tone_words
 from mechanex.engine.datasets import read_pairs
@@ -19,7 +20,7 @@ from mechanex.engine.models.adapter import ModelAdapter
 from mechanex.engine.models.resolve import load
 from mechanex.engine.sae.autoencoder import SparseAutoencoder
 from mechanex.engine.sae.behavior import Behavior
-from mechanex.engine.sae.corrections import Correction
+from mechanex.engine.sae.corrections import WAYS, Correction
 from mechanex.engine.sae.create import create
 from mechanex.engine.sae.detectors import FeatureDetector, ProbeDetector
 from mechanex.engine.sae.generate import _Watching, generate_watched
@@ -206,14 +207,14 @@ def random_behaviors(n: int, each: int, sae: SparseAutoencoder) -> list[Behavior
     return found
 
 
-@pytest.mark.parametrize("kind", ["jumprelu", "gated", "topk"])
-def test_many_behaviors_at_once_score_as_each_alone(kind: str) -> None:
-    generator = torch.Generator().manual_seed(0)
+KINDS = ["jumprelu", "gated", "topk"]
 
+
+def random_autoencoder(kind: str, generator: torch.Generator) -> SparseAutoencoder:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    sae = SparseAutoencoder(
+    return SparseAutoencoder(
         draw(600, 48) / 48**0.5,
         draw(600) / 3,
         draw(600, 48),
@@ -226,8 +227,14 @@ def test_many_behaviors_at_once_score_as_each_alone(kind: str) -> None:
         subtract_decoder_bias=True,
         normalization="layer_norm",
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_behaviors_at_once_score_as_each_alone(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sae = random_autoencoder(kind, generator)
     behaviors = random_behaviors(32, 16, sae)
-    x = draw(9, 48)
+    x = torch.randn(9, 48, generator=generator)
     wanted = torch.stack([b.scores(x) for b in behaviors], 1)
     whole = sae.encode(x)
     for i, behavior in enumerate(behaviors):
@@ -237,6 +244,20 @@ def test_many_behaviors_at_once_score_as_each_alone(kind: str) -> None:
     torch.testing.assert_close(Scorer(behaviors)(x), wanted, rtol=1e-4, atol=1e-4)
     near = Scorer(behaviors, dtype=torch.bfloat16)(x)
     assert float((near - wanted).abs().median()) < 0.02
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_and_corrections_have_shapes_that_no_value_decides(kind: str) -> None:
+    behaviors = random_behaviors(8, 16, random_autoencoder(kind, torch.Generator().manual_seed(0)))
+    scorer = Scorer(behaviors)
+    # Fake tensors have no values, and raise where one is asked for.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(5, 48)
+        assert scorer(x).shape == (5, 8)
+        for way in WAYS:
+            features = next(b.features for b in behaviors if b.features is not None)
+            made = replace(behaviors[0].correction, way=way, detector=features)
+            assert made(x).shape == x.shape
 
 
 def test_columns_of_an_autoencoder_in_bfloat16_are_kept_so_and_scores_stay(anger: Behavior) -> None:
