@@ -158,7 +158,7 @@ def measured(name: str, loaded: LoadedModel, args: argparse.Namespace, out: Path
     }
 
 
-def page(found: list[dict[str, Any]]) -> str:
+def page(found: list[dict[str, Any]], note: str = "") -> str:
     """docs/quality.md."""
     reached = [one for one in found if won(one)]
     missing = [name for name in SCORERS if name not in {one["behavior"] for one in found}]
@@ -197,6 +197,7 @@ def page(found: list[dict[str, Any]]) -> str:
             "",
             f"Model: SmolLM2-135M-Instruct, weights `{PACKAGED[MODEL].weights_sha256}`.",
             f"Run: {settings}. Sampling at temperature 1, top-k 50. {cpu:.0f} seconds of one core a behavior.",
+            *([note] if note else []),
             "",
             "**Default** is the mean difference of the pairs that the tuned vector is made from, added to all tokens",
             "at the documented layer; **tuned** is the dose that the sweep chose on validation prompts. Both are read",
@@ -243,20 +244,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "quality")
+    parser.add_argument("--note", default="", help="a line about the run, for the page")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "quality.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    loaded = load(MODEL, backend="transformers", dtype=args.dtype)
-    for name in args.behaviors:
-        path = args.out / f"{name}.json"
-        if not path.exists():
-            found = measured(name, loaded, args, args.out)
-            path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            print(f"{name}: {found['recommendation']} ({found['cpu_seconds']:.0f} s)", flush=True)
+    todo = [name for name in args.behaviors if not (args.out / f"{name}.json").exists()]
+    loaded = load(MODEL, backend="transformers", dtype=args.dtype) if todo else None
+    for name in todo:
+        assert loaded is not None
+        found = measured(name, loaded, args, args.out)
+        (args.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(f"{name}: {found['recommendation']} ({found['cpu_seconds']:.0f} s)", flush=True)
     there = [args.out / f"{name}.json" for name in SCORERS]
     made = [json.loads(path.read_text(encoding="utf-8")) for path in there if path.exists()]
-    args.page.write_text(page(made) + "\n", encoding="utf-8")
+    args.page.write_text(page(made, args.note) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from mechanex.utils.steering_opt import optimize_vector
 
 HERE = Path(__file__).resolve().parent
 LAYER, NORM, RATE, STEPS = 12, 30, 0.1, 60
+TEMPERATURE = 0.5
 PIRATE = re.compile(
     r"\b(a+rr+|matey|ye|yer|yers?el\w*|aye|ahoy|avast|lad(die)?|hearties?|sea|ship|sail\w*|captain|treasure|booty|plunder"
     r"|scurvy|landlubber\w*|rum|me hearties|\w+in'|pirates?|cap'n)(?!\w)",
@@ -92,6 +93,7 @@ def main() -> None:
         brittleness=False,
         tokenizer=loaded.tokenizer,
         max_tokens=args.max_tokens,
+        temperature=TEMPERATURE,
     )
     print(report.table())
     for question, one in zip(held_out, report.texts, strict=False):
