@@ -1,6 +1,6 @@
 """Tokens a second in vLLM: plain, one vector for all requests, and a vector and a strength of its own for each of 64.
 
-    build/vllm/venv/bin/python benchmarks/in_vllm.py [MODEL …] [--rounds 5] [--compile] [--json FILE]
+    build/vllm/venv/bin/python benchmarks/in_vllm.py [MODEL …] [--rounds 5] [--new 32] [--compile] [--no-stock] [--json FILE]
 
 Without MODEL: the random Llama of 110 M parameters. Kinds of batches take turns in one engine, so that each ratio is of
 neighbours in time; a stock vLLM without this plugin comes after them, in an engine of its own.
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-N, N_PROMPT, N_NEW = 64, 16, 32
+N, N_PROMPT = 64, 16
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 256,
@@ -48,17 +48,19 @@ def llama_110m(folder: Path) -> Path:
     return folder
 
 
-def seconds(generate: Any, prompts: list[dict[str, Any]], **options: Any) -> float:
+def seconds(generate: Any, prompts: list[dict[str, Any]], n_new: int, **options: Any) -> float:
     """What one batch takes."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=N_NEW, ignore_eos=True, detokenize=False)
+    params = SamplingParams(temperature=0, max_tokens=n_new, ignore_eos=True, detokenize=False)
     begin = time.perf_counter()
     generate(prompts, params, use_tqdm=False, **options)
     return time.perf_counter() - begin
 
 
-def measure(model: str | Path, rounds: int, options: dict[str, Any]) -> dict[str, Any]:
+def measure(
+    model: str | Path, rounds: int, n_new: int, with_stock: bool, options: dict[str, Any]
+) -> dict[str, Any]:
     """Medians over rounds of one model."""
     from vllm import LLM as Stock
 
@@ -82,19 +84,20 @@ def measure(model: str | Path, rounds: int, options: dict[str, Any]) -> dict[str
     }
     taken: dict[str, list[float]] = {name: [] for name in asked}
     for steering in asked.values():  # warm
-        seconds(llm.generate, prompts, steering=steering)
+        seconds(llm.generate, prompts, n_new, steering=steering)
     for i in range(rounds):
         for name in list(asked)[:: 1 if i % 2 else -1]:
-            taken[name].append(seconds(llm.generate, prompts, steering=asked[name]))
+            taken[name].append(seconds(llm.generate, prompts, n_new, steering=asked[name]))
     llm.engine.llm_engine.engine_core.shutdown()
     del llm
-    stock = Stock(model=str(model), **options)
-    seconds(stock.generate, prompts)
-    taken["stock vLLM"] = [seconds(stock.generate, prompts) for _ in range(rounds)]
-    stock.llm_engine.engine_core.shutdown()
-    found: dict[str, Any] = {"model": str(model), "batch": N, "new tokens": N_NEW, "rounds": rounds}
+    if with_stock:
+        stock = Stock(model=str(model), **options)
+        seconds(stock.generate, prompts, n_new)
+        taken["stock vLLM"] = [seconds(stock.generate, prompts, n_new) for _ in range(rounds)]
+        stock.llm_engine.engine_core.shutdown()
+    found: dict[str, Any] = {"model": str(model), "batch": N, "new tokens": n_new, "rounds": rounds}
     for name, times in taken.items():
-        found[name] = {"tokens a second": round(N * N_NEW / statistics.median(times), 1)}
+        found[name] = {"tokens a second": round(N * n_new / statistics.median(times), 1)}
         if name in asked:
             ratios = [plain / one for plain, one in zip(taken["plain"], times, strict=True)]
             found[name]["of plain"] = round(statistics.median(ratios), 3)
@@ -106,7 +109,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--new", type=int, default=32, help="tokens that each request is given")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--no-stock", action="store_true")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     for name, value in {
@@ -120,7 +125,7 @@ def main() -> None:
     options = OPTIONS | {"enforce_eager": not given.compile}
     with tempfile.TemporaryDirectory() as folder:
         models = given.models or [str(llama_110m(Path(folder) / "llama-110m"))]
-        found = [measure(model, given.rounds, options) for model in models]
+        found = [measure(model, given.rounds, given.new, not given.no_stock, options) for model in models]
     for one in found:
         print(json.dumps(one))
     if given.json is not None:

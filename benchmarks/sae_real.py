@@ -94,7 +94,11 @@ def train(out: Path, steps: int, features: int, k: int) -> None:
     """Trains the autoencoder and writes it, with its report, to ``out``."""
     loaded = load(MODEL, backend="transformers", dtype="bfloat16")
     begun = cpu_seconds()
-    texts = [*samples(loaded, CHATS), *islice(paragraphs(seed=0), PARAGRAPHS)]
+    chats = out.with_suffix(".chats.json")  # a run that was stopped goes on with the same
+    if not chats.exists():
+        chats.parent.mkdir(parents=True, exist_ok=True)
+        chats.write_text(json.dumps(samples(loaded, CHATS)))
+    texts = [*json.loads(chats.read_text()), *islice(paragraphs(seed=0), PARAGRAPHS)]
     random.Random(1).shuffle(texts)
     settings = TrainingSettings(
         "topk",

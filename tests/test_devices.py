@@ -214,13 +214,14 @@ def edges(model: Any) -> Any:
 
 
 def knocked_out(model: Any) -> Any:
-    """Of readings whose chunks are removed together, and of one so long that each is a pass of its own."""
+    """Of a reading whose chunks are removed in passes of several texts, and by going on from what was read."""
     ids = torch.randint(3, 380, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     short = AnsweredPrompt(tuple(ids[:28]), tuple(ids[28:33]), tuple(ids[33:]))
     with pytest.MonkeyPatch.context() as patch:
         found = []
-        for longest in (knockouts.LONG, 0):
-            patch.setattr(knockouts, "LONG", longest)
+        patch.setattr(knockouts, "LEAST_READ", 4)
+        for longest in (knockouts.SHORT, 0):
+            patch.setattr(knockouts, "SHORT", longest)
             found.append(attribute(adapter_for(model), short, [(1, 6), (6, 20), (20, 26)], shuffles=2))
     return [[one.logprobs, one.blocked, one.removed, torch.tensor(one.null)] for one in found]
 

@@ -9,17 +9,23 @@ import torch
 from families import build, sliding_family
 from torch import Tensor
 
+from mechanex.engine import continuing
 from mechanex.engine.models import adapter_for
-from mechanex.engine.raag.knockouts import (
-    AnsweredPrompt,
-    can_block,
-    without_attention,
-    without_chunk,
-)
+from mechanex.engine.raag import knockouts
+from mechanex.engine.raag.knockouts import AnsweredPrompt, Knockouts
 
 SPANS = [(1, 6), (6, 11), (11, 20), (20, 26)]
 FAMILIES = ["llama", "gpt2", "qwen3", "gemma2", "cohere2", "falcon", "opt", "gpt_neox"]
 UNMASKED = ["bloom", "mpt", "mamba"]
+
+
+@pytest.fixture(params=["in passes of several texts", "going on from what was read"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to remove a chunk, on readings that are short enough for a test."""
+    if request.param == "going on from what was read":
+        monkeypatch.setattr(knockouts, "SHORT", 0)
+        monkeypatch.setattr(knockouts, "LEAST_READ", 6)
+        monkeypatch.setattr(continuing, "PART", 5)
 
 
 def reading(seed: int = 0) -> AnsweredPrompt:
@@ -53,11 +59,11 @@ def blocked_alone(model: Any, r: AnsweredPrompt, span: tuple[int, int]) -> Tenso
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_blocked_and_removed_are_what_a_pass_for_each_gives(name: str) -> None:
+def test_blocked_and_removed_are_what_a_pass_for_each_gives(name: str, way: None) -> None:
     model, r = build(name), reading()
-    adapter = adapter_for(model)
-    assert can_block(adapter, r)
-    found = without_attention(adapter, r, [(0, 0), *SPANS])
+    found_of = Knockouts(adapter_for(model), r)
+    assert found_of.can_block
+    found = found_of.blocked([(0, 0), *SPANS])
     assert found is not None
     plain = answered(model, r.prompt + r.answer, len(r.answer))
     torch.testing.assert_close(found[0], plain, atol=1e-4, rtol=0)
@@ -66,23 +72,23 @@ def test_blocked_and_removed_are_what_a_pass_for_each_gives(name: str) -> None:
     assert float((blocked - plain).abs().max()) > 0.01
     spans = [(0, 4), *SPANS]
     removed = torch.stack([removed_alone(model, r, span) for span in spans])
-    torch.testing.assert_close(without_chunk(adapter, r, spans), removed, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found_of.removed(spans), removed, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", UNMASKED)
-def test_a_model_that_takes_no_such_mask_still_tells_removed_chunks(name: str) -> None:
+def test_a_model_that_takes_no_such_mask_still_tells_removed_chunks(name: str, way: None) -> None:
     model, r = build(name), reading()
-    adapter = adapter_for(model)
-    assert not can_block(adapter, r)
+    found = Knockouts(adapter_for(model), r)
+    assert not found.can_block
     removed = torch.stack([removed_alone(model, r, span) for span in SPANS])
-    torch.testing.assert_close(without_chunk(adapter, r, SPANS), removed, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.removed(SPANS), removed, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
-def test_removed_chunks_are_exact_beyond_an_attention_window(name: str) -> None:
+def test_removed_chunks_are_exact_beyond_an_attention_window(name: str, way: None) -> None:
     model, r = sliding_family(name, 16), reading(1)
     removed = torch.stack([removed_alone(model, r, span) for span in SPANS])
-    torch.testing.assert_close(without_chunk(adapter_for(model), r, SPANS), removed, atol=1e-4, rtol=0)
+    torch.testing.assert_close(Knockouts(adapter_for(model), r).removed(SPANS), removed, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
@@ -90,13 +96,12 @@ def test_a_chunk_is_blocked_at_one_layer_only(name: str) -> None:
     model, r = build(name), reading()
     adapter = adapter_for(model)
     n = adapter.n_layers
-    each = without_attention(adapter, r, [SPANS[1]] * n, list(range(n)))
+    found = Knockouts(adapter, r)
+    each = found.blocked([SPANS[1]] * n, list(range(n)))
     assert each is not None
-    nothing = without_attention(adapter, r, [(0, 0)])
+    nothing = found.blocked([(0, 0)])
     assert nothing is not None
     # In the last layer, the chunk's absence is that of its values there: every layer differs from the others.
     assert len({round(float(row.sum()), 3) for row in [*each, nothing[0]]}) == n + 1
-    alone = torch.cat(
-        [x for i in range(n) if (x := without_attention(adapter, r, [SPANS[1]], [i])) is not None]
-    )
+    alone = torch.cat([x for i in range(n) if (x := found.blocked([SPANS[1]], [i])) is not None])
     torch.testing.assert_close(each, alone, atol=1e-4, rtol=0)

@@ -142,6 +142,11 @@ class Pack:
         scored = {name: getattr(self, name)[kept] for name in ("column", "predictor", "target", "pair")}
         return replace(self, **by_token, **scored, row=place[self.row[kept]])
 
+    @property
+    def n_seen(self) -> int:
+        """Columns that a token may see."""
+        return self.input_ids.shape[1]
+
     def visible(self, window: int | None = None) -> Tensor:
         """[B, T, T] bool: which token (last axis) each token sees.
 
@@ -166,9 +171,9 @@ class Pack:
     def additive_mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
         """[B, 1, T, T]: 0 where a token is seen, the dtype's lowest number elsewhere."""
         batch, length = self.input_ids.shape
-        mask = torch.zeros(batch, 1, length, length, dtype=dtype, device=self.input_ids.device)
+        mask = torch.zeros(batch, 1, length, self.n_seen, dtype=dtype, device=self.input_ids.device)
         # In parts, so that next to the mask itself little is held.
-        step = max(1, MASK_CHUNK // (batch * length))
+        step = max(1, MASK_CHUNK // (batch * self.n_seen))
         for first in range(0, length, step):
             part = mask[:, 0, first : first + step]
             part.masked_fill_(~self._seen_by(first, first + step, window), torch.finfo(dtype).min)

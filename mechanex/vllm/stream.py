@@ -133,10 +133,18 @@ class SteeredStream:
         self._now, self._busy, self._only_adds = None, frozenset(), False
 
     def edit(self, site: int, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The stream [T, d] at a site as the step has it edited, of the tensors that it is the sum of.
+        """The stream at a site as the step has it edited, of the tensors that it is the sum of.
 
         Rows that nothing edits come back bit for bit.
+
+        Args:
+            site: the layer that the stream enters.
+            hidden: [T, d], or [1, T, d] where vLLM runs a model of transformers.
+            residual: likewise, or None.
         """
+        if hidden.dim() > 2:
+            flat, _ = self.edit(site, hidden.reshape(-1, self.width), None)
+            return flat.view(hidden.shape), residual
         table = self.tables[site]
         if _captured(hidden):
             n = hidden.shape[0]

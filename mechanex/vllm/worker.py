@@ -92,22 +92,24 @@ class SteeringWorker(_Base):  # type: ignore[misc]
 
 def _takes_two(layer: nn.Module, width: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a layer takes the stream as the sum of two tensors: then what was NaN in the second is NaN afterwards.
+    Some take a second one and don't read it.
 
     Raises:
         ValidationError: the layer can't be called alone, so it isn't known.
     """
+    parameters = inspect.signature(layer.forward).parameters
+    if not any(name.startswith("residual") for name in parameters):
+        return False
     hidden = torch.zeros(2, width, dtype=dtype, device=device)
     given: dict[str, Tensor] = {}
-    for name, parameter in inspect.signature(layer.forward).parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
+    for name, parameter in parameters.items():
         if name.startswith("position"):
             given[name] = torch.arange(2, device=device)
         elif name.startswith("residual"):
             given[name] = torch.full_like(hidden, float("nan"))
         elif name.startswith("hidden"):
             given[name] = hidden
-        elif parameter.default is parameter.empty:
+        elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
             raise ValidationError(
                 f"{type(layer).__name__} is given {name!r}, and how it takes the residual stream is not known: this "
                 "model can't be steered in vLLM."

@@ -36,7 +36,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "sliding_window": None},
     "olmo2": {},
     "opt": {"ffn_dim": 256, "word_embed_proj_dim": 128},
-    "phi": {},
+    "phi": {"intermediate_size": 512, "num_key_value_heads": 2},
     "phi3": {},
     "qwen2": {},
     "qwen3": {"head_dim": 64},

@@ -30,7 +30,8 @@ def truth(folder: Path, cases: list[Case]) -> list[list[int]]:
     [
         pytest.param({"enforce_eager": False}, id="compiled"),
         pytest.param({"tensor_parallel_size": 2}, id="tensor parallel"),
-        pytest.param({"pipeline_parallel_size": 2}, id="pipeline parallel"),
+        # In eager mode, with a cache of a given size, vLLM skips the warm-up that makes what stages hand on.
+        pytest.param({"pipeline_parallel_size": 2, "enforce_eager": False}, id="pipeline parallel"),
     ],
 )
 def test_the_same_answers(

@@ -11,7 +11,7 @@ from ..caches import returned_caches
 from ..models.adapter import ModelAdapter
 from ..regimes import regime
 
-__all__ = ["reads_again"]
+__all__ = ["cache_names", "reads_again"]
 
 
 def reads_again(adapter: ModelAdapter, length: int) -> bool:
@@ -36,12 +36,12 @@ def reads_again(adapter: ModelAdapter, length: int) -> bool:
     cache.update(kept, kept, 0)
     ids = torch.zeros(1, length, dtype=torch.int64, device=adapter.device)
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "next_sequence_length": 1}
-    options |= dict.fromkeys(_cache_names(adapter), cache)
+    options |= dict.fromkeys(cache_names(adapter), cache)
     made = prepare(ids, use_cache=True, **options)
     return bool(made["input_ids"].shape[1] == length)
 
 
-def _cache_names(adapter: ModelAdapter) -> tuple[str, ...]:
+def cache_names(adapter: ModelAdapter) -> tuple[str, ...]:
     """What the model calls the cache that it returns and takes, as a pass over one token shows."""
     if "cache names" not in adapter.findings:
         ids = torch.zeros(1, 1, dtype=torch.int64, device=adapter.device)

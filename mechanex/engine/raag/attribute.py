@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..models.adapter import ModelAdapter
-from .knockouts import AnsweredPrompt, Span, can_block, without_attention, without_chunk, without_chunk_whole
+from .knockouts import AnsweredPrompt, Knockouts, Span
 
 __all__ = ["Attribution", "ChunkEdge", "attribute"]
 
@@ -90,8 +90,9 @@ def attribute(
         seed: of the shuffles.
         shuffles: how many there are; without any the threshold is ``LEAST_DROP``.
     """
-    blocking = can_block(adapter, reading)
-    base, blocked = _drops(adapter, reading, spans, blocking)
+    knockouts = Knockouts(adapter, reading)
+    blocking = knockouts.can_block
+    base, blocked = _drops(knockouts, spans)
     n_removed = REMOVED if n_removed is None else n_removed
     order = blocked.amax(1).argsort(descending=True, stable=True).tolist()
     tried = sorted(order[:n_removed])
@@ -99,10 +100,10 @@ def attribute(
     if not blocking:
         removed = blocked
     elif tried:
-        removed[tried] = base - without_chunk(adapter, reading, [spans[i] for i in tried])
+        removed[tried] = base - knockouts.removed([spans[i] for i in tried])
     generator = torch.Generator().manual_seed(seed)
     null = sorted(
-        float(_drops(adapter, _shuffled(reading, spans, generator), spans, blocking)[1].max())
+        float(_drops(Knockouts(adapter, _shuffled(reading, spans, generator)), spans)[1].max())
         for _ in range(shuffles)
     )
     threshold = max([LEAST_DROP, *null])
@@ -114,18 +115,15 @@ def attribute(
     # NaN, of a chunk that wasn't removed, exceeds nothing.
     validated = [edge for edge in candidates if edge.weight > threshold and edge.removed > threshold]
     if blocking:
-        validated = _with_layers(adapter, reading, spans, base, validated)
+        validated = _with_layers(knockouts, spans, base, validated, adapter.n_layers)
     return Attribution(base, blocked if blocking else None, removed, threshold, null, candidates, validated)
 
 
-def _drops(
-    adapter: ModelAdapter, reading: AnsweredPrompt, spans: Sequence[Span], blocking: bool
-) -> tuple[Tensor, Tensor]:
+def _drops(knockouts: Knockouts, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
     """([n_answer] log-probabilities with all chunks, [n_chunks, n_answer] what each chunk's loss costs)."""
     whole = [(0, 0), *spans]
-    found = without_attention(adapter, reading, whole) if blocking else None
-    if found is None:
-        found = without_chunk_whole(adapter, reading, whole)
+    found = knockouts.blocked(whole) if knockouts.can_block else knockouts.removed(whole)
+    assert found is not None
     return found[0], found[0] - found[1:]
 
 
@@ -147,20 +145,13 @@ def _shuffled(reading: AnsweredPrompt, spans: Sequence[Span], generator: torch.G
 
 
 def _with_layers(
-    adapter: ModelAdapter,
-    reading: AnsweredPrompt,
-    spans: Sequence[Span],
-    base: Tensor,
-    edges: Sequence[ChunkEdge],
+    knockouts: Knockouts, spans: Sequence[Span], base: Tensor, edges: Sequence[ChunkEdge], n: int
 ) -> list[ChunkEdge]:
-    """The edges with the layer at which alone a block costs most."""
+    """The edges with the layer, of ``n``, at which alone a block costs most."""
     chunks = sorted({edge.chunk for edge in edges})
-    n = adapter.n_layers
     if not chunks:
         return []
-    found = without_attention(
-        adapter, reading, [spans[chunk] for chunk in chunks for _ in range(n)], [*range(n)] * len(chunks)
-    )
+    found = knockouts.blocked([spans[chunk] for chunk in chunks for _ in range(n)], [*range(n)] * len(chunks))
     if found is None:
         return list(edges)
     drops = dict(zip(chunks, (base - found).reshape(len(chunks), n, -1), strict=True))
