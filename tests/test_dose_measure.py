@@ -29,6 +29,7 @@ from mechanex.engine.generate import generate_batch
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models.resolve import LoadedModel, load
+from mechanex.engine.prompt_conditions import PromptCondition
 from mechanex.engine.score import perplexity, rank_completions
 from mechanex.engine.vectors import SteeringVector
 
@@ -135,6 +136,16 @@ def test_a_plan_is_measured_as_its_vector_is(
         measure(tiny.model, calm, [], ANGRY)
     with pytest.raises(ValidationError, match="scorers are functions"):
         measure(tiny.model, calm, prompts[:1], {})
+
+
+def test_a_vector_under_a_condition_is_measured_by_its_texts(
+    tiny: LoadedModel, calm: SteeringVector, prompts: list[str]
+) -> None:
+    never = PromptCondition(1, calm[3], 2.0)
+    options: dict[str, Any] = {"max_tokens": 8, "brittleness": False, "questions": QUESTIONS}
+    found = measure(tiny.model, calm.when(never), prompts[:3], ANGRY, **options)
+    assert all(one.plain == one.steered for one in found.texts)
+    assert found.kl is None and found.ability is None
 
 
 def test_intervals_hold_the_mean_as_often_as_they_say() -> None:

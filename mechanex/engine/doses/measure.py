@@ -61,7 +61,8 @@ def measure(
 
     Returns:
         Effects by scorer, perplexity of the answers under the plain model, KL(steered‖plain) per token of the plain
-        answers, repetition, ability; intervals are of the bootstrap over prompts (over questions for ability).
+        answers, repetition, ability; intervals are of the bootstrap over prompts (over questions for ability). KL and
+        ability are None for a vector under a condition on prompts, which is decided where text is written.
 
     Raises:
         ValidationError: steering that doesn't fit the model, no prompts, no scorers, or an option out of its range.
@@ -77,7 +78,9 @@ def measure(
     )
     plain, steered = write(adapter, tokenizer, prompts, [(), edited], options)
     ability = None
-    if questions is not None:
+    # Conditions are decided where text is written: given answers can't be looked at under them.
+    conditional = any(one.condition is not None for one in edited)
+    if questions is not None and not conditional:
         right = right_answers(adapter, tokenizer, questions, [(), edited]).double().tolist()
         ability = _change(right[0], right[1])
     variants: dict[str, dict[str, Interval]] = {}
@@ -96,7 +99,7 @@ def measure(
         effects=_effects(judges, plain, steered),
         perplexity=_perplexity(adapter, plain, steered),
         repetition=_change([one.repetition for one in plain], [one.repetition for one in steered]),
-        kl=_kl(adapter, plain, edited),
+        kl=None if conditional else _kl(adapter, plain, edited),
         ability=ability,
         brittleness=variants,
         texts=[
