@@ -1,6 +1,6 @@
 """Tokens a second in vLLM: plain, one vector for all requests, and a vector and a strength of its own for each of 64.
 
-    build/vllm/venv/bin/python benchmarks/in_vllm.py [MODEL …] [--rounds 5] [--new 32] [--compile] [--no-stock] [--json FILE]
+    build/vllm/venv/bin/python benchmarks/in_vllm.py [MODEL …] [--rounds 5] [--new 32] [--compile] [--no-stock]
 
 Without MODEL: the random Llama of 110 M parameters. Kinds of batches take turns in one engine, so that each ratio is of
 neighbours in time; a stock vLLM without this plugin comes after them, in an engine of its own.

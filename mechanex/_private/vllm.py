@@ -70,14 +70,24 @@ def salt_blocks(salt: Callable[[Any, int, int], Sequence[str]]) -> None:
 
 
 @contextmanager
-def run_alone(vllm_config: Any) -> Iterator[None]:
-    """Runs a block in which single layers of a loaded model may be called; attention attends to nothing."""
-    with (
-        torch.inference_mode(),
-        set_current_vllm_config(vllm_config),
-        set_forward_context(None, vllm_config, slot_mapping={}),
-    ):
-        yield
+def run_alone(vllm_config: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Runs a block in which these layers of a loaded model may be called one by one; their attention gives zeros."""
+
+    def zeros(module: nn.Module, args: Any, out: Any) -> Any:
+        return torch.zeros_like(out)  # without a cache some leave what memory held before
+
+    found = {module for layer in layers for module in layer.modules() if hasattr(module, "kv_cache")}
+    handles = [module.register_forward_hook(zeros) for module in found]
+    try:
+        with (
+            torch.inference_mode(),
+            set_current_vllm_config(vllm_config),
+            set_forward_context(None, vllm_config, slot_mapping={}),
+        ):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Steps(Protocol):

@@ -19,12 +19,12 @@ def run_serve(*, model: str, device: str | None, dtype: str | None, log_level: s
     Raises:
         MechanexError: whatever is wrong with the model, the settings or the address.
     """
-    _log_json(log_level)
     given = {name: value for name, value in options.items() if value is not None}
     use_vllm, arguments = given.pop("use_vllm"), given.pop("vllm_args")
     if not use_vllm:
         if arguments:
             raise ValidationError("--vllm-arg goes with --use-vllm.")
+        _log_json(log_level)
         serve(load(model, backend="transformers", device=device, dtype=dtype), **given)
         return
     from ..vllm.supported import check_installed

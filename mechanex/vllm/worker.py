@@ -47,7 +47,7 @@ class SteeringWorker(_Base):  # type: ignore[misc]
         capacity = Capacity.of(config.additional_config)
         self._stream = SteeredStream(layers, width, capacity, n_tokens, self.device, dtype)
         here = [layer for layer in layers if layer is not None]
-        with run_alone(config):
+        with run_alone(config, here):
             takes_two = {id(layer): _takes_two(layer, width, dtype, self.device) for layer in here}
         self._stream.wrap(layers, lambda layer: takes_two[id(layer)])
         self._form = "a sum of two tensors" if any(takes_two.values()) else "one tensor"

@@ -79,8 +79,8 @@ def test_requests_wait_for_a_slot(
 
 
 def test_forced_preemption(engines: Any, folder: Path, cases: list[Case], truth: list[list[int]]) -> None:
-    """The prompts of 130 tokens take five blocks each, so that with 14 some have to make way and are read again."""
-    llm = started(engines, folder, num_gpu_blocks_override=14, max_model_len=256, disable_log_stats=False)
+    """The prompts of 130 tokens take five blocks each, so that with 11 some have to make way and are read again."""
+    llm = started(engines, folder, num_gpu_blocks_override=11, max_model_len=256, disable_log_stats=False)
     long = [i for i, case in enumerate(cases) if len(case.prompt) > 100]
     n = 40
     expected = [by_transformers(hf_model(folder), cases[i], n) for i in long]
