@@ -136,7 +136,7 @@ class _Here:
 
 
 @dataclass(frozen=True)
-class _Columns:
+class _RowColumns:
     """Which of a scorer's columns are those of a row's behaviors.
 
     Args:
@@ -168,7 +168,7 @@ class _Place:
     def __init__(self, rows: list[_Here]) -> None:
         self.rows = rows
         self.scorer: Scorer | None = None
-        self.columns: dict[tuple[Behavior, ...], _Columns] = {}
+        self.columns: dict[tuple[Behavior, ...], _RowColumns] = {}
 
     def repeated(self) -> _Place:
         """The same for calls that repeat this one, each with the next token."""
@@ -182,7 +182,7 @@ class _Place:
             place = {b: j for j, b in enumerate(self.scorer.behaviors)}
             for kind in kinds:
                 facts = [(b.name, place[b], b.threshold) for b in kind]
-                self.columns[kind] = _Columns(*zip(*facts, strict=True))
+                self.columns[kind] = _RowColumns(*zip(*facts, strict=True))
         return self.scorer
 
 
