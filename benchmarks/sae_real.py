@@ -3,7 +3,7 @@
 The autoencoder is trained once, on chats of the model with itself and on paragraphs of the manuals that Debian's
 packages bring. MECHANEX_HOME says where the model is and where the autoencoder is kept.
 
-python benchmarks/sae_real.py [--steps 900]
+python benchmarks/sae_real.py [--steps 400]
 """
 
 from __future__ import annotations
@@ -133,10 +133,13 @@ class Separation:
     Args:
         folds: AUROC of the 40 pairs, each by a detector made without it.
         held_out: AUROC of the 16 pairs that made no part of it.
+        detected: share of answers with the behavior, in the folds, of which a token is above the threshold for 1 %
+            false alarms per answer of 64 tokens.
     """
 
     folds: tuple[float, float, float]
     held_out: tuple[float, float, float]
+    detected: float
 
 
 def separation(loaded: Any, sae: SparseAutoencoder, name: str) -> dict[str, Separation]:
@@ -156,7 +159,9 @@ def separation(loaded: Any, sae: SparseAutoencoder, name: str) -> dict[str, Sepa
         means = [float(one.mean()) for one in examples.by_answer(detector.scores(examples.x))]
         figures = behavior.figures[f"{kind}_figures"]
         folds = figures["auroc"], *figures["auroc_interval"]
-        found[kind] = Separation(folds, auroc(means[: examples.n], means[examples.n :]))
+        found[kind] = Separation(
+            folds, auroc(means[: examples.n], means[examples.n :]), figures["detected"]["rate"]
+        )
     return found
 
 
@@ -164,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=900, help="of 512 activations")
+    parser.add_argument("--steps", type=int, default=400, help="of 512 activations")
     parser.add_argument("--features", type=int, default=4096)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
@@ -184,7 +189,10 @@ def main() -> None:
             shown = [
                 f"{area:.3f} ({low:.3f} to {high:.3f})" for area, low, high in (found.folds, found.held_out)
             ]
-            print(f"{path.stem}, {kind}: AUROC {shown[0]} in five folds, {shown[1]} of the pairs held out")
+            print(
+                f"{path.stem}, {kind}: AUROC {shown[0]} in five folds, {shown[1]} of the pairs held out; "
+                f"{found.detected:.0%} of answers detected"
+            )
 
 
 if __name__ == "__main__":

@@ -31,14 +31,14 @@ class Scorer:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.behaviors = tuple(behaviors)
-        self._parts: list[_Probes | _Columns | _Largest] = []
+        self._parts: list[_Probes | _Chosen | _Top] = []
         places: list[int] = []
         if plain := [i for i, b in enumerate(behaviors) if b.detector == "probe"]:
             self._parts.append(_Probes([behaviors[i].probe for i in plain], device))
             places += plain
         for members in _by_autoencoder(behaviors):
             detectors = [found for i in members if (found := behaviors[i].features) is not None]
-            kind = _Columns if detectors[0].sae.elementwise else _Largest
+            kind = _Chosen if detectors[0].sae.elementwise else _Top
             self._parts.append(kind(detectors, device, dtype))
             places += members
         # Which of the parts' columns each behavior's is.
@@ -80,7 +80,7 @@ class _Probes:
         return x @ self._directions.T
 
 
-class _Columns:
+class _Chosen:
     """Weighted sums of some features each, their span being 1, of autoencoders that take the same input.
 
     Args:
@@ -124,7 +124,7 @@ class _Columns:
         return (said.float().view(-1, *self._weights.shape) * self._weights).sum(2)
 
 
-class _Largest:
+class _Top:
     """Weighted sums of some features each, their span being 1, of one top-k autoencoder.
 
     Args:

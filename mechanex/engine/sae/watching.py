@@ -56,7 +56,6 @@ class Watch:
         behaviors: the behaviors.
         action: what is done where one is detected: ``"correct"``: from that token to the answer's end; ``"abort"``: the
             answer ends; ``"report"``: nothing.
-        floor: names of behaviors that are corrected whatever the action is, and end no answer.
 
     Attributes:
         seen: its tokens, in order.
@@ -66,7 +65,6 @@ class Watch:
 
     behaviors: tuple[Behavior, ...]
     action: Action = "correct"
-    floor: frozenset[str] = frozenset()
     seen: list[Seen] = field(default_factory=list)
     active: set[str] = field(default_factory=set)
     altered: bool = False
@@ -83,7 +81,7 @@ class Watch:
     @property
     def end(self) -> Literal["behavior"] | None:
         """``"behavior"`` once the answer is to end."""
-        return "behavior" if self.action == "abort" and self.active - self.floor else None
+        return "behavior" if self.action == "abort" and self.active else None
 
     @property
     def detected(self) -> tuple[str, ...]:
@@ -101,8 +99,8 @@ class Watch:
             The behaviors that are to be corrected in it.
         """
         self.active.update(detected)
-        to_correct = self.active if self.action == "correct" else self.active & self.floor
-        corrected = tuple(name for name in scores if name in to_correct) if to_correct else ()
+        corrects = self.action == "correct" and self.active
+        corrected = tuple(name for name in scores if name in self.active) if corrects else ()
         self.altered |= bool(corrected)
         place = self._counts[point] = self.n_seen(point) + 1
         if place > len(self.seen):
@@ -138,7 +136,7 @@ class _Here:
 
 
 @dataclass(frozen=True)
-class _OwnScores:
+class _RowColumns:
     """Which of a scorer's columns are those of a row's behaviors.
 
     Args:
@@ -170,7 +168,7 @@ class _Place:
     def __init__(self, rows: list[_Here]) -> None:
         self.rows = rows
         self.scorer: Scorer | None = None
-        self.columns: dict[tuple[Behavior, ...], _OwnScores] = {}
+        self.columns: dict[tuple[Behavior, ...], _RowColumns] = {}
 
     def repeated(self) -> _Place:
         """The same for calls that repeat this one, each with the next token."""
@@ -184,7 +182,7 @@ class _Place:
             place = {b: j for j, b in enumerate(self.scorer.behaviors)}
             for kind in kinds:
                 facts = [(b.name, place[b], b.threshold) for b in kind]
-                self.columns[kind] = _OwnScores(*zip(*facts, strict=True))
+                self.columns[kind] = _RowColumns(*zip(*facts, strict=True))
         return self.scorer
 
 
