@@ -146,7 +146,9 @@ def main() -> None:
             flush=True,
         )
     time_theirs, time_ours, drop_theirs, drop_ours = (mean(column) for column in zip(*rows, strict=True))
-    print(f"context-cite, {asked.ablations} ablations   {time_theirs:7.1f} s   top-{TOP} drop {drop_theirs:6.2f} nats")
+    print(
+        f"context-cite, {asked.ablations} ablations   {time_theirs:7.1f} s   top-{TOP} drop {drop_theirs:6.2f} nats"
+    )
     print(f"each chunk blocked once      {time_ours:7.1f} s   top-{TOP} drop {drop_ours:6.2f} nats")
     print(f"{time_theirs / time_ours:.1f} times as fast")
 

@@ -9,14 +9,50 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-from tiny.grammar import given  # noqa: E402
+from tiny.grammar import given
 
 __all__ = ["Asked", "copied_facts", "given_sentences"]
 
-PEOPLE = "Mia Lucy Tom Peter Emma Julia Maria Clara Hugo Leo Nora Felix Sara".split()
-SURNAMES = "Keller Okafor Lindqvist Marino Tanaka Novak Duarte Haugen Petrov Castell".split()
-PLACES = "Lisbon Oslo Nairobi Quito Hanoi Krakow Perth Tunis Riga Lima".split()
-JOBS = "baker pilot dentist carpenter violinist surveyor gardener chemist tailor welder".split()
+PEOPLE = [
+    "Mia",
+    "Lucy",
+    "Tom",
+    "Peter",
+    "Emma",
+    "Julia",
+    "Maria",
+    "Clara",
+    "Hugo",
+    "Leo",
+    "Nora",
+    "Felix",
+    "Sara",
+]
+SURNAMES = [
+    "Keller",
+    "Okafor",
+    "Lindqvist",
+    "Marino",
+    "Tanaka",
+    "Novak",
+    "Duarte",
+    "Haugen",
+    "Petrov",
+    "Castell",
+]
+PLACES = ["Lisbon", "Oslo", "Nairobi", "Quito", "Hanoi", "Krakow", "Perth", "Tunis", "Riga", "Lima"]
+JOBS = [
+    "baker",
+    "pilot",
+    "dentist",
+    "carpenter",
+    "violinist",
+    "surveyor",
+    "gardener",
+    "chemist",
+    "tailor",
+    "welder",
+]
 
 
 @dataclass(frozen=True)
@@ -50,19 +86,20 @@ def given_sentences(seed: int, absent: bool = False) -> Asked:
 def copied_facts(seed: int, absent: bool = False) -> Asked:
     """Facts that nobody could know and an answer has to copy: where people were born, what they do, their numbers."""
     rng = random.Random(seed)
-    n = 6
+    n = 4
     people = [f"{a} {b}" for a, b in zip(rng.sample(PEOPLE, n + 1), rng.sample(SURNAMES, n + 1), strict=True)]
-    kinds: list[Callable[[str, int], tuple[str, str, str]]] = [
-        lambda who, i: (f"{who} was born in {places[i]}.", f"Where was {who} born?", f"{places[i]}."),
-        lambda who, i: (f"{who} works as a {jobs[i]}.", f"What is the job of {who}?", f"{jobs[i]}."),
+    places, jobs = rng.sample(PLACES, n + 1), rng.sample(JOBS, n + 1)
+    codes = rng.sample(range(1000, 9999), n + 1)
+    kinds: list[Callable[[str, int], tuple[str, str]]] = [
+        lambda who, i: (f"{who} was born in {places[i]}.", f"Where was {who} born?"),
+        lambda who, i: (f"{who} works as a {jobs[i]}.", f"What is the job of {who}?"),
         lambda who, i: (
             f"The locker of {who} has the code {codes[i]}.",
             f"Which code has the locker of {who}?",
-            f"{codes[i]}.",
         ),
     ]
-    places, jobs = rng.sample(PLACES, n + 1), rng.sample(JOBS, n + 1)
-    codes = rng.sample(range(1000, 9999), n + 1)
     told = [rng.choice(kinds)(who, i) for i, who in enumerate(people)]
     which = n if absent else rng.randrange(n)
-    return Asked(tuple(one[0] for one in told[:n]), told[which][1], told[which][2], None if absent else which)
+    facts = tuple(fact for fact, _ in told[:n])
+    # The answer says it as a sentence, as the fact does: what is asked for is its last word.
+    return Asked(facts, told[which][1], told[which][0], None if absent else which)

@@ -37,6 +37,7 @@ class AttributionModule(_BaseModule):
         metric: Metric | Sequence[Answer] | None = None,
         align: Align = None,
         positions: bool = True,
+        edges: bool = False,
     ) -> dict[str, Any]:
         """Computes attribution scores by patching the model.
 
@@ -56,12 +57,14 @@ class AttributionModule(_BaseModule):
                 difference of their log-probability.
             align: ``"tokens"`` for prompts of different lengths.
             positions: score positions too; with ``"exact"`` a run for each.
+            edges: score all edges too, from what one component writes to what a later one reads.
 
         Returns:
             ``scores`` by path; ``positions``, by path a number for each token of the corrupted prompt; ``heads`` and
             ``head_positions`` the same for each attention head; ``metric`` with its ``answers`` and its value in the
             ``clean`` and the ``corrupted`` run; ``tokens`` of both prompts; ``roles`` and ``layers`` by path;
-            ``method``; ``steps``.
+            ``method``; ``steps``. With ``edges`` also these: a list of ``source``, ``target`` and ``score``, best
+            first.
 
         Raises:
             ValidationError: a prompt that isn't text, prompts that don't align, an unknown path, or another argument
@@ -78,14 +81,15 @@ class AttributionModule(_BaseModule):
             "target_module_paths": paths,
         }
         more = {"method": method, "steps": steps, "metric": metric, "align": align, "positions": positions}
+        more["edges"] = edges
         # What the wire contract has no field for is named only where it is asked for.
         body |= {name: given for name, given in more.items() if given != _USUAL[name]}
         call, transport = "attribution.compute_scores", self._client.transport
 
         def local(loaded: LoadedModel) -> dict[str, Any]:
-            from .engine.attribution.scores import attribution_scores
+            from .engine.attribution.edge_scores import scores_answer
 
-            found = attribution_scores(
+            return scores_answer(
                 loaded.model,
                 clean_prompt,
                 corrupted_prompt,
@@ -96,8 +100,8 @@ class AttributionModule(_BaseModule):
                 metric=metric,
                 align=align,
                 positions=positions,
+                edges=edges,
             )
-            return found.to_dict()
 
         return self._run(
             call,
@@ -107,7 +111,7 @@ class AttributionModule(_BaseModule):
         )
 
 
-_USUAL = {"method": "gradient", "steps": 1, "metric": None, "align": None, "positions": True}
+_USUAL = {"method": "gradient", "steps": 1, "metric": None, "align": None, "positions": True, "edges": False}
 
 
 def _check_prompts(clean_prompt: object, corrupted_prompt: object) -> None:

@@ -14,8 +14,8 @@ N_VALUES, ASK = 8, 15
 """Tokens 0 to 7 are what is copied; token 15 asks for the one that stands before it somewhere."""
 
 
-def copying_model() -> transformers.LlamaForCausalLM:
-    """Two layers of four heads that share two keys and values; one head copies the value token to the last position.
+def copying_model(n_layers: int = 2) -> transformers.LlamaForCausalLM:
+    """Layers of four heads that share two keys and values; one head copies the value token to the last position.
 
     Columns of the stream: 0 to 15 say which token this is, 16 that it is a value, 17 that it asks, 24 to 31 what was
     copied.
@@ -24,7 +24,7 @@ def copying_model() -> transformers.LlamaForCausalLM:
         vocab_size=16,
         hidden_size=32,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=n_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,

@@ -66,6 +66,16 @@ def test_the_planted_edges_come_first_and_are_the_circuit(options: dict[str, Any
         assert circuit.faithfulness > 0.8
 
 
+@pytest.mark.parametrize("options", METHODS, ids=str)
+def test_a_twentieth_of_the_edges_keeps_what_the_model_does(options: dict[str, Any]) -> None:
+    """Exact patching says that there is such a circuit, and gradients find one too."""
+    found = attribution_edges(copying_model(n_layers=8), CLEAN, CORRUPTED, **options)
+    for how in ("greedy", "threshold"):
+        circuit = found.circuit(share=0.05, how=how)  # type: ignore[arg-type]
+        assert len(circuit.edges) <= 8 and circuit.n_all == 153
+        assert circuit.faithfulness >= 0.8
+
+
 def difference(logits: Tensor) -> Tensor:
     return logits[:, 3] - logits[:, 7]
 

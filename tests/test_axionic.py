@@ -825,6 +825,7 @@ GOOD: dict[str, Any] = {
         "metric": [" a", 7],
         "align": "tokens",
         "positions": False,
+        "edges": False,
     },
     "/raag/generate": {
         "qa_entries": [{"question": "Who was calm?"}],

@@ -230,10 +230,12 @@ def test_structure_and_attribution_are_the_same_here_and_there(remote: Mechanex,
     for options in (
         {},
         {"steps": 3, "metric": (" smiled", " shouted"), "target_module_paths": tuple(paths[:4])},
+        {"edges": True, "positions": False},
     ):
         there = remote.attribution.compute_scores(*prompts, **options)  # type: ignore[arg-type]
         here = local.attribution.compute_scores(*prompts, **options)  # type: ignore[arg-type]
         assert close_to(there, here)
+        assert bool(there.get("edges")) == ("edges" in options)
     with pytest.raises(ValidationError, match="Paths like it"):
         remote.attribution.compute_scores(*prompts, ["model.layers.1.self_atn"])
     with pytest.raises(ValidationError, match="align='tokens'"):

@@ -19,9 +19,9 @@ from .edges import Edge, EdgeRuns, edge_runs, exact_edges, gradient_edges
 from .metrics import Answer, Metric
 from .prompts import Align, prompt_pair
 from .runs import alone
-from .scores import Method, check_method, metric_dict, texts_of
+from .scores import Method, attribution_scores, check_method, metric_dict, texts_of
 
-__all__ = ["EdgeScores", "attribution_edges"]
+__all__ = ["EdgeScores", "attribution_edges", "scores_answer"]
 
 
 @dataclass(eq=False)
@@ -133,3 +133,31 @@ def attribution_edges(
         else:
             scores, steps = exact_edges(adapter, runs, runs.edges), 0
     return EdgeScores(adapter, tokenizer, method, steps, runs, scores)
+
+
+def scores_answer(
+    model: nn.Module | ModelAdapter,
+    clean_prompt: Prompt,
+    corrupted_prompt: Prompt,
+    target_module_paths: Sequence[str] | None = None,
+    *,
+    edges: bool = False,
+    positions: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """What ``attribution.compute_scores`` returns: scores of modules, with those of edges where they are asked for.
+
+    Args:
+        model, clean_prompt, corrupted_prompt: as for ``attribution_scores``.
+        target_module_paths, positions: of the modules.
+        edges: score all edges too.
+        options: further arguments of both.
+
+    Raises:
+        ValidationError: what ``attribution_scores`` refuses; a model without edges where they are asked for.
+    """
+    prompts = clean_prompt, corrupted_prompt
+    found = attribution_scores(model, *prompts, target_module_paths, positions=positions, **options).to_dict()
+    if edges:
+        found["edges"] = attribution_edges(model, *prompts, **options).to_dict()["edges"]
+    return found

@@ -14,7 +14,7 @@ from ..models.adapter import ModelAdapter
 from ..pauses import pause
 from ..structure.graph import Structure
 from .metrics import Answer, Metric, check_metric, summed
-from .nodes import midpoints
+from .nodes import way_points
 from .prompts import PromptPair
 from .runs import ids_of, run_pair
 from .sites import rows_at_once
@@ -112,7 +112,7 @@ def gradient_edges(adapter: ModelAdapter, runs: EdgeRuns, steps: int) -> dict[Ed
         steps: gradients that are averaged on the way from the corrupted to the clean embeddings, packed as rows of a
             batch (EAP-IG, arXiv:2403.17806); 1 for the corrupted run's.
     """
-    tokens, points = len(runs.pair.corrupted), midpoints(steps)
+    tokens, points = len(runs.pair.corrupted), way_points(steps)
     readers, sources = readers_of(runs.structure), runs.structure.components
     totals: dict[str, Tensor] = {}
     chunk = rows_at_once(adapter, tokens)

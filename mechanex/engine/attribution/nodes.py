@@ -14,13 +14,15 @@ from .metrics import summed
 from .runs import Runs, ids_of
 from .sites import Site, last_logits, rows_at_once, tapped
 
-__all__ = ["gradient_scores", "midpoints"]
+__all__ = ["gradient_scores", "way_points"]
 
 
-def midpoints(steps: int) -> list[float]:
-    """Where on the way from the corrupted to the clean input gradients are taken: 0 for one step, else in the middle of
-    each of as many pieces."""
-    return [0.0] if steps == 1 else [(step + 0.5) / steps for step in range(steps)]
+def way_points(steps: int) -> list[float]:
+    """Where on the way from the corrupted to the clean input gradients are taken: at 0, and in equal steps short of 1.
+
+    The run that is patched is one of the points, as in EAP-IG, and the other isn't.
+    """
+    return [step / steps for step in range(steps)]
 
 
 def gradient_scores(
@@ -40,7 +42,7 @@ def gradient_scores(
     Returns:
         For each site [T corrupted, 1], or [T corrupted, n_heads], float32.
     """
-    points, tokens = midpoints(steps), len(runs.pair.corrupted)
+    points, tokens = way_points(steps), len(runs.pair.corrupted)
     totals = {site: torch.zeros_like(runs.corrupted.values[site], dtype=torch.float32) for site in sites}
     if runs.corrupted.live:
         points = []

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from ...engine.attribution.scores import attribution_scores
+from ...engine.attribution.edge_scores import scores_answer
 from ...engine.structure.graph import model_graph, model_paths
 from ..http.disconnect import done_or_gone
 from ..http.routes import Route
@@ -40,12 +40,12 @@ async def paths(request: Request, engine: Engine, who: Worker) -> JSONResponse:
 
 @router.post("/attribution-patching/scores")
 async def scores(body: ScoresBody, request: Request, engine: Engine, who: Worker) -> JSONResponse:
-    """What modules, heads and positions are worth to the difference between two prompts' answers."""
+    """What modules, heads, positions and edges are worth to the difference between two prompts' answers."""
     for prompt in (body.clean_prompt, body.corrupted_prompt):
         await engine.encode(prompt)
 
     def work(adapter: ModelAdapter) -> dict[str, Any]:
-        found = attribution_scores(
+        return scores_answer(
             adapter,
             body.clean_prompt,
             body.corrupted_prompt,
@@ -56,7 +56,7 @@ async def scores(body: ScoresBody, request: Request, engine: Engine, who: Worker
             metric=body.metric,
             align=cast("Align", body.align),
             positions=body.positions,
+            edges=body.edges,
         )
-        return found.to_dict()
 
     return JSONResponse(await done(request, engine, who, work))

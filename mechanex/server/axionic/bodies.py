@@ -165,6 +165,7 @@ class ScoresBody(Body):
     metric: Annotated[Items[str | int], Field(min_length=2, max_length=2)] | None = None
     align: str | None = None
     positions: bool = True
+    edges: bool = False
 
 
 class RaagBody(Body):
