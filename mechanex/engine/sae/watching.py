@@ -56,6 +56,7 @@ class Watch:
         behaviors: the behaviors.
         action: what is done where one is detected: ``"correct"``: from that token to the answer's end; ``"abort"``: the
             answer ends; ``"report"``: nothing.
+        floor: names of behaviors that are corrected whatever the action is, and end no answer.
 
     Attributes:
         seen: its tokens, in order.
@@ -65,6 +66,7 @@ class Watch:
 
     behaviors: tuple[Behavior, ...]
     action: Action = "correct"
+    floor: frozenset[str] = frozenset()
     seen: list[Seen] = field(default_factory=list)
     active: set[str] = field(default_factory=set)
     altered: bool = False
@@ -81,7 +83,7 @@ class Watch:
     @property
     def end(self) -> Literal["behavior"] | None:
         """``"behavior"`` once the answer is to end."""
-        return "behavior" if self.action == "abort" and self.active else None
+        return "behavior" if self.action == "abort" and self.active - self.floor else None
 
     @property
     def detected(self) -> tuple[str, ...]:
@@ -99,8 +101,8 @@ class Watch:
             The behaviors that are to be corrected in it.
         """
         self.active.update(detected)
-        corrects = self.action == "correct" and self.active
-        corrected = tuple(name for name in scores if name in self.active) if corrects else ()
+        to_correct = self.active if self.action == "correct" else self.active & self.floor
+        corrected = tuple(name for name in scores if name in to_correct) if to_correct else ()
         self.altered |= bool(corrected)
         place = self._counts[point] = self.n_seen(point) + 1
         if place > len(self.seen):
