@@ -58,7 +58,7 @@ class TextStates(Cache):
     @property
     def n_tokens(self) -> int:
         """Tokens that were read."""
-        return int(self._columns[0].get_seq_length())  # type: ignore[no-untyped-call]
+        return int(self._columns[0].get_seq_length())
 
     def first(self, n: int) -> TextStates:
         """The first ``n`` tokens' states, as views, to go on from; what is added there isn't added here."""
@@ -66,7 +66,7 @@ class TextStates(Cache):
         for new, held in zip(found._columns, self._columns, strict=True):
             if n and held.is_initialized:
                 assert held.keys is not None and held.values is not None
-                new.lazy_initialization(held.keys, held.values)  # type: ignore[no-untyped-call]
+                new.lazy_initialization(held.keys, held.values)
                 new.keys, new.values = held.keys[:, :, :n], held.values[:, :, :n]
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -54,7 +55,6 @@ def _probe(adapter: ModelAdapter, outgrown: int) -> ContinuingForm | None:
 
     text, more = draw(9 + outgrown), draw(4)
     tails = [(draw(2), draw(3)), (draw(3), draw(3))]
-    length = len(text) + 6
     window = window_of(adapter)
     with torch.no_grad(), undisturbed(adapter.hf_model):
         try:
@@ -65,11 +65,11 @@ def _probe(adapter: ModelAdapter, outgrown: int) -> ContinuingForm | None:
                 for pair in whole
             ]
             states = TextStates(adapter.n_layers)
-            stated = {"prompt_length": len(text) + 2, "text_length": length}
-            read_on(adapter, name, states, [*text, *more], **stated)
+            read = partial(read_on, adapter, name, prompt_length=len(text) + 2, text_length=len(text) + 6)
+            read(states, [*text, *more])
             again = states.first(len(text) - 5)
             for part in (text[-5:-2], text[-2:]):
-                read_on(adapter, name, again, part, **stated)
+                read(again, part)
             plain = continuations(len(text), tails[:1])
             if not _agrees(adapter, plain, name, again, truth[:1]):
                 return None

@@ -115,7 +115,8 @@ class Knockouts:
                 mine = slice(start, start + step)
                 pack = self._pack(spans[mine], None if layers is None else layers[mine])
                 with _at_layers(adapter, pack, layers is not None) as reached:
-                    found.append(scored_logprobs(adapter, pack, **{name: states.first(n_read)}).cpu())
+                    going_on: dict[str, Any] = {name: states.first(n_read)}
+                    found.append(scored_logprobs(adapter, pack, **going_on).cpu())
                 if layers is not None and len(reached) < adapter.n_layers:
                     return None
         return torch.cat(found).reshape(len(spans), -1)
@@ -145,7 +146,8 @@ class Knockouts:
         states = self._context(name).first(shared) if shared else TextStates(adapter.n_layers)
         self._read(name, states, context[shared:], reading.size - (span[1] - span[0]))
         pack = continuations(len(context), [(reading.question, reading.answer)]).to(adapter.device)
-        return scored_logprobs(adapter, pack, **{name: states}).cpu()
+        going_on: dict[str, Any] = {name: states}
+        return scored_logprobs(adapter, pack, **going_on).cpu()
 
     def _read(self, name: str, states: TextStates, ids: Sequence[int], text_length: int) -> None:
         mask = None if self._form == "unmasked" else self._form
