@@ -20,18 +20,18 @@ _ON_THE_LOOP = 64 * 2**10
 
 
 class Route(APIRoute):
-    """A route whose handler's request reads its JSON as ``_Read`` does."""
+    """A route whose handler's request reads its JSON as ``_BoundedRequest`` does."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def read_and_handle(request: Request) -> Response:
-            return await handle(_Read(request.scope, request.receive))
+            return await handle(_BoundedRequest(request.scope, request.receive))
 
         return read_and_handle
 
 
-class _Read(Request):
+class _BoundedRequest(Request):
     async def json(self) -> Any:
         body = await self.body()
         if body.count(b"[") + body.count(b"{") > MOST_PARTS:
