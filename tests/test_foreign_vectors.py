@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from families import BOS, D_MODEL, FAMILIES, N_LAYERS, build, tiny_tokenizer
-from mechanex.engine.sae.training import TrainingSettings
+from mechanex.engine.sae.train_step import TrainingSettings
 from safetensors.torch import load_file, save_file
 
 import mechanex

@@ -205,7 +205,6 @@ HOSTILE: dict[str, bytes] = {
         {"layer_1": tensor_entry(), "layer.2": tensor_entry() | {"data_offsets": [8, 16]}}, two * 2
     ),
     "other site.safetensors": safetensors_file({"1": tensor_entry(), "__metadata__": {"site": "mlp"}}, two),
-    "bad seed.safetensors": safetensors_file({"1": tensor_entry(), "__metadata__": {"seed": "x"}}, two),
     "empty.json": b"",
     "no layers.json": b"{}",
     "deep.json": b"[" * 10**7,

@@ -44,9 +44,13 @@ class RequestMiddleware:
     """
 
     def __init__(
-        self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, small_bodies: Mapping[str, int]
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        max_body_bytes: int,
+        small_bodies: Mapping[str, int] | None = None,
     ) -> None:
-        self._app, self._metrics, self._most, self._small = app, metrics, max_body_bytes, small_bodies
+        self._app, self._metrics, self._most, self._small = app, metrics, max_body_bytes, small_bodies or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
