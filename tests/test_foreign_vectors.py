@@ -12,7 +12,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from families import BOS, D_MODEL, FAMILIES, N_LAYERS, build, tiny_tokenizer
-from mechanex.engine.sae.train_step import TrainingSettings
 from safetensors.torch import load_file, save_file
 
 import mechanex
@@ -24,6 +23,7 @@ from mechanex.engine.generate import generate
 from mechanex.engine.hooks import Intervention, SteeringPlan, positions
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
+from mechanex.engine.sae.train_step import TrainingSettings
 from mechanex.engine.score import completion_logprobs
 from mechanex.engine.vector_store import VectorStore
 from mechanex.utils.beam_search import sample_most_likely_completions_hf
