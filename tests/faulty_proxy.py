@@ -150,7 +150,6 @@ class FaultyProxy:
         self.reads_after = reads_after
         self.tls = tls
         self.cut_handshakes = cut_handshakes
-        self.accepted = threading.Event()
         self._upstream = None if upstream is None else urllib.parse.urlsplit(upstream)
         self._lock = threading.Lock()
         self._over = threading.Event()
@@ -203,7 +202,6 @@ class FaultyProxy:
                 self.connections += 1
                 number = self.connections
                 self._open.add(connection)
-            self.accepted.set()
             self._start(self._serve, connection, number)
 
     def _secured(self, connection: socket.socket) -> socket.socket:
