@@ -15,6 +15,7 @@ from mechanex import Mechanex, SteeringVector, ValidationError
 from mechanex.bundled import data_path
 from mechanex.engine.caa import caa_vectors
 from mechanex.engine.datasets import read_pairs
+from mechanex.engine.divergence import divergence
 from mechanex.engine.doses.calibrate import PASSES, calibrate, dose_quantile, plain_pairs
 from mechanex.engine.doses.dose import EDITS, Dose, kind_of
 from mechanex.engine.doses.forced import ForcedAnswers
@@ -213,3 +214,17 @@ def test_calibrate_is_a_door_of_the_client(calm: Vector) -> None:
     client.load("mx-tiny")
     found = client.steering.calibrate(dict(calm), 0.5, prompts=["Anna went home."], max_tokens=12)
     assert isinstance(found, SteeringVector) and math.isfinite(found.calibration.strength)
+
+
+def test_tokens_that_a_model_rules_out_count_nothing() -> None:
+    logits = torch.randn(2, 3, 7, dtype=torch.float64)
+    ruled_out = logits.clone()
+    ruled_out[..., 2] = -math.inf
+    p, q = ruled_out.log_softmax(-1)
+    left = [0, 1, 3, 4, 5, 6]
+    truth = (p.exp() * (p - q))[..., left].sum(-1)
+    assert torch.allclose(divergence(p, q), truth)
+    assert torch.isinf(divergence(logits[0].log_softmax(-1), q)).all()  # what only the other one rules out
+    steered = ruled_out[0].requires_grad_()
+    divergence(q, steered.log_softmax(-1)).sum().backward()
+    assert steered.grad is not None and torch.isfinite(steered.grad).all()

@@ -251,6 +251,9 @@ def test_vectors_of_the_same_terms_add_up_and_of_others_do_not(tmp_path: Path) -
     ):
         with pytest.raises(ValidationError, match="don't add up"):
             v + other
+    turned = SteeringVector(dict(v)).rotating({1: torch.randn(8)}, 30)
+    with pytest.raises(ValidationError, match=r"rotations.*don't add up"):
+        turned + turned  # whose double turns by 60 degrees
     changing = SteeringVector(dict(v)).scheduled(lambda place: 1.0)
     assert (changing + changing).allclose(2 * changing)
     with pytest.raises(ValidationError, match="don't add up"):
@@ -260,3 +263,7 @@ def test_vectors_of_the_same_terms_add_up_and_of_others_do_not(tmp_path: Path) -
 def test_a_field_of_another_tool_that_is_called_terms_says_nothing(tmp_path: Path) -> None:
     save_file({"layer_1": torch.ones(8)}, tmp_path / "v.safetensors", {"terms": "of use"})
     assert not SteeringVector.load(tmp_path / "v.safetensors", site="input").terms
+    for name in ("layer_1", "1"):
+        save_file({name: torch.ones(8), "terms.gate.1": torch.ones(8)}, tmp_path / "v.safetensors")
+        with pytest.raises(ValidationError, match=r"nothing explains: gate\.1"):
+            SteeringVector.load(tmp_path / "v.safetensors", site="input")

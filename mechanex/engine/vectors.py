@@ -467,6 +467,12 @@ class SteeringVector(Mapping[int, Tensor]):
                 say, or ``site`` is missing or contradicts the file; names the file and the problem.
         """
         layers, fields, more = read_layers(path, site)
+        # In another tool's file these names say nothing of ours.
+        ours = {TERMS, "format_version"} <= fields.keys()
+        if more and not ours:
+            raise ValidationError(
+                f"{path} has tensors that are no layers and that nothing explains: {', '.join(more)[:100]}."
+            )
         try:
             return cls(
                 layers,
@@ -476,8 +482,7 @@ class SteeringVector(Mapping[int, Tensor]):
                 seed=written_seed(path, fields.get("seed")),
                 metadata={key: value for key, value in fields.items() if key not in RESERVED_FIELDS},
                 library_version=fields.get("library_version", ""),
-                # A field of this name in another tool's file says nothing of ours.
-                terms=Terms.read(fields[TERMS], more) if {TERMS, "format_version"} <= fields.keys() else None,
+                terms=Terms.read(fields[TERMS], more) if ours else None,
             )
         except ValueError as error:
             raise ValidationError(f"{path} is not a usable vector file: {error}") from error
@@ -540,9 +545,10 @@ class SteeringVector(Mapping[int, Tensor]):
         }
 
     def _common_terms(self, other: SteeringVector) -> Terms:
-        if not self.terms.same_as(other.terms):
+        # Of rotations the angle is the strength, which a sum of directions doesn't change.
+        if self.terms.planes or not self.terms.same_as(other.terms):
             raise ValidationError(
-                "vectors that act on different terms (gates, planes, schedules or conditions) don't add up to one: "
+                "rotations, and vectors on different terms (gates, schedules or conditions), don't add up to one: "
                 "apply both, or take their numbers, SteeringVector(dict(vector))."
             )
         return self.terms

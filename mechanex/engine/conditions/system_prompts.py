@@ -19,6 +19,7 @@ from ..capabilities.replaying import replay_agrees
 from ..capabilities.unembedding import unembedding_agrees
 from ..chat import has_chat_template
 from ..decode.run import decode
+from ..divergence import divergence
 from ..forward import packs_for, scored_logits
 from ..generate import Generating
 from ..hooks import attach
@@ -207,7 +208,7 @@ def _by_chat(packs: Sequence[Pack], found: Sequence[Tensor]) -> Tensor:
 def _kl(wanted: Tensor, found: Tensor) -> Tensor:
     dtype = compute_dtype(found.dtype)
     p, q = wanted.to(dtype).log_softmax(-1), found.to(dtype).log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+    return divergence(p, q)
 
 
 class _Gates:

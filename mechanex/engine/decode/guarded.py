@@ -17,8 +17,9 @@ from torch import Tensor
 from ...errors import MechanexError, ValidationError
 from ..capabilities.decoding import together
 from ..capabilities.packing import packing_form
+from ..divergence import divergence
 from ..hooks import attach
-from ..intervention import Edit, EditTable
+from ..intervention import Edit, EditTable, compute_dtype
 from ..limits import window_of
 from ..models.adapter import ModelAdapter, ResidualHook
 from ..pack import TREES
@@ -108,6 +109,7 @@ class _GuardedBatch:
             raise self._unfit()
         self.calls = Calls(adapter, "static")
         self._scaled: dict[tuple[int, float], tuple[Edit, Edit]] = {}
+        self._tables: dict[int, tuple[list[tuple[Edit, ...]], EditTable]] = {}
         self._decide(padding)
         self._begin(padding)
 
@@ -156,10 +158,10 @@ class _GuardedBatch:
         rows, device = self.rows, self._adapter.device
         # The newest token is not read yet.
         lengths = [row.n_known - 1 for row in rows for _ in range(2)]
-        logits = self._logits(lengths).float()
+        logits = self._logits(lengths)
+        logits = logits.to(compute_dtype(logits.dtype))
         steered, plain = logits[0::2], logits[1::2, 0]
-        p, q = steered.log_softmax(-1), plain.log_softmax(-1)[:, None]
-        kls = (p.exp() * (p - q)).sum(-1)
+        kls = divergence(steered.log_softmax(-1), plain.log_softmax(-1)[:, None])
         bounds = torch.tensor([row.request.guard for row in rows], dtype=kls.dtype, device=kls.device)
         within = kls <= bounds[:, None]
         found = within.any(1)
@@ -220,8 +222,15 @@ class _GuardedBatch:
                         chain = tuple(self._at(edit, share) for edit in edits)
                         index[2 * i, j] = chains.setdefault(chain, len(chains))
             if chains:
-                found.append((layer, partial(EditTable.of_chains(list(chains)).apply, rows=index)))
+                found.append((layer, partial(self._table(layer, list(chains)).apply, rows=index)))
         return found
+
+    def _table(self, layer: int, chains: list[tuple[Edit, ...]]) -> EditTable:
+        """The table of a layer's chains, made anew where they are others than at the step before."""
+        known = self._tables.get(layer)
+        if known is None or known[0] != chains:
+            known = self._tables[layer] = chains, EditTable.of_chains(chains)
+        return known[1]
 
     def _at(self, edit: Edit, share: float) -> Edit:
         if share == 1:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...errors import MechanexError
 from ..capabilities.unembedding import unembedding_agrees
+from ..divergence import divergence
 from ..forward import packs_for, scored_logits
 from ..hooks import Intervention, SteeringPlan
 from ..intervention import compute_dtype
@@ -222,7 +223,7 @@ class ForcedAnswers:
             before = _log_softmax(unembed(plain[part]))
             after = _log_softmax(unembed(rows[:, part].flatten(0, 1))).view(n_settings, -1, before.shape[-1])
             target = pack.target[part].to(after.device).expand(n_settings, -1)[..., None]
-            kls.append((after.exp() * (after - before)).sum(-1).clamp(min=0).cpu())
+            kls.append(divergence(after, before).clamp(min=0).cpu())
             logprobs.append(after.gather(-1, target)[..., 0].cpu())
         return torch.cat(kls, 1), torch.cat(logprobs, 1)
 

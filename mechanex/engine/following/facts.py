@@ -130,19 +130,19 @@ def without(values: Iterable[Any], taken: Iterable[Tensor]) -> list[Any]:
     def is_taken(value: Any) -> bool:
         if not isinstance(value, Tensor):
             return False
-        first, end = _span(value)
-        return any(first < other_end and other < end for other, other_end in spans)
+        device, first, end = _span(value)
+        return any(device == there and first < stop and start < end for there, start, stop in spans)
 
     return [value for value in values if not is_taken(value)]
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor's elements begin and end in memory."""
+def _span(tensor: Tensor) -> tuple[torch.device, int, int]:
+    """Where a tensor's elements begin and end in a device's memory."""
     first = tensor.data_ptr()
     if tensor.numel() == 0:
-        return first, first
+        return tensor.device, first, first
     reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return first, first + (reach + 1) * tensor.element_size()
+    return tensor.device, first, first + (reach + 1) * tensor.element_size()
 
 
 def keeps_a_list(values: Iterable[Any]) -> bool:

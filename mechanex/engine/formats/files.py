@@ -213,7 +213,9 @@ def _read_safetensors(path: Path) -> Contents:
     if len(said) > 1:
         raise ValueError(f"its tensors are named in several ways: {', '.join(meanings)[:100]}")
     if said == {None}:
-        return Contents(layers, texts, unsaid=tuple(sorted(meanings, key=lambda key: layer_in(key)[0])))
+        return Contents(
+            layers, texts, unsaid=tuple(sorted(meanings, key=lambda key: layer_in(key)[0])), more=more
+        )
     return Contents(layers, texts, None if said <= {"plain"} else said.pop(), more=more)
 
 
