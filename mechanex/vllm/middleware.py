@@ -19,6 +19,7 @@ from ..engine.vector_store import VectorStore
 from ..errors import APIError, AuthenticationError, MechanexError, NotFoundError, ValidationError
 from ..server.http.body import Body
 from ..server.http.errors import error_envelope, status_of
+from ..server.http.routes import parsed
 from ..server.library.folder import SharedVectors
 from ..server.openai.bodies import GenerationBody
 from .asked import FIELD
@@ -36,6 +37,8 @@ _REGISTER = "/v1/steering/vectors"
 _FIELDS = ("steering_vector", "steering_vector_id", "steering_strength", "steering")
 _ELSEWHERE = ("behavior_names", "corrected_behaviors", "force_steering", "behavior_action", "behavior_scores")
 _MOST_BYTES = 64 * 2**20
+# Not ValueError, which our own refusals are too.
+_NO_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 
 _Scope = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -109,9 +112,11 @@ class SteeringMiddleware:
                 "into the folder of --vectors."
             )
         try:
-            body = VectorBody.model_validate_json(await _body(receive))
+            body = VectorBody.model_validate(await parsed(await _body(receive)))
         except InvalidBody as error:
             raise _invalid(error) from error
+        except (*_NO_JSON, RecursionError) as error:
+            raise ValidationError(f"The body must be a JSON object ({error}).") from error
         if body.id is not None and (self._shared.loaded(body.id) or body.id in self._stored):
             raise ValidationError(f"{body.id!r} is a vector of the server's own: choose another id.")
         edits = {_layer(layer): _edit(body, numbers) for layer, numbers in body.layers.items()}
@@ -120,9 +125,11 @@ class SteeringMiddleware:
     async def _translated(self, scope: _Scope, body: bytes, path: str) -> bytes:
         """The body as vLLM takes it."""
         try:
-            fields = json.loads(body) if body else {}
-        except ValueError:
+            fields = await parsed(body) if body else {}
+        except _NO_JSON:
             return body  # vLLM says what is wrong
+        except RecursionError as error:
+            raise ValidationError("The body is nested too deeply.") from error
         if not isinstance(fields, dict):
             return body
         if FIELD in (fields.get("vllm_xargs") or {}):
