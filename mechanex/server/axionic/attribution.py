@@ -57,6 +57,8 @@ async def scores(body: ScoresBody, request: Request, engine: Engine, who: Worker
             align=cast("Align", body.align),
             positions=body.positions,
             edges=body.edges,
+            recompute_attention=body.recompute_attention,
+            drop_layers=body.drop_layers,
         )
 
     return JSONResponse(await done(request, engine, who, work))

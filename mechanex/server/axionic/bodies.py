@@ -166,6 +166,8 @@ class ScoresBody(Body):
     align: str | None = None
     positions: bool = True
     edges: bool = False
+    recompute_attention: bool = False
+    drop_layers: bool = False
 
 
 class RaagBody(Body):
