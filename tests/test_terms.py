@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import D_MODEL, N_LAYERS, build, tiny_tokenizer
 from safetensors.torch import save_file
+from torch import Tensor
 
 from mechanex import SteeringVector, ValidationError
 from mechanex.engine.decode.request import Steer, TextRequest

@@ -203,8 +203,8 @@ def _wrap(layer: nn.Module, stream: SteeredStream, index: int, takes_two: bool) 
         second = out[1] if len(out) > 1 else None
         if not given_two and isinstance(second, Tensor) and second.shape == out[0].shape:
             raise ValidationError(
-                f"{type(layer).__name__} gives two tensors {list(out[0].shape)} and doesn't take the second one as part "
-                "of the stream, so it isn't known what its stream is: this model can't be steered in vLLM."
+                f"{type(layer).__name__} gives two tensors {list(out[0].shape)} and doesn't take the second one as "
+                "part of the stream, so it isn't known what its stream is: this model can't be steered in vLLM."
             )
         hidden, residual = stream.edit(index + 1, out[0], second if takes_two else None)
         return (hidden, residual, *out[2:]) if takes_two else (hidden, *out[1:])
