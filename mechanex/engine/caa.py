@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..errors import ValidationError
 from .forward import packs_for
@@ -17,7 +16,7 @@ from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import ROW_TOKENS, Pack
 from .passes import visit_residuals
-from .pauses import pause
+from .ranks import current_ranks, dealt
 from .text import Prompt, encode_pair
 from .vectors import SteeringVector
 
@@ -90,12 +89,18 @@ def caa_vectors(
 
         return read
 
-    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
-        packs = packs_for(adapter, pairs, row_tokens=row_tokens, batch_tokens=batch_tokens)
-        for pack in tqdm(packs, desc="CAA", unit="batch", disable=not progress):
-            pause()
+    ranks = current_ranks()
+    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model), ranks.together():
+        packs = packs_for(
+            adapter, pairs, row_tokens=row_tokens, batch_tokens=batch_tokens, processes=ranks.size
+        )
+        for pack in dealt(packs, ranks, "CAA", progress=progress):
             weight = weights.to(pack.pair.device)[pack.pair]
             visit_residuals(adapter, pack, {layer: reader(layer, pack, weight) for layer in indices})
+    nothing = torch.zeros(adapter.d_model, dtype=torch.float64)
+    for layer in indices:
+        sums[layer] = ranks.total(sums.get(layer, nothing))
+        sizes[layer] = ranks.total(sizes.get(layer, nothing[0]))
     for layer in indices:
         _check_direction(layer, float(sums[layer].norm()), float(sizes[layer]))
     vectors = {layer: sums[layer].cpu().to(compute_dtype(adapter.dtype)) for layer in indices}

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..errors import ValidationError
 from .caa import ROUNDING, check_examples
@@ -20,7 +19,7 @@ from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import Pack
 from .passes import visit_residuals
-from .pauses import pause
+from .ranks import current_ranks, dealt
 from .text import Prompt, encode_pair
 from .vectors import SteeringVector
 
@@ -134,12 +133,12 @@ def answer_means(
 
         return read
 
-    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
-        packs = packs_for(adapter, pairs, batch_tokens=batch_tokens)
-        for pack in tqdm(packs, desc="Activations", unit="batch", disable=not progress):
-            pause()
+    ranks = current_ranks()
+    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model), ranks.together():
+        packs = packs_for(adapter, pairs, batch_tokens=batch_tokens, processes=ranks.size)
+        for pack in dealt(packs, ranks, "Activations", progress=progress):
             visit_residuals(adapter, pack, {layer: reader(layer, pack) for layer in layers})
-    return {layer: sums / sizes[:, None] for layer, sums in found.items()}
+    return {layer: ranks.total(sums) / sizes[:, None] for layer, sums in found.items()}
 
 
 def _vectors(

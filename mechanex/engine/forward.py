@@ -38,6 +38,7 @@ def packs_for(
     row_tokens: int = ROW_TOKENS,
     batch_tokens: int | None = None,
     scoring: bool = False,
+    processes: int = 1,
 ) -> list[Pack]:
     """Packs for this model: trees where it can take them, padded rows where not; on the model's device.
 
@@ -48,6 +49,7 @@ def packs_for(
         pairs, groups, row_tokens: as in :func:`.pack.build_packs`.
         batch_tokens: most tokens of a pack, trees included, unless a pair alone is longer; None for what suits the
             device.
+        processes: how many will share the packs: at least as many, where there is enough to run.
         scoring: lay out only what completions are scored from, and let the completions of a long prompt stay together.
 
     Raises:
@@ -76,17 +78,26 @@ def packs_for(
     def tree_tokens(prompt_tokens: int) -> int:
         return min(max(row_tokens, TREE_PROMPTS * prompt_tokens), widest) if scoring else row_tokens
 
-    packs = build_packs(
-        pairs,
-        layout="padded" if form in ("padded", "apart") else "tree",
-        groups=groups,
-        row_tokens=row_tokens,
-        batch_tokens=batch_tokens,
-        tree_tokens=tree_tokens,
-        last_tokens=not scoring or form == "apart",
-        apart=regimes_of(adapter.hf_model, [len(p) + len(c) for p, c in pairs]),
-        mask_entries=MASK_BYTES // mask_bytes,
-    )
+    regimes = regimes_of(adapter.hf_model, [len(p) + len(c) for p, c in pairs])
+
+    def built(batch_tokens: int) -> list[Pack]:
+        return build_packs(
+            pairs,
+            layout="padded" if form in ("padded", "apart") else "tree",
+            groups=groups,
+            row_tokens=row_tokens,
+            batch_tokens=batch_tokens,
+            tree_tokens=tree_tokens,
+            last_tokens=not scoring or form == "apart",
+            apart=regimes,
+            mask_entries=MASK_BYTES // mask_bytes,
+        )
+
+    packs = built(batch_tokens)
+    if processes > 1 and len(packs) < 4 * processes:
+        # Few large packs can't be dealt evenly.
+        total = sum(pack.input_ids.numel() for pack in packs)
+        packs = built(min(batch_tokens, max(total // (2 * processes), row_tokens)))
     return [replace(pack, mask=_mask_for(adapter, pack)).to(adapter.device) for pack in packs]
 
 

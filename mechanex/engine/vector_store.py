@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import MechanexError, NotFoundError, ValidationError
 from ..home import vectors_folder
+from ..launched import global_rank
 from .formats.files import FORMATS
 from .models import adapter_for
 from .models.adapter import ModelAdapter
@@ -38,7 +39,8 @@ class VectorStore:
 
     def put(self, vector: SteeringVector) -> str:
         """Stores a vector and returns its new id; if the folder can't be written, for this session only."""
-        vector_id = uuid.uuid4().hex
+        # Processes that share a job have the same vector, and give it the same id.
+        vector_id = uuid.uuid4().hex if global_rank() is None else vector.digest().hex()
         try:
             vector.save(self._path(vector_id))
         except OSError as error:

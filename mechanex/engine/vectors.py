@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -300,6 +301,14 @@ class SteeringVector(Mapping[int, Tensor]):
                 hasn't, another width, or a vector that says it is of another family.
         """
         return self.plan(model, strength, tokens, rows).apply(model)
+
+    def digest(self) -> bytes:
+        """[16] bytes that are the same for vectors that do the same."""
+        digest = hashlib.blake2b(self.terms.text().encode(), digest_size=16)
+        for name, tensor in (*self.items(), *self.terms.tensors().items()):
+            digest.update(f"{name}:{tensor.dtype}:{tensor.numel()};".encode())
+            digest.update(tensor.cpu().numpy().tobytes())
+        return digest.digest()
 
     def plan(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -205,14 +204,11 @@ class Steerings:
         known = self._digests.get(id(vector))
         if known is not None and known[0] is vector:
             return known[1]
-        digest = hashlib.blake2b(vector.terms.text().encode(), digest_size=16)
-        for name, tensor in (*vector.items(), *vector.terms.tensors().items()):
-            digest.update(f"{name}:{tensor.dtype}:{tensor.numel()};".encode())
-            digest.update(tensor.cpu().numpy().tobytes())
-        self._digests[id(vector)] = (vector, digest.digest())
+        digest = vector.digest()
+        self._digests[id(vector)] = (vector, digest)
         if len(self._digests) > _KEPT_DIGESTS:
             self._digests.popitem(last=False)
-        return digest.digest()
+        return digest
 
     def _find(self, account_id: str | None, vector_id: str) -> SteeringVector | None:
         found = self._library.vector(account_id, vector_id) if self._library is not None else None
