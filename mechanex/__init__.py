@@ -167,6 +167,7 @@ __all__ = [
     "create_api_key",
     "delete_account",
     "delete_api_key",
+    "distributed",
     "end_session",
     "engine",
     "errors",
