@@ -128,15 +128,23 @@ class ServingEngine:
     async def check_examples(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
         """Refuses what ``encode`` and the model would, before the model's thread has to do with it.
 
+        Args:
+            prompts: those of the examples.
+            answers: all first ones, then all second ones, of the prompts in order.
+
         Raises:
-            ValidationError: a prompt or an answer that is too long, unknown token ids, a chat that can't be rendered.
+            ValidationError: an example that the context can't hold, unknown token ids, a chat that can't be rendered.
         """
+
+        lengths: list[int] = []
 
         def check() -> None:
             for prompt in prompts:
-                self.adapter.check_token_ids(self.encoder.encode(prompt))
-            for answer in answers:
-                self.encoder.check_size(answer)
+                ids = self.encoder.encode(prompt)
+                self.adapter.check_token_ids(ids)
+                lengths.append(len(ids))
+            for i, answer in enumerate(answers):
+                self.encoder.check_fits(lengths[i % len(lengths)] + len(self.encoder.encode(answer)))
 
         await run_sync(check)
 

@@ -137,5 +137,6 @@ class ServedRow(Row):
     ) -> None:
         super().__init__(generation.request, tokenizer, ends, room)
         self.generation, self.deadline = generation, deadline
+        self.sender = generation.request.owner
         self.arrived = time.monotonic()
         self.ended = False  # whether its end was told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from ...engine.limits import check_prompt
 from ...engine.models.adapter import ModelAdapter
 from ...engine.sampling import padding_token
 from ...errors import APIError, RateLimitError, ValidationError
+from ..http.limits import RateLimit
 from ..metrics import Metrics
 from ..settings import ServerSettings
 from .requests import Generation, ServedRow, TextRequest
@@ -46,6 +48,8 @@ class Scheduler:
         self._adapter, self._tokenizer, self._ends = adapter, tokenizer, ends
         self._settings, self._metrics = settings, metrics
         self.context = adapter.context
+        per_minute = settings.account_tokens_per_minute
+        self.quota = None if per_minute is None else RateLimit("tokens of this account", per_minute)
         self._accepting = False
         self._worker: Worker | None = None
         self._thread: threading.Thread | None = None
@@ -86,7 +90,8 @@ class Scheduler:
         ``generation.cancel()`` frees its place at once (harmless after the end).
 
         Raises:
-            RateLimitError: the queue is full (429, with ``retry_after``).
+            RateLimitError: the queue is full, or the account's tokens of this minute are used up (429, with
+                ``retry_after``).
             ValidationError: an empty prompt, or one that fills the model's context (``context_length_exceeded``).
             APIError: the server is shutting down (503).
         """
@@ -100,15 +105,21 @@ class Scheduler:
             self._adapter.check_token_ids(request.ids)
             check_prompt(self._adapter, n_ids, request.max_tokens)
         deadline = time.monotonic() + self._settings.request_timeout
+        if self.quota is not None and requests:
+            asked = sum(len(request.ids) + request.max_tokens for request in requests)
+            self.quota.take(str(requests[0].owner or ""), asked)
         rows = [
             ServedRow(Generation(request), self._tokenizer, self._ends, self.context, deadline)
             for request in requests
         ]
         with worker.changed:
             # Those whose client has gone only wait to be swept out.
-            waiting = sum(not row.generation.cancelled for row in worker.waiting)
-            if waiting and waiting + len(rows) > self._settings.max_waiting:
-                raise self._full(waiting)
+            waiting = Counter(row.sender for row in worker.waiting if not row.generation.cancelled)
+            if waiting and waiting.total() + len(rows) > self._settings.max_waiting:
+                # One sender's requests keep no other out that has few.
+                share = self._settings.max_waiting // len({*waiting, rows[0].sender})
+                if waiting[rows[0].sender] + len(rows) > share:
+                    raise self._full(waiting.total())
             worker.answers.promise(row.generation for row in rows)
             worker.waiting.extend(rows)
             worker.changed.notify()

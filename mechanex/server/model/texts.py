@@ -76,6 +76,15 @@ class PromptEncoder:
         with self._lock:
             return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def check_fits(self, tokens: int) -> None:
+        """Refuses an example of more tokens than the model's context has: a ValidationError."""
+        if self._context is not None and tokens > self._context:
+            raise ValidationError(
+                f"an example has {tokens} tokens with its answer, and {self._model_name}'s context {self._context}: "
+                "shorten it.",
+                details={"code": "context_length_exceeded"},
+            )
+
     def check_size(self, text: str) -> None:
         """Refuses a text that can't fit before it is encoded, which may take seconds: a ValidationError."""
         if self._context is not None and len(text) > (self._context + 1) * self._longest:

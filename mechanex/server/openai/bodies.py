@@ -21,6 +21,9 @@ _Some = Annotated[Items[T], Field(max_length=4096)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
+_LENGTHS = {"max_tokens", "max_completion_tokens"}
+
+
 class ConditionItem(Part):
     """A condition that the prompt has to meet: its mean cosine with a stored vector, above a threshold."""
 
@@ -158,6 +161,11 @@ class GenerationBody(Body):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options goes with stream=true")
         return self
+
+    @property
+    def asked_length(self) -> bool:
+        """Whether the sender said how long an answer may be."""
+        return any(getattr(self, name, None) is not None for name in _LENGTHS & self.model_fields_set)
 
     @property
     def n_answers(self) -> int:

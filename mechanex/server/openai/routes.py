@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from ...engine.chat import Chat
 from ...engine.prompt_conditions import PromptCondition
@@ -17,6 +17,7 @@ from ...engine.sae.watching import forced_edits
 from ...engine.sampling import Sampling, row_seed
 from ...errors import NotFoundError, ValidationError
 from ..accounts.auth import Principal, principal
+from ..http.answers import json_answer
 from ..http.disconnect import done_or_gone
 from ..http.routes import Route
 from ..library.watched import Watching
@@ -125,6 +126,7 @@ async def _answer(
 ) -> Response:
     """Asks for the answers to all prompts, and tells them as a stream or as a whole."""
     n = body.n_answers
+    prompts = [_with_bounded_logprobs(engine, one, len(prompts) * n, body) for one in prompts]
     requests = [
         replace(one, seed=None if body.seed is None else row_seed(body.seed, i), onlooker=watching.onlooker())
         for one in prompts
@@ -136,8 +138,13 @@ async def _answer(
     if body.stream:
         options = body.stream_options
         ask = options is not None and bool(options.include_usage)
-        return stream_response(reply, generations, n, ask)
-    return JSONResponse(reply.complete(await done_or_gone(request, results_of(generations)), n))
+        response: Response = stream_response(reply, generations, n, ask)
+    else:
+        results = await done_or_gone(request, results_of(generations))
+        response = await json_answer(lambda: reply.complete(results, n), _size(requests))
+    if (quota := engine.scheduler.quota) is not None:
+        response.headers.update(quota.headers(str(requests[0].owner or ""), "tokens"))
+    return response
 
 
 async def _common(
@@ -243,6 +250,36 @@ async def _watched(engine: ServingEngine, body: GenerationBody, who: Principal, 
     if action is not None or name in (body.corrected_behaviors or ()):
         return (await watched.named(who.account_id, [name]))[0]
     return await watched.find(who.account_id, name) if body.steering_strength is None else None
+
+
+def _with_bounded_logprobs(
+    engine: ServingEngine, one: TextRequest, answers: int, body: GenerationBody
+) -> TextRequest:
+    """The request, if its answers hold no more log-probabilities than the server tells at once.
+
+    One that no length was asked for ends where there would be more.
+    """
+    if one.logprobs is None:
+        return one
+    most, each = engine.settings.max_logprobs, answers * (one.logprobs + 1)
+    prompt = len(one.ids) if one.prompt_logprobs else 0
+    if not body.asked_length:
+        one = replace(one, max_tokens=min(one.max_tokens, max(1, most // each - prompt)))
+    found = each * (one.max_tokens + prompt)
+    if found > most:
+        raise _invalid(
+            f"{found} log-probabilities were asked for (answers x tokens x (top + 1)), and this server tells {most} at "
+            "once: ask for fewer answers, tokens or top_logprobs.",
+            "logprobs",
+        )
+    return one
+
+
+def _size(requests: Sequence[TextRequest]) -> int:
+    """About how many numbers and texts the whole answer holds."""
+    return sum(one.max_tokens * (one.logprobs + 1) for one in requests if one.logprobs is not None) + len(
+        requests
+    )
 
 
 def _described(engine: ServingEngine, request: Request) -> dict[str, Any]:
