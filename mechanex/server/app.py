@@ -34,7 +34,6 @@ __all__ = ["create_app"]
 
 _logger = logging.getLogger(__name__)
 
-_SHORT_KEY = 16
 _CREDENTIALS_BYTES = 8 * 2**10  # what anyone may send
 
 
@@ -70,8 +69,6 @@ def create_app(
             f"a server at {settings.host} is reached by other machines and needs a key: set MECHANEX_SERVER_KEY or "
             "key=…, or bind 127.0.0.1."
         )
-    if key is not None and len(key) < _SHORT_KEY:
-        _logger.warning("the server's key has %d characters: take %d or more", len(key), _SHORT_KEY)
     try:
         store = open_store(settings)
     except StorageError as error:

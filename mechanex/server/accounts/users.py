@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from ...errors import AuthenticationError, NotFoundError, ValidationError
 from ..library.database import Database
 from ..library.schema import SHARED_ACCOUNT, new_id, users
-from .passwords import LONGEST_PASSWORD, SHORTEST_PASSWORD, Passwords
+from .passwords import LONGEST_PASSWORD, Passwords, check_password
 from .sessions import Session, Sessions
 
 __all__ = ["User", "Users", "normalized"]
@@ -53,12 +53,13 @@ class Users:
         """Makes an account and logs it in.
 
         Raises:
-            ValidationError: no email address, one that has an account, or a password too short or too long.
+            ValidationError: no email address, one that has an account, or a password that is too short or long, or
+                easy to guess.
         """
         address = normalized(email)
         if not _is_address(address):
             raise ValidationError(f"{email[:100]!r} is no email address: write name@example.org.")
-        _check_password(password)
+        check_password(password, address)
         user = User(new_id(), address, None, self._clock())
         hashed = self._passwords.hash(password)
         try:
@@ -100,9 +101,9 @@ class Users:
 
         Raises:
             AuthenticationError: the password is wrong.
-            ValidationError: the new one is too short or too long.
+            ValidationError: the new one is too short, too long or easy to guess.
         """
-        _check_password(new)
+        check_password(new, self.get(account_id).email or "")
         self.check_password(account_id, password)
         hashed = self._passwords.hash(new)
         with self._database.write() as connection:
@@ -145,13 +146,6 @@ class Users:
 def normalized(email: str) -> str:
     """An address as it is kept and compared."""
     return unicodedata.normalize("NFC", email).strip().lower()
-
-
-def _check_password(password: str) -> None:
-    if not SHORTEST_PASSWORD <= len(password) <= LONGEST_PASSWORD:
-        raise ValidationError(
-            f"a password has {SHORTEST_PASSWORD} to {LONGEST_PASSWORD} characters; this one has {len(password)}."
-        )
 
 
 def _is_address(text: str) -> bool:
