@@ -206,9 +206,10 @@ def test_a_used_refresh_token_ends_the_session(client: TestClient) -> None:
     session = client.post("/auth/signup", json=ANN).json()["session"]
     body = {"refresh_token": session["refresh_token"]}
     newer = client.post("/auth/refresh", json=body).json()["session"]
+    newest = client.post("/auth/refresh", json={"refresh_token": newer["refresh_token"]}).json()["session"]
     refused(client.post("/auth/refresh", json=body), 401)
-    refused(client.get("/auth/whoami", headers=bearer(newer["access_token"])), 401)
-    refused(client.post("/auth/refresh", json={"refresh_token": newer["refresh_token"]}), 401)
+    refused(client.get("/auth/whoami", headers=bearer(newest["access_token"])), 401)
+    refused(client.post("/auth/refresh", json={"refresh_token": newest["refresh_token"]}), 401)
 
 
 def test_an_expired_token_is_told_so_even_where_no_account_is_needed(client: TestClient) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["create_app"]
 
-_logger = logging.getLogger(__name__)
 
 _CREDENTIALS_BYTES = 8 * 2**10  # what anyone may send
 

@@ -7,16 +7,19 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
 from ...errors import AuthenticationError, NotFoundError
 from ..library.database import Database
 from ..library.schema import is_id, new_id, session_tokens, sessions
 from .api_keys import hash_of
 
-__all__ = ["SESSION_ENDED", "OpenSession", "Session", "Sessions", "is_access_token"]
+__all__ = ["LOST_ANSWER", "SESSION_ENDED", "OpenSession", "Session", "Sessions", "is_access_token"]
 
 _logger = logging.getLogger(__name__)
+
+LOST_ANSWER = 30.0
+"""Seconds within which a refresh token may come again, for an answer that was lost on its way."""
 
 SESSION_ENDED = "The access token's session has ended: log in again."
 
@@ -77,7 +80,8 @@ class Sessions:
         """Exchanges a refresh token for another pair.
 
         A token works once. One that comes a second time was copied: its whole session ends, for whoever has
-        the newer ones too (RFC 9700, section 4.14.2).
+        the newer ones too (RFC 9700, section 4.14.2). But where it comes soon, and what it gave was not used, the
+        answer may have been lost: it gives another pair, in whose place the first one renews nothing any more.
 
         Raises:
             AuthenticationError: unknown, expired, used before, or of a session that has ended.
@@ -88,6 +92,7 @@ class Sessions:
                 select(sessions.c.id, sessions.c.expires_at, sessions.c.revoked_at)
                 .join(session_tokens, session_tokens.c.session_id == sessions.c.id)
                 .where(session_tokens.c.token_hash == hashed)
+                .with_for_update(of=sessions)  # one at a time, where several may write
             ).first()
             if row is not None and row.revoked_at is None and row.expires_at > now:
                 taken = connection.execute(
@@ -95,11 +100,29 @@ class Sessions:
                     .where(session_tokens.c.token_hash == hashed, session_tokens.c.used_at.is_(None))
                     .values(used_at=now)
                 )
-                if taken.rowcount == 1:
+                if taken.rowcount == 1 or self._may_be_lost(connection, row.id, hashed, now):
                     return self._next_pair(connection, row.id, now)
                 connection.execute(update(sessions).where(sessions.c.id == row.id).values(revoked_at=now))
                 _logger.warning("session %s ended: one of its refresh tokens came back after its use", row.id)
         raise AuthenticationError("The refresh token is not valid, or was used before: log in again.", 401)
+
+    def _may_be_lost(self, connection: Connection, session_id: str, hashed: str, now: float) -> bool:
+        """Whether the pair that a used token gave may never have arrived; that pair renews nothing then."""
+        of_it = session_tokens.c.session_id == session_id
+        used_at = connection.scalar(
+            select(session_tokens.c.used_at).where(session_tokens.c.token_hash == hashed)
+        )
+        others = session_tokens.c.token_hash != hashed, session_tokens.c.used_at >= used_at
+        later = connection.scalar(select(func.count()).where(of_it, *others))
+        if used_at is None or later or not 0 <= now - used_at <= LOST_ANSWER:
+            return False
+        # Its access token lives on, for a client that had the answer after all.
+        connection.execute(
+            update(session_tokens)
+            .where(of_it, session_tokens.c.used_at.is_(None))
+            .values(token_hash=hash_of(secrets.token_urlsafe(32)), used_at=used_at - 1)
+        )
+        return True
 
     def all(self, account_id: str) -> list[OpenSession]:
         """The account's sessions that haven't ended, oldest first."""
