@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, insert, select
 
 from ...errors import NotFoundError
-from ..library.database import Database, StorageError
+from ..library.database import Database
 from ..library.schema import api_keys, is_id, new_id
+from .key_uses import KeyUses
 
 __all__ = ["ApiKey", "ApiKeys", "hash_of"]
-
-_logger = logging.getLogger(__name__)
 
 _LAST_USED_STEP = 60.0
 _KEY_MARK = "mx-"
@@ -54,6 +52,7 @@ class ApiKeys:
     def __init__(self, database: Database, clock: Callable[[], float]) -> None:
         self._database = database
         self._clock = clock
+        self._uses = KeyUses(database)
 
     def account_for(self, key: str) -> str | None:
         """The id of the account whose API key this is, or None."""
@@ -65,8 +64,9 @@ class ApiKeys:
         if row is None or not hmac.compare_digest(row.key_hash, hashed):
             return None
         now = self._clock()
-        if row.last_used is None or abs(now - row.last_used) >= _LAST_USED_STEP:
-            self._note_use(row.id, now)
+        last = self._uses.latest(row.id, row.last_used)
+        if last is None or abs(now - last) >= _LAST_USED_STEP:
+            self._uses.note(row.id, now)
         return str(row.user_id)
 
     def create(self, account_id: str, name: str) -> str:
@@ -93,7 +93,12 @@ class ApiKeys:
                 .where(api_keys.c.user_id == account_id)
                 .order_by(api_keys.c.created_at, api_keys.c.id)
             ).all()
-        return [ApiKey(row.id, row.name, f"{row.shown}…", row.created_at, row.last_used) for row in rows]
+        return [
+            ApiKey(
+                row.id, row.name, f"{row.shown}…", row.created_at, self._uses.latest(row.id, row.last_used)
+            )
+            for row in rows
+        ]
 
     def delete(self, account_id: str, key_id: str) -> None:
         """Ends an API key at once.
@@ -112,9 +117,6 @@ class ApiKeys:
                 f"no API key of this account has the id {key_id!r}: GET /auth/api-keys lists them."
             )
 
-    def _note_use(self, key_id: str, now: float) -> None:
-        try:
-            with self._database.write() as connection:
-                connection.execute(update(api_keys).where(api_keys.c.id == key_id).values(last_used=now))
-        except StorageError as error:
-            _logger.warning("the last use of an API key couldn't be noted: %s", error.message)
+    def close(self) -> None:
+        """Notes the last uses, if that can be done soon."""
+        self._uses.close()

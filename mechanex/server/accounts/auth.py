@@ -8,7 +8,6 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -17,6 +16,7 @@ from ...errors import AuthenticationError, MechanexError
 from ..http.errors import answer_to
 from ..http.limits import RateLimit, client_address
 from ..http.middleware import discard
+from ..library.threads import look_up
 from .sessions import SESSION_ENDED, is_access_token
 from .store import Store, store_of
 
@@ -112,7 +112,7 @@ async def principal(request: Request) -> Principal:
         if key is not None and hmac.compare_digest(text.encode(), key.encode()):
             return Principal(None, "server")
     for text in given:
-        found = await run_in_threadpool(_account, store_of(request), text)
+        found = await look_up(_account, store_of(request), text)
         if found is not None:
             return found
     ended = any(map(is_access_token, given))

@@ -41,6 +41,7 @@ class Store:
 
     def close(self) -> None:
         """Lets go of the database."""
+        self.keys.close()
         self.database.close()
 
 

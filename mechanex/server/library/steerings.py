@@ -7,8 +7,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from anyio.to_thread import run_sync
-
 from ...engine.decode.request import Steer
 from ...engine.memory import tensor_bytes
 from ...engine.models.adapter import ModelAdapter
@@ -23,6 +21,7 @@ from ..settings import ServerSettings
 from .folder import SharedVectors
 from .records import Library
 from .shared import make_behaviors
+from .threads import look_up
 from .watched import WatchedBehaviors
 
 __all__ = ["Steerings"]
@@ -157,7 +156,7 @@ class Steerings:
             NotFoundError: this sender has no such behavior, and the server neither.
             ValidationError: one that has no vector.
         """
-        vector = await run_sync(self._behavior_vector, account_id, name)
+        vector = await look_up(self._behavior_vector, account_id, name)
         if vector is None:
             if await self.watched.find(account_id, name) is not None:
                 raise ValidationError(
@@ -174,7 +173,7 @@ class Steerings:
         """The stored vector that ``by_vector`` would use; errors as there."""
         found = self._shared.loaded(vector_id)
         if found is None:
-            found = await run_sync(self._find, account_id, vector_id)
+            found = await look_up(self._find, account_id, vector_id)
         if found is None:
             raise NotFoundError(f"no steering vector has the id {vector_id!r} here.")
         return found
