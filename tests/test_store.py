@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
 from argon2 import PasswordHasher
 from postgres_server import Postgres
+from sqlalchemy import create_engine
 from sqlalchemy.dialects import mysql
 from sqlalchemy.schema import CreateTable
 
@@ -25,7 +28,7 @@ from mechanex.server.accounts.passwords import Passwords
 from mechanex.server.accounts.store import StorageError, Store, open_store
 from mechanex.server.http.limits import RateLimit, client_address
 from mechanex.server.library.database import Database
-from mechanex.server.library.schema import OLDEST_VERSION, VERSION, metadata
+from mechanex.server.library.schema import OLDEST_VERSION, VERSION, VERSION_TABLE, metadata
 from mechanex.server.settings import ServerSettings
 
 pytestmark = pytest.mark.slow
@@ -550,6 +553,10 @@ def test_another_schema_version_is_refused_and_left_alone(
     file = mechanex_home / "server.sqlite"
     with sqlite3.connect(file) as connection:
         connection.execute("UPDATE mechanex_schema SET version = ?", (version,))
+        if version < OLDEST_VERSION:
+            connection.execute("DROP TABLE mechanex_alembic")
+        else:
+            connection.execute("UPDATE mechanex_alembic SET version_num = ?", (str(version),))
     with pytest.raises(
         StorageError,
         match=f"schema version {version}, and this version .* reads {OLDEST_VERSION} to {VERSION}: .*{way}",
@@ -560,35 +567,81 @@ def test_another_schema_version_is_refused_and_left_alone(
         assert connection.execute("SELECT count(*) FROM mechanex_users").fetchone() == (2,)
 
 
+def made_by(version: int, database: str | None, home: Path) -> None:
+    """Makes the database that a server of this schema version left behind; see ``databases``."""
+    kind = "sqlite" if database is None else "postgresql"
+    text = (Path(__file__).parent / "databases" / f"version_4.{kind}.sql").read_text()
+    if version < 4:
+        text += "ALTER TABLE mechanex_behaviors DROP COLUMN watched;\n"
+    if version < 3:
+        text += "DROP INDEX mechanex_refresh_tokens_access;\n"
+        text += "ALTER TABLE mechanex_refresh_tokens DROP COLUMN access_hash;\n"
+        text += "ALTER TABLE mechanex_refresh_tokens DROP COLUMN access_expires_at;\n"
+    text += f"UPDATE mechanex_schema SET version = {version};\n"
+    home.mkdir(exist_ok=True)
+    if database is None:
+        with sqlite3.connect(home / "server.sqlite") as connection:
+            connection.executescript(text)
+        connection.close()
+        return
+    engine = create_engine(database)
+    with engine.begin() as made:
+        made.exec_driver_sql(text)
+    engine.dispose()
+
+
 @pytest.mark.parametrize("version", range(OLDEST_VERSION, VERSION))
 @on_each_database
 def test_a_database_of_an_earlier_version_goes_on_with_what_it_holds(
-    database: str | None, clock: Clock, version: int
+    database: str | None, mechanex_home: Path, version: int
 ) -> None:
-    store = opened(database, clock)
-    ann, session = store.users.sign_up("ann@example.org", "correct horse")
-    key = store.keys.create(ann.id, "laptop")
-    vector_id = store.library.add_vector(ann.id, VECTOR)
-    made = store.library.add_behavior(ann.id, "kind", "", {"prompts": ["a"]}, vector_id)
-    with store.database.write() as connection:
-        connection.exec_driver_sql("ALTER TABLE mechanex_behaviors DROP COLUMN watched")
-        if version == 2:
-            connection.exec_driver_sql("DROP INDEX mechanex_refresh_tokens_access")
-            for column in ("access_hash", "access_expires_at"):
-                connection.exec_driver_sql(f"ALTER TABLE mechanex_refresh_tokens DROP COLUMN {column}")
-        connection.exec_driver_sql(f"UPDATE mechanex_schema SET version = {version}")
-    store.close()
+    made_by(version, database, mechanex_home)
+    files = mechanex_home / "server" / "vectors"
+    files.mkdir(parents=True)
+    VECTOR.save(files / f"{'e' * 32}.safetensors")
     with ThreadPoolExecutor(4) as pool:  # several servers that share it start together
-        again, *others = list(pool.map(lambda _: opened(database, clock), range(4)))
+        again, *others = list(pool.map(lambda _: opened(database), range(4)))
     for other in others:
         other.close()
-    assert again.keys.account_for(key) == ann.id and again.library.vector(ann.id, vector_id) == VECTOR
-    assert again.library.behaviors(ann.id) == [made] and again.library.watched(ann.id, "kind") is None
-    newer = again.sessions.refresh(session.refresh_token)
-    assert again.sessions.account_for(newer.access_token) == ann.id
-    assert again.users.log_in("ann@example.org", "correct horse")
+    ann = "a" * 32
+    assert again.keys.account_for("mx-today") == ann and again.keys.all(ann)[0].name == "laptop"
+    assert again.library.vector(ann, "e" * 32) == VECTOR
+    (kept,) = again.library.behaviors(ann)
+    assert (kept.behavior_name, kept.steering_vector_id, kept.n_examples) == ("calm", "e" * 32, 1)
+    assert again.library.watched(ann, "calm") is None
+    newer = again.sessions.refresh("mxr-today")
+    assert again.sessions.account_for(newer.access_token) == ann
+    assert version < 3 or again.sessions.account_for("mxa-today") == ann
+    assert again.users.log_in("ann@example.org", "correct horse battery")
+    assert _differences(again.database) == []
     again.close()
-    opened(database, clock).close()
+    opened(database).close()
+
+
+@on_each_database
+def test_the_migrations_of_a_new_database_make_the_tables_as_they_are_described(store: Store) -> None:
+    assert _differences(store.database) == []
+
+
+def _differences(database: Database) -> list[Any]:
+    with database.read() as connection:
+        context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
+        return list(compare_metadata(context, metadata))
+
+
+def test_a_migration_that_fails_changes_nothing(mechanex_home: Path) -> None:
+    made_by(4, None, mechanex_home)
+    file = mechanex_home / "server.sqlite"
+    with sqlite3.connect(file) as connection:  # the last column that the step adds is there
+        connection.execute("ALTER TABLE mechanex_behaviors ADD COLUMN n_bytes BIGINT")
+        before = list(connection.execute("SELECT sql FROM sqlite_master ORDER BY name"))
+    connection.close()
+    with pytest.raises(StorageError, match="duplicate column name"):
+        opened()
+    with sqlite3.connect(file) as connection:
+        assert list(connection.execute("SELECT sql FROM sqlite_master ORDER BY name")) == before
+        assert list(connection.execute("SELECT version FROM mechanex_schema")) == [(4,)]
+    connection.close()
 
 
 @pytest.mark.ci
