@@ -24,7 +24,9 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.schema import CreateTable
 
 from mechanex import AuthenticationError, NotFoundError, RateLimitError, SteeringVector, ValidationError
+from mechanex.server.accounts.api_keys import KeyExpiredError, KeyHolder
 from mechanex.server.accounts.passwords import Passwords
+from mechanex.server.accounts.sessions import GRACE, Session
 from mechanex.server.accounts.store import StorageError, Store, open_store
 from mechanex.server.http.limits import RateLimit, client_address
 from mechanex.server.library.database import Database
@@ -255,6 +257,44 @@ def test_a_refresh_token_that_comes_twice_ends_its_session_and_no_other(store: S
     assert store.sessions.refresh(elsewhere.refresh_token)
 
 
+@on_each_database
+def test_a_lost_answer_to_a_refresh_costs_nobody_the_session(store: Store, clock: Clock) -> None:
+    ann, session = store.users.sign_up("ann@example.org", "correct horse")
+    lost = store.sessions.refresh(session.refresh_token)
+    clock.pass_by(GRACE)
+    again = store.sessions.refresh(session.refresh_token)
+    assert store.sessions.account_for(again.access_token) == ann.id
+    newer = store.sessions.refresh(again.refresh_token)  # this is the one that arrived
+    assert store.sessions.account_for(newer.access_token) == ann.id
+    # whoever has the other one isn't its owner
+    with pytest.raises(AuthenticationError, match="used before"):
+        store.sessions.refresh(lost.refresh_token)
+    with pytest.raises(AuthenticationError, match="session has ended"):
+        store.sessions.account_for(newer.access_token)
+
+
+@pytest.mark.parametrize("late", ["after the grace", "after its pair went on"])
+def test_a_refresh_token_that_comes_too_late_ends_its_session(store: Store, clock: Clock, late: str) -> None:
+    _, session = store.users.sign_up("ann@example.org", "correct horse")
+    newest = store.sessions.refresh(session.refresh_token)
+    if late == "after the grace":
+        clock.pass_by(GRACE + 1)
+    else:
+        newest = store.sessions.refresh(newest.refresh_token)
+    with pytest.raises(AuthenticationError, match="used before"):
+        store.sessions.refresh(session.refresh_token)
+    with pytest.raises(AuthenticationError, match="session has ended"):
+        store.sessions.account_for(newest.access_token)
+
+
+def test_a_clock_that_was_wrong_for_a_while_ends_no_session(store: Store, clock: Clock) -> None:
+    _, session = store.users.sign_up("ann@example.org", "correct horse")
+    right, clock.now = clock.now, 0.0
+    session = store.sessions.refresh(session.refresh_token)
+    clock.now = right
+    assert store.sessions.refresh(session.refresh_token)
+
+
 def test_a_refresh_token_ends_after_its_days(store: Store, clock: Clock) -> None:
     _, session = store.users.sign_up("ann@example.org", "correct horse")
     clock.pass_by(30 * DAY)
@@ -270,38 +310,51 @@ def test_a_refresh_token_ends_after_its_days(store: Store, clock: Clock) -> None
 def test_a_key_is_shown_once_and_works_until_it_is_deleted(store: Store, clock: Clock) -> None:
     ann, _ = store.users.sign_up("ann@example.org", "correct horse")
     bob, _ = store.users.sign_up("bob@example.org", "correct horse")
-    key = store.keys.create(ann.id, "laptop")
+    key, _ = store.keys.create(ann.id, "laptop")
     clock.pass_by(1)
     store.keys.create(ann.id, "laptop")
     (listed, _) = store.keys.all(ann.id)
     assert listed.name == "laptop" and listed.last_used is None
     assert listed.key == f"{key[:8]}…"
-    assert store.keys.account_for(key) == ann.id
+    assert store.keys.opened_by(key) == KeyHolder(ann.id, None)
     assert store.keys.all(ann.id)[0].last_used == clock.now
     assert store.keys.all(bob.id) == []
     for account, key_id in ((bob.id, listed.id), (ann.id, "f" * 32), (ann.id, "\x00"), (ann.id, "\ud800")):
         with pytest.raises(NotFoundError, match="no API key of this account"):
             store.keys.delete(account, key_id)
-    assert store.keys.account_for(key) == ann.id
+    assert store.keys.opened_by(key) == KeyHolder(ann.id, None)
     store.keys.delete(ann.id, listed.id)
-    assert store.keys.account_for(key) is None
+    assert store.keys.opened_by(key) is None
     for other in ("", "mx-", key[:-1], key + "x", key.upper(), f" {key}", "mx-\ud800"):
-        assert store.keys.account_for(other) is None
+        assert store.keys.opened_by(other) is None
+
+
+@on_each_database
+def test_a_key_may_do_what_it_was_made_for_until_it_ends(store: Store, clock: Clock) -> None:
+    ann, _ = store.users.sign_up("ann@example.org", "correct horse")
+    key, made = store.keys.create(ann.id, "robot", scopes=["generate", "vectors", "generate"], lifetime=DAY)
+    assert (made.scopes, made.expires_at) == (("generate", "vectors"), clock.now + DAY)
+    assert store.keys.all(ann.id) == [made] and key.startswith(made.key[:-1])
+    clock.pass_by(DAY - 1)
+    assert store.keys.opened_by(key) == KeyHolder(ann.id, ("generate", "vectors"))
+    clock.pass_by(1)
+    with pytest.raises(KeyExpiredError, match="has expired: log in and make another"):
+        store.keys.opened_by(key)
 
 
 def test_the_last_use_is_noted_once_a_minute(store: Store, clock: Clock) -> None:
     ann, _ = store.users.sign_up("ann@example.org", "correct horse")
-    key = store.keys.create(ann.id, "laptop")
+    key, _ = store.keys.create(ann.id, "laptop")
     first = clock.now
     for step, noted in ((0, first), (59, first), (1, first + 60)):
         clock.pass_by(step)
-        store.keys.account_for(key)
+        store.keys.opened_by(key)
         assert store.keys.all(ann.id)[0].last_used == noted
 
 
 def test_the_database_holds_no_secret_that_opens_anything(sqlite_store: Store, mechanex_home: Path) -> None:
     ann, session = sqlite_store.users.sign_up("ann@example.org", "correct horse battery")
-    key = sqlite_store.keys.create(ann.id, "laptop")
+    key, _ = sqlite_store.keys.create(ann.id, "laptop")
     newer = sqlite_store.sessions.refresh(session.refresh_token)
     held = b"".join(path.read_bytes() for path in mechanex_home.glob("server.sqlite*"))
     assert b"ann@example.org" in held and b"$argon2id$" in held
@@ -604,7 +657,9 @@ def test_a_database_of_an_earlier_version_goes_on_with_what_it_holds(
     for other in others:
         other.close()
     ann = "a" * 32
-    assert again.keys.account_for("mx-today") == ann and again.keys.all(ann)[0].name == "laptop"
+    assert (
+        again.keys.opened_by("mx-today") == KeyHolder(ann, None) and again.keys.all(ann)[0].name == "laptop"
+    )
     assert again.library.vector(ann, "e" * 32) == VECTOR
     (kept,) = again.library.behaviors(ann)
     assert (kept.behavior_name, kept.steering_vector_id, kept.n_examples) == ("calm", "e" * 32, 1)
@@ -722,7 +777,7 @@ def test_writing_while_another_process_holds_the_database_waits_or_says_so(
         impatient.keys.create(ann.id, "laptop")
     assert impatient.users.get(ann.id) == ann  # readers don't wait for a writer
     other.execute("COMMIT")
-    assert impatient.keys.account_for(impatient.keys.create(ann.id, "laptop")) == ann.id
+    assert impatient.keys.opened_by(impatient.keys.create(ann.id, "laptop")[0]) == KeyHolder(ann.id, None)
     other.close()
     impatient.close()
 
@@ -780,7 +835,7 @@ def test_eight_threads_refresh_and_make_keys(store: Store) -> None:
         keys = set()
         for _ in range(10):
             session = store.sessions.refresh(session.refresh_token)
-            keys.add(store.keys.create(account.id, "k"))
+            keys.add(store.keys.create(account.id, "k")[0])
             assert store.sessions.account_for(session.access_token) == account.id
         return account.id, keys
 
@@ -788,24 +843,25 @@ def test_eight_threads_refresh_and_make_keys(store: Store) -> None:
         results = list(pool.map(work, range(8)))
     for account_id, keys in results:
         assert len(store.keys.all(account_id)) == 10
-        assert {store.keys.account_for(key) for key in keys} == {account_id}
+        assert {store.keys.opened_by(key) for key in keys} == {KeyHolder(account_id, None)}
 
 
 @on_each_database
-def test_of_eight_threads_with_one_refresh_token_at_most_one_gets_another(store: Store) -> None:
+def test_of_eight_threads_with_one_refresh_token_one_goes_on(store: Store) -> None:
     account, session = store.users.sign_up("ann@example.org", "correct horse")
     barrier = threading.Barrier(8)
 
-    def work(_: int) -> bool:
+    def work(given: Session) -> Session | None:
         barrier.wait()
         try:
-            store.sessions.refresh(session.refresh_token)
+            return store.sessions.refresh(given.refresh_token)
         except AuthenticationError:
-            return False
-        return True
+            return None
 
     with ThreadPoolExecutor(8) as pool:
-        assert sum(pool.map(work, range(8))) == 1
+        pairs = list(pool.map(work, [session] * 8))  # as if seven answers were lost
+        assert None not in pairs and len({pair.refresh_token for pair in pairs if pair}) == 8
+        assert sum(one is not None for one in pool.map(work, [pair for pair in pairs if pair])) == 1
     with pytest.raises(AuthenticationError, match="session has ended"):
         store.sessions.account_for(session.access_token)
     assert store.users.get(account.id) == account
