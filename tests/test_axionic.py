@@ -332,7 +332,7 @@ def test_keys_come_before_bodies(connect: Connect) -> None:
 def test_metrics_are_the_operators(connect: Connect) -> None:
     client = connect("0.0.0.0", key=SERVER_KEY)
     ann = signed_up(client, ANN, **{"x-api-key": SERVER_KEY})
-    assert "operator's" in refused(client.get("/metrics", headers=ann), 403)
+    assert "server's operator" in refused(client.get("/metrics", headers=ann), 403)
     assert "mechanex_requests" in client.get("/metrics", headers={"x-api-key": SERVER_KEY}).text
 
 

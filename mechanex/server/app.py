@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -13,8 +13,9 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from .. import __version__
-from ..errors import AuthenticationError, MechanexError, ValidationError
-from .accounts.auth import WRONG_KEYS_PER_MINUTE, AuthenticationMiddleware, Principal, principal
+from ..errors import MechanexError, ValidationError
+from .accounts.auth import WRONG_KEYS_PER_MINUTE, AuthenticationMiddleware
+from .accounts.scopes import permitted
 from .accounts.store import StorageError, open_store
 from .axionic.guards import Guards
 from .axionic.routes import axionic_router
@@ -95,6 +96,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
+        dependencies=[Depends(permitted)],
     )
     app.state.settings, app.state.engine, app.state.store = settings, engine, store
     app.state.server_key, app.state.started = key, time.time()
@@ -136,10 +138,8 @@ def _add_operation(app: FastAPI) -> None:
         return JSONResponse(body, status_code=200 if is_ready else 503)
 
     @app.get("/metrics", tags=["operation"], response_class=Response)
-    async def metrics(request: Request, who: Annotated[Principal, Depends(principal)]) -> Response:
+    async def metrics(request: Request) -> Response:
         """Counters in Prometheus' text format: of all clients, and so for the operator."""
-        if who.account_id is not None:
-            raise AuthenticationError("The metrics are the operator's: send the server's key.", 403)
         return Response(request.app.state.engine.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/openapi.json", include_in_schema=False)
