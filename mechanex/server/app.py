@@ -23,7 +23,9 @@ from .http.errors import add_handlers
 from .http.limits import RateLimit
 from .http.middleware import RequestMiddleware
 from .model.engine import ServingEngine
+from .openai.embeddings import embeddings_router
 from .openai.routes import openai_router
+from .openai.tokens import tokens_router
 from .settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -104,6 +106,8 @@ def create_app(
     app.state.guards = Guards(settings)
     add_handlers(app)
     app.include_router(openai_router())
+    app.include_router(embeddings_router())
+    app.include_router(tokens_router())
     app.include_router(axionic_router())
     _add_operation(app)
     app.add_middleware(AuthenticationMiddleware)
@@ -129,6 +133,11 @@ def _add_operation(app: FastAPI) -> None:
     async def health() -> dict[str, str]:
         """Whether the process answers."""
         return {"status": "ok", "version": __version__}
+
+    @app.get("/version", tags=["operation"])
+    async def version() -> dict[str, str]:
+        """The library's version."""
+        return {"version": __version__}
 
     @app.get("/ready", tags=["operation"], responses={503: {"description": "Not yet, or no longer."}})
     async def ready(request: Request) -> Response:
