@@ -397,11 +397,16 @@ def test_tokens_of_earlier_versions_and_of_no_session_say_to_log_in_again(
         assert found[0] == 401 and found[-1] == 429
 
 
-def test_a_short_key_is_warned_of_and_an_impossible_one_refused(
+def test_a_short_key_is_refused_on_the_network_and_warned_of_here(
     connect: Connect, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MECHANEX_SERVER_KEY", " s3cret\n")
-    client = connect("0.0.0.0")
+    with pytest.raises(
+        ValidationError, match="its key has 6 characters, which can be guessed: take 16"
+    ) as error:
+        connect("0.0.0.0")
+    assert "s3cret" not in str(error.value)
+    client = connect()
     assert client.get("/models", headers={"x-api-key": "s3cret"}).status_code == 200
     assert "6 characters" in caplog.text and "s3cret" not in caplog.text
     for given in (" ", "kéy", "a\x00b"):
@@ -410,8 +415,20 @@ def test_a_short_key_is_warned_of_and_an_impossible_one_refused(
             ServerSettings(key=given) if "\x00" in given else connect("0.0.0.0")
 
 
-def test_sign_up_can_be_open_to_all(connect: Connect) -> None:
-    signed_up(connect("0.0.0.0", key=SERVER_KEY, open_signup=True), ANN)
+def test_open_sign_up_tells_strangers_nothing_of_others(connect: Connect) -> None:
+    client = connect("0.0.0.0", key=SERVER_KEY, open_signup=True)
+    first, again = (
+        client.post("/auth/signup", json=ANN | {"password": f"{i} correct horses"}) for i in range(2)
+    )
+    assert first.json() == again.json() == {"session": None, "user": {"email": ANN["email"]}}
+    assert first.status_code == again.status_code == 200
+    for number, status in ((0, 200), (1, 401)):  # the first password stays
+        body = ANN | {"password": f"{number} correct horses"}
+        assert client.post("/auth/login", json=body).status_code == status
+    # The operator, who holds the key, is told.
+    reason = refused(client.post("/auth/signup", json=ANN, headers={"x-api-key": SERVER_KEY}), 400)
+    assert "has an account already" in reason
+    assert client.post("/auth/signup", json=BOB, headers={"x-api-key": SERVER_KEY}).json()["session"]
 
 
 def test_addresses_and_accounts_are_limited_on_the_network_only(connect: Connect) -> None:

@@ -71,6 +71,11 @@ def create_app(
             f"a server at {settings.host} is reached by other machines and needs a key: set MECHANEX_SERVER_KEY or "
             "key=…, or bind 127.0.0.1."
         )
+    if key is not None and len(key) < _SHORT_KEY and not settings.is_loopback:
+        raise ValidationError(
+            f"a server at {settings.host} is reached by other machines, and its key has {len(key)} characters, which "
+            f"can be guessed: take {_SHORT_KEY} or more, or bind 127.0.0.1."
+        )
     if key is not None and len(key) < _SHORT_KEY:
         _logger.warning("the server's key has %d characters: take %d or more", len(key), _SHORT_KEY)
     try:
