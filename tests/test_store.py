@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 import stat
 import subprocess
@@ -163,9 +164,59 @@ def test_sign_up_says_what_else_is_wrong(store: Store) -> None:
     for password in ("short", "x" * 1025):
         with pytest.raises(ValidationError, match=f"8 to 1024 characters; this one has {len(password)}"):
             store.users.sign_up("ann@example.org", password)
-    store.users.sign_up("ann@example.org", ("correct horse battery " * 50)[:1024])
+    store.users.sign_up("ann@example.org", hashlib.sha512(b"long").hexdigest() * 8)
     with pytest.raises(ValidationError, match="has an account already"):
         store.users.sign_up("ANN@example.org", "correct horse")
+
+
+@pytest.mark.parametrize(
+    "password, why",
+    [
+        ("ann@example.org", "is the email address"),
+        (" ANN@Example.org", "is the email address"),
+        ("example.org", "a part of it"),
+        ("aaaaaaaaaaaa", "one character again and again"),
+        ("\U0001f980" * 8, "one character again and again"),
+        ("password1", "very common password"),
+        ("abcabcabcabc", "Repeats"),
+        ("e\u0301e\u0301e\u0301e\u0301", "this one has 4"),
+    ],
+)
+def test_a_password_that_is_soon_guessed_is_refused(store: Store, password: str, why: str) -> None:
+    with pytest.raises(ValidationError, match=why) as error:
+        store.users.sign_up("ann@example.org", password)
+    assert password not in str(error.value)
+    ann, _ = store.users.sign_up("ann@example.org", "correct horse")
+    with pytest.raises(ValidationError, match=why):
+        store.users.change_password(ann.id, "correct horse", password)
+
+
+def test_a_password_is_its_text_on_any_keyboard(store: Store) -> None:
+    composed, decomposed = "sch\u00f6nes wetter", "scho\u0308nes wetter"
+    store.users.sign_up("ann@example.org", decomposed)
+    assert store.users.log_in("ann@example.org", composed)
+    assert store.users.log_in("ann@example.org", decomposed)
+    # A hash of an earlier version is of what was typed.
+    with store.database.write() as connection:
+        old = CHEAP.hash(decomposed.encode())
+        connection.exec_driver_sql(
+            f"UPDATE mechanex_users SET password_hash = '{old}' WHERE email IS NOT NULL"
+        )
+    assert store.users.log_in("ann@example.org", decomposed)
+
+
+def test_a_form_of_a_password_costs_the_same_with_an_account_and_without(clock: Clock) -> None:
+    hasher = _Counting(time_cost=1, memory_cost=64, parallelism=1)
+    store = open_store(ServerSettings(), clock=clock, passwords=Passwords(hasher))
+    store.users.sign_up("ann@example.org", "correct horse")
+    counts = []
+    for email in ("ann@example.org", "bob@example.org"):
+        before = hasher.checks
+        with pytest.raises(AuthenticationError):
+            store.users.log_in(email, "scho\u0308nes wetter")
+        counts.append(hasher.checks - before)
+    assert counts[0] == counts[1]
+    store.close()
 
 
 def test_a_password_moves_to_new_costs_at_the_next_log_in(sqlite_store: Store, clock: Clock) -> None:

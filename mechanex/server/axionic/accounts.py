@@ -34,22 +34,42 @@ async def _account(who: Annotated[Principal, Depends(principal)]) -> str:
 AccountId = Annotated[str, Depends(_account)]
 
 
-async def _newcomer(request: Request) -> None:
-    settings = request.app.state.settings
-    if is_open(request) or settings.open_signup:
-        return
-    if (await principal(request)).kind != "server":
+async def _is_stranger(request: Request) -> bool:
+    """Whether who signs up may be anybody.
+
+    Raises:
+        AuthenticationError: they may be, and the server isn't open to them.
+    """
+    if is_open(request):
+        return False
+    opened: bool = request.app.state.settings.open_signup
+    try:
+        known = (await principal(request)).kind == "server"
+    except AuthenticationError:
+        if not opened:
+            raise
+        known = False
+    if not known and not opened:
         raise AuthenticationError("To sign up here, send the server's key: ask its operator for it.", 403)
+    return not known
 
 
 router = APIRouter(prefix="/auth", tags=["accounts"], route_class=CountedRoute)
 
 
-@router.post("/signup", dependencies=[Depends(_newcomer)])
-async def sign_up(body: LoginBody, request: Request) -> dict[str, Any]:
-    """Makes an account and logs it in."""
-    users = store_of(request).users
-    user, session = await guards_of(request).hashing(lambda: users.sign_up(body.email, body.password))
+@router.post("/signup")
+async def sign_up(
+    body: LoginBody, request: Request, stranger: Annotated[bool, Depends(_is_stranger)]
+) -> dict[str, Any]:
+    """Makes an account and logs it in.
+
+    Strangers get one answer, without a session, whether their address has an account already or not.
+    """
+    users, guards = store_of(request).users, guards_of(request)
+    if stranger:
+        address = await guards.hashing(lambda: users.sign_up_unseen(body.email, body.password))
+        return {"session": None, "user": {"email": address}}
+    user, session = await guards.hashing(lambda: users.sign_up(body.email, body.password))
     return {"session": _session(request, session), "user": shown(user)}
 
 
