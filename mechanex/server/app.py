@@ -15,7 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from .. import __version__
 from ..errors import AuthenticationError, MechanexError, ValidationError
-from .accounts.auth import WRONG_KEYS_PER_MINUTE, AuthenticationMiddleware, Principal, principal
+from .accounts.auth import OPEN_PATHS, WRONG_KEYS_PER_MINUTE, AuthenticationMiddleware, Principal, principal
 from .accounts.store import StorageError, open_store
 from .axionic.guards import Guards
 from .axionic.routes import axionic_router
@@ -24,6 +24,8 @@ from .http.limits import RateLimit
 from .http.middleware import RequestMiddleware
 from .model.engine import ServingEngine
 from .openai.routes import openai_router
+from .page.files import PAGE_PATHS
+from .page.routes import page_router
 from .settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -108,8 +110,9 @@ def create_app(
     add_handlers(app)
     app.include_router(openai_router())
     app.include_router(axionic_router())
+    app.include_router(page_router())
     _add_operation(app)
-    app.add_middleware(AuthenticationMiddleware)
+    app.add_middleware(AuthenticationMiddleware, open_paths=OPEN_PATHS | PAGE_PATHS)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
