@@ -60,14 +60,15 @@ class Principal:
 
 
 class AuthenticationMiddleware:
-    """Nothing but ``OPEN_PATHS`` answers a sender that ``principal`` doesn't know.
+    """Nothing but the open paths answers a sender that ``principal`` doesn't know.
 
     Args:
         app: what is behind it.
+        open_paths: what needs no key.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, open_paths: frozenset[str] = OPEN_PATHS) -> None:
+        self._app, self._open = app, open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -77,7 +78,7 @@ class AuthenticationMiddleware:
         try:
             if path not in _PROBES:
                 _check_host(request)
-            if path not in OPEN_PATHS:
+            if path not in self._open:
                 request.state.principal = await principal(request)
         except MechanexError as error:
             if request.headers.get("expect", "").lower() != "100-continue":  # else the body isn't on its way
