@@ -332,7 +332,7 @@ def test_keys_come_before_bodies(connect: Connect) -> None:
 def test_metrics_are_the_operators(connect: Connect) -> None:
     client = connect("0.0.0.0", key=SERVER_KEY)
     ann = signed_up(client, ANN, **{"x-api-key": SERVER_KEY})
-    assert "operator's" in refused(client.get("/metrics", headers=ann), 403)
+    assert "server's operator" in refused(client.get("/metrics", headers=ann), 403)
     assert "mechanex_requests" in client.get("/metrics", headers={"x-api-key": SERVER_KEY}).text
 
 
@@ -409,8 +409,20 @@ def test_a_short_or_impossible_key_is_refused(connect: Connect, monkeypatch: pyt
             ServerSettings(key=given) if "\x00" in given else connect("0.0.0.0")
 
 
-def test_sign_up_can_be_open_to_all(connect: Connect) -> None:
-    signed_up(connect("0.0.0.0", key=SERVER_KEY, open_signup=True), ANN)
+def test_open_sign_up_tells_strangers_nothing_of_others(connect: Connect) -> None:
+    client = connect("0.0.0.0", key=SERVER_KEY, open_signup=True)
+    first, again = (
+        client.post("/auth/signup", json=ANN | {"password": f"{i} correct horses"}) for i in range(2)
+    )
+    assert first.json() == again.json() == {"session": None, "user": {"email": ANN["email"]}}
+    assert first.status_code == again.status_code == 200
+    for number, status in ((0, 200), (1, 401)):  # the first password stays
+        body = ANN | {"password": f"{number} correct horses"}
+        assert client.post("/auth/login", json=body).status_code == status
+    # The operator, who holds the key, is told.
+    reason = refused(client.post("/auth/signup", json=ANN, headers={"x-api-key": SERVER_KEY}), 400)
+    assert "has an account already" in reason
+    assert client.post("/auth/signup", json=BOB, headers={"x-api-key": SERVER_KEY}).json()["session"]
 
 
 def test_addresses_and_accounts_are_limited_on_the_network_only(connect: Connect) -> None:

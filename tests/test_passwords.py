@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_store import CHEAP, VECTOR, Clock, opened
+from test_store import CHEAP, VECTOR, opened
 
 from mechanex import AuthenticationError, ValidationError
 from mechanex.home import mechanex_home
 from mechanex.server.accounts.passwords import Passwords
-from mechanex.server.accounts.sessions import LOST_ANSWER
 from mechanex.server.accounts.store import Store
 from mechanex.server.settings import ServerSettings
 
@@ -26,25 +25,6 @@ def store() -> Iterator[Store]:
     store = opened()
     yield store
     store.close()
-
-
-@pytest.mark.parametrize(
-    ("password", "says"),
-    [
-        ("short", "8 to 1024 characters"),
-        ("aaaaaaaaaaaa", "first to be guessed"),
-        ("Anna@Example.org", "first to be guessed"),
-        ("password1", "easy to guess"),
-        ("qwertyuiop", "easy to guess"),
-        ("annaanna", "easy to guess"),
-    ],
-)
-def test_what_is_guessed_first_is_no_password(store: Store, password: str, says: str) -> None:
-    with pytest.raises(ValidationError, match=says):
-        store.users.sign_up("anna@example.org", password)
-    user, _ = store.users.sign_up("anna@example.org", "correct horse")
-    with pytest.raises(ValidationError, match=says):
-        store.users.change_password(user.id, "correct horse", password)
 
 
 def test_a_letter_with_an_accent_is_one_letter_however_it_is_typed(store: Store) -> None:
@@ -91,28 +71,3 @@ def test_what_a_kill_left_behind_goes_at_the_next_start(store: Store) -> None:
 
 def _age(path: Path) -> None:
     os.utime(path, (time.time() - 3600, time.time() - 3600))
-
-
-def test_a_refresh_whose_answer_was_lost_may_come_again_for_half_a_minute() -> None:
-    clock = Clock()
-    store = opened(clock=clock)
-    _, session = store.users.sign_up("anna@example.org", "correct horse")
-    lost = store.sessions.refresh(session.refresh_token)
-    clock.pass_by(20)
-    again = store.sessions.refresh(session.refresh_token)
-    assert len({session.refresh_token, lost.refresh_token, again.refresh_token}) == 3
-    assert store.sessions.account_for(lost.access_token) == store.sessions.account_for(again.access_token)
-    with pytest.raises(AuthenticationError):  # whoever has it, it renews nothing
-        store.sessions.refresh(lost.refresh_token)
-    newer = store.sessions.refresh(again.refresh_token)
-    # Once what it gave was used, or later, it was copied: the session ends.
-    with pytest.raises(AuthenticationError):
-        store.sessions.refresh(session.refresh_token)
-    with pytest.raises(AuthenticationError):
-        store.sessions.refresh(newer.refresh_token)
-    late = store.users.log_in("anna@example.org", "correct horse")
-    store.sessions.refresh(late.refresh_token)
-    clock.pass_by(LOST_ANSWER + 1)
-    with pytest.raises(AuthenticationError):
-        store.sessions.refresh(late.refresh_token)
-    store.close()

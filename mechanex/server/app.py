@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -13,8 +13,9 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from .. import __version__
-from ..errors import AuthenticationError, MechanexError, ValidationError
-from .accounts.auth import WRONG_KEYS_PER_MINUTE, AuthenticationMiddleware, Principal, principal
+from ..errors import MechanexError, ValidationError
+from .accounts.auth import WRONG_KEYS_PER_MINUTE, AuthenticationMiddleware
+from .accounts.scopes import permitted
 from .accounts.store import StorageError, open_store
 from .axionic.guards import Guards
 from .axionic.routes import axionic_router
@@ -22,7 +23,9 @@ from .http.errors import add_handlers
 from .http.limits import RateLimit
 from .http.middleware import RequestMiddleware
 from .model.engine import ServingEngine
+from .openai.embeddings import embeddings_router
 from .openai.routes import openai_router
+from .openai.tokens import tokens_router
 from .settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -95,6 +98,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
+        dependencies=[Depends(permitted)],
     )
     app.state.settings, app.state.engine, app.state.store = settings, engine, store
     app.state.server_key, app.state.started = key, time.time()
@@ -102,6 +106,8 @@ def create_app(
     app.state.guards = Guards(settings)
     add_handlers(app)
     app.include_router(openai_router())
+    app.include_router(embeddings_router())
+    app.include_router(tokens_router())
     app.include_router(axionic_router())
     _add_operation(app)
     app.add_middleware(AuthenticationMiddleware)
@@ -128,6 +134,11 @@ def _add_operation(app: FastAPI) -> None:
         """Whether the process answers."""
         return {"status": "ok", "version": __version__}
 
+    @app.get("/version", tags=["operation"])
+    async def version() -> dict[str, str]:
+        """The library's version."""
+        return {"version": __version__}
+
     @app.get("/ready", tags=["operation"], responses={503: {"description": "Not yet, or no longer."}})
     async def ready(request: Request) -> Response:
         """Whether requests for text are taken."""
@@ -136,10 +147,8 @@ def _add_operation(app: FastAPI) -> None:
         return JSONResponse(body, status_code=200 if is_ready else 503)
 
     @app.get("/metrics", tags=["operation"], response_class=Response)
-    async def metrics(request: Request, who: Annotated[Principal, Depends(principal)]) -> Response:
+    async def metrics(request: Request) -> Response:
         """Counters in Prometheus' text format: of all clients, and so for the operator."""
-        if who.account_id is not None:
-            raise AuthenticationError("The metrics are the operator's: send the server's key.", 403)
         return Response(request.app.state.engine.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/openapi.json", include_in_schema=False)

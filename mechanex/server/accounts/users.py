@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from ...errors import AuthenticationError, NotFoundError, ValidationError
@@ -53,25 +53,42 @@ class Users:
         """Makes an account and logs it in.
 
         Raises:
-            ValidationError: no email address, one that has an account, or a password that is too short or long, or
-                easy to guess.
+            ValidationError: no email address, one that has an account, or a password that ``check_password`` refuses.
         """
+        user, hashed = self._newcomer(email, password)
+        try:
+            with self._database.write() as connection:
+                _insert(connection, user, hashed)
+                return user, self._sessions.begin(connection, user.id)
+        except IntegrityError as error:
+            raise ValidationError(f"{user.email} has an account already: log in.") from error
+
+    def sign_up_unseen(self, email: str, password: str) -> str:
+        """Makes an account where the address has none, and tells nobody which of them it was, nor by its time.
+
+        Returns:
+            The address as it is kept.
+
+        Raises:
+            ValidationError: no email address, or a password that ``check_password`` refuses.
+        """
+        user, hashed = self._newcomer(email, password)
+        same = update(users).where(users.c.email == user.email).values(email=user.email)
+        try:
+            with self._database.write() as connection:
+                _insert(connection, user, hashed)
+        except IntegrityError:
+            with self._database.write() as connection:  # waits for the disk as the other does
+                connection.execute(same)
+        return str(user.email)
+
+    def _newcomer(self, email: str, password: str) -> tuple[User, str]:
+        """An account that isn't kept yet, and its password's hash."""
         address = normalized(email)
         if not _is_address(address):
             raise ValidationError(f"{email[:100]!r} is no email address: write name@example.org.")
         check_password(password, address)
-        user = User(new_id(), address, None, self._clock())
-        hashed = self._passwords.hash(password)
-        try:
-            with self._database.write() as connection:
-                connection.execute(
-                    insert(users).values(
-                        id=user.id, email=address, password_hash=hashed, created_at=user.created_at
-                    )
-                )
-                return user, self._sessions.begin(connection, user.id)
-        except IntegrityError as error:
-            raise ValidationError(f"{address} has an account already: log in.") from error
+        return User(new_id(), address, None, self._clock()), self._passwords.hash(password)
 
     def log_in(self, email: str, password: str) -> Session:
         """Begins a session.
@@ -101,7 +118,7 @@ class Users:
 
         Raises:
             AuthenticationError: the password is wrong.
-            ValidationError: the new one is too short, too long or easy to guess.
+            ValidationError: ``check_password`` refuses the new one.
         """
         check_password(new, self.get(account_id).email or "")
         self.check_password(account_id, password)
@@ -146,6 +163,12 @@ class Users:
 def normalized(email: str) -> str:
     """An address as it is kept and compared."""
     return unicodedata.normalize("NFC", email).strip().lower()
+
+
+def _insert(connection: Connection, user: User, hashed: str) -> None:
+    connection.execute(
+        insert(users).values(id=user.id, email=user.email, password_hash=hashed, created_at=user.created_at)
+    )
 
 
 def _is_address(text: str) -> bool:

@@ -50,6 +50,10 @@ async def _events(reply: Reply, generations: Sequence[Generation], n: int, ask: 
         yield b"".join(reply.chunk([choice], None, ask) for choice in first)
     results: dict[int, Result] = {}
     async for batch in _merged(generations):
+        if reply.inside is not None:
+            for i, news in batch:
+                if isinstance(news, Result):
+                    await reply.inside.read(i, news)
         if any(news.prompt_logprobs for _, news in batch):
             told = await run_sync(_chunks, reply, batch, ask)  # of whole prompts, which take a while
         else:
