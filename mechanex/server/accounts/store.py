@@ -11,6 +11,7 @@ from starlette.requests import Request
 from ...home import mechanex_home
 from ..library.database import Database, StorageError
 from ..library.files import BehaviorFiles, VectorFiles
+from ..library.pending import Pending
 from ..library.records import Library
 from ..settings import ServerSettings
 from .api_keys import ApiKeys
@@ -40,7 +41,8 @@ class Store:
     library: Library
 
     def close(self) -> None:
-        """Lets go of the database."""
+        """Lets go of the database and the files."""
+        self.library.close()
         self.database.close()
 
 
@@ -66,6 +68,7 @@ def open_store(
     folder = home / "server"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        pending = Pending(folder / "pending", database.identity)
     except OSError as error:
         database.close()
         raise StorageError(
@@ -75,19 +78,28 @@ def open_store(
     sessions = Sessions(
         database, settings.access_token_minutes * 60, settings.refresh_token_days * 86_400, clock
     )
-    return Store(
+    library = Library(
+        database,
+        VectorFiles(folder / "vectors"),
+        BehaviorFiles(folder / "behaviors"),
+        pending,
+        clock,
+        settings.max_vectors,
+        settings.max_account_bytes,
+    )
+    store = Store(
         database,
         Users(database, passwords or Passwords(), sessions, clock),
         sessions,
         ApiKeys(database, clock),
-        Library(
-            database,
-            VectorFiles(folder / "vectors"),
-            BehaviorFiles(folder / "behaviors"),
-            clock,
-            settings.max_vectors,
-        ),
+        library,
     )
+    try:
+        library.settle()
+    except BaseException:
+        store.close()
+        raise
+    return store
 
 
 def store_of(request: Request) -> Store:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from pathlib import Path
@@ -19,13 +21,14 @@ if TYPE_CHECKING:
     from ...engine.sae.behavior import Behavior
     from ...engine.vectors import SteeringVector
 
-__all__ = ["BehaviorFiles", "VectorFiles"]
+__all__ = ["BehaviorFiles", "VectorFiles", "storage_error"]
 
 T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 
 _CACHED = 64
+_LONG_AGO = 86_400.0  # seconds
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -55,10 +58,7 @@ class _Files(ABC, Generic[T]):
         except OSError as error:
             _logger.error("%s can't be kept in %s: %s", self.kind, self._folder, error)
             self.remove(file_id)
-            raise StorageError(
-                f"the {self.kind} can't be kept: {error.strerror or error} on the server.",
-                507 if error.errno in _FULL else 500,
-            ) from error
+            raise storage_error(f"the {self.kind} can't be kept", error) from error
         self._remember(file_id, thing)
 
     def load(self, file_id: str) -> T:
@@ -90,6 +90,33 @@ class _Files(ABC, Generic[T]):
             self._path(file_id).unlink(missing_ok=True)
         except OSError as error:
             _logger.warning("the file of %s %s can't be deleted: %s", self.kind, file_id, error)
+
+    def size(self, file_id: str) -> int:
+        """Bytes of a thing's file; 0 where there is none."""
+        try:
+            return self._path(file_id).stat().st_size
+        except OSError:
+            return 0
+
+    def sweep(self, file_id: str, *, keep: bool) -> None:
+        """Deletes what a server that was killed has left of a thing: half a file, and the whole one unless ``keep``."""
+        for path in self._folder.glob(f"*{file_id}*"):
+            if not (keep and path == self._path(file_id)):
+                self._unlink(path)
+
+    def sweep_old(self) -> None:
+        """Deletes half files that nobody writes any more."""
+        for path in self._folder.glob(".*.tmp"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _LONG_AGO:
+                    self._unlink(path)
+
+    def _unlink(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+            _logger.info("%s, which a server that was killed has left, is deleted", path)
+        except OSError as error:
+            _logger.warning("%s can't be deleted: %s", path, error)
 
     @abstractmethod
     def _write(self, thing: T, path: Path) -> None: ...
@@ -143,6 +170,12 @@ class BehaviorFiles(_Files["Behavior"]):
         if not path.exists():
             raise NotFoundError(f"{path} is not there.")
         return read_behavior(path, self._saes)
+
+
+def storage_error(what: str, error: OSError) -> StorageError:
+    """What a client is told of a file that can't be written."""
+    status = 507 if error.errno in _FULL else 500
+    return StorageError(f"{what}: {error.strerror or error} on the server.", status)
 
 
 def _defect(error: Exception) -> str:
