@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
+import pydantic
 from pydantic import Field, field_validator, model_validator
 
 from ...engine.positions import TokenSelector, check_tokens
 from ..http.body import Body, Items, Part, few_fields
+from ..http.errors import invalid
 from .sampling import SamplingFields, Whole
 
-__all__ = ["ChatBody", "CompletionBody", "ConditionItem", "GenerationBody", "SteeringItem"]
+__all__ = [
+    "ActivationItem",
+    "ChatBody",
+    "CompletionBody",
+    "ConditionItem",
+    "GenerationBody",
+    "Message",
+    "ReturnFields",
+    "SteeringFields",
+    "SteeringItem",
+    "chat_of",
+]
 
 T = TypeVar("T")
 
@@ -142,9 +155,6 @@ class SteeringFields(Body):
         description="What is done with behavior_names: their vectors are added, or they are watched, and corrected, "
         "the answer ended (finish_reason 'behavior') or nothing done where they show.",
     )
-    behavior_scores: bool | None = Field(
-        default=False, description="Whether the answer has the scores of every token, as 'behaviors'."
-    )
     steering: Items[SteeringItem] | None = Field(
         default=None, max_length=64, description="Several vectors at once."
     )
@@ -174,6 +184,9 @@ class GenerationBody(SamplingFields, SteeringFields):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
+    behavior_scores: bool | None = Field(
+        default=False, description="Whether the answer has the scores of every token, as 'behaviors'."
+    )
     returned: ReturnFields | None = Field(
         default=None, alias="return", description="What of the model's inside the answer has."
     )
@@ -322,3 +335,18 @@ class ChatBody(GenerationBody):
         if None not in both and both[0] != both[1]:
             raise ValueError("max_tokens and max_completion_tokens are one field; they differ")
         return self
+
+
+def chat_of(body: Body, fields: dict[str, Any]) -> ChatBody:
+    """A chat that is asked for in another API's words, with that body's model and steering.
+
+    Raises:
+        ValidationError: what no chat can be asked for.
+    """
+    same = {"model", *SteeringFields.model_fields} & body.model_fields_set
+    try:
+        return ChatBody.model_validate({name: getattr(body, name) for name in same} | fields)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise invalid(f"Invalid value for '{where}': {first['msg']}.", None) from error
