@@ -11,6 +11,7 @@ from ...engine.positions import TokenSelector, check_tokens
 from ..http.body import Body, Items, Part, few_fields
 from ..http.errors import invalid
 from .sampling import SamplingFields, Whole
+from .structured import FormFields
 
 __all__ = [
     "ActivationItem",
@@ -177,7 +178,7 @@ class SteeringFields(Body):
         return self
 
 
-class GenerationBody(SamplingFields, SteeringFields):
+class GenerationBody(SamplingFields, FormFields, SteeringFields):
     """What both kinds of completion share."""
 
     model: str | None = Field(default=None, description="The served model, or nothing.")
@@ -291,10 +292,6 @@ class Message(Part):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class _TextFormat(Part):
-    type: Literal["text"]
-
-
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
@@ -314,7 +311,6 @@ class ChatBody(GenerationBody):
         default=None, description="Further variables of the model's chat template."
     )
     # Only what this server can do is taken: text, and no tools.
-    response_format: _TextFormat | None = None
     modalities: Items[Literal["text"]] | None = None
     tools: list[Any] | None = Field(default=None, max_length=0)
     tool_choice: Literal["none", "auto"] | None = None

@@ -27,16 +27,16 @@ __all__ = ["messages_router"]
 Who = Annotated[Principal, Depends(principal)]
 
 
-class _Text(Part):
+class _TextBlock(Part):
     type: Literal["text"]
     text: str
     cache_control: dict[str, Any] | None = None
     citations: None = None
 
 
-class _Message(Part):
+class _Turn(Part):
     role: Literal["user", "assistant", "system"]
-    content: str | Annotated[Items[_Text], Field(max_length=1024)]
+    content: str | Annotated[Items[_TextBlock], Field(max_length=1024)]
 
 
 class _Thinking(Part):
@@ -51,8 +51,8 @@ class CountBody(Body):
     """POST /v1/messages/count_tokens."""
 
     model: str | None = None
-    messages: Items[_Message] = Field(min_length=1, max_length=4096)
-    system: str | Annotated[Items[_Text], Field(max_length=1024)] | None = None
+    messages: Items[_Turn] = Field(min_length=1, max_length=4096)
+    system: str | Annotated[Items[_TextBlock], Field(max_length=1024)] | None = None
     thinking: _Thinking | None = Field(default=None, description="Only disabled: no reasoning is told apart.")
 
     @property
@@ -93,7 +93,7 @@ class MessagesBody(CountBody, SteeringFields):
         )
 
 
-def _text(content: str | list[_Text]) -> str:
+def _text(content: str | list[_TextBlock]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
@@ -112,7 +112,7 @@ async def _messages(body: MessagesBody, request: Request, engine: Engine, who: W
     """Answers a chat."""
     chat = body.as_chat()
     wanted, watching = await chat_request(request, engine, chat, who)
-    shape = _Shape(engine.model_name, len(wanted.ids))
+    shape = _MessageShape(engine.model_name, len(wanted.ids))
     return await answer_single(request, engine, wanted, watching, shape, stream=bool(body.stream))
 
 
@@ -123,7 +123,7 @@ async def _count(body: CountBody, engine: Engine, who: Who) -> dict[str, int]:
     return {"input_tokens": len(await chat_ids(engine, chat))}
 
 
-class _Shape:
+class _MessageShape:
     def __init__(self, model: str, n_prompt: int) -> None:
         self._model, self._n_prompt = model, n_prompt
         self._id = f"msg_{random.getrandbits(128):032x}"

@@ -27,17 +27,17 @@ __all__ = ["responses_router"]
 Who = Annotated[Principal, Depends(principal)]
 
 
-class _Text(Part):
+class _InputText(Part):
     type: Literal["input_text", "output_text", "text"]
     text: str
     annotations: list[Any] | None = Field(default=None, max_length=0)
     logprobs: list[Any] | None = None
 
 
-class _Message(Part):
+class _InputMessage(Part):
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[Items[_Text], Field(max_length=1024)]
+    content: str | Annotated[Items[_InputText], Field(max_length=1024)]
     # What an answer of ours has when it is sent back.
     id: str | None = None
     status: str | None = None
@@ -57,7 +57,7 @@ class ResponsesBody(IgnoredFields, SteeringFields):
     """POST /v1/responses."""
 
     model: str | None = None
-    input: str | Annotated[Items[_Message], Field(min_length=1, max_length=4096)]
+    input: str | Annotated[Items[_InputMessage], Field(min_length=1, max_length=4096)]
     instructions: str | None = None
     max_output_tokens: Whole | None = Field(default=None, ge=1, le=2**31)
     temperature: float | None = Field(default=1.0, ge=0, le=2)
@@ -113,7 +113,7 @@ class ResponsesBody(IgnoredFields, SteeringFields):
         return chat_of(self, {**fields, "max_completion_tokens": self.max_output_tokens})
 
 
-def _text(content: str | list[_Text]) -> str:
+def _text(content: str | list[_InputText]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
@@ -131,11 +131,11 @@ async def _responses(body: ResponsesBody, request: Request, engine: Engine, who:
     """Answers messages."""
     chat = body.as_chat()
     wanted, watching = await chat_request(request, engine, chat, who)
-    shape = _Shape(engine.model_name, body)
+    shape = _ResponseShape(engine.model_name, body)
     return await answer_single(request, engine, wanted, watching, shape, stream=bool(body.stream))
 
 
-class _Shape:
+class _ResponseShape:
     def __init__(self, model: str, body: ResponsesBody) -> None:
         self._model, self._body = model, body
         self._id, self._item_id = (f"{kind}_{random.getrandbits(128):032x}" for kind in ("resp", "msg"))
