@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import MechanexError, ValidationError
 
-__all__ = ["GrammarState", "Grammar", "Grammars", "Masks"]
+__all__ = ["Grammar", "GrammarState", "Grammars", "Masks"]
 
 Kind = Literal["json", "regex", "choice", "grammar"]
 

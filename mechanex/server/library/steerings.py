@@ -7,8 +7,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from anyio.to_thread import run_sync
-
 from ...engine.decode.request import Steer
 from ...engine.memory import tensor_bytes
 from ...engine.models.adapter import ModelAdapter
@@ -21,8 +19,10 @@ from ...engine.vectors import SteeringVector
 from ...errors import APIError, NotFoundError, ValidationError
 from ..settings import ServerSettings
 from .folder import SharedVectors
+from .listing import ListedVector, listed_vectors
 from .records import Library
 from .shared import make_behaviors
+from .threads import look_up
 from .watched import WatchedBehaviors
 
 __all__ = ["Steerings"]
@@ -94,7 +94,8 @@ class Steerings:
     ) -> tuple[Steer, ...]:
         """The edits of a stored vector that this sender may use; () for None.
 
-        Looks among the server's own (``--vectors``), then the account's, then, for the operator, the stored ones.
+        Looks among the server's own (``--vectors``), then the account's, then, for the operator, the stored ones, then
+        among the vectors of the server's own behaviors, by their names.
 
         Args:
             account_id: the sender's account, or None for the operator.
@@ -157,7 +158,7 @@ class Steerings:
             NotFoundError: this sender has no such behavior, and the server neither.
             ValidationError: one that has no vector.
         """
-        vector = await run_sync(self._behavior_vector, account_id, name)
+        vector = await look_up(self._behavior_vector, account_id, name)
         if vector is None:
             if await self.watched.find(account_id, name) is not None:
                 raise ValidationError(
@@ -174,10 +175,23 @@ class Steerings:
         """The stored vector that ``by_vector`` would use; errors as there."""
         found = self._shared.loaded(vector_id)
         if found is None:
-            found = await run_sync(self._find, account_id, vector_id)
+            found = await look_up(self._find, account_id, vector_id)
         if found is None:
             raise NotFoundError(f"no steering vector has the id {vector_id!r} here.")
         return found
+
+    async def listed(self, account_id: str | None) -> list[ListedVector]:
+        """The vectors that ``vector`` finds for this sender, of many of one kind the latest."""
+        return await look_up(
+            lambda: listed_vectors(
+                self._adapter,
+                account_id,
+                shared=self._shared,
+                behaviors=self._behaviors,
+                library=self._library,
+                kept=self._vectors,
+            )
+        )
 
     def edits(
         self, vector: SteeringVector, strength: float, tokens: TokenSelector = None
@@ -223,7 +237,7 @@ class Steerings:
                 raise APIError(
                     f"The server can't read its vector {vector_id!r}: its file is damaged.", 500
                 ) from error
-        return found
+        return self._behaviors.get(vector_id) if found is None else found
 
     def _behavior_vector(self, account_id: str | None, name: str) -> SteeringVector | None:
         if self._library is not None:

@@ -110,9 +110,10 @@ def _with_bounded_logprobs(
 
 def _size(requests: Sequence[TextRequest]) -> int:
     """About how many numbers and texts the whole answer holds."""
-    return sum(one.max_tokens * (one.logprobs + 1) for one in requests if one.logprobs is not None) + len(
-        requests
-    )
+    asked = [one for one in requests if one.logprobs is not None]
+    lengths = [one.max_tokens + (len(one.ids) if one.prompt_logprobs else 0) for one in asked]
+    tops = [(one.logprobs or 0) + 1 for one in asked]
+    return sum(length * top for length, top in zip(lengths, tops, strict=True)) + len(requests)
 
 
 def check_model(engine: ServingEngine, name: str | None) -> None:
