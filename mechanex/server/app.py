@@ -24,6 +24,8 @@ from .http.limits import RateLimit
 from .http.middleware import RequestMiddleware
 from .model.engine import ServingEngine
 from .openai.embeddings import embeddings_router
+from .openai.messages import messages_router
+from .openai.responses import responses_router
 from .openai.routes import openai_router
 from .openai.tokens import tokens_router
 from .page.files import PAGE_PATHS
@@ -110,6 +112,8 @@ def create_app(
     add_handlers(app)
     app.include_router(openai_router())
     app.include_router(embeddings_router())
+    app.include_router(responses_router())
+    app.include_router(messages_router())
     app.include_router(tokens_router())
     app.include_router(axionic_router())
     app.include_router(page_router())
