@@ -73,12 +73,31 @@ def list_api_keys(*, as_json: bool = False) -> None:
 @main.command()
 @click.option("--name", default="Default Key", show_default=True, help="Name for the new API key.")
 @click.option("--save", is_flag=True, help="Use the key from now on: store it with the credentials.")
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    type=click.Choice(["generate", "vectors", "admin"]),
+    help="What the key may do (several times for several); all of it without this. For a server of your own.",
+)
+@click.option(
+    "--expires-days",
+    type=click.FloatRange(0, min_open=True),
+    help="Days until it ends; without this it doesn't. For a server of your own.",
+)
 @json_option
-def create_api_key(name: str, *, save: bool = False, as_json: bool = False) -> None:
+def create_api_key(
+    name: str,
+    *,
+    scopes: tuple[str, ...] = (),
+    expires_days: float | None = None,
+    save: bool = False,
+    as_json: bool = False,
+) -> None:
     """Create a new Axionic API key, and print it this once."""
     from .commands.account import run_create_api_key
 
-    run_create_api_key(click.get_current_context().obj, name, save, as_json)
+    run_create_api_key(click.get_current_context().obj, name, save, as_json, scopes, expires_days)
 
 
 @main.command()

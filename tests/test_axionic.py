@@ -206,9 +206,10 @@ def test_a_used_refresh_token_ends_the_session(client: TestClient) -> None:
     session = client.post("/auth/signup", json=ANN).json()["session"]
     body = {"refresh_token": session["refresh_token"]}
     newer = client.post("/auth/refresh", json=body).json()["session"]
+    newest = client.post("/auth/refresh", json={"refresh_token": newer["refresh_token"]}).json()["session"]
     refused(client.post("/auth/refresh", json=body), 401)
-    refused(client.get("/auth/whoami", headers=bearer(newer["access_token"])), 401)
-    refused(client.post("/auth/refresh", json={"refresh_token": newer["refresh_token"]}), 401)
+    refused(client.get("/auth/whoami", headers=bearer(newest["access_token"])), 401)
+    refused(client.post("/auth/refresh", json={"refresh_token": newest["refresh_token"]}), 401)
 
 
 def test_an_expired_token_is_told_so_even_where_no_account_is_needed(client: TestClient) -> None:
@@ -331,7 +332,7 @@ def test_keys_come_before_bodies(connect: Connect) -> None:
 def test_metrics_are_the_operators(connect: Connect) -> None:
     client = connect("0.0.0.0", key=SERVER_KEY)
     ann = signed_up(client, ANN, **{"x-api-key": SERVER_KEY})
-    assert "operator's" in refused(client.get("/metrics", headers=ann), 403)
+    assert "server's operator" in refused(client.get("/metrics", headers=ann), 403)
     assert "mechanex_requests" in client.get("/metrics", headers={"x-api-key": SERVER_KEY}).text
 
 
@@ -396,21 +397,32 @@ def test_tokens_of_earlier_versions_and_of_no_session_say_to_log_in_again(
         assert found[0] == 401 and found[-1] == 429
 
 
-def test_a_short_key_is_warned_of_and_an_impossible_one_refused(
-    connect: Connect, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_short_or_impossible_key_is_refused(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MECHANEX_SERVER_KEY", " s3cret\n")
-    client = connect("0.0.0.0")
-    assert client.get("/models", headers={"x-api-key": "s3cret"}).status_code == 200
-    assert "6 characters" in caplog.text and "s3cret" not in caplog.text
+    with pytest.raises(ValidationError, match="6 characters") as error:
+        connect("0.0.0.0")
+    assert "s3cret" not in str(error.value)
+    assert connect("127.0.0.1").get("/models", headers={"x-api-key": "s3cret"}).status_code == 200
     for given in (" ", "kéy", "a\x00b"):
         monkeypatch.setenv("MECHANEX_SERVER_KEY", given) if "\x00" not in given else None
         with pytest.raises(ValidationError, match="MECHANEX_SERVER_KEY"):
             ServerSettings(key=given) if "\x00" in given else connect("0.0.0.0")
 
 
-def test_sign_up_can_be_open_to_all(connect: Connect) -> None:
-    signed_up(connect("0.0.0.0", key=SERVER_KEY, open_signup=True), ANN)
+def test_open_sign_up_tells_strangers_nothing_of_others(connect: Connect) -> None:
+    client = connect("0.0.0.0", key=SERVER_KEY, open_signup=True)
+    first, again = (
+        client.post("/auth/signup", json=ANN | {"password": f"{i} correct horses"}) for i in range(2)
+    )
+    assert first.json() == again.json() == {"session": None, "user": {"email": ANN["email"]}}
+    assert first.status_code == again.status_code == 200
+    for number, status in ((0, 200), (1, 401)):  # the first password stays
+        body = ANN | {"password": f"{number} correct horses"}
+        assert client.post("/auth/login", json=body).status_code == status
+    # The operator, who holds the key, is told.
+    reason = refused(client.post("/auth/signup", json=ANN, headers={"x-api-key": SERVER_KEY}), 400)
+    assert "has an account already" in reason
+    assert client.post("/auth/signup", json=BOB, headers={"x-api-key": SERVER_KEY}).json()["session"]
 
 
 def test_addresses_and_accounts_are_limited_on_the_network_only(connect: Connect) -> None:

@@ -70,7 +70,7 @@ WRITER = textwrap.dedent(
                 email = f"user{number}.{count}@example.org"
                 account, session = store.users.sign_up(email, "correct horse")
                 say(account=account.id, email=email, refresh=session.refresh_token)
-                say(account=account.id, key=store.keys.create(account.id, "key"))
+                say(account=account.id, key=store.keys.create(account.id, "key")[0])
                 vector = SteeringVector({0: torch.full((64,), float(count))})
                 made = store.library.add_behavior(account.id, "kind", "d" * 2000, {"prompts": []}, vector)
                 say(account=account.id, behavior=made.steering_vector_id, value=float(count))
@@ -118,7 +118,8 @@ def check_all_there(store: Store, acknowledged: list[dict[str, Any]]) -> None:
                 == entry["account"]
             )
         elif "key" in entry:
-            assert store.keys.account_for(entry["key"]) == entry["account"]
+            holder = store.keys.opened_by(entry["key"])
+            assert holder is not None and holder.account_id == entry["account"]
         elif "behavior" in entry:
             assert store.library.behavior_vector_id(entry["account"], "kind") == entry["behavior"]
             vector = store.library.vector(entry["account"], entry["behavior"])

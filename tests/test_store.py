@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 import stat
 import subprocess
@@ -15,17 +16,22 @@ from typing import Any
 
 import pytest
 import torch
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
 from argon2 import PasswordHasher
 from postgres_server import Postgres
+from sqlalchemy import create_engine
 from sqlalchemy.dialects import mysql
 from sqlalchemy.schema import CreateTable
 
 from mechanex import AuthenticationError, NotFoundError, RateLimitError, SteeringVector, ValidationError
+from mechanex.server.accounts.api_keys import KeyExpiredError, KeyHolder
 from mechanex.server.accounts.passwords import Passwords
+from mechanex.server.accounts.sessions import GRACE, Session
 from mechanex.server.accounts.store import StorageError, Store, open_store
 from mechanex.server.http.limits import RateLimit, client_address
 from mechanex.server.library.database import Database
-from mechanex.server.library.schema import OLDEST_VERSION, VERSION, metadata
+from mechanex.server.library.schema import OLDEST_VERSION, VERSION, VERSION_TABLE, metadata
 from mechanex.server.settings import ServerSettings
 
 pytestmark = pytest.mark.slow
@@ -158,9 +164,59 @@ def test_sign_up_says_what_else_is_wrong(store: Store) -> None:
     for password in ("short", "x" * 1025):
         with pytest.raises(ValidationError, match=f"8 to 1024 characters; this one has {len(password)}"):
             store.users.sign_up("ann@example.org", password)
-    store.users.sign_up("ann@example.org", "x" * 1024)
+    store.users.sign_up("ann@example.org", hashlib.sha512(b"long").hexdigest() * 8)
     with pytest.raises(ValidationError, match="has an account already"):
         store.users.sign_up("ANN@example.org", "correct horse")
+
+
+@pytest.mark.parametrize(
+    "password, why",
+    [
+        ("ann@example.org", "is the email address"),
+        (" ANN@Example.org", "is the email address"),
+        ("example.org", "a part of it"),
+        ("aaaaaaaaaaaa", "one character again and again"),
+        ("\U0001f980" * 8, "one character again and again"),
+        ("password1", "very common password"),
+        ("abcabcabcabc", "Repeats"),
+        ("e\u0301e\u0301e\u0301e\u0301", "this one has 4"),
+    ],
+)
+def test_a_password_that_is_soon_guessed_is_refused(store: Store, password: str, why: str) -> None:
+    with pytest.raises(ValidationError, match=why) as error:
+        store.users.sign_up("ann@example.org", password)
+    assert password not in str(error.value)
+    ann, _ = store.users.sign_up("ann@example.org", "correct horse")
+    with pytest.raises(ValidationError, match=why):
+        store.users.change_password(ann.id, "correct horse", password)
+
+
+def test_a_password_is_its_text_on_any_keyboard(store: Store) -> None:
+    composed, decomposed = "sch\u00f6nes wetter", "scho\u0308nes wetter"
+    store.users.sign_up("ann@example.org", decomposed)
+    assert store.users.log_in("ann@example.org", composed)
+    assert store.users.log_in("ann@example.org", decomposed)
+    # A hash of an earlier version is of what was typed.
+    with store.database.write() as connection:
+        old = CHEAP.hash(decomposed.encode())
+        connection.exec_driver_sql(
+            f"UPDATE mechanex_users SET password_hash = '{old}' WHERE email IS NOT NULL"
+        )
+    assert store.users.log_in("ann@example.org", decomposed)
+
+
+def test_a_form_of_a_password_costs_the_same_with_an_account_and_without(clock: Clock) -> None:
+    hasher = _Counting(time_cost=1, memory_cost=64, parallelism=1)
+    store = open_store(ServerSettings(), clock=clock, passwords=Passwords(hasher))
+    store.users.sign_up("ann@example.org", "correct horse")
+    counts = []
+    for email in ("ann@example.org", "bob@example.org"):
+        before = hasher.checks
+        with pytest.raises(AuthenticationError):
+            store.users.log_in(email, "scho\u0308nes wetter")
+        counts.append(hasher.checks - before)
+    assert counts[0] == counts[1]
+    store.close()
 
 
 def test_a_password_moves_to_new_costs_at_the_next_log_in(sqlite_store: Store, clock: Clock) -> None:
@@ -252,6 +308,44 @@ def test_a_refresh_token_that_comes_twice_ends_its_session_and_no_other(store: S
     assert store.sessions.refresh(elsewhere.refresh_token)
 
 
+@on_each_database
+def test_a_lost_answer_to_a_refresh_costs_nobody_the_session(store: Store, clock: Clock) -> None:
+    ann, session = store.users.sign_up("ann@example.org", "correct horse")
+    lost = store.sessions.refresh(session.refresh_token)
+    clock.pass_by(GRACE)
+    again = store.sessions.refresh(session.refresh_token)
+    assert store.sessions.account_for(again.access_token) == ann.id
+    newer = store.sessions.refresh(again.refresh_token)  # this is the one that arrived
+    assert store.sessions.account_for(newer.access_token) == ann.id
+    # whoever has the other one isn't its owner
+    with pytest.raises(AuthenticationError, match="used before"):
+        store.sessions.refresh(lost.refresh_token)
+    with pytest.raises(AuthenticationError, match="session has ended"):
+        store.sessions.account_for(newer.access_token)
+
+
+@pytest.mark.parametrize("late", ["after the grace", "after its pair went on"])
+def test_a_refresh_token_that_comes_too_late_ends_its_session(store: Store, clock: Clock, late: str) -> None:
+    _, session = store.users.sign_up("ann@example.org", "correct horse")
+    newest = store.sessions.refresh(session.refresh_token)
+    if late == "after the grace":
+        clock.pass_by(GRACE + 1)
+    else:
+        newest = store.sessions.refresh(newest.refresh_token)
+    with pytest.raises(AuthenticationError, match="used before"):
+        store.sessions.refresh(session.refresh_token)
+    with pytest.raises(AuthenticationError, match="session has ended"):
+        store.sessions.account_for(newest.access_token)
+
+
+def test_a_clock_that_was_wrong_for_a_while_ends_no_session(store: Store, clock: Clock) -> None:
+    _, session = store.users.sign_up("ann@example.org", "correct horse")
+    right, clock.now = clock.now, 0.0
+    session = store.sessions.refresh(session.refresh_token)
+    clock.now = right
+    assert store.sessions.refresh(session.refresh_token)
+
+
 def test_a_refresh_token_ends_after_its_days(store: Store, clock: Clock) -> None:
     _, session = store.users.sign_up("ann@example.org", "correct horse")
     clock.pass_by(30 * DAY)
@@ -267,38 +361,51 @@ def test_a_refresh_token_ends_after_its_days(store: Store, clock: Clock) -> None
 def test_a_key_is_shown_once_and_works_until_it_is_deleted(store: Store, clock: Clock) -> None:
     ann, _ = store.users.sign_up("ann@example.org", "correct horse")
     bob, _ = store.users.sign_up("bob@example.org", "correct horse")
-    key = store.keys.create(ann.id, "laptop")
+    key, _ = store.keys.create(ann.id, "laptop")
     clock.pass_by(1)
     store.keys.create(ann.id, "laptop")
     (listed, _) = store.keys.all(ann.id)
     assert listed.name == "laptop" and listed.last_used is None
     assert listed.key == f"{key[:8]}…"
-    assert store.keys.account_for(key) == ann.id
+    assert store.keys.opened_by(key) == KeyHolder(ann.id, None)
     assert store.keys.all(ann.id)[0].last_used == clock.now
     assert store.keys.all(bob.id) == []
     for account, key_id in ((bob.id, listed.id), (ann.id, "f" * 32), (ann.id, "\x00"), (ann.id, "\ud800")):
         with pytest.raises(NotFoundError, match="no API key of this account"):
             store.keys.delete(account, key_id)
-    assert store.keys.account_for(key) == ann.id
+    assert store.keys.opened_by(key) == KeyHolder(ann.id, None)
     store.keys.delete(ann.id, listed.id)
-    assert store.keys.account_for(key) is None
+    assert store.keys.opened_by(key) is None
     for other in ("", "mx-", key[:-1], key + "x", key.upper(), f" {key}", "mx-\ud800"):
-        assert store.keys.account_for(other) is None
+        assert store.keys.opened_by(other) is None
+
+
+@on_each_database
+def test_a_key_may_do_what_it_was_made_for_until_it_ends(store: Store, clock: Clock) -> None:
+    ann, _ = store.users.sign_up("ann@example.org", "correct horse")
+    key, made = store.keys.create(ann.id, "robot", scopes=["generate", "vectors", "generate"], lifetime=DAY)
+    assert (made.scopes, made.expires_at) == (("generate", "vectors"), clock.now + DAY)
+    assert store.keys.all(ann.id) == [made] and key.startswith(made.key[:-1])
+    clock.pass_by(DAY - 1)
+    assert store.keys.opened_by(key) == KeyHolder(ann.id, ("generate", "vectors"))
+    clock.pass_by(1)
+    with pytest.raises(KeyExpiredError, match="has expired: log in and make another"):
+        store.keys.opened_by(key)
 
 
 def test_the_last_use_is_noted_once_a_minute(store: Store, clock: Clock) -> None:
     ann, _ = store.users.sign_up("ann@example.org", "correct horse")
-    key = store.keys.create(ann.id, "laptop")
+    key, _ = store.keys.create(ann.id, "laptop")
     first = clock.now
     for step, noted in ((0, first), (59, first), (1, first + 60)):
         clock.pass_by(step)
-        store.keys.account_for(key)
+        store.keys.opened_by(key)
         assert store.keys.all(ann.id)[0].last_used == noted
 
 
 def test_the_database_holds_no_secret_that_opens_anything(sqlite_store: Store, mechanex_home: Path) -> None:
     ann, session = sqlite_store.users.sign_up("ann@example.org", "correct horse battery")
-    key = sqlite_store.keys.create(ann.id, "laptop")
+    key, _ = sqlite_store.keys.create(ann.id, "laptop")
     newer = sqlite_store.sessions.refresh(session.refresh_token)
     held = b"".join(path.read_bytes() for path in mechanex_home.glob("server.sqlite*"))
     assert b"ann@example.org" in held and b"$argon2id$" in held
@@ -550,6 +657,10 @@ def test_another_schema_version_is_refused_and_left_alone(
     file = mechanex_home / "server.sqlite"
     with sqlite3.connect(file) as connection:
         connection.execute("UPDATE mechanex_schema SET version = ?", (version,))
+        if version < OLDEST_VERSION:
+            connection.execute("DROP TABLE mechanex_alembic")
+        else:
+            connection.execute("UPDATE mechanex_alembic SET version_num = ?", (str(version),))
     with pytest.raises(
         StorageError,
         match=f"schema version {version}, and this version .* reads {OLDEST_VERSION} to {VERSION}: .*{way}",
@@ -560,35 +671,83 @@ def test_another_schema_version_is_refused_and_left_alone(
         assert connection.execute("SELECT count(*) FROM mechanex_users").fetchone() == (2,)
 
 
+def made_by(version: int, database: str | None, home: Path) -> None:
+    """Makes the database that a server of this schema version left behind; see ``databases``."""
+    kind = "sqlite" if database is None else "postgresql"
+    text = (Path(__file__).parent / "databases" / f"version_4.{kind}.sql").read_text()
+    if version < 4:
+        text += "ALTER TABLE mechanex_behaviors DROP COLUMN watched;\n"
+    if version < 3:
+        text += "DROP INDEX mechanex_refresh_tokens_access;\n"
+        text += "ALTER TABLE mechanex_refresh_tokens DROP COLUMN access_hash;\n"
+        text += "ALTER TABLE mechanex_refresh_tokens DROP COLUMN access_expires_at;\n"
+    text += f"UPDATE mechanex_schema SET version = {version};\n"
+    home.mkdir(exist_ok=True)
+    if database is None:
+        with sqlite3.connect(home / "server.sqlite") as connection:
+            connection.executescript(text)
+        connection.close()
+        return
+    engine = create_engine(database)
+    with engine.begin() as made:
+        made.exec_driver_sql(text)
+    engine.dispose()
+
+
 @pytest.mark.parametrize("version", range(OLDEST_VERSION, VERSION))
 @on_each_database
 def test_a_database_of_an_earlier_version_goes_on_with_what_it_holds(
-    database: str | None, clock: Clock, version: int
+    database: str | None, mechanex_home: Path, version: int
 ) -> None:
-    store = opened(database, clock)
-    ann, session = store.users.sign_up("ann@example.org", "correct horse")
-    key = store.keys.create(ann.id, "laptop")
-    vector_id = store.library.add_vector(ann.id, VECTOR)
-    made = store.library.add_behavior(ann.id, "kind", "", {"prompts": ["a"]}, vector_id)
-    with store.database.write() as connection:
-        connection.exec_driver_sql("ALTER TABLE mechanex_behaviors DROP COLUMN watched")
-        if version == 2:
-            connection.exec_driver_sql("DROP INDEX mechanex_refresh_tokens_access")
-            for column in ("access_hash", "access_expires_at"):
-                connection.exec_driver_sql(f"ALTER TABLE mechanex_refresh_tokens DROP COLUMN {column}")
-        connection.exec_driver_sql(f"UPDATE mechanex_schema SET version = {version}")
-    store.close()
+    made_by(version, database, mechanex_home)
+    files = mechanex_home / "server" / "vectors"
+    files.mkdir(parents=True)
+    VECTOR.save(files / f"{'e' * 32}.safetensors")
     with ThreadPoolExecutor(4) as pool:  # several servers that share it start together
-        again, *others = list(pool.map(lambda _: opened(database, clock), range(4)))
+        again, *others = list(pool.map(lambda _: opened(database), range(4)))
     for other in others:
         other.close()
-    assert again.keys.account_for(key) == ann.id and again.library.vector(ann.id, vector_id) == VECTOR
-    assert again.library.behaviors(ann.id) == [made] and again.library.watched(ann.id, "kind") is None
-    newer = again.sessions.refresh(session.refresh_token)
-    assert again.sessions.account_for(newer.access_token) == ann.id
-    assert again.users.log_in("ann@example.org", "correct horse")
+    ann = "a" * 32
+    assert (
+        again.keys.opened_by("mx-today") == KeyHolder(ann, None) and again.keys.all(ann)[0].name == "laptop"
+    )
+    assert again.library.vector(ann, "e" * 32) == VECTOR
+    (kept,) = again.library.behaviors(ann)
+    assert (kept.behavior_name, kept.steering_vector_id, kept.n_examples) == ("calm", "e" * 32, 1)
+    assert again.library.watched(ann, "calm") is None
+    newer = again.sessions.refresh("mxr-today")
+    assert again.sessions.account_for(newer.access_token) == ann
+    assert version < 3 or again.sessions.account_for("mxa-today") == ann
+    assert again.users.log_in("ann@example.org", "correct horse battery")
+    assert _differences(again.database) == []
     again.close()
-    opened(database, clock).close()
+    opened(database).close()
+
+
+@on_each_database
+def test_the_migrations_of_a_new_database_make_the_tables_as_they_are_described(store: Store) -> None:
+    assert _differences(store.database) == []
+
+
+def _differences(database: Database) -> list[Any]:
+    with database.read() as connection:
+        context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
+        return list(compare_metadata(context, metadata))
+
+
+def test_a_migration_that_fails_changes_nothing(mechanex_home: Path) -> None:
+    made_by(4, None, mechanex_home)
+    file = mechanex_home / "server.sqlite"
+    with sqlite3.connect(file) as connection:  # the last column that the step adds is there
+        connection.execute("ALTER TABLE mechanex_behaviors ADD COLUMN n_bytes BIGINT")
+        before = list(connection.execute("SELECT sql FROM sqlite_master ORDER BY name"))
+    connection.close()
+    with pytest.raises(StorageError, match="duplicate column name"):
+        opened()
+    with sqlite3.connect(file) as connection:
+        assert list(connection.execute("SELECT sql FROM sqlite_master ORDER BY name")) == before
+        assert list(connection.execute("SELECT version FROM mechanex_schema")) == [(4,)]
+    connection.close()
 
 
 @pytest.mark.ci
@@ -669,7 +828,7 @@ def test_writing_while_another_process_holds_the_database_waits_or_says_so(
         impatient.keys.create(ann.id, "laptop")
     assert impatient.users.get(ann.id) == ann  # readers don't wait for a writer
     other.execute("COMMIT")
-    assert impatient.keys.account_for(impatient.keys.create(ann.id, "laptop")) == ann.id
+    assert impatient.keys.opened_by(impatient.keys.create(ann.id, "laptop")[0]) == KeyHolder(ann.id, None)
     other.close()
     impatient.close()
 
@@ -727,7 +886,7 @@ def test_eight_threads_refresh_and_make_keys(store: Store) -> None:
         keys = set()
         for _ in range(10):
             session = store.sessions.refresh(session.refresh_token)
-            keys.add(store.keys.create(account.id, "k"))
+            keys.add(store.keys.create(account.id, "k")[0])
             assert store.sessions.account_for(session.access_token) == account.id
         return account.id, keys
 
@@ -735,24 +894,25 @@ def test_eight_threads_refresh_and_make_keys(store: Store) -> None:
         results = list(pool.map(work, range(8)))
     for account_id, keys in results:
         assert len(store.keys.all(account_id)) == 10
-        assert {store.keys.account_for(key) for key in keys} == {account_id}
+        assert {store.keys.opened_by(key) for key in keys} == {KeyHolder(account_id, None)}
 
 
 @on_each_database
-def test_of_eight_threads_with_one_refresh_token_at_most_one_gets_another(store: Store) -> None:
+def test_of_eight_threads_with_one_refresh_token_one_goes_on(store: Store) -> None:
     account, session = store.users.sign_up("ann@example.org", "correct horse")
     barrier = threading.Barrier(8)
 
-    def work(_: int) -> bool:
+    def work(given: Session) -> Session | None:
         barrier.wait()
         try:
-            store.sessions.refresh(session.refresh_token)
+            return store.sessions.refresh(given.refresh_token)
         except AuthenticationError:
-            return False
-        return True
+            return None
 
     with ThreadPoolExecutor(8) as pool:
-        assert sum(pool.map(work, range(8))) == 1
+        pairs = list(pool.map(work, [session] * 8))  # as if seven answers were lost
+        assert None not in pairs and len({pair.refresh_token for pair in pairs if pair}) == 8
+        assert sum(one is not None for one in pool.map(work, [pair for pair in pairs if pair])) == 1
     with pytest.raises(AuthenticationError, match="session has ended"):
         store.sessions.account_for(session.access_token)
     assert store.users.get(account.id) == account

@@ -87,17 +87,24 @@ def run_list_api_keys(client: Mechanex | None, as_json: bool) -> None:
     if not keys:
         click.echo("There are no API keys. To make one: mechanex create-api-key")
         return
-    _print_table(keys, ("name", "key", "created_at", "last_used", "id"))
+    _print_table(keys, ("name", "key", "scopes", "created_at", "expires_at", "last_used", "id"))
 
 
-def run_create_api_key(client: Mechanex | None, name: str, save: bool, as_json: bool) -> None:
+def run_create_api_key(
+    client: Mechanex | None,
+    name: str,
+    save: bool,
+    as_json: bool,
+    scopes: Sequence[str] = (),
+    expires_days: float | None = None,
+) -> None:
     """Makes a key and prints it: alone on stdout, so that it can be piped.
 
     Raises:
         MechanexError: whatever the server objects to; after the key is printed, that it can't be stored.
     """
     client = client or Mechanex()
-    made = client.create_api_key(name)
+    made = client.create_api_key(name, scopes=scopes or None, expires_days=expires_days)
     click.echo(f"A new API key, {name!r}, which is shown this once.", err=True)
     if as_json:
         echo_json(made)
@@ -196,4 +203,6 @@ def _mind_the_environment() -> None:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return ", ".join(value)
     return "" if value is None else value if isinstance(value, str) else json_text(value)

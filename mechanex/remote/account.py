@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 from ..errors import AuthenticationError, MechanexError, ValidationError
@@ -188,16 +189,29 @@ class AccountCalls:
         return self
 
     def list_api_keys(self) -> list[dict[str, Any]]:
-        """List API keys for the current user: ``id``, ``name``, ``created_at``, ``last_used``."""
+        """List API keys for the current user: ``id``, ``name``, ``created_at``, ``last_used``.
+
+        A server of this version tells ``expires_at`` and ``scopes`` too; None is no end, and all that a key may do.
+        """
         self.require_remote("list_api_keys")
         keys = listed(self.transport.get("/auth/api-keys"), "list_api_keys", "keys")
         return [object_of(key, "list_api_keys") for key in keys]
 
-    def create_api_key(self, name: str = "Default Key", *, persist: bool = False) -> dict[str, Any]:
-        """Create a new API key for the current user.
+    def create_api_key(
+        self,
+        name: str = "Default Key",
+        *,
+        persist: bool = False,
+        scopes: Sequence[str] | None = None,
+        expires_days: float | None = None,
+    ) -> dict[str, Any]:
+        """Create a new API key for the current user, on a server of one's own by a log-in, not by another key.
 
         Args:
             name: for people.
+            scopes: what it may do, of ``"generate"`` (have text written), ``"vectors"`` (make and delete vectors and
+                behaviors) and ``"admin"`` (look after the account); None for all of it. For a server of one's own.
+            expires_days: days until it ends; None for no end. For a server of one's own.
             persist: use the key from now on, and keep it in the file of stored credentials; where that can't be
                 written, a warning says so.
 
@@ -205,12 +219,17 @@ class AccountCalls:
             The server's answer, with the key, which no later call shows, under ``key``.
 
         Raises:
-            ValidationError: an empty name.
+            ValidationError: an empty name, a scope that the server doesn't know, or days that aren't above 0.
+            AuthenticationError: only an API key is known, and the server takes a log-in.
         """
         if not isinstance(name, str) or not name.strip():
             raise ValidationError(f"the name of an API key is a text that isn't empty; got {name!r}.")
+        if isinstance(scopes, str):
+            raise ValidationError(f"scopes is a list of names; got the text {scopes!r}.")
         self.require_remote("create_api_key")
-        answer = self.transport.post("/auth/api-keys", {"name": name}, timeout=TIMEOUT)
+        asked = {"scopes": None if scopes is None else list(scopes), "expires_days": expires_days}
+        body = {"name": name} | {name: value for name, value in asked.items() if value is not None}
+        answer = self.transport.post("/auth/api-keys", body, timeout=TIMEOUT)
         given = object_of(answer, "create_api_key")
         # An answer of another shape may hold the key elsewhere: an error must not carry it.
         key = field({"key": given.get("key") or given.get("api_key")}, "create_api_key", str, "key")

@@ -75,7 +75,7 @@ def json_of(answer: Answer, secrets: tuple[str, ...] = ()) -> Any:
     if not answer.body.strip():
         return None
     try:
-        return json.loads(answer.body)
+        return json.loads(answer.body, parse_constant=_refused)
     except (ValueError, RecursionError) as error:
         problem = (
             f"{error.msg} at character {error.pos}"
@@ -91,11 +91,15 @@ def json_of(answer: Answer, secrets: tuple[str, ...] = ()) -> Any:
     )
 
 
+def _refused(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number in JSON")
+
+
 def error_of(answer: Answer, secrets: tuple[str, ...] = ()) -> MechanexError:
     """The exception for an answer that isn't a success; ``secrets`` that it quotes are masked."""
     details: Any
     try:
-        details = json.loads(answer.body)
+        details = json.loads(answer.body, parse_constant=_refused)
     except (ValueError, RecursionError):
         details = answer.body.decode("utf-8", "replace") or None
     # Before anything is cut: half a key is a secret too.

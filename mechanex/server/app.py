@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -14,8 +13,9 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from .. import __version__
-from ..errors import AuthenticationError, MechanexError, ValidationError
-from .accounts.auth import OPEN_PATHS, WRONG_KEYS_PER_MINUTE, AuthenticationMiddleware, Principal, principal
+from ..errors import MechanexError, ValidationError
+from .accounts.auth import OPEN_PATHS, WRONG_KEYS_PER_MINUTE, AuthenticationMiddleware
+from .accounts.scopes import permitted
 from .accounts.store import StorageError, open_store
 from .axionic.guards import Guards
 from .axionic.routes import axionic_router
@@ -23,7 +23,9 @@ from .http.errors import add_handlers
 from .http.limits import RateLimit
 from .http.middleware import RequestMiddleware
 from .model.engine import ServingEngine
+from .openai.embeddings import embeddings_router
 from .openai.routes import openai_router
+from .openai.tokens import tokens_router
 from .page.files import PAGE_PATHS
 from .page.routes import page_router
 from .settings import ServerSettings
@@ -34,9 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["create_app"]
 
-_logger = logging.getLogger(__name__)
 
-_SHORT_KEY = 16
 _CREDENTIALS_BYTES = 8 * 2**10  # what anyone may send
 
 
@@ -72,8 +72,6 @@ def create_app(
             f"a server at {settings.host} is reached by other machines and needs a key: set MECHANEX_SERVER_KEY or "
             "key=…, or bind 127.0.0.1."
         )
-    if key is not None and len(key) < _SHORT_KEY:
-        _logger.warning("the server's key has %d characters: take %d or more", len(key), _SHORT_KEY)
     try:
         store = open_store(settings)
     except StorageError as error:
@@ -102,17 +100,21 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
+        dependencies=[Depends(permitted)],
     )
     app.state.settings, app.state.engine, app.state.store = settings, engine, store
     app.state.server_key, app.state.started = key, time.time()
     app.state.wrong_keys = RateLimit("wrong keys from this address", WRONG_KEYS_PER_MINUTE)
     app.state.guards = Guards(settings)
+    app.state.open_paths = OPEN_PATHS | PAGE_PATHS
     add_handlers(app)
     app.include_router(openai_router())
+    app.include_router(embeddings_router())
+    app.include_router(tokens_router())
     app.include_router(axionic_router())
     app.include_router(page_router())
     _add_operation(app)
-    app.add_middleware(AuthenticationMiddleware, open_paths=OPEN_PATHS | PAGE_PATHS)
+    app.add_middleware(AuthenticationMiddleware, open_paths=app.state.open_paths)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -136,6 +138,11 @@ def _add_operation(app: FastAPI) -> None:
         """Whether the process answers."""
         return {"status": "ok", "version": __version__}
 
+    @app.get("/version", tags=["operation"])
+    async def version() -> dict[str, str]:
+        """The library's version."""
+        return {"version": __version__}
+
     @app.get("/ready", tags=["operation"], responses={503: {"description": "Not yet, or no longer."}})
     async def ready(request: Request) -> Response:
         """Whether requests for text are taken."""
@@ -144,10 +151,8 @@ def _add_operation(app: FastAPI) -> None:
         return JSONResponse(body, status_code=200 if is_ready else 503)
 
     @app.get("/metrics", tags=["operation"], response_class=Response)
-    async def metrics(request: Request, who: Annotated[Principal, Depends(principal)]) -> Response:
+    async def metrics(request: Request) -> Response:
         """Counters in Prometheus' text format: of all clients, and so for the operator."""
-        if who.account_id is not None:
-            raise AuthenticationError("The metrics are the operator's: send the server's key.", 403)
         return Response(request.app.state.engine.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/openapi.json", include_in_schema=False)

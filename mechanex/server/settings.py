@@ -15,6 +15,7 @@ from ..errors import ValidationError
 __all__ = ["ServerSettings"]
 
 KEY_VARIABLE = "MECHANEX_SERVER_KEY"
+_LEAST_KEY = 16
 
 
 @dataclass(frozen=True)
@@ -154,12 +155,20 @@ class ServerSettings:
         """The key that opens the whole server: ``key``, or ``MECHANEX_SERVER_KEY``, or None; spaces around it go.
 
         Raises:
-            ValidationError: the variable holds what is no key.
+            ValidationError: the variable holds what is no key, or one that could be guessed from other machines.
         """
-        if self.key is not None:
-            return _checked_key(self.key)
-        given = (os.environ if environ is None else environ).get(KEY_VARIABLE)
-        return _checked_key(given) if given else None
+        key = self.key
+        if key is None:
+            key = (os.environ if environ is None else environ).get(KEY_VARIABLE) or None
+        if key is None:
+            return None
+        key = _checked_key(key)
+        if len(key) < _LEAST_KEY and not self.is_loopback:
+            raise ValidationError(
+                f"the server's key has {len(key)} characters, and on an address that others reach it needs "
+                f"{_LEAST_KEY}: python -c 'import secrets; print(secrets.token_urlsafe(32))' makes one."
+            )
+        return key
 
 
 def _checked_key(key: object) -> str:

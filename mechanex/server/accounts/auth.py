@@ -8,7 +8,6 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -17,6 +16,8 @@ from ...errors import AuthenticationError, MechanexError
 from ..http.errors import answer_to
 from ..http.limits import RateLimit, client_address
 from ..http.middleware import discard
+from ..library.threads import look_up
+from .api_keys import KeyExpiredError
 from .sessions import SESSION_ENDED, is_access_token
 from .store import Store, store_of
 
@@ -50,10 +51,12 @@ class Principal:
         kind: ``"server"`` (the server's key), ``"account"`` (an account's API key), ``"token"`` (an account's
             access token), or ``"open"`` (a server that only this machine can reach and that was given no key; any
             key or none).
+        scopes: what an API key may do; None for all that its kind may.
     """
 
     account_id: str | None
     kind: Literal["server", "account", "token", "open"]
+    scopes: tuple[str, ...] | None = None
 
 
 class AuthenticationMiddleware:
@@ -95,7 +98,7 @@ async def principal(request: Request) -> Principal:
 
     Raises:
         AuthenticationError: no valid credential where one is needed, or anywhere an access token that is none any
-            more (so that a client refreshes it instead of losing sight of its account).
+            more (so that a client refreshes it instead of losing sight of its account), or an API key that has expired.
         RateLimitError: too many wrong keys came from this address.
     """
     known: Principal | None = getattr(request.state, "principal", None)
@@ -112,10 +115,17 @@ async def principal(request: Request) -> Principal:
     for text in given:
         if key is not None and hmac.compare_digest(text.encode(), key.encode()):
             return Principal(None, "server")
+    expired: AuthenticationError | None = None
     for text in given:
-        found = await run_in_threadpool(_account, store_of(request), text)
+        try:
+            found = await look_up(_account, store_of(request), text)
+        except KeyExpiredError as error:  # beside it there may be a token that is good
+            expired = error
+            continue
         if found is not None:
             return found
+    if expired is not None:
+        raise expired
     ended = any(map(is_access_token, given))
     if opened and not ended:
         return Principal(None, "open")
@@ -150,9 +160,9 @@ def _credentials(request: Request) -> list[str]:
 
 
 def _account(store: Store, text: str) -> Principal | None:
-    account = store.keys.account_for(text)
-    if account is not None:
-        return Principal(account, "account")
+    key = store.keys.opened_by(text)
+    if key is not None:
+        return Principal(key.account_id, "account", key.scopes)
     account = store.sessions.account_for(text)
     return None if account is None else Principal(account, "token")
 

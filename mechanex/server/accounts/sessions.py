@@ -14,9 +14,12 @@ from ..library.database import Database
 from ..library.schema import is_id, new_id, session_tokens, sessions
 from .api_keys import hash_of
 
-__all__ = ["SESSION_ENDED", "OpenSession", "Session", "Sessions", "is_access_token"]
+__all__ = ["GRACE", "SESSION_ENDED", "OpenSession", "Session", "Sessions", "is_access_token"]
 
 _logger = logging.getLogger(__name__)
+
+GRACE = 30.0
+"""Seconds in which a refresh token whose answer was lost may be sent again."""
 
 SESSION_ENDED = "The access token's session has ended: log in again."
 
@@ -71,13 +74,16 @@ class Sessions:
         connection.execute(
             insert(sessions).values(id=session_id, user_id=account_id, created_at=now, expires_at=now)
         )
-        return self._next_pair(connection, session_id, now)
+        return self._next_pair(connection, session_id, now, None)
 
     def refresh(self, refresh_token: str) -> Session:
         """Exchanges a refresh token for another pair.
 
         A token works once. One that comes a second time was copied: its whole session ends, for whoever has
-        the newer ones too (RFC 9700, section 4.14.2).
+        the newer ones too (RFC 9700, section 4.14.2). But an answer may have been lost: for ``GRACE`` seconds after
+        its first use, and only as long as no pair that was given for it has been used to go on, a token gives one
+        more pair. Of pairs that were given for one token the first that goes on is the session's: where another
+        does too, two have the session, and it ends.
 
         Raises:
             AuthenticationError: unknown, expired, used before, or of a session that has ended.
@@ -85,21 +91,44 @@ class Sessions:
         now, hashed = self._clock(), hash_of(refresh_token)
         with self._database.write() as connection:
             row = connection.execute(
-                select(sessions.c.id, sessions.c.expires_at, sessions.c.revoked_at)
+                select(
+                    sessions.c.id,
+                    sessions.c.expires_at,
+                    sessions.c.revoked_at,
+                    session_tokens.c.parent_hash,
+                )
                 .join(session_tokens, session_tokens.c.session_id == sessions.c.id)
                 .where(session_tokens.c.token_hash == hashed)
+                .with_for_update()  # of two that come at once one sees what the other has done
             ).first()
             if row is not None and row.revoked_at is None and row.expires_at > now:
-                taken = connection.execute(
-                    update(session_tokens)
-                    .where(session_tokens.c.token_hash == hashed, session_tokens.c.used_at.is_(None))
-                    .values(used_at=now)
-                )
-                if taken.rowcount == 1:
-                    return self._next_pair(connection, row.id, now)
+                if self._takes(connection, hashed, row.parent_hash, now):
+                    return self._next_pair(connection, row.id, now, hashed)
                 connection.execute(update(sessions).where(sessions.c.id == row.id).values(revoked_at=now))
                 _logger.warning("session %s ended: one of its refresh tokens came back after its use", row.id)
         raise AuthenticationError("The refresh token is not valid, or was used before: log in again.", 401)
+
+    def _takes(self, connection: Connection, hashed: str, parent: str | None, now: float) -> bool:
+        """Whether a refresh token may still give a pair; notes its use."""
+        used = session_tokens.c.used_at
+        first = connection.execute(
+            update(session_tokens)
+            .where(session_tokens.c.token_hash == hashed, used.is_(None))
+            .values(used_at=now)
+        )
+        if first.rowcount == 1:  # then no other pair that was given for the same token may have gone on
+            given_for = parent
+        else:
+            since = connection.scalar(select(used).where(session_tokens.c.token_hash == hashed))
+            if since is None or abs(now - since) > GRACE:
+                return False
+            given_for = hashed
+        went_on = select(session_tokens.c.token_hash).where(
+            session_tokens.c.parent_hash == given_for,
+            session_tokens.c.token_hash != hashed,
+            used.is_not(None),
+        )
+        return given_for is None or connection.execute(went_on).first() is None
 
     def all(self, account_id: str) -> list[OpenSession]:
         """The account's sessions that haven't ended, oldest first."""
@@ -172,12 +201,19 @@ class Sessions:
             raise AuthenticationError(SESSION_ENDED, 401)
         return str(row.user_id)
 
-    def _next_pair(self, connection: Connection, session_id: str, now: float) -> Session:
+    def _next_pair(
+        self, connection: Connection, session_id: str, now: float, given_for: str | None
+    ) -> Session:
         pair = Session(
             f"{_ACCESS_MARK}{secrets.token_urlsafe(32)}", f"{_REFRESH_MARK}{secrets.token_urlsafe(32)}"
         )
         expires_at = now + self._refresh_lifetime
-        connection.execute(update(sessions).where(sessions.c.id == session_id).values(expires_at=expires_at))
+        # A clock that was wrong for a while and went back must not shorten what was promised.
+        connection.execute(
+            update(sessions)
+            .where(sessions.c.id == session_id, sessions.c.expires_at < expires_at)
+            .values(expires_at=expires_at)
+        )
         # A session may live for years; what was used a whole lifetime ago needn't be told from nonsense.
         connection.execute(
             delete(session_tokens).where(
@@ -191,6 +227,7 @@ class Sessions:
                 access_hash=hash_of(pair.access_token),
                 access_expires_at=now + self.access_lifetime,
                 session_id=session_id,
+                parent_hash=given_for,
             )
         )
         return pair

@@ -41,6 +41,7 @@ class Store:
 
     def close(self) -> None:
         """Lets go of the database."""
+        self.keys.close()
         self.database.close()
 
 
@@ -75,18 +76,20 @@ def open_store(
     sessions = Sessions(
         database, settings.access_token_minutes * 60, settings.refresh_token_days * 86_400, clock
     )
+    library = Library(
+        database,
+        VectorFiles(folder / "vectors"),
+        BehaviorFiles(folder / "behaviors"),
+        clock,
+        settings.max_vectors,
+    )
+    library.collect()
     return Store(
         database,
         Users(database, passwords or Passwords(), sessions, clock),
         sessions,
         ApiKeys(database, clock),
-        Library(
-            database,
-            VectorFiles(folder / "vectors"),
-            BehaviorFiles(folder / "behaviors"),
-            clock,
-            settings.max_vectors,
-        ),
+        library,
     )
 
 

@@ -7,13 +7,13 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from ...errors import AuthenticationError, NotFoundError, ValidationError
 from ..library.database import Database
 from ..library.schema import SHARED_ACCOUNT, new_id, users
-from .passwords import LONGEST_PASSWORD, SHORTEST_PASSWORD, Passwords
+from .passwords import LONGEST_PASSWORD, Passwords, check_password
 from .sessions import Session, Sessions
 
 __all__ = ["User", "Users", "normalized"]
@@ -53,24 +53,42 @@ class Users:
         """Makes an account and logs it in.
 
         Raises:
-            ValidationError: no email address, one that has an account, or a password too short or too long.
+            ValidationError: no email address, one that has an account, or a password that ``check_password`` refuses.
         """
+        user, hashed = self._newcomer(email, password)
+        try:
+            with self._database.write() as connection:
+                _insert(connection, user, hashed)
+                return user, self._sessions.begin(connection, user.id)
+        except IntegrityError as error:
+            raise ValidationError(f"{user.email} has an account already: log in.") from error
+
+    def sign_up_unseen(self, email: str, password: str) -> str:
+        """Makes an account where the address has none, and tells nobody which of them it was, nor by its time.
+
+        Returns:
+            The address as it is kept.
+
+        Raises:
+            ValidationError: no email address, or a password that ``check_password`` refuses.
+        """
+        user, hashed = self._newcomer(email, password)
+        same = update(users).where(users.c.email == user.email).values(email=user.email)
+        try:
+            with self._database.write() as connection:
+                _insert(connection, user, hashed)
+        except IntegrityError:
+            with self._database.write() as connection:  # waits for the disk as the other does
+                connection.execute(same)
+        return str(user.email)
+
+    def _newcomer(self, email: str, password: str) -> tuple[User, str]:
+        """An account that isn't kept yet, and its password's hash."""
         address = normalized(email)
         if not _is_address(address):
             raise ValidationError(f"{email[:100]!r} is no email address: write name@example.org.")
-        _check_password(password)
-        user = User(new_id(), address, None, self._clock())
-        hashed = self._passwords.hash(password)
-        try:
-            with self._database.write() as connection:
-                connection.execute(
-                    insert(users).values(
-                        id=user.id, email=address, password_hash=hashed, created_at=user.created_at
-                    )
-                )
-                return user, self._sessions.begin(connection, user.id)
-        except IntegrityError as error:
-            raise ValidationError(f"{address} has an account already: log in.") from error
+        check_password(password, address)
+        return User(new_id(), address, None, self._clock()), self._passwords.hash(password)
 
     def log_in(self, email: str, password: str) -> Session:
         """Begins a session.
@@ -100,9 +118,9 @@ class Users:
 
         Raises:
             AuthenticationError: the password is wrong.
-            ValidationError: the new one is too short or too long.
+            ValidationError: ``check_password`` refuses the new one.
         """
-        _check_password(new)
+        check_password(new, self.get(account_id).email or "")
         self.check_password(account_id, password)
         hashed = self._passwords.hash(new)
         with self._database.write() as connection:
@@ -147,11 +165,10 @@ def normalized(email: str) -> str:
     return unicodedata.normalize("NFC", email).strip().lower()
 
 
-def _check_password(password: str) -> None:
-    if not SHORTEST_PASSWORD <= len(password) <= LONGEST_PASSWORD:
-        raise ValidationError(
-            f"a password has {SHORTEST_PASSWORD} to {LONGEST_PASSWORD} characters; this one has {len(password)}."
-        )
+def _insert(connection: Connection, user: User, hashed: str) -> None:
+    connection.execute(
+        insert(users).values(id=user.id, email=user.email, password_hash=hashed, created_at=user.created_at)
+    )
 
 
 def _is_address(text: str) -> bool:

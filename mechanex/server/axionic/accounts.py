@@ -6,16 +6,16 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Annotated, Any
 
-from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Request, Response
 
 from ...errors import AuthenticationError, NotFoundError
-from ..accounts.auth import Principal, bearer_of, is_open, principal
+from ..accounts.auth import Principal, is_open, principal
 from ..accounts.sessions import Session
 from ..accounts.store import store_of
 from ..accounts.users import normalized
 from ..http.limits import client_address
 from ..library.kept import KeptBehavior
+from ..library.threads import run_sync
 from .bodies import KeyBody, LoginBody, ModelBody, NewPasswordBody, PasswordBody, RefreshBody
 from .guards import CountedRoute, guards_of
 
@@ -34,32 +34,42 @@ async def _account(who: Annotated[Principal, Depends(principal)]) -> str:
 AccountId = Annotated[str, Depends(_account)]
 
 
-async def _logged_in(request: Request, account: AccountId) -> str:
-    token = bearer_of(request)  # beside it there may be an API key, which names the account too
-    if token is None or await run_sync(store_of(request).sessions.account_for, token) != account:
-        raise AuthenticationError("This call takes an access token, of a log-in with the password.", 403)
-    return account
+async def _is_stranger(request: Request) -> bool:
+    """Whether who signs up may be anybody.
 
-
-async def _newcomer(request: Request) -> None:
-    settings = request.app.state.settings
-    if is_open(request) or settings.open_signup:
-        return
-    if (await principal(request)).kind != "server":
+    Raises:
+        AuthenticationError: they may be, and the server isn't open to them.
+    """
+    if is_open(request):
+        return False
+    opened: bool = request.app.state.settings.open_signup
+    try:
+        known = (await principal(request)).kind == "server"
+    except AuthenticationError:
+        if not opened:
+            raise
+        known = False
+    if not known and not opened:
         raise AuthenticationError("To sign up here, send the server's key: ask its operator for it.", 403)
+    return not known
 
-
-LoggedIn = Annotated[str, Depends(_logged_in)]
-"""The account of an access token: its API keys, which lie in programs, can't end it or lock out its owner."""
 
 router = APIRouter(prefix="/auth", tags=["accounts"], route_class=CountedRoute)
 
 
-@router.post("/signup", dependencies=[Depends(_newcomer)])
-async def sign_up(body: LoginBody, request: Request) -> dict[str, Any]:
-    """Makes an account and logs it in."""
-    users = store_of(request).users
-    user, session = await guards_of(request).hashing(lambda: users.sign_up(body.email, body.password))
+@router.post("/signup")
+async def sign_up(
+    body: LoginBody, request: Request, stranger: Annotated[bool, Depends(_is_stranger)]
+) -> dict[str, Any]:
+    """Makes an account and logs it in.
+
+    Strangers get one answer, without a session, whether their address has an account already or not.
+    """
+    users, guards = store_of(request).users, guards_of(request)
+    if stranger:
+        address = await guards.hashing(lambda: users.sign_up_unseen(body.email, body.password))
+        return {"session": None, "user": {"email": address}}
+    user, session = await guards.hashing(lambda: users.sign_up(body.email, body.password))
     return {"session": _session(request, session), "user": shown(user)}
 
 
@@ -93,13 +103,13 @@ async def sessions(request: Request, account: AccountId) -> dict[str, Any]:
 
 
 @router.delete("/sessions/{session_id:path}", status_code=204, response_class=Response)
-async def end_session(session_id: str, request: Request, account: LoggedIn) -> None:
+async def end_session(session_id: str, request: Request, account: AccountId) -> None:
     """Ends a session at once."""
     await run_sync(store_of(request).sessions.end, account, session_id)
 
 
 @router.post("/password")
-async def change_password(body: NewPasswordBody, request: Request, account: LoggedIn) -> dict[str, Any]:
+async def change_password(body: NewPasswordBody, request: Request, account: AccountId) -> dict[str, Any]:
     """Changes the password, ends all sessions and begins one."""
     users, guards = store_of(request).users, guards_of(request)
     with guards.logging_in(_address(request), account):
@@ -110,7 +120,7 @@ async def change_password(body: NewPasswordBody, request: Request, account: Logg
 
 
 @router.post("/delete-account", status_code=204, response_class=Response)
-async def delete_account(body: PasswordBody, request: Request, account: LoggedIn) -> None:
+async def delete_account(body: PasswordBody, request: Request, account: AccountId) -> None:
     """Deletes the account with everything that it has made: vectors, behaviors, keys, sessions."""
     store, guards = store_of(request), guards_of(request)
     with guards.logging_in(_address(request), account):
@@ -135,10 +145,10 @@ async def api_keys(request: Request, account: AccountId) -> dict[str, Any]:
 @router.post("/api-keys")
 async def create_api_key(body: KeyBody, request: Request, account: AccountId) -> dict[str, Any]:
     """Makes an API key: the only answer that shows it."""
-    return {
-        "key": await run_sync(store_of(request).keys.create, account, body.name),
-        "name": body.name,
-    }
+    lifetime = None if body.expires_days is None else body.expires_days * 86_400
+    keys = store_of(request).keys
+    key, made = await run_sync(lambda: keys.create(account, body.name, scopes=body.scopes, lifetime=lifetime))
+    return shown(made) | {"key": key}
 
 
 @router.post("/api-keys/set-model")

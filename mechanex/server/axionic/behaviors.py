@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
@@ -18,6 +17,7 @@ from ..accounts.auth import Principal
 from ..accounts.store import store_of
 from ..http.disconnect import done_or_gone
 from ..http.routes import Route
+from ..library.threads import run_sync
 from ..library.watched import Watching
 from ..model.engine import Engine, ServingEngine
 from ..model.requests import TextRequest, results_of, trace_of
@@ -113,7 +113,7 @@ async def sae_generate(body: SaeBody, request: Request, engine: Engine, who: Wor
     )
     (result,) = await done_or_gone(request, results_of([engine.scheduler.submit(asked)]))
     told: dict[str, Any] = {
-        "text": await run_sync(engine.encoder.text, body.prompt) + result.text,
+        "text": await engine.text(body.prompt) + result.text,
         "finish_reason": result.finish_reason,
         "detected": list(onlooker.detected) if onlooker is not None else [],
     }

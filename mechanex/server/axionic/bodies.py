@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints, model_validator
 
 from ..accounts.passwords import LONGEST_PASSWORD
+from ..accounts.scopes import SCOPES, Scope
 from ..http.body import Body, Items, few_fields
 
 __all__ = [
@@ -73,9 +74,11 @@ class RefreshBody(Body):
 
 
 class KeyBody(Body):
-    """A new API key's name."""
+    """A new API key: its name, what it may do (all that a key may) and for how long (for good)."""
 
     name: _Name = "Default Key"
+    scopes: Annotated[list[Scope], Field(min_length=1, max_length=len(SCOPES))] | None = None
+    expires_days: Annotated[float, Field(gt=0, le=36_500, allow_inf_nan=False)] | None = None
 
 
 class ModelBody(Body):

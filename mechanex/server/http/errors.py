@@ -20,7 +20,7 @@ from ...errors import (
     ValidationError,
 )
 
-__all__ = ["INTERNAL", "add_handlers", "answer_to", "error_answer", "error_envelope", "status_of"]
+__all__ = ["INTERNAL", "add_handlers", "answer_to", "error_answer", "error_envelope", "invalid", "status_of"]
 
 _logger = logging.getLogger(__name__)
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
@@ -28,6 +28,14 @@ _CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 503: "server_unava
 _HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large"}
 
 INTERNAL = "The server failed; its log has more under this request's id."
+
+
+_OPENAI = frozenset({"/tokenize", "/detokenize"})  # beside /v1, as vLLM has them
+
+
+def invalid(message: str, param: str | None, code: str | None = None) -> ValidationError:
+    """The error of a field that can't be honoured."""
+    return ValidationError(message, 400, {"param": param, "code": code})
 
 
 def status_of(error: MechanexError) -> int:
@@ -116,7 +124,8 @@ def error_answer(
 
 
 def _openai(request: Request) -> bool:
-    return _path(request).startswith("/v1/")
+    path = _path(request)
+    return path.startswith("/v1/") or path in _OPENAI
 
 
 def _path(request: Request) -> str:

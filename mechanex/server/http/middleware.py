@@ -77,7 +77,7 @@ class RequestMiddleware:
                 await discard(receive)
                 await refusal(scope, receive, sending)
                 return
-            await self._app(scope, _limited(receive, most), sending)
+            await self._app(_as_get(scope), _limited(receive, most), sending)
         except ClientDisconnect:
             pass  # in the middle of its body
         except asyncio.CancelledError:  # uvicorn's time to end is over, and this request's task ends anyway
@@ -110,6 +110,11 @@ class RequestMiddleware:
                 **scope["state"].get("log", {}),
             }
             _access.info("%s", json.dumps(line))
+
+
+def _as_get(scope: Scope) -> Scope:
+    """A HEAD is answered as a GET, of which the server then sends the head."""
+    return {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
 
 def _refusal(request: Request, headers: Headers, most: int) -> Response | None:

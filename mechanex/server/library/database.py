@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect, select
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, select
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import (
     ArgumentError,
@@ -23,7 +23,8 @@ from sqlalchemy.exc import (
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from ...errors import MechanexError, ValidationError
-from .schema import OLDEST_VERSION, SHARED_ACCOUNT, VERSION, metadata, migrate, schema_info, users
+from .migrate import migrate
+from .schema import OLDEST_VERSION, VERSION, VERSION_TABLE, metadata, revisions, schema_info
 
 __all__ = ["Database", "StorageError"]
 
@@ -109,50 +110,49 @@ class Database:
         self._engine.dispose()
 
     def _prepare(self) -> None:
-        there, versions = self._found()
-        if not there:
-            versions = self._create()
-        if len(versions) == 1 and OLDEST_VERSION <= versions[0] < VERSION:
-            _logger.info("database %s: from schema version %d to %d", self.name, versions[0], VERSION)
-            with self.write() as connection:
-                migrate(connection)
-            versions = [VERSION]
-        if versions == [VERSION]:
-            return
-        if not versions:
+        there, version = self._found()
+        if version is None and there:
             raise StorageError(
                 f"the database {self.name} has tables named {', '.join(sorted(there))} and no version: it isn't "
                 "a mechanex server's, or it is damaged. Name another one with --database."
             )
-        found = max(versions)
-        way = "update mechanex" if found > VERSION else "serve it with the version that made it"
-        raise StorageError(
-            f"the database {self.name} has schema version {found}, and this version of mechanex reads "
-            f"{OLDEST_VERSION} to {VERSION}: {way}, or name another database with --database. Nothing was changed."
-        )
+        if version is None or OLDEST_VERSION <= version < VERSION:
+            version = self._migrated(version)
+        if version != VERSION:
+            way = "update mechanex" if version > VERSION else "serve it with the version that made it"
+            raise StorageError(
+                f"the database {self.name} has schema version {version}, and this version of mechanex reads "
+                f"{OLDEST_VERSION} to {VERSION}: {way}, or name another database with --database. Nothing was changed."
+            )
 
-    def _found(self) -> tuple[set[str], list[int]]:
-        """The tables with our names that are there, and the versions that they say they have."""
+    def _found(self) -> tuple[set[str], int | None]:
+        """The tables with our names that are there, and the version that they say they have."""
         with self.read() as connection:
-            there = set(metadata.tables) & set(inspect(connection).get_table_names())
-            known = schema_info.name in there
-            return there, list(connection.scalars(select(schema_info.c.version))) if known else []
+            names = inspect(connection).get_table_names()
+            there = set(metadata.tables) & set(names)
+            found: Any = None
+            if VERSION_TABLE in names:
+                found = connection.scalar(select(revisions.c.version_num))
+            elif schema_info.name in there:
+                found = connection.scalar(select(schema_info.c.version))
+            return there, None if found is None else int(found)
 
-    def _create(self) -> list[int]:
-        # Another process may be doing the same: SQLite lets one in after the other, other databases refuse one.
+    def _migrated(self, before: int | None) -> int:
+        """The version that the tables have once they were made, or brought to this one's."""
+        if before is not None:
+            _logger.info("database %s: from schema version %d to %d", self.name, before, VERSION)
+        # Another process may be doing the same: where there are no tables yet to wait at, it may be refused.
         refused: Exception | None = None
         try:
             with self.write() as connection:
-                metadata.create_all(connection)
-                if connection.scalar(select(schema_info.c.version)) is None:
-                    connection.execute(insert(schema_info).values(version=VERSION))
-                    connection.execute(insert(users).values(id=SHARED_ACCOUNT, created_at=0.0))
+                migrate(connection)
         except (IntegrityError, StorageError) as error:
             refused = error
-        _, versions = self._found()
-        if refused is not None and not versions:
+        _, version = self._found()
+        if refused is not None and version != VERSION:
             raise refused if isinstance(refused, StorageError) else self._error(refused)
-        return versions
+        assert version is not None
+        return version
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

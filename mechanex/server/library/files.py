@@ -6,13 +6,16 @@ import errno
 import logging
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ...errors import MechanexError, NotFoundError
 from .database import StorageError
+from .schema import is_id
 
 if TYPE_CHECKING:
     from ...engine.sae.autoencoder import SparseAutoencoder
@@ -90,6 +93,32 @@ class _Files(ABC, Generic[T]):
             self._path(file_id).unlink(missing_ok=True)
         except OSError as error:
             _logger.warning("the file of %s %s can't be deleted: %s", self.kind, file_id, error)
+
+    def collect(self, known: Set[str], age: float) -> int:
+        """Deletes what no row names, as a kill between a file and its row leaves it; how many files that were.
+
+        Args:
+            known: the ids of all rows.
+            age: seconds since a file was written, from which on nobody is about to write its row.
+        """
+        written_before, n = time.time() - age, 0
+        try:
+            found = list(self._folder.iterdir()) if self._folder.is_dir() else []
+        except OSError as error:
+            _logger.warning("%s can't be looked through: %s", self._folder, error)
+            return 0
+        for path in found:
+            left = path.name.startswith(".") and path.suffix == ".tmp"
+            orphan = path.suffix == ".safetensors" and is_id(path.stem) and path.stem not in known
+            if not (left or orphan):
+                continue
+            try:
+                if path.stat().st_mtime < written_before:
+                    path.unlink(missing_ok=True)
+                    n += 1
+            except OSError as error:
+                _logger.warning("%s, which belongs to nobody, can't be deleted: %s", path, error)
+        return n
 
     @abstractmethod
     def _write(self, thing: T, path: Path) -> None: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from ...engine.vectors import SteeringVector
 
 __all__ = ["Library"]
+
+_logger = logging.getLogger(__name__)
+_NO_ROW_COMES = 300.0  # seconds after which a file whose row isn't there gets none any more
 
 
 class Library:
@@ -248,6 +252,14 @@ class Library:
             self._detectors.remove(behavior_id)
         for vector_id in files:
             self._files.remove(vector_id)
+
+    def collect(self, age: float = _NO_ROW_COMES) -> None:
+        """Deletes files that no row names and that are older than ``age`` seconds."""
+        with self._database.read() as connection:
+            kept = {table: set(connection.scalars(select(table.c.id))) for table in (vectors, behaviors)}
+        n = self._files.collect(kept[vectors], age) + self._detectors.collect(kept[behaviors], age)
+        if n:
+            _logger.info("%d files that belonged to nobody are deleted", n)
 
     @contextmanager
     def _filed(self, vector: SteeringVector) -> Iterator[str]:

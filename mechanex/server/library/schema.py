@@ -1,17 +1,16 @@
-"""The tables of the server's database, and the way to them from earlier versions.
+"""The tables of the server's database, as the newest version has them.
 
-``VERSION`` counts up with every change of them.
+``VERSION`` counts up with every change of them, and each has its step in ``migrations``.
 """
 
 from __future__ import annotations
 
 import re
 import uuid
-from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     Column,
-    Connection,
     Double,
     ForeignKey,
     Index,
@@ -21,21 +20,19 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
-    select,
-    update,
 )
-from sqlalchemy.schema import CreateColumn
 
 __all__ = [
     "OLDEST_VERSION",
     "SHARED_ACCOUNT",
     "VERSION",
+    "VERSION_TABLE",
     "api_keys",
     "behaviors",
     "is_id",
     "metadata",
-    "migrate",
     "new_id",
+    "revisions",
     "schema_info",
     "session_tokens",
     "sessions",
@@ -43,9 +40,11 @@ __all__ = [
     "vectors",
 ]
 
-VERSION = 4
+VERSION = 5
 OLDEST_VERSION = 2
-"""From which ``migrate`` leads on."""
+"""From which the migrations lead on."""
+
+VERSION_TABLE = "mechanex_alembic"
 
 SHARED_ACCOUNT = "local"
 """Id of the account that requests without one act as; nobody can log in to it."""
@@ -56,6 +55,10 @@ metadata = MetaData()
 _ID = String(32)
 _HASH = String(64)
 
+# Where Alembic notes the version.
+revisions = Table(VERSION_TABLE, MetaData(), Column("version_num", String(32), primary_key=True))
+
+# Versions before 5 look here, and find that the tables are too new for them.
 schema_info = Table(
     "mechanex_schema",
     metadata,
@@ -92,8 +95,10 @@ session_tokens = Table(
     Column("used_at", Double),
     Column("access_hash", _HASH),
     Column("access_expires_at", Double),
+    # The refresh token that this pair was given for; null for a log-in's.
+    Column("parent_hash", _HASH),
 )
-_by_access_token = Index("mechanex_refresh_tokens_access", session_tokens.c.access_hash, unique=True)
+Index("mechanex_refresh_tokens_access", session_tokens.c.access_hash, unique=True)
 
 api_keys = Table(
     "mechanex_api_keys",
@@ -105,6 +110,9 @@ api_keys = Table(
     Column("shown", String(16), nullable=False),
     Column("created_at", Double, nullable=False),
     Column("last_used", Double),
+    Column("expires_at", Double),
+    # Words with spaces between; null for a key that may do all that a key may.
+    Column("scopes", String(64)),
 )
 
 vectors = Table(
@@ -113,6 +121,8 @@ vectors = Table(
     Column("id", _ID, primary_key=True),
     Column("user_id", _ID, ForeignKey(users.c.id, ondelete="CASCADE"), nullable=False, index=True),
     Column("created_at", Double, nullable=False),
+    # What the file takes; null for a row of a version before 5.
+    Column("n_bytes", BigInteger),
 )
 
 behaviors = Table(
@@ -128,6 +138,8 @@ behaviors = Table(
     Column("created_at", Double, nullable=False),
     # What there is to say of the detector and the correction, as JSON; null for a behavior that is a vector alone.
     Column("watched", Text),
+    # Of the examples and the detector's file; null for a row of a version before 5.
+    Column("n_bytes", BigInteger),
     UniqueConstraint("user_id", "behavior_name", name="mechanex_behaviors_one_name"),
 )
 Index("mechanex_behaviors_vector", behaviors.c.vector_id)
@@ -143,21 +155,3 @@ def new_id() -> str:
 def is_id(text: str) -> bool:
     """Whether a text has an id's form; nothing else needs to reach the database."""
     return _IS_ID.fullmatch(text) is not None
-
-
-def migrate(connection: Connection) -> None:
-    """Makes a database of ``OLDEST_VERSION`` or later one of ``VERSION``, in the transaction of ``connection``."""
-    # Another process may be doing the same: the second waits here, and finds it done.
-    found = connection.scalar(select(schema_info.c.version).with_for_update())
-    if found == 2:  # it kept nothing of access tokens, which were signed
-        _add(connection, session_tokens, session_tokens.c.access_hash, session_tokens.c.access_expires_at)
-        _by_access_token.create(connection)
-    if found in (2, 3):  # behaviors were vectors
-        _add(connection, behaviors, behaviors.c.watched)
-    connection.execute(update(schema_info).values(version=VERSION))
-
-
-def _add(connection: Connection, table: Table, *columns: Column[Any]) -> None:
-    for column in columns:
-        described = CreateColumn(column).compile(dialect=connection.dialect)
-        connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {described}")

@@ -7,8 +7,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from anyio.to_thread import run_sync
-
 from ...engine.decode.request import Steer
 from ...engine.memory import tensor_bytes
 from ...engine.models.adapter import ModelAdapter
@@ -24,6 +22,7 @@ from .folder import SharedVectors
 from .listing import ListedVector, listed_vectors
 from .records import Library
 from .shared import make_behaviors
+from .threads import look_up
 from .watched import WatchedBehaviors
 
 __all__ = ["Steerings"]
@@ -159,7 +158,7 @@ class Steerings:
             NotFoundError: this sender has no such behavior, and the server neither.
             ValidationError: one that has no vector.
         """
-        vector = await run_sync(self._behavior_vector, account_id, name)
+        vector = await look_up(self._behavior_vector, account_id, name)
         if vector is None:
             if await self.watched.find(account_id, name) is not None:
                 raise ValidationError(
@@ -176,14 +175,14 @@ class Steerings:
         """The stored vector that ``by_vector`` would use; errors as there."""
         found = self._shared.loaded(vector_id)
         if found is None:
-            found = await run_sync(self._find, account_id, vector_id)
+            found = await look_up(self._find, account_id, vector_id)
         if found is None:
             raise NotFoundError(f"no steering vector has the id {vector_id!r} here.")
         return found
 
     async def listed(self, account_id: str | None) -> list[ListedVector]:
         """The vectors that ``vector`` finds for this sender, of many of one kind the latest."""
-        return await run_sync(
+        return await look_up(
             lambda: listed_vectors(
                 self._adapter,
                 account_id,

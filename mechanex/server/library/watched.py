@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anyio.to_thread import run_sync
-
 from ...engine.models.adapter import ModelAdapter
 from ...engine.sae.behavior import Behavior
 from ...engine.sae.store import BehaviorStore, read_behavior
 from ...engine.sae.watching import Action, Watch, check_fits
 from ...errors import NotFoundError
+from .threads import look_up
 
 if TYPE_CHECKING:
     from .records import Library
@@ -99,11 +98,11 @@ class WatchedBehaviors:
             ValidationError: it is another model's.
         """
         own = self.own.get(name)
-        return own if own is not None else await run_sync(self.look_up, account_id, name)
+        return own if own is not None else await look_up(self.look_up, account_id, name)
 
     async def every(self, account_id: str | None) -> tuple[Behavior, ...]:
         """All that the sender made for this model."""
-        found = [await self.find(account_id, name) for name in await run_sync(self._names, account_id)]
+        found = [await self.find(account_id, name) for name in await look_up(self._names, account_id)]
         return tuple(one for one in found if one is not None)  # one may have been deleted meanwhile
 
     async def watchable(self, account_id: str | None) -> tuple[Behavior, ...]:

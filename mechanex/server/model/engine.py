@@ -110,6 +110,10 @@ class ServingEngine:
         self.adapter.check_token_ids(ids)
         return ids
 
+    async def text(self, prompt: Prompt) -> str:
+        """A prompt that ``encode`` took, as text."""
+        return await run_sync(self.encoder.text, prompt)
+
     async def autoencoder(self) -> tuple[str, SparseAutoencoder] | None:
         """The model's default autoencoder and its name, read once; None where there is none.
 

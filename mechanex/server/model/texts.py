@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...engine.chat import Chat, has_chat_template
+from ...engine.encode import encode_bare
 from ...engine.text import Prompt, as_chat, encode_pair, encode_prompt, prompt_text
 from ...errors import ValidationError
 
@@ -39,6 +40,12 @@ class PromptEncoder:
             self.check_size("".join(str(message.get("content", "")) for message in chat.messages))
         with self._lock:
             return encode_prompt(self._tokenizer, prompt)
+
+    def encode_bare(self, text: str) -> list[int]:
+        """Token ids of a text without what the tokenizer adds; errors as ``encode``."""
+        self.check_size(text)
+        with self._lock:
+            return encode_bare(self._tokenizer, text)
 
     def encode_soon(self, prompt: Prompt) -> list[int] | None:
         """As ``encode``, for a prompt that takes no longer than handing it to another thread; None for one that may."""
@@ -86,6 +93,15 @@ class PromptEncoder:
         """The text of token ids, special tokens left out."""
         with self._lock:
             return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def decode_whole(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens written out."""
+        with self._lock:
+            return str(
+                self._tokenizer.decode(
+                    list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+                )
+            )
 
     def check_fits(self, tokens: int) -> None:
         """Refuses an example of more tokens than the model's context has: a ValidationError."""

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ...engine.positions import TokenSelector, check_tokens
 from ..http.body import Body, Items, Part, few_fields
+from .sampling import SamplingFields, Whole
 
 __all__ = ["ChatBody", "CompletionBody", "ConditionItem", "GenerationBody", "SteeringItem"]
 
@@ -18,7 +19,6 @@ _Name = Annotated[str, Field(min_length=1, max_length=256)]
 _Place = Annotated[int, Field(ge=-(2**31), le=2**31)]
 _Strength = Annotated[float, Field(ge=-1e6, le=1e6)]
 _Some = Annotated[Items[T], Field(max_length=4096)]
-_Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 _LENGTHS = {"max_tokens", "max_completion_tokens"}
@@ -67,27 +67,49 @@ class SteeringItem(Part):
         return tokens
 
 
+class ActivationItem(Part):
+    """The residual stream at one layer."""
+
+    layer: _Place
+    vector_ids: Annotated[Items[_Id], Field(min_length=1, max_length=64)] | None = Field(
+        default=None, description="Stored vectors onto which the stream of each token is projected."
+    )
+    raw: bool | None = Field(default=False, description="Whether the stream itself is told.")
+    prompt: bool | None = Field(default=False, description="Whether the prompt's tokens are told too.")
+
+    @model_validator(mode="after")
+    def _something(self) -> ActivationItem:
+        if not self.vector_ids and not self.raw:
+            raise ValueError("give vector_ids, for projections, or raw=true, for the stream itself")
+        return self
+
+
+class ReturnFields(Part):
+    """What of the model's inside an answer has."""
+
+    activations: Annotated[Items[ActivationItem], Field(min_length=1, max_length=64)] | None = None
+    logit_differences: Annotated[Whole, Field(ge=0, le=20)] | None = Field(
+        default=None,
+        description="How many tokens are named, either way, whose log-probabilities steering changes most.",
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> ReturnFields:
+        if self.activations is None and self.logit_differences is None:
+            raise ValueError("give activations or logit_differences")
+        return self
+
+
 class StreamOptions(Part):
     """What a stream has besides the answer."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
-class GenerationBody(Body):
-    """What both kinds of completion share."""
-
-    model: str | None = Field(default=None, description="The served model, or nothing.")
-    temperature: float | None = Field(default=1.0, ge=0, le=2)
-    top_p: float | None = Field(default=1.0, ge=0, le=1)
-    n: int | None = Field(default=1, ge=1, le=128)
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    stop: _Stop | Annotated[Items[_Stop], Field(max_length=16)] | None = None
-    frequency_penalty: float | None = Field(default=0.0, ge=-2, le=2)
-    presence_penalty: float | None = Field(default=0.0, ge=-2, le=2)
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], few_fields(1024)] | None = None
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+class SteeringFields(Body):
+    """What a body says of steering."""
 
     steering_vector: _Id | None = Field(default=None, description="Id of a stored vector to steer with.")
     steering_vector_id: _Id | None = Field(default=None, description="The same as steering_vector.")
@@ -127,24 +149,8 @@ class GenerationBody(Body):
         default=None, max_length=64, description="Several vectors at once."
     )
 
-    # These change nothing about an answer, and clients send them.
-    user: str | None = None
-    metadata: Annotated[dict[str, str], few_fields()] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _bias_keys(cls, biases: dict[str, float] | None) -> dict[str, float] | None:
-        for key in biases or {}:
-            if not (key.isascii() and key.isdigit() and len(key) < 19):
-                raise ValueError(f"its keys are token ids, such as '42'; got {key[:40]!r}")
-        return biases
-
     @model_validator(mode="after")
-    def _agreeing(self) -> GenerationBody:
+    def _agreeing(self) -> SteeringFields:
         one, other = self.steering_vector, self.steering_vector_id
         if one is not None and other is not None and one != other:
             raise ValueError(
@@ -158,6 +164,22 @@ class GenerationBody(Body):
             raise ValueError(
                 f"corrected_behaviors are corrected, and behavior_action is '{self.behavior_action}': give one of them"
             )
+        return self
+
+
+class GenerationBody(SamplingFields, SteeringFields):
+    """What both kinds of completion share."""
+
+    model: str | None = Field(default=None, description="The served model, or nothing.")
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+
+    returned: ReturnFields | None = Field(
+        default=None, alias="return", description="What of the model's inside the answer has."
+    )
+
+    @model_validator(mode="after")
+    def _streamed(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options goes with stream=true")
         return self
@@ -173,29 +195,39 @@ class GenerationBody(Body):
         return self.n or 1
 
     @property
-    def stops(self) -> tuple[str, ...]:
-        """The stop texts."""
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+    def n_drawn(self) -> int:
+        """How many are made, of which the best are given."""
+        return self.n_answers
 
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | _Some[str] | Items[int] | _Some[Items[int]] = Field(
-        description="A text, several, token ids, or several lists of them."
+    prompt: str | Items[int] | _Some[str | Items[int]] = Field(
+        description="A text, token ids, or several of either."
     )
-    max_tokens: int | None = Field(default=16, ge=0, le=2**31)
-    logprobs: int | None = Field(default=None, ge=0, le=20)
+    max_tokens: Whole | None = Field(default=16, ge=0, le=2**31)
+    logprobs: Whole | None = Field(default=None, ge=0, le=20)
     echo: bool | None = False
-    best_of: int | None = Field(default=None, ge=1, le=128)
-    suffix: Literal[""] | None = None
+    best_of: Whole | None = Field(
+        default=None,
+        ge=1,
+        le=128,
+        description="Answers that are made, of which the n likeliest by mean log-probability are given.",
+    )
+    suffix: str | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> CompletionBody:
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of other than n is not supported; ask for n answers")
+        if self.suffix:
+            raise ValueError(
+                "suffix is not supported: a text is continued at its end, not filled in; leave it out, or write the "
+                "model's own fill-in-the-middle tokens into the prompt"
+            )
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise ValueError(f"best_of is at least n: got best_of={self.best_of} and n={self.n or 1}")
+        if self.n_drawn > self.n_answers and self.stream:
+            raise ValueError("which answers are the best_of is known at their ends: it goes without stream")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens of 0 goes with echo=true")
         return self
@@ -208,6 +240,10 @@ class CompletionBody(GenerationBody):
         if self.prompt and isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)  # type: ignore[arg-type]
+
+    @property
+    def n_drawn(self) -> int:
+        return self.best_of or self.n_answers
 
 
 class _ContentPart(Part):
@@ -250,10 +286,10 @@ class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: Items[Message] = Field(min_length=1, max_length=4096)
-    max_tokens: int | None = Field(default=None, ge=1, le=2**31)
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31)
+    max_tokens: Whole | None = Field(default=None, ge=1, le=2**31)
+    max_completion_tokens: Whole | None = Field(default=None, ge=1, le=2**31)
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    top_logprobs: Whole | None = Field(default=None, ge=0, le=20)
     continue_final_message: bool | None = Field(
         default=False, description="Go on with the last message instead of answering it."
     )

@@ -49,6 +49,10 @@ async def _events(reply: Reply, generations: Sequence[Generation], n: int, ask: 
         yield b"".join(reply.chunk([choice], None, ask) for choice in first)
     results: dict[int, Result] = {}
     async for batch in _merged(generations):
+        if reply.inside is not None:
+            for i, news in batch:
+                if isinstance(news, Result):
+                    await reply.inside.read(i, news)
         told = [reply.chunk([choice], None, ask) for i, news in batch for choice in reply.parts(i, news)]
         results.update((i, news) for i, news in batch if isinstance(news, Result))
         if len(results) == len(generations):

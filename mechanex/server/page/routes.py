@@ -21,6 +21,7 @@ from ..accounts.store import store_of
 from ..axionic.guards import Sender, Worker
 from ..axionic.work import done
 from ..http.routes import Route
+from ..library.threads import look_up
 from ..model.engine import Engine, ServingEngine
 from .bodies import CompareBody, SweepBody
 from .files import files_router
@@ -74,7 +75,7 @@ async def about(engine: Engine, who: Sender) -> dict[str, Any]:
 async def vector_file(vector_id: str, request: Request, engine: Engine, who: Sender) -> Response:
     """The file of a vector that is the sender's own; the operator's are all that the server has."""
     library = store_of(request).library
-    if who.account_id is not None and await run_sync(library.vector, who.account_id, vector_id) is None:
+    if who.account_id is not None and await look_up(library.vector, who.account_id, vector_id) is None:
         raise NotFoundError(f"no steering vector of this account has the id {vector_id[:200]!r}.")
     vector = await engine.steerings.vector(who.account_id, vector_id)
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", vector_id)[:100] or "vector"

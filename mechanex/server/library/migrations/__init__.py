@@ -1,0 +1,1 @@
+"""Alembic's folder: ``versions`` has one step for each version of the schema, from the first on."""
