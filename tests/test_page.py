@@ -19,6 +19,7 @@ from mechanex.engine.models import adapter_for
 from mechanex.engine.models.resolve import LoadedModel, load
 from mechanex.engine.prompt_conditions import PromptCondition
 from mechanex.engine.text import encode_pair
+from mechanex.engine.vector_store import VectorStore
 from mechanex.engine.vectors import SteeringVector
 from mechanex.server.accounts.passwords import Passwords
 from mechanex.server.app import create_app
@@ -203,6 +204,20 @@ def test_accounts_see_and_download_only_what_is_theirs(locked: TestClient) -> No
     assert (made in ids[0], made in ids[1]) == (True, False)
     assert locked.get(f"/page/vectors/{made}", headers=ann).status_code == 200
     assert locked.get(f"/page/vectors/{made}", headers=bob).status_code == 404
+
+
+def test_what_is_stored_on_the_machine_is_the_operators(
+    client: TestClient, locked: TestClient, vector: SteeringVector
+) -> None:
+    stored = [VectorStore().put(vector), VectorStore().put(2 * vector)]
+    found = [one for one in client.get("/page/about").json()["vectors"] if one["owner"] == "operator"]
+    assert sorted(one["id"] for one in found) == sorted(stored)
+    eve = account(locked, "eve@example.org")
+    assert not [
+        one for one in locked.get("/page/about", headers=eve).json()["vectors"] if one["id"] in stored
+    ]
+    assert locked.get(f"/page/vectors/{stored[0]}", headers=eve).status_code == 404
+    assert client.get(f"/page/vectors/{stored[0]}").status_code == 200
 
 
 def test_a_downloaded_vector_is_the_one_that_steers(
