@@ -41,7 +41,7 @@ class GenerationModule(_BaseModule):
     """Module for text generation."""
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts
         self,
         prompt: Prompt,
         max_tokens: int = 128,
@@ -171,7 +171,7 @@ class GenerationModule(_BaseModule):
             raise ValidationError(
                 "stream=True gives the text of one prompt; got a list of prompts: stream each."
             )
-        prompts: list[Any] = list(prompt) if several else [prompt]
+        prompts: list[Any] = [*cast("Sequence[Prompt]", prompt)] if several else [prompt]
         if continue_final_message:
             prompts = [continued(one) for one in prompts]
         if stop is not None and not isinstance(stop, str):
@@ -293,3 +293,6 @@ else:
 
     def __getattr__(name: str) -> Any:
         return _default.attribute("generation", name)
+
+    def __dir__() -> list[str]:
+        return _default.names("generation")
