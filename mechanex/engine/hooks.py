@@ -276,7 +276,7 @@ class SteeringPlan:
         """
         from .plan_files import read_plan
 
-        return cls(read_plan(path))
+        return cls(Intervention(**one) for one in read_plan(path))
 
     def __repr__(self) -> str:
         layers = ", ".join(str(one.layer) for one in self.interventions)

@@ -85,8 +85,8 @@ def orthogonalize(model: nn.Module | ModelAdapter, vector: SteeringVector) -> Ha
         rounding = _ROUNDINGS * torch.finfo(adapter.dtype).eps * float(plain.norm())
         if not float(off) <= _CLOSE * float(moved) + rounding:
             raise ValidationError(
-                f"orthogonal weights don't do in {adapter.model_id} what the ablation does (a norm or a scale may follow "
-                "what its parts write, or they have weights of another kind): use ablate_everywhere, which steers it."
+                f"orthogonal weights don't do in {adapter.model_id} what the ablation does (a norm or a scale may "
+                "follow what its parts write, or their weights are of another kind): use ablate_everywhere."
             )
     except BaseException:
         handles.remove()
@@ -182,9 +182,9 @@ def _projected(weight: Tensor, direction: Tensor, along: int) -> Tensor:
 
 def _untie(adapter: ModelAdapter, undo: _Undo) -> None:
     """Gives the head weights of its own, where it shares those of the embeddings."""
-    head, embedding = adapter.head, adapter.embedding
-    shared: Any = getattr(head, "weight", None)
-    if head is None or shared is None or shared is not getattr(embedding, "weight", None):
+    head: Any = adapter.head
+    shared = getattr(head, "weight", None)
+    if shared is None or shared is not getattr(adapter.embedding, "weight", None):
         return
     config: Any = adapter.config
     tied = getattr(config, "tie_word_embeddings", None)

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
@@ -18,10 +18,12 @@ from ..home import atomic_path
 from ..ops.gate import KINDS
 from .formats.files import MAX_BYTES
 from .formats.record import CHECKSUM, with_checksum
-from .hooks import Intervention
 from .intervention import Edit
 from .prompt_conditions import PromptCondition
 from .schedules import Schedule, Varying
+
+if TYPE_CHECKING:
+    from .hooks import Intervention
 
 __all__ = ["read_plan", "write_plan"]
 
@@ -49,8 +51,8 @@ def write_plan(path: str | os.PathLike[str], interventions: Sequence[Interventio
         temporary.write_bytes(safetensors_bytes(stored, metadata=with_checksum({}, fields, stored)))
 
 
-def read_plan(path: str | os.PathLike[str]) -> list[Intervention]:
-    """Reads what :func:`write_plan` wrote.
+def read_plan(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads what :func:`write_plan` wrote, as arguments of each intervention.
 
     Raises:
         NotFoundError: there is no such file.
@@ -71,7 +73,7 @@ def read_plan(path: str | os.PathLike[str]) -> list[Intervention]:
         checksum = fields.pop(CHECKSUM, None)
         if checksum != with_checksum({}, fields, tensors)[CHECKSUM]:
             raise ValueError("its checksum is not that of its content: it was damaged or edited")
-        return [_intervention(one, f"{i}.", tensors) for i, one in enumerate(json.loads(fields[_PLAN]))]
+        return [_arguments(one, f"{i}.", tensors) for i, one in enumerate(json.loads(fields[_PLAN]))]
     except (SafetensorError, MechanexError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValidationError(f"{source} is not a usable plan: {error}") from error
 
@@ -132,7 +134,7 @@ def _edit(said: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -
     return edit
 
 
-def _intervention(said: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> Intervention:
+def _arguments(said: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     tokens, condition, varying = said.get("tokens"), None, None
     if "condition" in said:
         condition = PromptCondition(weight=tensors[prefix + "condition"], **said["condition"])
@@ -143,12 +145,12 @@ def _intervention(said: Mapping[str, Any], prefix: str, tensors: Mapping[str, Te
             for i, (value, edit) in enumerate(told["edits"])
         }
         varying = Varying(Schedule(told["values"], prompt=told["prompt"]), edits.__getitem__)
-    return Intervention(
-        int(said["layer"]),
-        _edit(said["edit"], prefix, tensors),
-        slice(*tokens) if isinstance(tokens, list) else tokens,
-        said.get("rows"),
-        tensors.get(prefix + "mask"),
-        varying=varying,
-        condition=condition,
-    )
+    return {
+        "layer": int(said["layer"]),
+        "edit": _edit(said["edit"], prefix, tensors),
+        "tokens": slice(*tokens) if isinstance(tokens, list) else tokens,
+        "rows": said.get("rows"),
+        "mask": tensors.get(prefix + "mask"),
+        "varying": varying,
+        "condition": condition,
+    }
