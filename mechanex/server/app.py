@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from .. import __version__
 from ..errors import MechanexError, ValidationError
-from .accounts.auth import WRONG_KEYS_PER_MINUTE, AuthenticationMiddleware
+from .accounts.auth import OPEN_PATHS, WRONG_KEYS_PER_MINUTE, AuthenticationMiddleware
 from .accounts.scopes import permitted
 from .accounts.store import StorageError, open_store
 from .axionic.guards import Guards
@@ -24,8 +24,12 @@ from .http.limits import TOKEN_HEADERS, RateLimit
 from .http.middleware import RequestMiddleware
 from .model.engine import ServingEngine
 from .openai.embeddings import embeddings_router
+from .openai.messages import messages_router
+from .openai.responses import responses_router
 from .openai.routes import openai_router
 from .openai.tokens import tokens_router
+from .page.files import PAGE_PATHS
+from .page.routes import page_router
 from .settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -104,13 +108,17 @@ def create_app(
     app.state.server_key, app.state.started = key, time.time()
     app.state.wrong_keys = RateLimit("wrong keys from this address", WRONG_KEYS_PER_MINUTE)
     app.state.guards, app.state.token_quota = Guards(settings), engine.scheduler.quota
+    app.state.open_paths = OPEN_PATHS | PAGE_PATHS
     add_handlers(app)
     app.include_router(openai_router())
     app.include_router(embeddings_router())
+    app.include_router(responses_router())
+    app.include_router(messages_router())
     app.include_router(tokens_router())
     app.include_router(axionic_router())
+    app.include_router(page_router())
     _add_operation(app)
-    app.add_middleware(AuthenticationMiddleware)
+    app.add_middleware(AuthenticationMiddleware, open_paths=app.state.open_paths)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -54,6 +54,7 @@ class ServerSettings:
         max_examples: most contrastive examples that one vector is computed from at a client's wish.
         max_example_layers: most layers that it may have.
         max_vectors: most steering vectors, and most behaviors, that one account may keep.
+        max_account_bytes: most bytes that the vectors and behaviors of one account may take together.
         request_timeout: seconds from a request's arrival to its last token.
         shutdown_grace: seconds that running answers get to finish after SIGTERM.
         trusted_proxies: addresses and networks of proxies whose ``X-Forwarded-For`` and ``X-Forwarded-Proto`` are
@@ -93,6 +94,7 @@ class ServerSettings:
     max_examples: int = 256
     max_example_layers: int = 16
     max_vectors: int = 1000
+    max_account_bytes: int = 2**30
     request_timeout: float = 600.0
     shutdown_grace: float = 4.0
     trusted_proxies: tuple[str, ...] = ()
@@ -121,6 +123,7 @@ class ServerSettings:
             "max_examples",
             "max_example_layers",
             "max_vectors",
+            "max_account_bytes",
             "rate_limit",
             "api_rate_limit",
         )

@@ -61,14 +61,15 @@ class Principal:
 
 
 class AuthenticationMiddleware:
-    """Nothing but ``OPEN_PATHS`` answers a sender that ``principal`` doesn't know.
+    """Nothing but the open paths answers a sender that ``principal`` doesn't know.
 
     Args:
         app: what is behind it.
+        open_paths: what needs no key.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, open_paths: frozenset[str] = OPEN_PATHS) -> None:
+        self._app, self._open = app, open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -78,7 +79,7 @@ class AuthenticationMiddleware:
         try:
             if path not in _PROBES:
                 _check_host(request)
-            if path not in OPEN_PATHS:
+            if path not in self._open:
                 request.state.principal = who = await principal(request)
                 sender = who.account_id or client_address(request.client.host if request.client else None)
                 sent_by(sender)

@@ -19,6 +19,7 @@ from ...engine.vectors import SteeringVector
 from ...errors import APIError, NotFoundError, ValidationError
 from ..settings import ServerSettings
 from .folder import SharedVectors
+from .listing import ListedVector, listed_vectors
 from .records import Library
 from .shared import make_behaviors
 from .threads import look_up
@@ -93,7 +94,8 @@ class Steerings:
     ) -> tuple[Steer, ...]:
         """The edits of a stored vector that this sender may use; () for None.
 
-        Looks among the server's own (``--vectors``), then the account's, then, for the operator, the stored ones.
+        Looks among the server's own (``--vectors``), then the account's, then, for the operator, the stored ones, then
+        among the vectors of the server's own behaviors, by their names.
 
         Args:
             account_id: the sender's account, or None for the operator.
@@ -178,6 +180,19 @@ class Steerings:
             raise NotFoundError(f"no steering vector has the id {vector_id!r} here.")
         return found
 
+    async def listed(self, account_id: str | None) -> list[ListedVector]:
+        """The vectors that ``vector`` finds for this sender, of many of one kind the latest."""
+        return await look_up(
+            lambda: listed_vectors(
+                self._adapter,
+                account_id,
+                shared=self._shared,
+                behaviors=self._behaviors,
+                library=self._library,
+                kept=self._vectors,
+            )
+        )
+
     def edits(
         self, vector: SteeringVector, strength: float, tokens: TokenSelector = None
     ) -> tuple[Steer, ...]:
@@ -222,7 +237,7 @@ class Steerings:
                 raise APIError(
                     f"The server can't read its vector {vector_id!r}: its file is damaged.", 500
                 ) from error
-        return found
+        return self._behaviors.get(vector_id) if found is None else found
 
     def _behavior_vector(self, account_id: str | None, name: str) -> SteeringVector | None:
         if self._library is not None:

@@ -105,6 +105,11 @@ class WatchedBehaviors:
         found = [await self.find(account_id, name) for name in await look_up(self._names, account_id)]
         return tuple(one for one in found if one is not None)  # one may have been deleted meanwhile
 
+    async def watchable(self, account_id: str | None) -> tuple[Behavior, ...]:
+        """Those of the server and all that the sender made for this model; of one name, the one that ``find`` gives."""
+        theirs = [one for one in await self.every(account_id) if one.name not in self.own]
+        return (*self.own.values(), *theirs)
+
     def look_up(self, account_id: str | None, name: str) -> Behavior | None:
         """As ``find``, without the server's own; blocks."""
         found = None if self._library is None else self._library.watched(account_id, name)

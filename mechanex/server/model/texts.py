@@ -9,7 +9,7 @@ from typing import Any
 
 from ...engine.chat import Chat, has_chat_template
 from ...engine.encode import encode_bare
-from ...engine.text import Prompt, as_chat, encode_prompt, prompt_text
+from ...engine.text import Prompt, as_chat, encode_pair, encode_prompt, prompt_text
 from ...errors import ValidationError
 
 __all__ = ["PromptEncoder"]
@@ -77,6 +77,17 @@ class PromptEncoder:
         return self.encode(
             "\n".join(lines) + ("" if chat.begins_answer or chat.continue_final_message else "\n")
         )
+
+    def pair(self, prompt: Prompt, answer: str) -> tuple[list[int], list[int]]:
+        """Token ids of a prompt and of an answer to it; ValidationError as :func:`mechanex.engine.text.encode_pair`, or
+        one that the context can't hold."""
+        self.check_size(answer)
+        if isinstance(prompt, str):
+            self.check_size(prompt)
+        with self._lock:
+            ids, more = encode_pair(self._tokenizer, prompt, answer)
+        self.check_fits(len(ids) + len(more))
+        return ids, more
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""

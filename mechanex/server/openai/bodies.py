@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
+import pydantic
 from pydantic import Field, field_validator, model_validator
 
 from ...engine.positions import TokenSelector, check_tokens
 from ..http.body import Body, Items, Part, few_fields
+from ..http.errors import invalid
 from .sampling import SamplingFields, Whole
+from .structured import FormFields
 
-__all__ = ["ChatBody", "CompletionBody", "ConditionItem", "GenerationBody", "SteeringItem"]
+__all__ = [
+    "ActivationItem",
+    "ChatBody",
+    "CompletionBody",
+    "ConditionItem",
+    "GenerationBody",
+    "Message",
+    "ReturnFields",
+    "SteeringFields",
+    "SteeringItem",
+    "chat_of",
+]
 
 T = TypeVar("T")
 
@@ -142,9 +156,6 @@ class SteeringFields(Body):
         description="What is done with behavior_names: their vectors are added, or they are watched, and corrected, "
         "the answer ended (finish_reason 'behavior') or nothing done where they show.",
     )
-    behavior_scores: bool | None = Field(
-        default=False, description="Whether the answer has the scores of every token, as 'behaviors'."
-    )
     steering: Items[SteeringItem] | None = Field(
         default=None, max_length=64, description="Several vectors at once."
     )
@@ -167,13 +178,16 @@ class SteeringFields(Body):
         return self
 
 
-class GenerationBody(SamplingFields, SteeringFields):
+class GenerationBody(SamplingFields, FormFields, SteeringFields):
     """What both kinds of completion share."""
 
     model: str | None = Field(default=None, description="The served model, or nothing.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
+    behavior_scores: bool | None = Field(
+        default=False, description="Whether the answer has the scores of every token, as 'behaviors'."
+    )
     returned: ReturnFields | None = Field(
         default=None, alias="return", description="What of the model's inside the answer has."
     )
@@ -278,10 +292,6 @@ class Message(Part):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class _TextFormat(Part):
-    type: Literal["text"]
-
-
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
@@ -301,7 +311,6 @@ class ChatBody(GenerationBody):
         default=None, description="Further variables of the model's chat template."
     )
     # Only what this server can do is taken: text, and no tools.
-    response_format: _TextFormat | None = None
     modalities: Items[Literal["text"]] | None = None
     tools: list[Any] | None = Field(default=None, max_length=0)
     tool_choice: Literal["none", "auto"] | None = None
@@ -322,3 +331,18 @@ class ChatBody(GenerationBody):
         if None not in both and both[0] != both[1]:
             raise ValueError("max_tokens and max_completion_tokens are one field; they differ")
         return self
+
+
+def chat_of(body: Body, fields: dict[str, Any]) -> ChatBody:
+    """A chat that is asked for in another API's words, with that body's model and steering.
+
+    Raises:
+        ValidationError: what no chat can be asked for.
+    """
+    same = {"model", *SteeringFields.model_fields} & body.model_fields_set
+    try:
+        return ChatBody.model_validate({name: getattr(body, name) for name in same} | fields)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise invalid(f"Invalid value for '{where}': {first['msg']}.", None) from error
