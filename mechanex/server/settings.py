@@ -40,8 +40,8 @@ class ServerSettings:
         max_waiting: most requests that wait for a place; a later one gets 429, but for a sender who has less than an
             equal share of them.
         account_running: most requests of one account that are decoded together; the others wait. None for any number.
-        account_tokens_per_minute: most tokens that one account may ask for and send in a minute; 429 then. None for
-            any number.
+        account_tokens_per_minute: tokens of prompts and answers that one account, or one address without an account,
+            has in a minute; 429 where they are used up. None for any number.
         max_cache_tokens: most positions that the rows of the batch may come to hold together, padding included; a
             request that needs more by itself runs alone. None: as many as fit into half of the memory that is free
             when the server starts.
