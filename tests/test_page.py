@@ -262,6 +262,14 @@ def test_tokens_are_compared_exactly(
             assert values == sorted(values, reverse=True) and len(values) == 3
 
 
+def test_a_character_of_several_tokens_comes_whole(client: TestClient) -> None:
+    answer = " Thé 🎉 was nice."
+    body = {"prompt": PROMPT, "answers": [answer]}
+    (tokens,) = client.post("/page/compare", json=body).json()["answers"]
+    assert "".join(token["text"] for token in tokens) == answer
+    assert any(token["text"] == "" for token in tokens)
+
+
 def test_what_does_not_steer_moves_nothing(client: TestClient) -> None:
     body = {
         "prompt": PROMPT,
