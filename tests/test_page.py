@@ -34,6 +34,7 @@ EXAMPLES: dict[str, Any] = {
     "positive_answers": [" he was happy", " she was glad"],
     "negative_answers": [" he was angry", " she was sad"],
 }
+LONG = {name: [" word" * 200] * 32 for name in EXAMPLES}
 PROMPT = "Anna went to the market on Friday."
 
 Connect = Callable[..., TestClient]
@@ -312,6 +313,7 @@ def test_a_vector_made_of_the_examples_has_its_effect_in_a_sweep(client: TestCli
         ("compare", {"answers": [" word" * 3000]}, "shorten"),
         ("sweep", {"vector": "huge"}, "steer less"),
         ("sweep", {"vector": "conditional"}, "without the condition"),
+        ("sweep", {"strengths": [1] * 13, "by_layer": True, "examples": LONG}, "262144 at most"),
     ],
 )
 def test_what_cant_be_told_is_refused_with_a_reason(

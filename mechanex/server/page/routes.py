@@ -21,7 +21,7 @@ from ...engine.token_texts import TokenTexts
 from ...errors import NotFoundError
 from ..accounts.store import store_of
 from ..axionic.guards import Sender, Worker
-from ..axionic.work import done
+from ..axionic.work import check_count, done
 from ..http.disconnect import done_or_gone
 from ..http.routes import Route
 from ..library.threads import look_up
@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from ...engine.pack import Pair
     from ...engine.vectors import SteeringVector
 
-__all__ = ["page_router"]
+__all__ = ["MOST_TOKENS", "page_router"]
+
+MOST_TOKENS = 2**18
+"""Tokens that a sweep may read: those of its texts at every setting."""
 
 router = APIRouter(prefix="/page", tags=["playground"], route_class=Route)
 
@@ -131,6 +134,10 @@ async def sweep(body: SweepBody, request: Request, engine: Engine, who: Worker) 
     layers: list[int | None] = [None]
     if body.by_layer and len(vector) > 1:
         layers += vector.layers[: engine.settings.max_example_layers]
+    n_settings = len(layers) * len(body.strengths)
+    check_count(
+        n_settings * sum(len(a) + len(b) for a, b in [*pairs, *examples]), MOST_TOKENS, "tokens to read"
+    )
     before = interventions(engine.steerings.corrections)
 
     def work(adapter: ModelAdapter) -> list[dict[str, Any]]:
