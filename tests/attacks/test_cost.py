@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -11,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from server_calls import call
 from server_process import ServerProcess, serving
+
+from mechanex.server.http.answers import json_answer
 
 pytestmark = [pytest.mark.ci, pytest.mark.slow]
 
@@ -78,3 +81,33 @@ def test_a_large_answer_is_written_beside_others(server: ServerProcess) -> None:
     found = json.loads(told)["choices"]
     assert len(found) == 64 and all(len(one["logprobs"]["tokens"]) for one in found)
     assert waits
+
+
+@pytest.mark.parametrize("size", [None, 100_000])
+def test_what_may_be_large_is_made_off_the_event_loop(size: int | None) -> None:
+    made: list[int] = []
+
+    def make() -> list[object]:
+        made.append(threading.get_ident())
+        return ["é", 1.5, None]
+
+    large = asyncio.run(json_answer(make, size))
+    small = asyncio.run(json_answer(make, 3))
+    assert large.body == small.body == '["é",1.5,null]'.encode()
+    assert made[0] != threading.get_ident() == made[1]
+
+
+def test_an_echoed_prompt_is_streamed_with_what_the_whole_answer_tells(server: ServerProcess) -> None:
+    body = {"prompt": [7] * 400, "n": 3, "max_tokens": 3, "logprobs": 20, "echo": True, "temperature": 0}
+    status, told = asked(server, "/v1/completions", body)
+    assert status == 200
+    whole = [one["logprobs"]["token_logprobs"] for one in json.loads(told)["choices"]]
+    status, told = asked(server, "/v1/completions", body | {"stream": True})
+    assert status == 200
+    streamed: dict[int, list[float]] = {}
+    for line in told.decode().split("\n\n"):
+        if line.startswith("data: {"):
+            for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                found = (choice["logprobs"] or {}).get("token_logprobs", [])
+                streamed.setdefault(choice["index"], []).extend(found)
+    assert len(whole[0]) > 400 and [streamed[i] for i in range(3)] == whole

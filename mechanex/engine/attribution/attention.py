@@ -23,13 +23,13 @@ from .nodes import by_head
 from .runs import Runs, ids_of
 from .sites import Site, last_logits, tapped
 
-__all__ = ["Inside", "inside_attention", "recomputed_scores"]
+__all__ = ["InAttention", "inside_attention", "recomputed_scores"]
 
 _CLOSE = 1e-3  # of the largest number: what a pass alone may differ by from one in the model
 
 
 @dataclass(frozen=True, eq=False)
-class Inside:
+class InAttention:
     """A module inside an attention.
 
     Args:
@@ -43,7 +43,7 @@ class Inside:
     attention: nn.Module
 
 
-def inside_attention(adapter: ModelAdapter, structure: Structure, sites: Sequence[Site]) -> list[Inside]:
+def inside_attention(adapter: ModelAdapter, structure: Structure, sites: Sequence[Site]) -> list[InAttention]:
     """Those of the sites that lie inside an attention, in front of its output projection."""
     modules = dict(adapter.hf_model.named_modules(remove_duplicate=False))
     layers = set(adapter.layers)
@@ -59,12 +59,16 @@ def inside_attention(adapter: ModelAdapter, structure: Structure, sites: Sequenc
             holds_a_layer = any(module in layers for module in modules[around].modules())
             if not around or holds_a_layer or component.path == site.path:
                 continue
-            found.append(Inside(site, Site(heads.path, heads.module, heads.n_heads), modules[around]))
+            found.append(InAttention(site, Site(heads.path, heads.module, heads.n_heads), modules[around]))
     return found
 
 
 def recomputed_scores(
-    adapter: ModelAdapter, runs: Runs, inside: Sequence[Inside], found: dict[Site, Tensor], positions: bool
+    adapter: ModelAdapter,
+    runs: Runs,
+    inside: Sequence[InAttention],
+    found: dict[Site, Tensor],
+    positions: bool,
 ) -> dict[Site, tuple[Tensor, Tensor | None]]:
     """What the metric would gain from clean activations inside attentions.
 
@@ -99,7 +103,7 @@ def recomputed_scores(
             )
         gradient = found[one.heads]
 
-        def gain(position: int | None, one: Inside = one, gradient: Tensor = gradient) -> Tensor:
+        def gain(position: int | None, one: InAttention = one, gradient: Tensor = gradient) -> Tensor:
             pause()
             changed = _handed_on(runs, one, calls, Patch(one.site, position=position)) - plain  # noqa: B023
             return by_head(one.heads, changed.to(gradient.device) * gradient).sum(1)
@@ -120,7 +124,7 @@ def _keeping(calls: dict[nn.Module, tuple[Any, Any]]) -> Any:
 
 
 def _handed_on(
-    runs: Runs, one: Inside, calls: dict[nn.Module, tuple[Any, Any]], patch: Patch | None
+    runs: Runs, one: InAttention, calls: dict[nn.Module, tuple[Any, Any]], patch: Patch | None
 ) -> Tensor:
     """[T, width] float32 of the heads' outputs when the attention runs alone, with a patch in place."""
     tokens, kept = len(runs.pair.corrupted), []

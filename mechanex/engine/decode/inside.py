@@ -19,7 +19,7 @@ from .decoder import Decoder
 from .request import TextRequest
 from .row import Row
 
-__all__ = ["Difference", "Inside", "read_inside"]
+__all__ = ["Difference", "ReadText", "read_inside"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Difference:
 
 
 @dataclass
-class Inside:
+class ReadText:
     """What was seen in one text.
 
     Attributes:
@@ -71,7 +71,7 @@ def read_inside(
     layers: Sequence[int],
     most_changed: int | None,
     padding: int,
-) -> Inside:
+) -> ReadText:
     """Reads a prompt and an answer again, edited as they were when the answer was written.
 
     Args:
@@ -87,7 +87,7 @@ def read_inside(
     """
     if most_changed is not None and not request.steering:
         raise ValidationError("there are no differences of logits without steering: name a vector.")
-    found = Inside()
+    found = ReadText()
     seen: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     request = replace(request, onlooker=None, guard=None, stops=(), logprobs=None, prompt_logprobs=False)
     with undisturbed(adapter.hf_model), torch.no_grad():

@@ -11,6 +11,7 @@ from ..positions import TokenSelector
 from ..prompt_conditions import PromptCondition
 from ..sampling import Sampling
 from ..schedules import Varying
+from .grammar import Grammar
 
 __all__ = ["GuardedToken", "Onlooker", "Result", "Steer", "Step", "TextRequest", "TokenLogprob"]
 
@@ -71,6 +72,7 @@ class TextRequest:
         presence_penalty: taken off once for a token that the answer has.
         repetition_penalty: divides the logits above 0 of tokens that prompt or answer have, and multiplies those below.
         logit_bias: pairs of a token id and what is added to its logit.
+        grammar: what the answer follows to its end; None for anything.
         logprobs: None, or how many of the likeliest tokens to report with each chosen one's log-probability.
         prompt_logprobs: whether to report them for the prompt's tokens too.
         owner: whose it is: texts of others are not gone on from.
@@ -94,6 +96,7 @@ class TextRequest:
     ignore_ends: bool = False
     min_tokens: int = 0
     skip_special_tokens: bool = True
+    grammar: Grammar | None = None
     logprobs: int | None = None
     prompt_logprobs: bool = False
     stream: bool = False

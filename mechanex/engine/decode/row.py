@@ -72,6 +72,8 @@ class Row:
             min_tokens=request.min_tokens,
         )
         # End tokens that are part of the text.
+        self.following = None if request.grammar is None else request.grammar.begin()
+        """How far it has come in its grammar, where it has one."""
         self._kept_ends = frozenset(request.stop_token_ids if request.include_stop else ())
         # Where nobody asks for the text of each token, several are decoded at once.
         self._joined = not request.stops and request.logprobs is None
@@ -163,6 +165,10 @@ class Row:
                 self._places.append((begin, self._text.stopped or len(self._text.text) > begin))
         if ended or self._text.stopped:
             return self._finish("stop")
+        if self.following is not None:
+            self.following.take(token)
+            if self.following.complete:
+                return self._finish("stop")
         if len(self.chosen) >= self.max_tokens:
             return self._finish("length")
         if not self.request.stream or (self.pace and time.monotonic() < self._due):

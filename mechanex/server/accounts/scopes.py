@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from anyio.to_thread import run_sync
 from fastapi import Request
 
 from ...errors import AuthenticationError
+from ..library.threads import look_up
 from .auth import Principal, bearer_of, principal
 from .store import store_of
 
@@ -120,4 +120,4 @@ async def _is_logged_in(request: Request, who: Principal) -> bool:
     token = bearer_of(request)
     if token is None or who.account_id is None:
         return False
-    return await run_sync(store_of(request).sessions.account_for, token) == who.account_id
+    return await look_up(store_of(request).sessions.account_for, token) == who.account_id

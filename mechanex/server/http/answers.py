@@ -15,14 +15,14 @@ _FEW = 2000  # numbers and texts that are written in less time than handing them
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-async def json_answer(make: Callable[[], Any], size: int) -> Response:
+async def json_answer(make: Callable[[], Any], size: int | None = None) -> Response:
     """An answer of what ``make`` gives.
 
     Args:
         make: gives what can be written as JSON; of a large answer it is called in a thread.
-        size: about how many numbers and texts there are in it.
+        size: about how many numbers and texts there are in it; None where that isn't known, and may be much.
     """
-    if size <= _FEW:
+    if size is not None and size <= _FEW:
         return JSONResponse(make())
 
     def written() -> bytes:

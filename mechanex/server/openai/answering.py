@@ -56,19 +56,15 @@ async def answer(
         ask = options is not None and bool(options.include_usage)
         if options is not None and options.continuous_usage_stats:
             reply.running = Running(requests)
-        response: Response = stream_response(reply, generations, n, ask)
-    else:
-        results = await done_or_gone(request, results_of(generations))
-        size = _size(requests)
-        if reply.inside is not None:
-            await done_or_gone(request, reply.inside.read_all(results))
-            size += reply.inside.size
-        usage = reply.usage(results, drawn)
-        kept = _best(results, n, drawn)
-        response = await json_answer(lambda: reply.complete(kept, usage), size)
-    if (quota := engine.scheduler.quota) is not None:
-        response.headers.update(quota.headers(str(requests[0].owner or ""), "tokens"))
-    return response
+        return stream_response(reply, generations, n, ask)
+    results = await done_or_gone(request, results_of(generations))
+    size = _size(requests)
+    if reply.inside is not None:
+        await done_or_gone(request, reply.inside.read_all(results))
+        size += reply.inside.size
+    usage = reply.usage(results, drawn)
+    kept = _best(results, n, drawn)
+    return await json_answer(lambda: reply.complete(kept, usage), size)
 
 
 def _best(results: Sequence[Result], n: int, drawn: int) -> list[Result]:
@@ -110,9 +106,10 @@ def _with_bounded_logprobs(
 
 def _size(requests: Sequence[TextRequest]) -> int:
     """About how many numbers and texts the whole answer holds."""
-    return sum(one.max_tokens * (one.logprobs + 1) for one in requests if one.logprobs is not None) + len(
-        requests
-    )
+    asked = [one for one in requests if one.logprobs is not None]
+    lengths = [one.max_tokens + (len(one.ids) if one.prompt_logprobs else 0) for one in asked]
+    tops = [(one.logprobs or 0) + 1 for one in asked]
+    return sum(length * top for length, top in zip(lengths, tops, strict=True)) + len(requests)
 
 
 def check_model(engine: ServingEngine, name: str | None) -> None:

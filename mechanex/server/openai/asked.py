@@ -15,6 +15,7 @@ from ..model.engine import ServingEngine
 from ..model.requests import Steer, TextRequest
 from .bodies import ConditionItem, GenerationBody, SteeringFields
 from .sampling import asked_of
+from .structured import form_of
 
 __all__ = ["common_of", "steering_of"]
 
@@ -25,7 +26,11 @@ async def common_of(
     """What both kinds of request say of their answers, yet without a prompt, and what they have watched in them."""
     steering, watching = await steering_of(engine, body, who)
     common = replace(
-        asked_of(engine, body), steering=steering, owner=who.account_id, stream=bool(body.stream)
+        asked_of(engine, body),
+        grammar=await form_of(engine, body),
+        steering=steering,
+        owner=who.account_id,
+        stream=bool(body.stream),
     )
     return common, watching
 

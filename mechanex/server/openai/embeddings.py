@@ -90,7 +90,7 @@ async def _embeddings(body: EmbeddingBody, request: Request, engine: Engine, who
     except ValidationError as error:
         raise invalid(error.message, "layer") from error
     steering, watching = await steering_of(engine, body, who)
-    if watching.behaviors or body.behavior_scores:
+    if watching.behaviors:
         raise invalid(
             "Texts that are embedded are steered, and not watched: give vectors, or behavior_action 'steer'.",
             "behavior_names",

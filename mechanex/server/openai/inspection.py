@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...engine.decode.inside import Difference, Inside, read_inside
+from ...engine.decode.inside import Difference, ReadText, read_inside
 from ...engine.sampling import padding_token
 from ...errors import NotFoundError, ValidationError
 from ..http.errors import invalid
@@ -114,7 +114,7 @@ class Inspection:
         self.found[index] = found
 
     def _activations(
-        self, item: ActivationItem, directions: dict[str, Tensor], inside: Inside, n_prompt: int
+        self, item: ActivationItem, directions: dict[str, Tensor], inside: ReadText, n_prompt: int
     ) -> dict[str, Any]:
         begin = 0 if item.prompt else n_prompt
         stream = inside.streams[self._engine.adapter.layer_index(item.layer)][begin:]

@@ -10,7 +10,6 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from ...engine.chat import Chat
 from ..accounts.auth import Principal, principal
 from ..http.errors import invalid
 from ..http.routes import Route
@@ -18,8 +17,10 @@ from ..model.engine import Engine, ServingEngine
 from .answering import answer, check_choices, check_model, check_room
 from .asked import common_of
 from .bodies import ChatBody, CompletionBody
+from .chats import chat_request
 from .replies import ChatReply, CompletionReply
 from .sampling import truncated
+from .tools import reader_of
 
 __all__ = ["openai_router"]
 
@@ -87,29 +88,9 @@ async def _completions(body: CompletionBody, request: Request, engine: Engine, w
 
 async def _chat(body: ChatBody, request: Request, engine: Engine, who: Who) -> Response:
     """Answers a chat."""
-    check_model(engine, body.model)
-    check_choices(engine, body.n_answers)
-    messages = [message.rendered for message in body.messages]
-    if engine.settings.log_prompts:
-        request.state.log = {"messages": messages}
-    common, watching = await common_of(engine, body, who)
-    chat = Chat(
-        messages,
-        continue_final_message=bool(body.continue_final_message),
-        add_generation_prompt=body.add_generation_prompt,
-        template_kwargs=body.chat_template_kwargs or {},
-    )
-    ids = await run_sync(engine.encoder.encode_chat, chat)
-    asked = body.max_completion_tokens or body.max_tokens
-    ids = truncated(engine, body, ids, asked)
-    check_room(engine, len(ids), asked or 0)
-    wanted = replace(
-        common,
-        ids=ids,
-        max_tokens=asked or (4096 if engine.context is None else max(engine.context - len(ids), 1)),
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
-    reply = ChatReply(engine.model_name, engine.token_texts, bool(body.logprobs))
+    calls = reader_of(engine, body.offered, body.tool_choice) if body.offered else None
+    wanted, watching = await chat_request(request, engine, body, who)
+    reply = ChatReply(engine.model_name, engine.token_texts, bool(body.logprobs), calls)
     return await answer(request, engine, body, reply, [wanted], watching)
 
 
