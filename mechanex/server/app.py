@@ -25,7 +25,7 @@ from .http.limits import RateLimit
 from .http.middleware import RequestMiddleware
 from .model.engine import ServingEngine
 from .openai.routes import openai_router
-from .settings import ServerSettings
+from .settings import SHORTEST_KEY, ServerSettings
 
 if TYPE_CHECKING:
     from ..engine.models.resolve import LoadedModel
@@ -35,7 +35,6 @@ __all__ = ["create_app"]
 
 _logger = logging.getLogger(__name__)
 
-_SHORT_KEY = 16
 _CREDENTIALS_BYTES = 8 * 2**10  # what anyone may send
 
 
@@ -71,13 +70,8 @@ def create_app(
             f"a server at {settings.host} is reached by other machines and needs a key: set MECHANEX_SERVER_KEY or "
             "key=…, or bind 127.0.0.1."
         )
-    if key is not None and len(key) < _SHORT_KEY and not settings.is_loopback:
-        raise ValidationError(
-            f"a server at {settings.host} is reached by other machines, and its key has {len(key)} characters, which "
-            f"can be guessed: take {_SHORT_KEY} or more, or bind 127.0.0.1."
-        )
-    if key is not None and len(key) < _SHORT_KEY:
-        _logger.warning("the server's key has %d characters: take %d or more", len(key), _SHORT_KEY)
+    if key is not None and len(key) < SHORTEST_KEY:
+        _logger.warning("the server's key has %d characters: take %d or more", len(key), SHORTEST_KEY)
     try:
         store = open_store(settings)
     except StorageError as error:

@@ -12,7 +12,10 @@ from pathlib import Path
 
 from ..errors import ValidationError
 
-__all__ = ["ServerSettings"]
+__all__ = ["SHORTEST_KEY", "ServerSettings"]
+
+SHORTEST_KEY = 16
+"""Characters of the server's key, off loopback."""
 
 KEY_VARIABLE = "MECHANEX_SERVER_KEY"
 
@@ -147,12 +150,16 @@ class ServerSettings:
         """The key that opens the whole server: ``key``, or ``MECHANEX_SERVER_KEY``, or None; spaces around it go.
 
         Raises:
-            ValidationError: the variable holds what is no key.
+            ValidationError: the variable holds what is no key, or a key that could be guessed by other machines.
         """
-        if self.key is not None:
-            return _checked_key(self.key)
-        given = (os.environ if environ is None else environ).get(KEY_VARIABLE)
-        return _checked_key(given) if given else None
+        given = self.key or (os.environ if environ is None else environ).get(KEY_VARIABLE)
+        key = _checked_key(given) if given else None
+        if key is not None and len(key) < SHORTEST_KEY and not self.is_loopback:
+            raise ValidationError(
+                f"a server at {self.host} is reached by other machines, and its key has {len(key)} characters, which "
+                f"can be guessed: take {SHORTEST_KEY} or more, or bind 127.0.0.1."
+            )
+        return key
 
 
 def _checked_key(key: object) -> str:
