@@ -146,3 +146,6 @@ else:
 
     def __getattr__(name: str) -> Any:
         return _default.attribute("attribution", name)
+
+    def __dir__() -> list[str]:
+        return _default.names("attribution")

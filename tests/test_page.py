@@ -19,6 +19,7 @@ from mechanex.engine.models import adapter_for
 from mechanex.engine.models.resolve import LoadedModel, load
 from mechanex.engine.prompt_conditions import PromptCondition
 from mechanex.engine.text import encode_pair
+from mechanex.engine.vector_store import VectorStore
 from mechanex.engine.vectors import SteeringVector
 from mechanex.server.accounts.passwords import Passwords
 from mechanex.server.app import create_app
@@ -33,6 +34,7 @@ EXAMPLES: dict[str, Any] = {
     "positive_answers": [" he was happy", " she was glad"],
     "negative_answers": [" he was angry", " she was sad"],
 }
+LONG = {name: [" word" * 200] * 32 for name in EXAMPLES}
 PROMPT = "Anna went to the market on Friday."
 
 Connect = Callable[..., TestClient]
@@ -205,6 +207,20 @@ def test_accounts_see_and_download_only_what_is_theirs(locked: TestClient) -> No
     assert locked.get(f"/page/vectors/{made}", headers=bob).status_code == 404
 
 
+def test_what_is_stored_on_the_machine_is_the_operators(
+    client: TestClient, locked: TestClient, vector: SteeringVector
+) -> None:
+    stored = [VectorStore().put(vector), VectorStore().put(2 * vector)]
+    found = [one for one in client.get("/page/about").json()["vectors"] if one["owner"] == "operator"]
+    assert sorted(one["id"] for one in found) == sorted(stored)
+    eve = account(locked, "eve@example.org")
+    assert not [
+        one for one in locked.get("/page/about", headers=eve).json()["vectors"] if one["id"] in stored
+    ]
+    assert locked.get(f"/page/vectors/{stored[0]}", headers=eve).status_code == 404
+    assert client.get(f"/page/vectors/{stored[0]}").status_code == 200
+
+
 def test_a_downloaded_vector_is_the_one_that_steers(
     client: TestClient, vector: SteeringVector, tmp_path: Path
 ) -> None:
@@ -245,6 +261,14 @@ def test_tokens_are_compared_exactly(
         for side in ("plain", "steered"):
             values = [logprob for _, logprob in token[side]]
             assert values == sorted(values, reverse=True) and len(values) == 3
+
+
+def test_a_character_of_several_tokens_comes_whole(client: TestClient) -> None:
+    answer = " Thé 🎉 was nice."
+    body = {"prompt": PROMPT, "answers": [answer]}
+    (tokens,) = client.post("/page/compare", json=body).json()["answers"]
+    assert "".join(token["text"] for token in tokens) == answer
+    assert any(token["text"] == "" for token in tokens)
 
 
 def test_what_does_not_steer_moves_nothing(client: TestClient) -> None:
@@ -289,6 +313,7 @@ def test_a_vector_made_of_the_examples_has_its_effect_in_a_sweep(client: TestCli
         ("compare", {"answers": [" word" * 3000]}, "shorten"),
         ("sweep", {"vector": "huge"}, "steer less"),
         ("sweep", {"vector": "conditional"}, "without the condition"),
+        ("sweep", {"strengths": [1] * 13, "by_layer": True, "examples": LONG}, "262144 at most"),
     ],
 )
 def test_what_cant_be_told_is_refused_with_a_reason(

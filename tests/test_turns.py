@@ -11,10 +11,11 @@ import pytest
 from test_scheduler import PROMPTS, ids_of, scheduled
 
 from mechanex.engine.models.resolve import load
-from mechanex.errors import RateLimitError, ValidationError
-from mechanex.server.http.limits import RateLimit
+from mechanex.errors import RateLimitError
+from mechanex.server.http.limits import TokenQuota
 from mechanex.server.model.requests import TextRequest
 from mechanex.server.model.turns import Turns
+from mechanex.server.senders import sent_by
 
 
 @pytest.fixture(scope="module")
@@ -84,31 +85,65 @@ def test_a_full_queue_of_one_account_keeps_no_other_out(tiny: Any) -> None:
     asyncio.run(crowd())
 
 
-def test_an_account_has_so_many_running_and_so_many_tokens_a_minute(tiny: Any) -> None:
-    ids = ids_of(tiny.tokenizer, PROMPTS[0])
-    request = TextRequest(ids, 20, owner="a")
+def test_an_account_has_so_many_running(tiny: Any) -> None:
+    request = TextRequest(ids_of(tiny.tokenizer, PROMPTS[0]), 20, owner="a")
 
     async def some() -> int:
-        limits = {"account_running": 2, "account_tokens_per_minute": 10 * (len(ids) + 20)}
-        async with scheduled(tiny.model, tiny.tokenizer, **limits) as running:
+        async with scheduled(tiny.model, tiny.tokenizer, account_running=2) as running:
             generations, most = running.submit_all([request] * 6), 0
             waiting = asyncio.gather(*(one.result() for one in generations))
             while not waiting.done():
                 most = max(most, running.n_running)
                 await asyncio.sleep(0.001)
-            with pytest.raises(RateLimitError, match="tokens of this account"):
-                running.submit_all([request] * 5)
-            running.submit_all([replace(request, owner="b")] * 5)
-            with pytest.raises(ValidationError, match="a minute: ask for less"):
-                running.submit_all([replace(request, owner="c")] * 11)
             return most
 
     assert 1 <= asyncio.run(some()) <= 2
 
 
-def test_headers_tell_what_is_left() -> None:
-    limit = RateLimit("tokens", 100)
-    limit.take("a", 30)
-    told = limit.headers("a", "tokens")
-    assert told["x-ratelimit-limit-tokens"] == "100" and told["x-ratelimit-remaining-tokens"] == "70"
-    assert told["x-ratelimit-reset-tokens"].endswith("s")
+def test_an_account_has_so_many_tokens_a_minute_of_prompts_and_answers(tiny: Any) -> None:
+    ids = ids_of(tiny.tokenizer, PROMPTS[0])
+    # Who says nothing of a length asks for all that the context has, and uses what the answer comes to.
+    request = TextRequest(ids, 400, owner="a")
+
+    async def some() -> tuple[list[int], list[int]]:
+        used, left = [], []
+        async with scheduled(tiny.model, tiny.tokenizer, account_tokens_per_minute=500) as running:
+            quota = running.quota
+            assert quota is not None
+            quota._clock = lambda: 0.0  # nothing comes back meanwhile
+            for sender in ("a", "203.0.113.7"):
+                sent_by(sender)
+                owner = "a" if sender == "a" else None
+                result = await running.submit(replace(request, owner=owner)).result()
+                used.append(result.completion_tokens)
+                left.append(int(quota.headers(sender)["x-ratelimit-remaining-tokens"]))
+            quota.spend("a", 500)
+            with pytest.raises(RateLimitError, match="500 tokens") as refused:
+                running.submit(request)
+            assert refused.value.retry_after
+            await running.submit(replace(request, owner=None)).result()
+            return used, left
+
+    used, left = asyncio.run(some())
+    assert used[0] < 400 and left == [500 - len(ids) - n for n in used]
+
+
+def test_tokens_come_back_evenly() -> None:
+    now = [0.0]
+    quota = TokenQuota(600, lambda: now[0])
+    quota.check("a")
+    quota.spend("a", 700)
+    with pytest.raises(RateLimitError, match=r"Try again in 11 s") as refused:
+        quota.check("a")
+    assert refused.value.retry_after == 11
+    told = {name.removeprefix("x-ratelimit-"): value for name, value in quota.headers("a").items()}
+    assert told == {"limit-tokens": "600", "remaining-tokens": "0", "reset-tokens": "70s"}
+    quota.check("b")
+    now[0] = 10.1
+    quota.check("a")
+    now[0] = 1000.0
+    assert quota.headers("a")["x-ratelimit-remaining-tokens"] == "600"
+    for i in range(30_000):  # strangers who come once are not remembered for ever
+        now[0] += 1
+        quota.spend(f"stranger {i}", 1)
+    assert len(quota._left) <= 10_001

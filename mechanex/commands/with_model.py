@@ -264,7 +264,7 @@ def optimize(ctx: click.Context, /, **options: Any) -> None:
     "--account-tokens-per-minute",
     type=click.IntRange(min=1),
     show_default="any number",
-    help="Most tokens that one account sends and asks for in a minute; then 429.",
+    help="Tokens of prompts and answers that one account has in a minute; then 429.",
 )
 @click.option(
     "--trusted-proxy",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import ROW_TOKENS, Pack
 from .passes import visit_residuals
+from .provenance import FIT, figures
 from .ranks import current_ranks, dealt
 from .text import Prompt, encode_pair
 from .vectors import SteeringVector
@@ -42,6 +43,7 @@ def caa_vectors(
     row_tokens: int = ROW_TOKENS,
     batch_tokens: int | None = None,
     progress: bool = False,
+    tokens: Literal["all", "last"] = "all",
 ) -> SteeringVector:
     """One vector per layer: the mean over examples of (mean over the positive answer's tokens − the negative answer's).
 
@@ -58,6 +60,7 @@ def caa_vectors(
         row_tokens: packed rows are filled up to this length.
         batch_tokens: most tokens in one pass; None for what suits the device.
         progress: show a progress bar.
+        tokens: of an answer, ``"all"`` or the ``"last"`` one alone.
 
     Returns:
         A vector in float32 (float64 for float64 models) on the CPU.
@@ -72,6 +75,8 @@ def caa_vectors(
     tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
     answers = (positive_answers, negative_answers)
     pairs = [encode_pair(tokenizer, prompt, side[i]) for i, prompt in enumerate(prompts) for side in answers]
+    if tokens == "last":
+        pairs = [([*prompt, *answer[:-1]], answer[-1:]) for prompt, answer in pairs]
     weights = torch.tensor([(-1.0) ** i / (n * len(completion)) for i, (_, completion) in enumerate(pairs)])
 
     sums: dict[int, Tensor] = {}
@@ -104,7 +109,14 @@ def caa_vectors(
     for layer in indices:
         _check_direction(layer, float(sums[layer].norm()), float(sizes[layer]))
     vectors = {layer: sums[layer].cpu().to(compute_dtype(adapter.dtype)) for layer in indices}
-    return SteeringVector(vectors, model=adapter.model_id, model_family=adapter.family, method="caa")
+    fit = {n: {"of_stream": float(sums[n].norm()) / float(sizes[n])} for n in indices}
+    return SteeringVector(
+        vectors,
+        model=adapter.model_id,
+        model_family=adapter.family,
+        method="caa",
+        metadata={FIT: figures(fit)},
+    )
 
 
 def check_examples(

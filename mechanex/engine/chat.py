@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import MechanexError, ValidationError
 
-__all__ = ["Chat", "chat_ids", "chat_text", "continued", "has_chat_template"]
+__all__ = ["Chat", "chat_ids", "chat_text", "continued", "has_chat_template", "writes_chats_itself"]
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,11 @@ def continued(prompt: object) -> Chat:
 
 def has_chat_template(tokenizer: Any) -> bool:
     """Whether a tokenizer can write chats: by a template, or by a method of its own as mistral-common's."""
-    if getattr(tokenizer, "chat_template", None) is not None:
-        return True
+    return getattr(tokenizer, "chat_template", None) is not None or writes_chats_itself(tokenizer)
+
+
+def writes_chats_itself(tokenizer: Any) -> bool:
+    """Whether a tokenizer writes chats by a method of its own, as mistral-common's, not by transformers' template."""
     from transformers import PreTrainedTokenizerBase
 
     own = getattr(tokenizer, "apply_chat_template", None)

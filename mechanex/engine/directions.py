@@ -19,6 +19,7 @@ from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import Pack
 from .passes import visit_residuals
+from .provenance import FIT, figures
 from .ranks import current_ranks, dealt
 from .text import Prompt, encode_pair
 from .vectors import SteeringVector
@@ -158,12 +159,21 @@ def _vectors(
     pairs = [encode_pair(tokenizer, p, a) for side in sides for p, a in zip(prompts, side, strict=True)]
     means = answer_means(adapter, pairs, indices, batch_tokens=batch_tokens, progress=progress)
     dtype = torch.float64 if adapter.dtype == torch.float64 else torch.float32
-    vectors = {}
+    vectors, fit = {}, {}
     for layer, found in means.items():
         positive, negative = found.chunk(2)
         _check(layer, positive, negative)
-        vectors[layer] = _scaled(layer, direction(positive, negative), positive, negative).to(dtype)
-    return SteeringVector(vectors, model=adapter.model_id, model_family=adapter.family, method=method)
+        vector = _scaled(layer, direction(positive, negative), positive, negative)
+        # How many of the pairs lie along it: 1 where it tells every one, 0.5 where it tells nothing.
+        fit[layer] = {"pairs_apart": float(((positive - negative) @ vector > 0).double().mean())}
+        vectors[layer] = vector.to(dtype)
+    return SteeringVector(
+        vectors,
+        model=adapter.model_id,
+        model_family=adapter.family,
+        method=method,
+        metadata={FIT: figures(fit)},
+    )
 
 
 def _check(layer: int, positive: Tensor, negative: Tensor) -> None:

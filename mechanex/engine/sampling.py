@@ -11,9 +11,11 @@ import torch
 
 from ..errors import ValidationError
 from .given import as_finite
+from .strengths import Strength
 from .whole import as_whole
 
 if TYPE_CHECKING:
+    from .hooks import SteeringPlan
     from .vectors import SteeringVector
 
 __all__ = ["METHODS", "Options", "Sampling", "end_tokens", "padding_token", "row_seed"]
@@ -82,8 +84,8 @@ class Options(Sampling):
         max_tokens: most tokens to add; fewer, with a logged line, where the model's context ends before.
         seed: of the draws; None takes one from torch's global generator, which ``torch.manual_seed`` sets.
         stop: a text or texts that end the continuation; the first that comes is cut off.
-        vector: steers the model during this call.
-        strength: multiplies the vector; 0 steers nothing and logs a warning.
+        vector: steers the model during this call: a vector, a plan, or a list of such, in order.
+        strength: multiplies the vector, of several each or with a list its own; 0 steers nothing and logs a warning.
         guard: most nats of KL(steered‖plain) of a token's distribution; see ``generation.generate``. None for no bound.
         continue_final_message: go on with a chat's last message instead of answering it.
 
@@ -94,8 +96,8 @@ class Options(Sampling):
     max_tokens: int = 128
     seed: int | None = None
     stop: str | Sequence[str] | None = None
-    vector: SteeringVector | None = None
-    strength: float = 1.0
+    vector: SteeringVector | SteeringPlan | Sequence[SteeringVector | SteeringPlan] | None = None
+    strength: Strength = 1.0
     continue_final_message: bool = False
     guard: float | None = None
 

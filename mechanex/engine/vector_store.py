@@ -44,6 +44,7 @@ class VectorStore:
         vector_id = uuid.uuid4().hex if global_rank() is None else vector.digest().hex()
         try:
             vector.save(self._path(vector_id))
+            _logger.info("vector %s is stored in %s", vector_id, self._path(vector_id))
         except OSError as error:
             _logger.warning(
                 "vector %s stays in this session only: %s can't be written (%s); set MECHANEX_HOME elsewhere",

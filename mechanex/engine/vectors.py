@@ -21,11 +21,13 @@ from .formats.record import FORMAT_VERSION, TERMS_VERSION
 from .formats.site import Site
 from .given import as_number
 from .intervention import Edit, widest
+from .projecting import projections
 from .prompt_conditions import PromptCondition
 from .schedules import Schedule, Varying
 from .terms import TOKENS, Terms, TokenGate
 from .vector_checks import (
     RESERVED_FIELDS,
+    MissingLayer,
     as_direction,
     as_layer,
     as_seed,
@@ -33,6 +35,7 @@ from .vector_checks import (
     check_strength,
     written_seed,
 )
+from .vector_shown import shown_norms, vector_html
 
 if TYPE_CHECKING:
     from torch import nn
@@ -113,6 +116,10 @@ class SteeringVector(Mapping[int, Tensor]):
         _check_terms(self.terms, self.width)
 
     def __getitem__(self, layer: int) -> Tensor:
+        if layer not in self._layers:
+            raise MissingLayer(
+                f"the vector has no layer {layer!r}: it has {', '.join(map(str, self._layers))} (counted from 0)."
+            )
         return self._layers[layer].clone()
 
     def __iter__(self) -> Iterator[int]:
@@ -157,11 +164,14 @@ class SteeringVector(Mapping[int, Tensor]):
         return next(iter(self._layers.values()))
 
     def __repr__(self) -> str:
-        norms = ", ".join(f"{layer}: {norm:.4g}" for layer, norm in self.norms().items())
-        made = {"model": self.model, "method": self.method}
+        made = {"method": self.method, "model": self.model}
         origin = "".join(f", {name}={value!r}" for name, value in made.items() if value)
         on = f", terms={self.terms.text()}" if self.terms and not self._by_function else ""
-        return f"SteeringVector(width={self.width}, norms={{{norms}}}{origin}{on})"
+        return f"SteeringVector(width={self.width}, norms={shown_norms(self.norms())}{origin}{on})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what it is, and the norm of each layer as a bar."""
+        return vector_html(repr(self), self.norms())
 
     @property
     def _by_function(self) -> bool:
@@ -262,6 +272,20 @@ class SteeringVector(Mapping[int, Tensor]):
         theirs = other.restricted(shared).normalized()
         return {layer: float(ours._layers[layer] @ theirs._layers[layer].to(ours._any)) for layer in shared}
 
+    def project(self, activations: Mapping[int, Any]) -> dict[int, Any]:
+        """The projections x·v̂ of activations on the vector, in the units of the stream.
+
+        Args:
+            activations: ``{layer: [n, d]}`` as ``model.activations`` gives them, memory-mapped ones too.
+
+        Returns:
+            ``{layer: array [n]}`` for each layer that both have.
+
+        Raises:
+            ValidationError: no layer in common, another width, or a zero direction.
+        """
+        return projections(self._layers, activations)
+
     def restricted(self, layers: Sequence[int]) -> SteeringVector:
         """The same vector at some of its layers only; a layer it hasn't is a ValidationError."""
         missing = [layer for layer in layers if layer not in self._layers]
@@ -269,6 +293,10 @@ class SteeringVector(Mapping[int, Tensor]):
             raise ValidationError(f"the vector has layers {list(self.layers)}, and not {missing}.")
         kept = {layer: self._layers[layer] for layer in layers}
         return self._like(kept, None if len(kept) == len(self) else self._uncalibrated())
+
+    def noted(self, **fields: str) -> SteeringVector:
+        """The same vector with further text fields in its ``metadata``."""
+        return self._like(self._layers, {**self.metadata, **fields})
 
     def to(self, target: torch.device | torch.dtype | str) -> SteeringVector:
         """The same vector on another device, or in float32 or float64; a smaller dtype is refused."""

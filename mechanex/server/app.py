@@ -20,7 +20,7 @@ from .accounts.store import StorageError, open_store
 from .axionic.guards import Guards
 from .axionic.routes import axionic_router
 from .http.errors import add_handlers
-from .http.limits import RateLimit
+from .http.limits import TOKEN_HEADERS, RateLimit
 from .http.middleware import RequestMiddleware
 from .model.engine import ServingEngine
 from .openai.embeddings import embeddings_router
@@ -107,7 +107,7 @@ def create_app(
     app.state.settings, app.state.engine, app.state.store = settings, engine, store
     app.state.server_key, app.state.started = key, time.time()
     app.state.wrong_keys = RateLimit("wrong keys from this address", WRONG_KEYS_PER_MINUTE)
-    app.state.guards = Guards(settings)
+    app.state.guards, app.state.token_quota = Guards(settings), engine.scheduler.quota
     app.state.open_paths = OPEN_PATHS | PAGE_PATHS
     add_handlers(app)
     app.include_router(openai_router())
@@ -125,7 +125,7 @@ def create_app(
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],  # clients have their own, OpenAI's among them
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", *TOKEN_HEADERS],
         )
     app.add_middleware(
         RequestMiddleware,

@@ -40,8 +40,8 @@ class ServerSettings:
         max_waiting: most requests that wait for a place; a later one gets 429, but for a sender who has less than an
             equal share of them.
         account_running: most requests of one account that are decoded together; the others wait. None for any number.
-        account_tokens_per_minute: most tokens that one account may ask for and send in a minute; 429 then. None for
-            any number.
+        account_tokens_per_minute: tokens of prompts and answers that one account, or one address without an account,
+            has in a minute; 429 where they are used up. None for any number.
         max_cache_tokens: most positions that the rows of the batch may come to hold together, padding included; a
             request that needs more by itself runs alone. None: as many as fit into half of the memory that is free
             when the server starts.
@@ -54,6 +54,7 @@ class ServerSettings:
         max_examples: most contrastive examples that one vector is computed from at a client's wish.
         max_example_layers: most layers that it may have.
         max_vectors: most steering vectors, and most behaviors, that one account may keep.
+        max_account_bytes: most bytes that the vectors and behaviors of one account may take together.
         request_timeout: seconds from a request's arrival to its last token.
         shutdown_grace: seconds that running answers get to finish after SIGTERM.
         trusted_proxies: addresses and networks of proxies whose ``X-Forwarded-For`` and ``X-Forwarded-Proto`` are
@@ -93,6 +94,7 @@ class ServerSettings:
     max_examples: int = 256
     max_example_layers: int = 16
     max_vectors: int = 1000
+    max_account_bytes: int = 2**30
     request_timeout: float = 600.0
     shutdown_grace: float = 4.0
     trusted_proxies: tuple[str, ...] = ()
@@ -121,6 +123,7 @@ class ServerSettings:
             "max_examples",
             "max_example_layers",
             "max_vectors",
+            "max_account_bytes",
             "rate_limit",
             "api_rate_limit",
         )

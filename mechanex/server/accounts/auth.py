@@ -14,9 +14,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...errors import AuthenticationError, MechanexError
 from ..http.errors import answer_to
-from ..http.limits import RateLimit, client_address
-from ..http.middleware import discard
+from ..http.limits import RateLimit, TokenQuota, client_address
+from ..http.middleware import discard, telling
 from ..library.threads import look_up
+from ..senders import sent_by
 from .api_keys import KeyExpiredError
 from .sessions import SESSION_ENDED, is_access_token
 from .store import Store, store_of
@@ -79,7 +80,12 @@ class AuthenticationMiddleware:
             if path not in _PROBES:
                 _check_host(request)
             if path not in self._open:
-                request.state.principal = await principal(request)
+                request.state.principal = who = await principal(request)
+                sender = who.account_id or client_address(request.client.host if request.client else None)
+                sent_by(sender)
+                quota: TokenQuota | None = request.app.state.token_quota
+                if quota is not None:
+                    send = telling(send, lambda: quota.headers(sender))
         except MechanexError as error:
             if request.headers.get("expect", "").lower() != "100-continue":  # else the body isn't on its way
                 # A client that is still sending would see a closed connection, not the answer.

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from ...home import mechanex_home
 from ..library.database import Database, StorageError
 from ..library.files import BehaviorFiles, VectorFiles
+from ..library.pending import Pending
 from ..library.records import Library
 from ..settings import ServerSettings
 from .api_keys import ApiKeys
@@ -40,8 +41,9 @@ class Store:
     library: Library
 
     def close(self) -> None:
-        """Lets go of the database."""
+        """Lets go of the database and the files."""
         self.keys.close()
+        self.library.close()
         self.database.close()
 
 
@@ -67,6 +69,7 @@ def open_store(
     folder = home / "server"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        pending = Pending(folder / "pending", database.identity)
     except OSError as error:
         database.close()
         raise StorageError(
@@ -80,17 +83,24 @@ def open_store(
         database,
         VectorFiles(folder / "vectors"),
         BehaviorFiles(folder / "behaviors"),
+        pending,
         clock,
         settings.max_vectors,
+        settings.max_account_bytes,
     )
-    library.collect()
-    return Store(
+    store = Store(
         database,
         Users(database, passwords or Passwords(), sessions, clock),
         sessions,
         ApiKeys(database, clock),
         library,
     )
+    try:
+        library.settle()
+    except BaseException:
+        store.close()
+        raise
+    return store
 
 
 def store_of(request: Request) -> Store:

@@ -8,7 +8,7 @@ import logging
 import random
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -20,7 +20,7 @@ from ...errors import APIError
 from ..metrics import Metrics
 from .errors import INTERNAL, answer_to, error_answer
 
-__all__ = ["RequestMiddleware", "discard"]
+__all__ = ["RequestMiddleware", "discard", "telling"]
 
 _logger = logging.getLogger(__name__)
 _access = logging.getLogger("mechanex.server.access")
@@ -153,6 +153,17 @@ def _limited(receive: Receive, most: int) -> Receive:
         return message
 
     return receiving
+
+
+def telling(send: Send, headers: Callable[[], Mapping[str, str]]) -> Send:
+    """Sends answers with further headers, which are asked for when an answer begins."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(headers())
+        await send(message)
+
+    return sending
 
 
 def _too_large(most: int) -> str:

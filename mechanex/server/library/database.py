@@ -83,6 +83,11 @@ class Database:
         """The URL without its password, for messages."""
         return self.url.render_as_string(hide_password=True)
 
+    @property
+    def identity(self) -> str:
+        """What tells it from other databases, wherever a server was started: the URL, or SQLite's file."""
+        return os.path.realpath(str(self.url.database)) if self._sqlite else self.name
+
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
         """A connection for reading; what it sees doesn't change meanwhile.

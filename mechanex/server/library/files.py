@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -9,26 +10,25 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ...errors import MechanexError, NotFoundError
 from .database import StorageError
-from .schema import is_id
 
 if TYPE_CHECKING:
     from ...engine.sae.autoencoder import SparseAutoencoder
     from ...engine.sae.behavior import Behavior
     from ...engine.vectors import SteeringVector
 
-__all__ = ["BehaviorFiles", "VectorFiles"]
+__all__ = ["BehaviorFiles", "VectorFiles", "storage_error"]
 
 T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 
 _CACHED = 64
+_LONG_AGO = 86_400.0  # seconds
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -58,10 +58,7 @@ class _Files(ABC, Generic[T]):
         except OSError as error:
             _logger.error("%s can't be kept in %s: %s", self.kind, self._folder, error)
             self.remove(file_id)
-            raise StorageError(
-                f"the {self.kind} can't be kept: {error.strerror or error} on the server.",
-                507 if error.errno in _FULL else 500,
-            ) from error
+            raise storage_error(f"the {self.kind} can't be kept", error) from error
         self._remember(file_id, thing)
 
     def load(self, file_id: str) -> T:
@@ -94,31 +91,32 @@ class _Files(ABC, Generic[T]):
         except OSError as error:
             _logger.warning("the file of %s %s can't be deleted: %s", self.kind, file_id, error)
 
-    def collect(self, known: Set[str], age: float) -> int:
-        """Deletes what no row names, as a kill between a file and its row leaves it; how many files that were.
-
-        Args:
-            known: the ids of all rows.
-            age: seconds since a file was written, from which on nobody is about to write its row.
-        """
-        written_before, n = time.time() - age, 0
+    def size(self, file_id: str) -> int:
+        """Bytes of a thing's file; 0 where there is none."""
         try:
-            found = list(self._folder.iterdir()) if self._folder.is_dir() else []
-        except OSError as error:
-            _logger.warning("%s can't be looked through: %s", self._folder, error)
+            return self._path(file_id).stat().st_size
+        except OSError:
             return 0
-        for path in found:
-            left = path.name.startswith(".") and path.suffix == ".tmp"
-            orphan = path.suffix == ".safetensors" and is_id(path.stem) and path.stem not in known
-            if not (left or orphan):
-                continue
-            try:
-                if path.stat().st_mtime < written_before:
-                    path.unlink(missing_ok=True)
-                    n += 1
-            except OSError as error:
-                _logger.warning("%s, which belongs to nobody, can't be deleted: %s", path, error)
-        return n
+
+    def sweep(self, file_id: str, *, keep: bool) -> None:
+        """Deletes what a server that was killed has left of a thing: half a file, and the whole one unless ``keep``."""
+        for path in self._folder.glob(f"*{file_id}*"):
+            if not (keep and path == self._path(file_id)):
+                self._unlink(path)
+
+    def sweep_old(self) -> None:
+        """Deletes half files that nobody writes any more."""
+        for path in self._folder.glob(".*.tmp"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _LONG_AGO:
+                    self._unlink(path)
+
+    def _unlink(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+            _logger.info("%s, which a server that was killed has left, is deleted", path)
+        except OSError as error:
+            _logger.warning("%s can't be deleted: %s", path, error)
 
     @abstractmethod
     def _write(self, thing: T, path: Path) -> None: ...
@@ -172,6 +170,12 @@ class BehaviorFiles(_Files["Behavior"]):
         if not path.exists():
             raise NotFoundError(f"{path} is not there.")
         return read_behavior(path, self._saes)
+
+
+def storage_error(what: str, error: OSError) -> StorageError:
+    """What a client is told of a file that can't be written."""
+    status = 507 if error.errno in _FULL else 500
+    return StorageError(f"{what}: {error.strerror or error} on the server.", status)
 
 
 def _defect(error: Exception) -> str:

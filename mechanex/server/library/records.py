@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, Table, delete, func, insert, select
+from sqlalchemy import Connection, Table, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from ...errors import NotFoundError, ValidationError
 from .database import Database, StorageError
-from .files import BehaviorFiles, VectorFiles
+from .files import BehaviorFiles, VectorFiles, storage_error
 from .kept import KeptBehavior, KeptVector
+from .pending import Pending
 from .schema import SHARED_ACCOUNT, behaviors, is_id, new_id, users, vectors
 
 if TYPE_CHECKING:
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from ...engine.vectors import SteeringVector
 
 __all__ = ["Library"]
-
-_logger = logging.getLogger(__name__)
-_NO_ROW_COMES = 300.0  # seconds after which a file whose row isn't there gets none any more
 
 
 class Library:
@@ -37,8 +34,10 @@ class Library:
         database: where the rows are.
         files: where the vectors are.
         detectors: where that is which watches for behaviors, by the behaviors' ids.
+        pending: notes of the files that are being written or deleted.
         clock: seconds since 1970.
         most: vectors, and behaviors, that one account may keep; the shared account has no bound.
+        most_bytes: that they may take together.
     """
 
     def __init__(
@@ -46,14 +45,54 @@ class Library:
         database: Database,
         files: VectorFiles,
         detectors: BehaviorFiles,
+        pending: Pending,
         clock: Callable[[], float],
         most: int,
+        most_bytes: int,
     ) -> None:
         self._database = database
         self._files = files
         self._detectors = detectors
+        self._pending = pending
         self._clock = clock
         self._most = most
+        self._most_bytes = most_bytes
+
+    def settle(self) -> None:
+        """Deletes the files that servers of this database left without rows when they were killed.
+
+        Raises:
+            StorageError: the database can't be read.
+        """
+        for files in (self._files, self._detectors):
+            files.sweep_old()
+        self._pending.settle(self._settle)
+        self._weigh()
+
+    def _settle(self, ids: list[str]) -> None:
+        for files, table in ((self._files, vectors), (self._detectors, behaviors)):
+            for file_id in ids:
+                with self._database.read() as connection:
+                    owned = connection.scalar(select(table.c.id).where(table.c.id == file_id)) is not None
+                files.sweep(file_id, keep=owned)
+
+    def _weigh(self) -> None:
+        """Notes the bytes of what a version kept that didn't count them."""
+        unknown = select(vectors.c.id).where(vectors.c.n_bytes.is_(None))
+        unknown_behaviors = select(behaviors.c.id, behaviors.c.examples).where(behaviors.c.n_bytes.is_(None))
+        with self._database.read() as connection:
+            sizes = [(vectors, one, self._files.size(one)) for one in connection.scalars(unknown)]
+            for row in connection.execute(unknown_behaviors):
+                size = len(row.examples) + self._detectors.size(row.id)
+                sizes.append((behaviors, row.id, size))
+        if sizes:
+            with self._database.write() as connection:
+                for table, row_id, size in sizes:
+                    connection.execute(update(table).where(table.c.id == row_id).values(n_bytes=size))
+
+    def close(self) -> None:
+        """Ends this server's part."""
+        self._pending.close()
 
     def add_vector(self, account_id: str | None, vector: SteeringVector) -> str:
         """Keeps a vector and returns its id.
@@ -103,15 +142,16 @@ class Library:
         if not self._owns(account_id, vector_id):
             raise _no_vector(vector_id)
         users = select(behaviors.c.behavior_name).where(behaviors.c.vector_id == vector_id)
-        try:
-            with self._database.write() as connection:
-                names = sorted(connection.scalars(users))
-                if names:
-                    raise _in_use(vector_id, names)
-                connection.execute(delete(vectors).where(vectors.c.id == vector_id))
-        except IntegrityError as error:  # a behavior was made of it just now
-            raise _in_use(vector_id, []) from error
-        self._files.remove(vector_id)
+        with self._noted(vector_id):
+            try:
+                with self._database.write() as connection:
+                    names = sorted(connection.scalars(users))
+                    if names:
+                        raise _in_use(vector_id, names)
+                    connection.execute(delete(vectors).where(vectors.c.id == vector_id))
+            except IntegrityError as error:  # a behavior was made of it just now
+                raise _in_use(vector_id, []) from error
+            self._files.remove(vector_id)
 
     def check_room(self, account_id: str | None) -> None:
         """Raises a ValidationError where the account keeps as many vectors as it may."""
@@ -139,7 +179,7 @@ class Library:
             raise _no_vector(given)
         filed = nullcontext(vector) if isinstance(vector, str) else self._filed(vector)
         told = None if watched is None else watched.as_dict()
-        n_examples = len(examples["prompts"])
+        n_examples, told_examples = len(examples["prompts"]), json.dumps(examples)
         try:
             with (
                 filed as vector_id,
@@ -149,9 +189,10 @@ class Library:
                 made = KeptBehavior(
                     behavior_id, name, description, vector_id, n_examples, self._clock(), told
                 )
-                self._check_room(connection, account_id, behaviors)
+                n_bytes = len(told_examples) + self._detectors.size(behavior_id)
                 if given is None:
                     self._own(connection, account_id, vector_id)
+                self._check_room(connection, account_id, behaviors, n_bytes)
                 connection.execute(
                     insert(behaviors).values(
                         id=made.id,
@@ -159,10 +200,11 @@ class Library:
                         behavior_name=name,
                         description=description,
                         vector_id=vector_id,
-                        examples=json.dumps(examples),
+                        examples=told_examples,
                         n_examples=made.n_examples,
                         created_at=made.created_at,
                         watched=None if told is None else json.dumps(told),
+                        n_bytes=n_bytes,
                     )
                 )
         except IntegrityError as error:
@@ -229,48 +271,61 @@ class Library:
         Raises:
             NotFoundError: the account has none of this name.
         """
-        gone = 0
-        if self.behavior_vector_id(account_id, name) is not None:
-            with self._database.write() as connection:
-                behavior_id = connection.scalar(select(behaviors.c.id).where(*_named(account_id, name)))
-                gone = connection.execute(delete(behaviors).where(*_named(account_id, name))).rowcount
-        if gone != 1:
-            raise NotFoundError(f"no behavior of this account is called {name!r}: GET /behaviors lists them.")
-        self._detectors.remove(str(behavior_id))
+        found: str | None = None
+        if "\x00" not in name:
+            with self._database.read() as connection:
+                found = connection.scalar(select(behaviors.c.id).where(*_named(account_id, name)))
+        if found is not None:
+            with self._noted(found):
+                with self._database.write() as connection:
+                    gone = connection.execute(delete(behaviors).where(behaviors.c.id == found)).rowcount
+                if gone == 1:
+                    self._detectors.remove(found)
+                    return
+        raise NotFoundError(f"no behavior of this account is called {name!r}: GET /behaviors lists them.")
 
     def delete_all(self, account_id: str) -> None:
         """Deletes everything that an account has made."""
         of_it = behaviors.c.user_id == account_id, vectors.c.user_id == account_id
-        with self._database.write() as connection:
-            # Holds off others that make something of it now.
-            connection.execute(select(users.c.id).where(users.c.id == account_id).with_for_update())
-            detectors = list(connection.scalars(select(behaviors.c.id).where(of_it[0])))
-            files = list(connection.scalars(select(vectors.c.id).where(of_it[1])))
-            connection.execute(delete(behaviors).where(of_it[0]))
-            connection.execute(delete(vectors).where(of_it[1]))
-        for behavior_id in detectors:
-            self._detectors.remove(behavior_id)
-        for vector_id in files:
-            self._files.remove(vector_id)
+        with ExitStack() as stack:
+            with self._database.write() as connection:
+                # Holds off others that make something of it now.
+                connection.execute(select(users.c.id).where(users.c.id == account_id).with_for_update())
+                detectors = list(connection.scalars(select(behaviors.c.id).where(of_it[0])))
+                files = list(connection.scalars(select(vectors.c.id).where(of_it[1])))
+                stack.enter_context(self._noted(*detectors, *files))
+                connection.execute(delete(behaviors).where(of_it[0]))
+                connection.execute(delete(vectors).where(of_it[1]))
+            for behavior_id in detectors:
+                self._detectors.remove(behavior_id)
+            for vector_id in files:
+                self._files.remove(vector_id)
 
-    def collect(self, age: float = _NO_ROW_COMES) -> None:
-        """Deletes files that no row names and that are older than ``age`` seconds."""
-        with self._database.read() as connection:
-            kept = {table: set(connection.scalars(select(table.c.id))) for table in (vectors, behaviors)}
-        n = self._files.collect(kept[vectors], age) + self._detectors.collect(kept[behaviors], age)
-        if n:
-            _logger.info("%d files that belonged to nobody are deleted", n)
+    @contextmanager
+    def _noted(self, *ids: str) -> Iterator[None]:
+        """Has these files noted as ones that are being written or deleted.
+
+        Raises:
+            StorageError: they can't be.
+        """
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._pending.noted(*ids))
+            except OSError as error:
+                raise storage_error("files can't be noted", error) from error
+            yield
 
     @contextmanager
     def _filed(self, vector: SteeringVector) -> Iterator[str]:
         """The id under which a vector's file is there, and stays where the block ends without an error."""
         vector_id = new_id()
-        self._files.save(vector_id, vector)
-        try:
-            yield vector_id
-        except BaseException:
-            self._files.remove(vector_id)
-            raise
+        with self._noted(vector_id):
+            self._files.save(vector_id, vector)
+            try:
+                yield vector_id
+            except BaseException:
+                self._files.remove(vector_id)
+                raise
 
     @contextmanager
     def _watching(self, watched: Behavior | None) -> Iterator[str]:
@@ -279,12 +334,13 @@ class Library:
         if watched is None:
             yield behavior_id
             return
-        self._detectors.save(behavior_id, watched)
-        try:
-            yield behavior_id
-        except BaseException:
-            self._detectors.remove(behavior_id)
-            raise
+        with self._noted(behavior_id):
+            self._detectors.save(behavior_id, watched)
+            try:
+                yield behavior_id
+            except BaseException:
+                self._detectors.remove(behavior_id)
+                raise
 
     def _watched_id(self, account_id: str | None, name: str) -> str | None:
         if "\x00" in name:
@@ -304,27 +360,44 @@ class Library:
             return connection.scalar(owned) is not None
 
     def _own(self, connection: Connection, account_id: str | None, vector_id: str) -> None:
-        self._check_room(connection, account_id, vectors)
+        n_bytes = self._files.size(vector_id)
+        self._check_room(connection, account_id, vectors, n_bytes)
         connection.execute(
             insert(vectors).values(
-                id=vector_id, user_id=account_id or SHARED_ACCOUNT, created_at=self._clock()
+                id=vector_id,
+                user_id=account_id or SHARED_ACCOUNT,
+                created_at=self._clock(),
+                n_bytes=n_bytes,
             )
         )
 
-    def _check_room(self, connection: Connection, account_id: str | None, table: Table) -> None:
+    def _check_room(
+        self, connection: Connection, account_id: str | None, table: Table, n_bytes: int = 0
+    ) -> None:
+        """Refuses one more row of the table, whose files take so many bytes, where that is more than the account may
+        keep: a ValidationError."""
         if account_id is None:
             return
         # Holds off others that count for this account, where the database lets several write at once.
         connection.execute(select(users.c.id).where(users.c.id == account_id).with_for_update())
         kept = connection.scalar(select(func.count()).where(table.c.user_id == account_id)) or 0
+        what, how = (
+            ("steering vectors", "DELETE /steering/vectors/{id}; GET /steering/vectors lists them")
+            if table is vectors
+            else ("behaviors", "DELETE /behaviors/{behavior_name}; GET /behaviors lists them")
+        )
         if kept >= self._most:
-            what, how = (
-                ("steering vectors", "DELETE /steering/vectors/{id}; GET /steering/vectors lists them")
-                if table is vectors
-                else ("behaviors", "DELETE /behaviors/{behavior_name}; GET /behaviors lists them")
-            )
             raise ValidationError(
                 f"this account keeps {kept} {what}, and may keep {self._most}: delete one with {how}."
+            )
+        taken = sum(
+            int(connection.scalar(select(func.sum(one.c.n_bytes)).where(one.c.user_id == account_id)) or 0)
+            for one in (vectors, behaviors)
+        )
+        if taken + max(n_bytes, 1) > self._most_bytes:
+            raise ValidationError(
+                f"what this account keeps takes {taken:,} bytes, this would take {n_bytes:,}, and it may take "
+                f"{self._most_bytes:,} in all: delete one of its {what} with {how}."
             )
 
 

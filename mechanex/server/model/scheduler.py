@@ -14,8 +14,9 @@ from ...engine.limits import check_prompt
 from ...engine.models.adapter import ModelAdapter
 from ...engine.sampling import padding_token
 from ...errors import APIError, RateLimitError, ValidationError
-from ..http.limits import RateLimit
+from ..http.limits import TokenQuota
 from ..metrics import Metrics
+from ..senders import sender
 from ..settings import ServerSettings
 from .requests import Generation, ServedRow, TextRequest
 from .worker import Worker
@@ -49,7 +50,7 @@ class Scheduler:
         self._settings, self._metrics = settings, metrics
         self.context = adapter.context
         per_minute = settings.account_tokens_per_minute
-        self.quota = None if per_minute is None else RateLimit("tokens of this account", per_minute)
+        self.quota = None if per_minute is None else TokenQuota(per_minute)
         self._accepting = False
         self._worker: Worker | None = None
         self._thread: threading.Thread | None = None
@@ -74,7 +75,7 @@ class Scheduler:
         """Starts the model's thread; call it on the event loop's thread."""
         padding = padding_token(self._tokenizer, self._ends)
         loop = asyncio.get_running_loop()
-        self._worker = Worker(self._adapter, padding, self._settings, self._metrics, loop)
+        self._worker = Worker(self._adapter, padding, self._settings, self._metrics, loop, self.quota)
         self._accepting = True
         self._thread = threading.Thread(target=self._worker.run, name="mechanex-model", daemon=True)
         self._thread.start()
@@ -105,13 +106,20 @@ class Scheduler:
             self._adapter.check_token_ids(request.ids)
             check_prompt(self._adapter, n_ids, request.max_tokens)
         deadline = time.monotonic() + self._settings.request_timeout
-        if self.quota is not None and requests:
-            asked = sum(len(request.ids) + request.max_tokens for request in requests)
-            self.quota.take(str(requests[0].owner or ""), asked)
         rows = [
-            ServedRow(Generation(request), self._tokenizer, self._ends, self.context, deadline)
+            ServedRow(
+                Generation(request),
+                self._tokenizer,
+                self._ends,
+                self.context,
+                deadline,
+                request.owner if isinstance(request.owner, str) else sender(),
+            )
             for request in requests
         ]
+        if self.quota is not None:
+            for name in {row.sender for row in rows}:
+                self.quota.check(name)
         with worker.changed:
             # Those whose client has gone only wait to be swept out.
             waiting = Counter(row.sender for row in worker.waiting if not row.generation.cancelled)
@@ -122,6 +130,9 @@ class Scheduler:
                     raise self._full(waiting.total())
             worker.answers.promise(row.generation for row in rows)
             worker.waiting.extend(rows)
+            if self.quota is not None:
+                for row in rows:
+                    self.quota.spend(row.sender, len(row.ids))
             worker.changed.notify()
         return [row.generation for row in rows]
 

@@ -22,6 +22,7 @@ from ...engine.models.adapter import ModelAdapter, exclusive, undisturbed
 from ...engine.pauses import pausing
 from ...engine.sae.watching import WatchingSteering
 from ...errors import APIError, MechanexError
+from ..http.limits import TokenQuota
 from ..metrics import Metrics
 from ..settings import ServerSettings
 from .admission import Room, pick, who_makes_way
@@ -49,6 +50,7 @@ class Worker:
         settings: the limits.
         metrics: what is counted.
         loop: where generations are told their news.
+        quota: of which answers take their tokens, or None.
     """
 
     def __init__(
@@ -58,11 +60,12 @@ class Worker:
         settings: ServerSettings,
         metrics: Metrics,
         loop: asyncio.AbstractEventLoop,
+        quota: TokenQuota | None = None,
     ) -> None:
         self.changed = threading.Condition()
         self.waiting: deque[ServedRow] = deque()
         self.jobs = ModelJobs(self.changed)
-        self.answers = Answers(metrics, loop)
+        self.answers = Answers(metrics, loop, quota)
         self.closing = False
         self.ready = threading.Event()
         self.failure: BaseException | None = None

@@ -56,19 +56,15 @@ async def answer(
         ask = options is not None and bool(options.include_usage)
         if options is not None and options.continuous_usage_stats:
             reply.running = Running(requests)
-        response: Response = stream_response(reply, generations, n, ask)
-    else:
-        results = await done_or_gone(request, results_of(generations))
-        size = _size(requests)
-        if reply.inside is not None:
-            await done_or_gone(request, reply.inside.read_all(results))
-            size += reply.inside.size
-        usage = reply.usage(results, drawn)
-        kept = _best(results, n, drawn)
-        response = await json_answer(lambda: reply.complete(kept, usage), size)
-    if (quota := engine.scheduler.quota) is not None:
-        response.headers.update(quota.headers(str(requests[0].owner or ""), "tokens"))
-    return response
+        return stream_response(reply, generations, n, ask)
+    results = await done_or_gone(request, results_of(generations))
+    size = _size(requests)
+    if reply.inside is not None:
+        await done_or_gone(request, reply.inside.read_all(results))
+        size += reply.inside.size
+    usage = reply.usage(results, drawn)
+    kept = _best(results, n, drawn)
+    return await json_answer(lambda: reply.complete(kept, usage), size)
 
 
 def _best(results: Sequence[Result], n: int, drawn: int) -> list[Result]:

@@ -65,30 +65,26 @@ async def answer_single(
     (generation,) = engine.scheduler.submit_all([replace(wanted, onlooker=watching.onlooker())])
     if not stream:
         (result,) = await done_or_gone(request, results_of([generation]))
-        response: Response = JSONResponse(shape.whole(result))
-    else:
+        return JSONResponse(shape.whole(result))
 
-        async def events() -> AsyncIterator[bytes]:
-            try:
-                yield _written(shape.begin())
-                going = True
-                while going:
-                    for news in await generation.news():
-                        if isinstance(news, Result):
-                            going = False
-                            yield _written(shape.end(news))
-                        elif news.text:
-                            yield _written(shape.more(news.text))
-            except MechanexError as error:
-                yield _written(shape.failed(error))
-            finally:
-                generation.cancel()
+    async def events() -> AsyncIterator[bytes]:
+        try:
+            yield _written(shape.begin())
+            going = True
+            while going:
+                for news in await generation.news():
+                    if isinstance(news, Result):
+                        going = False
+                        yield _written(shape.end(news))
+                    elif news.text:
+                        yield _written(shape.more(news.text))
+        except MechanexError as error:
+            yield _written(shape.failed(error))
+        finally:
+            generation.cancel()
 
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        response = StreamingResponse(events(), media_type="text/event-stream", headers=headers)
-    if (quota := engine.scheduler.quota) is not None:
-        response.headers.update(quota.headers(str(wanted.owner or ""), "tokens"))
-    return response
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
 
 
 def _written(events: list[Event]) -> bytes:

@@ -11,7 +11,7 @@ from ...engine.text import Prompt
 from ..http.body import Body, Items, Part
 from ..openai.bodies import Message, SteeringItem
 
-__all__ = ["CompareBody", "SweepBody", "TypedExamples"]
+__all__ = ["CompareBody", "SweepBody", "SweepExamples"]
 
 _Text = Annotated[str, Field(min_length=1, max_length=100_000)]
 _Strength = Annotated[float, Field(ge=-1e6, le=1e6)]
@@ -45,7 +45,7 @@ class CompareBody(_Asked):
     top: Annotated[int, Field(ge=0, le=20)] = 5
 
 
-class TypedExamples(Part):
+class SweepExamples(Part):
     """Contrastive examples, by which a sweep tells the effect."""
 
     prompts: Annotated[Items[_Text], Field(min_length=1, max_length=32)]
@@ -53,7 +53,7 @@ class TypedExamples(Part):
     negative_answers: Annotated[Items[_Text], Field(max_length=32)]
 
     @model_validator(mode="after")
-    def _one_length(self) -> TypedExamples:
+    def _one_length(self) -> SweepExamples:
         n = len(self.prompts), len(self.positive_answers), len(self.negative_answers)
         if len(set(n)) > 1:
             raise ValueError(f"prompts, positive_answers and negative_answers must be of one length; got {n}")
@@ -67,4 +67,4 @@ class SweepBody(_Asked):
     vector: Annotated[str, Field(min_length=1, max_length=256)]
     strengths: Annotated[Items[_Strength], Field(min_length=1, max_length=13)]
     by_layer: bool = False
-    examples: TypedExamples | None = None
+    examples: SweepExamples | None = None

@@ -25,7 +25,8 @@ export function showSliders(used, vectors, told) {
   byId("div", "sliders").replaceChildren(...used.map((one) => oneVector(one, vectors.find((v) => v.id === one.id), told)));
   const free = vectors.filter((vector) => !used.some((one) => one.id === vector.id));
   fill(byId("select", "add"), free.map((vector) => [vector.id, titleOf(vector)]));
-  byId("button", "add-button").disabled = !free.length;
+  byId("div", "add-row").hidden = !free.length;
+  byId("button", "reset").hidden = !used.length;
   byId("p", "no-vectors").hidden = vectors.length > 0;
   fill(byId("select", "sweep-vector"), vectors.map((vector) => [vector.id, titleOf(vector)]));
 }
