@@ -183,8 +183,8 @@ def _projected(weight: Tensor, direction: Tensor, along: int) -> Tensor:
 def _untie(adapter: ModelAdapter, undo: _Undo) -> None:
     """Gives the head weights of its own, where it shares those of the embeddings."""
     head: Any = adapter.head
-    shared = getattr(head, "weight", None)
-    if shared is None or shared is not getattr(adapter.embedding, "weight", None):
+    shared, embedded = getattr(head, "weight", None), getattr(adapter.embedding, "weight", None)
+    if not isinstance(shared, Tensor) or shared is not embedded:
         return
     config: Any = adapter.config
     tied = getattr(config, "tie_word_embeddings", None)
