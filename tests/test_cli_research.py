@@ -66,11 +66,9 @@ def test_the_first_letters_of_an_id_are_enough_and_it_stays_on_a_line() -> None:
     one, other = store.put(VECTOR), store.put(VECTOR)
     result = CliRunner().invoke(main, ["vectors", "list"], env={"COLUMNS": "60"})
     assert one in result.output and other in result.output
-    assert f'"id": "{one[:10]}"' in run("vectors", "show", one[:10], "--json") or "by hand" in run(
-        "vectors", "show", one[:10]
-    )
+    assert "by hand" in run("vectors", "show", one[:10])
     run("vectors", "delete", one[:10])
-    assert one not in store and other in store
+    assert one not in VectorStore() and other in VectorStore()
     assert "no steering vector" in run("vectors", "show", one[:10], code=1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +74,7 @@ def run_steer(
             progress=sys.stderr.isatty(),
         )
         lists = (pairs.prompts, pairs.positive_answers, pairs.negative_answers)
-        fields = data_fields(lists, name=Path(data or "").name, split=split)
+        fields = data_fields(lists, name=os.path.basename(dataset_path(data or "")), split=split)
         found = found.noted(**fields, **origin_fields(loaded.model))
     assert found is not None
     if save is not None:

@@ -183,8 +183,9 @@ def _projected(weight: Tensor, direction: Tensor, along: int) -> Tensor:
 def _untie(adapter: ModelAdapter, undo: _Undo) -> None:
     """Gives the head weights of its own, where it shares those of the embeddings."""
     head: Any = adapter.head
-    shared, embedded = getattr(head, "weight", None), getattr(adapter.embedding, "weight", None)
-    if not isinstance(shared, Tensor) or shared is not embedded:
+    shared: Any = getattr(head, "weight", None)
+    is_tied = shared is getattr(adapter.embedding, "weight", None)
+    if shared is None or not is_tied:
         return
     config: Any = adapter.config
     tied = getattr(config, "tie_word_embeddings", None)
