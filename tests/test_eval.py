@@ -347,5 +347,5 @@ def test_without_the_harness_the_import_says_what_to_install(monkeypatch):
     for name in [n for n in sys.modules if n.startswith("mechanex.eval")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'mechanex\[eval\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[eval\]'"):
         importlib.import_module("mechanex.eval")

@@ -34,6 +34,7 @@ EXAMPLES: dict[str, Any] = {
     "positive_answers": [" he was happy", " she was glad"],
     "negative_answers": [" he was angry", " she was sad"],
 }
+LONG = {name: [" word" * 200] * 32 for name in EXAMPLES}
 PROMPT = "Anna went to the market on Friday."
 
 Connect = Callable[..., TestClient]
@@ -262,6 +263,14 @@ def test_tokens_are_compared_exactly(
             assert values == sorted(values, reverse=True) and len(values) == 3
 
 
+def test_a_character_of_several_tokens_comes_whole(client: TestClient) -> None:
+    answer = " Thé 🎉 was nice."
+    body = {"prompt": PROMPT, "answers": [answer]}
+    (tokens,) = client.post("/page/compare", json=body).json()["answers"]
+    assert "".join(token["text"] for token in tokens) == answer
+    assert any(token["text"] == "" for token in tokens)
+
+
 def test_what_does_not_steer_moves_nothing(client: TestClient) -> None:
     body = {
         "prompt": PROMPT,
@@ -304,6 +313,7 @@ def test_a_vector_made_of_the_examples_has_its_effect_in_a_sweep(client: TestCli
         ("compare", {"answers": [" word" * 3000]}, "shorten"),
         ("sweep", {"vector": "huge"}, "steer less"),
         ("sweep", {"vector": "conditional"}, "without the condition"),
+        ("sweep", {"strengths": [1] * 13, "by_layer": True, "examples": LONG}, "262144 at most"),
     ],
 )
 def test_what_cant_be_told_is_refused_with_a_reason(

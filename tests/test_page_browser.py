@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from server_calls import call
 from server_process import ServerProcess, serving
 
 from mechanex.bundled import data_path
 from mechanex.engine.datasets import read_pairs
+from mechanex.engine.prompt_conditions import PromptCondition
 from mechanex.engine.vectors import SteeringVector
 
 if TYPE_CHECKING:
@@ -56,9 +59,18 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server with a vector of its own, and a behavior that can be watched."""
-    with serving("--behaviors", "calm_angry", home=tmp_path_factory.mktemp("home")) as running:
+def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vectors")
+    vector = SteeringVector({4: torch.ones(128)})
+    vector.when(PromptCondition(2, torch.ones(128), -1.0)).save(folder / "conditional.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(vectors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with vectors of its own, and a behavior that can be watched."""
+    home = tmp_path_factory.mktemp("home")
+    with serving("--behaviors", "calm_angry", "--vectors", str(vectors), home=home) as running:
         pairs = read_pairs(data_path("kind_rude"))
         parts = pairs.prompts, pairs.positive_answers, pairs.negative_answers
         names = "prompts", "positive_answers", "negative_answers"
@@ -74,7 +86,7 @@ def opened(browser: Browser) -> Iterator[Opened]:
     contexts: list[BrowserContext] = []
     problems: list[str] = []
 
-    def open_(address: str, size: tuple[int, int] = WIDE, *, refused: bool = False, **options: Any) -> Page:
+    def open_(address: str, size: tuple[int, int] = WIDE, *, refused: int = 0, **options: Any) -> Page:
         context = browser.new_context(viewport={"width": size[0], "height": size[1]}, **options)
         contexts.append(context)
         page = context.new_page()
@@ -82,7 +94,7 @@ def opened(browser: Browser) -> Iterator[Opened]:
 
         def heard(kind: str, text: str) -> None:
             # A browser notes every answer of 400 and above, wanted or not.
-            if kind in ("error", "warning") and not (refused and "status of 401" in text):
+            if kind in ("error", "warning") and not (refused and f"status of {refused}" in text):
                 problems.append(text)
 
         page.on("console", lambda message: heard(message.type, message.text))
@@ -223,6 +235,7 @@ def test_a_sweep_is_drawn_and_a_setting_of_it_used(server: ServerProcess, opened
     ready(page)
     write(page)
     fill_examples(page)
+    page.locator("#sweep-vector").select_option("calm_angry")
     page.get_by_role("button", name="Sweep", exact=True).click()
     picture = page.get_by_role("img", name="Sweep of the vector's strength")
     picture.wait_for()
@@ -238,12 +251,37 @@ def test_history_brings_back_what_was_written(server: ServerProcess, opened: Ope
     first = write(page)
     write(page, "What is the weather like?")
     page.locator("#history button").nth(1).click()
-    expect(page.locator("#status")).to_have_text(re.compile("before"))
+    expect(page.locator("#status")).to_have_text(re.compile("before: "))
     assert page.locator("#prompt").input_value() == PROMPT
     assert page.locator("#steered").inner_text() == first
     page.reload()
     ready(page)
     assert page.locator("#history button").count() == 2
+
+
+def test_a_condition_steers_and_is_not_compared(server: ServerProcess, opened: Opened) -> None:
+    page = opened(server.url, refused=400)
+    ready(page)
+    add(page, "conditional")
+    assert write(page)
+    assert "leave the condition out" in page.locator("#status").inner_text()
+    assert page.locator("#history button").count() == 1
+
+
+def test_a_link_to_a_vector_that_is_not_here_says_so(server: ServerProcess, opened: Opened) -> None:
+    state = {"prompt": PROMPT, "vectors": [{"id": "gone", "strength": 2, "layers": {}}], "seed": "no number"}
+    fragment = base64.urlsafe_b64encode(json.dumps(state).encode()).decode().rstrip("=")
+    page = opened(f"{server.url}/#s={fragment}")
+    ready(page)
+    assert page.locator("#seed").input_value() == "0"
+    group = page.get_by_role("group", name="gone: not on this server, remove it")
+    page.get_by_role("button", name="Write", exact=True).click()
+    assert "gone is not on this server" in page.get_by_role("alert").inner_text()
+    group.get_by_role("button", name="Remove").click()
+    assert again(page, lambda: page.get_by_role("button", name="Write", exact=True).click())
+    broken = opened(f"{server.url}/#s=%00broken")
+    ready(broken)
+    assert broken.locator("#prompt").input_value() == ""
 
 
 def test_what_goes_wrong_is_said(server: ServerProcess, opened: Opened) -> None:
@@ -260,7 +298,7 @@ def test_what_goes_wrong_is_said(server: ServerProcess, opened: Opened) -> None:
 def test_a_server_with_a_key_asks_for_it(opened: Opened, tmp_path_factory: pytest.TempPathFactory) -> None:
     home = tmp_path_factory.mktemp("locked")
     with serving(home=home, environment={"MECHANEX_SERVER_KEY": KEY}) as server:
-        page = opened(server.url, refused=True)
+        page = opened(server.url, refused=401)
         dialog = page.get_by_role("dialog", name="This server asks for a key")
         dialog.wait_for()
         dialog.get_by_label("Key", exact=True).fill("wrong")

@@ -164,7 +164,7 @@ def test_kill_9_while_writing_loses_nothing_that_was_acknowledged_and_leaves_no_
         check_all_there(store, acknowledged)
         with store.database.read() as connection:
             rows = {f"{row_id}.safetensors" for row_id in connection.scalars(select(vectors.c.id))}
-        assert {path.name for path in (mechanex_home / "server" / "vectors").iterdir()} == rows
+        assert {path.name for path in (mechanex_home / "server" / "vectors").glob("*")} == rows
         store.close()
 
 

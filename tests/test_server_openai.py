@@ -518,9 +518,7 @@ def test_errors_are_the_sdks_own(client: OpenAI, server: ServerProcess) -> None:
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(model="mx-tiny", messages=[])
     with pytest.raises(openai.NotFoundError):
-        OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0).embeddings.create(
-            model="mx-tiny", input="a"
-        )
+        OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0).images.generate(prompt="a")
 
 
 def test_a_failure_in_the_middle_of_a_stream_is_an_error_of_the_sdk(client: OpenAI) -> None:

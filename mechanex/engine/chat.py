@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import MechanexError, ValidationError
 
-__all__ = ["Chat", "chat_ids", "chat_text", "continued", "has_chat_template"]
+__all__ = ["Chat", "chat_ids", "chat_text", "continued", "has_chat_template", "writes_chats_itself"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Chat:
         add_generation_prompt: write the begin of an answer after the messages; None writes it unless the last
             message goes on.
         template_kwargs: further variables of the template, such as ``{"enable_thinking": False}``.
+        tools: functions that the model is told of, as the template takes them.
 
     Raises:
         ValidationError: no messages, or ``continue_final_message`` together with ``add_generation_prompt``.
@@ -32,6 +33,7 @@ class Chat:
     continue_final_message: bool = False
     add_generation_prompt: bool | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
         given: Any = self.messages
@@ -76,8 +78,11 @@ def continued(prompt: object) -> Chat:
 
 def has_chat_template(tokenizer: Any) -> bool:
     """Whether a tokenizer can write chats: by a template, or by a method of its own as mistral-common's."""
-    if getattr(tokenizer, "chat_template", None) is not None:
-        return True
+    return getattr(tokenizer, "chat_template", None) is not None or writes_chats_itself(tokenizer)
+
+
+def writes_chats_itself(tokenizer: Any) -> bool:
+    """Whether a tokenizer writes chats by a method of its own, as mistral-common's, not by transformers' template."""
     from transformers import PreTrainedTokenizerBase
 
     own = getattr(tokenizer, "apply_chat_template", None)
@@ -113,6 +118,7 @@ def _applied(tokenizer: Any, chat: Chat, *, tokenize: bool) -> Any:
             return_dict=False,
             add_generation_prompt=chat.begins_answer,
             continue_final_message=chat.continue_final_message,
+            **({"tools": [dict(tool) for tool in chat.tools]} if chat.tools else {}),
             **chat.template_kwargs,
         )
     except (MechanexError, ImportError):

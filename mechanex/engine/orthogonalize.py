@@ -184,7 +184,8 @@ def _untie(adapter: ModelAdapter, undo: _Undo) -> None:
     """Gives the head weights of its own, where it shares those of the embeddings."""
     head: Any = adapter.head
     shared: Any = getattr(head, "weight", None)
-    if shared is None or shared is not getattr(adapter.embedding, "weight", None):
+    is_tied = shared is getattr(adapter.embedding, "weight", None)
+    if shared is None or not is_tied:
         return
     config: Any = adapter.config
     tied = getattr(config, "tie_word_embeddings", None)

@@ -57,7 +57,7 @@ def test_a_sender_with_hundreds_of_answers_holds_no_other_up(server: ServerProce
         )
         assert status == 200, told
         assert waiting_answers(server) > 30, "the others were answered first"
-        assert QUOTA - 100 < int(headers["x-ratelimit-remaining-tokens"]) < QUOTA
+        assert QUOTA - 100 < int(headers["x-ratelimit-remaining-tokens"]) <= QUOTA  # they come back soon
         assert headers["x-ratelimit-limit-tokens"] == str(QUOTA)
 
 

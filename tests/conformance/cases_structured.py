@@ -71,11 +71,25 @@ def _(api: Api) -> None:
     assert isinstance(one.choices[0].message.parsed, Place)
 
 
+@case("OpenAI SDK", "responses.parse gives the object of a pydantic class")
+def _(api: Api) -> None:
+    class Day(BaseModel):
+        sunny: bool
+
+    client = OpenAI(base_url=f"{api.url}/v1", api_key="any", max_retries=0)
+    one = client.responses.parse(
+        model=MODEL, input="Is it sunny?", text_format=Day, max_output_tokens=60, temperature=0
+    )
+    assert isinstance(one.output_parsed, Day)
+
+
 @case("vLLM", "guided_choice, guided_regex, guided_json and guided_grammar")
 def _(api: Api) -> None:
     assert api.complete(guided_choice=["Rome", "Paris"])["text"] in ("Rome", "Paris")
     one = api.complete(guided_regex="[0-9]{3}-[a-c]{2}", max_tokens=30)
     assert re.fullmatch("[0-9]{3}-[a-c]{2}", one["text"]) and one["finish_reason"] == "stop"
+    assert api.complete(structured_outputs={"choice": ["Rome", "Paris"]})["text"] in ("Rome", "Paris")
+    _fits(api.complete(structured_outputs={"json": SCHEMA}, max_tokens=80)["text"])
     _fits(api.complete(guided_json=SCHEMA, max_tokens=80)["text"])
     assert re.fullmatch("(ab)+c", api.complete(guided_grammar='start: ("a" "b")~1..3 "c"')["text"])
     assert re.fullmatch("ab?", api.complete(guided_grammar='root ::= "a" "b"?')["text"])
@@ -104,6 +118,7 @@ def _(api: Api) -> None:
         ({"guided_grammar": "no grammar"}, "guided_grammar"),
         ({"guided_choice": []}, "guided_choice"),
         ({"guided_choice": ["a"], "guided_regex": "a"}, "guided_choice"),
+        ({"structured_outputs": {"choice": ["a"], "regex": "a"}}, "structured_outputs"),
         ({"guided_choice": ["a"], "ignore_eos": True}, "ignore_eos"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "xml"}}, "response_format"),

@@ -7,6 +7,7 @@ import cases_inside  # noqa: F401
 import cases_sampling  # noqa: F401  each adds its lines to the table
 import cases_structured  # noqa: F401
 import cases_tokens  # noqa: F401
+import cases_tools  # noqa: F401
 import pytest
 from calling import CASES, Api, Case
 

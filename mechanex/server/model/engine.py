@@ -50,6 +50,7 @@ class ServingEngine:
         encoder: between texts and tokens; its methods block.
         token_texts: single tokens as text, for log-probabilities.
         metrics: what is counted.
+        ends: ids of the tokens that end an answer.
 
     Args:
         settings: the limits, the folder of vectors, the behaviors.
@@ -87,7 +88,7 @@ class ServingEngine:
         self.metrics = Metrics()
         self.steerings = Steerings(self.adapter, settings, library, vectors or VectorStore())
         self.token_texts = TokenTexts(copy.deepcopy(self.tokenizer))
-        self._ends = ends = end_tokens(self.adapter.hf_model, self.tokenizer)
+        self.ends = ends = end_tokens(self.adapter.hf_model, self.tokenizer)
         self._grammars: Grammars | None = None
         self._grammars_lock = threading.Lock()
         self.scheduler = Scheduler(self.adapter, copy.deepcopy(self.tokenizer), ends, settings, self.metrics)
@@ -106,7 +107,7 @@ class ServingEngine:
         with self._grammars_lock:
             if self._grammars is None:
                 n_vocab = int(self.adapter.config.vocab_size)
-                self._grammars = Grammars(copy.deepcopy(self.tokenizer), n_vocab, self._ends)
+                self._grammars = Grammars(copy.deepcopy(self.tokenizer), n_vocab, self.ends)
             return self._grammars
 
     @property

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...engine.chat import Chat, has_chat_template
+from ...engine.chat_content import chat_as_text, check_roles, known_roles
 from ...engine.encode import encode_bare
 from ...engine.text import Prompt, as_chat, encode_pair, encode_prompt, prompt_text
 from ...errors import ValidationError
@@ -29,16 +30,21 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any, context: int | None, model_name: str) -> None:
         self._tokenizer, self._lock = copy.deepcopy(tokenizer), threading.Lock()
         self._context, self._model_name = context, model_name
+        self._roles = known_roles(self._tokenizer)
         # The most characters that one token can stand for.
         self._longest = max((len(text) for text in self._tokenizer.get_vocab()), default=1)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; ValidationError as :func:`mechanex.engine.text.encode_prompt`, or a text too long."""
+        chat = as_chat(prompt)
         if isinstance(prompt, str):
             self.check_size(prompt)
-        elif (chat := as_chat(prompt)) is not None:
+        elif chat is not None:
+            check_roles(chat, self._roles)
             self.check_size("".join(str(message.get("content", "")) for message in chat.messages))
         with self._lock:
+            if chat is not None and has_chat_template(self._tokenizer):
+                return chat_as_text(self._tokenizer, chat)
             return encode_prompt(self._tokenizer, prompt)
 
     def encode_bare(self, text: str) -> list[int]:

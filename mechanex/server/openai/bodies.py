@@ -8,10 +8,12 @@ import pydantic
 from pydantic import Field, field_validator, model_validator
 
 from ...engine.positions import TokenSelector, check_tokens
+from ...engine.tool_calls import schema_of
 from ..http.body import Body, Items, Part, few_fields
 from ..http.errors import invalid
 from .sampling import SamplingFields, Whole
 from .structured import FormFields
+from .tools import AssistantCall, Tool, ToolChoice
 
 __all__ = [
     "ActivationItem",
@@ -268,7 +270,7 @@ class _ContentPart(Part):
 class Message(Part):
     """One message of a chat."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[Items[_ContentPart], Field(max_length=1024)] | None = None
     name: str | None = None
     # What an answer of ours or another server's has when it is sent back.
@@ -276,20 +278,35 @@ class Message(Part):
     audio: None = None
     annotations: list[Any] | None = Field(default=None, max_length=0)
     function_call: None = None
-    tool_calls: list[Any] | None = Field(default=None, max_length=0)
+    tool_calls: Annotated[Items[AssistantCall], Field(max_length=128)] | None = None
+    tool_call_id: str | None = None
 
     @model_validator(mode="after")
     def _said(self) -> Message:
         if self.content is None and self.role != "assistant":
             raise ValueError(f"a {self.role} message needs content")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls are the assistant's")
         return self
 
     @property
-    def rendered(self) -> dict[str, str]:
+    def rendered(self) -> dict[str, Any]:
         """The message as chat templates take it."""
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        told: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.tool_calls:
+            told["tool_calls"] = [one.rendered for one in self.tool_calls]
+        if self.role == "tool":
+            told |= {
+                name: one for name in ("tool_call_id", "name") if (one := getattr(self, name)) is not None
+            }
+        return told
+
+    @property
+    def of_tools(self) -> bool:
+        """Whether a template has to know tools to write it."""
+        return self.role == "tool" or bool(self.tool_calls)
 
 
 class ChatBody(GenerationBody):
@@ -310,10 +327,9 @@ class ChatBody(GenerationBody):
     chat_template_kwargs: Annotated[dict[str, Any], few_fields()] | None = Field(
         default=None, description="Further variables of the model's chat template."
     )
-    # Only what this server can do is taken: text, and no tools.
     modalities: Items[Literal["text"]] | None = None
-    tools: list[Any] | None = Field(default=None, max_length=0)
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[Items[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     functions: list[Any] | None = Field(default=None, max_length=0)
     function_call: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
@@ -327,10 +343,29 @@ class ChatBody(GenerationBody):
                 "continue_final_message goes on with the last message and add_generation_prompt begins another; "
                 "ask for one of them"
             )
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("tool_choice asks for a call, and there are no tools")
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
             raise ValueError("max_tokens and max_completion_tokens are one field; they differ")
         return self
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else list(self.tools or ())
+
+    @property
+    def form(self) -> tuple[str, Any, Any] | None:
+        """As in bodies of all kinds; a call that has to come is one, too."""
+        form, choice = super().form, self.tool_choice
+        if not self.offered or (choice != "required" and not isinstance(choice, ToolChoice)):
+            return form
+        if form is not None:
+            raise invalid(f"tool_choice asks for a call, and {form[0]} for another form.", form[0])
+        named = None if isinstance(choice, str) or choice is None else choice.function.name
+        functions = [one.rendered["function"] for one in self.offered if named in (None, one.function.name)]
+        return "tools", "json", schema_of(functions)
 
 
 def chat_of(body: Body, fields: dict[str, Any]) -> ChatBody:

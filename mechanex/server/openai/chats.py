@@ -8,7 +8,9 @@ from anyio.to_thread import run_sync
 from fastapi import Request
 
 from ...engine.chat import Chat
+from ...engine.tool_calls import knows_tools
 from ..accounts.auth import Principal
+from ..http.errors import invalid
 from ..library.watched import Watching
 from ..model.engine import ServingEngine
 from ..model.requests import TextRequest
@@ -31,7 +33,13 @@ async def chat_ids(engine: ServingEngine, body: ChatBody) -> list[int]:
         continue_final_message=bool(body.continue_final_message),
         add_generation_prompt=body.add_generation_prompt,
         template_kwargs=body.chat_template_kwargs or {},
+        tools=[one.rendered for one in body.offered],
     )
+    if any(one.of_tools for one in body.messages) and not knows_tools(engine.tokenizer):
+        raise invalid(
+            f"{engine.model_name}'s chat template has no place for calls of tools and what they gave.",
+            "messages",
+        )
     return await run_sync(engine.encoder.encode_chat, chat)
 
 

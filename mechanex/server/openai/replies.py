@@ -14,6 +14,7 @@ from ...engine.token_texts import TokenTexts
 from ..model.requests import Result, Step, TextRequest, TokenLogprob
 from .inspection import Inspection
 from .scores import Scores
+from .tools import CallReader
 
 __all__ = ["DONE", "ChatReply", "CompletionReply", "Reply", "event"]
 
@@ -180,25 +181,55 @@ class Reply:
 
 
 class ChatReply(Reply):
-    """Answers of /v1/chat/completions."""
+    """Answers of /v1/chat/completions.
+
+    Args:
+        model, texts, with_logprobs: as for ``Reply``.
+        calls: finds calls of tools; None where there are no tools.
+    """
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(
+        self, model: str, texts: TokenTexts, with_logprobs: bool, calls: CallReader | None = None
+    ) -> None:
+        super().__init__(model, texts, with_logprobs)
+        self._calls = calls
+
     def choice(self, index: int, result: Result) -> dict[str, Any]:
+        said = self._said(result)
         return {
             "index": index,
-            "message": {"role": "assistant", "content": result.text, "refusal": None},
+            "message": {"role": "assistant", "refusal": None, **said},
             "logprobs": self._logprobs(result.logprobs),
-            "finish_reason": result.finish_reason,
+            "finish_reason": "tool_calls" if "tool_calls" in said else result.finish_reason,
         }
+
+    def _said(self, result: Result) -> dict[str, Any]:
+        return {"content": result.text} if self._calls is None else self._calls.message(result)
 
     def first(self, index: int) -> list[dict[str, Any]]:
         return [self._delta(index, {"role": "assistant", "content": "", "refusal": None})]
 
     def told(self, index: int, news: Step | Result) -> list[dict[str, Any]]:
         if isinstance(news, Result):
-            return [self._delta(index, {}, reason=news.finish_reason)]
+            return self._ended(index, news)
+        if self._calls is not None:
+            return []  # whether it is a call is known at its end
         return [self._delta(index, {"content": news.text}, self._logprobs(news.logprobs))]
+
+    def _ended(self, index: int, result: Result) -> list[dict[str, Any]]:
+        if self._calls is None:
+            return [self._delta(index, {}, reason=result.finish_reason)]
+        said = self._said(result)
+        calls = said.pop("tool_calls", None)
+        if calls is not None:
+            said["tool_calls"] = [one | {"index": i} for i, one in enumerate(calls)]
+        reason = result.finish_reason if calls is None else "tool_calls"
+        return [
+            self._delta(index, said, self._logprobs(result.logprobs)),
+            self._delta(index, {}, reason=reason),
+        ]
 
     @staticmethod
     def _delta(

@@ -44,12 +44,28 @@ class _InputMessage(Part):
     phase: str | None = None
 
 
-class _Plain(Part):
-    type: Literal["text"]
+class _Format(Part):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _with_schema(self) -> _Format:
+        if (self.type == "json_schema") != (self.schema_ is not None):
+            raise ValueError("a schema goes with type 'json_schema', and that with it")
+        return self
+
+    @property
+    def of_chats(self) -> dict[str, Any]:
+        """The same as chats have it."""
+        named = {} if self.schema_ is None else {"json_schema": {"name": self.name, "schema": self.schema_}}
+        return {"type": self.type, **named}
 
 
 class _TextField(Part):
-    format: _Plain | None = None
+    format: _Format | None = None
     verbosity: str | None = None
 
 
@@ -104,12 +120,14 @@ class ResponsesBody(IgnoredFields, SteeringFields):
             messages.append({"role": "user", "content": self.input})
         else:
             messages += [{"role": one.role, "content": _text(one.content)} for one in self.input]
-        fields = {
+        fields: dict[str, Any] = {
             "messages": messages,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "stream": self.stream,
         }
+        if self.text is not None and self.text.format is not None:
+            fields["response_format"] = self.text.format.of_chats
         return chat_of(self, {**fields, "max_completion_tokens": self.max_output_tokens})
 
 
@@ -185,6 +203,12 @@ class _ResponseShape:
     def _place(self) -> dict[str, Any]:
         return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
 
+    def _format(self) -> dict[str, Any]:
+        text = self._body.text
+        if text is None or text.format is None:
+            return {"type": "text"}
+        return text.format.model_dump(by_alias=True, exclude_none=True)
+
     def _event(self, name: str, **fields: Any) -> Event:
         number, self._number = self._number, self._number + 1
         return name, {"type": name, "sequence_number": number, **fields}
@@ -218,7 +242,7 @@ class _ResponseShape:
             "previous_response_id": None,
             "store": False,
             "temperature": body.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": self._format()},
             "tool_choice": body.tool_choice or "auto",
             "tools": [],
             "top_p": body.top_p,

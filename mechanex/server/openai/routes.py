@@ -20,6 +20,7 @@ from .bodies import ChatBody, CompletionBody
 from .chats import chat_request
 from .replies import ChatReply, CompletionReply
 from .sampling import truncated
+from .tools import reader_of
 
 __all__ = ["openai_router"]
 
@@ -87,8 +88,9 @@ async def _completions(body: CompletionBody, request: Request, engine: Engine, w
 
 async def _chat(body: ChatBody, request: Request, engine: Engine, who: Who) -> Response:
     """Answers a chat."""
+    calls = reader_of(engine, body.offered, body.tool_choice) if body.offered else None
     wanted, watching = await chat_request(request, engine, body, who)
-    reply = ChatReply(engine.model_name, engine.token_texts, bool(body.logprobs))
+    reply = ChatReply(engine.model_name, engine.token_texts, bool(body.logprobs), calls)
     return await answer(request, engine, body, reply, [wanted], watching)
 
 

@@ -41,6 +41,23 @@ class ResponseFormat(Part):
         return self
 
 
+class _Outputs(Part):
+    """vLLM's newer way to say the same as ``guided_…``."""
+
+    json_: Schema | None = Field(default=None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = Field(default=None, min_length=1)
+    choice: _Texts | None = None
+    grammar: str | None = Field(default=None, min_length=1)
+
+    @property
+    def forms(self) -> list[tuple[str, Any]]:
+        """What kinds they are, and what they say."""
+        said = {"json": self.json_, "regex": self.regex, "choice": self.choice, "grammar": self.grammar}
+        found: list[tuple[str, Any]] = [(kind, given) for kind, given in said.items() if given is not None]
+        return [*found, ("json", {"type": "object"})] if self.json_object else found
+
+
 class FormFields(Body):
     """What form an answer has; one of them."""
 
@@ -50,6 +67,10 @@ class FormFields(Body):
     guided_choice: _Texts | None = Field(default=None, description="The answer is one of these texts.")
     guided_grammar: str | None = Field(
         default=None, min_length=1, description="A grammar, in Lark's form or as GBNF."
+    )
+
+    structured_outputs: _Outputs | None = Field(
+        default=None, description="json, json_object, regex, choice or grammar: one of them."
     )
 
     @property
@@ -64,6 +85,8 @@ class FormFields(Body):
         for kind in ("json", "regex", "choice", "grammar"):
             if (given := getattr(self, f"guided_{kind}")) is not None:
                 found.append((f"guided_{kind}", kind, given))
+        if self.structured_outputs is not None:
+            found += [("structured_outputs", *one) for one in self.structured_outputs.forms]
         if len(found) > 1:
             raise invalid(f"An answer has one form: give {found[0][0]} or {found[1][0]}.", found[1][0])
         return found[0] if found else None

@@ -16,6 +16,7 @@ from ..model.engine import Engine
 from .answering import check_model
 from .bodies import Message
 from .sampling import Whole
+from .tools import Tool
 
 __all__ = ["tokens_router"]
 
@@ -35,6 +36,7 @@ class TokenizeBody(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = False
     chat_template_kwargs: Annotated[dict[str, Any], few_fields()] | None = None
+    tools: Annotated[Items[Tool], Field(max_length=128)] | None = None
     return_token_strs: bool | None = False
 
     @model_validator(mode="after")
@@ -71,6 +73,7 @@ async def _tokenize(body: TokenizeBody, engine: Engine, who: Who) -> dict[str, A
             continue_final_message=bool(body.continue_final_message),
             add_generation_prompt=body.add_generation_prompt,
             template_kwargs=body.chat_template_kwargs or {},
+            tools=[one.rendered for one in body.tools or ()],
         )
         ids = await run_sync(engine.encoder.encode_chat, chat)
     elif body.add_special_tokens is False:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 import tempfile
 from collections.abc import Sequence
@@ -16,10 +17,12 @@ from ...engine.chat import Chat, has_chat_template
 from ...engine.decode.request import Steer
 from ...engine.hooks import Intervention
 from ...engine.token_shifts import Likeliest, TokenShift, token_shifts
+from ...engine.token_texts import TokenTexts
 from ...errors import NotFoundError
 from ..accounts.store import store_of
 from ..axionic.guards import Sender, Worker
-from ..axionic.work import done
+from ..axionic.work import check_count, done
+from ..http.disconnect import done_or_gone
 from ..http.routes import Route
 from ..library.threads import look_up
 from ..model.engine import Engine, ServingEngine
@@ -32,7 +35,10 @@ if TYPE_CHECKING:
     from ...engine.pack import Pair
     from ...engine.vectors import SteeringVector
 
-__all__ = ["page_router"]
+__all__ = ["MOST_TOKENS", "page_router"]
+
+MOST_TOKENS = 2**18
+"""Tokens that a sweep may read: those of its texts at every setting."""
 
 router = APIRouter(prefix="/page", tags=["playground"], route_class=Route)
 
@@ -107,8 +113,10 @@ async def compare(body: CompareBody, request: Request, engine: Engine, who: Work
         return token_shifts(adapter, pairs, after, plain=before, top=body.top) if pairs else []
 
     told: list[list[dict[str, Any]]] = [[] for _ in body.answers]
-    for i, shifts in zip(wanted, await done(request, engine, who, work), strict=True):
-        told[i] = [_told(engine, shift) for shift in shifts]
+    # As short as the writing of an answer, so that it needs no place of its own.
+    found = await done_or_gone(request, engine.scheduler.run(work))
+    for i, shifts in zip(wanted, found, strict=True):
+        told[i] = _told(engine.token_texts, shifts)
     return JSONResponse({"answers": told})
 
 
@@ -126,6 +134,10 @@ async def sweep(body: SweepBody, request: Request, engine: Engine, who: Worker) 
     layers: list[int | None] = [None]
     if body.by_layer and len(vector) > 1:
         layers += vector.layers[: engine.settings.max_example_layers]
+    n_settings = len(layers) * len(body.strengths)
+    check_count(
+        n_settings * sum(len(a) + len(b) for a, b in [*pairs, *examples]), MOST_TOKENS, "tokens to read"
+    )
     before = interventions(engine.steerings.corrections)
 
     def work(adapter: ModelAdapter) -> list[dict[str, Any]]:
@@ -156,16 +168,21 @@ def _written(vector: SteeringVector) -> bytes:
         return path.read_bytes()
 
 
-def _told(engine: ServingEngine, shift: TokenShift) -> dict[str, Any]:
-    texts = engine.token_texts
+def _told(texts: TokenTexts, shifts: Sequence[TokenShift]) -> list[dict[str, Any]]:
+    """The tokens of one answer; ``text`` is what each adds to it: a character of several tokens comes with the last."""
+    characters = codecs.getincrementaldecoder("utf-8")("replace")
 
     def named(likeliest: Likeliest) -> list[Any]:
         return [[texts[token][0], round(logprob, 4)] for token, logprob in likeliest]
 
-    return {
-        "token": texts[shift.token][0],
-        "kl": round(shift.kl, 5),
-        "logprobs": [round(shift.plain, 4), round(shift.steered, 4)],
-        "plain": named(shift.plain_top),
-        "steered": named(shift.steered_top),
-    }
+    return [
+        {
+            "token": texts[shift.token][0],
+            "text": characters.decode(texts[shift.token][1]),
+            "kl": round(shift.kl, 5),
+            "logprobs": [round(shift.plain, 4), round(shift.steered, 4)],
+            "plain": named(shift.plain_top),
+            "steered": named(shift.steered_top),
+        }
+        for shift in shifts
+    ]

@@ -121,12 +121,27 @@ async function writeBoth() {
       throw error;
     }
     plainOf = wanted;
-    await compare(asked, steering, [plain, steered], mine.signal);
-    showTokens();
-    say(`Written: ${steered.compared.length} tokens, of ${mean(steered).toFixed(2)} nats in the mean.`);
     remember(asked);
+    say(`Written: ${await compared(asked, steering, mine.signal)}`);
   });
   if (running === mine) byId("button", "stop").disabled = true;
+}
+
+/**
+ * Has both answers compared and shows what came of it; gives it in words.
+ * @param {import("./state.js").State} asked
+ * @param {import("./writing.js").Item[]} steering
+ * @param {AbortSignal} signal
+ */
+async function compared(asked, steering, signal) {
+  try {
+    await compare(asked, steering, [plain, steered], signal);
+  } catch (error) {
+    if (error instanceof Refused && error.status === 400) return `not compared, since ${error.message}`;
+    throw error;
+  }
+  showTokens();
+  return `${steered.compared.length} tokens, of ${mean(steered).toFixed(2)} nats in the mean.`;
 }
 
 /** @param {Answer} answer */
@@ -167,9 +182,7 @@ async function restore(run) {
   plainOf = "";
   const mine = (running = new AbortController());
   await tried(async () => {
-    await compare(state, items(), [plain, steered], mine.signal);
-    showTokens();
-    say("As it was written before.");
+    say(`As it was written before: ${await compared(state, items(), mine.signal)}`);
   });
   byId("textarea", "prompt").focus();
 }

@@ -4,7 +4,7 @@ import { byId, make } from "./dom.js";
 
 /**
  * @typedef {[string, number][]} Likeliest
- * @typedef {{token: string, kl: number, logprobs: [number, number], plain: Likeliest, steered: Likeliest}} Compared
+ * @typedef {{token: string, text: string, kl: number, logprobs: [number, number], plain: Likeliest, steered: Likeliest}} Compared
  * @typedef {{token: string, scores: Record<string, number | null>}} Scored
  */
 
@@ -82,19 +82,18 @@ export class Answer {
 
   /** Shows the tokens as they are known by now. @param {Colouring} colouring */
   show(colouring) {
-    const tokens = this.compared.length ? this.compared : this.scored;
     const scores = this.scoresAt(colouring.behavior);
     let begin = 0;
-    const shown = tokens.map((one, i) => {
+    const shown = this.parts().map(([one, text], i) => {
       const compared = "kl" in one ? one : null;
       const [heat, why] = colouring.of(compared, scores.get(begin) ?? null);
-      begin += one.token.length;
+      begin += text.length;
       const label = JSON.stringify(one.token) + (why && `, ${why}`);
       const chosen = i === this.at;
       return make("span", {
         role: "option", id: `${this.element.id}-${i}`, class: `token h${heat}${chosen ? " at" : ""}`, "aria-label": label,
         "aria-selected": String(chosen),
-      }, one.token);
+      }, text);
     });
     const rest = this.text.slice(begin);
     this.element.replaceChildren(...shown, ...(this.compared.length ? [] : [rest]));
@@ -109,15 +108,31 @@ export class Answer {
     this.element.setAttribute("aria-busy", "false");
   }
 
+  /** The tokens with what each adds to the text. @returns {[Compared | Scored, string][]} */
+  parts() {
+    if (this.compared.length) return this.compared.map((one) => [one, one.text]);
+    return this.placed().map(([one, begin, end]) => [one, this.text.slice(begin, end)]);
+  }
+
+  /** The scored tokens with where they stand: one that isn't in the text (a special one, a part of a character) nowhere. */
+  placed() {
+    let end = 0;
+    return this.scored.map((one) => {
+      const found = this.text.indexOf(one.token, end);
+      const begin = end;
+      // Further on it would be another one: what a part of a character adds is a character or two.
+      if (found >= 0 && found <= begin + 4) end = found + one.token.length;
+      return /** @type {[Scored, number, number]} */ ([one, begin, end]);
+    });
+  }
+
   /** Scores by where in the text a token begins. @param {string | null} behavior */
   scoresAt(behavior) {
     /** @type {Map<number, number>} */
     const found = new Map();
-    let begin = 0;
-    for (const one of this.scored) {
+    for (const [one, begin] of this.placed()) {
       const score = behavior === null ? null : one.scores[behavior];
-      if (typeof score === "number") found.set(begin, score);
-      begin += one.token.length;
+      if (typeof score === "number" && !found.has(begin)) found.set(begin, score);
     }
     return found;
   }
