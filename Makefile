@@ -1,9 +1,10 @@
-# demo, test, test-ci, test-long, test-real, test-versions, lint, bench, quality, wheel: each makes .venv if it is missing and brings it up to date, then runs.
-# An active virtualenv is only asked for its Python. PYTHON, TORCH, PYTEST_ARGS, BENCH_ARGS, QUALITY_ARGS: set them on the command line.
+# demo, test, test-ci, test-page, test-long, test-real, test-versions, lint, bench, quality, wheel: each makes .venv if it is missing and brings it up to date, then runs.
+# An active virtualenv is only asked for its Python. PYTHON, TORCH, PYTEST_ARGS, PICTURES, BENCH_ARGS, QUALITY_ARGS: set them on the command line.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?= -n 3 --dist worksteal
+PICTURES ?=
 BENCH_ARGS ?=
 QUALITY_ARGS ?=
 REAL_HOME := $(CURDIR)/build/real
@@ -17,13 +18,14 @@ SOURCES := csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/cuda_on_host/*
 
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-ci test-long test-real test-versions test-vllm lint bench quality wheel clean
+.PHONY: help demo test test-ci test-page test-long test-real test-versions test-vllm lint bench quality wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   steer the bundled model: table, picture, figures"
 	@echo "make test   run the tests"
 	@echo "make test-ci   run those that take long and that a change seldom breaks: kernels on the CPU, packaging, faults, fuzzing, load"
+	@echo "make test-page   run those of the playground in Chromium (apt-get install chromium); PICTURES=docs writes its pictures"
 	@echo "make test-real   run the tests that need SmolLM2-135M (fetched once, 93 MB)"
 	@echo "make test-versions   run those that depend on transformers most, with its oldest and its newest version"
 	@echo "make test-vllm   run the tests of steering in vLLM, in an environment of their own (made once, 3.5 GB)"
@@ -41,6 +43,10 @@ test: $(VENV)/.dev
 
 test-ci: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m "ci and not long" $(PYTEST_ARGS)
+
+# A browser at work doesn't share two cores well: one process.
+test-page: $(VENV)/.dev
+	MECHANEX_PAGE_PICTURES=$(PICTURES) $(BIN)/python -m pytest -q -m "not long" tests/test_page.py tests/test_page_browser.py
 
 test-real: $(VENV)/.dev
 	$(BIN)/python scripts/real_model.py --home $(REAL_HOME)

@@ -5,11 +5,12 @@ The package says how one is made, so that nothing here and nothing that reads it
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["attribute", "client", "made_by"]
+__all__ = ["attribute", "client", "made_by", "names"]
 
 _make: Callable[[], Any] | None = None
 _made: Any = None
@@ -43,3 +44,10 @@ def attribute(module: str, name: str) -> Any:
         if found is not None:
             return found
     raise AttributeError(f"module 'mechanex.{module}' has no attribute {name!r}")
+
+
+def names(module: str) -> list[str]:
+    """The public names of ``mechanex.<module>``, without making a client."""
+    found = importlib.import_module(f".{module}", __package__)
+    (kind,) = (getattr(found, name) for name in found.__all__ if name.endswith("Module"))
+    return sorted({*found.__all__, *(name for name in dir(kind) if not name.startswith("_"))})

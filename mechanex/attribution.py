@@ -38,6 +38,8 @@ class AttributionModule(_BaseModule):
         align: Align = None,
         positions: bool = True,
         edges: bool = False,
+        recompute_attention: bool = False,
+        drop_layers: bool = False,
     ) -> dict[str, Any]:
         """Computes attribution scores by patching the model.
 
@@ -58,6 +60,12 @@ class AttributionModule(_BaseModule):
             align: ``"tokens"`` for prompts of different lengths.
             positions: score positions too; with ``"exact"`` a run for each.
             edges: score all edges too, from what one component writes to what a later one reads.
+            recompute_attention: follow what is patched inside an attention, such as queries and keys, by running that
+                attention again up to the outputs of its heads: through a saturated softmax a gradient says nothing
+                (AtP*, arXiv:2403.00745). Such modules have ``heads`` too.
+            drop_layers: the mean absolute score over gradients that one layer each is left out of, so that effects that
+                cancel each other are not overlooked (GradDrop of AtP*); no score is below 0 then, and edges are scored
+                as without it.
 
         Returns:
             ``scores`` by path; ``positions``, by path a number for each token of the corrupted prompt; ``heads`` and
@@ -81,7 +89,7 @@ class AttributionModule(_BaseModule):
             "target_module_paths": paths,
         }
         more = {"method": method, "steps": steps, "metric": metric, "align": align, "positions": positions}
-        more["edges"] = edges
+        more |= {"edges": edges, "recompute_attention": recompute_attention, "drop_layers": drop_layers}
         # What the wire contract has no field for is named only where it is asked for.
         body |= {name: given for name, given in more.items() if given != _USUAL[name]}
         call, transport = "attribution.compute_scores", self._client.transport
@@ -101,6 +109,8 @@ class AttributionModule(_BaseModule):
                 align=align,
                 positions=positions,
                 edges=edges,
+                recompute_attention=recompute_attention,
+                drop_layers=drop_layers,
             )
 
         return self._run(
@@ -111,7 +121,16 @@ class AttributionModule(_BaseModule):
         )
 
 
-_USUAL = {"method": "gradient", "steps": 1, "metric": None, "align": None, "positions": True, "edges": False}
+_USUAL = {
+    "method": "gradient",
+    "steps": 1,
+    "metric": None,
+    "align": None,
+    "positions": True,
+    "edges": False,
+    "recompute_attention": False,
+    "drop_layers": False,
+}
 
 
 def _check_prompts(clean_prompt: object, corrupted_prompt: object) -> None:
@@ -127,3 +146,6 @@ else:
 
     def __getattr__(name: str) -> Any:
         return _default.attribute("attribution", name)
+
+    def __dir__() -> list[str]:
+        return _default.names("attribution")

@@ -88,9 +88,9 @@ def list_api_keys(*, as_json: bool = False) -> None:
 @json_option
 def create_api_key(
     name: str,
+    *,
     scopes: tuple[str, ...] = (),
     expires_days: float | None = None,
-    *,
     save: bool = False,
     as_json: bool = False,
 ) -> None:

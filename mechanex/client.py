@@ -90,6 +90,10 @@ class Mechanex(AccountCalls):
         self._vectors: VectorStore | None = None
         self._execution_mode = "auto"
 
+    def __repr__(self) -> str:
+        model = "no model" if self.model_name is None else f"model={self.model_name!r}"
+        return f"Mechanex({model}, mode={self.execution_mode!r})"
+
     @property
     def local_model(self) -> nn.Module | None:
         """The loaded model, or None."""

@@ -8,21 +8,25 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, overload
 
 from . import _default
 from .base import _BaseModule
 from .engine.chat import continued
+from .engine.pairing import are_prompts
+from .engine.strengths import UNSAID, chosen_strength
 from .errors import NotFoundError, ValidationError
 from .remote.answers import field
 from .remote.bodies import list_of, plain_whole
 
 if TYPE_CHECKING:
+    from .engine.hooks import SteeringPlan
     from .engine.models.resolve import LoadedModel
     from .engine.text import Prompt
     from .engine.vectors import SteeringVector
 
-    VectorSource: TypeAlias = str | os.PathLike[str] | Mapping[int, Any] | SteeringVector
+    OneSource: TypeAlias = str | os.PathLike[str] | Mapping[int, Any] | SteeringVector | SteeringPlan
+    VectorSource: TypeAlias = OneSource | Sequence[OneSource]
 
 __all__ = ["GenerationModule"]
 
@@ -37,14 +41,14 @@ class GenerationModule(_BaseModule):
     """Module for text generation."""
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts
         self,
         prompt: Prompt,
         max_tokens: int = 128,
         sampling_method: str = "top-k",
         top_k: int = 50,
         top_p: float = 0.9,
-        steering_strength: float = 0,
+        steering_strength: float | Sequence[float] = UNSAID,
         steering_vector: VectorSource | None = None,
         *,
         min_p: float = _MIN_P,
@@ -55,7 +59,30 @@ class GenerationModule(_BaseModule):
         stream: Literal[False] = False,
         continue_final_message: bool = False,
         guard: float | None = None,
+        strength: float | Sequence[float] | None = None,
     ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[Prompt],
+        max_tokens: int = 128,
+        sampling_method: str = "top-k",
+        top_k: int = 50,
+        top_p: float = 0.9,
+        steering_strength: float | Sequence[float] = UNSAID,
+        steering_vector: VectorSource | None = None,
+        *,
+        min_p: float = _MIN_P,
+        typical_p: float = _TYPICAL_P,
+        temperature: float = _TEMPERATURE,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stream: Literal[False] = False,
+        continue_final_message: bool = False,
+        guard: float | None = None,
+        strength: float | Sequence[float] | None = None,
+    ) -> list[str]: ...
 
     @overload
     def generate(
@@ -65,7 +92,7 @@ class GenerationModule(_BaseModule):
         sampling_method: str = "top-k",
         top_k: int = 50,
         top_p: float = 0.9,
-        steering_strength: float = 0,
+        steering_strength: float | Sequence[float] = UNSAID,
         steering_vector: VectorSource | None = None,
         *,
         min_p: float = _MIN_P,
@@ -76,16 +103,17 @@ class GenerationModule(_BaseModule):
         stream: Literal[True],
         continue_final_message: bool = False,
         guard: float | None = None,
+        strength: float | Sequence[float] | None = None,
     ) -> Iterator[str]: ...
 
     def generate(
         self,
-        prompt: Prompt,
+        prompt: Prompt | Sequence[Prompt],
         max_tokens: int = 128,
         sampling_method: str = "top-k",
         top_k: int = 50,
         top_p: float = 0.9,
-        steering_strength: float = 0,
+        steering_strength: float | Sequence[float] = UNSAID,
         steering_vector: VectorSource | None = None,
         *,
         min_p: float = _MIN_P,
@@ -96,19 +124,21 @@ class GenerationModule(_BaseModule):
         stream: bool = False,
         continue_final_message: bool = False,
         guard: float | None = None,
-    ) -> str | Iterator[str]:
+        strength: float | Sequence[float] | None = None,
+    ) -> str | list[str] | Iterator[str]:
         """Runs a standard generation, on the server or on the local model as the execution mode says.
 
         Args:
-            prompt: text, token ids or chat messages (rendered by the tokenizer's template).
+            prompt: text, token ids or chat messages (rendered by the tokenizer's template), or a list of such
+                prompts, which are continued together; prompt i draws as it would alone with ``seed + i``.
             max_tokens: most tokens to add; fewer, with a logged line, where the model's context ends before.
             sampling_method: ``greedy``, ``top-k``, ``top-p``, ``min-p`` or ``typical``.
             top_k: for ``top-k``: how many of the likeliest tokens stay.
             top_p: for ``top-p``: total probability of the tokens that stay, in (0, 1].
-            steering_strength: multiplies the vector. With a vector, 0 (the default) steers nothing and logs a
-                warning; without one, anything but 0 is an error.
-            steering_vector: the id of stored vectors, ``{layer: tensor [d]}``, a ``SteeringVector``, or the
-                path of a vector file.
+            steering_strength: multiplies the vector; of several vectors each, or with a list its own. Left out, it is
+                1. With a vector a 0 steers nothing and logs a warning; without one, anything but 0 is an error.
+            steering_vector: the id of stored vectors, ``{layer: tensor [d]}``, a ``SteeringVector``, the
+                path of a vector file, or a ``SteeringPlan``; or a list of these, which act in order.
             min_p: for ``min-p``: least probability as a share of the likeliest token's, in (0, 1].
             typical_p: for ``typical``: total probability of the tokens that stay, in (0, 1].
             temperature: divides the logits before drawing, above 0.
@@ -121,9 +151,10 @@ class GenerationModule(_BaseModule):
             guard: most nats by which steering may move a token's distribution, KL(steered‖plain) before temperature,
                 against a plain row with the same tokens beside it. A token beyond is chosen at the strongest of ⅔, ⅓
                 and 0 of the strength that is within, else by the plain row. Runs locally.
+            strength: another name of ``steering_strength``.
 
         Returns:
-            The prompt followed by its continuation.
+            The prompt followed by its continuation; for a list of prompts, a list.
 
         A server takes text prompts and vectors by id; other prompts and vectors, a guard, and another ``typical_p``
         than the default, run on the local model only.
@@ -134,18 +165,25 @@ class GenerationModule(_BaseModule):
             ValidationError: an argument out of its range, a vector of another width or with layers that the
                 model doesn't have, or, in remote mode, what can't be sent.
         """
-        if steering_vector is None and steering_strength != 0:
+        steering_strength = chosen_strength(steering_strength, strength, steered=steering_vector is not None)
+        several = are_prompts(prompt)
+        if several and stream:
             raise ValidationError(
-                f"steering_strength is {steering_strength} and there is no steering_vector: give one (an id, "
-                "{layer: tensor}, a SteeringVector or a path), or leave the strength at 0."
+                "stream=True gives the text of one prompt; got a list of prompts: stream each."
             )
-
+        prompts: list[Any] = [*cast("Sequence[Prompt]", prompt)] if several else [prompt]
         if continue_final_message:
-            prompt = continued(prompt)
+            prompts = [continued(one) for one in prompts]
         if stop is not None and not isinstance(stop, str):
             stop = list_of("stop", stop, "texts")
 
-        def remote() -> str | Iterator[str]:
+        def remote() -> str | list[str] | Iterator[str]:
+            texts = [remote_text(one, i) for i, one in enumerate(prompts)]
+            if several:
+                return texts
+            return _pieces(str(prompts[0]), texts[0]) if stream else texts[0]
+
+        def remote_text(prompt: Prompt, i: int) -> str:
             body: dict[str, Any] = {
                 "prompt": prompt,
                 "sampling_method": sampling_method,
@@ -156,42 +194,46 @@ class GenerationModule(_BaseModule):
                 "steering_strength": steering_strength,
             }
             optional = {
-                "seed": plain_whole(seed),
+                "seed": plain_whole(seed if seed is None else seed + i),
                 "temperature": None if temperature == _TEMPERATURE else temperature,
                 "min_p": None if min_p == _MIN_P else min_p,
                 "stop": stop,
             }
             body.update({name: value for name, value in optional.items() if value is not None})
-            text = self._remote_text(body)
-            return _pieces(str(prompt), text) if stream else text
+            return self._remote_text(body)
 
-        def local(loaded: LoadedModel) -> str | Iterator[str]:
+        def local(loaded: LoadedModel) -> str | list[str] | Iterator[str]:
             from .engine import generate as engine
 
-            vector = None
-            if steering_vector is not None:
-                vector = self._client.vectors.resolve(steering_vector, loaded.model)
-            run = engine.stream if stream else engine.generate
-            return run(
-                loaded.model,
-                loaded.tokenizer,
-                prompt,
-                max_tokens=max_tokens,
-                sampling_method=sampling_method,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                typical_p=typical_p,
-                temperature=temperature,
-                seed=seed,
-                stop=stop,
-                vector=vector,
-                strength=steering_strength,
-                guard=guard,
+            vector: Any = None
+            if isinstance(steering_vector, (list, tuple)):
+                vector = [self._steering(one, loaded) for one in steering_vector]
+            elif steering_vector is not None:
+                vector = self._steering(steering_vector, loaded)
+            run: Any = engine.generate_batch if several else engine.stream if stream else engine.generate
+            return cast(
+                "str | list[str] | Iterator[str]",
+                run(
+                    loaded.model,
+                    loaded.tokenizer,
+                    prompts if several else prompts[0],
+                    max_tokens=max_tokens,
+                    sampling_method=sampling_method,
+                    top_k=top_k,
+                    top_p=top_p,
+                    min_p=min_p,
+                    typical_p=typical_p,
+                    temperature=temperature,
+                    seed=seed,
+                    stop=stop,
+                    vector=vector,
+                    strength=steering_strength,
+                    guard=guard,
+                ),
             )
 
         only_local = None
-        if not isinstance(prompt, str):
+        if not all(isinstance(one, str) for one in prompts):
             only_local = "a prompt of token ids or chat messages needs the model's tokenizer"
         elif typical_p != _TYPICAL_P:
             only_local = "typical_p can't be sent"
@@ -202,6 +244,13 @@ class GenerationModule(_BaseModule):
         # What isn't stored here, a server's id, means nothing here: the server's own error says more.
         falls_back = steering_vector is None
         return self._run(_CALL, remote, local, only_local=only_local, falls_back=falls_back)
+
+    def _steering(self, source: Any, loaded: LoadedModel) -> SteeringVector | SteeringPlan:
+        from .engine.hooks import SteeringPlan
+
+        if isinstance(source, SteeringPlan):
+            return source
+        return self._client.vectors.resolve(source, loaded.model)
 
     def _only_local(self, vector: VectorSource) -> str | None:
         """Why this vector can't be sent, if it can't: a server knows vectors by their ids."""
@@ -244,3 +293,6 @@ else:
 
     def __getattr__(name: str) -> Any:
         return _default.attribute("generation", name)
+
+    def __dir__() -> list[str]:
+        return _default.names("generation")

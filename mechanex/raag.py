@@ -288,3 +288,6 @@ else:
 
     def __getattr__(name: str) -> Any:
         return _default.attribute("raag", name)
+
+    def __dir__() -> list[str]:
+        return _default.names("raag")

@@ -464,3 +464,6 @@ else:
 
     def __getattr__(name: str) -> Any:
         return _default.attribute("sae", name)
+
+    def __dir__() -> list[str]:
+        return _default.names("sae")

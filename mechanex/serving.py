@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import MechanexError, ValidationError
+from .launched import global_rank
 
 if TYPE_CHECKING:
     from .engine.models.resolve import LoadedModel
@@ -45,6 +46,11 @@ def serve(
             would hold up.
     """
     check_no_loop(block)
+    if global_rank() is not None:
+        raise ValidationError(
+            "a server is one process, and several were started by torchrun or the like: start it by itself, or "
+            "with --use-vllm for a model over several GPUs."
+        )
     try:
         from .server.serve import serve_loaded
         from .server.settings import ServerSettings

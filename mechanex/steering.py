@@ -5,28 +5,36 @@ The module is also the default client's door: ``mechanex.steering.generate_vecto
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
 from . import _default
 from .base import _BaseModule
 from .engine.methods import check_method, vectors_by
 from .errors import NotFoundError, ValidationError
 from .remote.answers import field
-from .remote.bodies import example_lists, examples, layer_list
+from .remote.bodies import example_lists, examples, layer_list, list_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .engine.datasets import ContrastivePairs
     from .engine.formats.site import Site
+    from .engine.hooks import Handle
     from .engine.models.resolve import LoadedModel
     from .engine.prompt_conditions import PromptCondition
     from .engine.text import Prompt
     from .engine.vectors import SteeringVector
 
+    VectorSource: TypeAlias = str | os.PathLike[str] | Mapping[int, Any] | SteeringVector
+    Examples: TypeAlias = tuple[list[Prompt], list[str], list[str]]
+
 __all__ = ["SteeringModule"]
+
+_logger = logging.getLogger(__name__)
 
 _CALL = "steering.generate_vectors"
 _ONLY_LOCAL = ("pca", "probe")
@@ -45,7 +53,7 @@ class SteeringModule(_BaseModule):
         method: str = "few-shot",
         *,
         seed: int | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> str:
         """Computes steering vectors from contrastive answers and stores them.
 
@@ -60,56 +68,174 @@ class SteeringModule(_BaseModule):
                 principal direction of the paired differences (arXiv:2310.01405); ``"probe"``, the direction of a
                 logistic regression (arXiv:2306.03341). ``"pca"`` and ``"probe"`` run locally only.
             seed: of the starting vectors of ``"few-shot"``, there alone; None for 0.
-            progress: show a progress bar.
+            progress: show a progress bar; None does for ``"few-shot"`` in a terminal or notebook.
 
         Returns:
-            The id of the stored vectors, for ``get_vectors`` and ``generate``.
+            The id of the stored vectors, for ``get``, ``get_vectors`` and ``generate``.
 
         Raises:
             MechanexError: no model is loaded.
             ValidationError: another method, lists of unequal length or empty, a layer that doesn't exist, or
                 a vector that comes out zero or not finite. Nothing is stored then.
         """
-        check_method(method)
-        prompts, positive_answers, negative_answers = example_lists(
-            prompts, positive_answers, negative_answers
+        return self._stored_from(
+            (prompts, positive_answers, negative_answers), layer_idxs, method, seed, progress
         )
-        layer_idxs = layer_list(layer_idxs)
+
+    def vector(
+        self,
+        prompts: Sequence[Prompt],
+        positive_answers: Sequence[str],
+        negative_answers: Sequence[str],
+        layer_idxs: Sequence[int] | None = None,
+        method: str = "few-shot",
+        *,
+        seed: int | None = None,
+        progress: bool | None = None,
+        tokens: Literal["all", "last"] = "all",
+    ) -> SteeringVector:
+        """Computes a steering vector on the loaded model, and stores nothing; arguments as in ``generate_vectors``.
+
+        Args:
+            prompts, positive_answers, negative_answers, layer_idxs, method, seed, progress: as there.
+            tokens: ``"last"`` lets ``method="caa"`` read the last token of each answer in place of all.
+
+        Returns:
+            The vector. Its ``metadata`` says where it comes from: ``data_count`` and ``data_sha256``, ``data_name`` and
+            ``data_split`` of files, ``model_revision``, ``date``, and ``fit``, the figures of the fit by layer as JSON.
+
+        Raises:
+            MechanexError: no model is loaded.
+            ValidationError: as in ``generate_vectors``.
+        """
+        lists = self._checked(prompts, positive_answers, negative_answers, method, seed)
+        if tokens not in ("all", "last") or (tokens == "last" and method != "caa"):
+            raise ValidationError(
+                f"tokens is 'all', or 'last' with method='caa'; got tokens={tokens!r} with method={method!r}."
+            )
+        loaded = self._client.require_local("steering.vector", _HERE)
+        return self._computed(loaded, lists, layer_list(layer_idxs), method, seed, progress, tokens=tokens)
+
+    def difference(
+        self,
+        positive: Sequence[Prompt],
+        negative: Sequence[Prompt],
+        layer_idxs: Sequence[int] | None = None,
+        *,
+        tokens: str | int | slice = "last",
+        progress: bool = False,
+    ) -> SteeringVector:
+        """The difference of the mean activations of two lists of prompts, which need not be pairs; runs locally.
+
+        Args:
+            positive: prompts that show the behaviour: text, token ids or chat messages.
+            negative: prompts that don't, as many as you like.
+            layer_idxs: as in ``generate_vectors``.
+            tokens: which tokens of a prompt are averaged: ``"last"``, ``"all"``, or a place or slice.
+            progress: show a progress bar.
+
+        Returns:
+            The vector, with the same record as of ``vector``.
+
+        Raises:
+            MechanexError: no model is loaded.
+            ValidationError: an empty list, a layer that doesn't exist, or prompts that don't differ there.
+        """
+        from .engine.difference import difference_vectors
+        from .engine.provenance import data_fields, origin_fields
+
+        loaded = self._client.require_local("steering.difference", _HERE)
+        positive, negative = (
+            list_of("positive", positive, "prompts"),
+            list_of("negative", negative, "prompts"),
+        )
+        found = difference_vectors(
+            loaded.model,
+            positive,
+            negative,
+            layer_list(layer_idxs),
+            loaded.tokenizer,
+            tokens=tokens,
+            progress=progress,
+        )
+        return found.noted(**data_fields((positive, negative)), **origin_fields(loaded.model))
+
+    def get(self, vector_id: str) -> SteeringVector:
+        """The stored vector with this id, with its record and algebra; ``get_vectors`` gives its tensors alone.
+
+        Raises:
+            NotFoundError: no vectors that are stored on this machine have this id.
+            ValidationError: the text can't be an id.
+        """
+        return self._stored(vector_id)
+
+    def _checked(
+        self, prompts: Any, positive_answers: Any, negative_answers: Any, method: str, seed: int | None
+    ) -> Examples:
+        check_method(method)
         if seed is not None and method != "few-shot":
             raise ValidationError(
                 f"method={method!r} draws no random numbers: seed is for method='few-shot'."
             )
+        return example_lists(prompts, positive_answers, negative_answers)
+
+    def _stored_from(
+        self,
+        given: tuple[Any, Any, Any],
+        layer_idxs: Sequence[int] | None,
+        method: str,
+        seed: int | None,
+        progress: bool | None,
+        name: str | None = None,
+        split: str | None = None,
+    ) -> str:
+        lists = self._checked(*given, method, seed)
+        layers = layer_list(layer_idxs)
 
         def remote() -> str:
-            body = {
-                **examples(prompts, positive_answers, negative_answers),
-                "layer_idxs": layer_idxs,
-                "method": method,
-            }
+            body = {**examples(*lists), "layer_idxs": layers, "method": method}
             answer = self._client.transport.post("/steering/generate", body)
             return field(answer, _CALL, str, "steering_vector_id")
 
         def local(loaded: LoadedModel) -> str:
-            compute = vectors_by(method)
-            given = {} if seed is None else {"seed": seed}
-            vector = compute(
-                loaded.model,
-                prompts,
-                positive_answers,
-                negative_answers,
-                layer_idxs,
-                tokenizer=loaded.tokenizer,
-                progress=progress,
-                **given,
-            )
+            vector = self._computed(loaded, lists, layers, method, seed, progress, name=name, split=split)
             return self._client.vectors.put(vector)
 
         only_local = None
         if method in _ONLY_LOCAL or seed is not None:
             only_local = f"method={method!r} runs locally" if seed is None else "a seed is for local vectors"
-        if not all(isinstance(prompt, str) for prompt in prompts):
+        if not all(isinstance(prompt, str) for prompt in lists[0]):
             only_local = "prompts of token ids or chat messages need the model's tokenizer"
         return self._run(_CALL, remote, local, only_local=only_local)
+
+    def _computed(
+        self,
+        loaded: LoadedModel,
+        lists: Examples,
+        layers: list[int] | None,
+        method: str,
+        seed: int | None,
+        progress: bool | None,
+        *,
+        tokens: str = "all",
+        name: str | None = None,
+        split: str | None = None,
+    ) -> SteeringVector:
+        from .engine.provenance import data_fields, origin_fields
+
+        given: dict[str, Any] = {} if seed is None else {"seed": seed}
+        if tokens != "all":
+            given["tokens"] = tokens
+        if method == "few-shot":
+            _logger.info(
+                "few-shot optimizes a vector for each layer by gradient descent; method='caa' takes one pass"
+            )
+        # A bar where somebody waits and looks.
+        shown = method == "few-shot" and sys.stderr.isatty() if progress is None else progress
+        vector = vectors_by(method)(
+            loaded.model, *lists, layers, tokenizer=loaded.tokenizer, progress=shown, **given
+        )
+        return vector.noted(**data_fields(lists, name=name, split=split), **origin_fields(loaded.model))
 
     def generate_from_jsonl(
         self,
@@ -119,7 +245,7 @@ class SteeringModule(_BaseModule):
         *,
         split: str | None = None,
         seed: int | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> str:
         """Computes steering vectors from a JSONL file and stores them; see ``generate_vectors``.
 
@@ -130,7 +256,7 @@ class SteeringModule(_BaseModule):
             method: as in ``generate_vectors``.
             split: use only the lines whose ``"split"`` is this.
             seed: as in ``generate_vectors``.
-            progress: show a progress bar.
+            progress: as in ``generate_vectors``.
 
         Raises:
             NotFoundError: there is no such file.
@@ -140,14 +266,14 @@ class SteeringModule(_BaseModule):
         from .engine.datasets import read_pairs
 
         pairs = read_pairs(dataset_path, split=split)
-        return self.generate_vectors(
-            pairs.prompts,
-            pairs.positive_answers,
-            pairs.negative_answers,
+        return self._stored_from(
+            (pairs.prompts, pairs.positive_answers, pairs.negative_answers),
             layer_idxs,
             method,
-            seed=seed,
-            progress=progress,
+            seed,
+            progress,
+            name=os.path.basename(dataset_path),
+            split=split,
         )
 
     def fit_condition(
@@ -322,6 +448,44 @@ class SteeringModule(_BaseModule):
             "steering.calibrate", _not_sent, local, only_local="vectors are calibrated on a loaded model"
         )
 
+    def ablate_everywhere(self, vector: VectorSource) -> Handle:
+        """Takes a direction out of the loaded model's stream wherever it is read, until the handle is removed.
+
+        Args:
+            vector: an id, a vector file, ``{layer: [d]}`` or a ``SteeringVector``, of one layer;
+                only the direction counts.
+
+        Returns:
+            A handle with ``remove()``, and a context manager: every call of the model meanwhile is without the
+            direction.
+
+        Raises:
+            MechanexError: no model is loaded.
+            ValidationError: a vector of several layers, of another width, or zero.
+        """
+        from .engine.orthogonalize import ablate_everywhere
+
+        loaded = self._client.require_local("steering.ablate_everywhere", _HERE)
+        return ablate_everywhere(loaded.model, self._client.vectors.resolve(vector, loaded.model))
+
+    def orthogonalize(self, vector: VectorSource) -> Handle:
+        """Takes a direction out of the loaded model's weights, which then do what ``ablate_everywhere`` does.
+
+        Args:
+            vector: as there.
+
+        Returns:
+            A handle whose ``remove()`` puts the weights back.
+
+        Raises:
+            MechanexError: no model is loaded.
+            ValidationError: as there, or a model whose weights can't do it, which are then left as they were.
+        """
+        from .engine.orthogonalize import orthogonalize
+
+        loaded = self._client.require_local("steering.orthogonalize", _HERE)
+        return orthogonalize(loaded.model, self._client.vectors.resolve(vector, loaded.model))
+
     def get_vectors(self, vector_id: str) -> dict[int, Tensor]:
         """Retrieves stored vectors by id, of this session or an earlier one.
 
@@ -423,6 +587,11 @@ def _not_sent() -> NoReturn:
 if TYPE_CHECKING:
     _door: SteeringModule = _default.client().steering
     generate_vectors = _door.generate_vectors
+    vector = _door.vector
+    difference = _door.difference
+    get = _door.get
+    ablate_everywhere = _door.ablate_everywhere
+    orthogonalize = _door.orthogonalize
     generate_from_jsonl = _door.generate_from_jsonl
     fit_condition = _door.fit_condition
     from_system_prompt = _door.from_system_prompt
@@ -436,3 +605,6 @@ else:
 
     def __getattr__(name: str) -> Any:
         return _default.attribute("steering", name)
+
+    def __dir__() -> list[str]:
+        return _default.names("steering")

@@ -24,6 +24,7 @@ for module in "$unzip_to"/mechanex/_native*.so; do
   echo "$(basename "$module") needs: $needed"
   case $needed in *torch* | *gomp* | *iomp* | *cudart*) echo "that is more than the system's libraries" >&2; exit 1 ;; esac
 done
+diff -r "$root/mechanex/server/page/static" "$unzip_to/mechanex/server/page/static"  # the playground
 PATH=$fresh/venv/bin:$PATH "$fresh/venv/bin/python" -m auditwheel show "$wheel" | tail -n 12
 
 mkdir "$fresh/tests"

@@ -206,10 +206,10 @@ def test_a_used_refresh_token_ends_the_session(client: TestClient) -> None:
     session = client.post("/auth/signup", json=ANN).json()["session"]
     body = {"refresh_token": session["refresh_token"]}
     newer = client.post("/auth/refresh", json=body).json()["session"]
-    newer = client.post("/auth/refresh", json={"refresh_token": newer["refresh_token"]}).json()["session"]
+    newest = client.post("/auth/refresh", json={"refresh_token": newer["refresh_token"]}).json()["session"]
     refused(client.post("/auth/refresh", json=body), 401)
-    refused(client.get("/auth/whoami", headers=bearer(newer["access_token"])), 401)
-    refused(client.post("/auth/refresh", json={"refresh_token": newer["refresh_token"]}), 401)
+    refused(client.get("/auth/whoami", headers=bearer(newest["access_token"])), 401)
+    refused(client.post("/auth/refresh", json={"refresh_token": newest["refresh_token"]}), 401)
 
 
 def test_an_expired_token_is_told_so_even_where_no_account_is_needed(client: TestClient) -> None:
@@ -397,18 +397,12 @@ def test_tokens_of_earlier_versions_and_of_no_session_say_to_log_in_again(
         assert found[0] == 401 and found[-1] == 429
 
 
-def test_a_short_key_is_refused_on_the_network_and_warned_of_here(
-    connect: Connect, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_short_or_impossible_key_is_refused(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MECHANEX_SERVER_KEY", " s3cret\n")
-    with pytest.raises(
-        ValidationError, match="its key has 6 characters, which can be guessed: take 16"
-    ) as error:
+    with pytest.raises(ValidationError, match="6 characters") as error:
         connect("0.0.0.0")
     assert "s3cret" not in str(error.value)
-    client = connect()
-    assert client.get("/models", headers={"x-api-key": "s3cret"}).status_code == 200
-    assert "6 characters" in caplog.text and "s3cret" not in caplog.text
+    assert connect("127.0.0.1").get("/models", headers={"x-api-key": "s3cret"}).status_code == 200
     for given in (" ", "kéy", "a\x00b"):
         monkeypatch.setenv("MECHANEX_SERVER_KEY", given) if "\x00" not in given else None
         with pytest.raises(ValidationError, match="MECHANEX_SERVER_KEY"):

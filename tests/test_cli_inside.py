@@ -59,6 +59,11 @@ def test_circuits_are_shown_and_drawn(tmp_path: Path) -> None:
 
 def test_what_does_not_go_together_is_said() -> None:
     assert "--path" in run("attribute", "mx-tiny", *PROMPTS, "--edges", "--path", "model", code=2).stderr
+    assert (
+        "are for modules" in run("attribute", "mx-tiny", *PROMPTS, "--edges", "--drop-layers", code=2).stderr
+    )
+    mended = ("--path", "model.layers.2.self_attn.k_proj", "--recompute-attention", "--drop-layers")
+    assert json.loads(run("attribute", "mx-tiny", *PROMPTS, *mended, "--json").stdout)["heads"]
     longer = ("--clean", "Anna went home.", "--corrupted", "Anna")
     assert "align='tokens'" in run("attribute", "mx-tiny", *longer, code=1).stderr
     assert run("attribute", "mx-tiny", *longer, "--align", "--top", 1).stdout

@@ -252,8 +252,21 @@ def test_what_is_attached_to_a_model_says_nothing_of_its_form() -> None:
         (Sampling("top-p", top_p=1.0, temperature=1.7), [logits_process.TemperatureLogitsWarper(1.7)]),
         (Sampling("min-p", min_p=0.2), [logits_process.MinPLogitsWarper(0.2)]),
         (Sampling("typical", typical_p=0.6), [logits_process.TypicalLogitsWarper(0.6)]),
+        (
+            Sampling("combined", top_k=12, top_p=0.8, min_p=0.01, temperature=1.5),
+            [
+                logits_process.TemperatureLogitsWarper(1.5),
+                logits_process.MinPLogitsWarper(0.01),
+                logits_process.TopKLogitsWarper(12),
+                logits_process.TopPLogitsWarper(0.8),
+            ],
+        ),
+        (
+            Sampling("combined", top_k=9, top_p=1.0, min_p=0),
+            [logits_process.TopKLogitsWarper(9)],
+        ),
     ],
-    ids=["top-k", "top-k warm", "top-p", "top-p whole", "min-p", "typical"],
+    ids=["top-k", "top-k warm", "top-p", "top-p whole", "min-p", "typical", "combined", "combined of one"],
 )
 def test_draws_follow_the_methods_probabilities(sampling: Sampling, warpers: list[Any]) -> None:
     logits = 3 * torch.randn(N_VOCAB, generator=torch.Generator().manual_seed(2))
@@ -328,6 +341,7 @@ def test_steps_that_overlap_choose_the_same_tokens(name: str) -> None:
         TextRequest(ids[0], 1),
         TextRequest(ids[1], 14, frequency_penalty=4.0, logit_bias=((7, -100.0), (9, 3.0)), logprobs=0),
         TextRequest(ids[2], 7, Sampling("min-p"), seed=5, steering=(Steer(2, Edit.ablate(direction)),)),
+        TextRequest(ids[0], 12, Sampling("combined", top_k=9), seed=6, repetition_penalty=3.0, min_tokens=9),
     ]
     found = []
     for overlapped in (False, True):
@@ -343,6 +357,42 @@ def test_steps_that_overlap_choose_the_same_tokens(name: str) -> None:
         assert [one.token for one in result.logprobs] == [one.token for one in other.logprobs]
     alone = [written(model, [one])[0] for one in requests]
     assert [chosen for chosen, _ in found[0] if 2 not in chosen] == [one for one in alone if 2 not in one]
+
+
+def test_a_repetition_penalty_and_a_least_length_are_those_of_transformers() -> None:
+    model, ids = build("llama"), ids_of()[0]
+    plain = truth(model, ids, 12)
+    end = plain[3]
+    inputs = torch.tensor([ids])
+    with torch.no_grad():
+        expected = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=12,
+            min_new_tokens=8,
+            repetition_penalty=1.7,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=0,
+        )[0, len(ids) :].tolist()
+    row = Row(TextRequest(ids, 12, repetition_penalty=1.7, min_tokens=8), tiny_tokenizer(), (end,))
+    decode(adapter_for(model), [row], 0)
+    assert row.chosen == expected and end not in row.chosen[:8]
+
+
+def test_further_end_tokens_end_a_row_and_are_named() -> None:
+    model, ids = build("llama"), ids_of()[0]
+    plain = truth(model, ids, 8)
+    end = plain[3]
+    for stop, rules, finish in (
+        (end, {"stop_token_ids": (end,)}, "stop"),
+        (None, {}, "stop"),
+        (None, {"ignore_ends": True}, "length"),
+    ):
+        row = Row(TextRequest(ids, 8, **rules), tiny_tokenizer(), () if stop else (end,))  # type: ignore[arg-type]
+        decode(adapter_for(model), [row], 0)
+        assert row.result is not None and (row.result.stop, row.result.finish_reason) == (stop, finish)
+        assert row.chosen == (plain if finish == "length" else plain[: plain.index(end) + 1])
 
 
 # Errors by row

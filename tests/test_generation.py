@@ -117,7 +117,7 @@ def test_a_vector_at_strength_0_warns_and_steers_nothing(
 ) -> None:
     plain = generate(client)
     assert not caplog.records
-    assert generate(client, steering_vector=vector) == plain
+    assert generate(client, steering_vector=vector, steering_strength=0) == plain
     assert "strength 0" in caplog.text
 
 

@@ -103,6 +103,7 @@ PARTS = {
         "float32, steered: rows with the tokens of eager runs alone",
         "against plain",
         "graphs captured by rows that join with other vectors",
+        "3 rows: ours, 64 behaviors watched",
         "64 clients, steered eight ways",
         "3 rows: ours, plain, against transformers, static cache compiled",
     ),

@@ -85,6 +85,8 @@ def test_a_pure_wheel_is_for_any_platform_and_says_what_it_lacks(build: Builder,
         f"mechanex-{mechanex.__version__}.dist-info",
     }
     assert {"mechanex/__init__.py", "mechanex/py.typed", "mechanex/ops/steer.py"} <= set(names)
+    page = ROOT / "mechanex" / "server" / "page" / "static"
+    assert {f"mechanex/server/page/static/{path.name}" for path in page.iterdir()} <= set(names)
     assert not [n for n in names if n.endswith((".so", ".pyd", ".pyc", ".cpp"))]
     assert any(n.endswith("licenses/LICENSE") for n in names)
 

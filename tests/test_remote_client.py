@@ -231,6 +231,11 @@ def test_structure_and_attribution_are_the_same_here_and_there(remote: Mechanex,
         {},
         {"steps": 3, "metric": (" smiled", " shouted"), "target_module_paths": tuple(paths[:4])},
         {"edges": True, "positions": False},
+        {
+            "drop_layers": True,
+            "recompute_attention": True,
+            "target_module_paths": ["model.layers.1.self_attn.q_proj"],
+        },
     ):
         there = remote.attribution.compute_scores(*prompts, **options)  # type: ignore[arg-type]
         here = local.attribution.compute_scores(*prompts, **options)  # type: ignore[arg-type]

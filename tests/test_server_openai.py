@@ -454,7 +454,8 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({"steering_vector": "calm_angry", "steering_vector_id": "kind_rude"}, None, "different vectors"),
     ({"behavior_names": ["nope"]}, "behavior_names", "nope"),
     ({"force_steering": ["nope"]}, "force_steering", "nope"),
-    ({"top_k": 3}, "top_k", "Unrecognized request argument"),
+    ({"topk": 3}, "topk", "Unrecognized request argument"),
+    ({"top_k": -2}, "top_k", "greater"),
     ({"temperature": 3}, "temperature", "less than or equal to 2"),
     ({"max_tokens": -1}, "max_tokens", "greater"),
     ({"max_tokens": 1.5}, "max_tokens", "integer"),
@@ -462,7 +463,7 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({"max_tokens": 0}, None, "echo"),
     ({"n": 0}, "n", "greater"),
     ({"n": True}, "n", "integer"),
-    ({"best_of": 5}, None, "best_of"),
+    ({"best_of": 5, "n": 6}, None, "best_of"),
     ({"stop": ""}, "stop", "at least 1"),
     ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
     ({"logit_bias": {"99999": 1}}, "logit_bias", "vocabulary"),
@@ -517,9 +518,7 @@ def test_errors_are_the_sdks_own(client: OpenAI, server: ServerProcess) -> None:
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(model="mx-tiny", messages=[])
     with pytest.raises(openai.NotFoundError):
-        OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0).embeddings.create(
-            model="mx-tiny", input="a"
-        )
+        OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0).images.generate(prompt="a")
 
 
 def test_a_failure_in_the_middle_of_a_stream_is_an_error_of_the_sdk(client: OpenAI) -> None:

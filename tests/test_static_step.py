@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 from collections.abc import Callable
 from functools import cache
@@ -62,10 +63,17 @@ class HostGraphs(Graphs):
         self._kept[key] = step, torch.empty(0)  # type: ignore[assignment]
         return True
 
-    def replay(self, key: Key) -> Tensor:
+    def replay(self, key: Key) -> Any:
         self._kept.move_to_end(key)
         again: Any = self._kept[key][0]
-        return again()  # type: ignore[no-any-return]
+        try:
+            return again()
+        finally:
+            # A graph has no hooks: those of the batch that it was captured by go again.
+            batch = inspect.getclosurevars(again).nonlocals["self"]
+            batch._leave_model()
+            batch._steering.detach()
+            batch._calls.detach()
 
 
 @pytest.fixture(params=DEVICES)

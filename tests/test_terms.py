@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import D_MODEL, N_LAYERS, build, tiny_tokenizer
 from safetensors.torch import save_file
+from torch import Tensor
 
 from mechanex import SteeringVector, ValidationError
 from mechanex.engine.decode.request import Steer, TextRequest
@@ -22,7 +23,10 @@ from mechanex.engine.models import adapter_for
 from mechanex.engine.prompt_conditions import PromptCondition
 from mechanex.engine.schedules import Schedule
 from mechanex.engine.terms import TokenGate
-from mechanex.vllm.engine_vectors import edits_by_layer
+from mechanex.vllm.asked import AskedEdit, edits_of
+from mechanex.vllm.capacity import Capacity
+from mechanex.vllm.engine_vectors import EngineVectors, SteerBy
+from mechanex.vllm.units import unpacked
 
 X = torch.randn(64, D_MODEL, generator=torch.Generator().manual_seed(0)) * 3
 V, W = torch.randn(2, D_MODEL, generator=torch.Generator().manual_seed(1))
@@ -108,17 +112,36 @@ def test_terms_stay_with_a_vector_or_are_refused() -> None:
         SteeringVector({LAYER: V}).when(PromptCondition(1, W, 0.0)).apply(build("llama"))
 
 
-def test_vllm_gets_the_gates_and_refuses_what_it_can_not_do() -> None:
+def in_vllm(vector: SteeringVector, strength: float = 1.0) -> tuple[AskedEdit, Tensor]:
+    """How a request carries a vector there, and what becomes of X by it."""
+    vectors = EngineVectors(D_MODEL, 4, Capacity(rank=2, gates=True))
+    carried = vectors.asked(SteerBy(vectors.add(vector), strength))
+    assert carried.text is not None
+    (asked,) = edits_of(carried.text)
+    edit = unpacked(carried.missing[asked.key])[LAYER]
+    return asked, X + asked.strength * (edit.apply(X) - X)
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.5, 2.5])
+def test_vllm_does_what_a_vector_says(strength: float) -> None:
     vector = SteeringVector({LAYER: V})
-    gated = vector.when(TokenGate.above(V, 0.3))
-    assert torch.equal(edits_by_layer(gated, 4)[LAYER].apply(X), edited(gated))
     for one in (
-        vector.when(PromptCondition(1, W, 0.0)),
-        vector.scheduled([1]),
+        vector,
+        vector.when(TokenGate.above(V, 0.3)),
+        vector.clamping(),
         vector.rotating({LAYER: W}, 9),
     ):
+        plan = one.plan(build("llama"), strength)
+        (wanted,) = [i.edit.apply(X) for i in plan.interventions]
+        torch.testing.assert_close(in_vllm(one, strength)[1], wanted, rtol=1e-4, atol=1e-5)
+    assert in_vllm(vector.on_tokens("generated"))[0].tokens == slice(-1, None)
+
+
+def test_vllm_refuses_what_changes_along_a_text() -> None:
+    vector = SteeringVector({LAYER: V})
+    for one in (vector.when(PromptCondition(1, W, 0.0)), vector.scheduled([1])):
         with pytest.raises(ValidationError, match="vLLM"):
-            edits_by_layer(one, 4)
+            in_vllm(one)
 
 
 @pytest.mark.parametrize("make", ["gate", "cap", "rotation", "schedule", "condition"])

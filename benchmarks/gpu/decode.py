@@ -1,8 +1,8 @@
 """Times decoding on the GPU: a random bfloat16 Llama of 1.2 B, beside transformers' ``generate``. Run by ``run.sh``.
 
 Sections: first (the first request after loading), exact (the same tokens as eager runs), pace (steps a second),
-captures (changed steering captures nothing), served (the server's model thread), compiled (transformers' compiled
-static cache, which takes most of the time).
+captures (changed steering captures nothing), watched (64 behaviors of an autoencoder), served (the server's model
+thread), compiled (transformers' compiled static cache, which takes most of the time).
 """
 
 from __future__ import annotations
@@ -40,9 +40,14 @@ from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
 from mechanex.engine.models.adapter import exclusive, undisturbed
+from mechanex.engine.sae.autoencoder import SparseAutoencoder
+from mechanex.engine.sae.behavior import Behavior
+from mechanex.engine.sae.corrections import Correction
+from mechanex.engine.sae.detectors import FeatureDetector, ProbeDetector
+from mechanex.engine.sae.hook_points import HookPoint
 from mechanex.server.model.requests import TextRequest as Asked
 
-SECTIONS = ("first", "exact", "pace", "captures", "served", "compiled")
+SECTIONS = ("first", "exact", "pace", "captures", "watched", "served", "compiled")
 # The decoder's window of tokens: long enough for a rate, short enough for one bucket of columns.
 N_TOKENS, N_EAGER = 96, 16
 
@@ -135,6 +140,50 @@ class Bench:
         with Captures() as found:
             self._relay(10)
         self.record.add("graphs captured by rows that join with other vectors", found.captured, most=0)
+
+    def watched(self) -> None:
+        """Rows that are watched for 64 behaviors of 16 features each, of an autoencoder of 65,536, at one layer."""
+        behaviors = self._behaviors(4096 if self.options.tiny else 65_536)
+        for n in self.rows:
+            given = prompts(n, self.vocab)
+            with Captures() as first:
+                ours(self.adapter, given, self.n_tokens)
+                ours(self.adapter, given, self.n_tokens, behaviors=behaviors)
+            rates: dict[bool, list[float]] = {False: [], True: []}
+            with Captures() as again:
+                for _ in range(self.rounds):
+                    for watched in rates:
+                        used = behaviors if watched else ()
+                        rates[watched].append(ours(self.adapter, given, self.n_tokens, behaviors=used).rate)
+            plain, seen = (statistics.median(rates[watched]) for watched in (False, True))
+            self.record.add(
+                f"{n} rows: ours, 64 behaviors watched, against plain",
+                seen / plain,
+                least=0.98,
+                note=f"{seen:.4g} steps/s; first calls captured {first.captured}, equal calls {again.captured}",
+            )
+
+    def _behaviors(self, n_features: int) -> tuple[Behavior, ...]:
+        draw, device = torch.Generator().manual_seed(0), self.model.device
+        encoder = (torch.randn(n_features, self.width, generator=draw) / self.width**0.5).to(device)
+        zeros = torch.zeros(self.width, device=device)
+        thresholds = torch.full((n_features,), 0.5, device=device)
+        sae = SparseAutoencoder(
+            encoder, torch.zeros(n_features, device=device), encoder, zeros, "jumprelu", threshold=thresholds
+        )
+        direction = torch.nn.functional.normalize(torch.randn(self.width, generator=draw), dim=0)
+        found = []
+        for i in range(64):
+            features = torch.randperm(n_features, generator=draw)[:16]
+            detector = FeatureDetector(sae, features, torch.ones(16), 0.0, 1.0, torch.zeros(16)).narrowed()
+            found.append(
+                Behavior(
+                    f"b{i}", "", "random", None, self.width, HookPoint("resid", self.adapter.n_layers // 2),
+                    "features", ProbeDetector(direction, 0.0, 1.0), detector, None, 1e9,
+                    Correction("cap", direction, 0.0, 1.0),
+                )
+            )  # fmt: skip
+        return tuple(found)
 
     @torch.no_grad()
     def _relay(self, seed: int) -> None:

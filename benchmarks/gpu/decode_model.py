@@ -15,6 +15,8 @@ from mechanex.engine.decode.row import Row
 from mechanex.engine.decode.run import decode
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models.adapter import ModelAdapter
+from mechanex.engine.sae.behavior import Behavior
+from mechanex.engine.sae.watching import Watch, WatchingSteering
 
 N_PROMPT = 16
 N_EDITS = 8
@@ -93,12 +95,16 @@ def ours(
     given: Sequence[Sequence[int]],
     n_tokens: int,
     edits: Sequence[Edit] = (),
+    behaviors: tuple[Behavior, ...] = (),
 ) -> Pace:
-    """The decoder; every layer of row i is steered by the edit i modulo their number, if there are any."""
+    """The decoder. Every layer of row i is steered by the edit i modulo their number, if there are any, and every row
+    is watched for the behaviors."""
     rows = []
     for i, ids in enumerate(given):
         steering = tuple(Steer(layer, edits[i % len(edits)]) for layer in range(adapter.n_layers) if edits)
-        rows.append(Row(TextRequest(ids, n_tokens, steering=steering), Letters(), (), prompt=(i, len(given))))
+        watch = Watch(behaviors, "report") if behaviors else None
+        request = TextRequest(ids, n_tokens, steering=steering, onlooker=watch)
+        rows.append(Row(request, Letters(), (), prompt=(i, len(given))))
     times: list[float] = []
 
     def tell(_: object) -> bool:
@@ -107,7 +113,7 @@ def ours(
 
     synchronize(adapter.device)
     begun = time.perf_counter()
-    decode(adapter, rows, 0, tell)
+    decode(adapter, rows, 0, tell, steering=WatchingSteering(adapter) if behaviors else None)
     synchronize(adapter.device)
     ended = time.perf_counter()
     # Told once a row and step; the second token has been read when its first row is told of it.

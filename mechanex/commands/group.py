@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ..errors import MechanexError
+from ..launched import global_rank
 
 __all__ = ["Group"]
 
@@ -25,6 +26,8 @@ class Group(click.Group):
         """As ``click.Command.main``; with ``standalone_mode=False`` errors reach the caller as they are."""
         if not options.get("standalone_mode", True):
             return super().main(*args, **options)
+        if global_rank():  # the first process says it all
+            sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         for stream in (sys.stdout, sys.stderr):
             # Text that the terminal's encoding lacks is no reason to fail.
             if isinstance(stream, io.TextIOWrapper):

@@ -83,6 +83,16 @@ def paths(model: str, *, as_json: bool, **options: Any) -> None:
     help="The clean prompt's answer and the other one.",
 )
 @click.option("--align", is_flag=True, help="Take prompts of different lengths: the same tokens correspond.")
+@click.option(
+    "--recompute-attention",
+    is_flag=True,
+    help="Run attentions again for what is patched inside them, such as queries and keys.",
+)
+@click.option(
+    "--drop-layers",
+    is_flag=True,
+    help="Mean absolute scores of gradients that leave out one layer each: sees effects that cancel.",
+)
 @click.option("--edges", is_flag=True, help="Score edges between modules instead.")
 @click.option(
     "--circuit", type=click.IntRange(min=1), help="Keep this many edges, and say how faithful they are."
@@ -112,6 +122,10 @@ def attribute(model: str, *, edges: bool, circuit: int | None, align: bool, **op
         return
     if options.pop("target_module_paths") is not None:
         raise click.UsageError("--path names modules to score: leave it out with --edges and --circuit.")
+    if any([options.pop("recompute_attention"), options.pop("drop_layers")]):
+        raise click.UsageError(
+            "--recompute-attention and --drop-layers are for modules: leave out --edges and --circuit."
+        )
     from .attribute import run_edges
 
     run_edges(model, circuit, **options)

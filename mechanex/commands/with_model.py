@@ -255,6 +255,18 @@ def optimize(ctx: click.Context, /, **options: Any) -> None:
     "--max-waiting", type=click.IntRange(min=1), show_default="512", help="Most that wait; then 429."
 )
 @click.option(
+    "--account-running",
+    type=click.IntRange(min=1),
+    show_default="any number",
+    help="Most requests of one account decoded together; its others wait.",
+)
+@click.option(
+    "--account-tokens-per-minute",
+    type=click.IntRange(min=1),
+    show_default="any number",
+    help="Tokens of prompts and answers that one account has in a minute; then 429.",
+)
+@click.option(
     "--trusted-proxy",
     "trusted_proxies",
     multiple=True,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..errors import ValidationError
 from .forward import packs_for
@@ -17,7 +16,8 @@ from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import ROW_TOKENS, Pack
 from .passes import visit_residuals
-from .pauses import pause
+from .provenance import FIT, figures
+from .ranks import current_ranks, dealt
 from .text import Prompt, encode_pair
 from .vectors import SteeringVector
 
@@ -43,6 +43,7 @@ def caa_vectors(
     row_tokens: int = ROW_TOKENS,
     batch_tokens: int | None = None,
     progress: bool = False,
+    tokens: Literal["all", "last"] = "all",
 ) -> SteeringVector:
     """One vector per layer: the mean over examples of (mean over the positive answer's tokens − the negative answer's).
 
@@ -59,6 +60,7 @@ def caa_vectors(
         row_tokens: packed rows are filled up to this length.
         batch_tokens: most tokens in one pass; None for what suits the device.
         progress: show a progress bar.
+        tokens: of an answer, ``"all"`` or the ``"last"`` one alone.
 
     Returns:
         A vector in float32 (float64 for float64 models) on the CPU.
@@ -73,6 +75,8 @@ def caa_vectors(
     tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
     answers = (positive_answers, negative_answers)
     pairs = [encode_pair(tokenizer, prompt, side[i]) for i, prompt in enumerate(prompts) for side in answers]
+    if tokens == "last":
+        pairs = [([*prompt, *answer[:-1]], answer[-1:]) for prompt, answer in pairs]
     weights = torch.tensor([(-1.0) ** i / (n * len(completion)) for i, (_, completion) in enumerate(pairs)])
 
     sums: dict[int, Tensor] = {}
@@ -90,16 +94,29 @@ def caa_vectors(
 
         return read
 
-    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
-        packs = packs_for(adapter, pairs, row_tokens=row_tokens, batch_tokens=batch_tokens)
-        for pack in tqdm(packs, desc="CAA", unit="batch", disable=not progress):
-            pause()
+    ranks = current_ranks()
+    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model), ranks.together():
+        packs = packs_for(
+            adapter, pairs, row_tokens=row_tokens, batch_tokens=batch_tokens, processes=ranks.size
+        )
+        for pack in dealt(packs, ranks, "CAA", progress=progress):
             weight = weights.to(pack.pair.device)[pack.pair]
             visit_residuals(adapter, pack, {layer: reader(layer, pack, weight) for layer in indices})
+    nothing = torch.zeros(adapter.d_model, dtype=torch.float64)
+    for layer in indices:
+        sums[layer] = ranks.total(sums.get(layer, nothing))
+        sizes[layer] = ranks.total(sizes.get(layer, nothing[0]))
     for layer in indices:
         _check_direction(layer, float(sums[layer].norm()), float(sizes[layer]))
     vectors = {layer: sums[layer].cpu().to(compute_dtype(adapter.dtype)) for layer in indices}
-    return SteeringVector(vectors, model=adapter.model_id, model_family=adapter.family, method="caa")
+    fit = {n: {"of_stream": float(sums[n].norm()) / float(sizes[n])} for n in indices}
+    return SteeringVector(
+        vectors,
+        model=adapter.model_id,
+        model_family=adapter.family,
+        method="caa",
+        metadata={FIT: figures(fit)},
+    )
 
 
 def check_examples(

@@ -23,6 +23,7 @@ class Chat:
         add_generation_prompt: write the begin of an answer after the messages; None writes it unless the last
             message goes on.
         template_kwargs: further variables of the template, such as ``{"enable_thinking": False}``.
+        tools: functions that the model is told of, as the template takes them.
 
     Raises:
         ValidationError: no messages, or ``continue_final_message`` together with ``add_generation_prompt``.
@@ -32,6 +33,7 @@ class Chat:
     continue_final_message: bool = False
     add_generation_prompt: bool | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
         given: Any = self.messages
@@ -116,6 +118,7 @@ def _applied(tokenizer: Any, chat: Chat, *, tokenize: bool) -> Any:
             return_dict=False,
             add_generation_prompt=chat.begins_answer,
             continue_final_message=chat.continue_final_message,
+            **({"tools": [dict(tool) for tool in chat.tools]} if chat.tools else {}),
             **chat.template_kwargs,
         )
     except (MechanexError, ImportError):

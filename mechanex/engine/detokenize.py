@@ -24,10 +24,25 @@ class Continuation:
         prompt_ids: the tokens that come before.
         stop: texts that end the continuation; the first one found is cut off with all that follows. Special tokens,
             which are no part of the text, are found by a stop text that has one in it, such as ``<|im_end|>``.
+        include_stop: whether the stop text that ends the continuation stays in it.
+        skip_special_tokens: whether special tokens are no part of the text.
+        min_tokens: new tokens in whose text no stop text is looked for.
     """
 
-    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+        min_tokens: int = 0,
+    ) -> None:
+        self._tokenizer, self._skips_special = tokenizer, skip_special_tokens
+        self._includes_stop, self._n_exempt = include_stop, min_tokens
+        # Characters of the text, and of that with special tokens, in which no stop text is looked for.
+        self._exempt, self._exempt_marked = 0, 0
         self._ids = list(prompt_ids[-_CONTEXT:])
         self._context, self._read = 0, len(self._ids)
         marks = special_tokens(tokenizer) if stop else {}
@@ -45,6 +60,8 @@ class Continuation:
         self._marked, self._spans = "", list[tuple[int, int]]()
         self.text = ""
         self.stopped = False
+        self.stop: str | None = None
+        """The stop text that ended it."""
         self._ended = False
         self._given = 0
 
@@ -61,6 +78,7 @@ class Continuation:
         """
         mark, begin = self._marks.get(token), len(self.text)
         self._ids.append(token)
+        self._n_exempt -= 1
         # No character goes on behind a special token.
         self._advance(final=mark is not None)
         if mark is None or self.stopped:
@@ -90,24 +108,35 @@ class Continuation:
     def _advance(self, *, final: bool) -> None:
         before = self._decode(self._ids[self._context : self._read])
         now = self._decode(self._ids[self._context :])
-        if len(now) <= len(before) or (now.endswith(_INCOMPLETE) and not final):
+        if now.endswith(_INCOMPLETE) and not final:
+            return
+        begin = len(before)
+        if not now.startswith(before):  # the prompt ends in the middle of a character, which is whole now
+            begin = len(before.rstrip(_INCOMPLETE))
+        if len(now) <= begin:
             return
         self._context, self._read = self._read, len(self._ids)
-        self._add(now[len(before) :], now[len(before) :])
+        self._add(now[begin:], now[begin:])
 
     def _add(self, text: str, marked: str) -> None:
         """Adds to the text, and to the one with special tokens, and ends it at the first stop text that came."""
-        found = []
+        found: list[tuple[int, int, str]] = []  # where it begins in the text and where it ends
         if self._marked_stops:
-            start = max(len(self._marked) - max(map(len, self._marked_stops)), 0)
+            start = max(len(self._marked) - max(map(len, self._marked_stops)), self._exempt_marked)
             self._marked += marked
-            places = (self._marked.find(stop, start) for stop in self._marked_stops)
-            found += [self._unmarked(at) for at in places if at >= 0]
-        start = max(len(self.text) - max(map(len, self._stops), default=0), 0)
+            places = ((self._marked.find(stop, start), stop) for stop in self._marked_stops)
+            found += [
+                (self._unmarked(at), self._unmarked(at + len(stop)), stop) for at, stop in places if at >= 0
+            ]
+        start = max(len(self.text) - max(map(len, self._stops), default=0), self._exempt)
         self.text += text
-        found += [at for at in (self.text.find(stop, start) for stop in self._stops) if at >= 0]
-        if found:
-            self.text, self.stopped = self.text[: min(found)], True
+        places = ((self.text.find(stop, start), stop) for stop in self._stops)
+        found += [(at, at + len(stop), stop) for at, stop in places if at >= 0]
+        if self._n_exempt >= 0:
+            self._exempt, self._exempt_marked = len(self.text), len(self._marked)
+        elif found:
+            begin, end, self.stop = min(found)
+            self.text, self.stopped = self.text[: end if self._includes_stop else begin], True
 
     def _unmarked(self, place: int) -> int:
         """The place in the text of one in the text with special tokens."""
@@ -122,7 +151,9 @@ class Continuation:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(
-            self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            self._tokenizer.decode(
+                list(ids), skip_special_tokens=self._skips_special, clean_up_tokenization_spaces=False
+            )
         )
 
 

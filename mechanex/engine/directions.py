@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..errors import ValidationError
 from .caa import ROUNDING, check_examples
@@ -20,7 +19,8 @@ from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import Pack
 from .passes import visit_residuals
-from .pauses import pause
+from .provenance import FIT, figures
+from .ranks import current_ranks, dealt
 from .text import Prompt, encode_pair
 from .vectors import SteeringVector
 
@@ -134,12 +134,12 @@ def answer_means(
 
         return read
 
-    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
-        packs = packs_for(adapter, pairs, batch_tokens=batch_tokens)
-        for pack in tqdm(packs, desc="Activations", unit="batch", disable=not progress):
-            pause()
+    ranks = current_ranks()
+    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model), ranks.together():
+        packs = packs_for(adapter, pairs, batch_tokens=batch_tokens, processes=ranks.size)
+        for pack in dealt(packs, ranks, "Activations", progress=progress):
             visit_residuals(adapter, pack, {layer: reader(layer, pack) for layer in layers})
-    return {layer: sums / sizes[:, None] for layer, sums in found.items()}
+    return {layer: ranks.total(sums) / sizes[:, None] for layer, sums in found.items()}
 
 
 def _vectors(
@@ -159,12 +159,21 @@ def _vectors(
     pairs = [encode_pair(tokenizer, p, a) for side in sides for p, a in zip(prompts, side, strict=True)]
     means = answer_means(adapter, pairs, indices, batch_tokens=batch_tokens, progress=progress)
     dtype = torch.float64 if adapter.dtype == torch.float64 else torch.float32
-    vectors = {}
+    vectors, fit = {}, {}
     for layer, found in means.items():
         positive, negative = found.chunk(2)
         _check(layer, positive, negative)
-        vectors[layer] = _scaled(layer, direction(positive, negative), positive, negative).to(dtype)
-    return SteeringVector(vectors, model=adapter.model_id, model_family=adapter.family, method=method)
+        vector = _scaled(layer, direction(positive, negative), positive, negative)
+        # How many of the pairs lie along it: 1 where it tells every one, 0.5 where it tells nothing.
+        fit[layer] = {"pairs_apart": float(((positive - negative) @ vector > 0).double().mean())}
+        vectors[layer] = vector.to(dtype)
+    return SteeringVector(
+        vectors,
+        model=adapter.model_id,
+        model_family=adapter.family,
+        method=method,
+        metadata={FIT: figures(fit)},
+    )
 
 
 def _check(layer: int, positive: Tensor, negative: Tensor) -> None:

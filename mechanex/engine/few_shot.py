@@ -22,6 +22,7 @@ from .optimize.settings import settings_of
 from .pack import Pack
 from .passes import visit_residuals
 from .pauses import pause
+from .provenance import FIT, figures
 from .text import Prompt, encode_pair, encode_prompt
 from .vectors import SteeringVector
 
@@ -101,8 +102,17 @@ def few_shot_vectors(
     for job, (vector, info) in zip(jobs, found, strict=True):
         _check_moved(job, vector, info["iters"])
     vectors = {layer: result[0].cpu() for layer, result in zip(indices, found, strict=True)}
+    told = ("iters", "starting_loss", "loss", "stopped")
+    fit = {
+        layer: {name: result[-1][name] for name in told} for layer, result in zip(indices, found, strict=True)
+    }
     return SteeringVector(
-        vectors, model=adapter.model_id, model_family=adapter.family, method="few-shot", seed=seed
+        vectors,
+        model=adapter.model_id,
+        model_family=adapter.family,
+        method="few-shot",
+        seed=seed,
+        metadata={FIT: figures(fit)},
     )
 
 

@@ -19,6 +19,7 @@ from .limits import check_length, window_of
 from .models.adapter import ModelAdapter
 from .pack import BATCH_TOKENS, BATCH_TOKENS_GPU, ROW_TOKENS, TREES, Mask, Pack, Pair, build_packs
 from .passes import run_pack, scored_hidden
+from .pauses import pass_tokens
 from .regimes import regimes_of
 
 __all__ = ["chosen_logprobs", "packs_for", "scored_logits", "scored_logprobs"]
@@ -38,6 +39,7 @@ def packs_for(
     row_tokens: int = ROW_TOKENS,
     batch_tokens: int | None = None,
     scoring: bool = False,
+    processes: int = 1,
 ) -> list[Pack]:
     """Packs for this model: trees where it can take them, padded rows where not; on the model's device.
 
@@ -48,6 +50,7 @@ def packs_for(
         pairs, groups, row_tokens: as in :func:`.pack.build_packs`.
         batch_tokens: most tokens of a pack, trees included, unless a pair alone is longer; None for what suits the
             device.
+        processes: how many will share the packs: at least as many, where there is enough to run.
         scoring: lay out only what completions are scored from, and let the completions of a long prompt stay together.
 
     Raises:
@@ -57,7 +60,7 @@ def packs_for(
         raise ValidationError("There is nothing to run: no (prompt, completion) pairs were given.")
     most_tree = sys.maxsize if batch_tokens is None else batch_tokens
     if batch_tokens is None:
-        batch_tokens = BATCH_TOKENS if adapter.device.type == "cpu" else BATCH_TOKENS_GPU
+        batch_tokens = pass_tokens(BATCH_TOKENS if adapter.device.type == "cpu" else BATCH_TOKENS_GPU)
     longest = max(len(p) + len(c) for p, c in pairs) - int(scoring)
     check_length(adapter, longest)
     adapter.check_token_ids(token for pair in pairs for ids in pair for token in ids)
@@ -76,17 +79,26 @@ def packs_for(
     def tree_tokens(prompt_tokens: int) -> int:
         return min(max(row_tokens, TREE_PROMPTS * prompt_tokens), widest) if scoring else row_tokens
 
-    packs = build_packs(
-        pairs,
-        layout="padded" if form in ("padded", "apart") else "tree",
-        groups=groups,
-        row_tokens=row_tokens,
-        batch_tokens=batch_tokens,
-        tree_tokens=tree_tokens,
-        last_tokens=not scoring or form == "apart",
-        apart=regimes_of(adapter.hf_model, [len(p) + len(c) for p, c in pairs]),
-        mask_entries=MASK_BYTES // mask_bytes,
-    )
+    regimes = regimes_of(adapter.hf_model, [len(p) + len(c) for p, c in pairs])
+
+    def built(batch_tokens: int) -> list[Pack]:
+        return build_packs(
+            pairs,
+            layout="padded" if form in ("padded", "apart") else "tree",
+            groups=groups,
+            row_tokens=row_tokens,
+            batch_tokens=batch_tokens,
+            tree_tokens=tree_tokens,
+            last_tokens=not scoring or form == "apart",
+            apart=regimes,
+            mask_entries=MASK_BYTES // mask_bytes,
+        )
+
+    packs = built(batch_tokens)
+    if processes > 1 and len(packs) < 4 * processes:
+        # Few large packs can't be dealt evenly.
+        total = sum(pack.input_ids.numel() for pack in packs)
+        packs = built(min(batch_tokens, max(total // (2 * processes), row_tokens)))
     return [replace(pack, mask=_mask_for(adapter, pack)).to(adapter.device) for pack in packs]
 
 

@@ -15,10 +15,12 @@ from .chat import continued
 from .decode.request import Steer, Step, TextRequest
 from .decode.row import Row
 from .decode.run import decode
+from .hooks import SteeringPlan
 from .limits import check_context
 from .models import adapter_for
 from .models.adapter import ModelAdapter
 from .sampling import Options, end_tokens, padding_token
+from .strengths import check_plan_strength, strength_of_each
 from .text import Prompt, encode_prompt, prompt_text
 
 __all__ = ["Generating", "generate", "generate_batch", "stream"]
@@ -84,7 +86,7 @@ class Generating:
         self.prompts = [prompt_text(self.tokenizer, prompt) for prompt in prompts]
         self.ends = end_tokens(self.adapter.hf_model, self.tokenizer)
         check_context(self.adapter, max(map(len, self.ids)), options.max_tokens)
-        self.steering = self._steering()
+        self.steering = self._steering(len(prompts))
         self.seeds = options.seeds(len(prompts))
 
     def texts(self) -> list[str]:
@@ -133,11 +135,11 @@ class Generating:
                 options,
                 seed,
                 options.stops,
-                self.steering,
+                steering,
                 stream=stream,
-                guard=options.guard if self.steering else None,
+                guard=options.guard if steering else None,
             )
-            for ids, seed in zip(self.ids, self.seeds, strict=True)
+            for ids, seed, steering in zip(self.ids, self.seeds, self.steering, strict=True)
         ]
         requests = [self.request(i, one) for i, one in enumerate(requests)]
         n, room = len(requests), self.adapter.context
@@ -151,17 +153,41 @@ class Generating:
         """What is asked of the decoder for prompt ``i``; for subclasses to add to."""
         return request
 
-    def _steering(self) -> tuple[Steer, ...]:
+    def _steering(self, n: int) -> list[tuple[Steer, ...]]:
+        """The edits of each of n prompts."""
+        placed = [one for plan in self._plans() for one in plan.placed(self.adapter)]
+        for one in placed:
+            if one.mask is not None:
+                raise ValidationError(
+                    "a plan with a mask fits one shape of call, and texts are written token by token: give tokens and "
+                    "rows in its place."
+                )
+            if one.rows and max(one.rows) >= n:
+                raise ValidationError(f"the plan edits row {max(one.rows)}, and there are {n} prompts.")
+        return [
+            tuple(
+                Steer(one.layer, one.edit, one.tokens, one.varying, one.condition)
+                for one in placed
+                if one.rows is None or i in one.rows
+            )
+            for i in range(n)
+        ]
+
+    def _plans(self) -> list[SteeringPlan]:
         options = self.options
         if options.vector is None:
-            return ()
-        plan = options.vector.plan(self.adapter, options.strength)
-        if options.strength == 0:
-            return ()
-        return tuple(
-            Steer(self.adapter.layer_index(i.layer), i.edit, i.tokens, i.varying, i.condition)
-            for i in plan.interventions
-        )
+            return []
+        several = options.vector if isinstance(options.vector, (list, tuple)) else [options.vector]
+        plans = []
+        for one, strength in zip(several, strength_of_each(options.strength, len(several)), strict=True):
+            if isinstance(one, SteeringPlan):
+                check_plan_strength(strength)
+                plan = one
+            else:
+                plan = one.plan(self.adapter, strength)
+            if strength != 0:
+                plans.append(plan)
+        return plans
 
     def _encode(self, prompt: Prompt) -> list[int]:
         ids = encode_prompt(self.tokenizer, prompt)

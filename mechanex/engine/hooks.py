@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -218,19 +219,15 @@ class SteeringPlan:
                 attached then.
         """
         adapter = adapter_for(model)
+        placed = self.placed(adapter)
         by_layer: dict[int, list[Intervention]] = {}
-        for intervention in self.interventions:
-            if intervention.edit.width != adapter.d_model:
-                raise ValidationError(
-                    f"An edit at layer {intervention.layer} is {intervention.edit.width} wide, but the residual "
-                    f"stream of {adapter.model_id} is {adapter.d_model} wide; the vector was made for another model."
-                )
+        for intervention in placed:
             if intervention.condition is not None:
                 raise ValidationError(
                     "Whether a prompt meets a condition is decided while the engine generates: give the vector to "
                     "generate, generate_batch or a server, or attach it without its condition."
                 )
-            by_layer.setdefault(adapter.layer_index(intervention.layer), []).append(intervention)
+            by_layer.setdefault(intervention.layer, []).append(intervention)
         asks = any(
             i.tokens is not None or i.rows is not None or i.varying is not None for i in self.interventions
         )
@@ -239,11 +236,51 @@ class SteeringPlan:
         ]
         before = hooks_on(adapter.hf_model)
         handle = attach(adapter, hooks, follow=asks)
-        placed = [replace(i, layer=adapter.layer_index(i.layer)) for i in self.interventions]
         applied = Applied(tuple(placed), hooks_on(adapter.hf_model) - before)
         adapter.kept.applied.append(applied)
         handle.add(_Listed(applied, adapter.kept.applied))
         return handle
+
+    def placed(self, model: nn.Module | ModelAdapter) -> list[Intervention]:
+        """The interventions with layers of 0 or more, found to fit the model.
+
+        Raises:
+            ValidationError: a layer that the model doesn't have, or an edit of another width.
+        """
+        adapter = adapter_for(model)
+        for one in self.interventions:
+            if one.edit.width != adapter.d_model:
+                raise ValidationError(
+                    f"An edit at layer {one.layer} is {one.edit.width} wide, but the residual "
+                    f"stream of {adapter.model_id} is {adapter.d_model} wide; the vector was made for another model."
+                )
+        return [replace(one, layer=adapter.layer_index(one.layer)) for one in self.interventions]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan to a ``.safetensors`` file, its schedules and conditions included.
+
+        Raises:
+            ValidationError: another suffix, or a schedule that is a function.
+        """
+        from .plan_files import write_plan
+
+        write_plan(path, self.interventions)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SteeringPlan:
+        """Reads a plan that :meth:`save` wrote.
+
+        Raises:
+            NotFoundError: there is no such file.
+            ValidationError: the file is not a sound plan; names the file and the problem.
+        """
+        from .plan_files import read_plan
+
+        return cls(Intervention(**one) for one in read_plan(path))
+
+    def __repr__(self) -> str:
+        layers = ", ".join(str(one.layer) for one in self.interventions)
+        return f"SteeringPlan({len(self.interventions)} interventions at layers {layers})"
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from ..errors import ValidationError
 from .chat import Chat
 from .text import Prompt
 
-__all__ = ["Completion", "group_completions"]
+__all__ = ["Completion", "are_prompts", "group_completions"]
 
 Completion = str | Sequence[int]
 
@@ -48,6 +48,13 @@ def group_completions(
         (prompt, [c] if _is_completion(c) else _several(c, i))  # type: ignore[list-item, misc]
         for i, (prompt, c) in enumerate(zip(prompts, completions, strict=True))
     ]
+
+
+def are_prompts(value: Any) -> bool:
+    """A list of prompts, told from one prompt by what comes first in it."""
+    return (
+        isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], (str, Chat, list, tuple))
+    )
 
 
 def _is_prompt(value: Any) -> bool:

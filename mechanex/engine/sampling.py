@@ -11,16 +11,18 @@ import torch
 
 from ..errors import ValidationError
 from .given import as_finite
+from .strengths import Strength
 from .whole import as_whole
 
 if TYPE_CHECKING:
+    from .hooks import SteeringPlan
     from .vectors import SteeringVector
 
 __all__ = ["METHODS", "Options", "Sampling", "end_tokens", "padding_token", "row_seed"]
 
 _logger = logging.getLogger(__name__)
 
-METHODS = ("greedy", "top-k", "top-p", "min-p", "typical")
+METHODS = ("greedy", "top-k", "top-p", "min-p", "typical", "combined")
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,11 @@ class Sampling:
 
     Args:
         sampling_method: ``greedy``, ``top-k``, ``top-p`` (arXiv:1904.09751), ``min-p`` (arXiv:2407.01082) or
-            ``typical`` (arXiv:2202.00666).
-        top_k: how many of the likeliest tokens stay.
+            ``typical`` (arXiv:2202.00666); or ``combined``, min-p, then top-k, then top-p of what is left.
+        top_k: how many of the likeliest tokens stay. With ``combined`` 0 keeps all.
         top_p: total probability of the likeliest tokens that stay, in (0, 1].
-        min_p: least probability of a token that stays, as a share of the likeliest one's, in (0, 1].
+        min_p: least probability of a token that stays, as a share of the likeliest one's, in (0, 1]. With ``combined``
+            0 keeps all.
         typical_p: total probability of the most typical tokens that stay, in (0, 1].
         temperature: divides the logits, above 0.
 
@@ -52,13 +55,16 @@ class Sampling:
             raise ValidationError(
                 f"sampling_method is one of {', '.join(METHODS)}; got {self.sampling_method!r}."
             )
+        combined = self.sampling_method == "combined"
         top_k = as_whole(self.top_k)
-        if top_k is None or top_k < 1:
-            raise ValidationError(f"top_k is a number of tokens, at least 1; got {self.top_k!r}.")
+        if top_k is None or top_k < (0 if combined else 1):
+            raise ValidationError(
+                f"top_k is a number of tokens, at least 1{', or 0 for all' if combined else ''}; got {self.top_k!r}."
+            )
         object.__setattr__(self, "top_k", top_k)
         for name in ("top_p", "min_p", "typical_p"):
             share = as_finite(getattr(self, name))
-            if share is None or not 0 < share <= 1:
+            if share is None or not (0 < share <= 1 or (share == 0 and combined and name == "min_p")):
                 raise ValidationError(f"{name} is above 0 and at most 1; got {getattr(self, name)!r}.")
             object.__setattr__(self, name, share)
         temperature = as_finite(self.temperature)
@@ -78,8 +84,8 @@ class Options(Sampling):
         max_tokens: most tokens to add; fewer, with a logged line, where the model's context ends before.
         seed: of the draws; None takes one from torch's global generator, which ``torch.manual_seed`` sets.
         stop: a text or texts that end the continuation; the first that comes is cut off.
-        vector: steers the model during this call.
-        strength: multiplies the vector; 0 steers nothing and logs a warning.
+        vector: steers the model during this call: a vector, a plan, or a list of such, in order.
+        strength: multiplies the vector, of several each or with a list its own; 0 steers nothing and logs a warning.
         guard: most nats of KL(steered‖plain) of a token's distribution; see ``generation.generate``. None for no bound.
         continue_final_message: go on with a chat's last message instead of answering it.
 
@@ -90,8 +96,8 @@ class Options(Sampling):
     max_tokens: int = 128
     seed: int | None = None
     stop: str | Sequence[str] | None = None
-    vector: SteeringVector | None = None
-    strength: float = 1.0
+    vector: SteeringVector | SteeringPlan | Sequence[SteeringVector | SteeringPlan] | None = None
+    strength: Strength = 1.0
     continue_final_message: bool = False
     guard: float | None = None
 

@@ -69,6 +69,10 @@ class Varying:
         self.schedule, self._make = schedule, make
         self._edits: OrderedDict[float, Edit] = OrderedDict()
 
+    def made(self, strength: float) -> Edit:
+        """The edit of a strength other than 0."""
+        return self._make(strength)
+
     def edit(self, place: int) -> Edit | None:
         """The edit at a place, or None where nothing is edited."""
         strength = self.schedule.at(place)
@@ -76,7 +80,7 @@ class Varying:
             return None
         found = self._edits.get(strength)
         if found is None:
-            found = self._edits[strength] = self._make(strength)
+            found = self._edits[strength] = self.made(strength)
             if len(self._edits) > _KEPT:
                 self._edits.popitem(last=False)
         return found

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..errors import ValidationError
 from .capabilities.unembedding import unembedding_agrees
@@ -20,6 +19,7 @@ from .intervention import Edit, widest
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import Pack, Pair
 from .passes import scored_hidden
+from .ranks import SINGLE, Ranks, current_ranks, dealt
 from .vectors import SteeringVector
 
 __all__ = ["CompletionLogprobs", "Edits", "score_pairs"]
@@ -89,23 +89,27 @@ def score_pairs(
     extra = dict(model_kwargs or {})
     plan = None if edits is None else _plan(adapter, edits)
     gradients = torch.enable_grad if differentiable else torch.no_grad
-    with exclusive(adapter), undisturbed(adapter.hf_model, freeze=not plain):
+    # Gradients that a caller asks for, and hooks of its own, are its own process's.
+    ranks = SINGLE if differentiable or plain else current_ranks()
+    with exclusive(adapter), undisturbed(adapter.hf_model, freeze=not plain), ranks.together():
         # What the model can do is found out before it is steered.
-        packs = packs_for(adapter, pairs, batch_tokens=batch_tokens, scoring=not plain)
+        packs = packs_for(adapter, pairs, batch_tokens=batch_tokens, scoring=not plain, processes=ranks.size)
         if not plain:
             unembedding_agrees(adapter)
         steering: AbstractContextManager[Any] = nullcontext() if plan is None else plan.apply(adapter)
         values: list[Tensor] = []
         likeliest: list[Tensor] = []
         with steering, gradients():
-            for pack in tqdm(packs, desc="Scoring", unit="batch", disable=not progress):
+            for pack in dealt(packs, ranks, "Scoring", progress=progress):
                 if greedy:
                     found, first = _with_greedy(adapter, pack, cold, extra)
                     likeliest.append(first)
                 else:
                     found = scored_logprobs(adapter, pack, coldness=cold, **extra)
                 values.append(found)
-            result = _in_input_order(packs, values, likeliest, pairs, counts)
+    if ranks.size > 1:
+        values, likeliest = _of_all(ranks, packs, values), _of_all(ranks, packs, likeliest)
+    result = _in_input_order(packs, values, likeliest, pairs, counts)
     if differentiable and not plain and not result.sums.requires_grad:
         raise ValidationError(
             "differentiable=True, but nothing that the scores depend on requires gradients: give edits whose tensors "
@@ -129,6 +133,21 @@ def _with_greedy(
         )
     values, first = zip(*found, strict=True)
     return torch.cat(values), torch.cat(first)
+
+
+def _of_all(ranks: Ranks, packs: Sequence[Pack], mine: list[Tensor]) -> list[Tensor]:
+    """What was found of every pack, in the packs' order, of what each process found of its own; [] for nothing."""
+    device = packs[0].input_ids.device
+    by_rank = ranks.gathered([one.cpu() for one in mine])
+    if not any(by_rank):
+        return []
+    sizes = [pack.input_ids.numel() for pack in packs]
+    placed = {
+        place: found
+        for rank, theirs in enumerate(by_rank)
+        for place, found in zip(Ranks(rank, ranks.size).share(sizes), theirs, strict=True)
+    }
+    return [placed[place].to(device) for place in range(len(packs))]
 
 
 def _in_input_order(

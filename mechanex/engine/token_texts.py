@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from functools import cache
 from typing import Any
 
@@ -14,14 +15,14 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenTexts:
-    """Texts of tokens by id; for one thread.
+    """Texts of tokens by id, for any thread.
 
     Args:
         tokenizer: a transformers tokenizer of one's own.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._lock = tokenizer, threading.Lock()
         self._special = frozenset(special_tokens(tokenizer))
         self._known: dict[int, tuple[str, bytes]] = {}
         # Decoders drop a space at the start of a text, so each token is decoded behind another one.
@@ -32,7 +33,8 @@ class TokenTexts:
         """The token's text and bytes; a text such as ``bytes:\\xe2`` for a part of a character."""
         found = self._known.get(token)
         if found is None:
-            found = self._known[token] = self._find(token)
+            with self._lock:
+                found = self._known[token] = self._find(token)
         return found
 
     def is_special(self, token: int) -> bool:

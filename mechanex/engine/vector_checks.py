@@ -15,6 +15,7 @@ from .whole import as_whole
 
 __all__ = [
     "RESERVED_FIELDS",
+    "MissingLayer",
     "as_direction",
     "as_layer",
     "as_seed",
@@ -39,6 +40,13 @@ RESERVED_FIELDS = (
     "seed",
     "terms",
 )
+
+
+class MissingLayer(ValidationError, KeyError):
+    """A layer that a vector hasn't; also a ``KeyError``, as of any mapping."""
+
+    def __str__(self) -> str:  # a KeyError would show the quoted text
+        return self.message
 
 
 def check_strength(strength: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ from torch import nn
 
 from ..errors import MechanexError, NotFoundError, ValidationError
 from ..home import vectors_folder
+from ..launched import global_rank
 from .formats.files import FORMATS
 from .models import adapter_for
 from .models.adapter import ModelAdapter
@@ -38,9 +40,11 @@ class VectorStore:
 
     def put(self, vector: SteeringVector) -> str:
         """Stores a vector and returns its new id; if the folder can't be written, for this session only."""
-        vector_id = uuid.uuid4().hex
+        # Processes that share a job have the same vector, and give it the same id.
+        vector_id = uuid.uuid4().hex if global_rank() is None else vector.digest().hex()
         try:
             vector.save(self._path(vector_id))
+            _logger.info("vector %s is stored in %s", vector_id, self._path(vector_id))
         except OSError as error:
             _logger.warning(
                 "vector %s stays in this session only: %s can't be written (%s); set MECHANEX_HOME elsewhere",
@@ -64,6 +68,16 @@ class VectorStore:
         if not path.exists():
             raise self._unknown(vector_id)
         return self._session.setdefault(vector_id, SteeringVector.load(path))
+
+    def ids(self) -> list[str]:
+        """The ids of all that are stored, the latest last."""
+        folder = self._folder or vectors_folder()
+        found: dict[str, float] = dict.fromkeys(self._session, 0.0)
+        for path in folder.glob("*.safetensors") if folder.is_dir() else ():
+            with contextlib.suppress(OSError):  # it was deleted just now
+                if _ID.fullmatch(path.stem):
+                    found[path.stem] = path.stat().st_mtime
+        return sorted(found, key=lambda one: (found[one], one))
 
     def delete(self, vector_id: str) -> None:
         """Deletes a vector, of this session or an earlier one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +21,13 @@ from .formats.record import FORMAT_VERSION, TERMS_VERSION
 from .formats.site import Site
 from .given import as_number
 from .intervention import Edit, widest
+from .projecting import projections
 from .prompt_conditions import PromptCondition
 from .schedules import Schedule, Varying
 from .terms import TOKENS, Terms, TokenGate
 from .vector_checks import (
     RESERVED_FIELDS,
+    MissingLayer,
     as_direction,
     as_layer,
     as_seed,
@@ -32,6 +35,7 @@ from .vector_checks import (
     check_strength,
     written_seed,
 )
+from .vector_shown import shown_norms, vector_html
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,6 +116,10 @@ class SteeringVector(Mapping[int, Tensor]):
         _check_terms(self.terms, self.width)
 
     def __getitem__(self, layer: int) -> Tensor:
+        if layer not in self._layers:
+            raise MissingLayer(
+                f"the vector has no layer {layer!r}: it has {', '.join(map(str, self._layers))} (counted from 0)."
+            )
         return self._layers[layer].clone()
 
     def __iter__(self) -> Iterator[int]:
@@ -156,11 +164,14 @@ class SteeringVector(Mapping[int, Tensor]):
         return next(iter(self._layers.values()))
 
     def __repr__(self) -> str:
-        norms = ", ".join(f"{layer}: {norm:.4g}" for layer, norm in self.norms().items())
-        made = {"model": self.model, "method": self.method}
+        made = {"method": self.method, "model": self.model}
         origin = "".join(f", {name}={value!r}" for name, value in made.items() if value)
         on = f", terms={self.terms.text()}" if self.terms and not self._by_function else ""
-        return f"SteeringVector(width={self.width}, norms={{{norms}}}{origin}{on})"
+        return f"SteeringVector(width={self.width}, norms={shown_norms(self.norms())}{origin}{on})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what it is, and the norm of each layer as a bar."""
+        return vector_html(repr(self), self.norms())
 
     @property
     def _by_function(self) -> bool:
@@ -261,6 +272,20 @@ class SteeringVector(Mapping[int, Tensor]):
         theirs = other.restricted(shared).normalized()
         return {layer: float(ours._layers[layer] @ theirs._layers[layer].to(ours._any)) for layer in shared}
 
+    def project(self, activations: Mapping[int, Any]) -> dict[int, Any]:
+        """The projections x·v̂ of activations on the vector, in the units of the stream.
+
+        Args:
+            activations: ``{layer: [n, d]}`` as ``model.activations`` gives them, memory-mapped ones too.
+
+        Returns:
+            ``{layer: array [n]}`` for each layer that both have.
+
+        Raises:
+            ValidationError: no layer in common, another width, or a zero direction.
+        """
+        return projections(self._layers, activations)
+
     def restricted(self, layers: Sequence[int]) -> SteeringVector:
         """The same vector at some of its layers only; a layer it hasn't is a ValidationError."""
         missing = [layer for layer in layers if layer not in self._layers]
@@ -268,6 +293,10 @@ class SteeringVector(Mapping[int, Tensor]):
             raise ValidationError(f"the vector has layers {list(self.layers)}, and not {missing}.")
         kept = {layer: self._layers[layer] for layer in layers}
         return self._like(kept, None if len(kept) == len(self) else self._uncalibrated())
+
+    def noted(self, **fields: str) -> SteeringVector:
+        """The same vector with further text fields in its ``metadata``."""
+        return self._like(self._layers, {**self.metadata, **fields})
 
     def to(self, target: torch.device | torch.dtype | str) -> SteeringVector:
         """The same vector on another device, or in float32 or float64; a smaller dtype is refused."""
@@ -300,6 +329,14 @@ class SteeringVector(Mapping[int, Tensor]):
                 hasn't, another width, or a vector that says it is of another family.
         """
         return self.plan(model, strength, tokens, rows).apply(model)
+
+    def digest(self) -> bytes:
+        """[16] bytes that are the same for vectors that do the same."""
+        digest = hashlib.blake2b(self.terms.text().encode(), digest_size=16)
+        for name, tensor in (*self.items(), *self.terms.tensors().items()):
+            digest.update(f"{name}:{tensor.dtype}:{tensor.numel()};".encode())
+            digest.update(tensor.cpu().numpy().tobytes())
+        return digest.digest()
 
     def plan(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,17 +14,23 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from .. import __version__
 from ..errors import MechanexError, ValidationError
-from .accounts.auth import WRONG_KEYS_PER_MINUTE, AuthenticationMiddleware
+from .accounts.auth import OPEN_PATHS, WRONG_KEYS_PER_MINUTE, AuthenticationMiddleware
 from .accounts.scopes import permitted
 from .accounts.store import StorageError, open_store
 from .axionic.guards import Guards
 from .axionic.routes import axionic_router
 from .http.errors import add_handlers
-from .http.limits import RateLimit
+from .http.limits import TOKEN_HEADERS, RateLimit
 from .http.middleware import RequestMiddleware
 from .model.engine import ServingEngine
+from .openai.embeddings import embeddings_router
+from .openai.messages import messages_router
+from .openai.responses import responses_router
 from .openai.routes import openai_router
-from .settings import SHORTEST_KEY, ServerSettings
+from .openai.tokens import tokens_router
+from .page.files import PAGE_PATHS
+from .page.routes import page_router
+from .settings import ServerSettings
 
 if TYPE_CHECKING:
     from ..engine.models.resolve import LoadedModel
@@ -33,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["create_app"]
 
-_logger = logging.getLogger(__name__)
 
 _CREDENTIALS_BYTES = 8 * 2**10  # what anyone may send
 
@@ -70,8 +74,6 @@ def create_app(
             f"a server at {settings.host} is reached by other machines and needs a key: set MECHANEX_SERVER_KEY or "
             "key=…, or bind 127.0.0.1."
         )
-    if key is not None and len(key) < SHORTEST_KEY:
-        _logger.warning("the server's key has %d characters: take %d or more", len(key), SHORTEST_KEY)
     try:
         store = open_store(settings)
     except StorageError as error:
@@ -105,19 +107,25 @@ def create_app(
     app.state.settings, app.state.engine, app.state.store = settings, engine, store
     app.state.server_key, app.state.started = key, time.time()
     app.state.wrong_keys = RateLimit("wrong keys from this address", WRONG_KEYS_PER_MINUTE)
-    app.state.guards = Guards(settings)
+    app.state.guards, app.state.token_quota = Guards(settings), engine.scheduler.quota
+    app.state.open_paths = OPEN_PATHS | PAGE_PATHS
     add_handlers(app)
     app.include_router(openai_router())
+    app.include_router(embeddings_router())
+    app.include_router(responses_router())
+    app.include_router(messages_router())
+    app.include_router(tokens_router())
     app.include_router(axionic_router())
+    app.include_router(page_router())
     _add_operation(app)
-    app.add_middleware(AuthenticationMiddleware)
+    app.add_middleware(AuthenticationMiddleware, open_paths=app.state.open_paths)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],  # clients have their own, OpenAI's among them
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", *TOKEN_HEADERS],
         )
     app.add_middleware(
         RequestMiddleware,
@@ -133,6 +141,11 @@ def _add_operation(app: FastAPI) -> None:
     async def health() -> dict[str, str]:
         """Whether the process answers."""
         return {"status": "ok", "version": __version__}
+
+    @app.get("/version", tags=["operation"])
+    async def version() -> dict[str, str]:
+        """The library's version."""
+        return {"version": __version__}
 
     @app.get("/ready", tags=["operation"], responses={503: {"description": "Not yet, or no longer."}})
     async def ready(request: Request) -> Response:

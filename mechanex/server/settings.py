@@ -12,12 +12,10 @@ from pathlib import Path
 
 from ..errors import ValidationError
 
-__all__ = ["SHORTEST_KEY", "ServerSettings"]
-
-SHORTEST_KEY = 16
-"""Characters of the server's key, off loopback."""
+__all__ = ["ServerSettings"]
 
 KEY_VARIABLE = "MECHANEX_SERVER_KEY"
+_LEAST_KEY = 16
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,11 @@ class ServerSettings:
         pinecone_indexes: those that any account may have documents read from, with this process's ``PINECONE_API_KEY``.
         model_name: the name that clients see; None for the loaded model's.
         max_batch: most requests that are decoded together.
-        max_waiting: most requests that wait for a place; a later one gets 429.
+        max_waiting: most requests that wait for a place; a later one gets 429, but for a sender who has less than an
+            equal share of them.
+        account_running: most requests of one account that are decoded together; the others wait. None for any number.
+        account_tokens_per_minute: tokens of prompts and answers that one account, or one address without an account,
+            has in a minute; 429 where they are used up. None for any number.
         max_cache_tokens: most positions that the rows of the batch may come to hold together, padding included; a
             request that needs more by itself runs alone. None: as many as fit into half of the memory that is free
             when the server starts.
@@ -48,6 +50,7 @@ class ServerSettings:
         prefill_tokens: most prompt tokens (padding included) that are read between two decoding steps.
         max_body_bytes: largest request body.
         max_choices: most answers that one request may ask for (prompts times ``n``).
+        max_logprobs: most log-probabilities that one answer may hold: answers times tokens times (top + 1).
         max_examples: most contrastive examples that one vector is computed from at a client's wish.
         max_example_layers: most layers that it may have.
         max_vectors: most steering vectors, and most behaviors, that one account may keep.
@@ -80,11 +83,14 @@ class ServerSettings:
     model_name: str | None = None
     max_batch: int = 64
     max_waiting: int = 512
+    account_running: int | None = None
+    account_tokens_per_minute: int | None = None
     max_cache_tokens: int | None = None
     prefix_bytes: int | None = None
     prefill_tokens: int = 4096
     max_body_bytes: int = 4 * 2**20
     max_choices: int = 128
+    max_logprobs: int = 200_000
     max_examples: int = 256
     max_example_layers: int = 16
     max_vectors: int = 1000
@@ -113,6 +119,7 @@ class ServerSettings:
             "prefill_tokens",
             "max_body_bytes",
             "max_choices",
+            "max_logprobs",
             "max_examples",
             "max_example_layers",
             "max_vectors",
@@ -122,8 +129,9 @@ class ServerSettings:
         )
         for name in counts:
             _check_whole(name, getattr(self, name), 1)
-        if self.max_cache_tokens is not None:
-            _check_whole("max_cache_tokens", self.max_cache_tokens, 1)
+        for name in ("max_cache_tokens", "account_running", "account_tokens_per_minute"):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name), 1)
         if self.prefix_bytes is not None:
             _check_whole("prefix_bytes", self.prefix_bytes, 0)
         for name in ("pinecone_indexes", "trusted_proxies", "cors_origins"):
@@ -150,14 +158,18 @@ class ServerSettings:
         """The key that opens the whole server: ``key``, or ``MECHANEX_SERVER_KEY``, or None; spaces around it go.
 
         Raises:
-            ValidationError: the variable holds what is no key, or a key that could be guessed by other machines.
+            ValidationError: the variable holds what is no key, or one that could be guessed from other machines.
         """
-        given = self.key or (os.environ if environ is None else environ).get(KEY_VARIABLE)
-        key = _checked_key(given) if given else None
-        if key is not None and len(key) < SHORTEST_KEY and not self.is_loopback:
+        key = self.key
+        if key is None:
+            key = (os.environ if environ is None else environ).get(KEY_VARIABLE) or None
+        if key is None:
+            return None
+        key = _checked_key(key)
+        if len(key) < _LEAST_KEY and not self.is_loopback:
             raise ValidationError(
-                f"a server at {self.host} is reached by other machines, and its key has {len(key)} characters, which "
-                f"can be guessed: take {SHORTEST_KEY} or more, or bind 127.0.0.1."
+                f"the server's key has {len(key)} characters, and on an address that others reach it needs "
+                f"{_LEAST_KEY}: python -c 'import secrets; print(secrets.token_urlsafe(32))' makes one."
             )
         return key
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..engine.intervention import Edit
+from ..engine.terms import TOKENS
 from ..engine.vectors import SteeringVector
 from ..errors import NotFoundError, ValidationError
 from .asked import AskedEdit, Scope, as_scope, as_text
@@ -21,6 +23,7 @@ __all__ = ["Carried", "EngineVectors", "SteerBy", "edits_by_layer"]
 
 _logger = logging.getLogger(__name__)
 _MOST_NAMES = 10_000
+_MOST_PACKED = 1024
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,14 @@ class EngineVectors:
 
     def __init__(self, width: int, n_layers: int, capacity: Capacity, family: str | None = None) -> None:
         self.width, self.n_layers, self.capacity, self.family = width, n_layers, capacity, family
-        self._edits: dict[str, Mapping[int, Edit]] = {}
-        self._packed: dict[tuple[str, tuple[int, ...]], tuple[str, bytes]] = {}
+        self._vectors: dict[str, _Known] = {}
+        self._packed: OrderedDict[tuple[str, tuple[int, ...], float], tuple[str, bytes]] = OrderedDict()
         self._sent: set[str] = set()
 
     @property
     def ids(self) -> tuple[str, ...]:
         """The ids of all vectors."""
-        return tuple(self._edits)
+        return tuple(self._vectors)
 
     def add(self, source: object, vector_id: str | None = None) -> str:
         """Takes a vector in, and gives its id.
@@ -91,15 +94,15 @@ class EngineVectors:
                 f"the vector was made for a model of the family {made_for!r}, and this one is of {self.family!r}: use "
                 "a vector of this family, or its numbers as {layer: tensor}."
             )
-        edits = edits_by_layer(source, self.n_layers)
-        check_edits(edits, self.width, self.n_layers, self.capacity)
-        vector_id = key_of(packed(edits)) if vector_id is None else vector_id
-        if len(self._edits) >= _MOST_NAMES and vector_id not in self._edits:
+        known = _known(source, self.n_layers)
+        check_edits(known.edits, self.width, self.n_layers, self.capacity)
+        vector_id = key_of(packed(known.edits)) if vector_id is None else vector_id
+        if len(self._vectors) >= _MOST_NAMES and vector_id not in self._vectors:
             raise ValidationError(
                 f"{_MOST_NAMES} vectors are registered, and no more are taken: remove some."
             )
         self.remove(vector_id, missing_ok=True)
-        self._edits[vector_id] = edits
+        self._vectors[vector_id] = known
         return vector_id
 
     def remove(self, vector_id: str, *, missing_ok: bool = False) -> None:
@@ -108,13 +111,13 @@ class EngineVectors:
         Raises:
             NotFoundError: nobody registered it.
         """
-        if self._edits.pop(vector_id, None) is None and not missing_ok:
+        if self._vectors.pop(vector_id, None) is None and not missing_ok:
             raise NotFoundError(f"no steering vector has the id {vector_id!r} here.")
         for known in [key for key in self._packed if key[0] == vector_id]:
             del self._packed[known]
 
     def __contains__(self, vector_id: object) -> bool:
-        return vector_id in self._edits
+        return vector_id in self._vectors
 
     def asked(self, steering: SteerBy | Sequence[SteerBy] | None) -> Carried:
         """What a request that is to be steered so carries.
@@ -126,13 +129,18 @@ class EngineVectors:
         items = [steering] if isinstance(steering, SteerBy) else list(steering or ())
         edits, missing = [], {}
         for item in items:
+            known = self._vectors.get(item.vector)
+            if known is None:
+                raise NotFoundError(f"no steering vector has the id {item.vector!r} here.")
             strength = _strength(item.strength)
-            key, data = self._unit(item)
-            tokens = as_scope(item.tokens)
-            if strength:
-                edits.append(AskedEdit(key, strength, tokens))
-                if key not in self._sent:
-                    missing[key] = data
+            tokens = as_scope(known.tokens if item.tokens is None else item.tokens)
+            layers = self._layers(item, known)
+            if not strength:
+                continue
+            key, data = self._unit(item.vector, known, layers, strength)
+            edits.append(AskedEdit(key, 1.0 if known.at is not None else strength, tokens))
+            if key not in self._sent:
+                missing[key] = data
         if len(edits) > self.capacity.per_token:
             raise ValidationError(
                 f"a request steers by {len(edits)} vectors, and this engine was started for "
@@ -144,46 +152,79 @@ class EngineVectors:
         """Notes what the workers hold now."""
         self._sent.update(keys)
 
-    def _unit(self, item: SteerBy) -> tuple[str, bytes]:
-        edits = self._edits.get(item.vector)
-        if edits is None:
-            raise NotFoundError(f"no steering vector has the id {item.vector!r} here.")
-        layers = tuple(edits)
-        if item.layers is not None:
-            layers = tuple(sorted({_layer(layer, self.n_layers) for layer in item.layers}))
-            missing = [layer for layer in layers if layer not in edits]
-            if missing or not layers:
-                raise ValidationError(
-                    f"the vector {item.vector!r} has layers {list(edits)}, and not {missing or 'none'}."
-                )
-        known = self._packed.get((item.vector, layers))
-        if known is None:
+    def _layers(self, item: SteerBy, known: _Known) -> tuple[int, ...]:
+        if item.layers is None:
+            return tuple(known.edits)
+        layers = tuple(sorted({_layer(layer, self.n_layers) for layer in item.layers}))
+        missing = [layer for layer in layers if layer not in known.edits]
+        if missing or not layers:
+            raise ValidationError(
+                f"the vector {item.vector!r} has layers {list(known.edits)}, and not {missing or 'none'}."
+            )
+        return layers
+
+    def _unit(
+        self, vector_id: str, known: _Known, layers: tuple[int, ...], strength: float
+    ) -> tuple[str, bytes]:
+        """The packed edits of some layers, and their key."""
+        name = vector_id, layers, strength if known.at is not None else 1.0
+        found = self._packed.get(name)
+        if found is None:
+            edits = known.edits if known.at is None else known.at(strength)
             data = packed({layer: edits[layer] for layer in layers})
-            known = self._packed[item.vector, layers] = key_of(data), data
-        return known
+            found = self._packed[name] = key_of(data), data
+            if len(self._packed) > _MOST_PACKED:
+                self._packed.popitem(last=False)
+        return found
 
 
-def _edit_of(vector: SteeringVector, layer: int) -> Edit:
-    """What a vector does at a layer, as its terms say."""
-    terms = vector.terms
-    if terms.schedule or terms.condition or terms.planes or terms.clamps or terms.tokens != "all":
-        raise ValidationError(
-            "in vLLM a vector does the same to every token, times its strength, and this one has a schedule, a "
-            "condition on prompts, tokens of its own, a rotation or a clamp: serve it with mechanex serve, or take its "
-            "numbers, SteeringVector(dict(vector)), or give {layer: Edit.clamp(…)}."
-        )
-    edit, gate = Edit.add(vector[layer].float()), terms.gates.get(layer)
-    return edit if gate is None else edit.gated(gate.kind, gate.weight, gate.offset)
+@dataclass(frozen=True)
+class _Known:
+    """What an id stands for.
+
+    Args:
+        edits: by layer, at strength 1.
+        at: the edits at a strength, where that doesn't merely multiply what they change.
+        tokens: which they edit where a request doesn't say.
+    """
+
+    edits: Mapping[int, Edit]
+    at: Callable[[float], Mapping[int, Edit]] | None = None
+    tokens: Scope = None
 
 
-def edits_by_layer(source: object, n_layers: int) -> dict[int, Edit]:
-    """The edits that a user means by a vector, by ``{layer: tensor or Edit}``.
+def _known(source: object, n_layers: int) -> _Known:
+    """What a user means by a vector, by ``{layer: tensor or Edit}``.
 
     Raises:
         ValidationError: it is neither.
     """
-    if isinstance(source, SteeringVector):
-        return {layer: _edit_of(source, layer) for layer in source.layers}
+    if not isinstance(source, SteeringVector):
+        return _Known(edits_by_layer(source, n_layers))
+    terms = source.terms
+    if terms.schedule or terms.condition:
+        raise ValidationError(
+            "in vLLM a vector does the same all along a text, and this one has a schedule or a condition on prompts: "
+            "serve it with mechanex serve, or take its numbers, SteeringVector(dict(vector))."
+        )
+
+    def at(strength: float) -> dict[int, Edit]:
+        return {
+            layer: terms.made(layer, lambda s, v=v: Edit.add(v * s), v)(strength)  # type: ignore[misc]
+            for layer, v in ((layer, source[layer].float()) for layer in source.layers)
+        }
+
+    # The strength of a clamp and of a rotation is where they lead to.
+    shaped = bool(terms.clamps or terms.planes)
+    return _Known(at(1.0), at if shaped else None, TOKENS[terms.tokens])
+
+
+def edits_by_layer(source: object, n_layers: int) -> dict[int, Edit]:
+    """The edits that a user means by ``{layer: tensor or Edit}``.
+
+    Raises:
+        ValidationError: it is something else.
+    """
     if not isinstance(source, Mapping) or not source:
         raise ValidationError(
             f"a vector is a SteeringVector or {{layer: tensor or Edit}}; got {type(source).__name__}."

@@ -143,13 +143,15 @@ def scores_answer(
     *,
     edges: bool = False,
     positions: bool = True,
+    recompute_attention: bool = False,
+    drop_layers: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """What ``attribution.compute_scores`` returns: scores of modules, with those of edges where they are asked for.
 
     Args:
         model, clean_prompt, corrupted_prompt: as for ``attribution_scores``.
-        target_module_paths, positions: of the modules.
+        target_module_paths, positions, recompute_attention, drop_layers: of the modules.
         edges: score all edges too.
         options: further arguments of both.
 
@@ -157,7 +159,15 @@ def scores_answer(
         ValidationError: what ``attribution_scores`` refuses; a model without edges where they are asked for.
     """
     prompts = clean_prompt, corrupted_prompt
-    found = attribution_scores(model, *prompts, target_module_paths, positions=positions, **options).to_dict()
+    found = attribution_scores(
+        model,
+        *prompts,
+        target_module_paths,
+        positions=positions,
+        recompute_attention=recompute_attention,
+        drop_layers=drop_layers,
+        **options,
+    ).to_dict()
     if edges:
         found["edges"] = attribution_edges(model, *prompts, **options).to_dict()["edges"]
     return found

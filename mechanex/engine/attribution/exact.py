@@ -15,7 +15,7 @@ from .metrics import check_metric
 from .runs import Runs, ids_of
 from .sites import Site, last_logits, rows_at_once, tapped
 
-__all__ = ["Patch", "exact_scores"]
+__all__ = ["Patch", "exact_scores", "put"]
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,16 @@ def _metric_with(adapter: ModelAdapter, runs: Runs, patches: Sequence[Patch]) ->
         by_site.setdefault(patch.site, []).append(row)
     with torch.no_grad(), Handles() as handles:
         for site, of_site in by_site.items():
-            handles.add(tapped(site, rows, tokens, _put(runs, site, {row: patches[row] for row in of_site})))
+            handles.add(tapped(site, rows, tokens, put(runs, site, {row: patches[row] for row in of_site})))
         logits = last_logits(adapter, ids_of(adapter, runs.pair.corrupted, rows))
     return check_metric(runs.metric(logits), rows)
 
 
-def _put(runs: Runs, site: Site, patches: dict[int, Patch]) -> Any:
+def put(runs: Runs, site: Site, patches: dict[int, Patch]) -> Any:
+    """For ``tapped``: puts the clean activations of a site in place, in each row those of its patch."""
     pair, clean = runs.pair, runs.clean.values[site]
 
-    def put(value: Tensor) -> Tensor:
+    def replaced(value: Tensor) -> Tensor:
         new = value.flatten(2).clone()
         width = new.shape[-1] // max(1, site.n_heads)
         for row, patch in patches.items():
@@ -79,4 +80,4 @@ def _put(runs: Runs, site: Site, patches: dict[int, Patch]) -> Any:
             new[row, mine, columns] = clean[theirs, columns].to(new)
         return new.reshape(value.shape)
 
-    return put
+    return replaced

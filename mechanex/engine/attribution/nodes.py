@@ -14,7 +14,7 @@ from .metrics import summed
 from .runs import Runs, ids_of
 from .sites import Site, last_logits, rows_at_once, tapped
 
-__all__ = ["gradient_scores", "way_points"]
+__all__ = ["by_head", "gradients", "way_points"]
 
 
 def way_points(steps: int) -> list[float]:
@@ -25,60 +25,79 @@ def way_points(steps: int) -> list[float]:
     return [step / steps for step in range(steps)]
 
 
-def gradient_scores(
-    adapter: ModelAdapter, runs: Runs, sites: Sequence[Site], embedding: Site, steps: int
+def gradients(
+    adapter: ModelAdapter,
+    runs: Runs,
+    sites: Sequence[Site],
+    embedding: Site,
+    steps: int,
+    dropped: Sequence[Sequence[Site]] = (),
 ) -> dict[Site, Tensor]:
-    """(clean - corrupted activation) times gradient, for every site.
+    """The metric's gradient at every site.
 
     Args:
         adapter: the model.
         runs: both runs, with the sites and the embedding recorded.
         sites: where.
         embedding: the module whose output is the input that is interpolated.
-        steps: 1: the gradient of the corrupted run (attribution patching), as it was recorded. More: the mean of
-            gradients on the way from the corrupted embeddings to the clean ones (EAP-IG, arXiv:2403.17806), packed as
-            rows of a batch.
+        steps: 1: the gradient of the corrupted run (attribution patching). More: the mean of gradients on the way from
+            the corrupted embeddings to the clean ones (EAP-IG, arXiv:2403.17806), packed as rows of a batch.
+        dropped: for each gradient the sites that nothing comes back through, or none for one plain gradient
+            (GradDrop, arXiv:2403.00745); packed as rows too.
 
     Returns:
-        For each site [T corrupted, 1], or [T corrupted, n_heads], float32.
+        For each site [max(1, len(dropped)), T corrupted, width] float32.
     """
-    points, tokens = way_points(steps), len(runs.pair.corrupted)
-    totals = {site: torch.zeros_like(runs.corrupted.values[site], dtype=torch.float32) for site in sites}
+    n, tokens = max(1, len(dropped)), len(runs.pair.corrupted)
+    totals = {
+        site: torch.zeros((n, *runs.corrupted.values[site].shape), device=adapter.device) for site in sites
+    }
     if runs.corrupted.live:
-        points = []
-        totals |= _summed(runs, sites, runs.corrupted.logits[None], runs.corrupted.live)
+        found = _found(runs, sites, runs.corrupted.logits[None], runs.corrupted.live)
+        return {site: found.get(site, total) for site, total in totals.items()}
+    every = [(point, cut) for point in way_points(steps) for cut in range(n)]
     chunk = rows_at_once(adapter, tokens)
-    for start in range(0, len(points), chunk):
+    for start in range(0, len(every), chunk):
         pause()
-        some = points[start : start + chunk]
-        for site, gradient in _gradients(adapter, runs, sites, embedding, some).items():
-            totals[site] += gradient
-    return {site: _by_head(site, runs.delta(site) * totals[site] / steps) for site in sites}
+        some = every[start : start + chunk]
+        rows = torch.tensor([cut for _, cut in some])
+        for site, gradient in _gradients(adapter, runs, sites, embedding, some, dropped).items():
+            totals[site].index_add_(0, rows.to(gradient.device), gradient.to(totals[site].device))
+    return {site: total / steps for site, total in totals.items()}
 
 
 def _gradients(
-    adapter: ModelAdapter, runs: Runs, sites: Sequence[Site], embedding: Site, points: Sequence[float]
+    adapter: ModelAdapter,
+    runs: Runs,
+    sites: Sequence[Site],
+    embedding: Site,
+    every: Sequence[tuple[float, int]],
+    dropped: Sequence[Sequence[Site]],
 ) -> dict[Site, Tensor]:
-    """For each site [T, width], the sum over the points of the metric's gradient."""
-    rows, tokens = len(points), len(runs.pair.corrupted)
+    """For each site that the metric hangs on [rows, T, width], the gradients at points with something dropped."""
+    rows, tokens = len(every), len(runs.pair.corrupted)
     seen: dict[Site, Tensor] = {}
     with Handles() as handles:
-        handles.add(tapped(embedding, rows, tokens, _between(runs, embedding, points)))
+        handles.add(tapped(embedding, rows, tokens, _between(runs, embedding, [point for point, _ in every])))
         for site in sites:
             handles.add(tapped(site, rows, tokens, _kept(seen, site)))
+        # After the sites: what is dropped is dropped for them too.
+        for index, cut in enumerate(dropped):
+            mine = torch.tensor([one == index for _, one in every])
+            for site in cut if mine.any() else ():
+                handles.add(tapped(site, rows, tokens, _cut_off(mine)))
         logits = last_logits(adapter, ids_of(adapter, runs.pair.corrupted, rows))
-    return _summed(runs, sites, logits, seen)
+    return _found(runs, sites, logits, seen)
 
 
-def _summed(
+def _found(
     runs: Runs, sites: Sequence[Site], logits: Tensor, seen: Mapping[Site, Tensor]
 ) -> dict[Site, Tensor]:
-    """For each site that the metric hangs on [T, width], the sum of its gradients over the rows."""
     total = summed(runs.metric, logits)
     wanted = [site for site in sites if seen[site].requires_grad]
     found = torch.autograd.grad(total, [seen[site] for site in wanted], allow_unused=True)
     return {
-        site: gradient.flatten(2).float().sum(0)
+        site: gradient.flatten(2).float()
         for site, gradient in zip(wanted, found, strict=True)
         if gradient is not None
     }
@@ -103,5 +122,14 @@ def _kept(seen: dict[Site, Tensor], site: Site) -> Any:
     return keep
 
 
-def _by_head(site: Site, product: Tensor) -> Tensor:
-    return product.reshape(product.shape[0], max(1, site.n_heads), -1).sum(-1)
+def _cut_off(rows: Tensor) -> Any:
+    def cut(value: Tensor) -> Tensor:
+        mask = rows.to(value.device).reshape(-1, *[1] * (value.dim() - 1))
+        return torch.where(mask, value.detach(), value)
+
+    return cut
+
+
+def by_head(site: Site, product: Tensor) -> Tensor:
+    """[…, width] summed over the width of each head: […, heads of the site, or 1]."""
+    return product.reshape(*product.shape[:-1], max(1, site.n_heads), -1).sum(-1)

@@ -15,9 +15,10 @@ from ..models.adapter import ModelAdapter
 from ..structure.graph import Structure, structure_of
 from ..text import Prompt
 from ..whole import as_whole
+from .attention import inside_attention, recomputed_scores
 from .exact import Patch, exact_scores
 from .metrics import Answer, LogprobDifference, Metric
-from .nodes import gradient_scores
+from .nodes import by_head, gradients
 from .prompts import Align, prompt_pair
 from .runs import Runs, alone, run_pair
 from .sites import Site, sites_of
@@ -115,6 +116,8 @@ def attribution_scores(
     align: Align = None,
     heads: bool = True,
     positions: bool = True,
+    recompute_attention: bool = False,
+    drop_layers: bool = False,
 ) -> NodeScores:
     """Scores of modules: what the metric of the corrupted run would gain from their activations of the clean run.
 
@@ -130,6 +133,12 @@ def attribution_scores(
         align: ``"tokens"`` for prompts of different lengths.
         heads: score attention heads too.
         positions: score positions too; with ``"exact"`` that is a run for each position of each module and head.
+        recompute_attention: follow what is patched inside an attention, such as queries and keys, to the outputs of its
+            heads by running the attention again, and only from there by the gradient, which a saturated softmax lets
+            vanish (AtP*, arXiv:2403.00745). A run of the attention for each module and position.
+        drop_layers: take a gradient for each layer that nothing comes back through, and give the mean of the scores'
+            absolute values, so that effects that cancel each other are not overlooked (GradDrop of AtP*). All scores
+            are at least 0 then. As many gradients as layers.
 
     Raises:
         ValidationError: an unknown path, prompts that don't align, or another argument out of its range.
@@ -146,16 +155,32 @@ def attribution_scores(
         raise ValidationError(
             "target_module_paths is empty: name at least one, or pass None for the usual ones."
         )
+    if method == "exact" and (recompute_attention or drop_layers):
+        raise ValidationError(
+            "recompute_attention and drop_layers mend gradients: exact scores need neither."
+        )
+    if drop_layers and adapter.n_layers < 2:
+        raise ValidationError("drop_layers needs a model of at least two layers.")
     embedding = _embedding(adapter)
     with alone(adapter):
         sites = sites_of(adapter, structure, paths, heads)
-        once = embedding if method == "gradient" and steps == 1 else None
-        runs = run_pair(adapter, tokenizer, pair, [embedding, *sites], metric, once)
+        inside = inside_attention(adapter, structure, sites) if recompute_attention else []
+        recorded = [embedding, *sites, *(one.heads for one in inside)]
+        once = embedding if method == "gradient" and steps == 1 and not drop_layers else None
+        runs = run_pair(adapter, tokenizer, pair, recorded, metric, once)
         found = NodeScores(tokenizer, method, steps if method == "gradient" else 0, runs)
-        if method == "gradient":
-            _fill(found, gradient_scores(adapter, runs, sites, embedding, steps), positions)
-        else:
+        if method == "exact":
             _fill_exact(found, sites, positions, lambda patches: exact_scores(adapter, runs, patches))
+        else:
+            dropped = _layers_of(adapter, structure) if drop_layers else []
+            slopes = gradients(adapter, runs, recorded[1:], embedding, steps, dropped)
+            again = recomputed_scores(adapter, runs, inside, slopes, positions)
+            for site in sites:
+                if site in again:
+                    _fill(found, site, *again[site], drop_layers)
+                else:
+                    gain = by_head(site, runs.delta(site) * slopes[site])
+                    _fill(found, site, gain.sum(1), gain if positions else None, drop_layers)
     runs.forget()
     for one in structure.components:
         if one.path in found.scores:
@@ -193,16 +218,34 @@ def texts_of(tokenizer: Any, ids: Sequence[int]) -> list[Any]:
     return list(ids) if tokenizer is None else [tokenizer.decode([token]) for token in ids]
 
 
-def _fill(found: NodeScores, by_site: dict[Site, Tensor], positions: bool) -> None:
-    for site, scores in by_site.items():
-        if site.n_heads:
-            found.heads[site.path] = scores.sum(0).cpu()
-        else:
-            found.scores[site.path] = float(scores.sum())
-        if positions and site.n_heads:
-            found.head_positions[site.path] = scores.T.cpu()
-        elif positions:
-            found.positions[site.path] = scores[:, 0].cpu()
+def _layers_of(adapter: ModelAdapter, structure: Structure) -> list[list[Site]]:
+    """What each layer writes."""
+    written = [
+        [one for one in structure.components if one.layer == layer] for layer in range(adapter.n_layers)
+    ]
+    if any(one.role == "block" for ones in written for one in ones):
+        raise ValidationError(
+            f"{adapter.model_id} has layers whose output isn't the stream and what was added to it, so drop_layers has "
+            "nothing to drop."
+        )
+    return [[Site(one.path, one.module) for one in ones] for ones in written]
+
+
+def _fill(found: NodeScores, site: Site, whole: Tensor, each: Tensor | None, dropped: bool) -> None:
+    """Notes the scores of a site: [n, heads] of all positions together, and [n, T, heads] of each."""
+
+    def merged(values: Tensor) -> Tensor:
+        # The layer that writes the site's own output never counts.
+        return (values.abs().sum(0) / (len(values) - 1) if dropped else values[0]).cpu()
+
+    if not site.n_heads:
+        found.scores[site.path] = float(merged(whole.sum(-1)))
+        if each is not None:
+            found.positions[site.path] = merged(each.sum(-1))
+    if whole.shape[-1] > 1 or site.n_heads:
+        found.heads[site.path] = merged(whole)
+        if each is not None:
+            found.head_positions[site.path] = merged(each).T
 
 
 def _fill_exact(

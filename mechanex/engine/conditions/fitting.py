@@ -16,8 +16,8 @@ from ..models import adapter_for
 from ..models.adapter import ModelAdapter, exclusive, undisturbed
 from ..pack import Pack
 from ..passes import visit_residuals
-from ..pauses import pause
 from ..prompt_conditions import PromptCondition
+from ..ranks import current_ranks, dealt
 from ..text import Prompt, encode_prompt
 
 __all__ = ["fit_condition", "prompt_means"]
@@ -122,12 +122,12 @@ def prompt_means(
 
         return read
 
-    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
-        for pack in packs_for(adapter, [(list(one[:1]), list(one[1:])) for one in ids]):
-            pause()
+    ranks, pairs = current_ranks(), [(list(one[:1]), list(one[1:])) for one in ids]
+    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model), ranks.together():
+        for pack in dealt(packs_for(adapter, pairs, processes=ranks.size), ranks, "Prompts"):
             visit_residuals(adapter, pack, {layer: reader(layer, pack) for layer in layers})
     counts = torch.tensor([[float(len(one) - 1)] for one in ids], dtype=torch.float64)
-    return {layer: total / counts for layer, total in sums.items()}
+    return {layer: ranks.total(total) / counts for layer, total in sums.items()}
 
 
 def _discriminant(means: Tensor, own: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...errors import MechanexError, ValidationError
 from .adjust import Adjustments
 from .draw import Draws
+from .grammar import Masks
 from .request import TokenLogprob
 from .row import Row
 
@@ -32,6 +33,7 @@ class Chooser:
         self.rows = list(rows)
         requests = [row.request for row in rows]
         self._adjust = Adjustments(rows, device, unread)
+        self._masks = Masks([row.following for row in rows], device)
         drawn = [i for i, r in enumerate(requests) if r.sampling.sampling_method != "greedy"]
         self._draws = Draws([requests[i].sampling for i in drawn], device) if drawn else None
         self._drawn = [self.rows[i] for i in drawn]
@@ -46,7 +48,7 @@ class Chooser:
         Log-probabilities are those of the model, before penalties, biases, temperature and sampling.
         """
         logits = logits.float()
-        scores = self._adjust(logits)
+        scores = self._masks(self._adjust(logits))
         # An infinite edit or a damaged weight shows as NaN or infinity at the top.
         best, tokens = scores.max(-1)
         if self._draws is not None:

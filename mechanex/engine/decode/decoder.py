@@ -177,6 +177,8 @@ class Decoder:
         further = self._overlapped and any(len(row.chosen) + 1 < row.max_tokens for row in self.rows)
         # Onlookers have to see a token before they are asked whether it was the last.
         further &= all(row.request.onlooker is None for row in self.rows)
+        # What a grammar allows next hangs on the token before.
+        further &= all(row.following is None for row in self.rows)
         if self._turn is not None:
             further &= all(row.n_known != self._turn for row in self.rows)
         self._pending = self._launch() if further else None
@@ -267,6 +269,8 @@ class Decoder:
                 continue
             try:
                 outcomes.append((row, row.take(*found)))
+            except MechanexError as error:
+                outcomes.append((row, error))
             except Exception as error:  # a tokenizer's own code may raise anything
                 _log.error("token %d can't be decoded", found[0], exc_info=error)
                 text = f"the tokenizer can't decode token {found[0]}: {type(error).__name__}."

@@ -31,8 +31,8 @@ class Draws:
             self._heat = torch.tensor(temperatures, device=device)[:, None]
         self._kept: list[tuple[Tensor | None, Callable[[Tensor], Tensor]]] = []
         for name, (keep, setting, idle) in _METHODS.items():
-            members = [i for i, s in enumerate(samplings) if s.sampling_method == name]
-            rows = [i for i in members if getattr(samplings[i], setting) != idle]
+            members = [i for i, s in enumerate(samplings) if name in _parts(s)]
+            rows = [i for i in members if getattr(samplings[i], setting) not in (idle, 0)]
             if rows:
                 where = None if len(rows) == len(samplings) else torch.tensor(rows, device=device)
                 self._kept.append((where, keep([getattr(samplings[i], setting) for i in rows], device)))
@@ -51,14 +51,11 @@ class Draws:
         scores = scores - best[:, None]
         if self._heat is not None:
             scores = scores / self._heat
-        weights = scores.exp()
         for where, keep in self._kept:
-            if where is None:
-                weights = weights * keep(scores)
-            else:
-                part = weights.index_select(0, where) * keep(scores.index_select(0, where))
-                weights = weights.index_copy(0, where, part)
-        sums = _summed(weights)
+            part = scores if where is None else scores.index_select(0, where)
+            part = part.masked_fill(~keep(part), -torch.inf)
+            scores = part if where is None else scores.index_copy(0, where, part)
+        sums = _summed(scores.exp())
         # Below the sum, so that the first sum beyond it belongs to a token with a weight.
         target = uniform.to(sums.dtype)[:, None] * sums[:, -1:]
         drawn = torch.searchsorted(sums, target, right=True)
@@ -109,12 +106,18 @@ def _typical(masses: Sequence[float], device: torch.device) -> Callable[[Tensor]
 _METHODS: dict[
     str, tuple[Callable[[Sequence[Any], torch.device], Callable[[Tensor], Tensor]], str, float | None]
 ] = {
+    "min-p": (_min_p, "min_p", None),
     "top-k": (_top_k, "top_k", None),
     "top-p": (_top_p, "top_p", 1),
-    "min-p": (_min_p, "min_p", None),
     "typical": (_typical, "typical_p", 1),
 }
-"""By method: what makes the test of which tokens stay, its setting, and the value of that which keeps all."""
+"""By method, in the order of ``combined``: what makes the test of which tokens stay, its setting, and the value of that
+which keeps all."""
+
+
+def _parts(sampling: Sampling) -> tuple[str, ...]:
+    method = sampling.sampling_method
+    return ("min-p", "top-k", "top-p") if method == "combined" else (method,)
 
 
 def _reaching(weights: Tensor, share: Tensor) -> Tensor:

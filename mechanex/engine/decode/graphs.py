@@ -18,8 +18,9 @@ from ..attaching import KEY, own_class
 
 __all__ = ["Graphs", "Key", "autocast_on", "state_of"]
 
-Key = tuple[int, int, frozenset[int]]
-"""Of what a step is captured: how many rows, of how many columns, and the layers at which they may be edited."""
+Key = tuple[int, int, frozenset[int], Hashable]
+"""Of what a step is captured: how many rows, of how many columns, the layers at which they may be edited, and what is
+noted for onlookers, which the key keeps alive as long as the step that reads it."""
 
 _log = logging.getLogger(__name__)
 _MOST = 32
@@ -41,7 +42,7 @@ class Graphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._kept: OrderedDict[Key, tuple[torch.cuda.CUDAGraph, Tensor]] = OrderedDict()
+        self._kept: OrderedDict[Key, tuple[torch.cuda.CUDAGraph, Any]] = OrderedDict()
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
         self._missed: dict[Key, int] = {}
@@ -49,11 +50,16 @@ class Graphs:
         """How many steps were captured so far."""
         self.failure: str | None = None
         """Why this model's steps can't be captured, once that was tried in vain."""
+        self._in_vain: set[Hashable] = set()
 
     @property
     def supported(self) -> bool:
         """Whether steps on this device can be captured at all."""
         return self._device.type == "cuda"
+
+    def takes(self, key: Key) -> bool:
+        """Whether such a step can be captured, as far as is known."""
+        return self.supported and self.failure is None and key[3] not in self._in_vain
 
     def serving(self, key: Key) -> Key | None:
         """The captured step that serves for this one, or None where it has to be captured.
@@ -63,13 +69,14 @@ class Graphs:
         """
         if key in self._kept:
             return key
-        rows, columns, layers = key
+        rows, columns, layers, wanted = key
         known = [
             one
             for one in self._kept
             if rows <= one[0] <= max(2 * rows, _FEW_ROWS)
             and columns <= one[1] <= 2 * columns
             and layers <= one[2]
+            and wanted == one[3]
         ]
         if not known:
             return None
@@ -81,14 +88,14 @@ class Graphs:
                 return None
         return best
 
-    def replay(self, key: Key) -> Tensor:
-        """Runs a captured step; its result stands in the same tensor every time, until any step runs again."""
+    def replay(self, key: Key) -> Any:
+        """Runs a captured step; its result stands in the same tensors every time, until any step runs again."""
         self._kept.move_to_end(key)
         graph, result = self._kept[key]
         graph.replay()
         return result
 
-    def capture(self, key: Key, step: Callable[[], Tensor], undo: Callable[[], object]) -> bool:
+    def capture(self, key: Key, step: Callable[[], Any], undo: Callable[[], object]) -> bool:
         """Captures a step without having run it, to be replayed; whether that could be.
 
         Args:
@@ -116,10 +123,7 @@ class Graphs:
             here.wait_stream(self._stream)
         except Exception as error:  # a model's own code may do anything, and raise anything
             torch.cuda.synchronize(self._device)
-            self.failure = f"{type(error).__name__}: {error}"
-            _log.warning(
-                "decoding steps are not captured as CUDA graphs, each is run by the host: %s", self.failure
-            )
+            self.note_failure(key, error)
             return False
         self.captures += 1
         self._kept[key] = graph, result
@@ -127,8 +131,22 @@ class Graphs:
             self._kept.popitem(last=False)
         return True
 
+    def note_failure(self, key: Key, error: Exception) -> None:
+        """Takes note that such a step can't be captured; one with onlookers says nothing of those without."""
+        text, watched = f"{type(error).__name__}: {error}", bool(key[3])
+        if watched:
+            self._in_vain.add(key[3])
+        else:
+            self.failure = text
+        _log.warning(
+            "decoding steps%s are not captured as CUDA graphs, each is run by the host: %s",
+            " in which these behaviors are watched" if watched else "",
+            text,
+        )
+
     def clear(self) -> None:
         """Forgets all of them."""
+        self._in_vain.clear()
         self._kept.clear()
         self._pool = None  # a pool ends with the last graph of it
         self._missed.clear()

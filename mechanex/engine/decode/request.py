@@ -11,6 +11,7 @@ from ..positions import TokenSelector
 from ..prompt_conditions import PromptCondition
 from ..sampling import Sampling
 from ..schedules import Varying
+from .grammar import Grammar
 
 __all__ = ["GuardedToken", "Onlooker", "Result", "Steer", "Step", "TextRequest", "TokenLogprob"]
 
@@ -61,10 +62,17 @@ class TextRequest:
         sampling: the method, as in ``generation.generate``.
         seed: of the draws; None draws one.
         stops: texts that end the answer and are cut off.
+        stop_token_ids: further tokens that end the answer and are cut off.
+        include_stop: whether what ended the answer, of ``stops`` and ``stop_token_ids``, stays in it.
+        ignore_ends: whether the answer goes on behind the model's own end tokens.
+        min_tokens: tokens before which no end token is chosen and no stop text ends the answer.
+        skip_special_tokens: whether special tokens are left out of the text.
         steering: the request's edits, in order; empty for none.
         frequency_penalty: taken off a token's logit for every time that the answer has it.
         presence_penalty: taken off once for a token that the answer has.
+        repetition_penalty: divides the logits above 0 of tokens that prompt or answer have, and multiplies those below.
         logit_bias: pairs of a token id and what is added to its logit.
+        grammar: what the answer follows to its end; None for anything.
         logprobs: None, or how many of the likeliest tokens to report with each chosen one's log-probability.
         prompt_logprobs: whether to report them for the prompt's tokens too.
         owner: whose it is: texts of others are not gone on from.
@@ -81,7 +89,14 @@ class TextRequest:
     steering: tuple[Steer, ...] = ()
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool = False
+    ignore_ends: bool = False
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+    grammar: Grammar | None = None
     logprobs: int | None = None
     prompt_logprobs: bool = False
     stream: bool = False
@@ -147,6 +162,7 @@ class Result:
         prompt_logprobs: one per token of the prompt, the first None, where asked for.
         cached_tokens: tokens of the prompt that were not read, since a text before began alike.
         tokens: ids of what was chosen.
+        stop: the stop text, or the id among ``stop_token_ids``, that ended it; None for anything else.
     """
 
     text: str
@@ -157,3 +173,4 @@ class Result:
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     cached_tokens: int = 0
     tokens: tuple[int, ...] = ()
+    stop: str | int | None = None

@@ -61,8 +61,20 @@ class Row:
         self.cached_tokens = 0
         """Tokens of the prompt that needn't be read, since a text before began alike."""
         self.result: Result | None = None
-        self._ends = frozenset(ends)
-        self._text = Continuation(tokenizer, self.ids, request.stops)
+        self.ends = frozenset(() if request.ignore_ends else ends) | frozenset(request.stop_token_ids)
+        """Ids of the tokens that end it."""
+        self._text = Continuation(
+            tokenizer,
+            self.ids,
+            request.stops,
+            include_stop=request.include_stop,
+            skip_special_tokens=request.skip_special_tokens,
+            min_tokens=request.min_tokens,
+        )
+        # End tokens that are part of the text.
+        self.following = None if request.grammar is None else request.grammar.begin()
+        """How far it has come in its grammar, where it has one."""
+        self._kept_ends = frozenset(request.stop_token_ids if request.include_stop else ())
         # Where nobody asks for the text of each token, several are decoded at once.
         self._joined = not request.stops and request.logprobs is None
         self._n_decoded = 0
@@ -145,14 +157,17 @@ class Row:
             return self._finish(reason)
         self.chosen.append(token)
         self.counts[token] += 1
-        if token in self._ends:
-            return self._finish("stop")
-        if not self._joined:
+        ended = token in self.ends
+        if not self._joined and (not ended or token in self._kept_ends):
             begin = self._text.feed(token)
             if logprob is not None:
                 self._logprobs.append(logprob)
                 self._places.append((begin, self._text.stopped or len(self._text.text) > begin))
-            if self._text.stopped:
+        if ended or self._text.stopped:
+            return self._finish("stop")
+        if self.following is not None:
+            self.following.take(token)
+            if self.following.complete:
                 return self._finish("stop")
         if len(self.chosen) >= self.max_tokens:
             return self._finish("length")
@@ -190,14 +205,20 @@ class Row:
             tuple(self.prompt_logprobs),
             self.cached_tokens,
             tuple(self.chosen),
+            self._stop() if reason == "stop" else None,
         )
         return step
+
+    def _stop(self) -> str | int | None:
+        last = self.chosen[-1]
+        return self._text.stop or (last if last in self.request.stop_token_ids else None)
 
     def _decode(self) -> None:
         """Brings the text up to the tokens."""
         if self._joined and len(self.chosen) > self._n_decoded:
             tokens, self._n_decoded = self.chosen[self._n_decoded :], len(self.chosen)
-            self._text.feed_all([token for token in tokens if token not in self._ends])
+            unseen = self.ends - self._kept_ends
+            self._text.feed_all([token for token in tokens if token not in unseen])
 
     def _step(self, last: bool = False) -> Step | None:
         text, told = self._text.piece(), self._told

@@ -7,7 +7,7 @@ a few that hold any others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -245,38 +245,63 @@ class StaticBatch:
         return (*planned, *row.steering)
 
     def _run(self, step: StaticStep, n: int, columns: int) -> Tensor:
-        graphs = step.graphs
-        seen = any(span.onlooker is not None for span in self._spans or ())
-        if not graphs.supported or graphs.failure or self._watched or seen or not step.steering.is_static:
-            logits = self._forward(step, n, columns, step.steering.active)
-            step.move(n)
-            return logits
+        graphs, spans = step.graphs, self._spans or ()
+        wanted = self._steering.foreseen(spans)
         rows, active = min(bucket(n), step.cache.rows), step.steering.active
-        key = rows, columns, active
-        if (served := graphs.serving(key)) is not None:
-            return graphs.replay(served)
-        lengths = step.lengths.clone()
+        key = rows, columns, active, wanted
+        if wanted is None or self._watched or not step.steering.is_static or not graphs.takes(key):
+            return self._run_by_host(step, n, columns)
+        served = graphs.serving(key)
+        lengths = step.lengths.clone() if wanted or served is None else step.lengths
 
-        def once() -> Tensor:
+        def undo() -> None:
+            step.lengths.copy_(lengths)
+
+        def once() -> tuple[Tensor, Mapping[Any, Tensor]]:
             with with_plans() if rows == 1 else nullcontext():
-                logits = self._forward(step, rows, columns, active)
+                logits = self._forward(step, rows, columns, active, wanted=wanted)
             step.move(rows)
-            return logits
+            return logits, self._steering.noted()
 
-        if graphs.capture(key, once, lambda: step.lengths.copy_(lengths)):
-            return graphs.replay(key)
-        step.lengths.copy_(lengths)
-        logits = self._forward(step, n, columns, active)
+        if served is None and not graphs.capture(key, once, undo):
+            undo()
+            return self._run_by_host(step, n, columns)
+        logits, noted = graphs.replay(served or key)
+        if not self._steering.tell(spans, wanted, noted):
+            undo()  # what is written into the cache again is what the onlookers make of it
+            return self._run_by_host(step, n, columns)
+        found: Tensor = logits
+        return found
+
+    def _run_by_host(self, step: StaticStep, n: int, columns: int) -> Tensor:
+        logits = self._forward(step, n, columns, step.steering.active)
         step.move(n)
         return logits
 
     def _forward(
-        self, step: StaticStep, rows: int, columns: int, layers: frozenset[int], new: int = 1
+        self,
+        step: StaticStep,
+        rows: int,
+        columns: int,
+        layers: frozenset[int],
+        new: int = 1,
+        wanted: Hashable | None = None,
     ) -> Tensor:
-        """[rows, new, vocabulary] logits of a call over the first slots."""
+        """[rows, new, vocabulary] logits of a call over the first slots.
+
+        Args:
+            step: what it is over.
+            rows, columns: how many slots, and how much of them.
+            layers: that may be edited.
+            new: tokens of each row.
+            wanted: what is noted for the rows' onlookers; None: they look on themselves.
+        """
         before = changes()
         self._attach(step, layers)
-        self._steering.look_on(self._spans or (), new)
+        if wanted is None:
+            self._steering.look_on(self._spans or (), new)
+        else:
+            self._steering.note_down(wanted)
         ids, positions, back = step.show(rows, columns, new)
         stated = Positions(positions, _OURS)
         if self._watched and self._numbers is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -138,13 +138,28 @@ class RowSteering:
                 self._attached.add(layer)
         self.seconds += time.perf_counter() - begun
 
-    def look_on(self, spans: Sequence[Span], columns: int) -> bool:
-        """Sees to it that the next model call, whose edits somebody else makes, is seen by the rows' onlookers.
+    def look_on(self, spans: Sequence[Span], columns: int) -> None:
+        """Sees to it that the next model call, whose edits somebody else makes, is seen by the rows' onlookers."""
+
+    def foreseen(self, spans: Sequence[Span]) -> Hashable | None:
+        """What a step that is captured once has to note for the rows' onlookers, one new token for each row.
 
         Returns:
-            Whether there are any; such a call can't be replayed from a graph.
+            For ``note_down``; (), where nobody looks on; None where onlookers have to be there while the step runs.
         """
-        return False
+        return ()
+
+    def note_down(self, wanted: Hashable) -> None:
+        """Sees to it that the next model call notes what ``foreseen`` said is wanted."""
+
+    def noted(self) -> Mapping[Any, Tensor]:
+        """What the call after ``note_down`` noted, in tensors that it made."""
+        return {}
+
+    def tell(self, spans: Sequence[Span], wanted: Hashable, noted: Mapping[Any, Tensor]) -> bool:
+        """Tells the onlookers what was noted as ``wanted``; False where one of them wants the step to run again, in its
+        presence."""
+        return True
 
     def rest(self) -> None:
         """Ends the prepared call: what the model computes next is left alone."""

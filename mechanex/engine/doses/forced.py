@@ -25,6 +25,7 @@ from ..pack import Pack, Pair
 from ..passes import scored_hidden
 from ..pauses import pause
 from ..positions import given_positions, selects
+from ..ranks import current_ranks, dealt
 from ..regimes import text_lengths
 from .dose import Edited
 
@@ -73,21 +74,30 @@ class ForcedAnswers:
         self.answer = torch.repeat_interleave(torch.arange(len(pairs)), torch.tensor(lengths))
         self.place = torch.cat([torch.arange(n) for n in lengths])
         self._plain: list[Tensor] = []
-        with _alone(self._adapter):
+        self._ranks = current_ranks()
+        logprobs = [torch.zeros(1, 0, dtype=torch.float64)]
+        with _alone(self._adapter), self._ranks.together():
             self._whole = not unembedding_agrees(adapter)
-            self.packs = packs_for(adapter, pairs, batch_tokens=PACK_TOKENS, scoring=True)
-            # Tokens of one pair are all in one pack and in order there.
-            self._order = torch.cat([pack.pair.cpu() for pack in self.packs]).argsort(stable=True)
-            logprobs = []
+            packs = packs_for(
+                adapter, pairs, batch_tokens=PACK_TOKENS, scoring=True, processes=self._ranks.size
+            )
+            self.packs = list(dealt(packs, self._ranks, "Answers"))
             for pack in self.packs:
                 rows = (scored_logits if self._whole else scored_hidden)(adapter, pack)
                 self._count(pack, adapter.n_layers)
                 self._plain.append(rows)
-                logprobs.append(self._each(pack, rows, rows[None])[1])
-        self.plain = torch.cat(logprobs, 1)[0][self._order]
+                logprobs.append(self._each(pack, rows, rows[None])[1].double())
+        pairs_here = torch.cat([torch.zeros(0, dtype=torch.long), *(pack.pair.cpu() for pack in self.packs)])
+        # Tokens of one pair are all in one pack and in order there.
+        self._order = torch.cat(self._ranks.gathered(pairs_here)).argsort(stable=True)
+        self.plain = self._of_all(logprobs)[0]
 
     def __len__(self) -> int:
         return len(self.answer)
+
+    def _of_all(self, found: list[Tensor]) -> Tensor:
+        """[…, N] in the order of the answers, of what each process found of its packs."""
+        return torch.cat(self._ranks.gathered(torch.cat(found, -1)), -1)[..., self._order]
 
     def by_answer(self, tokens: Tensor, *, mean: bool = False) -> Tensor:
         """[n pairs] sums, or means, of one number per token."""
@@ -108,8 +118,8 @@ class ForcedAnswers:
         adapter, n = self._adapter, len(settings)
         starts = [self._start(one) for one in settings]
         order = sorted(range(n), key=starts.__getitem__)
-        kls, logprobs = [], []
-        with _alone(self._adapter):
+        found_of = [torch.zeros(2, n, 0, dtype=torch.float64)]
+        with _alone(self._adapter), self._ranks.together():
             for number, (pack, plain) in enumerate(zip(self.packs, self._plain, strict=True)):
                 found = torch.empty(2, n, len(pack.target), dtype=torch.float64)
                 # What the model can do is found out before it is steered.
@@ -121,9 +131,8 @@ class ForcedAnswers:
                     rows = rows.view(len(chosen), len(pack.target), -1)
                     kl, logprob = self._each(pack, plain, rows)
                     found[0, chosen], found[1, chosen] = kl.double(), logprob.double()
-                kls.append(found[0])
-                logprobs.append(found[1])
-        kl, logprob = torch.cat(kls, 1)[:, self._order], torch.cat(logprobs, 1)[:, self._order]
+                found_of.append(found)
+        kl, logprob = self._of_all(found_of)
         if not bool(torch.isfinite(kl).all()):
             raise MechanexError(
                 f"The steered logits of {adapter.model_id} are NaN or infinite: steer less, or check the vector."
@@ -132,6 +141,9 @@ class ForcedAnswers:
 
     def norm(self, layer: int) -> float:
         """The median norm of the stream that enters a layer, over the first pack."""
+        return self._ranks.from_first(lambda: self._norm(layer))
+
+    def _norm(self, layer: int) -> float:
         replay = self._replay(0, self.packs[0], [min(layer, self._adapter.n_layers - 1)])
         if not replay.possible:
             return math.sqrt(self._adapter.d_model)

@@ -13,6 +13,7 @@ from ..intervention import widest
 from ..models.adapter import ModelAdapter, exclusive, undisturbed
 from ..pack import Pair
 from ..passes import visit_residuals
+from ..ranks import current_ranks, dealt
 
 __all__ = ["stream_means"]
 
@@ -27,8 +28,9 @@ def stream_means(adapter: ModelAdapter, pairs: Sequence[Pair], layers: Sequence[
     """
     sums: dict[int, Tensor] = {}
     n = sum(len(answer) for _, answer in pairs)
-    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
-        for pack in packs_for(adapter, pairs):
+    ranks = current_ranks()
+    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model), ranks.together():
+        for pack in dealt(packs_for(adapter, pairs, processes=ranks.size), ranks, "Means"):
 
             def reader(layer: int, pack: Any = pack) -> Any:
                 def read(hidden: Tensor) -> None:
@@ -38,4 +40,5 @@ def stream_means(adapter: ModelAdapter, pairs: Sequence[Pair], layers: Sequence[
                 return read
 
             visit_residuals(adapter, pack, {layer: reader(layer) for layer in layers})
-    return {layer: (total / n).float().cpu() for layer, total in sums.items()}
+    nothing = torch.zeros(adapter.d_model, dtype=torch.float64)
+    return {layer: (ranks.total(sums.get(layer, nothing)) / n).float().cpu() for layer in layers}

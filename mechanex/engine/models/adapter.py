@@ -47,6 +47,9 @@ class Handles:
         while self._handles:
             self._handles.pop().remove()
 
+    def __repr__(self) -> str:
+        return f"Handles({f'{len(self._handles)} attached' if self._handles else 'removed'})"
+
     def __enter__(self) -> Handles:
         return self
 

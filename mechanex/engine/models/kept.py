@@ -29,6 +29,7 @@ class Kept:
         applied: plans that steer the model now (``mechanex.engine.hooks.Applied``), in order.
         step: what an idle decoder has left for the next one (``mechanex.engine.decode.static_step.StaticStep``), or
             None.
+        scorings: what scored behaviors lately (``mechanex.engine.sae.scorings.Scorings``), or None.
     """
 
     layers: list[nn.Module] = field(default_factory=list)
@@ -39,6 +40,7 @@ class Kept:
     following: Any = None
     applied: list[Any] = field(default_factory=list)
     step: Any = None
+    scorings: Any = None
     owner: weakref.ref[nn.Module] | None = None
     adapter: weakref.ref[Any] | None = None
 

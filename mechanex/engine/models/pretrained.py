@@ -12,6 +12,7 @@ import transformers
 
 from ..._private.transformers import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from ...errors import MechanexError, ValidationError
+from ...launched import local_rank
 from .sources import Source, explain
 
 __all__ = ["check_causal", "choose_dtype", "place", "read_config", "read_model", "read_tokenizer"]
@@ -56,7 +57,9 @@ def place(device: str | torch.device | None, kwargs: dict[str, Any]) -> torch.de
         if kwargs.get("quantization_config") is not None:
             return None
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            # Of several processes on a machine each has a GPU of its own, as far as they go.
+            own = local_rank()
+            return torch.device("cuda" if own is None else f"cuda:{own % torch.cuda.device_count()}")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)

@@ -39,6 +39,9 @@ class LoadedModel:
     name: str
     backend: str
 
+    def __repr__(self) -> str:
+        return f"LoadedModel({self.name!r}, backend={self.backend!r}, {type(self.model).__name__})"
+
 
 def load(
     name_or_path: str | os.PathLike[str],

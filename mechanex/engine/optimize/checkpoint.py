@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..._version import __version__
 from ...errors import ValidationError
 from ...home import atomic_path
+from ..ranks import current_ranks
 from .objective import Counters
 from .parameters import AdamState
 from .problem import Epoch, OptimizationJob
@@ -60,7 +61,8 @@ class Checkpoint:
 
     def __init__(self, run: Run) -> None:
         path = run.job.settings.checkpoint
-        self._run, self._path = run, None if path is None else Path(path)
+        writes = path is not None and current_ranks().rank == 0
+        self._run, self._path = run, Path(path) if path is not None and writes else None
         self._written = time.monotonic()
         self._fingerprint = ""
 

@@ -14,6 +14,7 @@ from ..intervention import compute_dtype
 from ..models.adapter import ModelAdapter
 from ..pack import Pack
 from ..positions import token_mask
+from ..ranks import current_ranks
 from .datapoints import Completion
 
 __all__ = ["Layout", "LayoutSpec", "StepPack", "TokenOrder"]
@@ -142,6 +143,7 @@ class Layout:
             row_tokens=1 if spec.by_prompt else _row_tokens(completions, groups),
             batch_tokens=MINIBATCH_PACK_TOKENS if spec.by_prompt else spec.batch_tokens,
             scoring=not spec.to_the_end,
+            processes=current_ranks().size,
         )
         dtype = compute_dtype(adapter.dtype)
         signs = [[-1.0 if negated else 1.0] for negated in spec.negated]

@@ -18,6 +18,8 @@ from tqdm.auto import tqdm
 from ...errors import ValidationError
 from ..models.adapter import exclusive, undisturbed
 from ..pack import BATCH_TOKENS, BATCH_TOKENS_GPU
+from ..pauses import pass_tokens
+from ..ranks import Ranks, current_ranks
 from .checkpoint import Checkpoint, begin
 from .constrain import Constraint
 from .descend import Descent
@@ -54,7 +56,7 @@ def run_jobs(jobs: Sequence[OptimizationJob], *, progress: bool = False) -> list
             "Jobs that run together are of one model; run those of others in calls of their own."
         )
     given = [job.settings.batch_tokens for job in jobs if job.settings.batch_tokens is not None]
-    usual = BATCH_TOKENS if adapter.device.type == "cpu" else BATCH_TOKENS_GPU
+    usual = pass_tokens(BATCH_TOKENS if adapter.device.type == "cpu" else BATCH_TOKENS_GPU)
     with (
         exclusive(adapter),
         torch.inference_mode(False),
@@ -65,8 +67,11 @@ def run_jobs(jobs: Sequence[OptimizationJob], *, progress: bool = False) -> list
             for spec in (job.spec, job.eval_spec):
                 if spec is not None:
                     passes.layout(spec)
-        runs = [begin(job) for job in jobs]
-        with _bar(runs, progress) as show:
+        ranks = current_ranks()
+        with ranks.together():
+            runs = [begin(job) for job in jobs]
+        _check_begins(ranks, runs)
+        with _bar(runs, progress and ranks.rank == 0) as show:
             outcomes = optimize(runs, passes, show)
     return [_result(run, outcome) for run, outcome in zip(runs, outcomes, strict=True)]
 
@@ -79,7 +84,8 @@ def optimize(runs: Sequence[Run], passes: Passes, show: Callable[[], None]) -> l
     try:
         for run in runs:
             checkpoint = Checkpoint(run)
-            checkpoint.write(first=True)
+            with current_ranks().together():
+                checkpoint.write(first=True)
             checkpoints[run] = checkpoint
             phases.append(_phase(run))
         while phases:
@@ -88,7 +94,8 @@ def optimize(runs: Sequence[Run], passes: Passes, show: Callable[[], None]) -> l
                 show()
             except KeyboardInterrupt:
                 kept = (p.run.job.settings.keep_on_interrupt and p.seen is not None for p in phases)
-                if not all(kept):
+                # Other processes that share the work may have been stopped elsewhere.
+                if current_ranks().size > 1 or not all(kept):
                     raise
                 stopped = ["interrupted"] * len(phases)
             going = []
@@ -156,6 +163,14 @@ def _asked(passes: Passes, requests: Sequence[EvaluationRequest | None]) -> list
     """An evaluation for every request that there is."""
     answers = iter(passes.run([request for request in requests if request is not None]))
     return [None if request is None else next(answers) for request in requests]
+
+
+def _check_begins(ranks: Ranks, runs: Sequence[Run]) -> None:
+    steps = ranks.gathered([run.state.adam.step for run in runs])
+    if any(one != steps[0] for one in steps):
+        raise ValidationError(
+            f"the processes begin at other steps, {steps}: put the checkpoint where all of them find the same file."
+        )
 
 
 def _check_checkpoints(jobs: Sequence[OptimizationJob]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..memory import tensor_bytes, total_bytes
 from ..models.adapter import ModelAdapter
 from ..pauses import pause
+from ..ranks import current_ranks
 from .layout import Layout, LayoutSpec, StepPack
 from .objective import Objective
 from .parameters import Parameters, Table
@@ -109,6 +110,7 @@ class Passes:
         self._layouts: dict[LayoutSpec, Layout] = {}
         self._replays: dict[StepPack, Replay] = {}
         self._stacks: dict[Any, Stack] = {}
+        self._ranks = current_ranks()
 
     def __enter__(self) -> Passes:
         self._hooks.__enter__()
@@ -149,7 +151,9 @@ class Passes:
 
     def _how_many(self, layout: Layout) -> int:
         """How many jobs fit in a pass over this layout."""
-        if not all(self.replay(p).stackable or not self.replay(p).possible for p in layout.packs):
+        mine = [layout.packs[i] for i in self._share(layout.packs)]
+        stackable = all(self.replay(p).stackable or not self.replay(p).possible for p in mine)
+        if not all(self._ranks.gathered(stackable)):
             return 1
         return max(1, self._batch_tokens // max(p.n_tokens for p in layout.packs))
 
@@ -192,19 +196,24 @@ class Passes:
         table = tuple(t.detach().requires_grad_(learning) for t in made)
         sums: list[Tensor] = []
         found: list[tuple[Tensor, Tensor]] = []
-        for stack in self._stacks_for(requests):
-            pause()
-            with torch.set_grad_enabled(learning):
-                losses = stack.losses(table, first.options)
-            completions = stack.step_pack.order.completions
-            found.append((losses.detach(), completions))
-            if learning:
-                slopes = [
-                    r.objective(losses.detach()[q], completions)  # type: ignore[misc]
-                    for q, r in enumerate(requests)
-                ]
-                grads = torch.autograd.grad(losses, table, torch.stack(slopes))
-                sums = [a + b for a, b in zip(sums, grads, strict=True)] if sums else list(grads)
+        with self._ranks.together():
+            for stack in self._stacks_for(requests):
+                pause()
+                with torch.set_grad_enabled(learning):
+                    losses = stack.losses(table, first.options)
+                completions = stack.step_pack.order.completions
+                found.append((losses.detach(), completions))
+                if learning:
+                    slopes = [
+                        r.objective(losses.detach()[q], completions)  # type: ignore[misc]
+                        for q, r in enumerate(requests)
+                    ]
+                    grads = torch.autograd.grad(losses, table, torch.stack(slopes))
+                    sums = [a + b for a, b in zip(sums, grads, strict=True)] if sums else list(grads)
+        if self._ranks.size > 1:
+            found = self._of_all(found)
+            mine = sums or [torch.zeros_like(t) for t in table]
+            sums = [self._ranks.total(one) for one in mine] if learning else []
         if not learning:
             return _answers(requests, found, [])
         # Where gradients are by effects alone, no more than the biases depend on them.
@@ -212,18 +221,28 @@ class Passes:
         gradients = torch.autograd.grad([t for t, _ in depending], leaves, [s for _, s in depending])
         return _answers(requests, found, list(gradients))
 
+    def _of_all(self, found: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """The losses that every process found of its completions."""
+        device = self.adapter.device
+        by_rank = self._ranks.gathered([(losses.cpu(), completions.cpu()) for losses, completions in found])
+        return [(a.to(device), b.to(device)) for parts in by_rank for a, b in parts]
+
+    def _share(self, packs: Sequence[StepPack]) -> list[int]:
+        return self._ranks.share([one.n_tokens for one in packs])
+
     def _stacks_for(self, requests: list[EvaluationRequest]) -> list[Stack]:
-        """The requests' copies of every pack that is wanted."""
+        """The requests' copies of every pack that is wanted of this process."""
         layout = self.layout(requests[0].spec)
         n_slots = len(layout.signs)
         members = tuple(r.layers for r in requests)
         if requests[0].prompts is not None:
+            selected = layout.selected(requests[0].prompts)
             return [
                 Stack(self._hooks, part, members, n_slots, self.replay(whole), rows=rows)
-                for whole, part, rows in layout.selected(requests[0].prompts)
+                for whole, part, rows in (selected[i] for i in self._share([part for _, part, _ in selected]))
             ]
         stacks = []
-        for step_pack in layout.packs:
+        for step_pack in (layout.packs[i] for i in self._share(layout.packs)):
             key = (step_pack, members)
             if key not in self._stacks:
                 graphs = self._graphs if len(layout.packs) <= MOST_CAPTURED else None

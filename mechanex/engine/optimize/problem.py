@@ -17,6 +17,7 @@ from ...errors import ValidationError
 from ..intervention import compute_dtype
 from ..models import adapter_for
 from ..models.adapter import ModelAdapter
+from ..ranks import current_ranks
 from ..whole import as_whole
 from .datapoints import Completion, TrainingDatapoint, by_datapoint, completions_of
 from .layout import LayoutSpec
@@ -200,7 +201,8 @@ def _seed(settings: OptimizeSettings) -> int:
     if settings.seed is not None:
         return settings.seed
     generator = settings.generator or torch.default_generator
-    return int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
+    drawn = int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
+    return current_ranks().from_first(lambda: drawn)
 
 
 def _sum(losses: Sequence[float]) -> float:

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ...errors import ValidationError
 from ..forward import packs_for, scored_logprobs
 from ..models.adapter import Handles, ModelAdapter, exclusive, undisturbed
 from ..pack import Pack, Pair
-from ..pauses import pause
+from ..ranks import current_ranks, dealt
 from ..text import Prompt, encode_pair
 from .activations import read_point
 from .corrections import Correction
@@ -82,12 +81,16 @@ def read_examples(
         for prompt, answer in zip(prompts, side, strict=True)
     ]
     found: list[tuple[Tensor, Tensor]] = []
-    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
-        packs = packs_for(adapter, pairs, batch_tokens=batch_tokens)
-        for pack in tqdm(packs, desc="Examples", unit="batch", disable=not progress):
-            pause()
+    ranks = current_ranks()
+    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model), ranks.together():
+        packs = packs_for(adapter, pairs, batch_tokens=batch_tokens, processes=ranks.size)
+        for pack in dealt(packs, ranks, "Examples", progress=progress):
             found.append((read_point(adapter, pack, point).cpu(), pack.pair.cpu()))
+    found = [one for theirs in ranks.gathered(found) for one in theirs]
     x, answer = (torch.cat(parts) for parts in zip(*found, strict=True))
+    if ranks.size > 1:
+        answer, order = answer.sort(stable=True)
+        x = x[order]
     if not bool(torch.isfinite(x).all()):
         raise ValidationError(
             "the activations of the examples are not finite: check the model's dtype, and steering that is attached."
@@ -106,9 +109,10 @@ def answer_logprobs(
     """[n] mean log-probability of each answer's tokens, all of them corrected as they are read."""
     sums = torch.zeros(len(pairs), dtype=torch.float64)
     counts = torch.tensor([len(answer) for _, answer in pairs], dtype=torch.float64)
-    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
-        for pack in packs_for(adapter, pairs, batch_tokens=batch_tokens):
-            pause()
+    ranks = current_ranks()
+    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model), ranks.together():
+        packs = packs_for(adapter, pairs, batch_tokens=batch_tokens, processes=ranks.size)
+        for pack in dealt(packs, ranks, "Scoring"):
 
             def correct(hidden: Tensor, pack: Pack = pack) -> Tensor | None:
                 if correction is None:
@@ -120,7 +124,7 @@ def answer_logprobs(
                 handles.add(on_point(adapter, point, correct))
                 logprobs = scored_logprobs(adapter, pack).double().cpu()
             sums.index_add_(0, pack.pair.cpu(), logprobs)
-    return sums / counts
+    return ranks.total(sums) / counts
 
 
 def _answers(pack: Pack) -> Tensor:

@@ -1,17 +1,17 @@
 """Watching answers while they are written: every token scored, and corrected or ended where a behavior shows.
 
 It rides on the decoder: a request names its :class:`Watch` as its onlooker, and :class:`WatchingSteering`, in the place
-of the decoder's own, sees it with every call that it prepares.
+of the decoder's own, sees it with every call that it prepares. A captured step scores inside the graph; one in which
+something shows that is to be corrected is run again by the host, and so are the steps of an answer that is corrected.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,13 +24,12 @@ from ..intervention import Edit
 from ..models.adapter import Handles, ModelAdapter
 from .behavior import Behavior
 from .hook_points import HookPoint, check_point, on_point
-from .scoring import Scorer
+from .scorings import Scoring, scorings_of
 
 __all__ = ["ACTIONS", "Action", "Seen", "Watch", "WatchingSteering", "check_fits", "forced_edits"]
 
 Action = Literal["correct", "abort", "report"]
 ACTIONS: tuple[Action, ...] = ("correct", "abort", "report")
-_KEPT_SCORERS = 64
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,11 @@ class Watch:
         """The behaviors that were detected so far, in the order in which they are watched."""
         return tuple(behavior.name for behavior in self.behaviors if behavior.name in self.active)
 
+    @property
+    def to_correct(self) -> set[str]:
+        """The behaviors that are corrected from here on."""
+        return self.active if self.action == "correct" else self.active & self.floor
+
     def n_seen(self, point: HookPoint) -> int:
         """Tokens that were scored at a place."""
         return self._counts.get(point, 0)
@@ -101,7 +105,7 @@ class Watch:
             The behaviors that are to be corrected in it.
         """
         self.active.update(detected)
-        to_correct = self.active if self.action == "correct" else self.active & self.floor
+        to_correct = self.to_correct
         corrected = tuple(name for name in scores if name in to_correct) if to_correct else ()
         self.altered |= bool(corrected)
         place = self._counts[point] = self.n_seen(point) + 1
@@ -137,29 +141,6 @@ class _Here:
         return ((column, first + column) for column in range(max(0, -first), columns))
 
 
-@dataclass(frozen=True)
-class _RowColumns:
-    """Which of a scorer's columns are those of a row's behaviors.
-
-    Args:
-        names: the behaviors'.
-        places: their columns.
-        thresholds: their thresholds.
-    """
-
-    names: tuple[str, ...]
-    places: tuple[int, ...]
-    thresholds: tuple[float, ...]
-
-    def read(self, values: Sequence[float]) -> tuple[dict[str, float], list[str]]:
-        """Of a token's scores, those of the row's behaviors, and the behaviors that they detect."""
-        mine = [values[place] for place in self.places]
-        detected = [
-            n for n, value, most in zip(self.names, mine, self.thresholds, strict=True) if value > most
-        ]
-        return dict(zip(self.names, mine, strict=True)), detected
-
-
 class _Place:
     """What is watched at one place in a call.
 
@@ -169,26 +150,21 @@ class _Place:
 
     def __init__(self, rows: list[_Here]) -> None:
         self.rows = rows
-        self.scorer: Scorer | None = None
-        self.columns: dict[tuple[Behavior, ...], _RowColumns] = {}
+        self._scoring: Scoring | None = None
 
     def repeated(self) -> _Place:
         """The same for calls that repeat this one, each with the next token."""
         return _Place([replace(one, first=None) for one in self.rows])
 
-    def meet(self, scorer_of: Callable[[Sequence[Behavior]], Scorer]) -> Scorer:
+    def meet(self, scoring_of: Callable[[Iterable[Behavior]], Scoring]) -> Scoring:
         """What scores the rows' behaviors together."""
-        if self.scorer is None:
-            kinds = {one.behaviors for one in self.rows}
-            self.scorer = scorer_of(sorted({b for behaviors in kinds for b in behaviors}, key=id))
-            place = {b: j for j, b in enumerate(self.scorer.behaviors)}
-            for kind in kinds:
-                facts = [(b.name, place[b], b.threshold) for b in kind]
-                self.columns[kind] = _RowColumns(*zip(*facts, strict=True))
-        return self.scorer
+        if self._scoring is None:
+            self._scoring = scoring_of({b for one in self.rows for b in one.behaviors})
+        return self._scoring
 
 
 _Places = dict[HookPoint, _Place]
+_Wanted = tuple[tuple[HookPoint, Scoring], ...]
 
 
 class WatchingSteering(RowSteering):
@@ -206,9 +182,11 @@ class WatchingSteering(RowSteering):
         self._model = adapter
         self._hooks = Handles()
         self._points: set[HookPoint] = set()
-        self._scorers: OrderedDict[tuple[int, ...], Scorer] = OrderedDict()
+        self._scorings = scorings_of(adapter)
         self._places: _Places = {}
         self._remembered: _Places = {}
+        self._wanted: dict[HookPoint, Scoring] = {}
+        self._noted: dict[HookPoint, Tensor] = {}
 
     @property
     def attached(self) -> bool:
@@ -223,7 +201,7 @@ class WatchingSteering(RowSteering):
         self.look_on(spans, columns)
         self._remembered = {point: place.repeated() for point, place in self._places.items()}
 
-    def look_on(self, spans: Sequence[Span], columns: int) -> bool:
+    def look_on(self, spans: Sequence[Span], columns: int) -> None:
         rows: dict[HookPoint, list[_Here]] = {}
         for i, span in enumerate(spans):
             watch, first = span.onlooker, span.first - span.prompt_length
@@ -231,10 +209,48 @@ class WatchingSteering(RowSteering):
                 for point, behaviors in watch.by_point.items():
                     rows.setdefault(point, []).append(_Here(i, watch, behaviors, first))
         self._places = {point: _Place(here) for point, here in rows.items()}
-        for point in self._places.keys() - self._points:
+        self._hook_on(self._places)
+
+    def foreseen(self, spans: Sequence[Span]) -> Hashable | None:
+        wanted: dict[HookPoint, set[Behavior]] = {}
+        for span in spans:
+            watch = span.onlooker
+            if not isinstance(watch, Watch):
+                continue
+            token = span.first - span.prompt_length
+            if watch.to_correct or any(token != watch.n_seen(point) for point in watch.by_point):
+                return None
+            for point, behaviors in watch.by_point.items():
+                wanted.setdefault(point, set()).update(behaviors)
+        device = self._model.device
+        return tuple((point, self._scorings.of(wanted[point], device)) for point in sorted(wanted, key=str))
+
+    def note_down(self, wanted: Hashable) -> None:
+        self._places, self._noted = {}, {}
+        self._wanted = dict(cast(_Wanted, wanted))
+        self._hook_on(self._wanted)
+
+    def noted(self) -> Mapping[Any, Tensor]:
+        return self._noted
+
+    def tell(self, spans: Sequence[Span], wanted: Hashable, noted: Mapping[Any, Tensor]) -> bool:
+        scorings = dict(cast(_Wanted, wanted))
+        for point, scores in noted.items():  # in the order in which the model came to them
+            again = False
+            for span, values in zip(spans, scores[: len(spans)].tolist(), strict=True):
+                watch = span.onlooker
+                if not isinstance(watch, Watch) or point not in watch.by_point:
+                    continue
+                found, detected = scorings[point].of(watch.by_point[point]).read(values)
+                again |= bool(watch.note(point, found, detected))
+            if again:
+                return False  # what comes after this place in the model is to see the correction
+        return True
+
+    def _hook_on(self, points: Iterable[HookPoint]) -> None:
+        for point in set(points) - self._points:
             self._hooks.add(on_point(self._model, point, self._watching(point)))
             self._points.add(point)
-        return bool(self._places)
 
     def recall(self, key: object) -> bool:
         known = super().recall(key)
@@ -244,7 +260,7 @@ class WatchingSteering(RowSteering):
 
     def rest(self) -> None:
         super().rest()
-        self._places = {}
+        self._places, self._wanted = {}, {}
 
     def detach(self) -> None:
         super().detach()
@@ -257,6 +273,9 @@ class WatchingSteering(RowSteering):
 
     def _watching(self, point: HookPoint) -> Any:
         def watch(hidden: Tensor) -> Tensor | None:
+            if (scoring := self._wanted.get(point)) is not None:
+                self._noted[point] = scoring.scorer(hidden.flatten(0, 1).flatten(1))
+                return None
             place = self._places.get(point)
             if place is None:
                 return None
@@ -301,25 +320,16 @@ class WatchingSteering(RowSteering):
         change: dict[Behavior, list[int]],
     ) -> None:
         """Scores tokens that the model reads for the first time; adds to ``change`` what is to be corrected."""
-        scorer = place.meet(lambda behaviors: self._scorer(behaviors, hidden.device))
+        scoring = place.meet(lambda behaviors: self._scorings.of(behaviors, hidden.device))
         x = hidden.flatten(0, 1).flatten(1)
         if len(new) < len(x):
             x = x[torch.tensor([index for index, _ in new], device=x.device)]
-        for (index, one), values in zip(new, scorer(x).tolist(), strict=True):
-            scores, detected = place.columns[one.behaviors].read(values)
+        for (index, one), values in zip(new, scoring.scorer(x).tolist(), strict=True):
+            scores, detected = scoring.of(one.behaviors).read(values)
             corrected = one.watch.note(point, scores, detected)
             for b in one.behaviors if corrected else ():
                 if b.name in corrected:
                     change.setdefault(b, []).append(index)
-
-    def _scorer(self, behaviors: Sequence[Behavior], device: torch.device) -> Scorer:
-        key = tuple(map(id, behaviors))
-        if key not in self._scorers:
-            self._scorers[key] = Scorer(behaviors, device)
-            if len(self._scorers) > _KEPT_SCORERS:
-                self._scorers.popitem(last=False)
-        self._scorers.move_to_end(key)
-        return self._scorers[key]
 
 
 def check_fits(adapter: ModelAdapter, behavior: Behavior) -> None:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import logging
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, insert, select
 
 from ...errors import AuthenticationError, NotFoundError
-from ..library.database import Database, StorageError
+from ..library.database import Database
 from ..library.schema import api_keys, is_id, new_id
+from .key_uses import KeyUses
 
 __all__ = ["ApiKey", "ApiKeys", "KeyExpiredError", "KeyHolder", "hash_of"]
-
-_logger = logging.getLogger(__name__)
 
 _LAST_USED_STEP = 60.0
 _KEY_MARK = "mx-"
@@ -72,6 +70,7 @@ class ApiKeys:
     def __init__(self, database: Database, clock: Callable[[], float]) -> None:
         self._database = database
         self._clock = clock
+        self._uses = KeyUses(database)
 
     def opened_by(self, key: str) -> KeyHolder | None:
         """Whose API key this is and what it may do, or None.
@@ -89,8 +88,9 @@ class ApiKeys:
         now = self._clock()
         if row.expires_at is not None and row.expires_at <= now:
             raise KeyExpiredError("The API key has expired: log in and make another.", 401)
-        if row.last_used is None or abs(now - row.last_used) >= _LAST_USED_STEP:
-            self._note_use(row.id, now)
+        last = self._uses.latest(row.id, row.last_used)
+        if last is None or abs(now - last) >= _LAST_USED_STEP:
+            self._uses.note(row.id, now)
         return KeyHolder(str(row.user_id), _scopes(row.scopes))
 
     def create(
@@ -152,7 +152,7 @@ class ApiKeys:
                 row.name,
                 f"{row.shown}…",
                 row.created_at,
-                row.last_used,
+                self._uses.latest(row.id, row.last_used),
                 row.expires_at,
                 _scopes(row.scopes),
             )
@@ -176,12 +176,9 @@ class ApiKeys:
                 f"no API key of this account has the id {key_id!r}: GET /auth/api-keys lists them."
             )
 
-    def _note_use(self, key_id: str, now: float) -> None:
-        try:
-            with self._database.write() as connection:
-                connection.execute(update(api_keys).where(api_keys.c.id == key_id).values(last_used=now))
-        except StorageError as error:
-            _logger.warning("the last use of an API key couldn't be noted: %s", error.message)
+    def close(self) -> None:
+        """Notes the last uses, if that can be done soon."""
+        self._uses.close()
 
 
 def _scopes(kept: str | None) -> tuple[str, ...] | None:

@@ -8,15 +8,16 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...errors import AuthenticationError, MechanexError
 from ..http.errors import answer_to
-from ..http.limits import RateLimit, client_address
-from ..http.middleware import discard
+from ..http.limits import RateLimit, TokenQuota, client_address
+from ..http.middleware import discard, telling
+from ..library.threads import look_up
+from ..senders import sent_by
 from .api_keys import KeyExpiredError
 from .sessions import SESSION_ENDED, is_access_token
 from .store import Store, store_of
@@ -60,14 +61,15 @@ class Principal:
 
 
 class AuthenticationMiddleware:
-    """Nothing but ``OPEN_PATHS`` answers a sender that ``principal`` doesn't know.
+    """Nothing but the open paths answers a sender that ``principal`` doesn't know.
 
     Args:
         app: what is behind it.
+        open_paths: what needs no key.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, open_paths: frozenset[str] = OPEN_PATHS) -> None:
+        self._app, self._open = app, open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -77,8 +79,13 @@ class AuthenticationMiddleware:
         try:
             if path not in _PROBES:
                 _check_host(request)
-            if path not in OPEN_PATHS:
-                request.state.principal = await principal(request)
+            if path not in self._open:
+                request.state.principal = who = await principal(request)
+                sender = who.account_id or client_address(request.client.host if request.client else None)
+                sent_by(sender)
+                quota: TokenQuota | None = request.app.state.token_quota
+                if quota is not None:
+                    send = telling(send, lambda: quota.headers(sender))
         except MechanexError as error:
             if request.headers.get("expect", "").lower() != "100-continue":  # else the body isn't on its way
                 # A client that is still sending would see a closed connection, not the answer.
@@ -117,7 +124,7 @@ async def principal(request: Request) -> Principal:
     expired: AuthenticationError | None = None
     for text in given:
         try:
-            found = await run_in_threadpool(_account, store_of(request), text)
+            found = await look_up(_account, store_of(request), text)
         except KeyExpiredError as error:  # beside it there may be a token that is good
             expired = error
             continue

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from anyio.to_thread import run_sync
 from fastapi import Request
 
 from ...errors import AuthenticationError
+from ..library.threads import look_up
 from .auth import Principal, bearer_of, principal
 from .store import store_of
 
@@ -58,6 +58,14 @@ NEEDS: dict[str, Need] = {
     "GET /v1/models/{model:path}": "any",
     "POST /v1/completions": "generate",
     "POST /v1/chat/completions": "generate",
+    "POST /v1/embeddings": "generate",
+    "POST /tokenize": "generate",
+    "POST /detokenize": "generate",
+    "GET /version": "any",
+    "GET /page/about": "any",
+    "GET /page/vectors/{vector_id:path}": "vectors",
+    "POST /page/compare": "generate",
+    "POST /page/sweep": "generate",
 }
 """By method and path. A call that isn't here takes the scope ``admin``."""
 
@@ -98,7 +106,10 @@ async def permitted(request: Request) -> None:
 def _needed(request: Request) -> Need:
     route: Any = request.scope.get("route")
     method = "GET" if request.method == "HEAD" else request.method
-    return NEEDS.get(f"{method} {getattr(route, 'path', '')}", "admin")
+    path = getattr(route, "path", "")
+    if path in request.app.state.open_paths and f"{method} {path}" not in NEEDS:
+        return "nothing"  # a file of the playground
+    return NEEDS.get(f"{method} {path}", "admin")
 
 
 def _allows(scopes: Sequence[str] | None, needed: Need) -> bool:
@@ -109,4 +120,4 @@ async def _is_logged_in(request: Request, who: Principal) -> bool:
     token = bearer_of(request)
     if token is None or who.account_id is None:
         return False
-    return await run_sync(store_of(request).sessions.account_for, token) == who.account_id
+    return await look_up(store_of(request).sessions.account_for, token) == who.account_id

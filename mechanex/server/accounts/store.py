@@ -42,6 +42,7 @@ class Store:
 
     def close(self) -> None:
         """Lets go of the database and the files."""
+        self.keys.close()
         self.library.close()
         self.database.close()
 

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Annotated, Any
 
-from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Request, Response
 
 from ...errors import AuthenticationError, NotFoundError
@@ -16,6 +15,7 @@ from ..accounts.store import store_of
 from ..accounts.users import normalized
 from ..http.limits import client_address
 from ..library.kept import KeptBehavior
+from ..library.threads import run_sync
 from .bodies import KeyBody, LoginBody, ModelBody, NewPasswordBody, PasswordBody, RefreshBody
 from .guards import CountedRoute, guards_of
 

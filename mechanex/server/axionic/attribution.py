@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
 from ...engine.attribution.edge_scores import scores_answer
 from ...engine.structure.graph import model_graph, model_paths
+from ..http.answers import json_answer
 from ..http.disconnect import done_or_gone
 from ..http.routes import Route
 from ..model.engine import Engine
@@ -39,7 +40,7 @@ async def paths(request: Request, engine: Engine, who: Worker) -> JSONResponse:
 
 
 @router.post("/attribution-patching/scores")
-async def scores(body: ScoresBody, request: Request, engine: Engine, who: Worker) -> JSONResponse:
+async def scores(body: ScoresBody, request: Request, engine: Engine, who: Worker) -> Response:
     """What modules, heads, positions and edges are worth to the difference between two prompts' answers."""
     for prompt in (body.clean_prompt, body.corrupted_prompt):
         await engine.encode(prompt)
@@ -57,6 +58,9 @@ async def scores(body: ScoresBody, request: Request, engine: Engine, who: Worker
             align=cast("Align", body.align),
             positions=body.positions,
             edges=body.edges,
+            recompute_attention=body.recompute_attention,
+            drop_layers=body.drop_layers,
         )
 
-    return JSONResponse(await done(request, engine, who, work))
+    found = await done(request, engine, who, work)
+    return await json_answer(lambda: found)

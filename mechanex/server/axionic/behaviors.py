@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from ...engine.sae.create import LEAST_EXAMPLES, create
 from ...engine.sae.watching import forced_edits
@@ -16,8 +15,10 @@ from ...engine.sampling import Sampling
 from ...errors import ValidationError
 from ..accounts.auth import Principal
 from ..accounts.store import store_of
+from ..http.answers import json_answer
 from ..http.disconnect import done_or_gone
 from ..http.routes import Route
+from ..library.threads import run_sync
 from ..library.watched import Watching
 from ..model.engine import Engine, ServingEngine
 from ..model.requests import TextRequest, results_of, trace_of
@@ -86,7 +87,7 @@ async def delete_behavior(behavior_name: str, request: Request, who: Sender) -> 
 
 
 @router.post("/sae/generate")
-async def sae_generate(body: SaeBody, request: Request, engine: Engine, who: Worker) -> JSONResponse:
+async def sae_generate(body: SaeBody, request: Request, engine: Engine, who: Worker) -> Response:
     """Continues a prompt while behaviors are watched; ``text`` is the prompt with its continuation.
 
     Without ``behavior_names`` all that the account made for this model are watched; what the server corrects in every
@@ -113,14 +114,18 @@ async def sae_generate(body: SaeBody, request: Request, engine: Engine, who: Wor
     )
     (result,) = await done_or_gone(request, results_of([engine.scheduler.submit(asked)]))
     told: dict[str, Any] = {
-        "text": await run_sync(engine.encoder.text, body.prompt) + result.text,
+        "text": await engine.text(body.prompt) + result.text,
         "finish_reason": result.finish_reason,
         "detected": list(onlooker.detected) if onlooker is not None else [],
     }
-    if body.return_trace:
+    if not body.return_trace:
+        return await json_answer(lambda: told, 0)
+
+    def with_trace() -> dict[str, Any]:
         texts = [engine.token_texts[token][0] for token in result.tokens]
-        told["trace"] = [asdict(token) for token in trace_of(result, texts, onlooker)]
-    return JSONResponse(told)
+        return told | {"trace": [asdict(token) for token in trace_of(result, texts, onlooker)]}
+
+    return await json_answer(with_trace, len(result.tokens) * (len(behaviors) + 4))
 
 
 async def _behavior(

@@ -169,6 +169,8 @@ class ScoresBody(Body):
     align: str | None = None
     positions: bool = True
     edges: bool = False
+    recompute_attention: bool = False
+    drop_layers: bool = False
 
 
 class RaagBody(Body):

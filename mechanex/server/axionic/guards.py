@@ -7,7 +7,6 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 
-from anyio.to_thread import run_sync
 from fastapi import Depends, Request, Response
 
 from ...errors import AuthenticationError, RateLimitError, ValidationError
@@ -15,6 +14,7 @@ from ..accounts.auth import Principal, is_open, principal
 from ..accounts.store import store_of
 from ..http.limits import RateLimit, client_address
 from ..http.routes import Route
+from ..library.threads import look_up, run_sync
 from ..model.engine import Engine
 from ..settings import ServerSettings
 
@@ -145,7 +145,7 @@ Sender = Annotated[Principal, Depends(_limited)]
 async def _worker(request: Request, engine: Engine, who: Sender) -> Principal:
     """The sender of a request for the model: one whose account didn't ask for another model."""
     if who.account_id is not None:
-        chosen = (await run_sync(store_of(request).users.get, who.account_id)).model_name
+        chosen = (await look_up(store_of(request).users.get, who.account_id)).model_name
         served = engine.model_name
         if chosen is not None and chosen != served:
             raise ValidationError(

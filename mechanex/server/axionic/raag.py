@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
+from fastapi.responses import Response
 
 from ...engine.raag.answer import answer_questions, check_questions
 from ...engine.raag.documents import as_documents
 from ...errors import ValidationError
+from ..http.answers import json_answer
 from ..http.routes import Route
 from ..model.engine import Engine
 from .bodies import RaagBody
@@ -24,7 +26,7 @@ router = APIRouter(route_class=Route)
 
 
 @router.post("/raag/generate")
-async def raag_generate(body: RaagBody, request: Request, engine: Engine, who: Worker) -> dict[str, Any]:
+async def raag_generate(body: RaagBody, request: Request, engine: Engine, who: Worker) -> Response:
     """Answers questions from documents, and says which chunks each token of an answer rests on."""
     docs, index = body.docs, body.pinecone_index_name
     check_count(len(body.qa_entries), engine.settings.max_examples, "questions")
@@ -42,4 +44,5 @@ async def raag_generate(body: RaagBody, request: Request, engine: Engine, who: W
     def work(adapter: ModelAdapter) -> dict[str, Any]:
         return answer_questions(adapter, engine.tokenizer, body.qa_entries, docs, index)
 
-    return await done(request, engine, who, work)
+    found = await done(request, engine, who, work)
+    return await json_answer(lambda: found)

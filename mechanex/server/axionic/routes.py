@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
@@ -13,6 +12,7 @@ from ...errors import ValidationError
 from ..accounts.store import store_of
 from ..http.disconnect import done_or_gone
 from ..http.routes import Route
+from ..library.threads import run_sync
 from ..library.watched import Watching
 from ..model.engine import Engine
 from ..model.requests import TextRequest, results_of
@@ -80,7 +80,7 @@ async def generate(body: GenerateBody, request: Request, engine: Engine, who: Wo
         )
     ]
     (result,) = await done_or_gone(request, results_of(answers))
-    return JSONResponse({"output": await run_sync(engine.encoder.text, body.prompt) + result.text})
+    return JSONResponse({"output": await engine.text(body.prompt) + result.text})
 
 
 @router.post("/steering/generate")

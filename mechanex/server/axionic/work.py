@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from anyio.to_thread import run_sync
 from fastapi import Request
 
 from ...engine.methods import check_method, vectors_by
@@ -13,6 +12,7 @@ from ...errors import ValidationError
 from ..accounts.auth import Principal
 from ..accounts.store import store_of
 from ..http.disconnect import done_or_gone
+from ..library.threads import run_sync
 from ..model.engine import ServingEngine
 from .bodies import BehaviorBody, SteeringBody
 from .guards import guards_of

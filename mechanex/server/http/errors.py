@@ -20,7 +20,16 @@ from ...errors import (
     ValidationError,
 )
 
-__all__ = ["INTERNAL", "add_handlers", "answer_to", "error_answer", "error_envelope", "status_of"]
+__all__ = [
+    "INTERNAL",
+    "add_handlers",
+    "answer_to",
+    "anthropic_envelope",
+    "error_answer",
+    "error_envelope",
+    "invalid",
+    "status_of",
+]
 
 _logger = logging.getLogger(__name__)
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
@@ -28,6 +37,24 @@ _CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 503: "server_unava
 _HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large"}
 
 INTERNAL = "The server failed; its log has more under this request's id."
+
+
+_ANTHROPIC = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+_OPENAI = frozenset({"/tokenize", "/detokenize"})  # beside /v1, as vLLM has them
+
+
+def invalid(message: str, param: str | None, code: str | None = None) -> ValidationError:
+    """The error of a field that can't be honoured."""
+    return ValidationError(message, 400, {"param": param, "code": code})
 
 
 def status_of(error: MechanexError) -> int:
@@ -56,6 +83,16 @@ def error_envelope(error: MechanexError) -> dict[str, Any]:
     """OpenAI's error object for one of the library's errors."""
     details = error.details if isinstance(error.details, dict) else {}
     return _envelope(status_of(error), error.message, details.get("param"), details.get("code"))
+
+
+def anthropic_envelope(error: MechanexError) -> dict[str, Any]:
+    """Anthropic's error object for one of the library's errors."""
+    return _anthropic(status_of(error), error.message)
+
+
+def _anthropic(status: int, message: str) -> dict[str, Any]:
+    kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -111,12 +148,16 @@ def error_answer(
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
     """An error in the form that the request's path promises."""
-    body = _envelope(status, message, param, code) if _openai(request) else {"detail": message}
+    if _path(request).startswith(_ANTHROPIC):
+        body = _anthropic(status, message)
+    else:
+        body = _envelope(status, message, param, code) if _openai(request) else {"detail": message}
     return JSONResponse(_encodable(body), status, headers)
 
 
 def _openai(request: Request) -> bool:
-    return _path(request).startswith("/v1/")
+    path = _path(request)
+    return path.startswith("/v1/") or path in _OPENAI
 
 
 def _path(request: Request) -> str:

@@ -1,10 +1,12 @@
-"""How often one client may ask, counted in memory."""
+"""How often one client may ask, and for how many tokens, counted in memory."""
 
 from __future__ import annotations
 
 import ipaddress
 import math
+import threading
 import time
+from collections.abc import Callable
 
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
@@ -12,7 +14,13 @@ from limits.strategies import FixedWindowRateLimiter
 
 from ...errors import RateLimitError
 
-__all__ = ["RateLimit", "client_address"]
+__all__ = ["TOKEN_HEADERS", "RateLimit", "TokenQuota", "client_address"]
+
+_MOST_KNOWN = 10_000
+
+
+TOKEN_HEADERS = ("x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens")
+"""What OpenAI calls the tokens that a sender has a minute, those that are left, and when all will be back."""
 
 
 class RateLimit:
@@ -58,6 +66,63 @@ class RateLimit:
         key = self._item.key_for(client)
         if self._storage.get(key):  # else its minute is over
             self._storage.decr(key)
+
+
+class TokenQuota:
+    """So many tokens a minute for each sender, who gets them back evenly; any thread may call it.
+
+    How many tokens an answer has is known when it has ended, so what runs may use more than is left: then its sender
+    waits until that has come back.
+
+    Args:
+        per_minute: tokens of prompts and answers.
+        clock: seconds.
+    """
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most, self._clock = per_minute, clock
+        self._lock = threading.Lock()
+        self._left: dict[str, tuple[float, float]] = {}  # tokens, and when that was so
+
+    def check(self, sender: str) -> None:
+        """Lets a sender ask who has tokens left.
+
+        Raises:
+            RateLimitError: none are; ``retry_after`` is when there will be one, in whole seconds.
+        """
+        left = self._now(sender)
+        if left < 1:
+            wait = math.ceil((1 - left) * 60 / self._most)
+            raise RateLimitError(
+                f"The {self._most} tokens that this account has in a minute are used up. Try again in {wait} s.",
+                429,
+                retry_after=wait,
+            )
+
+    def spend(self, sender: str, tokens: int) -> None:
+        """Counts tokens of a prompt or an answer."""
+        left = self._now(sender) - tokens
+        with self._lock:
+            self._left[sender] = (left, self._clock())
+            if len(self._left) > _MOST_KNOWN:
+                self._left = {
+                    one: kept for one, kept in self._left.items() if self._filled(kept) < self._most
+                }
+
+    def headers(self, sender: str) -> dict[str, str]:
+        """What a sender has left, as OpenAI's headers tell it; ``reset`` is when all of it has come back."""
+        left = self._now(sender)
+        back = f"{math.ceil((self._most - left) * 60 / self._most)}s"
+        return dict(zip(TOKEN_HEADERS, (str(self._most), str(max(0, int(left))), back), strict=True))
+
+    def _now(self, sender: str) -> float:
+        with self._lock:
+            known = self._left.get(sender)
+            return self._most if known is None else self._filled(known)
+
+    def _filled(self, known: tuple[float, float]) -> float:
+        left, at = known
+        return min(self._most, left + (self._clock() - at) * self._most / 60)
 
 
 def client_address(host: str | None) -> str:

@@ -8,7 +8,7 @@ import logging
 import random
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -20,7 +20,7 @@ from ...errors import APIError
 from ..metrics import Metrics
 from .errors import INTERNAL, answer_to, error_answer
 
-__all__ = ["RequestMiddleware", "discard"]
+__all__ = ["RequestMiddleware", "discard", "telling"]
 
 _logger = logging.getLogger(__name__)
 _access = logging.getLogger("mechanex.server.access")
@@ -77,7 +77,7 @@ class RequestMiddleware:
                 await discard(receive)
                 await refusal(scope, receive, sending)
                 return
-            await self._app(scope, _limited(receive, most), sending)
+            await self._app(_as_get(scope), _limited(receive, most), sending)
         except ClientDisconnect:
             pass  # in the middle of its body
         except asyncio.CancelledError:  # uvicorn's time to end is over, and this request's task ends anyway
@@ -110,6 +110,11 @@ class RequestMiddleware:
                 **scope["state"].get("log", {}),
             }
             _access.info("%s", json.dumps(line))
+
+
+def _as_get(scope: Scope) -> Scope:
+    """A HEAD is answered as a GET, of which the server then sends the head."""
+    return {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
 
 def _refusal(request: Request, headers: Headers, most: int) -> Response | None:
@@ -148,6 +153,17 @@ def _limited(receive: Receive, most: int) -> Receive:
         return message
 
     return receiving
+
+
+def telling(send: Send, headers: Callable[[], Mapping[str, str]]) -> Send:
+    """Sends answers with further headers, which are asked for when an answer begins."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(headers())
+        await send(message)
+
+    return sending
 
 
 def _too_large(most: int) -> str:

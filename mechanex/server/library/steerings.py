@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
-
-from anyio.to_thread import run_sync
 
 from ...engine.decode.request import Steer
 from ...engine.memory import tensor_bytes
@@ -22,8 +19,10 @@ from ...engine.vectors import SteeringVector
 from ...errors import APIError, NotFoundError, ValidationError
 from ..settings import ServerSettings
 from .folder import SharedVectors
+from .listing import ListedVector, listed_vectors
 from .records import Library
 from .shared import make_behaviors
+from .threads import look_up
 from .watched import WatchedBehaviors
 
 __all__ = ["Steerings"]
@@ -95,7 +94,8 @@ class Steerings:
     ) -> tuple[Steer, ...]:
         """The edits of a stored vector that this sender may use; () for None.
 
-        Looks among the server's own (``--vectors``), then the account's, then, for the operator, the stored ones.
+        Looks among the server's own (``--vectors``), then the account's, then, for the operator, the stored ones, then
+        among the vectors of the server's own behaviors, by their names.
 
         Args:
             account_id: the sender's account, or None for the operator.
@@ -158,7 +158,7 @@ class Steerings:
             NotFoundError: this sender has no such behavior, and the server neither.
             ValidationError: one that has no vector.
         """
-        vector = await run_sync(self._behavior_vector, account_id, name)
+        vector = await look_up(self._behavior_vector, account_id, name)
         if vector is None:
             if await self.watched.find(account_id, name) is not None:
                 raise ValidationError(
@@ -175,10 +175,23 @@ class Steerings:
         """The stored vector that ``by_vector`` would use; errors as there."""
         found = self._shared.loaded(vector_id)
         if found is None:
-            found = await run_sync(self._find, account_id, vector_id)
+            found = await look_up(self._find, account_id, vector_id)
         if found is None:
             raise NotFoundError(f"no steering vector has the id {vector_id!r} here.")
         return found
+
+    async def listed(self, account_id: str | None) -> list[ListedVector]:
+        """The vectors that ``vector`` finds for this sender, of many of one kind the latest."""
+        return await look_up(
+            lambda: listed_vectors(
+                self._adapter,
+                account_id,
+                shared=self._shared,
+                behaviors=self._behaviors,
+                library=self._library,
+                kept=self._vectors,
+            )
+        )
 
     def edits(
         self, vector: SteeringVector, strength: float, tokens: TokenSelector = None
@@ -205,14 +218,11 @@ class Steerings:
         known = self._digests.get(id(vector))
         if known is not None and known[0] is vector:
             return known[1]
-        digest = hashlib.blake2b(vector.terms.text().encode(), digest_size=16)
-        for name, tensor in (*vector.items(), *vector.terms.tensors().items()):
-            digest.update(f"{name}:{tensor.dtype}:{tensor.numel()};".encode())
-            digest.update(tensor.cpu().numpy().tobytes())
-        self._digests[id(vector)] = (vector, digest.digest())
+        digest = vector.digest()
+        self._digests[id(vector)] = (vector, digest)
         if len(self._digests) > _KEPT_DIGESTS:
             self._digests.popitem(last=False)
-        return digest.digest()
+        return digest
 
     def _find(self, account_id: str | None, vector_id: str) -> SteeringVector | None:
         found = self._library.vector(account_id, vector_id) if self._library is not None else None
@@ -227,7 +237,7 @@ class Steerings:
                 raise APIError(
                     f"The server can't read its vector {vector_id!r}: its file is damaged.", 500
                 ) from error
-        return found
+        return self._behaviors.get(vector_id) if found is None else found
 
     def _behavior_vector(self, account_id: str | None, name: str) -> SteeringVector | None:
         if self._library is not None:

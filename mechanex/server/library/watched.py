@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anyio.to_thread import run_sync
-
 from ...engine.models.adapter import ModelAdapter
 from ...engine.sae.behavior import Behavior
 from ...engine.sae.store import BehaviorStore, read_behavior
 from ...engine.sae.watching import Action, Watch, check_fits
 from ...errors import NotFoundError
+from .threads import look_up
 
 if TYPE_CHECKING:
     from .records import Library
@@ -99,12 +98,17 @@ class WatchedBehaviors:
             ValidationError: it is another model's.
         """
         own = self.own.get(name)
-        return own if own is not None else await run_sync(self.look_up, account_id, name)
+        return own if own is not None else await look_up(self.look_up, account_id, name)
 
     async def every(self, account_id: str | None) -> tuple[Behavior, ...]:
         """All that the sender made for this model."""
-        found = [await self.find(account_id, name) for name in await run_sync(self._names, account_id)]
+        found = [await self.find(account_id, name) for name in await look_up(self._names, account_id)]
         return tuple(one for one in found if one is not None)  # one may have been deleted meanwhile
+
+    async def watchable(self, account_id: str | None) -> tuple[Behavior, ...]:
+        """Those of the server and all that the sender made for this model; of one name, the one that ``find`` gives."""
+        theirs = [one for one in await self.every(account_id) if one.name not in self.own]
+        return (*self.own.values(), *theirs)
 
     def look_up(self, account_id: str | None, name: str) -> Behavior | None:
         """As ``find``, without the server's own; blocks."""

@@ -1,1 +1,1 @@
-"""The model's thread and what waits for it: texts for requests, other work; imports ``library`` alone."""
+"""The model's thread and what waits for it: texts for requests, other work; imports ``library`` and ``http``."""

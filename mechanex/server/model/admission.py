@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from ...engine.memory import free_bytes
 from ...engine.models.adapter import ModelAdapter
 from ..settings import ServerSettings
 from .requests import ServedRow
+from .turns import Turns
 
 __all__ = ["Room", "pick", "who_makes_way"]
 
@@ -25,8 +26,9 @@ def pick(
     room: Room,
     most: int,
     n_unread: Callable[[ServedRow], int],
+    turns: Turns,
 ) -> list[ServedRow]:
-    """Takes the requests that are read next out of those that wait, first come, first served.
+    """Takes the requests that are read next out of those that wait: in turn, and of each sender's in their order.
 
     As many as fit: into the batch, into the room (one that needs more by itself runs alone), and into one
     pass of ``prefill_tokens``, where rows with the same prompt and edits count once and what was read before doesn't
@@ -39,13 +41,20 @@ def pick(
         room: what fits into memory.
         most: rows that the batch may have.
         n_unread: how many tokens of a row are to be read.
+        turns: whose turn it is.
     """
+    quota = settings.account_running
+    held = Counter(row.sender for row in running)
     longest = max(map(_reach, running), default=0)
     picked: list[ServedRow] = []
     prompts: set[object] = set()
     width = 0
-    while waiting and len(running) + len(picked) < most:
-        row = waiting[0]
+    turns.meet(row.sender for row in (*waiting, *running))
+    for row in turns.in_turn(waiting, lambda row: row.n_known):
+        if len(running) + len(picked) >= most:
+            break
+        if quota is not None and held[row.sender] >= quota:
+            continue
         longest = max(longest, _reach(row))
         n_rows = len(running) + len(picked) + 1
         if n_rows > 1 and longest * n_rows > room.cache_tokens:
@@ -57,7 +66,13 @@ def pick(
                 break
             width = wider
         prompts.add(row.prompt_key)
-        picked.append(waiting.popleft())
+        picked.append(row)
+        held[row.sender] += 1
+    taken = {id(row) for row in picked}
+    if taken:
+        left = [row for row in waiting if id(row) not in taken]
+        waiting.clear()
+        waiting.extend(left)
     return picked
 
 

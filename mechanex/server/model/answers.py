@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable
 
 from ...errors import MechanexError
+from ..http.limits import TokenQuota
 from ..metrics import Metrics
 from .requests import Generation, Result, ServedRow, Step
 
@@ -26,10 +27,13 @@ class Answers:
     Args:
         metrics: counts the ends.
         loop: where generations are told their news.
+        quota: of which answers take their tokens, or None.
     """
 
-    def __init__(self, metrics: Metrics, loop: asyncio.AbstractEventLoop) -> None:
-        self._metrics, self._loop = metrics, loop
+    def __init__(
+        self, metrics: Metrics, loop: asyncio.AbstractEventLoop, quota: TokenQuota | None = None
+    ) -> None:
+        self._metrics, self._loop, self._quota = metrics, loop, quota
         self._lock = threading.Lock()
         self._promised: dict[int, Generation] = {}
         self._closed: MechanexError | None = None
@@ -65,6 +69,8 @@ class Answers:
             self.catch_up([row])
         row.ended = True
         self.n_ended += 1
+        if self._quota is not None:
+            self._quota.spend(row.sender, len(row.chosen))
         with self._lock:
             self._promised.pop(id(row.generation), None)
         self._end(row.generation, end)

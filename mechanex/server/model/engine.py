@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from anyio.to_thread import run_sync
 from fastapi import Depends, Request
 
+from ...engine.decode.grammar import Grammars
 from ...engine.models import adapter_for
 from ...engine.models.adapter import ModelAdapter
 from ...engine.sae.autoencoder import SparseAutoencoder
@@ -48,6 +50,7 @@ class ServingEngine:
         encoder: between texts and tokens; its methods block.
         token_texts: single tokens as text, for log-probabilities.
         metrics: what is counted.
+        ends: ids of the tokens that end an answer.
 
     Args:
         settings: the limits, the folder of vectors, the behaviors.
@@ -85,13 +88,27 @@ class ServingEngine:
         self.metrics = Metrics()
         self.steerings = Steerings(self.adapter, settings, library, vectors or VectorStore())
         self.token_texts = TokenTexts(copy.deepcopy(self.tokenizer))
-        ends = end_tokens(self.adapter.hf_model, self.tokenizer)
+        self.ends = ends = end_tokens(self.adapter.hf_model, self.tokenizer)
+        self._grammars: Grammars | None = None
+        self._grammars_lock = threading.Lock()
         self.scheduler = Scheduler(self.adapter, copy.deepcopy(self.tokenizer), ends, settings, self.metrics)
         self.encoder = PromptEncoder(self.tokenizer, self.scheduler.context, self.model_name)
         self.metrics.watch(
             "waiting_requests", "Requests that wait for a place.", lambda: self.scheduler.n_waiting
         )
         self.metrics.watch("running_requests", "Requests in the model.", lambda: self.scheduler.n_running)
+
+    def grammars(self) -> Grammars:
+        """What compiles grammars for this model; blocks, and may be called from any thread.
+
+        Raises:
+            ValidationError: answers can't be held to grammars here.
+        """
+        with self._grammars_lock:
+            if self._grammars is None:
+                n_vocab = int(self.adapter.config.vocab_size)
+                self._grammars = Grammars(copy.deepcopy(self.tokenizer), n_vocab, self.ends)
+            return self._grammars
 
     @property
     def context(self) -> int | None:
@@ -109,6 +126,10 @@ class ServingEngine:
             ids = await run_sync(self.encoder.encode, prompt)
         self.adapter.check_token_ids(ids)
         return ids
+
+    async def text(self, prompt: Prompt) -> str:
+        """A prompt that ``encode`` took, as text."""
+        return await run_sync(self.encoder.text, prompt)
 
     async def autoencoder(self) -> tuple[str, SparseAutoencoder] | None:
         """The model's default autoencoder and its name, read once; None where there is none.
@@ -128,15 +149,23 @@ class ServingEngine:
     async def check_examples(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
         """Refuses what ``encode`` and the model would, before the model's thread has to do with it.
 
+        Args:
+            prompts: those of the examples.
+            answers: all first ones, then all second ones, of the prompts in order.
+
         Raises:
-            ValidationError: a prompt or an answer that is too long, unknown token ids, a chat that can't be rendered.
+            ValidationError: an example that the context can't hold, unknown token ids, a chat that can't be rendered.
         """
+
+        lengths: list[int] = []
 
         def check() -> None:
             for prompt in prompts:
-                self.adapter.check_token_ids(self.encoder.encode(prompt))
-            for answer in answers:
-                self.encoder.check_size(answer)
+                ids = self.encoder.encode(prompt)
+                self.adapter.check_token_ids(ids)
+                lengths.append(len(ids))
+            for i, answer in enumerate(answers):
+                self.encoder.check_fits(lengths[i % len(lengths)] + len(self.encoder.encode(answer)))
 
         await run_sync(check)
 

@@ -127,15 +127,22 @@ class ServedRow(Row):
         ends: ids of the tokens that end an answer.
         room: positions that the model's context has, or None.
         deadline: when, on ``time.monotonic()``'s clock, it is too late.
+        sender: whose turn it takes.
     """
 
     # As smooth to a reader as more would be, and where steps are short far fewer wake-ups of the event loop.
     pace = 0.02
 
     def __init__(
-        self, generation: Generation, tokenizer: Any, ends: Sequence[int], room: int | None, deadline: float
+        self,
+        generation: Generation,
+        tokenizer: Any,
+        ends: Sequence[int],
+        room: int | None,
+        deadline: float,
+        sender: str = "",
     ) -> None:
         super().__init__(generation.request, tokenizer, ends, room)
-        self.generation, self.deadline = generation, deadline
+        self.generation, self.deadline, self.sender = generation, deadline, sender
         self.arrived = time.monotonic()
         self.ended = False  # whether its end was told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -13,7 +14,9 @@ from ...engine.limits import check_prompt
 from ...engine.models.adapter import ModelAdapter
 from ...engine.sampling import padding_token
 from ...errors import APIError, RateLimitError, ValidationError
+from ..http.limits import TokenQuota
 from ..metrics import Metrics
+from ..senders import sender
 from ..settings import ServerSettings
 from .requests import Generation, ServedRow, TextRequest
 from .worker import Worker
@@ -46,6 +49,8 @@ class Scheduler:
         self._adapter, self._tokenizer, self._ends = adapter, tokenizer, ends
         self._settings, self._metrics = settings, metrics
         self.context = adapter.context
+        per_minute = settings.account_tokens_per_minute
+        self.quota = None if per_minute is None else TokenQuota(per_minute)
         self._accepting = False
         self._worker: Worker | None = None
         self._thread: threading.Thread | None = None
@@ -70,7 +75,7 @@ class Scheduler:
         """Starts the model's thread; call it on the event loop's thread."""
         padding = padding_token(self._tokenizer, self._ends)
         loop = asyncio.get_running_loop()
-        self._worker = Worker(self._adapter, padding, self._settings, self._metrics, loop)
+        self._worker = Worker(self._adapter, padding, self._settings, self._metrics, loop, self.quota)
         self._accepting = True
         self._thread = threading.Thread(target=self._worker.run, name="mechanex-model", daemon=True)
         self._thread.start()
@@ -86,7 +91,8 @@ class Scheduler:
         ``generation.cancel()`` frees its place at once (harmless after the end).
 
         Raises:
-            RateLimitError: the queue is full (429, with ``retry_after``).
+            RateLimitError: the queue is full, or the account's tokens of this minute are used up (429, with
+                ``retry_after``).
             ValidationError: an empty prompt, or one that fills the model's context (``context_length_exceeded``).
             APIError: the server is shutting down (503).
         """
@@ -101,16 +107,32 @@ class Scheduler:
             check_prompt(self._adapter, n_ids, request.max_tokens)
         deadline = time.monotonic() + self._settings.request_timeout
         rows = [
-            ServedRow(Generation(request), self._tokenizer, self._ends, self.context, deadline)
+            ServedRow(
+                Generation(request),
+                self._tokenizer,
+                self._ends,
+                self.context,
+                deadline,
+                request.owner if isinstance(request.owner, str) else sender(),
+            )
             for request in requests
         ]
+        if self.quota is not None:
+            for name in {row.sender for row in rows}:
+                self.quota.check(name)
         with worker.changed:
             # Those whose client has gone only wait to be swept out.
-            waiting = sum(not row.generation.cancelled for row in worker.waiting)
-            if waiting and waiting + len(rows) > self._settings.max_waiting:
-                raise self._full(waiting)
+            waiting = Counter(row.sender for row in worker.waiting if not row.generation.cancelled)
+            if waiting and waiting.total() + len(rows) > self._settings.max_waiting:
+                # One sender's requests keep no other out that has few.
+                share = self._settings.max_waiting // len({*waiting, rows[0].sender})
+                if waiting[rows[0].sender] + len(rows) > share:
+                    raise self._full(waiting.total())
             worker.answers.promise(row.generation for row in rows)
             worker.waiting.extend(rows)
+            if self.quota is not None:
+                for row in rows:
+                    self.quota.spend(row.sender, len(row.ids))
             worker.changed.notify()
         return [row.generation for row in rows]
 

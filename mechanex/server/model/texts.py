@@ -9,7 +9,8 @@ from typing import Any
 
 from ...engine.chat import Chat, has_chat_template
 from ...engine.chat_content import chat_as_text, check_roles, known_roles
-from ...engine.text import Prompt, as_chat, encode_prompt, prompt_text
+from ...engine.encode import encode_bare
+from ...engine.text import Prompt, as_chat, encode_pair, encode_prompt, prompt_text
 from ...errors import ValidationError
 
 __all__ = ["PromptEncoder"]
@@ -46,6 +47,12 @@ class PromptEncoder:
                 return chat_as_text(self._tokenizer, chat)
             return encode_prompt(self._tokenizer, prompt)
 
+    def encode_bare(self, text: str) -> list[int]:
+        """Token ids of a text without what the tokenizer adds; errors as ``encode``."""
+        self.check_size(text)
+        with self._lock:
+            return encode_bare(self._tokenizer, text)
+
     def encode_soon(self, prompt: Prompt) -> list[int] | None:
         """As ``encode``, for a prompt that takes no longer than handing it to another thread; None for one that may."""
         if isinstance(prompt, Chat) or as_chat(prompt) is not None or len(prompt) > _SHORT:
@@ -77,10 +84,39 @@ class PromptEncoder:
             "\n".join(lines) + ("" if chat.begins_answer or chat.continue_final_message else "\n")
         )
 
+    def pair(self, prompt: Prompt, answer: str) -> tuple[list[int], list[int]]:
+        """Token ids of a prompt and of an answer to it; ValidationError as :func:`mechanex.engine.text.encode_pair`, or
+        one that the context can't hold."""
+        self.check_size(answer)
+        if isinstance(prompt, str):
+            self.check_size(prompt)
+        with self._lock:
+            ids, more = encode_pair(self._tokenizer, prompt, answer)
+        self.check_fits(len(ids) + len(more))
+        return ids, more
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
         with self._lock:
             return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def decode_whole(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens written out."""
+        with self._lock:
+            return str(
+                self._tokenizer.decode(
+                    list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+                )
+            )
+
+    def check_fits(self, tokens: int) -> None:
+        """Refuses an example of more tokens than the model's context has: a ValidationError."""
+        if self._context is not None and tokens > self._context:
+            raise ValidationError(
+                f"an example has {tokens} tokens with its answer, and {self._model_name}'s context {self._context}: "
+                "shorten it.",
+                details={"code": "context_length_exceeded"},
+            )
 
     def check_size(self, text: str) -> None:
         """Refuses a text that can't fit before it is encoded, which may take seconds: a ValidationError."""

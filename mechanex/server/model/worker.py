@@ -22,18 +22,22 @@ from ...engine.models.adapter import ModelAdapter, exclusive, undisturbed
 from ...engine.pauses import pausing
 from ...engine.sae.watching import WatchingSteering
 from ...errors import APIError, MechanexError
+from ..http.limits import TokenQuota
 from ..metrics import Metrics
 from ..settings import ServerSettings
 from .admission import Room, pick, who_makes_way
 from .answers import Answers
 from .jobs import ModelJobs
 from .requests import ServedRow, Step
+from .turns import Turns
 
 __all__ = ["Worker"]
 
 _logger = logging.getLogger(__name__)
 _TURN = 32  # steps before the model is offered to other threads of the process
 _GATHERING = 0.003  # seconds in which those whose answers ended together may send what is next, to be read together too
+_HOLD = 0.1  # seconds that a pass of other work may take as a pass of prompts; gradients take twice more
+_LEAST_TOLD = 32  # tokens of a pass that says how fast the model is
 _PATIENCE = 3  # steps that a few prompts wait for more to be read together with, while others are decoded
 
 
@@ -46,6 +50,7 @@ class Worker:
         settings: the limits.
         metrics: what is counted.
         loop: where generations are told their news.
+        quota: of which answers take their tokens, or None.
     """
 
     def __init__(
@@ -55,11 +60,12 @@ class Worker:
         settings: ServerSettings,
         metrics: Metrics,
         loop: asyncio.AbstractEventLoop,
+        quota: TokenQuota | None = None,
     ) -> None:
         self.changed = threading.Condition()
         self.waiting: deque[ServedRow] = deque()
         self.jobs = ModelJobs(self.changed)
-        self.answers = Answers(metrics, loop)
+        self.answers = Answers(metrics, loop, quota)
         self.closing = False
         self.ready = threading.Event()
         self.failure: BaseException | None = None
@@ -70,10 +76,12 @@ class Worker:
         self._prefixes = Prefixes(0)
         self._decoder = self._new_decoder()
         self._reading: Reading | None = None
+        self._turns = Turns()
         self._apart: deque[ServedRow] = deque()  # whose prompts are read one by one
         self._steered = 0.0
         self._steps_since_pick = self._ended_at_pick = 0
         self._resumed = 0.0  # when other work got the model last
+        self._pass_tokens: int | None = None
 
     @property
     def n_running(self) -> int:
@@ -169,7 +177,12 @@ class Worker:
             return [self._apart.popleft()]
         most = self._settings.max_batch if self._form in TOGETHER else 1
         with self.changed:
-            picked = pick(self.waiting, self._rows, self._settings, self._room, most, self._n_unread)
+            picked = pick(
+                self.waiting, self._rows, self._settings, self._room, most, self._n_unread, self._turns
+            )
+            giver = None if picked else self._turns.who_makes_way(self.waiting, self._rows)
+        if giver is not None:  # whoever waits gets the place with the next step
+            self._read_later(giver)
         fit = []
         for row in picked:
             error = self._decoder.unfit(row)
@@ -186,6 +199,7 @@ class Worker:
     def _read_on(self) -> None:
         reading = self._reading
         assert reading is not None
+        begun, before = time.perf_counter(), reading.done
         try:
             done = self._decoder.advance(reading)
         except Exception as error:
@@ -197,6 +211,7 @@ class Worker:
                 return
             self.answers.end(rows[0], _model_error(error))
             return
+        self._note_pace((reading.done - before) * len(reading.prompts), time.perf_counter() - begun)
         if done:
             self._reading = None
             for row in _served(reading.rows):
@@ -204,12 +219,20 @@ class Worker:
                     self._metrics.first_token_seconds.observe(time.monotonic() - row.arrived)
             new = [row for row in reading.prompts if not row.chosen]
             self._metrics.prompt_tokens.inc(sum(len(row.ids) - row.cached_tokens for row in new))
+            for row in _served(reading.prompts):
+                self._turns.note(row.sender, row.n_known - row.cached_tokens)
             try:
                 outcomes = self._decoder.join(reading)
             except Exception:
                 self._decoder.rows += [row for row in reading.rows if row not in self._decoder.rows]
                 raise
             self._settle(outcomes)
+
+    def _note_pace(self, tokens: int, seconds: float) -> None:
+        """Learns from a pass how many tokens of other work hold up decoding for no longer than is noticed."""
+        if self._adapter.device.type == "cpu" and tokens >= _LEAST_TOLD:
+            fitting = int(tokens * _HOLD / max(seconds, 1e-6))
+            self._pass_tokens = max(_LEAST_TOLD, (fitting + (self._pass_tokens or fitting)) // 2)
 
     def _step(self) -> None:
         self._make_room()
@@ -286,6 +309,7 @@ class Worker:
                 self.answers.end(row, news)
                 continue
             chosen += row.max_tokens > 0
+            self._turns.note(row.sender, 1)
             if news is not None:
                 self.answers.add(row, news)
             if row.result is not None:
@@ -295,7 +319,7 @@ class Worker:
     def _work(self) -> None:
         """Does one piece of other work."""
         self._resumed = time.perf_counter()
-        with pausing(self._take_turn):
+        with pausing(self._take_turn, self._pass_tokens):
             done = self.jobs.do_one(self._adapter)
         if done:
             self._metrics.model_seconds.labels("other").inc(time.perf_counter() - self._resumed)

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
+import pydantic
 from pydantic import Field, field_validator, model_validator
 
 from ...engine.positions import TokenSelector, check_tokens
+from ...engine.tool_calls import schema_of
 from ..http.body import Body, Items, Part, few_fields
+from ..http.errors import invalid
+from .sampling import SamplingFields, Whole
+from .structured import FormFields
+from .tools import AssistantCall, Tool, ToolChoice
 
-__all__ = ["ChatBody", "CompletionBody", "ConditionItem", "GenerationBody", "SteeringItem"]
+__all__ = [
+    "ActivationItem",
+    "ChatBody",
+    "CompletionBody",
+    "ConditionItem",
+    "GenerationBody",
+    "Message",
+    "ReturnFields",
+    "SteeringFields",
+    "SteeringItem",
+    "chat_of",
+]
 
 T = TypeVar("T")
 
@@ -18,7 +35,9 @@ _Name = Annotated[str, Field(min_length=1, max_length=256)]
 _Place = Annotated[int, Field(ge=-(2**31), le=2**31)]
 _Strength = Annotated[float, Field(ge=-1e6, le=1e6)]
 _Some = Annotated[Items[T], Field(max_length=4096)]
-_Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+_LENGTHS = {"max_tokens", "max_completion_tokens"}
 
 
 class ConditionItem(Part):
@@ -64,27 +83,49 @@ class SteeringItem(Part):
         return tokens
 
 
+class ActivationItem(Part):
+    """The residual stream at one layer."""
+
+    layer: _Place
+    vector_ids: Annotated[Items[_Id], Field(min_length=1, max_length=64)] | None = Field(
+        default=None, description="Stored vectors onto which the stream of each token is projected."
+    )
+    raw: bool | None = Field(default=False, description="Whether the stream itself is told.")
+    prompt: bool | None = Field(default=False, description="Whether the prompt's tokens are told too.")
+
+    @model_validator(mode="after")
+    def _something(self) -> ActivationItem:
+        if not self.vector_ids and not self.raw:
+            raise ValueError("give vector_ids, for projections, or raw=true, for the stream itself")
+        return self
+
+
+class ReturnFields(Part):
+    """What of the model's inside an answer has."""
+
+    activations: Annotated[Items[ActivationItem], Field(min_length=1, max_length=64)] | None = None
+    logit_differences: Annotated[Whole, Field(ge=0, le=20)] | None = Field(
+        default=None,
+        description="How many tokens are named, either way, whose log-probabilities steering changes most.",
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> ReturnFields:
+        if self.activations is None and self.logit_differences is None:
+            raise ValueError("give activations or logit_differences")
+        return self
+
+
 class StreamOptions(Part):
     """What a stream has besides the answer."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
-class GenerationBody(Body):
-    """What both kinds of completion share."""
-
-    model: str | None = Field(default=None, description="The served model, or nothing.")
-    temperature: float | None = Field(default=1.0, ge=0, le=2)
-    top_p: float | None = Field(default=1.0, ge=0, le=1)
-    n: int | None = Field(default=1, ge=1, le=128)
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    stop: _Stop | Annotated[Items[_Stop], Field(max_length=16)] | None = None
-    frequency_penalty: float | None = Field(default=0.0, ge=-2, le=2)
-    presence_penalty: float | None = Field(default=0.0, ge=-2, le=2)
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], few_fields(1024)] | None = None
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+class SteeringFields(Body):
+    """What a body says of steering."""
 
     steering_vector: _Id | None = Field(default=None, description="Id of a stored vector to steer with.")
     steering_vector_id: _Id | None = Field(default=None, description="The same as steering_vector.")
@@ -117,31 +158,12 @@ class GenerationBody(Body):
         description="What is done with behavior_names: their vectors are added, or they are watched, and corrected, "
         "the answer ended (finish_reason 'behavior') or nothing done where they show.",
     )
-    behavior_scores: bool | None = Field(
-        default=False, description="Whether the answer has the scores of every token, as 'behaviors'."
-    )
     steering: Items[SteeringItem] | None = Field(
         default=None, max_length=64, description="Several vectors at once."
     )
 
-    # These change nothing about an answer, and clients send them.
-    user: str | None = None
-    metadata: Annotated[dict[str, str], few_fields()] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _bias_keys(cls, biases: dict[str, float] | None) -> dict[str, float] | None:
-        for key in biases or {}:
-            if not (key.isascii() and key.isdigit() and len(key) < 19):
-                raise ValueError(f"its keys are token ids, such as '42'; got {key[:40]!r}")
-        return biases
-
     @model_validator(mode="after")
-    def _agreeing(self) -> GenerationBody:
+    def _agreeing(self) -> SteeringFields:
         one, other = self.steering_vector, self.steering_vector_id
         if one is not None and other is not None and one != other:
             raise ValueError(
@@ -155,9 +177,33 @@ class GenerationBody(Body):
             raise ValueError(
                 f"corrected_behaviors are corrected, and behavior_action is '{self.behavior_action}': give one of them"
             )
+        return self
+
+
+class GenerationBody(SamplingFields, FormFields, SteeringFields):
+    """What both kinds of completion share."""
+
+    model: str | None = Field(default=None, description="The served model, or nothing.")
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+
+    behavior_scores: bool | None = Field(
+        default=False, description="Whether the answer has the scores of every token, as 'behaviors'."
+    )
+    returned: ReturnFields | None = Field(
+        default=None, alias="return", description="What of the model's inside the answer has."
+    )
+
+    @model_validator(mode="after")
+    def _streamed(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options goes with stream=true")
         return self
+
+    @property
+    def asked_length(self) -> bool:
+        """Whether the sender said how long an answer may be."""
+        return any(getattr(self, name, None) is not None for name in _LENGTHS & self.model_fields_set)
 
     @property
     def n_answers(self) -> int:
@@ -165,29 +211,39 @@ class GenerationBody(Body):
         return self.n or 1
 
     @property
-    def stops(self) -> tuple[str, ...]:
-        """The stop texts."""
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+    def n_drawn(self) -> int:
+        """How many are made, of which the best are given."""
+        return self.n_answers
 
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | _Some[str] | Items[int] | _Some[Items[int]] = Field(
-        description="A text, several, token ids, or several lists of them."
+    prompt: str | Items[int] | _Some[str | Items[int]] = Field(
+        description="A text, token ids, or several of either."
     )
-    max_tokens: int | None = Field(default=16, ge=0, le=2**31)
-    logprobs: int | None = Field(default=None, ge=0, le=20)
+    max_tokens: Whole | None = Field(default=16, ge=0, le=2**31)
+    logprobs: Whole | None = Field(default=None, ge=0, le=20)
     echo: bool | None = False
-    best_of: int | None = Field(default=None, ge=1, le=128)
-    suffix: Literal[""] | None = None
+    best_of: Whole | None = Field(
+        default=None,
+        ge=1,
+        le=128,
+        description="Answers that are made, of which the n likeliest by mean log-probability are given.",
+    )
+    suffix: str | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> CompletionBody:
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of other than n is not supported; ask for n answers")
+        if self.suffix:
+            raise ValueError(
+                "suffix is not supported: a text is continued at its end, not filled in; leave it out, or write the "
+                "model's own fill-in-the-middle tokens into the prompt"
+            )
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise ValueError(f"best_of is at least n: got best_of={self.best_of} and n={self.n or 1}")
+        if self.n_drawn > self.n_answers and self.stream:
+            raise ValueError("which answers are the best_of is known at their ends: it goes without stream")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens of 0 goes with echo=true")
         return self
@@ -201,6 +257,10 @@ class CompletionBody(GenerationBody):
             return [self.prompt]
         return list(self.prompt)  # type: ignore[arg-type]
 
+    @property
+    def n_drawn(self) -> int:
+        return self.best_of or self.n_answers
+
 
 class _ContentPart(Part):
     type: Literal["text"]
@@ -210,7 +270,7 @@ class _ContentPart(Part):
 class Message(Part):
     """One message of a chat."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[Items[_ContentPart], Field(max_length=1024)] | None = None
     name: str | None = None
     # What an answer of ours or another server's has when it is sent back.
@@ -218,34 +278,45 @@ class Message(Part):
     audio: None = None
     annotations: list[Any] | None = Field(default=None, max_length=0)
     function_call: None = None
-    tool_calls: list[Any] | None = Field(default=None, max_length=0)
+    tool_calls: Annotated[Items[AssistantCall], Field(max_length=128)] | None = None
+    tool_call_id: str | None = None
 
     @model_validator(mode="after")
     def _said(self) -> Message:
         if self.content is None and self.role != "assistant":
             raise ValueError(f"a {self.role} message needs content")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls are the assistant's")
         return self
 
     @property
-    def rendered(self) -> dict[str, str]:
+    def rendered(self) -> dict[str, Any]:
         """The message as chat templates take it."""
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        told: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.tool_calls:
+            told["tool_calls"] = [one.rendered for one in self.tool_calls]
+        if self.role == "tool":
+            told |= {
+                name: one for name in ("tool_call_id", "name") if (one := getattr(self, name)) is not None
+            }
+        return told
 
-
-class _TextFormat(Part):
-    type: Literal["text"]
+    @property
+    def of_tools(self) -> bool:
+        """Whether a template has to know tools to write it."""
+        return self.role == "tool" or bool(self.tool_calls)
 
 
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: Items[Message] = Field(min_length=1, max_length=4096)
-    max_tokens: int | None = Field(default=None, ge=1, le=2**31)
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31)
+    max_tokens: Whole | None = Field(default=None, ge=1, le=2**31)
+    max_completion_tokens: Whole | None = Field(default=None, ge=1, le=2**31)
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    top_logprobs: Whole | None = Field(default=None, ge=0, le=20)
     continue_final_message: bool | None = Field(
         default=False, description="Go on with the last message instead of answering it."
     )
@@ -256,11 +327,9 @@ class ChatBody(GenerationBody):
     chat_template_kwargs: Annotated[dict[str, Any], few_fields()] | None = Field(
         default=None, description="Further variables of the model's chat template."
     )
-    # Only what this server can do is taken: text, and no tools.
-    response_format: _TextFormat | None = None
     modalities: Items[Literal["text"]] | None = None
-    tools: list[Any] | None = Field(default=None, max_length=0)
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[Items[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     functions: list[Any] | None = Field(default=None, max_length=0)
     function_call: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
@@ -274,7 +343,41 @@ class ChatBody(GenerationBody):
                 "continue_final_message goes on with the last message and add_generation_prompt begins another; "
                 "ask for one of them"
             )
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("tool_choice asks for a call, and there are no tools")
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
             raise ValueError("max_tokens and max_completion_tokens are one field; they differ")
         return self
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else list(self.tools or ())
+
+    @property
+    def form(self) -> tuple[str, Any, Any] | None:
+        """As in bodies of all kinds; a call that has to come is one, too."""
+        form, choice = super().form, self.tool_choice
+        if not self.offered or (choice != "required" and not isinstance(choice, ToolChoice)):
+            return form
+        if form is not None:
+            raise invalid(f"tool_choice asks for a call, and {form[0]} for another form.", form[0])
+        named = None if isinstance(choice, str) or choice is None else choice.function.name
+        functions = [one.rendered["function"] for one in self.offered if named in (None, one.function.name)]
+        return "tools", "json", schema_of(functions)
+
+
+def chat_of(body: Body, fields: dict[str, Any]) -> ChatBody:
+    """A chat that is asked for in another API's words, with that body's model and steering.
+
+    Raises:
+        ValidationError: what no chat can be asked for.
+    """
+    same = {"model", *SteeringFields.model_fields} & body.model_fields_set
+    try:
+        return ChatBody.model_validate({name: getattr(body, name) for name in same} | fields)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise invalid(f"Invalid value for '{where}': {first['msg']}.", None) from error

@@ -11,8 +11,10 @@ from typing import Any
 
 from ... import __version__
 from ...engine.token_texts import TokenTexts
-from ..model.requests import Result, Step, TokenLogprob
+from ..model.requests import Result, Step, TextRequest, TokenLogprob
+from .inspection import Inspection
 from .scores import Scores
+from .tools import CallReader
 
 __all__ = ["DONE", "ChatReply", "CompletionReply", "Reply", "event"]
 
@@ -30,6 +32,30 @@ def _event(text: str) -> bytes:
     return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
 
 
+class Running:
+    """The usage of each answer of a stream as far as it has come.
+
+    Args:
+        requests: one per answer.
+    """
+
+    def __init__(self, requests: Sequence[TextRequest]) -> None:
+        self._prompts = [len(one.ids) for one in requests]
+        self._chosen = [0] * len(requests)
+
+    def take(self, index: int, news: Step | Result) -> None:
+        """Counts the tokens that have come."""
+        if isinstance(news, Step):
+            self._chosen[index] += len(news.tokens)
+        else:
+            self._chosen[index] = news.completion_tokens
+
+    def usage(self, index: int) -> dict[str, int]:
+        """Of one answer."""
+        prompt, chosen = self._prompts[index], self._chosen[index]
+        return {"prompt_tokens": prompt, "completion_tokens": chosen, "total_tokens": prompt + chosen}
+
+
 class Reply:
     """What the answers to one request share.
 
@@ -40,9 +66,15 @@ class Reply:
 
     Attributes:
         scores: what was seen in the answers' tokens, where that was asked for.
+        prompts: for each answer the token ids of its prompt, where token ids were asked for.
+        inside: what of the model's inside the answers have, where that was asked for.
+        running: counts what a stream has told, where every event is to have the usage.
     """
 
     scores: Scores | None = None
+    prompts: Sequence[Sequence[int]] | None = None
+    running: Running | None = None
+    inside: Inspection | None = None
     prefix: str
     whole: str
     part: str
@@ -53,16 +85,32 @@ class Reply:
         self._model = model
         # The same in all events of a stream.
         self._begin = _json(self._head(self.part))[:-1] + ',"choices":'
+        self._known: dict[int, list[int]] = {}  # token ids of each answer of a stream
+        self._n_told: dict[int, int] = {}
 
-    def complete(self, results: Sequence[Result], n: int) -> dict[str, Any]:
-        """The whole answer, of ``n`` choices to a prompt."""
-        choices = [self.choice(i, result) for i, result in enumerate(results)]
+    def complete(self, results: Sequence[Result], usage: dict[str, Any]) -> dict[str, Any]:
+        """The whole answer.
+
+        Args:
+            results: of the answers that are told.
+            usage: of all that were made.
+        """
+        choices = [self.choice(i, result) | {"stop_reason": result.stop} for i, result in enumerate(results)]
+        if self.prompts is not None:
+            choices = [
+                c | {"token_ids": list(results[i].tokens), "prompt_token_ids": list(self.prompts[i])}
+                for i, c in enumerate(choices)
+            ]
         if self.scores is not None:
             choices = [c | {"behaviors": self.scores.whole(i, results[i])} for i, c in enumerate(choices)]
-        return self._head(self.whole) | {"choices": choices, "usage": self.usage(results, n)}
+        if self.inside is not None:
+            choices = [c | self.inside.found[i] for i, c in enumerate(choices)]
+        return self._head(self.whole) | {"choices": choices, "usage": usage}
 
     def chunk(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None, ask: bool) -> bytes:
         """One event of a stream; ``ask`` is whether the client asked for the usage."""
+        if self.running is not None and choices:
+            usage, ask = self.running.usage(choices[0]["index"]), True
         end = f',"usage":{_json(usage)}}}' if ask else "}"
         return _event(self._begin + _json(list(choices)) + end)
 
@@ -81,11 +129,33 @@ class Reply:
     def parts(self, index: int, news: Step | Result) -> list[dict[str, Any]]:
         """As ``told``, with what was seen meanwhile."""
         parts = self.told(index, news)
+        if isinstance(news, Result):
+            parts[-1]["stop_reason"] = news.stop
+            if self.inside is not None:
+                parts[-1] |= self.inside.found[index]
+        if self.running is not None:
+            self.running.take(index, news)
+        if self.prompts is not None:
+            self._tell_ids(index, news, parts)
         if self.scores is not None:
             self.scores.take(index, news)
             if parts:
                 parts[-1] |= {"behaviors": self.scores.part(index, isinstance(news, Result))}
         return parts
+
+    def _tell_ids(self, index: int, news: Step | Result, parts: list[dict[str, Any]]) -> None:
+        """Adds the token ids that a stream has not told yet, and at its begin those of the prompt."""
+        assert self.prompts is not None
+        known = self._known.setdefault(index, [])
+        if isinstance(news, Step):
+            known += news.tokens
+        else:
+            known[:] = news.tokens
+        if parts:
+            if index not in self._n_told:
+                parts[0]["prompt_token_ids"] = list(self.prompts[index])
+            parts[-1]["token_ids"] = known[self._n_told.get(index, 0) :]
+            self._n_told[index] = len(known)
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
@@ -111,25 +181,55 @@ class Reply:
 
 
 class ChatReply(Reply):
-    """Answers of /v1/chat/completions."""
+    """Answers of /v1/chat/completions.
+
+    Args:
+        model, texts, with_logprobs: as for ``Reply``.
+        calls: finds calls of tools; None where there are no tools.
+    """
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(
+        self, model: str, texts: TokenTexts, with_logprobs: bool, calls: CallReader | None = None
+    ) -> None:
+        super().__init__(model, texts, with_logprobs)
+        self._calls = calls
+
     def choice(self, index: int, result: Result) -> dict[str, Any]:
+        said = self._said(result)
         return {
             "index": index,
-            "message": {"role": "assistant", "content": result.text, "refusal": None},
+            "message": {"role": "assistant", "refusal": None, **said},
             "logprobs": self._logprobs(result.logprobs),
-            "finish_reason": result.finish_reason,
+            "finish_reason": "tool_calls" if "tool_calls" in said else result.finish_reason,
         }
+
+    def _said(self, result: Result) -> dict[str, Any]:
+        return {"content": result.text} if self._calls is None else self._calls.message(result)
 
     def first(self, index: int) -> list[dict[str, Any]]:
         return [self._delta(index, {"role": "assistant", "content": "", "refusal": None})]
 
     def told(self, index: int, news: Step | Result) -> list[dict[str, Any]]:
         if isinstance(news, Result):
-            return [self._delta(index, {}, reason=news.finish_reason)]
+            return self._ended(index, news)
+        if self._calls is not None:
+            return []  # whether it is a call is known at its end
         return [self._delta(index, {"content": news.text}, self._logprobs(news.logprobs))]
+
+    def _ended(self, index: int, result: Result) -> list[dict[str, Any]]:
+        if self._calls is None:
+            return [self._delta(index, {}, reason=result.finish_reason)]
+        said = self._said(result)
+        calls = said.pop("tool_calls", None)
+        if calls is not None:
+            said["tool_calls"] = [one | {"index": i} for i, one in enumerate(calls)]
+        reason = result.finish_reason if calls is None else "tool_calls"
+        return [
+            self._delta(index, said, self._logprobs(result.logprobs)),
+            self._delta(index, {}, reason=reason),
+        ]
 
     @staticmethod
     def _delta(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
+from anyio.to_thread import run_sync
 from fastapi.responses import StreamingResponse
 
 from ...errors import MechanexError
@@ -49,13 +50,24 @@ async def _events(reply: Reply, generations: Sequence[Generation], n: int, ask: 
         yield b"".join(reply.chunk([choice], None, ask) for choice in first)
     results: dict[int, Result] = {}
     async for batch in _merged(generations):
-        told = [reply.chunk([choice], None, ask) for i, news in batch for choice in reply.parts(i, news)]
+        if reply.inside is not None:
+            for i, news in batch:
+                if isinstance(news, Result):
+                    await reply.inside.read(i, news)
+        if any(news.prompt_logprobs for _, news in batch):
+            told = await run_sync(_chunks, reply, batch, ask)  # of whole prompts, which take a while
+        else:
+            told = _chunks(reply, batch, ask)
         results.update((i, news) for i, news in batch if isinstance(news, Result))
         if len(results) == len(generations):
             if ask:
                 told.append(reply.chunk([], reply.usage([results[i] for i in sorted(results)], n), ask))
             told.append(DONE)
         yield b"".join(told)
+
+
+def _chunks(reply: Reply, batch: _News, ask: bool) -> list[bytes]:
+    return [reply.chunk([choice], None, ask) for i, news in batch for choice in reply.parts(i, news)]
 
 
 async def _merged(generations: Sequence[Generation]) -> AsyncIterator[_News]:

@@ -1,0 +1,204 @@
+"""A direction taken out of all that a model writes to its residual stream: by hooks while it runs, or in its weights.
+
+(Arditi et al., arXiv:2406.11717, sections 2.4 and 4.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ValidationError
+from .attaching import after
+from .hooks import Intervention, SteeringPlan
+from .intervention import Edit, widest
+from .models import adapter_for
+from .models.adapter import Handles, ModelAdapter, exclusive, undisturbed
+from .structure.graph import structure_of
+from .vectors import SteeringVector
+
+__all__ = ["ablate_everywhere", "orthogonalize"]
+
+# How far the weights may be from doing what the ablation does: of what that changes in the logits, and in roundings.
+_CLOSE, _ROUNDINGS = 0.01, 16
+
+
+def ablate_everywhere(model: nn.Module | ModelAdapter, vector: SteeringVector) -> Handles:
+    """Takes the vector's direction out of the stream wherever it is read, until the handle is removed.
+
+    That is at every site, the stream that leaves the last block included, and in what attention and MLPs write within a
+    block.
+
+    Args:
+        model: a Hugging Face or TransformerLens model.
+        vector: of one layer; its direction is taken out at all of them.
+
+    Raises:
+        ValidationError: a vector of several layers, of another width, or zero.
+    """
+    adapter = adapter_for(model)
+    direction = _direction(adapter, vector)
+    sites = [Intervention(layer, Edit.ablate(direction)) for layer in range(adapter.n_layers + 1)]
+    writers = [
+        one.module for one in structure_of(adapter).components if one.role not in ("embedding", "block")
+    ]
+    handles = SteeringPlan(sites).apply(adapter)
+    for module in writers:
+        handles.add(after(module, _without(direction)))
+    return handles
+
+
+def orthogonalize(model: nn.Module | ModelAdapter, vector: SteeringVector) -> Handles:
+    """Takes the vector's direction out of every weight that writes to the stream; the same as ``ablate_everywhere``.
+
+    Embeddings that the head shares become its own. The result is compared with the ablation on a few tokens.
+
+    Args:
+        model: a Hugging Face or TransformerLens model, changed in place.
+        vector: of one layer.
+
+    Returns:
+        A handle; ``remove()`` puts the weights back as they were.
+
+    Raises:
+        ValidationError: a vector of several layers, of another width, or zero; or a model of which this isn't the
+            same, as where a norm follows what is written. Its weights are then as before.
+    """
+    adapter = adapter_for(model)
+    direction = _direction(adapter, vector)
+    plain = _logits(adapter)
+    with ablate_everywhere(adapter, vector):
+        ablated = _logits(adapter)
+    undo = _Undo()
+    handles = Handles()
+    handles.add(undo)
+    try:
+        with exclusive(adapter), torch.no_grad():
+            _untie(adapter, undo)
+            for weight, along in _written(adapter):
+                undo.keep(weight)
+                weight.copy_(_projected(weight, direction, along))
+        off, moved = (_logits(adapter) - ablated).norm(), (ablated - plain).norm()
+        rounding = _ROUNDINGS * torch.finfo(adapter.dtype).eps * float(plain.norm())
+        if not float(off) <= _CLOSE * float(moved) + rounding:
+            raise ValidationError(
+                f"orthogonal weights don't do in {adapter.model_id} what the ablation does (a norm or a scale may "
+                "follow what its parts write, or their weights are of another kind): use ablate_everywhere."
+            )
+    except BaseException:
+        handles.remove()
+        raise
+    return handles
+
+
+class _Undo:
+    """Weights as they were."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
+
+    def keep(self, weight: Tensor) -> None:
+        before = weight.detach().clone()
+        self._steps.append(lambda: weight.detach().copy_(before))
+
+    def later(self, step: Callable[[], object]) -> None:
+        self._steps.append(step)
+
+    def remove(self) -> None:
+        with torch.no_grad():
+            while self._steps:
+                self._steps.pop()()
+
+
+def _direction(adapter: ModelAdapter, vector: SteeringVector) -> Tensor:
+    if len(vector) != 1:
+        raise ValidationError(
+            f"one direction is taken out everywhere, and the vector has {len(vector)}: choose a layer, such as "
+            f"vector.restricted([{vector.layers[0]}])."
+        )
+    vector.plan(adapter)  # checks the width and the family
+    return vector[vector.layers[0]]
+
+
+def _without(direction: Tensor) -> Callable[..., Any]:
+    edit = Edit.ablate(direction)
+
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return edit.apply(output)
+        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+            return (edit.apply(output[0]), *output[1:])
+        return None
+
+    return hook
+
+
+def _written(adapter: ModelAdapter) -> list[tuple[Tensor, int]]:
+    """Weights whose products are written to the stream, and their dimension of d_model; biases too."""
+    structure = structure_of(adapter)
+    found: dict[int, tuple[Tensor, int]] = {}
+    head = adapter.head
+    for module in adapter.hf_model.modules():
+        if (
+            isinstance(module, nn.Embedding)
+            and module is not head
+            and module.embedding_dim == adapter.d_model
+        ):
+            found[id(module.weight)] = (module.weight, 1)
+    for component in structure.components:
+        if component.role in ("embedding", "block"):
+            continue
+        inside = [
+            call
+            for call in structure.observed.calls
+            if (call.path == component.path or call.path.startswith(component.path + "."))
+            and not list(call.module.children())
+            and isinstance(getattr(call.module, "weight", None), Tensor)
+            and call.module.weight.ndim == 2
+        ]
+        if not inside:
+            continue
+        last: Any = max(inside, key=lambda call: call.ended).module
+        # nn.Linear has [out, in]; GPT-2's Conv1D [in, out], and says so by nf.
+        found[id(last.weight)] = (last.weight, 1 if hasattr(last, "nf") else 0)
+        if isinstance(getattr(last, "bias", None), Tensor):
+            found[id(last.bias)] = (last.bias, 0)
+    return [one for one in found.values() if one[0].shape[one[1]] == adapter.d_model]
+
+
+def _projected(weight: Tensor, direction: Tensor, along: int) -> Tensor:
+    wide = weight.detach().to(widest(weight.device))
+    v = direction.to(wide)
+    v = v / v.norm()
+    if along == 0:
+        kept: Tensor = wide - torch.tensordot(v, v @ wide, 0)
+    else:
+        kept = wide - torch.outer(wide @ v, v)
+    return kept.to(weight.dtype)
+
+
+def _untie(adapter: ModelAdapter, undo: _Undo) -> None:
+    """Gives the head weights of its own, where it shares those of the embeddings."""
+    head: Any = adapter.head
+    shared: Any = getattr(head, "weight", None)
+    own: Any = getattr(adapter.embedding, "weight", None)
+    if shared is None or shared is not own:
+        return
+    config: Any = adapter.config
+    tied = getattr(config, "tie_word_embeddings", None)
+    head.weight = nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
+    undo.later(lambda: setattr(head, "weight", shared))
+    if tied is not None:
+        config.tie_word_embeddings = False
+        undo.later(lambda: setattr(config, "tie_word_embeddings", tied))
+
+
+def _logits(adapter: ModelAdapter) -> Tensor:
+    vocabulary = int(getattr(adapter.config, "vocab_size", 97))
+    ids = (torch.arange(16) * 7 % min(vocabulary, 97)).reshape(2, 8).to(adapter.device)
+    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
+        logits: Tensor = adapter.call(input_ids=ids).logits
+        return logits.double().cpu()

@@ -1,0 +1,89 @@
+"""The fields of a body that give an answer its form: JSON by a schema, a regular expression, a choice, a grammar."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from anyio.to_thread import run_sync
+from pydantic import Field, model_validator
+
+from ...engine.decode.grammar import Grammar
+from ...errors import ValidationError
+from ..http.body import Body, Items, Part
+from ..http.errors import invalid
+from ..model.engine import ServingEngine
+
+__all__ = ["FormFields", "form_of"]
+
+Schema = dict[str, Any]
+_Texts = Annotated[
+    Items[Annotated[str, Field(min_length=1, max_length=10_000)]], Field(min_length=1, max_length=1024)
+]
+
+
+class _Named(Part):
+    name: str | None = None
+    description: str | None = None
+    schema_: Schema | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Part):
+    """OpenAI's ``response_format``."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _Named | None = None
+
+    @model_validator(mode="after")
+    def _with_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with type 'json_schema', and that with it")
+        return self
+
+
+class FormFields(Body):
+    """What form an answer has; one of them."""
+
+    response_format: ResponseFormat | None = None
+    guided_json: Schema | None = Field(default=None, description="A JSON schema.")
+    guided_regex: str | None = Field(default=None, min_length=1, description="The whole answer matches it.")
+    guided_choice: _Texts | None = Field(default=None, description="The answer is one of these texts.")
+    guided_grammar: str | None = Field(
+        default=None, min_length=1, description="A grammar, in Lark's form or as GBNF."
+    )
+
+    @property
+    def form(self) -> tuple[str, Any, Any] | None:
+        """The name of the field that gives the form, what kind it is, and what it says."""
+        found: list[tuple[str, Any, Any]] = []
+        wanted = self.response_format
+        if wanted is not None and wanted.type != "text":
+            named = wanted.json_schema
+            schema = {"type": "object"} if named is None or named.schema_ is None else named.schema_
+            found.append(("response_format", "json", schema))
+        for kind in ("json", "regex", "choice", "grammar"):
+            if (given := getattr(self, f"guided_{kind}")) is not None:
+                found.append((f"guided_{kind}", kind, given))
+        if len(found) > 1:
+            raise invalid(f"An answer has one form: give {found[0][0]} or {found[1][0]}.", found[1][0])
+        return found[0] if found else None
+
+
+async def form_of(engine: ServingEngine, body: FormFields) -> Grammar | None:
+    """The grammar that answers follow, if any.
+
+    Raises:
+        ValidationError: a form that can't be followed, with the field as ``param``.
+    """
+    form = body.form
+    if form is None:
+        return None
+    name, kind, given = form
+    for other in ("ignore_eos", "min_tokens"):
+        if getattr(body, other, None):
+            raise invalid(f"{other} holds off the end that {name} asks for: leave one of them out.", other)
+    try:
+        grammars = await run_sync(engine.grammars)
+        return await run_sync(grammars.compiled, kind, given)
+    except ValidationError as error:
+        raise invalid(f"Invalid value for '{name}': {error.message}", name) from error

@@ -1,0 +1,91 @@
+"""Texts to tokens and back, as vLLM's servers have it: ``/tokenize`` and ``/detokenize``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends
+from pydantic import Field, model_validator
+
+from ...engine.chat import Chat
+from ..accounts.auth import Principal, principal
+from ..http.body import Body, Items, few_fields
+from ..http.routes import Route
+from ..model.engine import Engine
+from .answering import check_model
+from .bodies import Message
+from .sampling import Whole
+from .tools import Tool
+
+__all__ = ["tokens_router"]
+
+Who = Annotated[Principal, Depends(principal)]
+
+
+class TokenizeBody(Body):
+    """POST /tokenize: a text, or a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[Items[Message], Field(min_length=1, max_length=4096)] | None = None
+    add_special_tokens: bool | None = Field(
+        default=True,
+        description="Whether a text gets what the tokenizer adds; a chat's template decides itself.",
+    )
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = False
+    chat_template_kwargs: Annotated[dict[str, Any], few_fields()] | None = None
+    tools: Annotated[Items[Tool], Field(max_length=128)] | None = None
+    return_token_strs: bool | None = False
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give a prompt, a text, or messages, a chat; one of them")
+        return self
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: Items[Whole]
+
+
+def tokens_router() -> APIRouter:
+    """The routes beside /v1."""
+    router = APIRouter(tags=["openai"], route_class=Route)
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"description": "An error object."} for status in (400, 401, 404, 413)
+    }
+    router.add_api_route("/tokenize", _tokenize, methods=["POST"], responses=errors)
+    router.add_api_route("/detokenize", _detokenize, methods=["POST"], responses=errors)
+    return router
+
+
+async def _tokenize(body: TokenizeBody, engine: Engine, who: Who) -> dict[str, Any]:
+    """The token ids that a prompt is read as."""
+    check_model(engine, body.model)
+    if body.messages is not None:
+        chat = Chat(
+            [message.rendered for message in body.messages],
+            continue_final_message=bool(body.continue_final_message),
+            add_generation_prompt=body.add_generation_prompt,
+            template_kwargs=body.chat_template_kwargs or {},
+            tools=[one.rendered for one in body.tools or ()],
+        )
+        ids = await run_sync(engine.encoder.encode_chat, chat)
+    elif body.add_special_tokens is False:
+        ids = await run_sync(engine.encoder.encode_bare, body.prompt or "")
+    else:
+        ids = await engine.encode(body.prompt or "")
+    strings = [engine.token_texts[token][0] for token in ids] if body.return_token_strs else None
+    return {"count": len(ids), "max_model_len": engine.context, "tokens": ids, "token_strs": strings}
+
+
+async def _detokenize(body: DetokenizeBody, engine: Engine, who: Who) -> dict[str, Any]:
+    """The text of token ids, special tokens written out."""
+    check_model(engine, body.model)
+    engine.adapter.check_token_ids(body.tokens)
+    return {"prompt": await run_sync(engine.encoder.decode_whole, body.tokens)}

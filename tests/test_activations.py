@@ -1,0 +1,119 @@
+"""Activations of texts: as the model has them alone, in memory and in files; projections on a vector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from mechanex import Mechanex, NotFoundError, SteeringVector, ValidationError
+from mechanex.engine.activations import Activations
+
+TEXTS = ["Clara walked into the bakery.", "The", "Anna went to the market on Friday.", "Clara walked home."]
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Mechanex]:
+    made = Mechanex()
+    made.load("mx-tiny", backend="transformers")
+    made.set_execution_mode("local")
+    yield made
+
+
+def streams(client: Mechanex, text: Any) -> list[numpy.ndarray[Any, Any]]:
+    """The stream entering each layer, of a text that runs alone."""
+    from mechanex.engine.text import encode_prompt
+
+    ids = torch.tensor([encode_prompt(client.tokenizer, text)])
+    model: Any = client.local_model
+    with torch.no_grad():
+        return [x[0].numpy() for x in model(ids, output_hidden_states=True).hidden_states]
+
+
+def close(a: Any, b: Any) -> bool:
+    return numpy.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_every_token_is_what_it_is_alone(client: Mechanex) -> None:
+    texts = [*TEXTS, [5], [7, 8, 9]]
+    found = client.model.activations(texts, layers=[0, 3], tokens="all")
+    for i, text in enumerate(texts):
+        alone = streams(client, text)
+        assert found.lengths[i] == len(alone[0])
+        assert all(close(found.by_text(layer)[i], alone[layer]) for layer in (0, 3))
+
+
+def test_the_last_token_is_the_usual_one_and_all_layers_are(client: Mechanex) -> None:
+    found = client.model.activations(TEXTS)
+    n = len(found) - 1
+    assert list(found) == list(range(n + 1)) and found[3].shape == (len(TEXTS), 128)
+    assert close(found[3], [streams(client, text)[3][-1] for text in TEXTS])
+    assert found[3].dtype == numpy.float32
+
+
+@pytest.mark.parametrize("tokens", [0, -2, slice(1, 3), slice(-2, None)])
+def test_places_and_slices_count_in_each_text(client: Mechanex, tokens: Any) -> None:
+    texts = [TEXTS[0], TEXTS[2]]
+    found = client.model.activations(texts, layers=[-1], tokens=tokens)
+    (layer,) = found
+    alone = [numpy.atleast_2d(streams(client, text)[layer][tokens]) for text in texts]
+    assert close(found[layer], numpy.concatenate(alone))
+
+
+def test_files_hold_what_memory_would(client: Mechanex, tmp_path: Path) -> None:
+    written = client.model.activations(TEXTS, layers=[2, 4], tokens="all", out=tmp_path / "acts")
+    assert isinstance(written[2], numpy.memmap)
+    opened = Activations.load(tmp_path / "acts")
+    assert list(opened) == [2, 4] and opened.lengths == written.lengths
+    assert numpy.array_equal(opened[4], client.model.activations(TEXTS, layers=[4], tokens="all")[4])
+    with pytest.raises(NotFoundError, match="holds no activations"):
+        Activations.load(tmp_path)
+
+
+def test_steering_that_is_applied_is_seen(client: Mechanex) -> None:
+    vector = SteeringVector({3: torch.ones(128)})
+    plain = client.model.activations(TEXTS, layers=[3])
+    with vector.apply(client.local_model):  # type: ignore[arg-type]
+        steered = client.model.activations(TEXTS, layers=[3])
+    assert close(steered[3], plain[3] + 1)
+
+
+def test_projections_are_in_the_units_of_the_stream(client: Mechanex) -> None:
+    vector = SteeringVector({3: 5 * torch.eye(128)[7], 5: torch.ones(128)})
+    found = client.model.activations(TEXTS, layers=[3, 4], tokens="all")
+    projected = vector.project(found)
+    assert list(projected) == [3] and close(projected[3], found[3][:, 7])
+    with pytest.raises(ValidationError, match="no layer in common"):
+        vector.project({4: found[4]})
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"texts": []}, "at least one"),
+        ({"texts": "a text"}, "list of texts"),
+        ({"texts": TEXTS, "tokens": "first"}, "'last', 'all'"),
+        ({"texts": TEXTS, "tokens": 5}, "text 1 has"),
+        ({"texts": TEXTS, "layers": [99]}, "99"),
+    ],
+)
+def test_what_has_no_activations_is_refused(client: Mechanex, given: Any, says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        client.model.activations(**given)
+
+
+def test_the_logit_lens_ends_in_what_the_model_says(client: Mechanex) -> None:
+    found = client.model.logit_lens(TEXTS[:2], top=3)
+    ids = client.tokenizer(TEXTS[0], return_tensors="pt").input_ids
+    model: Any = client.local_model
+    with torch.no_grad():
+        logits = model(ids).logits[0, -1].log_softmax(-1)
+    last = found[max(found)]
+    assert last[0][0][0] == client.tokenizer.decode([int(logits.argmax())])
+    assert abs(last[0][0][1] - float(logits.max().exp())) < 1e-4
+    assert all(len(layer) == 2 and len(layer[0]) == 3 for layer in found.values())
+    assert list(found) == list(range(len(found)))

@@ -1,0 +1,77 @@
+"""A direction that is taken out: by steering everywhere, or in the weights, which do the same and can be put back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, build, n_hooks
+
+from mechanex import Mechanex, SteeringVector, ValidationError
+from mechanex.engine.orthogonalize import ablate_everywhere, orthogonalize
+
+IDS = torch.tensor([[5, 9, 17, 3, 40, 11]])
+
+
+def direction(width: int, layer: int = 2) -> SteeringVector:
+    return SteeringVector({layer: torch.randn(width, generator=torch.Generator().manual_seed(1))})
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits.clone()
+
+
+def weights(model: Any) -> list[torch.Tensor]:
+    return [weight.detach().clone() for weight in model.parameters()]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen2", "opt", "phi"])
+def test_weights_do_what_the_ablation_does_and_come_back(family: str) -> None:
+    model = FAMILIES[family]()
+    vector = direction(48)
+    plain, before, hooks = logits(model), weights(model), n_hooks(model)
+    with ablate_everywhere(model, vector):
+        ablated = logits(model)
+    assert n_hooks(model) == hooks and torch.equal(logits(model), plain)
+    handle = orthogonalize(model, vector)
+    try:
+        moved = (ablated - plain).abs().max()
+        assert moved > 1e-3 and (logits(model) - ablated).abs().max() < 1e-2 * moved
+        v = vector[2] / vector[2].norm()
+        for states in model(IDS, output_hidden_states=True).hidden_states[:-1]:
+            assert (states @ v).abs().max() < 1e-4
+    finally:
+        handle.remove()
+    assert torch.equal(logits(model), plain)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+
+
+def test_the_stream_has_nothing_of_the_direction_at_any_site() -> None:
+    client = Mechanex()
+    client.load("mx-tiny", backend="transformers")
+    vector = direction(128)
+    with client.steering.ablate_everywhere(vector):
+        found = client.model.activations(["Anna went to the market."], tokens="all")
+        text = client.generation.generate("Anna went", 8, "greedy")
+    everywhere = SteeringVector({layer: vector[2] for layer in found})
+    assert all(abs(projected).max() < 1e-4 for projected in everywhere.project(found).values())
+    with client.steering.orthogonalize(vector):
+        assert client.generation.generate("Anna went", 8, "greedy") == text
+
+
+def test_a_model_whose_weights_cannot_do_it_is_left_as_it_was() -> None:
+    model = FAMILIES["gemma2"]()  # a norm follows what attention and MLPs write
+    before = weights(model)
+    with pytest.raises(ValidationError, match="use ablate_everywhere"):
+        orthogonalize(model, direction(48))
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+
+
+def test_one_direction_is_taken_out() -> None:
+    several = SteeringVector({1: torch.ones(48), 2: torch.ones(48)})
+    with pytest.raises(ValidationError, match=r"restricted\(\[1\]\)"):
+        ablate_everywhere(build("llama"), several)
+    with pytest.raises(ValidationError, match="128 wide"):
+        ablate_everywhere(build("llama"), direction(128))
