@@ -86,14 +86,14 @@ def test_a_key_is_made_printed_once_and_works(guarded: ServerProcess) -> None:
 
 def test_the_key_of_the_environment(tmp_path: Path) -> None:
     with serving(
-        home=tmp_path, host="0.0.0.0", environment={"MECHANEX_SERVER_KEY": "s3cret-of-the-server"}
+        home=tmp_path, host="0.0.0.0", environment={"MECHANEX_SERVER_KEY": "s3cret-of-theirs"}
     ) as running:
-        assert call(running, "GET", "/v1/models", Authorization="Bearer s3cret-of-the-server")[0] == 200
+        assert call(running, "GET", "/v1/models", Authorization="Bearer s3cret-of-theirs")[0] == 200
         assert call(running, "GET", "/v1/models", Authorization="Bearer other")[0] == 401
         # An account's API key opens the server too.
         account = {"email": "anna@example.com", "password": "a long password"}
         status, _, answer = call(
-            running, "POST", "/auth/signup", account, Authorization="Bearer s3cret-of-the-server"
+            running, "POST", "/auth/signup", account, Authorization="Bearer s3cret-of-theirs"
         )
         assert status == 200, answer
         token = json.loads(answer)["session"]["access_token"]
@@ -101,7 +101,7 @@ def test_the_key_of_the_environment(tmp_path: Path) -> None:
         made = json.loads(answer)
         key = made.get("key") or made["api_key"]
         assert call(running, "GET", "/v1/models", Authorization=f"Bearer {key}")[0] == 200
-        assert "s3cret-of-the-server" not in running.output()
+        assert "s3cret-of-theirs" not in running.output()
         assert key not in running.output()
 
 

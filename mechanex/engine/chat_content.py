@@ -32,7 +32,7 @@ def chat_as_text(tokenizer: Any, chat: Chat) -> list[int]:
         ValidationError: as :func:`~mechanex.engine.chat.chat_ids`, or a message that spells a control token where the
             template or the tokenizer can't have it as text.
     """
-    for text in _texts([chat.messages, chat.template_kwargs]):
+    for text in _texts([chat.messages, chat.tools, chat.template_kwargs]):
         check_characters(text)
     control = _control_tokens(tokenizer)
     pattern = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
@@ -107,7 +107,7 @@ class _Placeholders:
     """
 
     def __init__(self, pattern: re.Pattern[str], chat: Chat) -> None:
-        written = set("".join(_texts([chat.messages, chat.template_kwargs])))
+        written = set("".join(_texts([chat.messages, chat.tools, chat.template_kwargs])))
         begin, end = [one for one in map(chr, _PRIVATE) if one not in written][:2]
         self.texts: dict[str, str] = {}
 
@@ -116,15 +116,20 @@ class _Placeholders:
             self.texts[placeholder] = match[0]
             return placeholder
 
-        def hidden(found: Any, name: object = None) -> Any:
+        def hidden(found: Any) -> Any:
             if isinstance(found, str):
-                return found if name == "role" else pattern.sub(hide, found)
+                return pattern.sub(hide, found)
             if isinstance(found, Mapping):
-                return {key: hidden(value, key) for key, value in found.items()}
+                return {name: hidden(value) for name, value in found.items()}
             return [hidden(one) for one in found] if isinstance(found, (list, tuple)) else found
 
+        # A role is one of those that the template knows.
+        messages = [
+            {name: value if name == "role" else hidden(value) for name, value in message.items()}
+            for message in chat.messages
+        ]
         self.chat = replace(
-            chat, messages=hidden(chat.messages), template_kwargs=hidden(chat.template_kwargs)
+            chat, messages=messages, tools=hidden(chat.tools), template_kwargs=hidden(chat.template_kwargs)
         )
         self._each = re.compile(f"{begin}[0-9]+{end}")
 

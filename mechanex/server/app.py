@@ -31,7 +31,7 @@ from .openai.routes import openai_router
 from .openai.tokens import tokens_router
 from .page.files import PAGE_PATHS
 from .page.routes import page_router
-from .settings import SHORTEST_KEY, ServerSettings
+from .settings import ServerSettings
 
 if TYPE_CHECKING:
     from ..engine.models.resolve import LoadedModel
@@ -77,8 +77,6 @@ def create_app(
             f"a server at {settings.host} is reached by other machines and needs a key: set MECHANEX_SERVER_KEY or "
             "key=…, or bind 127.0.0.1."
         )
-    if key is not None and len(key) < SHORTEST_KEY:
-        _logger.warning("the server's key has %d characters: take %d or more", len(key), SHORTEST_KEY)
     try:
         store = open_store(settings)
     except StorageError as error:

@@ -12,12 +12,10 @@ from pathlib import Path
 
 from ..errors import ValidationError
 
-__all__ = ["SHORTEST_KEY", "ServerSettings"]
-
-SHORTEST_KEY = 16
-"""Characters of the server's key, off loopback."""
+__all__ = ["ServerSettings"]
 
 KEY_VARIABLE = "MECHANEX_SERVER_KEY"
+_LEAST_KEY = 16
 
 
 @dataclass(frozen=True)
@@ -160,14 +158,18 @@ class ServerSettings:
         """The key that opens the whole server: ``key``, or ``MECHANEX_SERVER_KEY``, or None; spaces around it go.
 
         Raises:
-            ValidationError: the variable holds what is no key, or a key that could be guessed by other machines.
+            ValidationError: the variable holds what is no key, or one that could be guessed from other machines.
         """
-        given = self.key or (os.environ if environ is None else environ).get(KEY_VARIABLE)
-        key = _checked_key(given) if given else None
-        if key is not None and len(key) < SHORTEST_KEY and not self.is_loopback:
+        key = self.key
+        if key is None:
+            key = (os.environ if environ is None else environ).get(KEY_VARIABLE) or None
+        if key is None:
+            return None
+        key = _checked_key(key)
+        if len(key) < _LEAST_KEY and not self.is_loopback:
             raise ValidationError(
-                f"a server at {self.host} is reached by other machines, and its key has {len(key)} characters, which "
-                f"can be guessed: take {SHORTEST_KEY} or more, or bind 127.0.0.1."
+                f"the server's key has {len(key)} characters, and on an address that others reach it needs "
+                f"{_LEAST_KEY}: python -c 'import secrets; print(secrets.token_urlsafe(32))' makes one."
             )
         return key
 
