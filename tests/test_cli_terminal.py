@@ -79,6 +79,7 @@ ELSEWHERE = {
 WITHOUT_DATA = {
     *ASKING,
     "chat",
+    "orthogonalize",
     "change-password",
     "delete-account",
     "delete-api-key",
