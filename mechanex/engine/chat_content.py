@@ -32,7 +32,7 @@ def chat_as_text(tokenizer: Any, chat: Chat) -> list[int]:
         ValidationError: as :func:`~mechanex.engine.chat.chat_ids`, or a message that spells a control token where the
             template or the tokenizer can't have it as text.
     """
-    for text in _texts([chat.messages, chat.template_kwargs]):
+    for text in _texts([chat.messages, chat.template_kwargs, chat.tools]):
         check_characters(text)
     control = _control_tokens(tokenizer)
     pattern = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
@@ -107,7 +107,7 @@ class _Placeholders:
     """
 
     def __init__(self, pattern: re.Pattern[str], chat: Chat) -> None:
-        written = set("".join(_texts([chat.messages, chat.template_kwargs])))
+        written = set("".join(_texts([chat.messages, chat.template_kwargs, chat.tools])))
         begin, end = [one for one in map(chr, _PRIVATE) if one not in written][:2]
         self.texts: dict[str, str] = {}
 
@@ -116,15 +116,21 @@ class _Placeholders:
             self.texts[placeholder] = match[0]
             return placeholder
 
-        def hidden(found: Any, name: object = None) -> Any:
+        def hidden(found: Any) -> Any:
             if isinstance(found, str):
-                return found if name == "role" else pattern.sub(hide, found)
-            if isinstance(found, Mapping):
-                return {key: hidden(value, key) for key, value in found.items()}
+                return pattern.sub(hide, found)
+            if isinstance(found, Mapping):  # what a call was given, or takes, is named by whoever sends it
+                return {hidden(key): hidden(value) for key, value in found.items()}
             return [hidden(one) for one in found] if isinstance(found, (list, tuple)) else found
 
         self.chat = replace(
-            chat, messages=hidden(chat.messages), template_kwargs=hidden(chat.template_kwargs)
+            chat,
+            messages=[
+                {key: value if key == "role" else hidden(value) for key, value in one.items()}
+                for one in chat.messages
+            ],
+            template_kwargs=hidden(chat.template_kwargs),
+            tools=hidden(chat.tools),
         )
         self._each = re.compile(f"{begin}[0-9]+{end}")
 
@@ -191,7 +197,8 @@ def _texts(found: Any) -> Iterator[str]:
     if isinstance(found, str):
         yield found
     elif isinstance(found, Mapping):
-        for value in found.values():
+        for key, value in found.items():
+            yield from _texts(key)
             yield from _texts(value)
     elif isinstance(found, (list, tuple)):
         for value in found:
