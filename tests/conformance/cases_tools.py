@@ -93,6 +93,24 @@ def _(api: Api) -> None:
     assert "It rains." in written and '"arguments": {"city"' in written
 
 
+@case("mechanex", "control tokens that tools and calls spell, in names of arguments too, are text")
+def _(api: Api) -> None:
+    (end,) = api.post("/tokenize", prompt="<|end|>", add_special_tokens=False)["tokens"]
+
+    def asked(text: str) -> tuple[int, int]:
+        """How many control tokens a chat has that says this text in all places, and how often it reads so."""
+        parameters = {"type": "object", "properties": {text: {"type": "string", "description": text}}}
+        tool = {"type": "function", "function": {"name": "f", "description": text, "parameters": parameters}}
+        written = json.dumps({text: text, "role": text})
+        call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": written}}
+        said = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": text}]
+        tokens = api.post("/tokenize", messages=[*QUESTION, *said], tools=[tool])["tokens"]
+        return tokens.count(end), api.post("/detokenize", tokens=tokens)["prompt"].count("<|end|>")
+
+    plain, spelled = asked("x"), asked("<|end|>")
+    assert spelled[0] == plain[0] == plain[1] and spelled[1] == plain[1] + 7
+
+
 @case("OpenAI", "tools that can't be honoured are a 400 that says why")
 def _(api: Api) -> None:
     path = "/v1/chat/completions"

@@ -14,7 +14,8 @@ from mechanex.engine.models.resolve import load
 
 TEMPLATE = (
     "{{ bos_token }}{% if tools %}{{ '<|system|>Call <tool_call>: ' + (tools | tojson) + '<|end|>' }}{% endif %}"
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['role'] == 'tool' %}{{ 'Result: ' }}{% endif %}{{ message['content'] }}"
     "{% for call in message.tool_calls or [] %}{{ '<tool_call>' + (call.function | tojson) + '</tool_call>' }}"
     "{% endfor %}{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )

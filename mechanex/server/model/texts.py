@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -41,7 +42,8 @@ class PromptEncoder:
             self.check_size(prompt)
         elif chat is not None:
             check_roles(chat, self._roles)
-            self.check_size("".join(str(message.get("content", "")) for message in chat.messages))
+            said = "".join(str(message.get("content", "")) for message in chat.messages)
+            self.check_size(said + json.dumps([*chat.tools]))
         with self._lock:
             if chat is not None and has_chat_template(self._tokenizer):
                 return chat_as_text(self._tokenizer, chat)
