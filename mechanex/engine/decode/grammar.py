@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import MechanexError, ValidationError
+from ...extras import install_line
 
 __all__ = ["Grammar", "GrammarState", "Grammars", "Masks"]
 
@@ -98,7 +99,7 @@ class Grammars:
             import llguidance.hf
         except ImportError:
             raise ValidationError(
-                "answers in a given form need llguidance: pip install 'mechanex[serve]'."
+                f"answers in a given form need llguidance: {install_line('serve')}."
             ) from None
         if not ends:
             raise ValidationError(
