@@ -55,7 +55,7 @@ class Target:
     def ask(self, path: str, body: Any, key: str = KEY) -> int:
         """The status of an answer; 0 where the connection ended."""
         try:
-            return call(self.server, "POST", path, body, x_api_key=key)[0]
+            return call(self.server, "POST", path, body, authorization=f"Bearer {key}")[0]
         except (OSError, http.client.HTTPException):
             return 0
 
@@ -285,7 +285,9 @@ def account(server: ServerProcess, email: str) -> tuple[str, str]:
     login = {"email": email, "password": PASSWORD}
     session = json.loads(call(server, "POST", "/auth/signup", login, x_api_key=KEY)[2])["session"]
     token = str(session["access_token"])
-    return str(json.loads(call(server, "POST", "/auth/api-keys", {}, x_api_key=token)[2])["key"]), token
+    return str(
+        json.loads(call(server, "POST", "/auth/api-keys", {}, authorization=f"Bearer {token}")[2])["key"]
+    ), token
 
 
 def main() -> None:

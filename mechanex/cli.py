@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ._version import __version__
-from .commands import doses, inside, sae_group, tools, with_model
+from .commands import doses, inside, research, sae_group, tools, with_model
 from .commands.group import Group
 from .commands.options import email_option, json_option, new_password_option, password_option
 from .demo.command import demo
@@ -165,7 +165,16 @@ def delete_account(password: str) -> None:
 
 
 for _command in (
-    *(with_model.steer, with_model.score, with_model.cite, with_model.optimize, with_model.serve, demo),
+    *(research.activations, research.orthogonalize),
+    *(
+        with_model.chat,
+        with_model.steer,
+        with_model.score,
+        with_model.cite,
+        with_model.optimize,
+        with_model.serve,
+        demo,
+    ),
     *(doses.measure, doses.sweep),
     *(tools.models, tools.vectors, tools.doctor, sae_group.sae, inside.model, inside.attribute),
 ):

@@ -19,7 +19,7 @@ from .remote.account import AccountCalls
 from .remote.address import Address
 from .remote.answers import names
 from .remote.credentials import CredentialStore
-from .remote.transport import Transport
+from .remote.transport import MAX_ANSWER_BYTES, Transport
 from .sae import SAEModule
 from .steering import SteeringModule
 
@@ -49,6 +49,7 @@ class Mechanex(AccountCalls):
             (``MECHANEX_CONFIG``, or ``~/.mechanex/config.json``).
         timeout: seconds that any call to the server may take; by default 30, and 600 for those that run a model.
         allow_http: send credentials over plain http to other machines (``MECHANEX_ALLOW_HTTP=1`` does too).
+        max_answer_bytes: most bytes of a server's answer, packed and unpacked; 64 MiB by default.
 
     Attributes:
         generation: text generation.
@@ -70,6 +71,7 @@ class Mechanex(AccountCalls):
         *,
         timeout: float | None = None,
         allow_http: bool = False,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
         self.generation: GenerationModule = GenerationModule(self)
         self.steering: SteeringModule = SteeringModule(self)
@@ -77,7 +79,13 @@ class Mechanex(AccountCalls):
         self.attribution: AttributionModule = AttributionModule(self)
         self.model: ModelModule = ModelModule(self)
         self.raag: RAAGModule = RAAGModule(self)
-        self.transport = Transport(CredentialStore(api_key), base_url, timeout=timeout, allow_http=allow_http)
+        self.transport = Transport(
+            CredentialStore(api_key),
+            base_url,
+            timeout=timeout,
+            allow_http=allow_http,
+            max_answer_bytes=max_answer_bytes,
+        )
         self._loaded: LoadedModel | None = None
         self._vectors: VectorStore | None = None
         self._execution_mode = "auto"

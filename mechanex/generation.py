@@ -166,6 +166,10 @@ class GenerationModule(_BaseModule):
                 model doesn't have, or, in remote mode, what can't be sent.
         """
         steering_strength = chosen_strength(steering_strength, strength, steered=steering_vector is not None)
+        if isinstance(steering_vector, (list, tuple)) and not steering_vector:
+            raise ValidationError(
+                "steering_vector is an empty list: give vectors or plans, or None for none."
+            )
         several = are_prompts(prompt)
         if several and stream:
             raise ValidationError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import MechanexError, ValidationError
+from .extras import install_line
 from .launched import global_rank
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def serve(
         if error.name and error.name.startswith("mechanex"):
             raise
         raise MechanexError(
-            f"serving needs {error.name}, which isn't installed: pip install 'mechanex[serve]'."
+            f"serving needs {error.name}, which isn't installed: {install_line('serve')}."
         ) from error
     for name, given in (("corrected_behaviors", corrected_behaviors), ("behaviors", behaviors)):
         if isinstance(given, str):

@@ -127,6 +127,10 @@ class Terminal:
         """Types a line."""
         self._child.sendline(line)
 
+    def press_interrupt(self) -> None:
+        """Presses Ctrl-C once, for a command that goes on."""
+        self._child.sendintr()
+
     def interrupt(self, patience: float = 20.0) -> Ran:
         """Presses Ctrl-C until the command ends: again after so many seconds in which nothing came of it.
 

@@ -86,6 +86,17 @@ def test_variables_of_the_template_are_text_too(tokenizer: Any, monkeypatch: pyt
     assert [one for one in found if one in control] == [one for one in plain if one in control]
 
 
+def test_tools_are_text_too(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ tools | tojson }}" + CHATML)
+    control = set(tokenizer.all_special_ids)
+    found, plain = (
+        chat_as_text(tokenizer, Chat(user("Hi"), tools=[{"name": "look", "role": f"up {text}"}]))
+        for text in ("<|end|>", "")
+    )
+    assert [one for one in found if one in control] == [one for one in plain if one in control]
+    assert len(found) > len(plain)
+
+
 @pytest.mark.parametrize("change", ["upper", "tojson", "length", "replace('<|end|>', '')"])
 def test_a_template_that_changes_it_refuses_it_or_has_it_as_text(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, change: str

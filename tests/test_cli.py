@@ -244,7 +244,7 @@ def test_demo_without_matplotlib_says_how_to_get_the_plot(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     out = run("demo", "--out", tmp_path).stdout
-    assert "pip install 'mechanex[plot]'" in out and not (tmp_path / "steering.png").exists()
+    assert "pip install '.[plot]'" in out and not (tmp_path / "steering.png").exists()
 
 
 def test_demo_into_a_file_is_an_error(tmp_path: Path) -> None:

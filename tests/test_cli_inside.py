@@ -84,7 +84,7 @@ def test_a_figure_that_cannot_be_written_is_told_before_anything_runs(
         monkeypatch.setattr(module, "load", None)
     assert "ends with .png, .svg, .pdf" in run(*command, tmp_path / "a.gif", code=1).stderr
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "pip install 'mechanex[plot]'" in run(*command, tmp_path / "a.png", code=1).stderr
+    assert "pip install '.[plot]'" in run(*command, tmp_path / "a.png", code=1).stderr
 
 
 def test_drawings_need_something_to_draw(tmp_path: Path) -> None:

@@ -59,7 +59,10 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
 ASKING = {"login", "signup"}
 # Autoencoders, and what looks into a model or an answer, have files of tests of their own.
 ELSEWHERE = {
+    "activations",
     "attribute",
+    "chat",
+    "orthogonalize",
     "cite",
     "measure",
     "sweep",
@@ -75,6 +78,8 @@ ELSEWHERE = {
 }
 WITHOUT_DATA = {
     *ASKING,
+    "chat",
+    "orthogonalize",
     "change-password",
     "delete-account",
     "delete-api-key",

@@ -347,5 +347,10 @@ def test_without_the_harness_the_import_says_what_to_install(monkeypatch):
     for name in [n for n in sys.modules if n.startswith("mechanex.eval")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'mechanex\[eval\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[eval\]'"):
         importlib.import_module("mechanex.eval")
+
+
+def test_a_misspelt_argument_is_no_argument_of_the_loader() -> None:
+    with pytest.raises(ValueError, match=r"'vektor' is no argument.*did you mean 'vector'"):
+        importlib.import_module("mechanex.eval").LM.create_from_arg_string("pretrained=mx-tiny,vektor=a")

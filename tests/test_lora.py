@@ -116,9 +116,7 @@ def test_a_whole_model_saved_with_its_adapter_is_not_loaded_without_it(saved, tm
 def test_without_peft_the_install_is_named(saved, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "peft" else find(n, *a))
-    with pytest.raises(
-        ValidationError, match=r"adapter.*peft is not installed.*pip install 'mechanex\[lora\]'"
-    ):
+    with pytest.raises(ValidationError, match=r"adapter.*peft is not installed.*pip install '\.\[lora\]'"):
         load(saved[0])
 
 

@@ -121,7 +121,7 @@ def test_the_figure_and_the_page_show_every_edge(local: Mechanex) -> None:
 def test_the_figure_needs_matplotlib(local: Mechanex, monkeypatch: pytest.MonkeyPatch) -> None:
     result = local.raag.generate(ASKED[:1], docs=DOCS)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ValidationError, match=r"pip install 'mechanex\[plot\]'"):
+    with pytest.raises(ValidationError, match=r"pip install '\.\[plot\]'"):
         mechanex.raag.draw_edges(result)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import email.utils
+import gzip
+import json
 import logging
 import os
 import socket
@@ -10,6 +12,7 @@ import ssl
 import subprocess
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,11 +30,11 @@ from mechanex import (
     RateLimitError,
     ValidationError,
 )
-from mechanex.remote import deadline, transport
+from mechanex.remote import credentials, transport
 from mechanex.remote.address import PUBLIC_BACKEND, address
 from mechanex.remote.credentials import CredentialStore
 from mechanex.remote.identity import Credentials, Tokens
-from mechanex.remote.transport import Transport
+from mechanex.remote.transport import MAX_ANSWER_BYTES, Transport
 
 KEY = "mxk-secret-key-0123456789"
 ACCESS, REFRESH = "access-token-secret-1", "refresh-token-secret-1"
@@ -826,9 +829,84 @@ def test_a_body_that_json_cannot_hold_is_not_sent(proxy: FaultyProxy, value: Any
     assert not proxy.requests
 
 
-def test_an_answer_without_end_is_given_up(proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deadline, "_MOST_BYTES", 1000)
+def test_an_answer_without_end_is_given_up(proxy: FaultyProxy) -> None:
     proxy.faults = [Status(200, '"' + "x" * 2000 + '"'), Pass()]
-    with pytest.raises(APIError, match="more than 1,000 bytes"):
+    client = Mechanex(proxy.url, KEY, max_answer_bytes=1000)
+    with pytest.raises(APIError, match="more than 1,000 bytes; give the client a larger max_answer_bytes"):
+        client.transport.get("/models")
+    assert client.transport.get("/models")["ok"]
+    for wrong in (0, -1, 1.5, True, "64 MiB"):
+        with pytest.raises(ValidationError, match="max_answer_bytes is a whole number above 0"):
+            Mechanex(max_answer_bytes=wrong)  # type: ignore[arg-type]
+
+
+def packed(body: bytes, encoding: str = "gzip") -> Raw:
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {encoding}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return Raw(head.encode() + body)
+
+
+def test_an_answer_that_is_packed_unasked_is_unpacked_within_bounds(proxy: FaultyProxy) -> None:
+    answer = json.dumps({"text": "x" * 100_000}).encode()
+    proxy.faults = [packed(gzip.compress(answer)), packed(zlib.compress(answer), "Deflate")]
+    for _ in range(2):
+        assert to(proxy).get("/models") == json.loads(answer)
+    bomb = gzip.compress(b'"' + bytes(MAX_ANSWER_BYTES) + b'"')
+    for given, why in (
+        (packed(bomb), "unpacks to more than 67,108,864 bytes: give the client a larger max_answer_bytes"),
+        (packed(gzip.compress(answer)[:-20]), "cut off"),
+        (packed(b"no gzip at all"), "damaged"),
+        (packed(answer, "br"), "packed as 'br', which it wasn't asked for"),
+    ):
+        proxy.faults = [given]
+        with pytest.raises(APIError, match=why):
+            to(proxy).post("/generate", {})
+
+
+@pytest.mark.parametrize(
+    "body, why",
+    [
+        ('{"a":' * 200 + "1" + "}" * 200, "nests more than 100 deep"),
+        ("[" * 200_000 + "]" * 200_000, "nests more than 100 deep"),
+        ('{"loss": NaN}', "NaN is no number of JSON"),
+        ("[-Infinity]", "-Infinity is no number of JSON"),
+    ],
+)
+def test_what_no_program_can_work_on_is_not_taken_for_an_answer(
+    proxy: FaultyProxy, body: str, why: str
+) -> None:
+    proxy.faults = [Status(200, body), Status(400, body)]
+    with pytest.raises(APIError, match=why):
         to(proxy).get("/models")
-    assert to(proxy).get("/models")["ok"]
+    with pytest.raises(ValidationError):
+        to(proxy).get("/models")
+    proxy.faults = [Status(200, "[" * 100 + "]" * 100)]
+    assert to(proxy).get("/models")
+
+
+def test_a_message_with_half_of_a_surrogate_pair_can_be_printed(proxy: FaultyProxy) -> None:
+    proxy.faults = [Status(400, '{"detail": "not \\ud83e"}')]
+    with pytest.raises(ValidationError) as error:
+        to(proxy).get("/models")
+    assert str(error.value).encode() == b"[400] not \\ud83e"
+
+
+def test_a_session_that_a_server_refused_by_mistake_goes_on_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does whose clock was ahead for a while, and took the session for one that had expired."""
+    ahead = [True]
+
+    def answer(request: Received) -> Any:
+        if request.path == "/auth/refresh" and not ahead[0]:
+            return Status(200, '{"session": {"access_token": "access-2", "refresh_token": "refresh-2"}}')
+        return None if request.headers.get("authorization") == "Bearer access-2" else Status(401)
+
+    with FaultyProxy(answer=answer) as server:
+        client = Mechanex(server.url).set_token(ACCESS, REFRESH)
+        with pytest.raises(AuthenticationError, match="session has ended"):
+            client.whoami()
+        ahead[0] = False
+        with pytest.raises(AuthenticationError, match="session has ended"):
+            client.whoami()  # not asked for again at once
+        now = time.monotonic()
+        monkeypatch.setattr(credentials.time, "monotonic", lambda: now + 61)
+        monkeypatch.setattr(client.transport, "_timeout", 600.0)
+        assert client.whoami()["ok"]

@@ -151,3 +151,18 @@ def test_a_schedule_by_a_function_is_no_file(
     plan = vector.scheduled(lambda place: 1.0).plan(client.local_model)  # type: ignore[arg-type]
     with pytest.raises(ValidationError, match="function can't be saved"):
         plan.save(tmp_path / "plan.safetensors")
+
+
+def test_an_empty_list_of_vectors_is_no_unsteered_text(client: Mechanex) -> None:
+    with pytest.raises(ValidationError, match="empty list"):
+        write(client, steering_vector=[])
+
+
+def test_text_without_a_tokenizer_says_how_a_client_gets_one(client: Mechanex) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = client.local_model
+    bare = Mechanex().set_local_model(AutoModelForCausalLM.from_config(model.config))
+    for call in (bare.generation.generate, lambda text: bare.model.activations([text])):
+        with pytest.raises(ValidationError, match=r"set_local_model\(model, tokenizer\)"):
+            call(PROMPT)

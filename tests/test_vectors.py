@@ -258,3 +258,8 @@ def test_a_folder_that_cannot_be_written_costs_a_warning_not_the_vector(
     vector_id = store.put(a)
     assert "MECHANEX_HOME" in caplog.text
     assert store.get(vector_id) == a
+
+
+def test_a_vector_is_compared_with_lists_too() -> None:
+    found = SteeringVector({3: [3.0, 4.0]}).cosine_similarity({3: [4.0, 3.0], 4: [1.0, 0.0]})
+    assert found == pytest.approx({3: 0.96})

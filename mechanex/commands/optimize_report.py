@@ -19,6 +19,7 @@ from ..engine.positions import TokenSelector
 from ..engine.sampling import Options
 from ..engine.score import completion_logprobs
 from ..engine.text import encode_pair, encode_prompt, prompt_text
+from ..extras import install_line
 from .console import console, exp, model_text
 
 __all__ = ["Figures", "Scored", "measure", "print_report", "save_curve", "side_by_side"]
@@ -223,7 +224,7 @@ def print_report(report: Mapping[str, Any], figures: Figures | None, out: Path, 
     say(
         f"curve: {curve}"
         if curve is not None
-        else "curve: none, matplotlib is missing; pip install 'mechanex[plot]'"
+        else f"curve: none, matplotlib is missing; {install_line('plot')}"
     )
 
 

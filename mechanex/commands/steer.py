@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 from rich.table import Table
 
 from ..bundled import dataset_path
-from ..engine.caa import caa_vectors
 from ..engine.datasets import read_pairs
 from ..engine.formats.files import format_of
 from ..engine.generate import generate_batch
+from ..engine.methods import vectors_by
 from ..engine.models.resolve import LoadedModel, load
+from ..engine.provenance import data_fields, origin_fields
 from ..engine.sampling import Options
 from ..engine.text import Prompt, prompt_text
 from ..engine.vectors import SteeringVector
@@ -62,7 +64,7 @@ def run_steer(
     pairs = None if data is None else read_pairs(dataset_path(data), split=split)
     loaded = load(model, backend="transformers", device=device, dtype=dtype)
     if pairs is not None:
-        found = caa_vectors(
+        found = vectors_by(method)(
             loaded.model,
             pairs.prompts,
             pairs.positive_answers,
@@ -71,6 +73,9 @@ def run_steer(
             loaded.tokenizer,
             progress=sys.stderr.isatty(),
         )
+        lists = (pairs.prompts, pairs.positive_answers, pairs.negative_answers)
+        fields = data_fields(lists, name=os.path.basename(dataset_path(data or "")), split=split)
+        found = found.noted(**fields, **origin_fields(loaded.model))
     assert found is not None
     if save is not None:
         found.save(save)

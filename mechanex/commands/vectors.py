@@ -43,7 +43,8 @@ def run_list(as_json: bool) -> None:
     table = Table()
     columns = ("id", "model", "method", "layers", "width", "stored")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        # An id that is broken over lines can't be copied.
+        table.add_column(column, overflow="fold", no_wrap=column == "id")
     for one in found:
         table.add_row(*(model_text(_shown(one[column])) for column in columns))
     console().print(table)
@@ -147,6 +148,7 @@ def run_delete(vector_ids: Sequence[str]) -> None:
         MechanexError: there is none with one of the ids, or its file can't be deleted.
     """
     store = VectorStore()
+    vector_ids = [store.completed(one) for one in vector_ids]
     unknown = [one for one in vector_ids if one not in store]
     for vector_id in unknown or dict.fromkeys(vector_ids):  # the first unknown one raises
         store.delete(vector_id)
@@ -157,13 +159,15 @@ def find_vector(vector: str, site: Site | None = None) -> SteeringVector:
     """The vector that a user means by a stored vector's id or a file's path.
 
     Args:
-        vector: the id or path.
+        vector: the id, what only one id begins with, or a path.
         site: what the layers of a file mean, as in ``SteeringVector.load``; for files alone.
 
     Raises:
         MechanexError: there is none, or its file is damaged.
     """
     store = VectorStore()
+    if not Path(vector).exists():
+        vector = store.completed(vector)
     is_file = vector not in store and (Path(vector).suffix or os.sep in vector)
     if is_file:
         return SteeringVector.load(vector, site=site)

@@ -19,7 +19,7 @@ from .options import (
     split_option,
 )
 
-__all__ = ["cite", "optimize", "score", "serve", "steer"]
+__all__ = ["chat", "cite", "optimize", "score", "serve", "steer"]
 
 _model = click.argument("model", shell_complete=complete_model)
 
@@ -40,7 +40,7 @@ _model = click.argument("model", shell_complete=complete_model)
 @layer_option("may be repeated")
 @click.option(
     "--method",
-    type=click.Choice(["caa"]),
+    type=click.Choice(["caa", "few-shot", "pca", "probe"]),
     default="caa",
     show_default=True,
     help="How --data makes a vector.",
@@ -85,6 +85,47 @@ def steer(**options: Any) -> None:
     from .steer import run_steer
 
     run_steer(**options)
+
+
+@click.command()
+@_model
+@click.option("--vector", type=click.Path(), help="Steer by this file or stored vector's id.")
+@click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the vector.")
+@click.option(
+    "--guard",
+    type=click.FloatRange(min=0),
+    help="Most nats by which the vector may move a token's distribution.",
+)
+@click.option("--system", help="A system prompt, for models with a chat template.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Most tokens of an answer.",
+)
+@click.option(
+    "--sampling-method",
+    default="top-k",
+    show_default=True,
+    help="How tokens are drawn: greedy, top-k, top-p, min-p or typical.",
+)
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="Divides the logits.")
+@seed_option
+@device_option
+@dtype_option
+def chat(**options: Any) -> None:
+    """Talk with a model, steered, and turn the strength meanwhile.
+
+    \b
+      mechanex chat smollm2-135m --vector calm.safetensors --strength 0.5
+
+    /help lists what can be typed there: /strength, /vector, /compare, /budget, /save, /reset, /quit. Ctrl-C stops an
+    answer, and not the chat.
+    """
+    from .chat import run_chat
+
+    run_chat(**options)
 
 
 @click.command()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ..commands.console import console, model_text
+from ..extras import install_line
 
 if TYPE_CHECKING:
     from .measure import Measurement, Steering
@@ -107,7 +108,7 @@ def print_report(
     for line in conclusions:
         screen.print(line, markup=False)
     screen.print(f"figures: {_short(figures)}", markup=False)
-    missing = "plot: none, matplotlib is missing; pip install 'mechanex[plot]' and run the demo again"
+    missing = f"plot: none, matplotlib is missing; {install_line('plot')}, and run the demo again"
     screen.print(missing if plot is None else f"plot: {_short(plot)}", markup=False)
     screen.print(f"{seconds:.0f} s", markup=False)
 

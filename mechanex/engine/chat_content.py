@@ -32,7 +32,7 @@ def chat_as_text(tokenizer: Any, chat: Chat) -> list[int]:
         ValidationError: as :func:`~mechanex.engine.chat.chat_ids`, or a message that spells a control token where the
             template or the tokenizer can't have it as text.
     """
-    for text in _texts([chat.messages, chat.template_kwargs, chat.tools]):
+    for text in _texts([chat.messages, chat.tools, chat.template_kwargs]):
         check_characters(text)
     control = _control_tokens(tokenizer)
     pattern = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
@@ -107,7 +107,7 @@ class _Placeholders:
     """
 
     def __init__(self, pattern: re.Pattern[str], chat: Chat) -> None:
-        written = set("".join(_texts([chat.messages, chat.template_kwargs, chat.tools])))
+        written = set("".join(_texts([chat.messages, chat.tools, chat.template_kwargs])))
         begin, end = [one for one in map(chr, _PRIVATE) if one not in written][:2]
         self.texts: dict[str, str] = {}
 
@@ -120,17 +120,16 @@ class _Placeholders:
             if isinstance(found, str):
                 return pattern.sub(hide, found)
             if isinstance(found, Mapping):  # what a call was given, or takes, is named by whoever sends it
-                return {hidden(key): hidden(value) for key, value in found.items()}
+                return {hidden(name): hidden(value) for name, value in found.items()}
             return [hidden(one) for one in found] if isinstance(found, (list, tuple)) else found
 
+        # A role is one of those that the template knows.
+        messages = [
+            {name: value if name == "role" else hidden(value) for name, value in message.items()}
+            for message in chat.messages
+        ]
         self.chat = replace(
-            chat,
-            messages=[
-                {key: value if key == "role" else hidden(value) for key, value in one.items()}
-                for one in chat.messages
-            ],
-            template_kwargs=hidden(chat.template_kwargs),
-            tools=hidden(chat.tools),
+            chat, messages=messages, tools=hidden(chat.tools), template_kwargs=hidden(chat.template_kwargs)
         )
         self._each = re.compile(f"{begin}[0-9]+{end}")
 
@@ -197,8 +196,8 @@ def _texts(found: Any) -> Iterator[str]:
     if isinstance(found, str):
         yield found
     elif isinstance(found, Mapping):
-        for key, value in found.items():
-            yield from _texts(key)
+        for name, value in found.items():
+            yield from _texts(name)
             yield from _texts(value)
     elif isinstance(found, (list, tuple)):
         for value in found:

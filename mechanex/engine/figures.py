@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ValidationError
+from ..extras import install_line
 from ..home import atomic_path
 
 __all__ = ["BLUE", "RED", "check_figure", "figure_to", "new_figure", "plain_text"]
@@ -43,7 +44,7 @@ def _classes(instead: str = "") -> tuple[Any, Any]:
     except ImportError as error:
         raise ValidationError(
             "figures are drawn by matplotlib, which isn't installed: "
-            f"pip install 'mechanex[plot]'{', ' + instead if instead else ''}."
+            f"{install_line('plot')}{', ' + instead if instead else ''}."
         ) from error
     return Figure, FigureCanvasAgg
 

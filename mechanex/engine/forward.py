@@ -17,9 +17,8 @@ from .capabilities.unembedding import unembedding_agrees, watch_unembedding
 from .intervention import compute_dtype
 from .limits import check_length, window_of
 from .models.adapter import ModelAdapter
-from .pack import BATCH_TOKENS, BATCH_TOKENS_GPU, ROW_TOKENS, TREES, Mask, Pack, Pair, build_packs
+from .pack import ROW_TOKENS, TREES, Mask, Pack, Pair, build_packs, usual_tokens
 from .passes import run_pack, scored_hidden
-from .pauses import pass_tokens
 from .regimes import regimes_of
 
 __all__ = ["chosen_logprobs", "packs_for", "scored_logits", "scored_logprobs"]
@@ -60,7 +59,7 @@ def packs_for(
         raise ValidationError("There is nothing to run: no (prompt, completion) pairs were given.")
     most_tree = sys.maxsize if batch_tokens is None else batch_tokens
     if batch_tokens is None:
-        batch_tokens = pass_tokens(BATCH_TOKENS if adapter.device.type == "cpu" else BATCH_TOKENS_GPU)
+        batch_tokens = usual_tokens(adapter.device)
     longest = max(len(p) + len(c) for p, c in pairs) - int(scoring)
     check_length(adapter, longest)
     adapter.check_token_ids(token for pair in pairs for ids in pair for token in ids)

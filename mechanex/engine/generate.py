@@ -74,7 +74,10 @@ class Generating:
         self.adapter = adapter_for(model)
         self.tokenizer = tokenizer if tokenizer is not None else self.adapter.tokenizer
         if self.tokenizer is None:
-            raise ValidationError("generation needs the model's tokenizer: pass tokenizer=….")
+            raise ValidationError(
+                "generation needs the model's tokenizer: pass tokenizer=… (a client gets one by "
+                "set_local_model(model, tokenizer))."
+            )
         if self.adapter.head is None:
             raise ValidationError(
                 f"{self.adapter.model_id} can't generate: load it with AutoModelForCausalLM, or by name."

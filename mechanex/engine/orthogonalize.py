@@ -184,12 +184,12 @@ def _untie(adapter: ModelAdapter, undo: _Undo) -> None:
     """Gives the head weights of its own, where it shares those of the embeddings."""
     head: Any = adapter.head
     shared: Any = getattr(head, "weight", None)
-    own: Any = getattr(adapter.embedding, "weight", None)
-    if shared is None or shared is not own:
+    is_tied = shared is getattr(adapter.embedding, "weight", None)
+    if shared is None or not is_tied:
         return
     config: Any = adapter.config
     tied = getattr(config, "tie_word_embeddings", None)
-    head.weight = nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
+    head.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
     undo.later(lambda: setattr(head, "weight", shared))
     if tied is not None:
         config.tie_word_embeddings = False

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ValidationError
+from .pauses import pass_tokens
 from .positions import Positions, given_positions
 from .regimes import each_alone, text_lengths
 
-__all__ = ["TREES", "Mask", "Pack", "PackLayout", "build_packs"]
+__all__ = ["TREES", "Mask", "Pack", "PackLayout", "build_packs", "usual_tokens"]
 
 PackLayout = Literal["tree", "padded"]
 # How a model takes a tree mask: one; one already cut to its attention window; or one by kind of layer.
@@ -40,6 +41,11 @@ BATCH_TOKENS_GPU = 8192
 MASK_CHUNK = 1 << 22
 
 _BY_TOKEN = ("input_ids", "position_ids", "segment", "parent", "prompt_length", "text_length", "source")
+
+
+def usual_tokens(device: torch.device) -> int:
+    """Tokens of a pass on a device: as many as suit it, or fewer where others wait for the model meanwhile."""
+    return pass_tokens(BATCH_TOKENS if device.type == "cpu" else BATCH_TOKENS_GPU)
 
 
 @dataclass

@@ -80,7 +80,8 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
 def _needed(tokenizer: Any) -> Any:
     if tokenizer is None:
         raise ValidationError(
-            "This needs a tokenizer: pass tokenizer=…, or give prompts and completions as token ids."
+            "This needs a tokenizer: pass tokenizer=… (a client gets one by set_local_model(model, tokenizer)), or "
+            "give prompts and completions as token ids."
         )
     return tokenizer
 

@@ -17,7 +17,7 @@ from .intervention import compute_dtype
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import Pair
 from .passes import scored_hidden
-from .pauses import pause
+from .pauses import pass_tokens, pause
 
 __all__ = ["Likeliest", "TokenShift", "token_shifts"]
 
@@ -80,7 +80,7 @@ def token_shifts(
     found: list[list[TokenShift]] = [[] for _ in pairs]
     with exclusive(adapter), undisturbed(adapter.hf_model), torch.no_grad():
         # What the model can do is found out before it is steered.
-        packs = packs_for(adapter, pairs, batch_tokens=_PACK_TOKENS, scoring=True)
+        packs = packs_for(adapter, pairs, batch_tokens=pass_tokens(_PACK_TOKENS), scoring=True)
         whole = not unembedding_agrees(adapter)
         for pack in packs:
             both = []

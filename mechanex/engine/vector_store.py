@@ -24,6 +24,7 @@ from .vectors import SteeringVector
 __all__ = ["VectorStore"]
 
 _logger = logging.getLogger(__name__)
+_SHORTEST = 4  # letters that stand for an id
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -78,6 +79,22 @@ class VectorStore:
                 if _ID.fullmatch(path.stem):
                     found[path.stem] = path.stat().st_mtime
         return sorted(found, key=lambda one: (found[one], one))
+
+    def completed(self, text: str) -> str:
+        """The only id of a stored vector that begins with a text of 4 letters or more; any other text as it is.
+
+        Raises:
+            ValidationError: several ids begin with it.
+        """
+        if text in self or len(text) < _SHORTEST or not _ID.fullmatch(text):
+            return text
+        files = (path.stem for path in self._path(text).parent.glob(f"{text}*.safetensors"))
+        found = sorted({*files, *(one for one in self._session if one.startswith(text))})
+        if len(found) > 1:
+            raise ValidationError(
+                f"{len(found)} stored vectors begin with {text!r} ({', '.join(found[:3])}, …): give more of the id."
+            )
+        return found[0] if found else text
 
     def delete(self, vector_id: str) -> None:
         """Deletes a vector, of this session or an earlier one.

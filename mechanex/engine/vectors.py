@@ -254,12 +254,13 @@ class SteeringVector(Mapping[int, Tensor]):
             unit[layer] = (wide / wide.norm()).to(tensor.dtype)
         return self._like(unit, self._uncalibrated())
 
-    def cosine_similarity(self, other: SteeringVector) -> dict[int, float]:
-        """Cosine of the angle between the two, for each layer that both have.
+    def cosine_similarity(self, other: Mapping[int, Any]) -> dict[int, float]:
+        """Cosine of the angle between this and another vector or ``{layer: [d]}``, for each layer that both have.
 
         Raises:
             ValidationError: different widths, no layer in common, or a zero direction.
         """
+        other = other if isinstance(other, SteeringVector) else SteeringVector(other)
         self._check_width(other)
         shared = [layer for layer in self._layers if layer in other._layers]
         if not shared:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from ..extras import install_line
+
 if find_spec("lm_eval") is None:
     raise ModuleNotFoundError(
-        "mechanex.eval needs the lm-evaluation-harness, which is not installed: pip install 'mechanex[eval]'",
+        f"mechanex.eval needs the lm-evaluation-harness, which is not installed: {install_line('eval')}",
         name="lm_eval",
     )
 

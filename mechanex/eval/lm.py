@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,19 @@ _log = logging.getLogger(__name__)
 # Requests that are laid out at once: enough for full batches, and few enough to hold.
 SLAB = 2048
 DEFAULT_ROWS = 16
+
+_OWN = (
+    "vector",
+    "strength",
+    "tokenizer",
+    "backend",
+    "dtype",
+    "device",
+    "batch_size",
+    "batch_tokens",
+    "max_length",
+)
+_ALIKE = 0.8  # difflib's ratio from which on a name is another misspelt; device_map and device have 0.75
 
 
 @register_model("mechanex")
@@ -84,6 +98,12 @@ class LM(TemplateLM):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        for name in kwargs:
+            if meant := difflib.get_close_matches(name, _OWN, 1, _ALIKE):
+                raise ValidationError(
+                    f"{name!r} is no argument of this model type: did you mean {meant[0]!r}? Others are passed on to "
+                    "what loads the model."
+                )
         if isinstance(pretrained, str | os.PathLike):
             pretrained = load(
                 pretrained,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -19,6 +20,7 @@ from ..errors import (
 )
 
 __all__ = [
+    "DEEPEST",
     "Answer",
     "UnexpectedAnswer",
     "error_of",
@@ -27,8 +29,10 @@ __all__ = [
     "listed",
     "names",
     "object_of",
+    "parsed",
     "retry_after",
     "say_more",
+    "unpacked",
     "without_secrets",
 ]
 
@@ -42,6 +46,9 @@ _KINDS: dict[int, type[MechanexError]] = {
     422: ValidationError,
     429: RateLimitError,
 }
+DEEPEST = 100
+"""Lists and objects within each other in an answer's JSON; none of ours has ten."""
+
 _MOST_SHOWN = 500
 _HIDDEN = "***"
 _SHORTEST_IN_TEXT = 6
@@ -75,11 +82,13 @@ def json_of(answer: Answer, secrets: tuple[str, ...] = ()) -> Any:
     if not answer.body.strip():
         return None
     try:
-        return json.loads(answer.body, parse_constant=_refused)
-    except (ValueError, RecursionError) as error:
+        return parsed(answer.body)
+    except ValueError as error:
         problem = (
             f"{error.msg} at character {error.pos}"
             if isinstance(error, json.JSONDecodeError)
+            else str(error)
+            if isinstance(error, NoJson)
             else "unreadable"
         )
         kind = without_secrets(answer.headers.get("content-type", "no content type"), secrets)
@@ -91,22 +100,80 @@ def json_of(answer: Answer, secrets: tuple[str, ...] = ()) -> Any:
     )
 
 
-def _refused(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number in JSON")
+class NoJson(ValueError):
+    """What the parser takes and JSON, or a program that works on it, doesn't."""
+
+
+def parsed(body: bytes) -> Any:
+    """The JSON of a body, which nests no deeper than programs can follow.
+
+    Raises:
+        ValueError: it is no JSON, or has NaN or an infinity, which JSON hasn't, or nests more than ``DEEPEST`` deep.
+    """
+    try:
+        found = json.loads(body, parse_constant=_no_number)
+    except RecursionError:
+        raise NoJson(f"it nests more than {DEEPEST} deep") from None
+    level, depth = [found], 0
+    while level := [one for one in level if isinstance(one, (dict, list))]:
+        depth += 1
+        if depth > DEEPEST:
+            raise NoJson(f"it nests more than {DEEPEST} deep")
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+    return found
+
+
+def unpacked(body: bytes, encoding: str, most_bytes: int) -> bytes:
+    """A body without the content encoding that it was sent in, though none was asked for.
+
+    Args:
+        body: as it was sent.
+        encoding: the header ``Content-Encoding``.
+        most_bytes: that it may unpack to.
+
+    Raises:
+        APIError: it has more bytes, is damaged, or is packed in a way that isn't gzip or deflate.
+    """
+    named = encoding.strip().lower()
+    if named in ("", "identity") or not body:
+        return body
+    if named not in ("gzip", "x-gzip", "deflate"):
+        raise APIError(f"the server's answer is packed as {named[:40]!r}, which it wasn't asked for.")
+    unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # either header
+    try:
+        found = unpacker.decompress(body, most_bytes + 1)
+    except zlib.error as error:
+        raise APIError(f"the server's answer is packed, and damaged ({error}).") from error
+    if len(found) > most_bytes:
+        raise APIError(
+            f"the server's answer unpacks to more than {most_bytes:,} bytes: give the client a larger max_answer_bytes."
+        )
+    if not unpacker.eof:
+        raise APIError("the server's answer is packed, and cut off.")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise NoJson(f"{name} is no number of JSON")
+
+
+def _printable(text: str) -> str:
+    """The text with halves of surrogate pairs, which can't be printed, written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def error_of(answer: Answer, secrets: tuple[str, ...] = ()) -> MechanexError:
     """The exception for an answer that isn't a success; ``secrets`` that it quotes are masked."""
     details: Any
     try:
-        details = json.loads(answer.body, parse_constant=_refused)
-    except (ValueError, RecursionError):
+        details = parsed(answer.body)
+    except ValueError:
         details = answer.body.decode("utf-8", "replace") or None
     # Before anything is cut: half a key is a secret too.
     details = without_secrets(details, secrets)
     if isinstance(details, str):
         details = details[:_MOST_SHOWN]
-    message = without_secrets(_message(details) or _default(answer), secrets)
+    message = _printable(without_secrets(_message(details) or _default(answer), secrets))
     request_id = without_secrets(answer.request_id, secrets)
     if answer.status == 429:
         return RateLimitError(message, 429, details, retry_after(answer.headers), request_id=request_id)

@@ -16,9 +16,12 @@ from .address import PUBLIC_BACKEND, Address
 from .config_file import ENTRY, ConfigFile, normal, with_entry
 from .identity import NAMES, Credentials, Tokens, checked
 
-__all__ = ["SESSION_ENDED", "CredentialStore"]
+__all__ = ["REFUSED_SECONDS", "SESSION_ENDED", "CredentialStore"]
 
 _logger = logging.getLogger(__name__)
+
+REFUSED_SECONDS = 60.0
+"""How long a refresh token that a server refused isn't sent again."""
 
 SESSION_ENDED = "The session has ended: login(email, password) again."
 
@@ -50,14 +53,15 @@ class CredentialStore:
         self._email: str | None = None
         # What the file said for an origin: read again while there is nothing, and when a server answers 401.
         self._read: dict[str, Credentials] = {}
-        self._refused: set[str] = set()
+        # Until when, on the monotonic clock: a server whose clock was wrong renews it when that is right again.
+        self._refused: dict[str, float] = {}
         self._kept_from: set[str] = set()
 
     def current(self, origin: str) -> Credentials:
         """What to send to the server at this origin."""
         with self._lock:
             found = self._known(origin)
-            if found.refresh_token in self._refused:
+            if self._is_refused(found.refresh_token):
                 # Its owner may have logged in again elsewhere.
                 if self._session is None:
                     found = self._read_file(origin)
@@ -65,7 +69,7 @@ class CredentialStore:
                     self._adopt(found, origin)
                     found = self._session
             # A session that has ended must not make a valid key useless.
-            return Credentials(found.api_key) if found.refresh_token in self._refused else found
+            return Credentials(found.api_key) if self._is_refused(found.refresh_token) else found
 
     def to_send(self, origin: str) -> Credentials:
         """As ``current``, for a call that is made in the account's name.
@@ -83,7 +87,10 @@ class CredentialStore:
     def has_ended(self, origin: str) -> bool:
         """Whether all there is for this server is a session that it refused to renew."""
         with self._lock:
-            return not self.current(origin) and self._known(origin).refresh_token in self._refused
+            return not self.current(origin) and self._is_refused(self._known(origin).refresh_token)
+
+    def _is_refused(self, refresh_token: str | None) -> bool:
+        return refresh_token is not None and time.monotonic() < self._refused.get(refresh_token, -1.0)
 
     def _known(self, origin: str) -> Credentials:
         """What there is, a session that has ended included."""
@@ -204,7 +211,7 @@ class CredentialStore:
                 bought = exchange(used.refresh_token)
                 with self._lock:
                     if bought is None:
-                        self._refused.add(used.refresh_token)
+                        self._refused[used.refresh_token] = time.monotonic() + REFUSED_SECONDS
                         return self.current(origin) or used
                     return self._renewed(used, bought, origin, stored)
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DeadlineAdapter", "GivenUp", "is_timed", "left", "until"]
 
-_MOST_BYTES = 256 << 20
 _thread = threading.local()
 
 
@@ -29,18 +28,19 @@ class GivenUp(Exception):
 
 
 @contextlib.contextmanager
-def until(deadline: float) -> Iterator[None]:
+def until(deadline: float, most_bytes: int) -> Iterator[None]:
     """What this thread does meanwhile on the connections of a ``DeadlineAdapter`` ends by then.
 
     Args:
         deadline: on the clock of ``time.monotonic``; past it, a connection, read or write raises GivenUp.
+        most_bytes: of one answer; past them, a read raises GivenUp.
     """
-    before = getattr(_thread, "deadline", None)
-    _thread.deadline = deadline
+    before = getattr(_thread, "deadline", None), getattr(_thread, "most_bytes", 0)
+    _thread.deadline, _thread.most_bytes = deadline, most_bytes
     try:
         yield
     finally:
-        _thread.deadline = before
+        _thread.deadline, _thread.most_bytes = before
 
 
 def is_timed() -> bool:
@@ -85,8 +85,10 @@ class _Reads(io.RawIOBase):
         with _in_time(self._connected):
             size = self._raw.readinto(buffer)
         self._size += size or 0
-        if self._size > _MOST_BYTES:
-            raise GivenUp(f"the answer has more than {_MOST_BYTES:,} bytes")
+        if self._size > _thread.most_bytes:
+            raise GivenUp(
+                f"the answer has more than {_thread.most_bytes:,} bytes; give the client a larger max_answer_bytes"
+            )
         return size
 
     def close(self) -> None:

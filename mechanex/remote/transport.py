@@ -13,19 +13,21 @@ from urllib.parse import quote
 
 from ..errors import APIError, ValidationError
 from .address import Address, address
-from .answers import Answer, UnexpectedAnswer, error_of, json_of, say_more, without_secrets
+from .answers import Answer, UnexpectedAnswer, error_of, json_of, say_more, unpacked, without_secrets
 from .credentials import SESSION_ENDED, CredentialStore
 from .identity import Credentials, Tokens, is_token
 
 if TYPE_CHECKING:
     import requests
 
-__all__ = ["COMPUTE_TIMEOUT", "TIMEOUT", "Transport", "tokens_of"]
+__all__ = ["COMPUTE_TIMEOUT", "MAX_ANSWER_BYTES", "TIMEOUT", "Transport", "tokens_of"]
 
 TIMEOUT = 30.0
 """Seconds for a call that only looks something up."""
 COMPUTE_TIMEOUT = 600.0
 """Seconds for a call that runs a model."""
+MAX_ANSWER_BYTES = 64 * 2**20
+"""Most bytes of an answer; as Python's objects they may take twenty times as much."""
 _CONNECT_TIMEOUT = 10.0
 _LOST = (502, 504)
 
@@ -43,9 +45,10 @@ class Transport:
         base_url: as in ``address``; an ``Address`` is taken as it is.
         timeout: seconds for any call, instead of the defaults above.
         allow_http: send credentials over plain http to other machines.
+        max_answer_bytes: most bytes of an answer, packed and unpacked.
 
     Raises:
-        ValidationError: a timeout that isn't a number above 0.
+        ValidationError: a timeout that isn't a number above 0, or a bound that isn't a whole one.
     """
 
     def __init__(
@@ -55,9 +58,14 @@ class Transport:
         *,
         timeout: float | None = None,
         allow_http: bool = False,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
         if timeout is not None and not (isinstance(timeout, (int, float)) and 0 < timeout < float("inf")):
             raise ValidationError(f"timeout is a number of seconds above 0; got {timeout!r}.")
+        whole = isinstance(max_answer_bytes, int) and not isinstance(max_answer_bytes, bool)
+        if not whole or max_answer_bytes < 1:
+            raise ValidationError(f"max_answer_bytes is a whole number above 0; got {max_answer_bytes!r}.")
+        self._max_answer_bytes = max_answer_bytes
         self.credentials = credentials
         self._base_url = base_url
         self._timeout = timeout
@@ -189,7 +197,7 @@ class Transport:
         if used.access_token is not None:
             headers["Authorization"] = f"Bearer {used.access_token}"
         try:
-            with until(deadline):
+            with until(deadline, self._max_answer_bytes):
                 response = session.request(
                     method,
                     server.url + path,
@@ -214,6 +222,7 @@ class Transport:
                 and any(one.error or one.status in _LOST for one in tries)
             ):
                 status, body = 204, b""
+            body = unpacked(body, response.headers.get("content-encoding", ""), self._max_answer_bytes)
             their_id = response.headers.get("x-request-id") or request_id
             return Answer(status, response.reason or "", response.headers, body, their_id)
         # Raised here, outside of the except block: the library's own exception holds the request and its headers.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["create_app"]
 
+
+_logger = logging.getLogger(__name__)
 
 _CREDENTIALS_BYTES = 8 * 2**10  # what anyone may send
 

@@ -12,7 +12,7 @@ from ...errors import ValidationError
 from ..attaching import after, before
 from ..capabilities.packing import packing_form
 from ..models.adapter import Handles, ModelAdapter
-from ..pack import BATCH_TOKENS, BATCH_TOKENS_GPU
+from ..pack import usual_tokens
 from ..stream import by_token, given_out, with_given_out
 from ..structure.graph import Structure
 
@@ -119,5 +119,4 @@ def rows_at_once(adapter: ModelAdapter, tokens: int) -> int:
     """Rows of so many tokens that run in one pass: one where a model gives a text other results among others."""
     if packing_form(adapter, tokens) == "apart":
         return 1
-    most = BATCH_TOKENS if adapter.device.type == "cpu" else BATCH_TOKENS_GPU
-    return max(1, most // tokens)
+    return max(1, usual_tokens(adapter.device) // tokens)

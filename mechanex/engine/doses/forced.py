@@ -23,7 +23,7 @@ from ..models.adapter import ModelAdapter, exclusive, undisturbed
 from ..optimize.replay import Replay
 from ..pack import Pack, Pair
 from ..passes import scored_hidden
-from ..pauses import pause
+from ..pauses import pass_tokens, pause
 from ..positions import given_positions, selects
 from ..ranks import current_ranks, dealt
 from ..regimes import text_lengths
@@ -79,10 +79,15 @@ class ForcedAnswers:
         with _alone(self._adapter), self._ranks.together():
             self._whole = not unembedding_agrees(adapter)
             packs = packs_for(
-                adapter, pairs, batch_tokens=PACK_TOKENS, scoring=True, processes=self._ranks.size
+                adapter,
+                pairs,
+                batch_tokens=pass_tokens(PACK_TOKENS),
+                scoring=True,
+                processes=self._ranks.size,
             )
             self.packs = list(dealt(packs, self._ranks, "Answers"))
             for pack in self.packs:
+                pause()
                 rows = (scored_logits if self._whole else scored_hidden)(adapter, pack)
                 self._count(pack, adapter.n_layers)
                 self._plain.append(rows)
@@ -174,7 +179,7 @@ class ForcedAnswers:
         return made
 
     def _passes(self, order: list[int], pack: Pack) -> Iterator[list[int]]:
-        tokens = PASS_TOKENS if self._adapter.device.type == "cpu" else PASS_TOKENS_GPU
+        tokens = pass_tokens(PASS_TOKENS if self._adapter.device.type == "cpu" else PASS_TOKENS_GPU)
         room = max(1, tokens // pack.input_ids.numel())
         for first in range(0, len(order), room):
             yield order[first : first + room]

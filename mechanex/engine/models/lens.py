@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ValidationError
+from ...extras import install_line
 from ..caches import returned_caches
 from ..capabilities.probing import close
 from .configuration import text_config
@@ -45,7 +46,7 @@ def require() -> None:
         state = "is not installed" if found is None else f"is {found} here, too old"
         raise ValidationError(
             f"backend='transformer_lens' needs TransformerLens {OLDEST} or later, which {state}. "
-            "Run: pip install 'mechanex[lens]'. Or use backend='transformers'."
+            f"Run: {install_line('lens')}. Or use backend='transformers'."
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import MechanexError, ValidationError
+from ...extras import install_line
 from .sources import ADAPTER_CONFIG, Source, explain, find_source
 
 __all__ = ["Adapted", "adapted", "add_adapter"]
@@ -50,7 +51,7 @@ def adapted(source: Source, kwargs: dict[str, Any]) -> Adapted | None:
     if importlib.util.find_spec("peft") is None:
         raise ValidationError(
             f"{source.name} is an adapter (it holds {ADAPTER_CONFIG}), which peft loads, and peft is not installed. "
-            "Run: pip install 'mechanex[lora]'."
+            f"Run: {install_line('lora')}."
         )
     own = [name for name in ("tokenizer.json", "tokenizer_config.json") if (folder / name).is_file()]
     if (folder / "config.json").is_file():  # a whole model that was saved with its adapter

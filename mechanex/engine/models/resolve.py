@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...errors import ValidationError
+from ...extras import install_line
 from . import adapter_for, lens
 from .adapter import undisturbed
 from .lora import adapted, add_adapter
@@ -148,5 +149,5 @@ def _say_what(source: Source, backend: str, used_lens: bool) -> None:
         _log.info("Loaded %s as a TransformerLens TransformerBridge%s.", source.name, why)
         return
     missing = backend == "auto" and not lens.installed()
-    why = "; install mechanex[lens] for a TransformerBridge" if missing else ""
+    why = f"; for a TransformerBridge: {install_line('lens')}" if missing else ""
     _log.info("Loaded %s as a plain Hugging Face model%s.", source.name, why)

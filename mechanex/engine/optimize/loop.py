@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 
 from ...errors import ValidationError
 from ..models.adapter import exclusive, undisturbed
-from ..pack import BATCH_TOKENS, BATCH_TOKENS_GPU
-from ..pauses import pass_tokens
+from ..pack import usual_tokens
 from ..ranks import Ranks, current_ranks
 from .checkpoint import Checkpoint, begin
 from .constrain import Constraint
@@ -56,7 +55,7 @@ def run_jobs(jobs: Sequence[OptimizationJob], *, progress: bool = False) -> list
             "Jobs that run together are of one model; run those of others in calls of their own."
         )
     given = [job.settings.batch_tokens for job in jobs if job.settings.batch_tokens is not None]
-    usual = pass_tokens(BATCH_TOKENS if adapter.device.type == "cpu" else BATCH_TOKENS_GPU)
+    usual = usual_tokens(adapter.device)
     with (
         exclusive(adapter),
         torch.inference_mode(False),

@@ -160,6 +160,7 @@ class Passes:
     def replay(self, step_pack: StepPack) -> Replay:
         """What is kept of a pack's lower layers; made on first use."""
         if step_pack not in self._replays:
+            pause()
             made = self._replays[step_pack] = Replay(self.adapter, step_pack.pack, self._starts)
             size = tensor_bytes(made.tensors)
             if self.kept_bytes + size > self._most_bytes:

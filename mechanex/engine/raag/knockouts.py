@@ -24,7 +24,7 @@ from ..continuing import Continuations, TextStates, continuations, read_on
 from ..forward import MASK_BYTES, scored_logprobs
 from ..limits import check_length
 from ..models.adapter import Handles, ModelAdapter, exclusive, undisturbed
-from ..pack import BATCH_TOKENS, BATCH_TOKENS_GPU, TREES
+from ..pack import BATCH_TOKENS, TREES, usual_tokens
 from ..pauses import pause
 from ..regimes import first_change
 from ..score_pairs import score_pairs
@@ -180,8 +180,7 @@ class Knockouts:
 
     def _rows(self) -> int:
         """Knock-outs that fit into a pass."""
-        tokens = BATCH_TOKENS if self._adapter.device.type == "cpu" else BATCH_TOKENS_GPU
-        widest = tokens
+        widest = usual_tokens(self._adapter.device)
         while widest > self._tail and widest * (len(self._reading.context) + widest) > self._mask_entries:
             widest //= 2
         return max(1, widest // self._tail)

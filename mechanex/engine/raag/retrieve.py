@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...errors import MechanexError, NotFoundError, ValidationError
+from ...extras import install_line
 from .documents import Chunk, ChunkedPrompt
 
 __all__ = ["fitting", "from_pinecone"]
@@ -67,7 +68,7 @@ def _ranked(chunks: Sequence[Chunk], question: str, size: int, room: int) -> lis
     except ImportError:
         raise ValidationError(
             f"the documents and the question have {size} tokens and the model has room for {room}: give fewer "
-            "documents, or let BM25 choose among them: pip install 'mechanex[raag]'."
+            f"documents, or let BM25 choose among them: {install_line('raag')}."
         ) from None
     texts = [*(chunk.text for chunk in chunks), question]
     words = bm25s.tokenize(texts, stopwords=None, return_ids=False, show_progress=False)

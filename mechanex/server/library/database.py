@@ -23,6 +23,7 @@ from sqlalchemy.exc import (
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from ...errors import MechanexError, ValidationError
+from ...extras import install_line
 from .migrate import migrate
 from .schema import OLDEST_VERSION, VERSION, VERSION_TABLE, metadata, revisions, schema_info
 
@@ -67,7 +68,7 @@ class Database:
             self._engine = _engine(self.url, self._sqlite)
         except (NoSuchModuleError, ModuleNotFoundError) as error:
             extra = self.url.drivername in ("postgresql", "postgresql+psycopg")
-            how = "pip install 'mechanex[postgres]'" if extra else "install it"
+            how = install_line("postgres") if extra else "install it"
             raise ValidationError(
                 f"the database {self.name} needs a driver that isn't installed ({error}): {how}, or leave "
                 "--database out for SQLite."

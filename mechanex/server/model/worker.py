@@ -37,6 +37,7 @@ _logger = logging.getLogger(__name__)
 _TURN = 32  # steps before the model is offered to other threads of the process
 _GATHERING = 0.003  # seconds in which those whose answers ended together may send what is next, to be read together too
 _HOLD = 0.1  # seconds that a pass of other work may take as a pass of prompts; gradients take twice more
+_UNTOLD = 128  # tokens of a pass of other work before that is known on a CPU
 _LEAST_TOLD = 32  # tokens of a pass that says how fast the model is
 _PATIENCE = 3  # steps that a few prompts wait for more to be read together with, while others are decoded
 
@@ -81,7 +82,8 @@ class Worker:
         self._steered = 0.0
         self._steps_since_pick = self._ended_at_pick = 0
         self._resumed = 0.0  # when other work got the model last
-        self._pass_tokens: int | None = None
+        # Until a pass of prompts has told how fast the model is.
+        self._pass_tokens = _UNTOLD if adapter.device.type == "cpu" else None
 
     @property
     def n_running(self) -> int:
