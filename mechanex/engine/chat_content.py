@@ -120,7 +120,7 @@ class _Placeholders:
             if isinstance(found, str):
                 return pattern.sub(hide, found)
             if isinstance(found, Mapping):  # what a call was given, or takes, is named by whoever sends it
-                return {hidden(key): hidden(value) for key, value in found.items()}
+                return {hidden(name): hidden(value) for name, value in found.items()}
             return [hidden(one) for one in found] if isinstance(found, (list, tuple)) else found
 
         # A role is one of those that the template knows.
@@ -196,8 +196,8 @@ def _texts(found: Any) -> Iterator[str]:
     if isinstance(found, str):
         yield found
     elif isinstance(found, Mapping):
-        for key, value in found.items():
-            yield from _texts(key)
+        for name, value in found.items():
+            yield from _texts(name)
             yield from _texts(value)
     elif isinstance(found, (list, tuple)):
         for value in found:
