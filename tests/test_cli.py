@@ -147,7 +147,7 @@ def test_a_stored_vector_goes_by_its_id(model: str) -> None:
         (["--data", "calm_angry"], "--prompt"),
         (["--prompt", "x", "--data", "a", "--layer", "two"], "two"),
         (["--prompt", "x", "--data", "a", "--strength", "strong"], "strong"),
-        (["--prompt", "x", "--data", "a", "--method", "few-shot"], "few-shot"),
+        (["--prompt", "x", "--data", "a", "--method", "no-shot"], "no-shot"),
         (["--prompt", "x", "--data", "a", "--max-tokens", "0"], "max-tokens"),
         (["--prompt", "x", "--data", "a", "--nonsense"], "nonsense"),
     ],

@@ -131,9 +131,12 @@ def test_a_streamed_text_is_the_whole_one_and_begins_with_the_prompt(remote: Mec
 
 def test_strength_zero_steers_nothing_and_says_so(remote: Mechanex, caplog: pytest.LogCaptureFixture) -> None:
     vector = remote.steering.generate_vectors(**EXAMPLES, layer_idxs=[3], method="caa")
-    steered = remote.generation.generate(PROMPT, 10, seed=2, steering_vector=vector)
+    given = {"seed": 2, "steering_vector": vector}
+    steered = remote.generation.generate(PROMPT, 10, steering_strength=0, **given)
     assert steered == remote.generation.generate(PROMPT, 10, seed=2)
     assert "steers nothing" in caplog.text
+    whole = remote.generation.generate(PROMPT, 10, steering_strength=1, **given)
+    assert remote.generation.generate(PROMPT, 10, **given) == whole != steered
 
 
 def test_sessions_passwords_and_the_end_of_an_account(server: ServerProcess) -> None:

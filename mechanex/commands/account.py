@@ -180,7 +180,9 @@ def run_logout(client: Mechanex | None) -> None:
 
 
 def _print_table(records: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    table = Table()
+    table, records = Table(), list(records)
+    # A terminal is 80 characters wide: what no record has takes no room.
+    columns = [column for column in columns if any(record.get(column) is not None for record in records)]
     for column in columns:
         table.add_column(column.replace("_", " "), overflow="fold")
     for record in records:

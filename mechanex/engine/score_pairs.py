@@ -109,7 +109,8 @@ def score_pairs(
                 values.append(found)
     if ranks.size > 1:
         values, likeliest = _of_all(ranks, packs, values), _of_all(ranks, packs, likeliest)
-    result = _in_input_order(packs, values, likeliest, pairs, counts)
+    with gradients():
+        result = _in_input_order(packs, values, likeliest, pairs, counts)
     if differentiable and not plain and not result.sums.requires_grad:
         raise ValidationError(
             "differentiable=True, but nothing that the scores depend on requires gradients: give edits whose tensors "

@@ -96,7 +96,7 @@ class GenerateBody(Body):
     top_k: Annotated[int, Field(ge=1, lt=2**31)] = 50
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     steering_vector_id: _VectorId | None = None
-    steering_strength: float = 0.0
+    steering_strength: float | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     temperature: Annotated[float, Field(gt=0)] | None = None
     min_p: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -50,7 +50,7 @@ async def models(engine: Engine, who: Sender) -> dict[str, Any]:
 @router.post("/generate", responses={200: {"model": Output}})
 async def generate(body: GenerateBody, request: Request, engine: Engine, who: Worker) -> Response:
     """Continues a prompt; ``output`` is the prompt with its continuation."""
-    if body.steering_vector_id is None and body.steering_strength != 0:
+    if body.steering_vector_id is None and body.steering_strength:
         raise ValidationError(
             f"steering_strength is {body.steering_strength} and there is no steering_vector_id: give one, or leave "
             "the strength at 0."
@@ -63,7 +63,9 @@ async def generate(body: GenerateBody, request: Request, engine: Engine, who: Wo
         **{name: value for name, value in settings.items() if value is not None},
     )
     steering = await engine.steerings.by_vector(
-        who.account_id, body.steering_vector_id, body.steering_strength
+        who.account_id,
+        body.steering_vector_id,
+        1.0 if body.steering_strength is None else body.steering_strength,
     )
     answers = [
         engine.scheduler.submit(
