@@ -709,7 +709,10 @@ def test_text_goes_on_while_a_vector_is_computed_and_neither_changes(tiny: Any) 
             assert texts == expected
             if compute is few_shot_vectors:
                 assert not work.done()  # the texts didn't wait for its fifty steps
-            assert (await work) == truths[compute]
+            found = await work
+            # Its passes are shorter where others wait, and round otherwise.
+            for layer, wanted in truths[compute].items():
+                assert float((found[layer] - wanted).norm()) < 1e-3 * float(wanted.norm())
 
     for compute in truths:
         asyncio.run(both(compute))

@@ -50,7 +50,8 @@ def gradients(
     """
     n, tokens = max(1, len(dropped)), len(runs.pair.corrupted)
     totals = {
-        site: torch.zeros((n, *runs.corrupted.values[site].shape), device=adapter.device) for site in sites
+        site: torch.zeros((n, *value.shape), device=value.device)
+        for site, value in ((site, runs.corrupted.values[site]) for site in sites)
     }
     if runs.corrupted.live:
         found = _found(runs, sites, runs.corrupted.logits[None], runs.corrupted.live)
@@ -62,7 +63,8 @@ def gradients(
         some = every[start : start + chunk]
         rows = torch.tensor([cut for _, cut in some])
         for site, gradient in _gradients(adapter, runs, sites, embedding, some, dropped).items():
-            totals[site].index_add_(0, rows.to(gradient.device), gradient.to(totals[site].device))
+            total = totals[site]
+            total.index_add_(0, rows.to(total.device), gradient.to(total.device))
     return {site: total / steps for site, total in totals.items()}
 
 

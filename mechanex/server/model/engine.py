@@ -164,7 +164,7 @@ class ServingEngine:
                 ids = self.encoder.encode(prompt)
                 self.adapter.check_token_ids(ids)
                 lengths.append(len(ids))
-            for i, answer in enumerate(answers):
+            for i, answer in enumerate(answers if lengths else ()):
                 self.encoder.check_fits(lengths[i % len(lengths)] + len(self.encoder.encode(answer)))
 
         await run_sync(check)
