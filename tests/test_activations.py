@@ -70,6 +70,9 @@ def test_files_hold_what_memory_would(client: Mechanex, tmp_path: Path) -> None:
     opened = Activations.load(tmp_path / "acts")
     assert list(opened) == [2, 4] and opened.lengths == written.lengths
     assert numpy.array_equal(opened[4], client.model.activations(TEXTS, layers=[4], tokens="all")[4])
+    client.model.activations(TEXTS[:1], layers=[4], out=tmp_path / "acts")
+    again = Activations.load(tmp_path / "acts")  # nothing of the texts before is beside them
+    assert list(again) == [4] and again.lengths == [1]
     with pytest.raises(NotFoundError, match="holds no activations"):
         Activations.load(tmp_path)
 

@@ -75,3 +75,21 @@ def test_one_direction_is_taken_out() -> None:
         ablate_everywhere(build("llama"), several)
     with pytest.raises(ValidationError, match="128 wide"):
         ablate_everywhere(build("llama"), direction(128))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_directions_come_back_in_any_order(family: str, first: int) -> None:
+    model = FAMILIES[family]()
+    before = weights(model)
+    vectors = [
+        SteeringVector({1: torch.randn(48, generator=torch.Generator().manual_seed(i))}) for i in (3, 4)
+    ]
+    handles = [orthogonalize(model, one) for one in vectors]
+    handles[first].remove()
+    left = vectors[1 - first][1] / vectors[1 - first][1].norm()
+    for states in model(IDS, output_hidden_states=True).hidden_states[:-1]:
+        assert (states @ left).abs().max() < 1e-4
+    handles[1 - first].remove()
+    now = weights(model)
+    assert len(now) == len(before) and all(map(torch.equal, now, before))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mechanex.engine.tool_calls import CallFormat, ToolCall, call_format, calls_in, knows_tools
+from mechanex.engine.tool_calls import CallFormat, ToolCall, call_format, calls_in, knows_tools, schema_of
 
 CALL = {"name": "weather", "arguments": {"city": "Zürich"}}
 ARGUMENTS = json.dumps(CALL["arguments"], ensure_ascii=False)
@@ -72,3 +72,18 @@ def test_the_form_is_that_of_the_template(template: Any, form: CallFormat | None
     tokenizer = SimpleNamespace(chat_template=template)
     assert knows_tools(tokenizer) and call_format(tokenizer) == form
     assert not knows_tools(SimpleNamespace(chat_template="{{ messages }}"))
+
+
+@pytest.mark.parametrize("others", [[], [{"name": "clock"}]])
+def test_references_inside_parameters_hold_in_the_schema_of_a_call(others: list[dict[str, Any]]) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"place": {"$ref": "#/$defs/Place"}},
+        "$defs": {"Place": {"type": "object", "properties": {"city": {"type": "string"}}}},
+    }
+    schema = schema_of([*others, {"name": "weather", "parameters": parameters}])
+    call = schema["anyOf"][-1] if others else schema
+    found: Any = schema
+    for step in call["properties"]["arguments"]["properties"]["place"]["$ref"].split("/")[1:]:
+        found = found[int(step) if isinstance(found, list) else step]
+    assert found == parameters["$defs"]["Place"]

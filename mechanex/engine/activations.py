@@ -89,7 +89,7 @@ def activations(
         tokenizer: needed for text when the model carries none.
         tokens: ``"last"``, ``"all"``, a place or a slice in each text, negatives from its end.
         out: a folder for the arrays, ``layer_3.npy`` and so on, which then stay in their files: for more than memory
-            holds.
+            holds. Those of an earlier call are deleted.
         progress: show a progress bar.
 
     Returns:
@@ -117,6 +117,8 @@ def activations(
         n += len(places)
     lengths = [len(places) for places in chosen]
     dtype = numpy.float64 if adapter.dtype == torch.float64 else numpy.float32
+    if out is not None:
+        _empty(Path(out))
     arrays = {layer: _array(out, layer, (n, adapter.d_model), dtype) for layer in indices}
 
     def reader(layer: int, pack: Pack) -> Callable[[Tensor], None]:
@@ -186,9 +188,15 @@ def _targets(pack: Pack, rows: Sequence[Tensor]) -> tuple[Array, Tensor, Tensor]
     return where[kept].numpy(), torch.cat(at_row)[kept], torch.cat(at_column)[kept]
 
 
+def _empty(folder: Path) -> None:
+    """Makes room for arrays, so that none of other texts is opened beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (folder / "lengths.npy", *folder.glob("layer_*.npy")):
+        path.unlink(missing_ok=True)
+
+
 def _array(out: str | os.PathLike[str] | None, layer: int, shape: tuple[int, int], dtype: Any) -> Any:
     if out is None:
         return numpy.zeros(shape, dtype)
-    Path(out).mkdir(parents=True, exist_ok=True)
     path = Path(out) / f"layer_{layer}.npy"
     return numpy.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)

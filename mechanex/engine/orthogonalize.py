@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -72,15 +73,11 @@ def orthogonalize(model: nn.Module | ModelAdapter, vector: SteeringVector) -> Ha
     plain = _logits(adapter)
     with ablate_everywhere(adapter, vector):
         ablated = _logits(adapter)
-    undo = _Undo()
+    change = _Change(adapter, direction)
     handles = Handles()
-    handles.add(undo)
+    handles.add(change)
     try:
-        with exclusive(adapter), torch.no_grad():
-            _untie(adapter, undo)
-            for weight, along in _written(adapter):
-                undo.keep(weight)
-                weight.copy_(_projected(weight, direction, along))
+        change.make()
         off, moved = (_logits(adapter) - ablated).norm(), (ablated - plain).norm()
         rounding = _ROUNDINGS * torch.finfo(adapter.dtype).eps * float(plain.norm())
         if not float(off) <= _CLOSE * float(moved) + rounding:
@@ -94,11 +91,30 @@ def orthogonalize(model: nn.Module | ModelAdapter, vector: SteeringVector) -> Ha
     return handles
 
 
-class _Undo:
-    """Weights as they were."""
+class _Change:
+    """A direction that is taken out of a model's weights, and how they were before.
 
-    def __init__(self) -> None:
+    Args:
+        adapter: whose weights.
+        direction: [d_model].
+    """
+
+    def __init__(self, adapter: ModelAdapter, direction: Tensor) -> None:
+        self._model, self._direction = ref(adapter.model), direction
         self._steps: list[Callable[[], object]] = []
+
+    def make(self) -> None:
+        """Takes the direction out."""
+        model = self._model()
+        if model is None:
+            return
+        adapter = adapter_for(model)
+        _CHANGES.setdefault(model, []).append(self)
+        with exclusive(adapter), torch.no_grad():
+            _untie(adapter, self)
+            for weight, along in _written(adapter):
+                self.keep(weight)
+                weight.copy_(_projected(weight, self._direction, along))
 
     def keep(self, weight: Tensor) -> None:
         before = weight.detach().clone()
@@ -108,9 +124,26 @@ class _Undo:
         self._steps.append(step)
 
     def remove(self) -> None:
+        """Puts the weights back; directions that were taken out later are taken out of those again."""
+        model = self._model()
+        made = _CHANGES.get(model, []) if model is not None else []
+        if self not in made:
+            return
+        later = made[made.index(self) + 1 :]
+        for one in (*reversed(later), self):
+            one._put_back()
+            made.remove(one)
+        for one in later:
+            one.make()
+
+    def _put_back(self) -> None:
         with torch.no_grad():
             while self._steps:
                 self._steps.pop()()
+
+
+_CHANGES: WeakKeyDictionary[nn.Module, list[_Change]] = WeakKeyDictionary()
+"""What was taken out of each model's weights, in order."""
 
 
 def _direction(adapter: ModelAdapter, vector: SteeringVector) -> Tensor:
@@ -180,7 +213,7 @@ def _projected(weight: Tensor, direction: Tensor, along: int) -> Tensor:
     return kept.to(weight.dtype)
 
 
-def _untie(adapter: ModelAdapter, undo: _Undo) -> None:
+def _untie(adapter: ModelAdapter, undo: _Change) -> None:
     """Gives the head weights of its own, where it shares those of the embeddings."""
     head: Any = adapter.head
     shared: Any = getattr(head, "weight", None)

@@ -76,19 +76,37 @@ def schema_of(functions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Args:
         functions: each with ``name`` and, perhaps, ``parameters``, a JSON schema.
     """
+    alone = len(functions) == 1
     each = [
         {
             "type": "object",
             "properties": {
                 "name": {"const": one["name"]},
-                "arguments": one.get("parameters") or {"type": "object"},
+                "arguments": _at(
+                    f"#{'' if alone else f'/anyOf/{i}'}/properties/arguments",
+                    one.get("parameters") or {"type": "object"},
+                ),
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for one in functions
+        for i, one in enumerate(functions)
     ]
-    return each[0] if len(each) == 1 else {"anyOf": each}
+    return each[0] if alone else {"anyOf": each}
+
+
+def _at(place: str, schema: Any) -> Any:
+    """A schema that stands at ``place`` of a larger one: what it refers to stands there too."""
+    if isinstance(schema, list):
+        return [_at(place, one) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        key: place + one[1:]
+        if key == "$ref" and isinstance(one, str) and one.startswith("#")
+        else _at(place, one)
+        for key, one in schema.items()
+    }
 
 
 def _call(one: Any) -> ToolCall | None:

@@ -96,6 +96,8 @@ def _(api: Api) -> None:
         model=MODEL, max_tokens=12, stop_sequences=[stop], messages=TURNS[:1], extra_body=GREEDY
     )
     assert (ended.stop_reason, ended.stop_sequence) == ("stop_sequence", stop)
+    empty = api.call("POST", "/v1/messages", {"messages": TURNS[:1], "max_tokens": 1, "stop_sequences": [""]})
+    assert empty.status == 400 and "'stop_sequences'" in empty.body["error"]["message"]
 
 
 @case("Anthropic SDK", "messages.stream gives the same text in pieces")

@@ -119,6 +119,7 @@ def _(api: Api) -> None:
         ({"guided_choice": []}, "guided_choice"),
         ({"guided_choice": ["a"], "guided_regex": "a"}, "guided_choice"),
         ({"structured_outputs": {"choice": ["a"], "regex": "a"}}, "structured_outputs"),
+        ({"guided_json": {"$ref": "#"}}, "guided_json"),
         ({"guided_choice": ["a"], "ignore_eos": True}, "ignore_eos"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "xml"}}, "response_format"),

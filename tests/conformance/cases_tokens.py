@@ -83,7 +83,9 @@ def _(api: Api) -> None:
 def _(api: Api) -> None:
     api.refused("/tokenize")
     api.refused("/tokenize", prompt="a", messages=[{"role": "user", "content": "a"}])
-    api.refused("/detokenize", tokens=[10**7])
+    for token in (10**7, -1):
+        api.refused("/detokenize", tokens=[token])
+        assert api.refused("/v1/completions", prompt="a", stop_token_ids=[token])["param"] == "stop_token_ids"
     assert api.refused("/detokenize", tokens=["a"])["param"] == "tokens"
 
 

@@ -158,7 +158,12 @@ class Grammars:
         matcher = LLMatcher(self._tokenizer, source, log_level=0)
         if matcher.is_error():
             raise ValidationError(_told(matcher))
-        return Grammar(matcher, self._n_vocab)
+        made = Grammar(matcher, self._n_vocab)
+        try:
+            made.begin().allowed()
+        except MechanexError as error:
+            raise ValidationError(error.message) from error
+        return made
 
 
 class Masks:
@@ -188,4 +193,5 @@ class Masks:
 
 
 def _told(matcher: Any) -> str:
-    return str(matcher.get_error())[:500] or "it went wrong"
+    # Behind the reason llguidance writes all of its state.
+    return str(matcher.get_error()).partition("\n<state>")[0][:500] or "it went wrong"

@@ -182,12 +182,12 @@ class ModelAdapter(ABC):
 
     def check_token_ids(self, ids: Iterable[int]) -> None:
         """Raises a ValidationError for a token id that is outside the model's vocabulary."""
-        size, given = getattr(self.config, "vocab_size", None), list(ids)
-        least, largest = min(given, default=0), max(given, default=0)
+        size, known = getattr(self.config, "vocab_size", None), list(ids)
+        least, largest = min(known, default=0), max(known, default=0)
         if least < 0 or (isinstance(size, int) and largest >= size):
             raise ValidationError(
-                f"Token id {least if least < 0 else largest} is outside the vocabulary of {self.model_id} ({size} tokens); "
-                "use the model's own tokenizer."
+                f"Token id {least if least < 0 else largest} is outside the vocabulary of {self.model_id} "
+                f"({size} tokens); use the model's own tokenizer."
             )
 
     @abstractmethod

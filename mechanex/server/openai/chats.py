@@ -18,6 +18,7 @@ from .answering import check_choices, check_model, check_room
 from .asked import common_of
 from .bodies import ChatBody
 from .sampling import truncated
+from .tools import check_tools
 
 __all__ = ["chat_ids", "chat_request"]
 
@@ -26,8 +27,10 @@ async def chat_ids(engine: ServingEngine, body: ChatBody) -> list[int]:
     """The token ids that a chat is read as.
 
     Raises:
-        ValidationError: messages that the model's template refuses.
+        ValidationError: messages or tools that the model's template has no place for.
     """
+    if body.offered:
+        check_tools(engine)
     chat = Chat(
         [message.rendered for message in body.messages],
         continue_final_message=bool(body.continue_final_message),

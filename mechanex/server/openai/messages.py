@@ -19,7 +19,7 @@ from ..model.requests import Result
 from .answering import check_model
 from .bodies import ChatBody, SteeringFields, chat_of
 from .chats import chat_ids, chat_request
-from .sampling import Whole
+from .sampling import Stop, Whole
 from .single import Event, answer_single
 
 __all__ = ["messages_router"]
@@ -71,7 +71,7 @@ class MessagesBody(CountBody, SteeringFields):
     """POST /v1/messages."""
 
     max_tokens: Whole = Field(ge=1, le=2**31)
-    stop_sequences: Annotated[Items[str], Field(max_length=16)] | None = None
+    stop_sequences: Annotated[Items[Stop], Field(max_length=16)] | None = None
     stream: bool | None = False
     temperature: float | None = Field(default=1.0, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)

@@ -13,7 +13,7 @@ from ..http.body import Body, Items, few_fields
 from ..http.errors import invalid
 from ..model.engine import ServingEngine
 
-__all__ = ["IgnoredFields", "SamplingFields", "Whole", "asked_of", "truncated"]
+__all__ = ["IgnoredFields", "SamplingFields", "Stop", "Whole", "asked_of", "truncated"]
 
 T = TypeVar("T")
 
@@ -25,7 +25,8 @@ def _whole(number: Any) -> Any:
 Whole = Annotated[int, BeforeValidator(_whole)]
 """A whole number, which some clients write as ``5.0``."""
 
-_Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+"""A text that ends an answer."""
 
 
 class IgnoredFields(Body):
@@ -59,7 +60,7 @@ class SamplingFields(IgnoredFields):
         default=None, ge=0, le=1, description="Least share of the likeliest token's probability that stays."
     )
     n: Whole | None = Field(default=1, ge=1, le=128)
-    stop: _Stop | Annotated[Items[_Stop], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[Items[Stop], Field(max_length=16)] | None = None
     stop_token_ids: Annotated[Items[Whole], Field(max_length=256)] | None = Field(
         default=None, description="Further tokens that end an answer."
     )

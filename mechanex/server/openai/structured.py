@@ -88,7 +88,9 @@ class FormFields(Body):
         if self.structured_outputs is not None:
             found += [("structured_outputs", *one) for one in self.structured_outputs.forms]
         if len(found) > 1:
-            raise invalid(f"An answer has one form: give {found[0][0]} or {found[1][0]}.", found[1][0])
+            (one, first, _), (other, second, _) = found[:2]
+            either = f"its {first} or its {second}" if one == other else f"{one} or {other}"
+            raise invalid(f"An answer has one form: give {either}.", other)
         return found[0] if found else None
 
 

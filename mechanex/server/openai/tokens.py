@@ -8,13 +8,13 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends
 from pydantic import Field, model_validator
 
-from ...engine.chat import Chat
 from ..accounts.auth import Principal, principal
 from ..http.body import Body, Items, few_fields
 from ..http.routes import Route
 from ..model.engine import Engine
 from .answering import check_model
-from .bodies import Message
+from .bodies import Message, chat_of
+from .chats import chat_ids
 from .sampling import Whole
 from .tools import Tool
 
@@ -46,6 +46,9 @@ class TokenizeBody(Body):
         return self
 
 
+_OF_CHATS = ("messages", "tools", "continue_final_message", "add_generation_prompt", "chat_template_kwargs")
+
+
 class DetokenizeBody(Body):
     """POST /detokenize."""
 
@@ -68,14 +71,7 @@ async def _tokenize(body: TokenizeBody, engine: Engine, who: Who) -> dict[str, A
     """The token ids that a prompt is read as."""
     check_model(engine, body.model)
     if body.messages is not None:
-        chat = Chat(
-            [message.rendered for message in body.messages],
-            continue_final_message=bool(body.continue_final_message),
-            add_generation_prompt=body.add_generation_prompt,
-            template_kwargs=body.chat_template_kwargs or {},
-            tools=[one.rendered for one in body.tools or ()],
-        )
-        ids = await run_sync(engine.encoder.encode_chat, chat)
+        ids = await chat_ids(engine, chat_of(body, {name: getattr(body, name) for name in _OF_CHATS}))
     elif body.add_special_tokens is False:
         ids = await run_sync(engine.encoder.encode_bare, body.prompt or "")
     else:

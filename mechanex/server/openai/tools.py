@@ -16,7 +16,7 @@ from ..http.errors import invalid
 from ..model.engine import ServingEngine
 from ..model.requests import Result
 
-__all__ = ["AssistantCall", "CallReader", "Tool", "ToolChoice", "reader_of"]
+__all__ = ["AssistantCall", "CallReader", "Tool", "ToolChoice", "check_tools", "reader_of"]
 
 _Function = Annotated[str, Field(min_length=1, max_length=128)]
 
@@ -130,18 +130,23 @@ class CallReader:
         }
 
 
-def reader_of(engine: ServingEngine, tools: Sequence[Tool], choice: str | ToolChoice | None) -> CallReader:
-    """What finds the calls of these tools.
-
-    Raises:
-        ValidationError: the model's template doesn't know tools, or how it writes calls isn't known.
-    """
+def check_tools(engine: ServingEngine) -> None:
+    """Raises a ValidationError where the model's template doesn't know tools."""
     if not knows_tools(engine.tokenizer):
         raise invalid(
             f"{engine.model_name} can't be told of tools: its chat template has no place for them. Use a model whose "
             "template has one, or describe them in a message and ask for JSON by response_format.",
             "tools",
         )
+
+
+def reader_of(engine: ServingEngine, tools: Sequence[Tool], choice: str | ToolChoice | None) -> CallReader:
+    """What finds the calls of these tools.
+
+    Raises:
+        ValidationError: the model's template doesn't know tools, or how it writes calls isn't known.
+    """
+    check_tools(engine)
     names = [one.function.name for one in tools]
     if len(set(names)) < len(names):
         raise invalid("Two tools have the same name.", "tools")
