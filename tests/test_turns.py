@@ -8,14 +8,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 from test_scheduler import PROMPTS, ids_of, scheduled
 
 from mechanex.engine.models.resolve import load
 from mechanex.errors import RateLimitError
+from mechanex.server.app import create_app
 from mechanex.server.http.limits import TokenQuota
 from mechanex.server.model.requests import TextRequest
 from mechanex.server.model.turns import Turns
 from mechanex.server.senders import sent_by
+from mechanex.server.settings import ServerSettings
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +129,15 @@ def test_an_account_has_so_many_tokens_a_minute_of_prompts_and_answers(tiny: Any
 
     used, left = asyncio.run(some())
     assert used[0] < 400 and left == [500 - len(ids) - n for n in used]
+
+
+def test_texts_that_are_embedded_count_too(tiny: Any) -> None:
+    app = create_app(ServerSettings(host="127.0.0.1", account_tokens_per_minute=500), tiny)
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        statuses = [
+            client.post("/v1/embeddings", json={"input": [[7] * 300] * 2}).status_code for _ in range(2)
+        ]
+    assert statuses == [200, 429]
 
 
 def test_tokens_come_back_evenly() -> None:

@@ -136,6 +136,16 @@ class Scheduler:
             worker.changed.notify()
         return [row.generation for row in rows]
 
+    def take_tokens(self, tokens: int) -> None:
+        """Counts tokens that are read for the sender and not answered.
+
+        Raises:
+            RateLimitError: the sender's tokens of this minute are used up already.
+        """
+        if self.quota is not None:
+            self.quota.check(sender())
+            self.quota.spend(sender(), tokens)
+
     async def run(self, fn: Callable[[ModelAdapter], T], timeout: float | None = None) -> T:
         """Runs ``fn(adapter)`` in the model's thread, alone on the model, between two decoding steps.
 

@@ -103,6 +103,8 @@ async def _embeddings(body: EmbeddingBody, request: Request, engine: Engine, who
         check_room(engine, len(ids), 0)
         rows.append(TextRequest(ids, 0, steering=steering, owner=who.account_id))
     padding = padding_token(engine.tokenizer, [0])
+    n_tokens = sum(len(row.ids) for row in rows)
+    engine.scheduler.take_tokens(n_tokens)
 
     def work(adapter: ModelAdapter) -> list[Tensor]:
         return [
@@ -113,7 +115,6 @@ async def _embeddings(body: EmbeddingBody, request: Request, engine: Engine, who
     found = await done_or_gone(request, engine.scheduler.run(work))
     if not all(bool(one.isfinite().all()) for one in found):
         raise MechanexError("the residual stream is not finite: the steering is too strong.", 400)
-    n_tokens = sum(len(row.ids) for row in rows)
 
     def made() -> dict[str, Any]:
         return {
