@@ -87,21 +87,6 @@ def expected(model: Model, hidden: Tensor, steers: dict[int, list[tuple[int, Edi
     return hidden
 
 
-class UnknownPair(OneTensor):
-    """A layer that gives two tensors, and doesn't say what the second one is."""
-
-    def forward(self, positions: Tensor, hidden: Tensor) -> Any:
-        return hidden, self.linear(hidden)
-
-
-def test_a_layer_whose_stream_is_not_known_is_refused() -> None:
-    layers: list[nn.Module | None] = [UnknownPair()]
-    stream = SteeredStream(layers, WIDTH, Capacity(), 16, torch.device("cpu"), torch.float32)
-    stream.wrap(layers, lambda layer: False)
-    with pytest.raises(ValidationError, match="it isn't known what its stream is"):
-        layers[0](torch.arange(TOKENS), random(TOKENS))  # type: ignore[misc]
-
-
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("kind", [OneTensor, TwoTensors])
 @torch.no_grad()

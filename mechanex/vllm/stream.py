@@ -6,7 +6,6 @@ what it is to be added to.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -192,7 +191,6 @@ def _only_adds(edit: Edit) -> bool:
 
 def _wrap(layer: nn.Module, stream: SteeredStream, index: int, takes_two: bool) -> None:
     inner: Callable[..., Any] = layer.forward
-    given_two = any(name.startswith("residual") for name in inspect.signature(inner).parameters)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if index == 0:
@@ -200,12 +198,8 @@ def _wrap(layer: nn.Module, stream: SteeredStream, index: int, takes_two: bool) 
         out = inner(*args, **kwargs)
         if isinstance(out, Tensor):
             return stream.edit(index + 1, out, None)[0]
+        # A layer that isn't given a second tensor gives the whole stream in the first.
         second = out[1] if len(out) > 1 else None
-        if not given_two and isinstance(second, Tensor) and second.shape == out[0].shape:
-            raise ValidationError(
-                f"{type(layer).__name__} gives two tensors {list(out[0].shape)} and doesn't take the second one as "
-                "part of the stream, so it isn't known what its stream is: this model can't be steered in vLLM."
-            )
         hidden, residual = stream.edit(index + 1, out[0], second if takes_two else None)
         return (hidden, residual, *out[2:]) if takes_two else (hidden, *out[1:])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field, field_validator
 
@@ -11,7 +11,9 @@ from ...engine.sampling import Sampling
 from ...errors import ValidationError
 from ..http.body import Body, Items, few_fields
 from ..http.errors import invalid
-from ..model.engine import ServingEngine
+
+if TYPE_CHECKING:
+    from ..model.engine import ServingEngine
 
 __all__ = ["IgnoredFields", "SamplingFields", "Stop", "Whole", "asked_of", "truncated"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from anyio.to_thread import run_sync
 from pydantic import Field, model_validator
@@ -11,7 +11,9 @@ from ...engine.decode.grammar import Grammar
 from ...errors import ValidationError
 from ..http.body import Body, Items, Part
 from ..http.errors import invalid
-from ..model.engine import ServingEngine
+
+if TYPE_CHECKING:
+    from ..model.engine import ServingEngine
 
 __all__ = ["FormFields", "form_of"]
 

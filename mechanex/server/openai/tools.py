@@ -6,15 +6,17 @@ import json
 import random
 import string
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from ...engine.tool_calls import CallFormat, ToolCall, call_format, calls_in, knows_tools
 from ..http.body import Part
 from ..http.errors import invalid
-from ..model.engine import ServingEngine
 from ..model.requests import Result
+
+if TYPE_CHECKING:
+    from ..model.engine import ServingEngine
 
 __all__ = ["AssistantCall", "CallReader", "Tool", "ToolChoice", "check_tools", "reader_of"]
 
