@@ -46,7 +46,7 @@ def measured() -> dict[str, float]:
     draw = torch.Generator().manual_seed(0)
 
     def ids(n: int) -> list[int]:
-        return torch.randint(5, 30_000, (n,), generator=draw).tolist()
+        return torch.randint(5, 15_900, (n,), generator=draw).tolist()
 
     prompts: list[Any] = [ids(24) for _ in range(N_PAIRS)]
     sides: list[Any] = [[ids(12) for _ in range(N_PAIRS)] for _ in range(2)]
