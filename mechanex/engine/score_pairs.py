@@ -96,11 +96,12 @@ def score_pairs(
         packs = packs_for(adapter, pairs, batch_tokens=batch_tokens, scoring=not plain, processes=ranks.size)
         if not plain:
             unembedding_agrees(adapter)
-        steering: AbstractContextManager[Any] = nullcontext() if plan is None else plan.apply(adapter)
         values: list[Tensor] = []
         likeliest: list[Tensor] = []
-        with steering, gradients():
-            for pack in dealt(packs, ranks, "Scoring", progress=progress):
+        for pack in dealt(packs, ranks, "Scoring", progress=progress):
+            # Not around the loop: while it pauses, others' texts go through the model.
+            steering: AbstractContextManager[Any] = nullcontext() if plan is None else plan.apply(adapter)
+            with steering, gradients():
                 if greedy:
                     found, first = _with_greedy(adapter, pack, cold, extra)
                     likeliest.append(first)

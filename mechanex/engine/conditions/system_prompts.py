@@ -276,20 +276,21 @@ def _train(gates: _Gates, groups: Sequence[_ChatGroup], steps: int, seed: int, p
     optimizer = torch.optim.Adam(parameters, lr=_RATE)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    with gates.applied():
-        for step in tqdm(range(steps), desc="system prompt", unit="step", disable=not progress):
-            pause()
-            order = order or torch.randperm(len(groups), generator=generator).tolist()
-            for settings in optimizer.param_groups:
-                settings["lr"] = _RATE * (1 - step / steps)
+    for step in tqdm(range(steps), desc="system prompt", unit="step", disable=not progress):
+        pause()
+        order = order or torch.randperm(len(groups), generator=generator).tolist()
+        for settings in optimizer.param_groups:
+            settings["lr"] = _RATE * (1 - step / steps)
+        with gates.applied():
             loss = groups[order.pop()].kl().mean()
             if not bool(torch.isfinite(loss)):
                 raise ValidationError(
                     "the loss is not finite: the model's dtype is too narrow for this training; load it in float32."
                 )
             optimizer.zero_grad()
+            # Inside, as a model that checkpoints computes its layers anew here.
             loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+        optimizer.step()
 
 
 def prompt_shift(

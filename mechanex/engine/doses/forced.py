@@ -85,9 +85,8 @@ class ForcedAnswers:
                 scoring=True,
                 processes=self._ranks.size,
             )
-            self.packs = list(dealt(packs, self._ranks, "Answers"))
-            for pack in self.packs:
-                pause()
+            for pack in dealt(packs, self._ranks, "Answers"):
+                self.packs.append(pack)
                 rows = (scored_logits if self._whole else scored_hidden)(adapter, pack)
                 self._count(pack, adapter.n_layers)
                 self._plain.append(rows)
@@ -168,8 +167,10 @@ class ForcedAnswers:
             return known
         layers = {*starts, *layers}
         with _alone(self._adapter):
+            pause()
             made = Replay(self._adapter, pack, sorted(layers))
             if made.possible:
+                pause()
                 self._count(pack, self._adapter.n_layers, 3)
                 if not made.stackable:
                     made.give_up()

@@ -1,4 +1,4 @@
-"""Work that a server does beside text: between two pauses it reads no more tokens than it was allowed."""
+"""Work that a server does beside text: it pauses often enough, and leaves the model to others as it found it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from mechanex.engine.attribution.edge_scores import scores_answer
+from mechanex.engine.conditions.system_prompts import from_system_prompt
 from mechanex.engine.doses.forced import ForcedAnswers
+from mechanex.engine.hooks import Intervention
+from mechanex.engine.intervention import Edit
 from mechanex.engine.methods import vectors_by
 from mechanex.engine.models import adapter_for
 from mechanex.engine.models.adapter import ModelAdapter
@@ -17,6 +20,7 @@ from mechanex.engine.models.resolve import load
 from mechanex.engine.pauses import pausing
 from mechanex.engine.raag.answer import answer_questions
 from mechanex.engine.sae.create import create
+from mechanex.engine.score_pairs import score_pairs
 from mechanex.engine.token_shifts import token_shifts
 
 BOUND = 64
@@ -55,6 +59,10 @@ def attribution(**options: Any) -> Work:
     )
 
 
+def steered(adapter: ModelAdapter) -> list[Intervention]:
+    return [Intervention(2, Edit.add(torch.full((adapter.d_model,), 10.0)))]
+
+
 WORKS: dict[str, Work] = {
     **{method: by(method) for method in ("caa", "pca", "probe")},
     "few-shot": by("few-shot", max_iters=2),
@@ -63,7 +71,11 @@ WORKS: dict[str, Work] = {
     "exact attribution": attribution(method="exact", align="tokens"),
     "edges": attribution(edges=True, align="tokens"),
     "forced answers": lambda adapter, tokenizer: ForcedAnswers(adapter, pairs(tokenizer)),
-    "token shifts": lambda adapter, tokenizer: token_shifts(adapter, pairs(tokenizer), [], plain=[]),
+    "settings": lambda adapter, tokenizer: ForcedAnswers(adapter, pairs(tokenizer)).under([steered(adapter)]),
+    "steered scores": lambda adapter, tokenizer: score_pairs(
+        adapter, pairs(tokenizer), edits=steered(adapter)
+    ),
+    "token shifts": lambda adapter, tokenizer: token_shifts(adapter, pairs(tokenizer), steered(adapter)),
     "documents": lambda adapter, tokenizer: answer_questions(
         adapter,
         tokenizer,
@@ -94,3 +106,33 @@ def test_no_more_tokens_between_two_pauses_than_allowed(tiny: tuple[ModelAdapter
     finally:
         handle.remove()
     assert 0 < max(found) <= 2 * BOUND  # a text alone may be longer, and is read on two sides
+
+
+# Runs locally alone, in passes of its own size.
+UNBOUNDED: dict[str, Work] = {
+    "a system prompt": lambda adapter, tokenizer: from_system_prompt(
+        adapter,
+        "Speak like a sailor.",
+        [f"Question {i}?" for i in range(5)],
+        tokenizer,
+        answer_tokens=4,
+        steps=3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*WORKS, *UNBOUNDED])
+def test_no_edit_is_on_the_model_at_a_pause(tiny: tuple[ModelAdapter, Any], name: str) -> None:
+    adapter, tokenizer = tiny
+    ids = torch.tensor([tokenizer(PROMPTS[0])["input_ids"]])
+    plain = adapter.hf_model(ids).logits.detach()
+    found = [adapter.hf_model(ids).logits.detach()]
+
+    def paused() -> None:
+        found.append(adapter.hf_model(ids).logits.detach())
+
+    with pausing(paused, BOUND):
+        (WORKS | UNBOUNDED)[name](adapter, tokenizer)
+    assert len(found) > 1
+    for one in found:
+        torch.testing.assert_close(one, plain)
