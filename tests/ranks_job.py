@@ -10,6 +10,7 @@ import torch
 
 import mechanex.distributed
 from mechanex.bundled import data_path
+from mechanex.engine.activations import activations
 from mechanex.engine.caa import caa_vectors
 from mechanex.engine.conditions.fitting import fit_condition
 from mechanex.engine.datasets import read_pairs
@@ -80,6 +81,19 @@ def failing() -> None:
     completion_logprobs(model, data.prompts[:24], data.positive_answers[:24], loaded.tokenizer)
 
 
+def kept(folder: str) -> dict[str, Any]:
+    """Activations in files, which the first process alone reads and writes."""
+    loaded = load("mx-tiny", backend="transformers")
+
+    def hook(*_: Any) -> None:
+        assert mechanex.distributed.is_first()
+
+    adapter_for(loaded.model).layers[0].register_forward_hook(hook)
+    prompts = read_pairs(data_path("calm_angry"), split="train").prompts[:6]
+    found = activations(loaded.model, prompts, [2, 5], loaded.tokenizer, tokens="all", out=folder)
+    return {"lengths": found.lengths, **{str(layer): rows.tolist() for layer, rows in found.items()}}
+
+
 def optimized(checkpoint: str) -> Any:
     """A longer optimization, which may be stopped at any moment and goes on from its checkpoint."""
     loaded = load("mx-tiny", backend="transformers")
@@ -93,7 +107,7 @@ def optimized(checkpoint: str) -> Any:
 
 def main() -> None:
     what, out, *more = sys.argv[1:]
-    told = {"found": found, "failing": failing, "optimized": optimized}[what](*more)  # type: ignore[operator]
+    told = {"found": found, "failing": failing, "kept": kept, "optimized": optimized}[what](*more)  # type: ignore[operator]
     torch.save(told, Path(out) / f"{mechanex.distributed.rank()}.pt")
 
 

@@ -70,6 +70,14 @@ def test_the_result_is_that_of_one_process(n: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.ci
+def test_activations_in_files_are_written_once_and_opened_by_all(tmp_path: Path) -> None:
+    ran(2, "kept", tmp_path, tmp_path / "theirs")
+    wanted = ranks_job.kept(str(tmp_path / "own"))
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pt", weights_only=False) == wanted
+
+
+@pytest.mark.ci
 def test_where_one_process_fails_all_end_and_say_why(tmp_path: Path) -> None:
     process = started(2, "failing", tmp_path)
     _, errors = process.communicate(timeout=120)

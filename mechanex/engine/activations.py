@@ -20,6 +20,7 @@ from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import Pack
 from .passes import visit_residuals
 from .pauses import pause
+from .ranks import alone, current_ranks
 from .text import Prompt, encode_prompt
 
 __all__ = ["Activations", "activations"]
@@ -89,7 +90,7 @@ def activations(
         tokenizer: needed for text when the model carries none.
         tokens: ``"last"``, ``"all"``, a place or a slice in each text, negatives from its end.
         out: a folder for the arrays, ``layer_3.npy`` and so on, which then stay in their files: for more than memory
-            holds. Those of an earlier call are deleted.
+            holds. Those of an earlier call are deleted. Of several processes the first writes them, and all open them.
         progress: show a progress bar.
 
     Returns:
@@ -117,6 +118,12 @@ def activations(
         n += len(places)
     lengths = [len(places) for places in chosen]
     dtype = numpy.float64 if adapter.dtype == torch.float64 else numpy.float32
+    ranks = current_ranks()
+    if out is not None and ranks.size > 1:
+        with ranks.together(), alone():
+            if ranks.rank == 0:
+                activations(adapter, ids, indices, tokenizer, tokens=tokens, out=out, progress=progress)
+        return Activations.load(out)
     if out is not None:
         _empty(Path(out))
     arrays = {layer: _array(out, layer, (n, adapter.d_model), dtype) for layer in indices}
