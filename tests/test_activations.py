@@ -12,6 +12,8 @@ import torch
 
 from mechanex import Mechanex, NotFoundError, SteeringVector, ValidationError
 from mechanex.engine.activations import Activations
+from mechanex.engine.logit_lens import logit_lens
+from mechanex.engine.models import adapter_for
 
 TEXTS = ["Clara walked into the bakery.", "The", "Anna went to the market on Friday.", "Clara walked home."]
 
@@ -120,3 +122,10 @@ def test_the_logit_lens_ends_in_what_the_model_says(client: Mechanex) -> None:
     assert abs(last[0][0][1] - float(logits.max().exp())) < 1e-4
     assert all(len(layer) == 2 and len(layer[0]) == 3 for layer in found.values())
     assert list(found) == list(range(len(found)))
+
+
+def test_the_logit_lens_needs_a_tokenizer(client: Mechanex, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = adapter_for(client.local_model)
+    monkeypatch.setattr(adapter, "tokenizer", None)
+    with pytest.raises(ValidationError, match="pass tokenizer="):
+        logit_lens(adapter, [[5, 6]])

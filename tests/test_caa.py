@@ -95,6 +95,11 @@ def test_wrong_input_is_an_error(prompts, positive, negative, layers, message):
         caa_vectors(build("llama"), prompts, positive, negative, layers, TOKENIZER)
 
 
+def test_other_tokens_than_all_or_the_last_are_an_error():
+    with pytest.raises(ValidationError, match="tokens is 'all' or 'last'; got 'first'"):
+        caa_vectors(build("llama"), ["a"], [" b"], [" c"], [2], TOKENIZER, tokens="first")
+
+
 def test_a_model_that_gives_nan_is_an_error():
     model = FAMILIES["llama"]()
     model.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan

@@ -451,6 +451,11 @@ def test_normalizations():
         assert tokens[choice].logprob == pytest.approx(r.logprob)
 
 
+def test_bytes_of_token_ids_need_a_tokenizer():
+    with pytest.raises(ValidationError, match="needs a tokenizer"):
+        rank_completions(build("llama"), [5, 6], [[7], [8]], normalize="bytes")
+
+
 @pytest.mark.parametrize("neutral", [None, "Answer:"])
 def test_the_unconditional_normalization_takes_away_what_is_likely_anywhere(neutral):
     model, prompt, choices = build("llama"), "What is the capital of France? ", ["Paris", "Rome"]

@@ -66,9 +66,11 @@ def caa_vectors(
         A vector in float32 (float64 for float64 models) on the CPU.
 
     Raises:
-        ValidationError: lists of unequal length or empty, an empty answer, a layer that doesn't exist, or a
-            result that is zero or not finite.
+        ValidationError: lists of unequal length or empty, an empty answer, a layer that doesn't exist, other tokens
+            than these, or a result that is zero or not finite.
     """
+    if tokens not in ("all", "last"):
+        raise ValidationError(f"tokens is 'all' or 'last'; got {tokens!r}.")
     adapter = adapter_for(model)
     indices = check_examples(adapter, prompts, positive_answers, negative_answers, layers)
     n = len(prompts)

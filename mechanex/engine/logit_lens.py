@@ -39,10 +39,12 @@ def logit_lens(
         ``{layer: for each text [(token, probability), …]}``, likeliest first.
 
     Raises:
-        ValidationError: as there, no language head, or a ``top`` that is no number of tokens.
+        ValidationError: as there, no tokenizer, no language head, or a ``top`` that is no number of tokens.
     """
     adapter = adapter_for(model)
     tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
+    if tokenizer is None:
+        raise ValidationError(f"{adapter.model_id} carries no tokenizer to write tokens: pass tokenizer=….")
     most = as_whole(top)
     if most is None or most < 1:
         raise ValidationError(f"top is a number of tokens, at least 1; got {top!r}.")

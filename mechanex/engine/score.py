@@ -15,7 +15,7 @@ from .models import adapter_for
 from .models.adapter import ModelAdapter
 from .pairing import Completion, group_completions
 from .score_pairs import CompletionLogprobs, Edits, score_pairs
-from .text import Prompt, encode_pair, encode_prompt
+from .text import Prompt, encode_pair, encode_prompt, prompt_text
 
 __all__ = [
     "CompletionLogprobs",
@@ -197,8 +197,7 @@ def _neutral(tokenizer: Any, prompt: Prompt | None) -> list[int]:
 
 
 def _n_bytes(tokenizer: Any, choice: Completion) -> int:
-    text = choice if isinstance(choice, str) else str(tokenizer.decode(list(choice)))
-    return max(1, len(text.encode()))
+    return max(1, len(prompt_text(tokenizer, choice).encode()))
 
 
 def perplexity(

@@ -37,7 +37,7 @@ def prompt_text(tokenizer: Any, prompt: Prompt) -> str:
     chat = as_chat(prompt)
     if chat is not None:
         return chat_text(_needed(tokenizer), chat)
-    return str(tokenizer.decode(_ids(prompt)))
+    return str(_needed(tokenizer).decode(_ids(prompt)))
 
 
 def _ids(prompt: Any) -> list[int]:
