@@ -71,9 +71,9 @@ class Row:
             skip_special_tokens=request.skip_special_tokens,
             min_tokens=request.min_tokens,
         )
-        # End tokens that are part of the text.
         self.following = None if request.grammar is None else request.grammar.begin()
         """How far it has come in its grammar, where it has one."""
+        # End tokens that are part of the text.
         self._kept_ends = frozenset(request.stop_token_ids if request.include_stop else ())
         # Where nobody asks for the text of each token, several are decoded at once.
         self._joined = not request.stops and request.logprobs is None

@@ -246,10 +246,12 @@ class StaticBatch:
 
     def _run(self, step: StaticStep, n: int, columns: int) -> Tensor:
         graphs, spans = step.graphs, self._spans or ()
+        if self._watched or not step.steering.is_static or not graphs.supported:
+            return self._run_by_host(step, n, columns)
         wanted = self._steering.foreseen(spans)
         rows, active = min(bucket(n), step.cache.rows), step.steering.active
         key = rows, columns, active, wanted
-        if wanted is None or self._watched or not step.steering.is_static or not graphs.takes(key):
+        if wanted is None or not graphs.takes(key):
             return self._run_by_host(step, n, columns)
         served = graphs.serving(key)
         lengths = step.lengths.clone() if wanted or served is None else step.lengths
