@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from test_scheduler import PROMPTS, ids_of, scheduled
 
 from mechanex.engine.models.resolve import load
+from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import RateLimitError
 from mechanex.server.app import create_app
 from mechanex.server.http.limits import TokenQuota
@@ -131,13 +136,51 @@ def test_an_account_has_so_many_tokens_a_minute_of_prompts_and_answers(tiny: Any
     assert used[0] < 400 and left == [500 - len(ids) - n for n in used]
 
 
-def test_texts_that_are_embedded_count_too(tiny: Any) -> None:
-    app = create_app(ServerSettings(host="127.0.0.1", account_tokens_per_minute=500), tiny)
-    with TestClient(app, base_url="http://127.0.0.1") as client:
-        statuses = [
-            client.post("/v1/embeddings", json={"input": [[7] * 300] * 2}).status_code for _ in range(2)
-        ]
+LONG = "Clara walked into the bakery. " * 30
+READ = {
+    "/v1/embeddings": {"input": [LONG] * 3},
+    "/page/compare": {"prompt": LONG, "answers": [" She smiled."] * 2},
+    "/page/sweep": {"prompt": LONG, "answer": " She smiled.", "vector": "calm", "strengths": [1, 2, 3]},
+}
+
+
+@pytest.mark.parametrize("path", READ)
+def test_texts_that_are_only_read_count_too(tiny: Any, path: str, tmp_path: Path) -> None:
+    SteeringVector({3: torch.ones(128)}).save(tmp_path / "calm.safetensors")
+    settings = ServerSettings(host="127.0.0.1", account_tokens_per_minute=500, vectors=tmp_path)
+    with TestClient(create_app(settings, tiny), base_url="http://127.0.0.1") as client:
+        statuses = [client.post(path, json=READ[path]).status_code for _ in range(2)]
     assert statuses == [200, 429]
+
+
+def test_an_answer_that_is_read_again_counts_again(tiny: Any) -> None:
+    app = create_app(ServerSettings(host="127.0.0.1", account_tokens_per_minute=10_000), tiny)
+    body = {"prompt": "Anna", "max_tokens": 8, "temperature": 0}
+
+    def left(told: Any) -> int:
+        return int(told.headers["x-ratelimit-remaining-tokens"])
+
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        app.state.token_quota._clock = lambda: 0.0
+        once = client.post("/v1/completions", json=body)
+        again = client.post(
+            "/v1/completions", json=body | {"return": {"activations": [{"layer": 2, "raw": True}]}}
+        )
+        known = client.post("/v1/embeddings", json={"input": [[7]]})
+    used = once.json()["usage"]["total_tokens"]
+    assert left(once) == 10_000 - used
+    assert again.status_code == 200 and left(known) == 10_000 - 3 * used - 1
+
+
+def test_tokens_that_are_spent_at_once_all_count() -> None:
+    def clock() -> float:
+        time.sleep(1e-4)  # another thread's turn
+        return 0.0
+
+    quota = TokenQuota(100_000, clock)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: quota.spend("a", 1), range(400)))
+    assert quota.headers("a")["x-ratelimit-remaining-tokens"] == "99600"
 
 
 def test_tokens_come_back_evenly() -> None:

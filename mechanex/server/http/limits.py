@@ -90,7 +90,8 @@ class TokenQuota:
         Raises:
             RateLimitError: none are; ``retry_after`` is when there will be one, in whole seconds.
         """
-        left = self._now(sender)
+        with self._lock:
+            left = self._now(sender)
         if left < 1:
             wait = math.ceil((1 - left) * 60 / self._most)
             raise RateLimitError(
@@ -101,9 +102,8 @@ class TokenQuota:
 
     def spend(self, sender: str, tokens: int) -> None:
         """Counts tokens of a prompt or an answer."""
-        left = self._now(sender) - tokens
         with self._lock:
-            self._left[sender] = (left, self._clock())
+            self._left[sender] = (self._now(sender) - tokens, self._clock())
             if len(self._left) > _MOST_KNOWN:
                 self._left = {
                     one: kept for one, kept in self._left.items() if self._filled(kept) < self._most
@@ -111,14 +111,14 @@ class TokenQuota:
 
     def headers(self, sender: str) -> dict[str, str]:
         """What a sender has left, as OpenAI's headers tell it; ``reset`` is when all of it has come back."""
-        left = self._now(sender)
+        with self._lock:
+            left = self._now(sender)
         back = f"{math.ceil((self._most - left) * 60 / self._most)}s"
         return dict(zip(TOKEN_HEADERS, (str(self._most), str(max(0, int(left))), back), strict=True))
 
     def _now(self, sender: str) -> float:
-        with self._lock:
-            known = self._left.get(sender)
-            return self._most if known is None else self._filled(known)
+        known = self._left.get(sender)
+        return self._most if known is None else self._filled(known)
 
     def _filled(self, known: tuple[float, float]) -> float:
         left, at = known

@@ -144,6 +144,11 @@ class Scheduler:
         """
         if self.quota is not None:
             self.quota.check(sender())
+        self.spend_tokens(tokens)
+
+    def spend_tokens(self, tokens: int) -> None:
+        """Counts tokens that are read for the sender, whose request was let in before."""
+        if self.quota is not None:
             self.quota.spend(sender(), tokens)
 
     async def run(self, fn: Callable[[ModelAdapter], T], timeout: float | None = None) -> T:

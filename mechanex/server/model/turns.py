@@ -13,8 +13,8 @@ __all__ = ["Turns"]
 class Turns:
     """Counts the tokens that each sender was served, as far as others wait beside it (arXiv:2401.00588).
 
-    A sender is an account, or the operator. Who comes anew begins at the least count of those who are there, so that
-    nobody saves up turns by staying away.
+    A sender is an account, or an address without one. Who comes anew begins at the least count of those who are there,
+    so that nobody saves up turns by staying away.
     """
 
     def __init__(self) -> None:

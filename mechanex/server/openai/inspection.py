@@ -98,6 +98,8 @@ class Inspection:
         items = self._wanted.activations or ()
         layers = sorted({engine.adapter.layer_index(one.layer) for one in items})
         padding = padding_token(engine.tokenizer, [0])
+        sides = 1 if self._wanted.logit_differences is None else 2
+        engine.scheduler.spend_tokens(sides * (len(request.ids) + len(result.tokens)))
         inside = await engine.scheduler.run(
             lambda adapter: read_inside(
                 adapter, request, result.tokens, layers, self._wanted.logit_differences, padding

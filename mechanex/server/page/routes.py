@@ -109,6 +109,8 @@ async def compare(body: CompareBody, request: Request, engine: Engine, who: Work
     wanted = [i for i, answer in enumerate(body.answers) if answer]
     pairs = [await run_sync(engine.encoder.pair, ids, body.answers[i]) for i in wanted]
 
+    engine.scheduler.take_tokens(2 * sum(len(prompt) + len(answer) for prompt, answer in pairs))
+
     def work(adapter: ModelAdapter) -> list[list[TokenShift]]:
         return token_shifts(adapter, pairs, after, plain=before, top=body.top) if pairs else []
 
@@ -134,10 +136,9 @@ async def sweep(body: SweepBody, request: Request, engine: Engine, who: Worker) 
     layers: list[int | None] = [None]
     if body.by_layer and len(vector) > 1:
         layers += vector.layers[: engine.settings.max_example_layers]
-    n_settings = len(layers) * len(body.strengths)
-    check_count(
-        n_settings * sum(len(a) + len(b) for a, b in [*pairs, *examples]), MOST_TOKENS, "tokens to read"
-    )
+    n_tokens = len(layers) * len(body.strengths) * sum(len(a) + len(b) for a, b in [*pairs, *examples])
+    check_count(n_tokens, MOST_TOKENS, "tokens to read")
+    engine.scheduler.take_tokens(n_tokens)
     before = interventions(engine.steerings.corrections)
 
     def work(adapter: ModelAdapter) -> list[dict[str, Any]]:
