@@ -475,6 +475,8 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": [-1]}, None, "0 or more"),
     ({"prompt": [10**40]}, None, ""),
     ({"prompt": {"a": 1}}, "prompt", "string"),
+    ({"min_tokens": 9, "max_tokens": 8}, None, ": min_tokens is at most max_tokens: got 9 and 8."),
+    ({"min_tokens": 17}, None, "17 and 16"),
     ({"prompt": "\ud800"}, None, ""),
 ]
 

@@ -108,7 +108,8 @@ def add_handlers(app: FastAPI) -> None:
         found = [
             {
                 "loc": [str(part)[:100] for part in one["loc"]],
-                "msg": str(one["msg"])[:500],
+                # What a check of ours says has pydantic's word before it.
+                "msg": str(one["msg"]).removeprefix("Value error, ")[:500],
                 "type": one["type"],
             }
             for one in error.errors()[:20]

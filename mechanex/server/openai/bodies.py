@@ -37,7 +37,7 @@ _Strength = Annotated[float, Field(ge=-1e6, le=1e6)]
 _Some = Annotated[Items[T], Field(max_length=4096)]
 
 
-_LENGTHS = {"max_tokens", "max_completion_tokens"}
+_LENGTHS = ("max_completion_tokens", "max_tokens")
 
 
 class ConditionItem(Part):
@@ -200,10 +200,22 @@ class GenerationBody(SamplingFields, FormFields, SteeringFields):
             raise ValueError("stream_options goes with stream=true")
         return self
 
+    @model_validator(mode="after")
+    def _reachable(self) -> GenerationBody:
+        most = self.most_tokens
+        if most is not None and (self.min_tokens or 0) > most:
+            raise ValueError(f"min_tokens is at most max_tokens: got {self.min_tokens} and {most}")
+        return self
+
+    @property
+    def most_tokens(self) -> int | None:
+        """How long an answer may be; None for as long as there is room."""
+        return next((n for name in _LENGTHS if (n := getattr(self, name, None)) is not None), None)
+
     @property
     def asked_length(self) -> bool:
         """Whether the sender said how long an answer may be."""
-        return any(getattr(self, name, None) is not None for name in _LENGTHS & self.model_fields_set)
+        return any(name in self.model_fields_set and getattr(self, name) is not None for name in _LENGTHS)
 
     @property
     def n_answers(self) -> int:

@@ -60,7 +60,7 @@ async def chat_request(
     if engine.settings.log_prompts:
         request.state.log = {"messages": [message.rendered for message in body.messages]}
     common, watching = await common_of(engine, body, who)
-    asked = body.max_completion_tokens or body.max_tokens
+    asked = body.most_tokens
     ids = truncated(engine, body, await chat_ids(engine, body), asked)
     check_room(engine, len(ids), asked or 0)
     wanted = replace(
