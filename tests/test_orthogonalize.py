@@ -61,12 +61,46 @@ def test_the_stream_has_nothing_of_the_direction_at_any_site() -> None:
         assert client.generation.generate("Anna went", 8, "greedy") == text
 
 
-def test_a_model_whose_weights_cannot_do_it_is_left_as_it_was() -> None:
-    model = FAMILIES["gemma2"]()  # a norm follows what attention and MLPs write
+# A norm follows what attention and MLPs write; experts' weights aren't matrices; a norm follows the embeddings.
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "mixtral", "gpt_oss", "bloom"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_whose_weights_cannot_do_it_is_left_as_it_was(family: str, dtype: torch.dtype) -> None:
+    model = FAMILIES[family]().to(dtype)
     before = weights(model)
     with pytest.raises(ValidationError, match="use ablate_everywhere"):
         orthogonalize(model, direction(48))
     assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "cohere"])
+def test_narrow_weights_do_it_too(family: str, dtype: torch.dtype) -> None:
+    model = FAMILIES[family]().to(dtype)
+    vector = direction(48)
+    with orthogonalize(model, vector):
+        states = model(IDS, output_hidden_states=True).hidden_states[1:-1]
+        v = (vector[2] / vector[2].norm()).to(dtype).float()
+        assert all(((s.float() @ v).norm() / s.float().norm()) < 0.01 for s in states)
+
+
+def test_a_model_that_reads_images_says_that_its_head_is_its_own() -> None:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    text = {"model_type": "llama", "vocab_size": 120, "hidden_size": 48, "intermediate_size": 64}
+    text |= {"num_hidden_layers": 3, "num_attention_heads": 4, "tie_word_embeddings": True}
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+    }
+    vision |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_index=119)
+    ).eval()
+    with orthogonalize(model, direction(48)):
+        assert not model.config.tie_word_embeddings and not model.config.get_text_config().tie_word_embeddings
+    assert model.config.tie_word_embeddings and model.config.get_text_config().tie_word_embeddings
 
 
 def test_one_direction_is_taken_out() -> None:
