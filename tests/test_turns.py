@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -91,6 +92,38 @@ def test_a_full_queue_of_one_account_keeps_no_other_out(tiny: Any) -> None:
                 await one.result()
 
     asyncio.run(crowd())
+
+
+def test_other_work_of_one_sender_keeps_no_other_waiting(tiny: Any) -> None:
+    async def crowd() -> list[str]:
+        done: list[str] = []
+        begun, release = threading.Event(), threading.Event()
+        async with scheduled(tiny.model, tiny.tokenizer) as running:
+
+            def hold(_: Any) -> None:
+                begun.set()
+                assert release.wait(60)
+
+            async def ask(sender: str, work: Any = None) -> None:
+                sent_by(sender)
+                await running.run(work or (lambda _: done.append(sender)))
+
+            asked = [asyncio.create_task(ask("many", hold))]
+            while not begun.is_set():
+                await asyncio.sleep(0.001)
+            asked += [asyncio.create_task(ask("many")) for _ in range(64)]
+            await asyncio.sleep(0.01)
+            with pytest.raises(RateLimitError):
+                await asyncio.create_task(ask("many"))
+            asked += [asyncio.create_task(ask(one)) for one in ("few", "other")]
+            await asyncio.sleep(0.01)
+            release.set()
+            await asyncio.gather(*asked)
+        return done
+
+    done = asyncio.run(crowd())
+    assert sorted(done[:3]) == ["few", "many", "other"]
+    assert done.count("many") == 64
 
 
 def test_an_account_has_so_many_running(tiny: Any) -> None:
