@@ -15,7 +15,7 @@ from ...engine.sampling import Sampling
 from ...errors import ValidationError
 from ..accounts.auth import Principal
 from ..accounts.store import store_of
-from ..http.answers import json_answer
+from ..http.answers import MOST_NUMBERS, json_answer
 from ..http.disconnect import done_or_gone
 from ..http.routes import Route
 from ..library.threads import run_sync
@@ -112,6 +112,12 @@ async def sae_generate(body: SaeBody, request: Request, engine: Engine, who: Wor
         owner=who.account_id,
         onlooker=onlooker,
     )
+    n_scores = (len(behaviors) + len(steerings.floor)) * asked.max_tokens if body.return_trace else 0
+    if n_scores > MOST_NUMBERS:
+        raise ValidationError(
+            f"{n_scores} scores were asked for (behaviors x max_new_tokens), and this server tells {MOST_NUMBERS} at "
+            "once: name fewer behaviors, ask for fewer tokens, or leave return_trace out."
+        )
     (result,) = await done_or_gone(request, results_of([engine.scheduler.submit(asked)]))
     told: dict[str, Any] = {
         "text": await engine.text(body.prompt) + result.text,
