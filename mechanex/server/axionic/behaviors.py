@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from ..model.requests import TextRequest, results_of, trace_of
 from .accounts import shown
 from .bodies import BehaviorBody, SaeBody
 from .guards import Sender, Worker
-from .work import computed, done, examples_of, stops_of
+from .work import Examples, computed, done, examples_of, stops_of
 
 if TYPE_CHECKING:
     from ...engine.models.adapter import ModelAdapter
@@ -69,7 +68,13 @@ async def create_behavior(
         # One of the operator's: the account keeps a copy, which stays when the operator's goes.
         vector = given
     made = await run_sync(
-        library.add_behavior, who.account_id, body.behavior_name, body.description, examples, vector, behavior
+        library.add_behavior,
+        who.account_id,
+        body.behavior_name,
+        body.description,
+        examples.lists,
+        vector,
+        behavior,
     )
     return shown(made)
 
@@ -139,7 +144,7 @@ async def _behavior(
     engine: ServingEngine,
     who: Principal,
     body: BehaviorBody,
-    examples: Mapping[str, Sequence[Any]],
+    examples: Examples,
     vector: SteeringVector | None,
 ) -> Behavior:
     """What ``sae.create_behavior`` of a local client makes."""
@@ -150,7 +155,7 @@ async def _behavior(
         return create(
             adapter,
             body.behavior_name,
-            *examples.values(),
+            *examples.lists.values(),
             sae=sae,
             source=source,
             description=body.description,
@@ -159,4 +164,4 @@ async def _behavior(
             tokenizer=engine.tokenizer,
         )
 
-    return await done(request, engine, who, work)
+    return await done(request, engine, who, work, examples.n_tokens)

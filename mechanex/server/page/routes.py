@@ -140,13 +140,12 @@ async def sweep(body: SweepBody, request: Request, engine: Engine, who: Worker) 
         layers += vector.layers[: engine.settings.max_example_layers]
     n_tokens = len(layers) * len(body.strengths) * sum(len(a) + len(b) for a, b in [*pairs, *examples])
     check_count(n_tokens, MOST_TOKENS, "tokens to read")
-    engine.scheduler.take_tokens(n_tokens)
     before = interventions(engine.steerings.corrections)
 
     def work(adapter: ModelAdapter) -> list[dict[str, Any]]:
         return swept(adapter, vector, body.strengths, layers, pairs, examples, before)
 
-    return JSONResponse({"lines": await done(request, engine, who, work)})
+    return JSONResponse({"lines": await done(request, engine, who, work, n_tokens)})
 
 
 def interventions(steers: Sequence[Steer]) -> list[Intervention]:
