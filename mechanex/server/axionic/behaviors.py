@@ -24,7 +24,7 @@ from ..model.requests import TextRequest, results_of, trace_of
 from .accounts import shown
 from .bodies import BehaviorBody, SaeBody
 from .guards import Sender, Worker
-from .work import Examples, computed, done, examples_of, stops_of
+from .work import ReadableExamples, computed, done, examples_of, stops_of
 
 if TYPE_CHECKING:
     from ...engine.models.adapter import ModelAdapter
@@ -144,7 +144,7 @@ async def _behavior(
     engine: ServingEngine,
     who: Principal,
     body: BehaviorBody,
-    examples: Examples,
+    examples: ReadableExamples,
     vector: SteeringVector | None,
 ) -> Behavior:
     """What ``sae.create_behavior`` of a local client makes."""

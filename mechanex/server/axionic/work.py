@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from ...engine.models.adapter import ModelAdapter
     from ...engine.vectors import SteeringVector
 
-__all__ = ["Examples", "check_count", "computed", "done", "examples_of", "stops_of"]
+__all__ = ["ReadableExamples", "check_count", "computed", "done", "examples_of", "stops_of"]
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Examples:
+class ReadableExamples:
     """Contrastive examples that the model can read.
 
     Args:
@@ -44,7 +44,7 @@ async def computed(
     request: Request,
     engine: ServingEngine,
     who: Principal,
-    examples: Examples,
+    examples: ReadableExamples,
     layer_idxs: Sequence[int] | None,
     method: str,
 ) -> SteeringVector:
@@ -86,7 +86,7 @@ def check_count(n: int, most: int, what: str) -> None:
         raise ValidationError(f"the request has {n} {what}, and this server takes {most} at most.")
 
 
-async def examples_of(engine: ServingEngine, body: SteeringBody | BehaviorBody) -> Examples:
+async def examples_of(engine: ServingEngine, body: SteeringBody | BehaviorBody) -> ReadableExamples:
     """The examples of a body, as many as the server takes at most, each of which the model can read."""
     check_count(len(body.prompts), engine.settings.max_examples, "examples")
     n_tokens = await engine.check_examples(body.prompts, [*body.positive_answers, *body.negative_answers])
@@ -95,7 +95,7 @@ async def examples_of(engine: ServingEngine, body: SteeringBody | BehaviorBody) 
         "positive_answers": body.positive_answers,
         "negative_answers": body.negative_answers,
     }
-    return Examples(lists, n_tokens)
+    return ReadableExamples(lists, n_tokens)
 
 
 def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from fastapi import Request
 from fastapi.responses import Response
 
-from ...engine.sampling import row_seed
+from ...engine.seeds import row_seed
 from ...errors import NotFoundError
 from ..http.answers import json_answer
 from ..http.disconnect import done_or_gone
