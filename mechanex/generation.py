@@ -14,10 +14,11 @@ from . import _default
 from .base import _BaseModule
 from .engine.chat import continued
 from .engine.pairing import are_prompts
+from .engine.seeds import checked_seed, row_seed
 from .engine.strengths import UNSAID, chosen_strength
 from .errors import NotFoundError, ValidationError
 from .remote.answers import field
-from .remote.bodies import list_of, plain_whole
+from .remote.bodies import list_of
 
 if TYPE_CHECKING:
     from .engine.hooks import SteeringPlan
@@ -180,6 +181,7 @@ class GenerationModule(_BaseModule):
             prompts = [continued(one) for one in prompts]
         if stop is not None and not isinstance(stop, str):
             stop = list_of("stop", stop, "texts")
+        first_seed = checked_seed(seed)
 
         def remote() -> str | list[str] | Iterator[str]:
             texts = [remote_text(one, i) for i, one in enumerate(prompts)]
@@ -198,7 +200,7 @@ class GenerationModule(_BaseModule):
                 "steering_strength": steering_strength,
             }
             optional = {
-                "seed": plain_whole(seed if seed is None else seed + i),
+                "seed": None if first_seed is None else row_seed(first_seed, i),
                 "temperature": None if temperature == _TEMPERATURE else temperature,
                 "min_p": None if min_p == _MIN_P else min_p,
                 "stop": stop,
@@ -228,7 +230,7 @@ class GenerationModule(_BaseModule):
                     min_p=min_p,
                     typical_p=typical_p,
                     temperature=temperature,
-                    seed=seed,
+                    seed=first_seed,
                     stop=stop,
                     vector=vector,
                     strength=steering_strength,
