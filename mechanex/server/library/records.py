@@ -128,9 +128,10 @@ class Library:
         with self._database.read() as connection:
             rows = connection.execute(kept.order_by(vectors.c.created_at, vectors.c.id)).all()
             names: dict[str, list[str]] = {}
-            for vector_id, name in connection.execute(named.order_by(behaviors.c.behavior_name)):
+            for vector_id, name in connection.execute(named):
                 names.setdefault(vector_id, []).append(name)
-        return [KeptVector(row.id, tuple(names.get(row.id, ())), row.created_at) for row in rows]
+        # Databases have orders of texts of their own.
+        return [KeptVector(row.id, tuple(sorted(names.get(row.id, ()))), row.created_at) for row in rows]
 
     def delete_vector(self, account_id: str | None, vector_id: str) -> None:
         """Deletes a vector.
@@ -258,12 +259,6 @@ class Library:
         with self._database.read() as connection:
             rows = connection.execute(wanted.order_by(behaviors.c.created_at, behaviors.c.id)).all()
         return [KeptBehavior(*row[:-1], None if row[-1] is None else json.loads(row[-1])) for row in rows]
-
-    def examples(self, account_id: str | None, name: str) -> dict[str, list[Any]] | None:
-        """The prompts and answers that the account's behavior was made from, or None."""
-        with self._database.read() as connection:
-            found = connection.scalar(select(behaviors.c.examples).where(*_named(account_id, name)))
-        return None if found is None else dict(json.loads(found))
 
     def delete_behavior(self, account_id: str | None, name: str) -> None:
         """Deletes a behavior; its vector stays.
