@@ -967,11 +967,8 @@ def test_of_eight_threads_with_one_address_one_signs_up(store: Store) -> None:
 # Rates
 
 
-def test_a_client_may_ask_so_often_a_minute_and_is_told_when_again(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(time, "time", clock)
-    limit = RateLimit("requests", 6)
+def test_a_client_may_ask_so_often_a_minute_and_is_told_when_again(clock: Clock) -> None:
+    limit = RateLimit("requests", 6, clock)
     for _ in range(6):
         limit.take("a")
     clock.pass_by(50)
@@ -997,11 +994,8 @@ def test_a_client_may_ask_so_often_a_minute_and_is_told_when_again(
         limit.take("a")
 
 
-def test_a_crowd_of_clients_does_not_free_the_busy_one_and_is_forgotten(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(time, "time", clock)
-    limit = RateLimit("requests", 2)
+def test_a_crowd_of_clients_does_not_free_the_busy_one_and_is_forgotten(clock: Clock) -> None:
+    limit = RateLimit("requests", 2, clock)
     refused = 0
     for stranger in range(1000):
         limit.take(str(stranger))
@@ -1013,8 +1007,29 @@ def test_a_crowd_of_clients_does_not_free_the_busy_one_and_is_forgotten(
     clock.pass_by(60)
     limit.give_back("busy")  # whose minute is over: nothing comes of it
     limit.take("later")
-    limit._storage.timer.join()
-    assert set(limit._storage.storage) == {limit._item.key_for("later")}
+    assert list(limit._minutes) == ["later"]
+
+
+def test_counting_requests_starts_no_threads() -> None:
+    limit = RateLimit("requests", 1_000)
+    before = threading.active_count()
+    for _ in range(50):
+        limit.take("a")
+    assert threading.active_count() == before
+
+
+def test_of_many_threads_as_many_get_in_as_may() -> None:
+    limit = RateLimit("requests", 100)
+
+    def let_in(_: int) -> bool:
+        try:
+            limit.take("a")
+        except RateLimitError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(let_in, range(500))) == 100
 
 
 def test_one_client_is_an_ipv4_address_or_a_network_of_ipv6() -> None:
