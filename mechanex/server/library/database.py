@@ -75,7 +75,8 @@ class Database:
             ) from error
         self._reading = self._engine
         if not self._sqlite:
-            levels = self._engine.dialect.get_isolation_level_values(None)
+            dialect: Any = self._engine.dialect
+            levels = dialect.get_isolation_level_values(None)
             steady = "REPEATABLE READ" if "REPEATABLE READ" in levels else "SERIALIZABLE"
             self._reading = self._engine.execution_options(isolation_level=steady)
         try:
