@@ -235,15 +235,27 @@ class Library:
         Raises:
             StorageError: its file is missing or damaged.
         """
-        behavior_id = self._watched_id(account_id, name)
-        if behavior_id is None:
+        if "\x00" in name:
             return None
+        wanted = select(behaviors.c.id).where(*_named(account_id, name), behaviors.c.watched.is_not(None))
+        with self._database.read() as connection:
+            behavior_id: str | None = connection.scalar(wanted)
+        return None if behavior_id is None else self.detector(behavior_id)
+
+    def detector(self, behavior_id: str) -> Behavior | None:
+        """What watches for a behavior that was there just now; None where it isn't any more.
+
+        Raises:
+            StorageError: its file is missing or damaged.
+        """
         try:
             return self._detectors.load(behavior_id)
         except StorageError:
-            if self._watched_id(account_id, name) == behavior_id:
+            with self._database.read() as connection:
+                there = connection.scalar(select(behaviors.c.id).where(behaviors.c.id == behavior_id))
+            if there is not None:
                 raise
-            return None  # it was deleted just now
+            return None
 
     def behaviors(self, account_id: str | None) -> list[KeptBehavior]:
         """The account's behaviors, oldest first; their examples, which may be long, stay unread."""
@@ -336,14 +348,6 @@ class Library:
             except BaseException:
                 self._detectors.remove(behavior_id)
                 raise
-
-    def _watched_id(self, account_id: str | None, name: str) -> str | None:
-        if "\x00" in name:
-            return None
-        wanted = select(behaviors.c.id).where(*_named(account_id, name), behaviors.c.watched.is_not(None))
-        with self._database.read() as connection:
-            found: str | None = connection.scalar(wanted)
-        return found
 
     def _owns(self, account_id: str | None, vector_id: str) -> bool:
         if not is_id(vector_id):
