@@ -19,7 +19,7 @@ from ...engine.vectors import SteeringVector
 from ...errors import APIError, NotFoundError, ValidationError
 from ..settings import ServerSettings
 from .folder import SharedVectors
-from .listing import ListedVector, listed_vectors
+from .listing import ListedVector, listed_vectors, server_vectors
 from .records import Library
 from .shared import make_behaviors
 from .threads import look_up
@@ -192,6 +192,10 @@ class Steerings:
                 kept=self._vectors,
             )
         )
+
+    def own_vectors(self) -> list[ListedVector]:
+        """The vectors of ``listed`` that the server has for every sender."""
+        return server_vectors(self._adapter, self._shared, self._behaviors)
 
     def edits(
         self,
