@@ -162,3 +162,9 @@ def test_from_python_and_the_command_line(server: ServerProcess, monkeypatch: py
         ("generate",),
         ("vectors", "generate"),
     }
+
+
+@pytest.mark.parametrize("scopes", [5, "generate", 1.5, True])
+def test_scopes_are_a_list(scopes: Any) -> None:
+    with pytest.raises(ValidationError, match="scopes is a list of names"):
+        Mechanex(base_url="http://127.0.0.1:1", api_key="k").create_api_key(scopes=scopes)
