@@ -10,17 +10,16 @@ import click
 
 from .options import (
     complete_dataset,
-    complete_model,
     device_option,
     dtype_option,
     json_option,
+    model_argument,
     seed_option,
     split_option,
 )
 
 __all__ = ["measure", "sweep"]
 
-_model = click.argument("model", shell_complete=complete_model)
 _file = click.Path(exists=True, dir_okay=False, path_type=Path)
 _words = click.option(
     "--words",
@@ -38,7 +37,7 @@ def _max_tokens(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command()
-@_model
+@model_argument
 @click.option("--vector", type=click.Path(), required=True, help="A vector file, or a stored vector's id.")
 @click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the vector.")
 @click.option(
@@ -92,7 +91,7 @@ def measure(**options: Any) -> None:
 
 
 @click.command()
-@_model
+@model_argument
 @click.option(
     "--data",
     shell_complete=complete_dataset,

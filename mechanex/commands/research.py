@@ -7,15 +7,13 @@ from typing import Any
 
 import click
 
-from .options import complete_model, device_option, dtype_option, json_option
+from .options import device_option, dtype_option, json_option, model_argument
 
 __all__ = ["activations", "orthogonalize"]
 
-_model = click.argument("model", shell_complete=complete_model)
-
 
 @click.command(short_help="Write a model's residual stream at the tokens of texts to files.")
-@_model
+@model_argument
 @click.argument("texts", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
@@ -70,7 +68,7 @@ def activations(model: str, texts: Path, out: Path, **options: Any) -> None:
 
 
 @click.command(short_help="Write a model without a direction in its weights.")
-@_model
+@model_argument
 @click.argument("vector")
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option(

@@ -7,11 +7,10 @@ from typing import Any
 
 import click
 
-from .options import complete_model, device_option, dtype_option, json_option, seed_option
+from .options import device_option, dtype_option, json_option, model_argument, seed_option
 
 __all__ = ["sae"]
 
-_model = click.argument("model", shell_complete=complete_model)
 _file = click.Path(exists=True, dir_okay=False, path_type=Path)
 _picture = click.Path(dir_okay=False, path_type=Path)
 _html = click.option("--html", type=_picture, help="Also write a picture as a web page.")
@@ -88,7 +87,7 @@ def show(
 
 
 @sae.command()
-@_model
+@model_argument
 @click.argument("behavior")
 @click.option("--data", type=_file, required=True, help="Texts to look in: plain text or JSON lines.")
 @click.option(
@@ -110,7 +109,7 @@ def explain(
 
 
 @sae.command()
-@_model
+@model_argument
 @click.option("--prompt", "prompts", multiple=True, required=True, help="Text to continue; may be repeated.")
 @click.option(
     "--behavior",
@@ -168,7 +167,7 @@ def trace(
 
 
 @sae.command()
-@_model
+@model_argument
 @click.option(
     "--data",
     type=_file,

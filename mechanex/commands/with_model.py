@@ -15,17 +15,16 @@ from .options import (
     dtype_option,
     json_option,
     layer_option,
+    model_argument,
     seed_option,
     split_option,
 )
 
 __all__ = ["chat", "cite", "optimize", "score", "serve", "steer"]
 
-_model = click.argument("model", shell_complete=complete_model)
-
 
 @click.command()
-@_model
+@model_argument
 @click.option("--prompt", "prompts", multiple=True, help="Text to continue; may be repeated.")
 @chat_option("may be repeated")
 @click.option(
@@ -88,7 +87,7 @@ def steer(**options: Any) -> None:
 
 
 @click.command()
-@_model
+@model_argument
 @click.option("--vector", type=click.Path(), help="Steer by this file or stored vector's id.")
 @click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the vector.")
 @click.option(
@@ -129,7 +128,7 @@ def chat(**options: Any) -> None:
 
 
 @click.command()
-@_model
+@model_argument
 @click.option("--prompt", help="The text before the completions.")
 @chat_option("in place of --prompt")
 @click.option(
@@ -194,7 +193,7 @@ def cite(**options: Any) -> None:
 
 
 @click.command()
-@_model
+@model_argument
 @click.option(
     "--data",
     shell_complete=complete_dataset,
@@ -259,7 +258,7 @@ def optimize(ctx: click.Context, /, **options: Any) -> None:
 
 
 @click.command()
-@_model
+@model_argument
 @click.option("--host", default="0.0.0.0", show_default=True, help="Any but a loopback address needs a key.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import time
 import zlib
@@ -49,6 +51,7 @@ _KINDS: dict[int, type[MechanexError]] = {
 DEEPEST = 100
 """Lists and objects within each other in an answer's JSON; none of ours has ten."""
 
+_PIECE = 2**20
 _MOST_SHOWN = 500
 _HIDDEN = "***"
 _SHORTEST_IN_TEXT = 6
@@ -139,17 +142,38 @@ def unpacked(body: bytes, encoding: str, most_bytes: int) -> bytes:
         return body
     if named not in ("gzip", "x-gzip", "deflate"):
         raise APIError(f"the server's answer is packed as {named[:40]!r}, which it wasn't asked for.")
-    unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # either header
     try:
-        found = unpacker.decompress(body, most_bytes + 1)
-    except zlib.error as error:
+        found = (_inflated if named == "deflate" else _gunzipped)(body, most_bytes + 1)
+    except EOFError:
+        raise APIError("the server's answer is packed, and cut off.") from None
+    except (OSError, zlib.error) as error:
         raise APIError(f"the server's answer is packed, and damaged ({error}).") from error
     if len(found) > most_bytes:
         raise APIError(
             f"the server's answer unpacks to more than {most_bytes:,} bytes: give the client a larger max_answer_bytes."
         )
-    if not unpacker.eof:
-        raise APIError("the server's answer is packed, and cut off.")
+    return found
+
+
+def _gunzipped(body: bytes, most: int) -> bytes:
+    """The first bytes of what gzip packed, in however many members."""
+    found = bytearray()
+    with gzip.GzipFile(fileobj=io.BytesIO(body)) as file:
+        while len(found) < most and (piece := file.read(min(most - len(found), _PIECE))):
+            found += piece
+    return bytes(found)
+
+
+def _inflated(body: bytes, most: int) -> bytes:
+    """The first bytes of what is packed as deflate: in zlib's envelope, or as some servers send it without."""
+    unpacker = zlib.decompressobj()
+    try:
+        found = unpacker.decompress(body, most)
+    except zlib.error:
+        unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+        found = unpacker.decompress(body, most)
+    if len(found) < most and not unpacker.eof:
+        raise EOFError
     return found
 
 

@@ -101,9 +101,9 @@ class WatchedBehaviors:
         return own if own is not None else await look_up(self.look_up, account_id, name)
 
     async def every(self, account_id: str | None) -> tuple[Behavior, ...]:
-        """All that the sender made for this model."""
-        found = [await self.find(account_id, name) for name in await look_up(self._names, account_id)]
-        return tuple(one for one in found if one is not None)  # one may have been deleted meanwhile
+        """All that the sender made for this model, by name the one that ``find`` gives."""
+        found = await look_up(self._every, account_id)
+        return tuple(self.own.get(one.name, one) for one in found)
 
     async def watchable(self, account_id: str | None) -> tuple[Behavior, ...]:
         """Those of the server and all that the sender made for this model; of one name, the one that ``find`` gives."""
@@ -137,17 +137,16 @@ class WatchedBehaviors:
             known = self._read[path] = (state, self._kept.get(name))
         return known[1]
 
-    def _names(self, account_id: str | None) -> list[str]:
-        model = self._adapter.model_id
-        kept = [] if self._library is None else self._library.behaviors(account_id)
-        names = [one.behavior_name for one in kept if (one.watched or {}).get("model") == model]
+    def _every(self, account_id: str | None) -> list[Behavior]:
+        model, library = self._adapter.model_id, self._library
+        rows = [] if library is None else library.behaviors(account_id)
+        fitting = [row.id for row in rows if (row.watched or {}).get("model") == model]
+        found = [None if library is None else library.detector(one) for one in fitting]
         if account_id is None:
-            taken = {one.behavior_name for one in kept}
-            for name in self._kept.names():
-                one = None if name in taken else self._of_operator(name)
-                if one is not None and one.model == model:
-                    names.append(name)
-        return names
+            taken = {row.behavior_name for row in rows}
+            operators = [self._of_operator(name) for name in self._kept.names() if name not in taken]
+            found += [one for one in operators if one is not None and one.model == model]
+        return [self._fitting(one) for one in found if one is not None]  # else it was deleted just now
 
     def _fitting(self, behavior: Behavior) -> Behavior:
         check_fits(self._adapter, behavior)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import logging
 import threading
@@ -85,6 +86,7 @@ class ServingEngine:
         self.model_name = settings.model_name or _shown(loaded.name)
         self._loaded_name = loaded.name
         self._autoencoder: list[tuple[str, SparseAutoencoder] | None] = []
+        self._autoencoder_lock = asyncio.Lock()
         self.metrics = Metrics()
         self.steerings = Steerings(self.adapter, settings, library, vectors or VectorStore())
         self.token_texts = TokenTexts(copy.deepcopy(self.tokenizer))
@@ -137,14 +139,15 @@ class ServingEngine:
         Raises:
             MechanexError: it can't be read.
         """
-        if not self._autoencoder:
-            try:
-                found = await run_sync(for_model, self._loaded_name)
-            except MechanexError as error:
-                _logger.error("the autoencoder of %s can't be read: %s", self._loaded_name, error)
-                raise MechanexError("The server can't read its model's autoencoder.", 500) from error
-            self._autoencoder.append(found)
-        return self._autoencoder[0]
+        async with self._autoencoder_lock:
+            if not self._autoencoder:
+                try:
+                    found = await run_sync(for_model, self._loaded_name)
+                except MechanexError as error:
+                    _logger.error("the autoencoder of %s can't be read: %s", self._loaded_name, error)
+                    raise MechanexError("The server can't read its model's autoencoder.", 500) from error
+                self._autoencoder.append(found)
+            return self._autoencoder[0]
 
     async def check_examples(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> int:
         """Refuses examples that ``encode`` and the model would, before the model's thread has to do with them.

@@ -36,7 +36,7 @@ async def answer(
 ) -> Response:
     """Asks for the answers to all prompts, and tells them as a stream or as a whole."""
     n, drawn = body.n_answers, body.n_drawn
-    check_choices(engine, len(prompts) * drawn)
+    check_choices(engine, len(prompts), body)
     if drawn > n:
         prompts = [one if one.logprobs is not None else replace(one, logprobs=0) for one in prompts]
     prompts, size = within_bounds(engine, prompts, body, watching)
@@ -89,21 +89,37 @@ def check_model(engine: ServingEngine, name: str | None) -> None:
         )
 
 
-def check_choices(engine: ServingEngine, n: int) -> None:
-    most = engine.settings.max_choices
-    if n > most:
+def check_choices(engine: ServingEngine, prompts: int, body: GenerationBody) -> None:
+    """Refuses more answers than the server gives at once."""
+    most, each = engine.settings.max_choices, body.n_drawn
+    if prompts * each > most:
         raise invalid(
-            f"{n} answers were asked for (prompts times n), and this server gives {most} at most.", "n"
+            f"{prompts * each} answers were asked for, {each} to each of {prompts} prompts, and this server gives "
+            f"{most} at most.",
+            "prompt" if each == 1 else "n" if each == body.n else "best_of",
         )
 
 
-def check_room(engine: ServingEngine, prompt: int, asked: int | None) -> None:
-    """Refuses an answer that can't fit; one that no length was asked for ends with the context."""
-    context, answer = engine.context, asked or 0
-    if context is not None and prompt + (1 if asked is None else asked) > context:
-        raise invalid(
-            f"This model's maximum context length is {context} tokens. However, you requested {prompt + answer} "
-            f"tokens ({prompt} in the prompt, {answer} in the completion). Please reduce the length of either.",
-            "max_tokens" if prompt < context else None,
-            "context_length_exceeded",
-        )
+def check_room(engine: ServingEngine, prompt: int, asked: int | None, param: str | None = None) -> None:
+    """Refuses an answer that can't fit.
+
+    Args:
+        engine: whose context it is.
+        prompt: tokens.
+        asked: tokens of the answer; None for as many as there is room for, which is one at least.
+        param: the field that asks for them.
+    """
+    context, answer = engine.context, 1 if asked is None else asked
+    if context is None or prompt + answer <= context:
+        return
+    told = f"you requested {prompt + answer} tokens ({prompt} in the prompt, {answer} in the completion)"
+    raise invalid(
+        f"This model's maximum context length is {context} tokens. However, "
+        + (
+            f"{told}. Please reduce the length of either."
+            if answer
+            else f"the prompt has {prompt}: shorten it."
+        ),
+        param if prompt < context and asked else None,
+        "context_length_exceeded",
+    )

@@ -50,7 +50,7 @@ def within_bounds(
     most_logprobs = engine.settings.max_logprobs
     logprobs = [_logprobs(one) for one in found]
     inside = [_inside(engine, body, watching, one) for one in found]
-    if not body.asked_length:
+    if body.asked_length is None:
         for told, most in ((logprobs, most_logprobs), (inside, MOST_NUMBERS)):
             found = [_shortened(one, each, most // answers) for one, each in zip(found, told, strict=True)]
     n_logprobs = body.n_drawn * sum(told.of(one) for told, one in zip(logprobs, found, strict=True))

@@ -19,6 +19,7 @@ from ...engine.hooks import Intervention
 from ...engine.token_shifts import Likeliest, TokenShift, token_shifts
 from ...engine.token_texts import TokenTexts
 from ...errors import NotFoundError
+from ..accounts.scopes import may
 from ..accounts.store import store_of
 from ..axionic.guards import Sender, Worker
 from ..axionic.work import check_count, done
@@ -53,10 +54,17 @@ def page_router() -> APIRouter:
 
 
 @router.get("/about")
-async def about(engine: Engine, who: Sender) -> dict[str, Any]:
-    """The model, and the vectors and behaviors that the sender may use."""
-    found = await engine.steerings.listed(who.account_id)
-    watched = await engine.steerings.watched.watchable(who.account_id)
+async def about(request: Request, engine: Engine, who: Sender) -> dict[str, Any]:
+    """The model, and the vectors and behaviors that the sender may use.
+
+    What an account has made is listed to those who may list it elsewhere; keys for texts alone see the server's own.
+    """
+    steerings = engine.steerings
+    if await may(request, who, "vectors"):
+        found = await steerings.listed(who.account_id)
+        watched = await steerings.watched.watchable(who.account_id)
+    else:
+        found, watched = steerings.own_vectors(), tuple(steerings.watched.own.values())
     return {
         "model": engine.model_name,
         "layers": engine.adapter.n_layers,
