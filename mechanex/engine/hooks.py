@@ -69,7 +69,11 @@ class Intervention:
             if self.tokens is not None or self.rows is not None:
                 raise ValidationError("An intervention takes a mask, or tokens and rows; got both.")
             object.__setattr__(self, "mask", as_mask("A mask", self.mask))
-        check_tokens(self.tokens)
+        layer = as_whole(self.layer)
+        if layer is None:
+            raise ValidationError(f"A layer is an int; got {self.layer!r}.")
+        object.__setattr__(self, "layer", layer)
+        object.__setattr__(self, "tokens", check_tokens(self.tokens))
         if self.rows is not None:
             object.__setattr__(self, "rows", _row_indices(self.rows))
         self.edit.check_finite()

@@ -52,6 +52,18 @@ class Schedule:
             return _finite(self.function(place))
         return self.values[min(max(place, 0), len(self.values) - 1)]
 
+    def said(self) -> dict[str, Any]:
+        """It as JSON has it.
+
+        Raises:
+            ValidationError: a function, which can't be written down.
+        """
+        if self.function is not None:
+            raise ValidationError(
+                "A schedule that is a function can't be saved: give its strengths as a list."
+            )
+        return {"values": list(self.values), "prompt": self.prompt}
+
     def __repr__(self) -> str:
         values = list(self.values) if self.function is None else self.function
         return f"Schedule({values!r}, prompt={self.prompt!r})"

@@ -172,14 +172,9 @@ class Terms:
         if self.planes:
             said["degrees"] = self.degrees
         if self.schedule is not None:
-            if self.schedule.function is not None:
-                raise ValidationError(
-                    "A schedule that is a function can't be saved: give its strengths as a list."
-                )
-            said["schedule"] = {"values": list(self.schedule.values), "prompt": self.schedule.prompt}
-        if (condition := self.condition) is not None:
-            names = ("layer", "threshold", "false_positives", "true_positives")
-            said["condition"] = {name: getattr(condition, name) for name in names}
+            said["schedule"] = self.schedule.said()
+        if self.condition is not None:
+            said["condition"] = self.condition.said()
         if self.clamps:
             said["clamps"] = True
         if self.tokens != "all":
@@ -208,7 +203,7 @@ class Terms:
                 gates,
                 planes,
                 float(said.get("degrees", 0.0)),
-                None if schedule is None else Schedule(schedule["values"], prompt=schedule["prompt"]),
+                None if schedule is None else Schedule(**schedule),
                 None if condition is None else PromptCondition(weight=left.pop("condition"), **condition),
                 bool(said.get("clamps", False)),
                 str(said.get("tokens", "all")),

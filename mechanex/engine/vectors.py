@@ -277,13 +277,13 @@ class SteeringVector(Mapping[int, Tensor]):
         """The projections x·v̂ of activations on the vector, in the units of the stream.
 
         Args:
-            activations: ``{layer: [n, d]}`` as ``model.activations`` gives them, memory-mapped ones too.
+            activations: ``{layer: [n, d]}`` as ``model.activations`` gives them, memory-mapped ones too; or [n, T, d].
 
         Returns:
-            ``{layer: array [n]}`` for each layer that both have.
+            ``{layer: array [n]}``, or [n, T], for each layer that both have; float64 for activations in it.
 
         Raises:
-            ValidationError: no layer in common, another width, or a zero direction.
+            ValidationError: no layer in common, another width, something else than numbers, or a zero direction.
         """
         return projections(self._layers, activations)
 
