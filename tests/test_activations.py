@@ -133,7 +133,7 @@ def test_what_has_no_projection_is_refused(given: Any, says: str) -> None:
         ({"texts": TEXTS, "tokens": 5}, "text 1 has"),
         ({"texts": TEXTS, "layers": [99]}, "99"),
         ({"texts": None}, "texts is a list of texts"),
-        ({"texts": TEXTS, "layers": []}, "layers is a list of layers, at least one"),
+        ({"texts": TEXTS, "layers": []}, "There are no layers"),
         ({"texts": TEXTS, "layers": 3}, "got 3: put it in a list"),
         ({"texts": TEXTS, "out": __file__}, "out is a folder"),
         ({"texts": TEXTS, "out": Path(__file__) / "a"}, "out is a folder"),
@@ -144,13 +144,15 @@ def test_what_has_no_activations_is_refused(client: Mechanex, given: Any, says: 
         client.model.activations(**given)
 
 
-@pytest.mark.parametrize("layers", [[], 3])
-def test_no_list_of_layers_is_refused_by_what_reads_activations(client: Mechanex, layers: Any) -> None:
+@pytest.mark.parametrize(("layers", "says"), [([], "There are no layers"), (3, "layers is a list of layers")])
+def test_no_list_of_layers_is_refused_by_what_reads_activations(
+    client: Mechanex, layers: Any, says: str
+) -> None:
     for read in (
         lambda: client.model.logit_lens(TEXTS, layers),
         lambda: client.steering.difference(TEXTS[:1], TEXTS[1:], layers),
     ):
-        with pytest.raises(ValidationError, match="layers is a list of layers"):
+        with pytest.raises(ValidationError, match=says):
             read()
 
 

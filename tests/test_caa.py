@@ -81,7 +81,7 @@ def test_training_mode_and_flags_are_put_back_and_dropout_is_off():
         (["a"], ["b", "c"], ["d"], [0], "one length; got 1, 2 and 1"),
         ([], [], [], [0], "no examples"),
         (["a"], ["b"], ["c"], [5], "Layer 5 does not exist"),
-        (["a"], ["b"], ["c"], [], "list of layers, at least one"),
+        (["a"], ["b"], ["c"], [], "no layers"),
         (["a"], [""], ["c"], [0], "no tokens"),
         ("a", "b", "c", [0], "lists, one entry per example"),
         (["a"], [" b"], [" c"], 1, "list of layers"),

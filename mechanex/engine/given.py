@@ -51,7 +51,7 @@ def as_list(name: str, value: object, kind: str) -> list[Any]:
     if isinstance(value, Mapping) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
         raise ValidationError(f"{name} is a list of {kind}; got {value!r:.100}: put it in a list.")
     if not (found := list(value)):
-        raise ValidationError(f"{name} is a list of {kind}, at least one; got an empty one.")
+        raise ValidationError(f"There are no {kind}: {name} is an empty list; give at least one.")
     return found
 
 
