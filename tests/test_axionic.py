@@ -17,7 +17,7 @@ from argon2 import PasswordHasher
 from fastapi.testclient import TestClient
 from server_calls import until
 
-from mechanex import Mechanex
+from mechanex import Mechanex, SteeringVector
 from mechanex.engine.models.resolve import LoadedModel, load
 from mechanex.errors import ValidationError
 from mechanex.server.accounts.passwords import Passwords

@@ -108,6 +108,11 @@ class Terms:
         acts = self.gates or self.planes or self.schedule or self.condition or self.clamps
         return bool(acts) or self.tokens != "all"
 
+    @property
+    def multiply(self) -> bool:
+        """Whether strength multiplies what a vector does: what it does at one is that at 1, so many times."""
+        return not (self.planes or self.schedule or self.clamps)
+
     def among(self, layers: Mapping[int, Any]) -> Terms:
         """Those of some layers."""
         return replace(

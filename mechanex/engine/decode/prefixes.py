@@ -196,14 +196,16 @@ def _start(owner: Hashable, tokens: Sequence[int]) -> tuple[object, ...]:
     return (owner, *tokens[:_LEAST])
 
 
-def _reaches(steering: Sequence[Steer], n: int, prompt_length: int) -> list[tuple[tuple[int, bytes], Any]]:
-    """The edits that reach one of the first ``n`` tokens: layer and content, and which ones [n]."""
+def _reaches(
+    steering: Sequence[Steer], n: int, prompt_length: int
+) -> list[tuple[tuple[int, bytes, float], Any]]:
+    """The edits that reach one of the first ``n`` tokens: layer, content and strength, and which ones [n]."""
     places = numpy.arange(n)
     found = []
     for steer in steering:
         reached = selects(steer.tokens, places, lambda: prompt_length)
         if reached.any():
-            found.append(((steer.layer, _content(steer.edit)), reached))
+            found.append(((steer.layer, _content(steer.edit), steer.strength), reached))
     return found
 
 

@@ -6,6 +6,8 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
+from weakref import ref
 
 from ...engine.decode.request import Steer
 from ...engine.memory import tensor_bytes
@@ -29,7 +31,9 @@ __all__ = ["Steerings"]
 
 _logger = logging.getLogger(__name__)
 _KEPT_DIGESTS = 1024
-_MOST_EDIT_BYTES = 2**28  # a vector of every layer of a large model has megabytes, at every strength again
+_MOST_EDIT_BYTES = (
+    2**28
+)  # a vector of every layer of a large model has megabytes; where it clamps, at every strength
 
 
 class Steerings:
@@ -58,8 +62,9 @@ class Steerings:
             self._check_fits(name, vector)
         self._behaviors = make_behaviors(adapter, settings.behaviors)
         self.watched = WatchedBehaviors(adapter, settings.behaviors, library, BehaviorStore())
-        self._digests: OrderedDict[int, tuple[SteeringVector, bytes]] = OrderedDict()
-        self._edits: OrderedDict[tuple[bytes, float], tuple[Steer, ...]] = OrderedDict()
+        self._digests: OrderedDict[int, tuple[ref[SteeringVector], bytes]] = OrderedDict()
+        self._checked: OrderedDict[tuple[bytes, float], None] = OrderedDict()
+        self._edits: OrderedDict[tuple[bytes, float | None], tuple[Steer, ...]] = OrderedDict()
         self._edit_bytes = 0
         self._conditions: OrderedDict[tuple[bytes, float], PromptCondition] = OrderedDict()
         corrected = {name: self._to_correct(name) for name in settings.corrected_behaviors}
@@ -196,30 +201,38 @@ class Steerings:
     def edits(
         self, vector: SteeringVector, strength: float, tokens: TokenSelector = None
     ) -> tuple[Steer, ...]:
-        """A vector's edits. The same vector at the same strength gives the same edits, so that rows share them."""
-        key = (self._digest(vector), float(strength))
+        """A vector's edits. Rows share those of one vector; at other strengths only where strength multiplies them."""
+        digest, number = self._digest(vector), float(strength)
+        if (digest, number) not in self._checked:
+            vector.check(self._adapter, number)
+            self._checked[digest, number] = None
+            if len(self._checked) > _KEPT_DIGESTS:
+                self._checked.popitem(last=False)
+        if number == 0:
+            return ()
+        alone = vector.terms.multiply
+        key = (digest, None if alone else number)
         known = self._edits.get(key)
         if known is None:
-            plan = vector.plan(self._adapter, strength)
-            known = tuple(
-                Steer(i.layer, i.edit, i.tokens, i.varying, i.condition) for i in plan.interventions
-            )
+            made = vector.interventions(self._adapter, 1.0 if alone else number)
+            known = tuple(Steer(i.layer, i.edit, i.tokens, i.varying, i.condition) for i in made)
             self._edits[key] = known
             self._edit_bytes += _bytes_of(known)
             while len(self._edits) > 1 and self._edit_bytes > _MOST_EDIT_BYTES:
                 self._edit_bytes -= _bytes_of(self._edits.popitem(last=False)[1])
         self._edits.move_to_end(key)
-        if strength == 0:
-            return ()
-        return known if tokens is None else tuple(replace(steer, tokens=tokens) for steer in known)
+        said: dict[str, Any] = {} if tokens is None else {"tokens": tokens}
+        if alone:
+            said["strength"] = number
+        return tuple(replace(steer, **said) for steer in known)
 
     def _digest(self, vector: SteeringVector) -> bytes:
         """A hash of the vector's content; vectors are immutable, so one seen lately isn't read again."""
         known = self._digests.get(id(vector))
-        if known is not None and known[0] is vector:
+        if known is not None and known[0]() is vector:
             return known[1]
         digest = vector.digest()
-        self._digests[id(vector)] = (vector, digest)
+        self._digests[id(vector)] = (ref(vector), digest)
         if len(self._digests) > _KEPT_DIGESTS:
             self._digests.popitem(last=False)
         return digest
