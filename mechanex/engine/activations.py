@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..errors import NotFoundError, ValidationError
 from .forward import packs_for
+from .given import as_list
 from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import Pack
@@ -97,15 +98,13 @@ def activations(
         Arrays in float32 (float64 for float64 models).
 
     Raises:
-        ValidationError: no texts, a layer that doesn't exist, or a text without the chosen tokens.
+        ValidationError: no texts, a layer that doesn't exist, a text without the chosen tokens, or one longer than a
+            model's table of positions; a model without one reads on past its context, which is logged.
     """
     adapter = adapter_for(model)
     tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
-    if isinstance(texts, str) or not len(texts):
-        raise ValidationError(f"activations are of a list of texts, at least one; got {texts!r}.")
-    wanted = range(adapter.n_layers + 1) if layers is None else layers
-    indices = sorted({adapter.layer_index(layer) for layer in wanted})
-    ids = [encode_prompt(tokenizer, text) for text in texts]
+    ids = [encode_prompt(tokenizer, text) for text in as_list("texts", texts, "texts")]
+    indices = list(range(adapter.n_layers + 1)) if layers is None else adapter.layer_indices(layers)
     if not all(ids):
         raise ValidationError(f"text {ids.index([])} has no tokens, and the tokenizer adds no BOS.")
     chosen = [_places(tokens, len(one), i) for i, one in enumerate(ids)]
@@ -128,8 +127,8 @@ def activations(
         _empty(Path(out))
     arrays = {layer: _array(out, layer, (n, adapter.d_model), dtype) for layer in indices}
 
-    def reader(layer: int, pack: Pack) -> Callable[[Tensor], None]:
-        where, row, column = _targets(pack, rows)
+    def reader(layer: int, targets: tuple[Array, Tensor, Tensor]) -> Callable[[Tensor], None]:
+        where, row, column = targets
 
         def read(hidden: Tensor) -> None:
             arrays[layer][where] = (
@@ -143,7 +142,8 @@ def activations(
     with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
         for pack in tqdm(packs_for(adapter, pairs), desc="Activations", unit="batch", disable=not progress):
             pause()
-            visit_residuals(adapter, pack, {layer: reader(layer, pack) for layer in indices})
+            targets = _targets(pack, rows)
+            visit_residuals(adapter, pack, {layer: reader(layer, targets) for layer in indices})
     if out is not None:
         numpy.save(Path(out) / "lengths.npy", numpy.array(lengths))
         for array in arrays.values():
@@ -197,7 +197,10 @@ def _targets(pack: Pack, rows: Sequence[Tensor]) -> tuple[Array, Tensor, Tensor]
 
 def _empty(folder: Path) -> None:
     """Makes room for arrays, so that none of other texts is opened beside them."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValidationError(f"out is a folder, and {folder} is or lies in a file: name another.") from None
     for path in (folder / "lengths.npy", *folder.glob("layer_*.npy")):
         path.unlink(missing_ok=True)
 

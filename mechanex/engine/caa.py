@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -145,12 +145,7 @@ def check_examples(
         raise ValidationError("There are no examples: prompts and answers are empty.")
     if layers is None:
         layers = [default_layer(adapter.n_layers)]
-    elif not isinstance(layers, Iterable):
-        raise ValidationError(f"layers is a list of layers; got {layers!r}: write [{layers!r}].")
-    indices = sorted({adapter.layer_index(layer) for layer in layers})
-    if not indices:
-        raise ValidationError("There are no layers: layer_idxs is empty; leave it out for the default layer.")
-    return indices
+    return adapter.layer_indices(layers)
 
 
 def _check_direction(layer: int, norm: float, size: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import struct
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -196,7 +197,7 @@ _contents: WeakKeyDictionary[Edit, tuple[tuple[int, ...], bytes]] = WeakKeyDicti
 
 
 def _content(steer: Steer) -> bytes:
-    """Its layer and a hash of what its edit does; one that was seen and not written to since isn't read again."""
+    """Its layer, its strength and a hash of its edit; one that was seen and not written to since isn't read again."""
     edit = steer.edit
     known = _contents.get(edit)
     if known is None or known[0] != edit.versions():
@@ -204,7 +205,7 @@ def _content(steer: Steer) -> bytes:
         for part in _parts(edit):
             digest.update(part)
         known = _contents[edit] = (edit.versions(), digest.digest())
-    return steer.layer.to_bytes(8, "little") + known[1]
+    return struct.pack("<qd", steer.layer, steer.strength) + known[1]
 
 
 def _parts(edit: Edit) -> Iterator[bytes]:

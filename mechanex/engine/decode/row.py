@@ -246,7 +246,14 @@ def _conditions(steering: Sequence[Steer]) -> tuple[PromptCondition, ...]:
 def _key_of(request: TextRequest, prompt: tuple[int, int] | None) -> tuple[object, ...]:
     # Edits of the same content are the same objects, alive as long as the row. A slice has no hash.
     steering = tuple(
-        (steer.layer, id(steer.edit), repr(steer.tokens), id(steer.varying), id(steer.condition))
+        (
+            steer.layer,
+            id(steer.edit),
+            steer.strength,
+            repr(steer.tokens),
+            id(steer.varying),
+            id(steer.condition),
+        )
         for steer in request.steering
     )
     wanted = request.prompt_logprobs, request.prompt_logprobs and request.logprobs

@@ -54,13 +54,13 @@ class Span:
         """What it does to the row's token at this position, or None."""
         if not self.selects(steer.tokens, at):
             return None
-        return steer.edit if steer.varying is None else steer.varying.edit(at - (self.prompt_length - 1))
+        return steer.made() if steer.varying is None else steer.varying.edit(at - (self.prompt_length - 1))
 
     def spread(self, steer: Steer, at: Any) -> list[tuple[Edit, Any]]:
         """Its edits of the row's tokens at these positions [n], each with a bool array [n] of those that it reaches."""
         reached = self.selects(steer.tokens, at)
         if steer.varying is None:
-            return [(steer.edit, reached)]
+            return [(steer.made(), reached)]
         return steer.varying.spread(at - (self.prompt_length - 1), reached)
 
 
@@ -211,7 +211,7 @@ def meeting(layer: int, spans: Sequence[Span], columns: int) -> tuple[tuple[tupl
         begin = max(0, -span.first)
         if all(steer.is_fixed for steer in here):
             if here:
-                row[begin:] = slots.setdefault(tuple(steer.edit for steer in here), len(slots))
+                row[begin:] = slots.setdefault(tuple(steer.made() for steer in here), len(slots))
         elif columns == 1:
             found = [span.edit(steer, span.first) for steer in here]
             chain = tuple(edit for edit in found if edit is not None)

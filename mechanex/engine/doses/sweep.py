@@ -167,8 +167,7 @@ def _doses(
 ) -> list[Dose]:
     for method in methods:
         check_method(method)
-    indices = range(1, adapter.n_layers) if layers is None else layers
-    found = sorted({adapter.layer_index(layer) for layer in indices})
+    found = list(range(1, adapter.n_layers)) if layers is None else adapter.layer_indices(layers)
     for name, given in (("strengths", strengths), ("edits", edits), ("tokens", tokens), ("methods", methods)):
         if isinstance(given, str) or not len(given):
             raise ValidationError(f"{name} is a list with at least one entry; got {given!r}.")

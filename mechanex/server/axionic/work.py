@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 
-from ...engine.methods import check_method, vectors_by
+from ...engine.methods import check_method, recorded_vectors
 from ...errors import ValidationError
 from ..accounts.auth import Principal
 from ..accounts.store import store_of
@@ -52,10 +52,10 @@ async def computed(
     check_count(len(layer_idxs or ()), engine.settings.max_example_layers, "layers")
     check_method(method)
     await run_sync(store_of(request).library.check_room, who.account_id)
-    compute = vectors_by(method)
+    prompts, positive, negative = examples.lists.values()
 
     def work(adapter: ModelAdapter) -> SteeringVector:
-        return compute(adapter, *examples.lists.values(), layer_idxs, tokenizer=engine.tokenizer)
+        return recorded_vectors(adapter, (prompts, positive, negative), layer_idxs, method, engine.tokenizer)
 
     return await done(request, engine, who, work, examples.n_tokens)
 

@@ -159,7 +159,7 @@ async def sweep(body: SweepBody, request: Request, engine: Engine, who: Worker) 
 def interventions(steers: Sequence[Steer]) -> list[Intervention]:
     """Edits of a request as edits of a whole pass."""
     return [
-        Intervention(one.layer, one.edit, one.tokens, varying=one.varying, condition=one.condition)
+        Intervention(one.layer, one.made(), one.tokens, varying=one.varying, condition=one.condition)
         for one in steers
     ]
 
