@@ -101,13 +101,13 @@ def test_vectors_without_many_numbers_are_kept_by_their_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = adapter_for(build("llama"))
-    vector = SteeringVector({1: torch.randn(adapter.d_model)})
+    vectors = [SteeringVector({1: torch.randn(adapter.d_model)}) for _ in range(100)]
     monkeypatch.setattr(module, "_MOST_KEPT", 10)
     kept = Steerings(adapter, ServerSettings(), None, VectorStore(tmp_path))
-    alive = [weakref.ref(kept.edits(vector, 1 + i / 100)[0].edit) for i in range(100)]
+    alive = [weakref.ref(kept.edits(vector, 2.0)[0].edit) for vector in vectors]
     gc.collect()
     assert sum(ref() is not None for ref in alive) <= 10
-    assert kept.edits(vector, 1.99)[0].edit is alive[-1]()
+    assert kept.edits(vectors[-1], 3.0)[0].edit is alive[-1]()
 
 
 def test_vectors_that_steered_are_not_held(tmp_path: Path) -> None:

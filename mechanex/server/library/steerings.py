@@ -214,20 +214,19 @@ class Steerings:
             ValidationError: a strength that isn't finite, a layer that the vector hasn't, or another model's vector.
         """
         only = None if layers is None else tuple(self._adapter.layer_index(layer) for layer in layers)
-        used = vector if only is None else vector.restricted(only)
         digest, number = vector.digest(), float(strength)
         if (digest, only, number) not in self._checked:
-            used.check(self._adapter, number)
+            _part(vector, only).check(self._adapter, number)
             self._checked[digest, only, number] = None
             if len(self._checked) > _MOST_KEPT:
                 self._checked.popitem(last=False)
         if number == 0:
             return ()
-        alone = used.terms.multiply
+        alone = vector.terms.multiply
         key = (digest, only, None if alone else number)
         known = self._edits.get(key)
         if known is None:
-            made = used.interventions(self._adapter, 1.0 if alone else number)
+            made = _part(vector, only).interventions(self._adapter, 1.0 if alone else number)
             known = tuple(Steer(i.layer, i.edit, i.tokens, i.varying, i.condition) for i in made)
             self._edits[key] = known
             self._edit_bytes += _bytes_of(known)
@@ -286,6 +285,10 @@ class Steerings:
             raise ValidationError(
                 f"the vector {name} doesn't fit {self._adapter.model_id}: {error}"
             ) from error
+
+
+def _part(vector: SteeringVector, layers: _Layers) -> SteeringVector:
+    return vector if layers is None else vector.restricted(layers)
 
 
 def _bytes_of(steering: Sequence[Steer]) -> int:
