@@ -22,6 +22,7 @@ from ..library.threads import run_sync
 from ..library.watched import Watching
 from ..model.engine import Engine, ServingEngine
 from ..model.requests import TextRequest, results_of, trace_of
+from ..model.rules import held_to
 from .accounts import shown
 from .bodies import BehaviorBody, SaeBody
 from .guards import Sender, Worker
@@ -112,7 +113,8 @@ async def sae_generate(body: SaeBody, request: Request, engine: Engine, who: Wor
         owner=who.account_id,
         onlooker=onlooker,
     )
-    (result,) = await done_or_gone(request, results_of([engine.scheduler.submit(asked)]))
+    generation = engine.scheduler.submit(await held_to(engine, body, asked))
+    (result,) = await done_or_gone(request, results_of([generation]))
     told: dict[str, Any] = {
         "text": await engine.text(body.prompt) + result.text,
         "finish_reason": result.finish_reason,
