@@ -639,7 +639,6 @@ def only_here(local: Mechanex, tmp_path: Path) -> dict[str, dict[str, Any]]:
     steered = {"steering_strength": 1.0}
     return {
         "ids": {"prompt": local.tokenizer(PROMPT).input_ids},
-        "typical_p": {"prompt": PROMPT, "sampling_method": "typical", "typical_p": 0.5},
         "object": {"prompt": PROMPT, "steering_vector": vector, **steered},
         "dict": {"prompt": PROMPT, "steering_vector": dict(vector), **steered},
         "path": {"prompt": PROMPT, "steering_vector": tmp_path / "v.safetensors", **steered},
@@ -648,7 +647,7 @@ def only_here(local: Mechanex, tmp_path: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("what", ["ids", "typical_p", "object", "dict", "path", "path text", "stored"])
+@pytest.mark.parametrize("what", ["ids", "object", "dict", "path", "path text", "stored"])
 def test_what_cannot_be_sent_runs_here_or_is_a_validation_error(
     both: Mechanex,
     proxy: FaultyProxy,

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .decoding import decoding_of, decoding_options
 from .options import device_option, dtype_option, json_option, model_argument, seed_option
 
 __all__ = ["sae"]
@@ -128,12 +129,7 @@ def explain(
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), default=50, show_default=True, help="Most tokens to write."
 )
-@click.option(
-    "--sampling-method",
-    default="top-k",
-    show_default=True,
-    help="How tokens are drawn: greedy, top-k, top-p, min-p or typical.",
-)
+@decoding_options
 @seed_option
 @_html
 @_png
@@ -147,7 +143,6 @@ def trace(
     behaviors: tuple[str, ...],
     action: str,
     max_tokens: int,
-    sampling_method: str,
     seed: int,
     html: Path | None,
     png: Path | None,
@@ -161,9 +156,8 @@ def trace(
     pictures = _pictures(html=html, png=png)
     from .sae import run_trace
 
-    run_trace(
-        model, prompts, behaviors, action, max_tokens, sampling_method, seed, options, pictures, as_json
-    )
+    decoding = decoding_of(options) | {"max_tokens": max_tokens, "seed": seed}
+    run_trace(model, prompts, behaviors, action, decoding, options, pictures, as_json)
 
 
 @sae.command()

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .decoding import decoding_of, decoding_options
 from .options import (
     chat_option,
     complete_dataset,
@@ -56,13 +57,7 @@ __all__ = ["chat", "cite", "optimize", "score", "serve", "steer"]
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), default=40, show_default=True, help="Most tokens to write."
 )
-@click.option(
-    "--sampling-method",
-    default="top-k",
-    show_default=True,
-    help="How tokens are drawn: greedy, top-k, top-p, min-p or typical.",
-)
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="Divides the logits.")
+@decoding_options
 @seed_option
 @device_option
 @dtype_option
@@ -83,7 +78,8 @@ def steer(**options: Any) -> None:
         raise click.UsageError("--layer and --split go with --data; a vector names its own layers.")
     from .steer import run_steer
 
-    run_steer(**options)
+    decoding = decoding_of(options)
+    run_steer(**options, decoding=decoding)
 
 
 @click.command()
@@ -103,13 +99,7 @@ def steer(**options: Any) -> None:
     show_default=True,
     help="Most tokens of an answer.",
 )
-@click.option(
-    "--sampling-method",
-    default="top-k",
-    show_default=True,
-    help="How tokens are drawn: greedy, top-k, top-p, min-p or typical.",
-)
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="Divides the logits.")
+@decoding_options
 @seed_option
 @device_option
 @dtype_option
@@ -124,7 +114,8 @@ def chat(**options: Any) -> None:
     """
     from .chat import run_chat
 
-    run_chat(**options)
+    decoding = decoding_of(options)
+    run_chat(**options, decoding=decoding)
 
 
 @click.command()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ValidationError
+from .answering import AnswerRules
 from .given import as_finite
 from .seeds import checked_seed, row_seed
 from .strengths import Strength
@@ -78,8 +79,8 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Options(Sampling):
-    """How to continue a prompt: the sampling settings, and what follows.
+class Options(AnswerRules, Sampling):
+    """How to continue a prompt: the sampling settings, what the answer is held to, and what follows.
 
     Args:
         max_tokens: most tokens to add; fewer, with a logged line, where the model's context ends before.
@@ -103,11 +104,14 @@ class Options(Sampling):
     guard: float | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Sampling.__post_init__(self)
+        AnswerRules.__post_init__(self)
         most = as_whole(self.max_tokens)
         if most is None or most < 1:
             raise ValidationError(f"max_tokens is a number of tokens, at least 1; got {self.max_tokens!r}.")
         object.__setattr__(self, "max_tokens", most)
+        if self.min_tokens > most:
+            raise ValidationError(f"min_tokens is at most max_tokens: got {self.min_tokens} and {most}.")
         object.__setattr__(self, "seed", checked_seed(self.seed))
         if self.guard is not None:
             guard = as_finite(self.guard)

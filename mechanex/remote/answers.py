@@ -7,7 +7,7 @@ import io
 import json
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ __all__ = [
     "DEEPEST",
     "Answer",
     "UnexpectedAnswer",
+    "check_understood",
     "error_of",
     "field",
     "json_of",
@@ -319,6 +320,25 @@ def field(answer: Any, call: str, kind: type[T], *names: str) -> T:
             details=_shape(answer),
         )
     return found
+
+
+def check_understood(answer: Any, call: str, fields: Sequence[str]) -> None:
+    """Refuses the answer of a server that knows the contract alone and has taken no heed of further fields.
+
+    Args:
+        answer: has a ``finish_reason`` where they were understood.
+        call: the call's documented name.
+        fields: that were sent beyond the contract's; none is always understood.
+
+    Raises:
+        APIError: it hasn't.
+    """
+    if fields and not (isinstance(answer, dict) and "finish_reason" in answer):
+        raise UnexpectedAnswer(
+            f"{call}: the server's answer has no 'finish_reason', so that it doesn't know {', '.join(fields)}: leave "
+            "them out, or use a server of this version, or set_execution_mode('local').",
+            details=_shape(answer),
+        )
 
 
 def listed(answer: Any, call: str, name: str) -> list[Any]:

@@ -21,6 +21,7 @@ from ..library.threads import run_sync
 from ..library.watched import Watching
 from ..model.engine import Engine, ServingEngine
 from ..model.requests import TextRequest, results_of, trace_of
+from ..model.rules import held_to
 from .accounts import shown
 from .bodies import BehaviorBody, SaeBody
 from .guards import Sender, Worker
@@ -123,7 +124,8 @@ async def sae_generate(body: SaeBody, request: Request, engine: Engine, who: Wor
             f"{n_scores} scores were asked for (behaviors x max_new_tokens), and this server tells {MOST_NUMBERS} at "
             "once: name fewer behaviors, ask for fewer tokens, or leave return_trace out."
         )
-    (result,) = await done_or_gone(request, results_of([engine.scheduler.submit(asked)]))
+    generation = engine.scheduler.submit(await held_to(engine, body, asked))
+    (result,) = await done_or_gone(request, results_of([generation]))
     told: dict[str, Any] = {
         "text": await engine.text(body.prompt) + result.text,
         "finish_reason": result.finish_reason,

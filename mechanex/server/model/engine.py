@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from anyio.to_thread import run_sync
 from fastapi import Depends, Request
 
-from ...engine.decode.grammar import Grammars
+from ...engine.decode.grammar import Grammars, grammars_for
 from ...engine.models import adapter_for
 from ...engine.models.adapter import ModelAdapter
 from ...engine.sae.autoencoder import SparseAutoencoder
@@ -108,8 +108,7 @@ class ServingEngine:
         """
         with self._grammars_lock:
             if self._grammars is None:
-                n_vocab = int(self.adapter.config.vocab_size)
-                self._grammars = Grammars(copy.deepcopy(self.tokenizer), n_vocab, self.ends)
+                self._grammars = grammars_for(self.adapter, copy.deepcopy(self.tokenizer), self.ends)
             return self._grammars
 
     @property

@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal, Protocol, TypeVar
 import pydantic
 from pydantic import Field, field_validator, model_validator
 
+from ...engine.answering import Form
 from ...engine.positions import TokenSelector, check_tokens
 from ...engine.tool_calls import schema_of
 from ..http.body import Body, Items, Part, few_fields
 from ..http.errors import invalid
-from .sampling import SamplingFields, Whole
-from .structured import FormFields
+from ..model.rules import LENGTHS, Whole
+from .sampling import SamplingFields
 from .tools import AssistantCall, Tool, ToolChoice
 
 __all__ = [
@@ -37,9 +38,6 @@ _Name = Annotated[str, Field(min_length=1, max_length=256)]
 _Place = Annotated[int, Field(ge=-(2**31), le=2**31)]
 _Strength = Annotated[float, Field(ge=-1e6, le=1e6)]
 _Some = Annotated[Items[T], Field(max_length=4096)]
-
-
-_LENGTHS = ("max_completion_tokens", "max_tokens")
 
 
 class ConditionItem(Part):
@@ -182,7 +180,7 @@ class SteeringFields(Body):
         return self
 
 
-class GenerationBody(SamplingFields, FormFields, SteeringFields):
+class GenerationBody(SamplingFields, SteeringFields):
     """What both kinds of completion share."""
 
     model: str | None = Field(default=None, description="The served model, or nothing.")
@@ -202,23 +200,11 @@ class GenerationBody(SamplingFields, FormFields, SteeringFields):
             raise ValueError("stream_options goes with stream=true")
         return self
 
-    @model_validator(mode="after")
-    def _reachable(self) -> GenerationBody:
-        most = self.most_tokens
-        if most is not None and (self.min_tokens or 0) > most:
-            raise ValueError(f"min_tokens is at most max_tokens: got {self.min_tokens} and {most}")
-        return self
-
-    @property
-    def most_tokens(self) -> int | None:
-        """How long an answer may be; None for as long as there is room."""
-        return next((n for name in _LENGTHS if (n := getattr(self, name, None)) is not None), None)
-
     @property
     def length_field(self) -> str | None:
         """The field by which the sender said how long an answer may be, or None."""
         return next(
-            (one for one in _LENGTHS if one in self.model_fields_set and getattr(self, one) is not None), None
+            (one for one in LENGTHS if one in self.model_fields_set and getattr(self, one) is not None), None
         )
 
     @property
@@ -380,7 +366,7 @@ class ChatBody(GenerationBody):
         return [] if self.tool_choice == "none" else list(self.tools or ())
 
     @property
-    def form(self) -> tuple[str, Any, Any] | None:
+    def form(self) -> Form | None:
         """As in bodies of all kinds; a call that has to come is one, too."""
         form, choice = super().form, self.tool_choice
         if not self.offered or (choice != "required" and not isinstance(choice, ToolChoice)):

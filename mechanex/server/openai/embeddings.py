@@ -22,11 +22,12 @@ from ..http.disconnect import done_or_gone
 from ..http.errors import invalid
 from ..model.engine import Engine
 from ..model.requests import TextRequest
+from ..model.rules import Whole
 from .answering import check_model, check_room
 from .asked import steering_of
 from .bodies import SteeringFields
 from .doors import Who, about, posts
-from .sampling import IgnoredFields, Whole
+from .sampling import IgnoredFields
 
 __all__ = ["embeddings_router"]
 

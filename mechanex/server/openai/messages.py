@@ -14,11 +14,11 @@ from ..http.body import Body, Items, Part
 from ..http.errors import anthropic_envelope
 from ..model.engine import Engine
 from ..model.requests import Result
+from ..model.rules import Stop, Whole
 from .answering import check_model
 from .bodies import ChatBody, SteeringFields, chat_of, text_of
 from .chats import chat_ids, chat_request
 from .doors import Who, posts, sent_as
-from .sampling import Stop, Whole
 from .single import Event, answer_single
 
 __all__ = ["messages_router"]

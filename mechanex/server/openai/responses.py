@@ -15,10 +15,11 @@ from ..http.body import Items, Part
 from ..http.errors import error_envelope
 from ..model.engine import Engine
 from ..model.requests import Result
+from ..model.rules import Whole
 from .bodies import ChatBody, SteeringFields, chat_of, text_of
 from .chats import chat_request
 from .doors import Who, posts, sent_as
-from .sampling import IgnoredFields, Whole
+from .sampling import IgnoredFields
 from .single import Event, answer_single
 
 __all__ = ["responses_router"]

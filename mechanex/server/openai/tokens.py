@@ -10,11 +10,11 @@ from pydantic import Field, model_validator
 
 from ..http.body import Body, Items, few_fields
 from ..model.engine import Engine
+from ..model.rules import Whole
 from .answering import check_model
 from .bodies import Message, chat_of
 from .chats import chat_ids
 from .doors import Who, about, posts
-from .sampling import Whole
 from .tools import Tool
 
 __all__ = ["tokens_router"]
