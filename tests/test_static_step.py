@@ -34,6 +34,7 @@ from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
 from mechanex.engine.orthogonalize import ablate_everywhere
 from mechanex.engine.positions import given_positions, whole_pass
+from mechanex.engine.reset import reset
 from mechanex.engine.sampling import Sampling
 from mechanex.engine.vectors import SteeringVector
 
@@ -295,6 +296,46 @@ def test_hooks_of_others_are_heard_at_every_step(device: str) -> None:
     handle.remove()
     assert len(calls) == N_NEW
     assert decoded(model, requests) == plain and len(calls) == N_NEW
+
+
+def meanwhile(
+    model: Any, kind: Any, steering: tuple[Steer, ...], then: Callable[[], object]
+) -> list[list[int]]:
+    """The answers of rows that are steered so, when something happens after three steps."""
+    rows = rows_of([TextRequest(one, 8, steering=steering) for one in ids_of()])
+    decoder = Decoder(adapter_for(model), 0, form=kind)
+    with torch.no_grad():
+        reading = decoder.read(rows)
+        while not decoder.advance(reading):
+            pass
+        decoder.join(reading)
+        for _ in range(3):
+            decoder.step()
+        then()
+        while decoder.rows:
+            decoder.step()
+    decoder.detach()
+    reset(model)
+    return [row.chosen for row in rows]
+
+
+def test_a_plan_that_comes_while_answers_are_written_edits_before_their_own(device: str) -> None:
+    model = build("llama").to(device)
+    edits = Edit.clamp(V, 9.0), Edit.clamp(V + W, 30.0)  # the later one wins
+    own, late = (SteeringPlan([Intervention(2, edit)]) for edit in edits)
+    expected, wrong = [], []
+    for order, found in (((late, own), expected), ((own, late), wrong)):
+        first = own.apply(model)
+
+        def then(order: Any = order, first: Any = first) -> None:
+            first.remove()
+            for plan in order:
+                plan.apply(model)
+
+        found += meanwhile(model, "rolling", (), then)
+    assert expected != wrong
+    for kind in ("static", "rolling"):
+        assert meanwhile(model, kind, (Steer(2, edits[0]),), lambda: late.apply(model)) == expected
 
 
 def test_an_ablation_everywhere_is_part_of_the_captured_step(device: str) -> None:

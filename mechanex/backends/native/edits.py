@@ -105,7 +105,8 @@ def bind_steer(
     wide = compute_dtype(hidden, bias, left, right)
     if not hidden.is_cpu or (wide is not torch.float32 and hidden.dtype is not wide):
         return None
-    n_rows, width = hidden.shape
+    width = hidden.shape[-1]
+    n_rows = hidden.numel() // max(width, 1)
     tables = table(bias, wide), table(left, wide), table(right, wide)
     given, kernel, code = _given(rows, *tables), modules.cpu().steer, DTYPE_CODES[hidden.dtype]
 

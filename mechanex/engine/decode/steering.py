@@ -75,6 +75,7 @@ class RowSteering:
         self._adapter = adapter
         self._handles = Handles()
         self._attached: set[int] = set()
+        self._applied: tuple[object, ...] = ()
         self._current: dict[int, _Edited] = {}
         self._tables: dict[int, tuple[tuple[tuple[Edit, ...], ...], EditTable]] = {}
         self._known: tuple[object, dict[int, _Edited]] | None = None
@@ -113,7 +114,7 @@ class RowSteering:
 
     def recall(self, key: object) -> bool:
         """Prepares the next model call as the one that was prepared under ``key``; whether that could be."""
-        if self._known is None or self._known[0] != key:
+        if self._known is None or self._known[0] != key or self._applied != (*self._adapter.kept.applied,):
             return False
         self._current = self._known[1]
         return True
@@ -127,6 +128,10 @@ class RowSteering:
             key: by which calls of the same rows may ``recall`` this one, if no edit of theirs depends on positions.
         """
         begun = time.perf_counter()
+        applied = (*self._adapter.kept.applied,)
+        if applied != self._applied:  # what is applied to the model edits first, also where it came later
+            self.detach()
+            self._applied = applied
         layers = sorted({steer.layer for span in spans for steer in span.steering})
         tables = {layer: self._table(layer, spans, columns) for layer in layers}
         self._current = {layer: table for layer, table in tables.items() if table is not None}
