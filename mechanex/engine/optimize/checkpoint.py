@@ -44,6 +44,7 @@ _FREE = [
     "checkpoint",
     "keep_on_interrupt",
     "patience",
+    "plateau",
     "generator",
     "seed",
     "eval_datapoints",  # told as token ids

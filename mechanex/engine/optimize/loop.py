@@ -188,7 +188,7 @@ def _bar(runs: Sequence[Run], progress: bool) -> Iterator[Callable[[], None]]:
     """A progress bar over the runs, and the function that moves it on."""
     limits = [run.job.settings.max_iters for run in runs]
     total = None if None in limits else max(n for n in limits if n is not None)
-    with tqdm(total=total, desc="Optimizing", unit="step", disable=not progress) as bar:
+    with tqdm(total=total, desc="Optimizing by gradient descent", unit="step", disable=not progress) as bar:
         yield lambda: _show(bar, runs) if progress else None
 
 
