@@ -11,7 +11,9 @@ import vllm
 import vllm.v1.core.kv_cache_utils as cache_keys
 from torch import nn
 from vllm.config import set_current_vllm_config
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -21,9 +23,10 @@ __all__ = [
     "Steps",
     "engine_config",
     "follow",
+    "is_elsewhere",
+    "layer_calls",
     "llm_class",
     "loaded_model",
-    "run_alone",
     "salt_blocks",
     "scheduler_class",
     "server_main",
@@ -69,22 +72,44 @@ def salt_blocks(salt: Callable[[Any, int, int], Sequence[str]]) -> None:
     setattr(cache_keys, _SALTED, salted)
 
 
+def is_elsewhere(layer: nn.Module) -> bool:
+    """Whether a layer is the placeholder of one that another pipeline rank has."""
+    return isinstance(layer, PPMissingLayer)
+
+
 @contextmanager
-def run_alone(vllm_config: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Runs a block in which these layers of a loaded model may be called one by one; their attention gives zeros."""
+def layer_calls(
+    model: Any, vllm_config: Any, layers: Sequence[nn.Module], device: torch.device
+) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Runs a block with the arguments by which a loaded model calls some of its layers.
+
+    Within the block they may be called one by one, too. Attention gives zeros in it.
+    """
 
     def zeros(module: nn.Module, args: Any, out: Any) -> Any:
         return torch.zeros_like(out)  # without a cache some leave what memory held before
 
+    calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(module, (args, kwargs))
+
     found = {module for layer in layers for module in layer.modules() if hasattr(module, "kv_cache")}
     handles = [module.register_forward_hook(zeros) for module in found]
+    handles += [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    before = None
+    if not get_pp_group().is_first_rank:
+        dtype = vllm_config.model_config.dtype
+        before = model.make_empty_intermediate_tensors(batch_size=2, dtype=dtype, device=device)
+    two = torch.arange(2, device=device)
     try:
         with (
             torch.inference_mode(),
             set_current_vllm_config(vllm_config),
-            set_forward_context(None, vllm_config, slot_mapping={}),
+            set_forward_context(None, vllm_config, slot_mapping={}, skip_compiled=True),
         ):
-            yield
+            model(input_ids=two, positions=two, intermediate_tensors=before, inputs_embeds=None)
+            yield [calls[layer] for layer in layers]
     finally:
         for handle in handles:
             handle.remove()

@@ -24,6 +24,8 @@ Scope = int | slice | Literal["prompt", "generated"] | None
 """Tokens that are edited: an absolute position or a slice of them, negatives counting from the end of the prompt; those
 of the prompt, or those after it; None for all."""
 
+_NAMED: dict[str, Scope] = {"all": None, "prompt": "prompt", "generated": "generated"}
+
 
 @dataclass(frozen=True)
 class AskedEdit:
@@ -41,15 +43,17 @@ class AskedEdit:
 
 
 def as_scope(tokens: object) -> Scope:
-    """``tokens`` if it names tokens.
+    """``tokens`` if it names tokens; ``"all"`` does so, too.
 
     Raises:
         ValidationError: it is something else.
     """
-    if tokens in ("prompt", "generated") and isinstance(tokens, str):
-        return "prompt" if tokens == "prompt" else "generated"
     if isinstance(tokens, str):
-        raise ValidationError(f"tokens is 'prompt', 'generated', an int, a slice or None; got {tokens!r}.")
+        if tokens not in _NAMED:
+            raise ValidationError(
+                f"tokens is 'all', 'prompt', 'generated', an int, a slice or None; got {tokens!r}."
+            )
+        return _NAMED[tokens]
     check_tokens(tokens)
     return tokens if isinstance(tokens, slice) else as_whole(tokens)
 

@@ -23,7 +23,7 @@ class Capacity:
     Args:
         slots: different vectors that requests which run or wait to run may have between them; further requests wait.
             The strengths of a vector don't count.
-        per_token: most vectors of one request.
+        per_token: most vectors of one request; a SteeringVector that clamps counts twice.
         rank: largest rank of an edit: 0 for vectors that are added, 1 for ablating and clamping.
         gates: whether edits may have gates.
     """

@@ -22,7 +22,7 @@ class LLM:
     Args:
         model: a bundled name, a folder or a name of the Hub.
         steering_slots: different vectors that prompts which are being answered may have between them; others wait.
-        steering_per_token: most vectors of one prompt.
+        steering_per_token: most vectors of one prompt; a SteeringVector that clamps counts twice.
         steering_rank: largest rank of an edit: 0 where vectors are only added, 1 for ablating and clamping.
         steering_gates: whether edits may have gates.
         **options: those of ``vllm.LLM``.
@@ -126,12 +126,16 @@ class LLM:
             if len(given) != len(asked):
                 raise ValidationError(f"there are {len(asked)} prompts and {len(given)} {name}.")
         found = [self._vectors.asked(one) for one in wanted]
-        for one in found:
-            for key, data in one.missing.items():
-                self.engine.collective_rpc("steering_register", args=(data,))
-                self._vectors.sent([key])
         steered = [with_steering(one, asked.text) for one, asked in zip(each, found, strict=True)]
-        answers: list[Any] = answer(asked, steered, **options)
+        held = self._vectors.held
+        with held.lease(key for one in found for key in one.keys):
+            for one in found:
+                for key, data in one.missing.items():
+                    self.engine.collective_rpc("steering_register", args=(key, data, held.owner))
+                    held.sent(key, len(data))
+            if surplus := held.surplus():
+                self.engine.collective_rpc("steering_forget", args=(surplus, held.owner))
+            answers: list[Any] = answer(asked, steered, **options)
         return answers
 
 

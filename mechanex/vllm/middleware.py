@@ -7,6 +7,7 @@ import hmac
 import json
 import os
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,8 @@ from ..server.http.routes import parsed
 from ..server.library.folder import SharedVectors
 from ..server.openai.bodies import GenerationBody
 from .asked import FIELD
-from .engine_vectors import EngineVectors, SteerBy
+from .engine_vectors import Carried, EngineVectors, SteerBy
+from .held import HeldUnits
 from .llm import vectors_of
 
 __all__ = ["VECTORS_VARIABLE", "SteeringMiddleware"]
@@ -70,6 +72,7 @@ class SteeringMiddleware:
         folder = os.environ.get(VECTORS_VARIABLE)
         self._shared = SharedVectors(Path(folder) if folder else None)
         self._stored = VectorStore()
+        self._sending = asyncio.Lock()
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         if scope["type"] != "http" or scope["method"] == "OPTIONS":
@@ -77,6 +80,7 @@ class SteeringMiddleware:
             return
         path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
         headers = {name.decode().lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        leases = ExitStack()
         try:
             scope = _with_key(scope, headers, path)
             if path == _REGISTER or path.startswith(f"{_REGISTER}/"):
@@ -84,13 +88,30 @@ class SteeringMiddleware:
                 return
             if scope["method"] == "POST" and "json" in headers.get("content-type", "json"):
                 body = await _body(receive)
-                receive = _again(await self._translated(scope, body, path), receive)
+                body, carried = await self._translated(scope, body, path)
+                receive = _again(body, receive)
                 kept = [one for one in scope["headers"] if one[0].lower() != b"content-length"]
                 scope = {**scope, "headers": kept}
+                if carried is not None:
+                    held = self._known(scope["app"].state).held
+                    leases.enter_context(held.lease(carried.keys))
+                    await self._hold(scope["app"].state.engine_client, held, carried)
         except MechanexError as error:
+            leases.close()
             await _answer(send, status_of(error), error_envelope(error))
             return
-        await self._app(scope, receive, send)
+        with leases:
+            await self._app(scope, receive, send)
+
+    async def _hold(self, engine: Any, held: HeldUnits, carried: Carried) -> None:
+        """Has the workers hold what a request needs."""
+        async with self._sending:  # what is forgotten and sent again must arrive in this order
+            for key, data in carried.missing.items():
+                if key not in held:
+                    await engine.collective_rpc("steering_register", args=(key, data, held.owner))
+                    held.sent(key, len(data))
+            if surplus := held.surplus():
+                await engine.collective_rpc("steering_forget", args=(surplus, held.owner))
 
     async def _registered(self, scope: _Scope, receive: _Receive, path: str) -> dict[str, Any]:
         """The answer to a request about vectors."""
@@ -122,16 +143,16 @@ class SteeringMiddleware:
         edits = {_layer(layer): _edit(body, numbers) for layer, numbers in body.layers.items()}
         return {"id": vectors.add(edits, body.id), "object": "steering_vector"}
 
-    async def _translated(self, scope: _Scope, body: bytes, path: str) -> bytes:
-        """The body as vLLM takes it."""
+    async def _translated(self, scope: _Scope, body: bytes, path: str) -> tuple[bytes, Carried | None]:
+        """The body as vLLM takes it, and what it carries."""
         try:
             fields = await parsed(body) if body else {}
         except _NO_JSON:
-            return body  # vLLM says what is wrong
+            return body, None  # vLLM says what is wrong
         except RecursionError as error:
             raise ValidationError("The body is nested too deeply.") from error
         if not isinstance(fields, dict):
-            return body
+            return body, None
         if FIELD in (fields.get("vllm_xargs") or {}):
             raise _refused(
                 f"vllm_xargs[{FIELD!r}] is the server's own: send steering_vector or steering.", "vllm_xargs"
@@ -143,16 +164,16 @@ class SteeringMiddleware:
             )
         ours = {name: fields.pop(name) for name in (*_FIELDS, *_ELSEWHERE) if name in fields}
         if not any(value is not None for value in ours.values()):
-            return json.dumps(fields).encode() if ours else body
+            return json.dumps(fields).encode() if ours else body, None
         if path not in _STEERED:
             raise _refused(f"{path} is not steered; {' and '.join(_STEERED)} are.", next(iter(ours)))
-        text = await self._asked(scope["app"].state, ours)
-        if text is not None:
-            fields["vllm_xargs"] = {**(fields.get("vllm_xargs") or {}), FIELD: text}
-        return json.dumps(fields).encode()
+        carried = await self._asked(scope["app"].state, ours)
+        if carried.text is not None:
+            fields["vllm_xargs"] = {**(fields.get("vllm_xargs") or {}), FIELD: carried.text}
+        return json.dumps(fields).encode(), carried
 
-    async def _asked(self, state: Any, ours: Mapping[str, Any]) -> str | None:
-        """What the request carries, once the workers have its vectors."""
+    async def _asked(self, state: Any, ours: Mapping[str, Any]) -> Carried:
+        """What the request carries."""
         try:
             body = GenerationBody.model_validate(ours)
         except InvalidBody as error:
@@ -177,13 +198,9 @@ class SteeringMiddleware:
             except (NotFoundError, ValidationError) as error:
                 raise _refused(error.message, param) from error
         try:
-            asked = vectors.asked([by for _, by in wanted])
+            return vectors.asked([by for _, by in wanted])
         except (NotFoundError, ValidationError) as error:
             raise _refused(error.message, wanted[0][0]) from error
-        for key, data in asked.missing.items():
-            await state.engine_client.collective_rpc("steering_register", args=(data,))
-            vectors.sent([key])
-        return asked.text
 
     async def _find(self, vectors: EngineVectors, vector_id: str) -> None:
         """Takes in a vector of the server's own when it is first asked for."""
