@@ -23,7 +23,7 @@ from mechanex.engine.models import adapter_for
 from mechanex.engine.prompt_conditions import PromptCondition
 from mechanex.engine.schedules import Schedule
 from mechanex.engine.terms import TokenGate
-from mechanex.vllm.asked import AskedEdit, edits_of
+from mechanex.vllm.asked import FIELD, AskedEdit, edits_of
 from mechanex.vllm.capacity import Capacity
 from mechanex.vllm.engine_vectors import EngineVectors, SteerBy
 from mechanex.vllm.units import unpacked
@@ -116,9 +116,9 @@ def in_vllm(vector: SteeringVector, strength: float = 1.0) -> tuple[AskedEdit, T
     """How a request carries a vector there, the last of its edits, and what becomes of X by them."""
     vectors = EngineVectors(D_MODEL, 4, Capacity(rank=2, gates=True))
     carried = vectors.asked(SteerBy(vectors.add(vector), strength))
-    assert carried.text is not None
+    assert carried.fields
     hidden = X
-    for asked in edits_of(carried.text):
+    for asked in edits_of(carried.fields[FIELD]):
         edit = unpacked(carried.missing[asked.key])[LAYER]
         hidden = hidden + asked.strength * (edit.apply(hidden) - hidden)
     return asked, hidden

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mechanex.engine.intervention import Edit, EditTable
 from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import NotFoundError, ValidationError
-from mechanex.vllm.asked import AskedEdit, edits_of
+from mechanex.vllm.asked import FIELD, AskedEdit, edits_of
 from mechanex.vllm.capacity import Capacity
 from mechanex.vllm.engine_vectors import EngineVectors, SteerBy
 from mechanex.vllm.forms import LayerCall, takes_two
@@ -207,14 +207,14 @@ def test_a_request_names_what_the_workers_hold() -> None:
     name = known.add({0: ADD.bias, -1: TWO.bias}, "calm")
     assert name == "calm" and known.ids == ("calm",)
     first = known.asked(SteerBy("calm", 2.0, tokens="prompt"))
-    assert first.text is not None and len(first.missing) == 1
+    assert first.fields and len(first.missing) == 1
     (key,) = first.missing
-    assert edits_of(first.text) == (AskedEdit(key, 2.0, "prompt"),)
+    assert edits_of(first.fields[FIELD]) == (AskedEdit(key, 2.0, "prompt"),)
     assert list(unpacked(first.missing[key])) == [0, 2]
     known.held.sent(key, 1)
     again = known.asked([SteerBy("calm", -1.0), SteerBy("calm", layers=[0])])
     assert len(again.missing) == 1 and key not in again.missing
-    assert known.asked(SteerBy("calm", 0.0)).text is None and known.asked(None).text is None
+    assert not known.asked(SteerBy("calm", 0.0)).fields and not known.asked(None).fields
     known.add({0: TWO.bias}, "calm")
     other = known.asked(SteerBy("calm"))
     assert other.missing.keys() - {key} == other.missing.keys(), "another content is another name"
@@ -235,8 +235,8 @@ def test_a_clamp_at_many_strengths_is_sent_once() -> None:
     assert len(first.missing) == 2
     for strength in (0.5, -3.0, 7.0):
         asked = known.asked(SteerBy("level", strength))
-        assert asked.text is not None and not asked.missing
-        taken, added = edits_of(asked.text)
+        assert asked.fields and not asked.missing
+        taken, added = edits_of(asked.fields[FIELD])
         assert (taken.strength, added.strength) == (1.0, strength)
         hidden = random(4)
         for edit in (taken, added):
@@ -251,9 +251,8 @@ def test_a_request_may_steer_tokens_that_the_vector_does_not_name() -> None:
     known.add(SteeringVector({0: ADD.bias}).on_tokens("generated"), "late")
     scopes = {}
     for tokens in (None, "all", "prompt", slice(0, None)):
-        text = known.asked(SteerBy("late", tokens=tokens)).text
-        assert text is not None
-        scopes[str(tokens)] = edits_of(text)[0].tokens
+        fields = known.asked(SteerBy("late", tokens=tokens)).fields
+        scopes[str(tokens)] = edits_of(fields[FIELD])[0].tokens
     assert scopes == {
         "None": slice(-1, None),
         "all": None,

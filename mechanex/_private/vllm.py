@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, Protocol
 
 import torch
@@ -17,10 +18,14 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import AsyncModelRunnerOutput
+from vllm.v1.request import RequestStatus
 
 __all__ = [
+    "STOPPED",
     "VERSION",
     "Steps",
+    "ended_in",
     "engine_config",
     "follow",
     "is_elsewhere",
@@ -30,11 +35,17 @@ __all__ = [
     "salt_blocks",
     "scheduler_class",
     "server_main",
+    "tokenizer_of",
+    "with_ended",
     "worker_class",
 ]
 
 VERSION: str = vllm.__version__
 
+STOPPED = RequestStatus.FINISHED_STOPPED
+"""The state of a request whose answer has ended by itself."""
+
+_ENDED = "mechanex_ended"  # what pickles with a ModelRunnerOutput, which is no class of slots
 _SALTED = "_gen_prompt_embeds_extra_hash_keys"  # of (request, first token, token after the last) -> list
 
 
@@ -113,6 +124,25 @@ def layer_calls(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def with_ended(output: Any, request_ids: Sequence[str]) -> Any:
+    """The output of a step, which tells the scheduler whose answers are to end before the token that it chose."""
+    if not request_ids or output is None:
+        return output
+    output = copy(output)  # it may be one that all steps share
+    if isinstance(output, AsyncModelRunnerOutput):
+        inner = output.get_output
+        output.get_output = lambda: with_ended(inner(), request_ids)
+    else:
+        setattr(output, _ENDED, frozenset(request_ids))
+    return output
+
+
+def ended_in(output: Any) -> frozenset[str]:
+    """Whose answers are to end so."""
+    found: frozenset[str] = getattr(output, _ENDED, frozenset())
+    return found
 
 
 class Steps(Protocol):
@@ -237,6 +267,11 @@ def server_main(arguments: Sequence[str]) -> None:
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(list(arguments))
     validate_api_server_args(args)
     uvloop.run(run_server(args))
+
+
+def tokenizer_of(engine: Any) -> Any:
+    """The tokenizer of a server's engine."""
+    return engine.renderer.get_tokenizer()
 
 
 def engine_config(options: Mapping[str, Any]) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -15,7 +15,17 @@ from ..engine.positions import check_tokens, selects
 from ..engine.whole import as_whole
 from ..errors import ValidationError
 
-__all__ = ["FIELD", "AskedEdit", "Scope", "as_scope", "as_text", "block_salt", "edits_of", "in_scope"]
+__all__ = [
+    "FIELD",
+    "AskedEdit",
+    "Carried",
+    "Scope",
+    "as_scope",
+    "as_text",
+    "block_salt",
+    "edits_of",
+    "in_scope",
+]
 
 FIELD = "mechanex"
 """The key of a request's edits among ``SamplingParams.extra_args``; over HTTP, vLLM calls these ``vllm_xargs``."""
@@ -40,6 +50,29 @@ class AskedEdit:
     key: str
     strength: float
     tokens: Scope = None
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a request's steering becomes.
+
+    Args:
+        fields: what the request carries in ``extra_args``; none where nothing is asked for.
+        keys: of what it needs from the workers, to be leased for as long as it runs.
+        missing: what of it the workers don't hold yet, packed, by its keys.
+    """
+
+    fields: Mapping[str, str] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()
+    missing: Mapping[str, bytes] = field(default_factory=dict)
+
+    def __add__(self, other: Carried) -> Carried:
+        """Both together."""
+        return Carried(
+            {**self.fields, **other.fields},
+            tuple({*self.keys, *other.keys}),
+            {**self.missing, **other.missing},
+        )
 
 
 def as_scope(tokens: object) -> Scope:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ..engine.vectors import SteeringVector
 from ..errors import NotFoundError, ValidationError
-from .asked import AskedEdit, Scope, as_scope, as_text
+from .asked import FIELD, AskedEdit, Carried, Scope, as_scope, as_text
 from .capacity import Capacity
 from .held import HeldUnits
 from .parts import KnownVector, Part, known_vector, layer_number
 from .stream import check_edits
 from .units import key_of, packed
 
-__all__ = ["Carried", "EngineVectors", "SteerBy"]
+__all__ = ["EngineVectors", "SteerBy"]
 
 _MOST_NAMES = 10_000
 _MOST_BYTES = 2**28
@@ -39,21 +39,6 @@ class SteerBy:
     strength: float = 1.0
     layers: Sequence[int] | None = None
     tokens: Scope | Literal["all"] = None
-
-
-@dataclass(frozen=True)
-class Carried:
-    """What a request's steering becomes.
-
-    Args:
-        text: what the request carries; None where it isn't steered.
-        keys: of the packed edits that it needs, to be leased for as long as it runs.
-        missing: those that the workers don't hold yet, by their keys.
-    """
-
-    text: str | None
-    keys: tuple[str, ...]
-    missing: Mapping[str, bytes]
 
 
 class EngineVectors:
@@ -154,7 +139,8 @@ class EngineVectors:
                 f"a request steers by {len(edits)} vectors (one that clamps counts twice), and this engine was started "
                 f"for {self.capacity.per_token}: start it with steering_per_token={len(edits)}."
             )
-        return Carried(as_text(edits) if edits else None, tuple({one.key for one in edits}), missing)
+        fields = {FIELD: as_text(edits)} if edits else {}
+        return Carried(fields, tuple({one.key for one in edits}), missing)
 
     def _layers(self, item: SteerBy, known: KnownVector) -> tuple[int, ...]:
         if item.layers is None:

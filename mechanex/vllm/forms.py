@@ -61,31 +61,38 @@ def takes_two(layers: Sequence[nn.Module], calls: Sequence[LayerCall], width: in
     Raises:
         ValidationError: a layer is handed more than two such tensors, or none.
     """
-    found = []
-    for i, (layer, call) in enumerate(zip(layers, calls, strict=True)):
-        places = call.places(width)
-        if not 1 <= len(places) <= 2:
+    several = [call.places(width)[1:] for call in calls]
+    for layer, call in zip(layers, calls, strict=True):
+        n = len(call.places(width))
+        if not 1 <= n <= 2:
             raise ValidationError(
-                f"{type(layer).__name__} is handed {len(places)} tensors that are {width} wide, and the residual "
-                "stream is one, or the sum of two: this model can't be steered in vLLM."
+                f"{type(layer).__name__} is handed {n} tensors that are {width} wide, and the residual stream is one, "
+                "or the sum of two: this model can't be steered in vLLM."
             )
-        # Not what was recorded, which layers may have written to since.
-        hidden = torch.zeros_like(call.given(places[0]))
-        unknown = torch.full_like(hidden, float("nan"))
-        alone = call.with_at(places[0], hidden)
-        # The first layer is handed no second tensor yet, where the others are.
-        second = places[1:] or [
-            place
-            for place in (calls[i + 1].places(width)[1:] if i + 1 < len(calls) else call.open_places())
-            if call.given(place) is None
-        ]
-        found.append(any(_spreads(layer, alone.with_at(place, unknown)) for place in second))
+    found = []
+    for layer, call, own in zip(layers, calls, several, strict=True):
+        # The model's first layer is handed no second tensor yet, where the others are.
+        second = own or next((places for places in several if places), [])
+        if not second and len(layers) == 1 and _is_stream(_second(layer, call, width), width):
+            second = call.open_places()
+        found.append(any(_spreads(layer, call, width, place) for place in second))
     return found
 
 
-def _spreads(layer: nn.Module, call: LayerCall) -> bool:
-    out = layer(*call.args, **call.kwargs)
-    return isinstance(out, tuple) and isinstance(out[1], Tensor) and bool(out[1].isnan().all())
+def _second(layer: nn.Module, call: LayerCall, width: int, unknown: int | str | None = None) -> Any:
+    """The second thing that a layer gives of zeros, and of what is NaN at a place."""
+    # Fresh tensors: layers may write into what they are handed.
+    (first, *_) = call.places(width)
+    asked = call.with_at(first, torch.zeros_like(call.given(first)))
+    if unknown is not None:
+        asked = asked.with_at(unknown, torch.full_like(call.given(first), float("nan")))
+    out = layer(*asked.args, **asked.kwargs)
+    return out[1] if isinstance(out, tuple) and len(out) > 1 else None
+
+
+def _spreads(layer: nn.Module, call: LayerCall, width: int, place: int | str) -> bool:
+    given = _second(layer, call, width, place)
+    return isinstance(given, Tensor) and bool(given.isnan().all())
 
 
 def _is_stream(given: Any, width: int) -> bool:

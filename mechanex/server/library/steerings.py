@@ -14,6 +14,7 @@ from ...engine.positions import TokenSelector
 from ...engine.prompt_conditions import PromptCondition
 from ...engine.sae.behavior import Behavior
 from ...engine.sae.store import BehaviorStore
+from ...engine.sae.watching import check_fits
 from ...engine.vector_store import VectorStore
 from ...engine.vectors import SteeringVector
 from ...errors import APIError, NotFoundError, ValidationError
@@ -57,7 +58,13 @@ class Steerings:
         for name, vector in self._shared:
             self._check_fits(name, vector)
         self._behaviors = make_behaviors(adapter, settings.behaviors)
-        self.watched = WatchedBehaviors(adapter, settings.behaviors, library, BehaviorStore())
+        self.watched = WatchedBehaviors(
+            adapter.model_id,
+            lambda behavior: check_fits(adapter, behavior),
+            settings.behaviors,
+            library,
+            BehaviorStore(),
+        )
         self._digests: OrderedDict[int, tuple[SteeringVector, bytes]] = OrderedDict()
         self._edits: OrderedDict[tuple[bytes, float], tuple[Steer, ...]] = OrderedDict()
         self._edit_bytes = 0
