@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import vllm
@@ -24,10 +24,8 @@ from vllm.v1.request import RequestStatus
 __all__ = [
     "STOPPED",
     "VERSION",
-    "Steps",
     "ended_in",
     "engine_config",
-    "follow",
     "is_elsewhere",
     "layer_calls",
     "llm_class",
@@ -143,110 +141,6 @@ def ended_in(output: Any) -> frozenset[str]:
     """Whose answers are to end so."""
     found: frozenset[str] = getattr(output, _ENDED, frozenset())
     return found
-
-
-class Steps(Protocol):
-    """The steps of a model runner."""
-
-    def reads(self) -> list[tuple[str, int, int, int]]:
-        """What the step that begins reads: for each request in the order of the tokens its id, how many of its
-        tokens were read before, how many are read now, and how many its prompt has."""
-
-    def extra_args(self, request_id: str) -> Mapping[str, Any]:
-        """A request's ``SamplingParams.extra_args``."""
-
-    def knows(self, request_id: str) -> bool:
-        """Whether the request hasn't ended."""
-
-
-def follow(runner: Any, begin: Callable[[Steps], None], end: Callable[[], None], *, is_v2: bool) -> None:
-    """Has ``begin`` called before each pass of a loaded model runner over requests, and ``end`` after it.
-
-    Passes that serve no request, such as warm-ups, aren't followed. The V2 runner has no place for ``end``.
-    """
-    if is_v2:
-        _V2Steps(runner.model_state, begin)
-        return
-    steps = _V1Steps(runner)
-    inner = runner._model_forward
-
-    def followed(*args: Any, **kwargs: Any) -> Any:
-        begin(steps)
-        try:
-            return inner(*args, **kwargs)
-        finally:
-            end()
-
-    runner._model_forward = followed
-
-
-class _V1Steps:
-    def __init__(self, runner: Any) -> None:
-        self._runner = runner
-
-    def reads(self) -> list[tuple[str, int, int, int]]:
-        batch = self._runner.input_batch
-        n = batch.num_reqs
-        begins = self._runner.query_start_loc.np[: n + 1].tolist()
-        computed = batch.num_computed_tokens_cpu[:n].tolist()
-        prompts = batch.num_prompt_tokens[:n].tolist()
-        return [
-            (request_id, computed[i], begins[i + 1] - begins[i], prompts[i])
-            for i, request_id in enumerate(batch.req_ids[:n])
-        ]
-
-    def extra_args(self, request_id: str) -> Mapping[str, Any]:
-        params = self._runner.requests[request_id].sampling_params
-        return (params and params.extra_args) or {}
-
-    def knows(self, request_id: str) -> bool:
-        return request_id in self._runner.requests
-
-
-class _V2Steps:
-    """Not run yet: this runner needs a GPU. Written from the source of 0.30."""
-
-    def __init__(self, state: Any, begin: Callable[[Steps], None]) -> None:
-        self._known: dict[str, tuple[int, Mapping[str, Any]]] = {}
-        self._batch: Any = None
-        add, remove, prepare = state.add_request, state.remove_request, state.prepare_inputs
-
-        def add_request(index: int, data: Any) -> None:
-            params = data.sampling_params
-            self._known[data.req_id] = len(data.prompt_token_ids), (params and params.extra_args) or {}
-            add(index, data)
-
-        def remove_request(request_id: str) -> None:
-            self._known.pop(request_id, None)
-            remove(request_id)
-
-        def prepare_inputs(batch: Any, states: Any) -> Any:
-            self._batch = batch
-            begin(self)
-            return prepare(batch, states)
-
-        state.add_request, state.remove_request, state.prepare_inputs = (
-            add_request,
-            remove_request,
-            prepare_inputs,
-        )
-
-    def reads(self) -> list[tuple[str, int, int, int]]:
-        batch, n = self._batch, self._batch.num_reqs
-        computed, scheduled = (
-            batch.num_computed_tokens_np[:n].tolist(),
-            batch.num_scheduled_tokens[:n].tolist(),
-        )
-        return [
-            (request_id, computed[i], scheduled[i], self._known[request_id][0])
-            for i, request_id in enumerate(batch.req_ids[:n])
-        ]
-
-    def extra_args(self, request_id: str) -> Mapping[str, Any]:
-        return self._known[request_id][1]
-
-    def knows(self, request_id: str) -> bool:
-        return request_id in self._known
 
 
 def loaded_model(runner: Any) -> nn.Module:

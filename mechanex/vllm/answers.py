@@ -83,11 +83,9 @@ class WatchedAnswer:
                 self._ids += choice.get("token_ids") or ()
                 if choice.get("finish_reason"):
                     choice["behaviors"] = self._field(await self._seen())
-            if self._hides_ids:
-                choice.pop("token_ids", None)
-                choice.pop("prompt_token_ids", None)
         if self._hides_ids:
-            said.pop("prompt_token_ids", None)
+            for told in (said, *(said.get("choices") or ())):
+                told |= dict.fromkeys({"token_ids", "prompt_token_ids"} & told.keys())
         return json.dumps(said).encode()
 
     def _field(self, seen: list[Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import secrets
 import signal
@@ -27,12 +26,12 @@ from ..engine.sae.store import BEHAVIOR_FILE
 from ..errors import MechanexError, ValidationError
 from ..server.settings import ServerSettings
 from .capacity import Capacity
+from .options import steering_options
 from .served import BEHAVIORS_VARIABLE, VECTORS_VARIABLE
-from .supported import SCHEDULER, WORKER, check_installed
+from .supported import check_installed
 
 __all__ = ["RunningEngine", "serve_vllm", "server_arguments"]
 
-_MIDDLEWARE = "mechanex.vllm.middleware.SteeringMiddleware"
 _OURS = ("host", "port", "key", "vectors", "behaviors", "model_name", "max_batch")
 _END_SECONDS = 20.0
 
@@ -159,10 +158,7 @@ def server_arguments(
         f"--served-model-name={name}",
         f"--host={host}",
         f"--port={port}",
-        f"--worker-cls={WORKER}",
-        f"--scheduler-cls={SCHEDULER}",
-        f"--middleware={_MIDDLEWARE}",
-        f"--additional-config={json.dumps(capacity.config())}",
+        *steering_options(capacity),
         *further,
     ]
 

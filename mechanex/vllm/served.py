@@ -206,7 +206,7 @@ class ServedSteering:
         found = await self._behaviors.find(None, name)
         if found is None:
             raise NotFoundError(
-                f"no behavior that can be watched is called {name!r} here: name one of the files of --behaviors, or one "
+                f"no behavior that can be watched is called {name!r} here: name a file of --behaviors, or one "
                 "that create_behavior has kept on the server's machine."
             )
         return found

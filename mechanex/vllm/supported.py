@@ -64,7 +64,10 @@ def check_config(config: Any) -> None:
             ("a model that doesn't generate", model.runner_type != "generate"),
             ("keys and values from elsewhere (kv_transfer_config)", config.kv_transfer_config is not None),
             ("data parallelism", parallel.data_parallel_size > 1),
-            ("context parallelism", parallel.decode_context_parallel_size > 1),
+            (
+                "context parallelism",
+                max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
+            ),
             ("overlapping half batches (enable_dbo)", parallel.enable_dbo),
             ("sequence parallelism", bool(config.compilation_config.pass_config.enable_sp)),
         )

@@ -7,14 +7,13 @@ from typing import Any
 
 from .._private.vllm import (
     VERSION,
-    Steps,
-    follow,
     is_elsewhere,
     layer_calls,
     loaded_model,
     with_ended,
     worker_class,
 )
+from .._private.vllm_steps import Steps, follow
 from ..engine.intervention import Edit
 from ..engine.sae.behavior import Behavior
 from ..engine.sae.watching import Watch

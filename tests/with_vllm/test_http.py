@@ -46,7 +46,7 @@ def behavior(name: str, direction: torch.Tensor, threshold: float) -> Behavior:
     return Behavior(name, "", "mx-tiny", None, 128, point, "probe", probe, None, None, threshold, correction)
 
 
-BEHAVIORS = [behavior("gruff", CALM, 1.0), behavior("shrill", LOUD, 2.0)]
+BEHAVIORS = [behavior("gruff", CALM, 70.0), behavior("shrill", LOUD, 200.0)]
 STORY = "The baker said that the bread was warm, and the people of the city were glad to have it. " * 4
 
 
@@ -54,9 +54,10 @@ STORY = "The baker said that the bread was warm, and the people of the city were
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("vectors")
     SteeringVector({1: CALM, 2: LOUD}).save(folder / "calm.safetensors")
-    for behavior in BEHAVIORS:
-        write_behavior(behavior, folder / f"{behavior.name}.safetensors")
-    files = [folder / f"{behavior.name}.safetensors" for behavior in BEHAVIORS]
+    watched = tmp_path_factory.mktemp("behaviors")
+    files = [watched / f"{one.name}.safetensors" for one in BEHAVIORS]
+    for one, path in zip(BEHAVIORS, files, strict=True):
+        write_behavior(one, path)
     settings = {"vllm_args": ARGS, "vectors": folder, "behaviors": files, "key": KEY}
     client = mechanex.Mechanex()
     with client.serve("mx-tiny", "127.0.0.1", 0, True, block=False, **settings) as running:
@@ -159,7 +160,7 @@ def test_watched_answers(client: openai.OpenAI, names: list[str], action: Any) -
     """As the engine watches them, scores included, whole and streamed."""
     loaded = load("mx-tiny", backend="transformers", dtype="float32")
     known = {one.name: one for one in BEHAVIORS}
-    prompt = "What did the baker say?"
+    prompt = "The baker said that"
     (wanted,) = generate_watched(
         loaded.model,
         loaded.tokenizer,
@@ -180,7 +181,8 @@ def test_watched_answers(client: openai.OpenAI, names: list[str], action: Any) -
     text = wanted.text.removeprefix(prompt)
     assert plain.text == scored.text == text == "".join(part.choices[0].text for part in parts)
     for choice in (plain, scored, parts[-1].choices[0]):
-        assert choice.finish_reason == wanted.finish_reason and "token_ids" not in (choice.model_extra or {})
+        assert choice.finish_reason == wanted.finish_reason
+        assert not choice.model_extra.get("token_ids"), "nobody asked for them"
     for choice in (scored, parts[-1].choices[0]):
         found = choice.model_extra["behaviors"]
         assert found["detected"] == list(wanted.detected)
