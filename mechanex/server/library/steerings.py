@@ -15,6 +15,7 @@ from ...engine.positions import TokenSelector
 from ...engine.prompt_conditions import PromptCondition
 from ...engine.sae.behavior import Behavior
 from ...engine.sae.store import BehaviorStore
+from ...engine.sae.watching import check_fits
 from ...engine.vector_store import VectorStore
 from ...engine.vectors import SteeringVector
 from ...errors import APIError, NotFoundError, ValidationError
@@ -62,7 +63,13 @@ class Steerings:
         for name, vector in self._shared:
             self._check_fits(name, vector)
         self._behaviors = make_behaviors(adapter, settings.behaviors)
-        self.watched = WatchedBehaviors(adapter, settings.behaviors, library, BehaviorStore())
+        self.watched = WatchedBehaviors(
+            adapter.model_id,
+            lambda behavior: check_fits(adapter, behavior),
+            settings.behaviors,
+            library,
+            BehaviorStore(),
+        )
         self._checked: OrderedDict[tuple[bytes, _Layers, float], None] = OrderedDict()
         self._edits: OrderedDict[tuple[bytes, _Layers, float | None], tuple[Steer, ...]] = OrderedDict()
         self._edit_bytes = 0
