@@ -51,7 +51,7 @@ def forced_rounds(
         price: mean KL per token, nats, at which families are compared.
         evaluations: what all rounds may cost, in whole evaluations of a setting.
     """
-    encoded = [
+    encoded: list[list[Pair]] = [
         [encode_pair(tokenizer, prompt, answer) for answer in both]
         for prompt, *both in zip(check.prompts, check.positive_answers, check.negative_answers, strict=True)
     ]

@@ -177,7 +177,7 @@ def _doses(
         raise ValidationError(f"strengths are finite numbers other than 0; got {list(strengths)}.")
     if widths is None:
         widths = sorted({1, max(1, adapter.n_layers // 4)})
-    if not isinstance(widths, Sequence) or isinstance(widths, str) or not len(widths) or not all(type(one) is int for one in widths):
+    if not isinstance(widths, Sequence) or not len(widths) or not all(type(one) is int for one in widths):
         raise ValidationError(f"widths is a list of numbers of layers, with at least one; got {widths!r}.")
     fitting = [
         Dose(layer, float(strength), edit, where, method, width)

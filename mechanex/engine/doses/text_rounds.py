@@ -42,7 +42,7 @@ class _Tried:
         power = POWER
         if len(seen) > 1 and seen[-1][1] > seen[0][1]:
             power = math.log(seen[-1][1] / seen[0][1]) / math.log(seen[-1][0] / seen[0][0])
-        factor = (aim / cost) ** (1 / max(power, 0.7))
+        factor: float = (aim / cost) ** (1 / max(power, 0.7))
         return strength * min(max(factor, 1 / STEP), STEP)
 
     def effect(self, aim: float) -> float:

@@ -129,4 +129,4 @@ def costs_of(
     """What ``mean_logprobs`` gives for each setting's answers, all scored together: each prompt is read once."""
     sums, counts = mean_logprobs(adapter, [one for answers in written for one in answers])
     sizes = [len(answers) for answers in written]
-    return list(zip(sums.split(sizes), counts.split(sizes), strict=True))
+    return list(zip(torch.split(sums, sizes), torch.split(counts, sizes), strict=True))
