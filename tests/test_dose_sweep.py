@@ -19,7 +19,7 @@ from mechanex.bundled import data_path
 from mechanex.cli import main
 from mechanex.engine.datasets import ContrastivePairs, read_pairs
 from mechanex.engine.doses.dose import Dose, kind_of
-from mechanex.engine.doses.families import Family, around, families_of, worth
+from mechanex.engine.doses.families import Family, apart, around, families_of, worth
 from mechanex.engine.doses.halving import front, rounds
 from mechanex.engine.doses.sweep import sweep
 from mechanex.engine.doses.swept import Setting
@@ -167,12 +167,21 @@ def test_kinds_of_dose_are_compared_at_one_price() -> None:
     assert [one.dose.strength for one in around(slow, 0.1)] == [0.5, 1.0]
 
 
+def test_finalists_are_no_neighbours() -> None:
+    kinds = [Dose(4, 1.0), Dose(5, 1.0), Dose(5, 1.0, "clamp"), Dose(6, 1.0), Dose(4, 1.0, width=2)]
+    ranked = families_of(Setting(dose, 0.0, 0.0, 0.0, 1) for dose in kinds)
+    assert [one.at(1.0) for one in apart(ranked, 4, 2)] == [kinds[i] for i in (0, 2, 3, 4)]
+    assert [one.at(1.0) for one in apart(ranked, 5, 2)] == [kinds[i] for i in (0, 2, 3, 4, 1)]
+
+
 def test_finalists_write_texts_at_the_price_that_is_allowed() -> None:
     found = quick(scorer=lambda text: float(len(text)), strengths=[0.25, 1.0, 4.0], most_perplexity=1.5)
     prices: dict[Dose, list[float]] = {}
     for one in found.settings:
         if one.texts is not None:
-            prices.setdefault(replace(one.dose, strength=1.0), []).append(abs(math.log(one.texts.perplexity / 1.5)))
+            prices.setdefault(replace(one.dose, strength=1.0), []).append(
+                abs(math.log(one.texts.perplexity / 1.5))
+            )
     again = [each for each in prices.values() if len(each) > 1]
     assert again and all(min(each[1:]) < each[0] or each[0] < 0.1 for each in again)
 

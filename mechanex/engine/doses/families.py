@@ -10,7 +10,7 @@ from itertools import pairwise
 from .dose import Dose
 from .swept import Setting
 
-__all__ = ["Family", "around", "families_of", "worth"]
+__all__ = ["Family", "apart", "around", "families_of", "worth"]
 
 
 @dataclass(frozen=True)
@@ -71,3 +71,25 @@ def around(family: Family, strength: float) -> tuple[Setting, ...]:
     above = sum(abs(one) < abs(strength) for one in family.strengths)
     first = max(0, min(above, len(family.settings) - 1) - 1)
     return family.settings[first : first + 2]
+
+
+def apart(families: Sequence[Family], n: int, distance: int) -> list[Family]:
+    """The first n families that aren't like an earlier one: of its edit, tokens, method and width, at a layer near its.
+
+    Where there are fewer, the first of the others follow.
+
+    Args:
+        families: the best first.
+        n: how many are wanted.
+        distance: layers that are nearer than this are near.
+    """
+
+    def alike(one: Family, other: Family) -> bool:
+        a, b = one.at(1.0), other.at(1.0)
+        return abs(a.layer - b.layer) < distance and replace(a, layer=b.layer) == b
+
+    found: list[Family] = []
+    for one in families:
+        if not any(alike(one, other) for other in found):
+            found.append(one)
+    return [*found, *(one for one in families if one not in found)][:n]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..text import encode_pair
 from ..vectors import SteeringVector
 from .calibrate import dose_quantile
 from .dose import Dose
-from .families import Family, around, families_of, worth
+from .families import Family, apart, around, families_of, worth
 from .forced import ForcedAnswers
 from .halving import rounds
 from .judge import TextJudge, name_of
@@ -27,6 +28,7 @@ __all__ = ["forced_rounds"]
 # Of the evaluations that texts leave, what these rounds may take: their layout has padding.
 SHARE = 0.7
 CHUNK = 64
+NEARBY = 8  # kinds of dose whose layers are nearer than this share of the model's are alike
 
 
 def forced_rounds(
@@ -69,9 +71,10 @@ def forced_rounds(
         found = _round(adapter, part, left, vectors, kept, judge, number)
         results |= {one.dose: one for one in found}
         wanted = plan[number + 1][0] if number + 1 < len(plan) else 2 * finalists
-        best = _ranked(found, price)[: max(finalists, wanted // 2)]
+        best = _ranked(found, price)[: max(2 * finalists, wanted // 2)]
         left = [one.dose for family in best for one in family.settings]
-    return list(results.values()), best[:finalists]
+    # Answers that are given tell kinds of dose apart, and their neighbours hardly.
+    return list(results.values()), apart(best, finalists, math.ceil(adapter.n_layers / NEARBY))
 
 
 def _ranked(found: Sequence[Setting], price: float) -> list[Family]:
