@@ -40,7 +40,8 @@ def _projected(layer: int, direction: Tensor, rows: Any) -> Any:
         )
     if isinstance(rows, Tensor):
         rows = rows.detach().cpu().float().numpy()
-    rows = numpy.atleast_2d(rows)
+    if numpy.ndim(rows) != 2:
+        rows = numpy.atleast_2d(rows)
     found = numpy.empty(len(rows), rows.dtype if rows.dtype == numpy.float64 else numpy.float32)
     for start in range(0, len(rows), _ROWS):
         found[start : start + _ROWS] = rows[start : start + _ROWS] @ (v / norm)
