@@ -37,8 +37,9 @@ __all__ = ["activations", "orthogonalize"]
 def activations(model: str, texts: Path, out: Path, **options: Any) -> None:
     """Write the residual stream at the tokens of texts to files.
 
-    TEXTS is a file with one text a line, empty ones left out, OUT a folder: layer_3.npy and so on, as numpy.load reads
-    them, and lengths.npy, how many rows are each text's.
+    TEXTS is a file with one text a line, empty ones left out, OUT a folder: shards of safetensors with tensors layer_3
+    and so on, and index.json, which says how many rows are each text's. Made again after it was stopped, the call
+    goes on.
 
     \b
       mechanex activations mx-tiny prompts.txt activations --layer 3
