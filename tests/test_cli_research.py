@@ -49,7 +49,7 @@ def test_activations_have_a_row_for_each_line_that_holds_text(tmp_path: Path) ->
     assert "2 tokens of 2 texts" in out and "Empty" not in out
     loaded = load("mx-tiny", backend="transformers")
     found = activations(loaded.model, ["Anna\fwent\u2028home.", "Tom came."], [3], loaded.tokenizer)
-    assert numpy.array_equal(numpy.load(tmp_path / "a" / "layer_3.npy"), found[3])
+    assert numpy.array_equal(Activations.load(tmp_path / "a")[3], found[3])
     texts.write_text("\nAnna\n\n", encoding="utf-8")
     assert "Empty lines have no rows: 1." in run("activations", "mx-tiny", texts, tmp_path / "a")
     texts.write_bytes(b"Anna\xe9\n")
