@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from kernels_on_host import CAN_BUILD, WHY_NOT, built
 from optable import LogprobCase, with_head
 from test_logprob_op import assert_close, both, wide
 from tolerances import logprob_bounds
@@ -19,17 +18,10 @@ from mechanex.backends.chunked import Chunked
 from mechanex.backends.native.logprob import walk_with
 from mechanex.ops.head import Head
 
-HERE = Path(__file__).resolve().parent
-COMPILER = shutil.which("g++")
 # What a block may have on the chips with clusters.
 MOST_SHARED = 227 * 1024
 
-pytestmark = [
-    pytest.mark.ci,
-    pytest.mark.skipif(
-        COMPILER is None or not (HERE.parent / "csrc").is_dir(), reason="needs g++ and the source tree"
-    ),
-]
+pytestmark = [pytest.mark.ci, pytest.mark.skipif(not CAN_BUILD, reason=WHY_NOT)]
 
 
 class Module:
@@ -62,17 +54,7 @@ class Module:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    built = tmp_path_factory.mktemp("cuda") / "walk.so"
-    source = HERE / "cuda_on_host" / "logprob_walk.cpp"
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
-    done = subprocess.run(
-        [str(COMPILER), *flags, "-I", str(source.parent), "-Werror", "-o", str(built), str(source)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return built
+    return built(tmp_path_factory, "logprob_walk")
 
 
 @pytest.fixture
