@@ -56,6 +56,19 @@ def test_a_last_message_is_answered_or_goes_on(tokenizer: Any) -> None:
     assert encode_prompt(tokenizer, quiet) == ids(tokenizer, ASKED + " ...")
 
 
+def test_a_chat_that_is_to_go_on_keeps_its_tools() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for t in tools or [] %}{{ t.name }}, {% endfor %}" + TEMPLATE
+    model, tools = build("llama"), [{"name": "weather"}]
+    chat = Chat(STARTED, tools=tools, add_generation_prompt=False)
+    found = generate(model, tokenizer, chat, continue_final_message=True, **OPTIONS)
+    right = generate(model, tokenizer, Chat(STARTED, tools=tools, continue_final_message=True), **OPTIONS)
+    assert found == right and found.startswith("weather, " + OPEN)
+    with pytest.raises(ValidationError, match="ask for one of them"):
+        begun = Chat(STARTED, add_generation_prompt=True)
+        generate(model, tokenizer, begun, continue_final_message=True, **OPTIONS)
+
+
 @pytest.mark.parametrize("content", ["o", "<eos>", "a man. ", " Anna"])
 def test_a_short_or_odd_message_goes_on_where_it_ends(tokenizer: Any, content: str) -> None:
     chat = Chat([*QUESTION, {"role": "assistant", "content": content}], continue_final_message=True)

@@ -197,6 +197,14 @@ def test_metrics_count_what_happened(server: ServerProcess) -> None:
     assert server.metric("mechanex_waiting_requests") == 0
 
 
+def test_a_head_counts_as_a_request_to_its_path(server: ServerProcess) -> None:
+    name = 'mechanex_requests_total{path="/v1/models",status="200"}'
+    call(server, "GET", "/v1/models")
+    before = server.metric(name)
+    assert call(server, "HEAD", "/v1/models")[0] == 200
+    assert server.metric(name) - before == 1
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_clients_that_vanish_free_their_places(server: ServerProcess, stream: bool) -> None:
     cancelled = server.metric('mechanex_answers_total{reason="cancelled"}')

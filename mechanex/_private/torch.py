@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 __all__ = [
+    "default_store",
     "dispatch_modes",
     "exchange_table",
     "global_hooks",
@@ -28,6 +29,14 @@ __all__ = [
     "without_hooks",
     "writes",
 ]
+
+
+def default_store() -> Any:
+    """What the processes of a job write to for each other, once they have joined."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
+
 
 _HOOK_TABLES = (
     "_forward_pre_hooks",

@@ -68,7 +68,7 @@ def run_optimize(
         )
     loaded = load(model, backend="transformers", device=device, dtype=dtype)
     adapter = adapter_for(loaded.model)
-    chosen = sorted({adapter.layer_index(n) for n in layers or [default_layer(adapter.n_layers)]})
+    chosen = adapter.layer_indices(layers or [default_layer(adapter.n_layers)])
     if force:
         checkpoint.unlink(missing_ok=True)
 

@@ -24,6 +24,7 @@ from ..engine.models.resolve import load
 from ..engine.terms import TOKENS, check_token_kind
 from ..errors import ValidationError
 from .console import console, echo_json, model_text
+from .text_files import text_in
 from .vectors import find_vector
 
 __all__ = ["run_measure", "run_sweep"]
@@ -119,6 +120,7 @@ def run_sweep(
     edits: Sequence[str],
     tokens: Sequence[str],
     methods: Sequence[str],
+    widths: Sequence[int],
     words: Path | None,
     against: Path | None,
     validation: Path | None,
@@ -166,6 +168,7 @@ def run_sweep(
         edits=list(edits) or tuple(EDITS),
         tokens=list(tokens) or tuple(TOKENS),
         methods=list(methods) or ("caa",),
+        widths=list(widths) or None,
         scorer=None if words is None else _by_words(words, against),
         validation=asked[0],
         test=asked[1],
@@ -197,7 +200,7 @@ def run_sweep(
 
 
 def _by_words(words: Path, against: Path | None) -> TextScorer:
-    listed = [path.read_text(encoding="utf-8").split() for path in (words, against) if path is not None]
+    listed = [text_in(path).split() for path in (words, against) if path is not None]
     if not all(listed):
         raise ValidationError(f"{words} or {against} holds no words: one a line is expected.")
     return word_share(*listed)

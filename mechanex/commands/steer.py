@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -13,9 +14,8 @@ from ..bundled import dataset_path
 from ..engine.datasets import read_pairs
 from ..engine.formats.files import format_of
 from ..engine.generate import generate_batch
-from ..engine.methods import vectors_by
+from ..engine.methods import recorded_vectors
 from ..engine.models.resolve import LoadedModel, load
-from ..engine.provenance import data_fields, origin_fields
 from ..engine.sampling import Options
 from ..engine.text import Prompt, prompt_text
 from ..engine.vectors import SteeringVector
@@ -41,8 +41,7 @@ def run_steer(
     guard: float | None,
     save: Path | None,
     max_tokens: int,
-    sampling_method: str,
-    temperature: float,
+    decoding: dict[str, Any],
     seed: int,
     device: str | None,
     dtype: str | None,
@@ -57,25 +56,22 @@ def run_steer(
     asked = given_prompts(prompts, chats, continue_final_message)
     if save is not None:
         format_of(save)
-    settings = Options(
-        max_tokens=max_tokens, sampling_method=sampling_method, temperature=temperature, seed=seed
-    )
+    settings = decoding | {"max_tokens": max_tokens, "seed": seed}
+    Options(**settings, guard=guard)
     found = None if vector is None else find_vector(vector)
     pairs = None if data is None else read_pairs(dataset_path(data), split=split)
     loaded = load(model, backend="transformers", device=device, dtype=dtype)
     if pairs is not None:
-        found = vectors_by(method)(
+        found = recorded_vectors(
             loaded.model,
-            pairs.prompts,
-            pairs.positive_answers,
-            pairs.negative_answers,
+            (pairs.prompts, pairs.positive_answers, pairs.negative_answers),
             list(layers) or None,
+            method,
             loaded.tokenizer,
+            name=os.path.basename(dataset_path(data or "")),
+            split=split,
             progress=sys.stderr.isatty(),
         )
-        lists = (pairs.prompts, pairs.positive_answers, pairs.negative_answers)
-        fields = data_fields(lists, name=os.path.basename(dataset_path(data or "")), split=split)
-        found = found.noted(**fields, **origin_fields(loaded.model))
     assert found is not None
     if save is not None:
         found.save(save)
@@ -115,7 +111,7 @@ def run_steer(
 def _continue(
     loaded: LoadedModel,
     prompts: Sequence[Prompt],
-    settings: Options,
+    settings: dict[str, Any],
     vector: SteeringVector | None = None,
     strength: float = 1.0,
     guard: float | None = None,
@@ -124,10 +120,7 @@ def _continue(
         loaded.model,
         loaded.tokenizer,
         list(prompts),
-        max_tokens=settings.max_tokens,
-        sampling_method=settings.sampling_method,
-        temperature=settings.temperature,
-        seed=settings.seed,
+        **settings,
         vector=vector,
         strength=strength,
         guard=guard,

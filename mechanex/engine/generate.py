@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import ValidationError
 from .chat import continued
+from .decode.grammar import Grammar, grammars_for
 from .decode.request import Steer, Step, TextRequest
 from .decode.row import Row
 from .decode.run import decode
@@ -89,6 +90,10 @@ class Generating:
         self.prompts = [prompt_text(self.tokenizer, prompt) for prompt in prompts]
         self.ends = end_tokens(self.adapter.hf_model, self.tokenizer)
         check_context(self.adapter, max(map(len, self.ids)), options.max_tokens)
+        options.check_ids(self.adapter)
+        self.grammar: Grammar | None = None
+        if options.form is not None:
+            self.grammar = grammars_for(self.adapter, self.tokenizer, self.ends).of_form(options.form)
         self.steering = self._steering(len(prompts))
         self.seeds = options.seeds(len(prompts))
 
@@ -141,10 +146,11 @@ class Generating:
                 steering,
                 stream=stream,
                 guard=options.guard if steering else None,
+                grammar=self.grammar,
             )
             for ids, seed, steering in zip(self.ids, self.seeds, self.steering, strict=True)
         ]
-        requests = [self.request(i, one) for i, one in enumerate(requests)]
+        requests = [self.request(i, options.asked(one)) for i, one in enumerate(requests)]
         n, room = len(requests), self.adapter.context
         return [Row(one, self.tokenizer, self.ends, room, prompt=(i, n)) for i, one in enumerate(requests)]
 

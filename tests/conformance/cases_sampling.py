@@ -177,3 +177,13 @@ def _(api: Api) -> None:
     alone = [api.complete(f, max_tokens=10)["text"] for f in (PROMPT, "The food in Rome")]
     both = api.post("/v1/completions", prompt=[PROMPT, "The food in Rome"], temperature=0, max_tokens=10)
     assert [choice["text"] for choice in both["choices"]] == alone
+
+
+@case("OpenAI", "null is the default: max_tokens of completions is 16, also as a bound of min_tokens")
+def _(api: Api) -> None:
+    for given in ({"max_tokens": None}, {}):
+        assert (
+            "at most max_tokens: got 20 and 16"
+            in api.refused("/v1/completions", prompt="a", min_tokens=20, **given)["message"]
+        )
+    assert api.complete(max_tokens=None, ignore_eos=True)["finish_reason"] == "length"

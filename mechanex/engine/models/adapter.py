@@ -21,6 +21,7 @@ from ..attention_plans import without_plans
 from ..capabilities.findings import Findings
 from ..following.calls import Followed, Prompts
 from ..following.generating import watch_generate
+from ..given import as_list
 from ..regimes import each_alone
 from ..stream import Stream, others, residual
 from .configuration import context_of, text_config
@@ -174,6 +175,18 @@ class ModelAdapter(ABC):
                 "that leaves the last one."
             )
         return layer if layer >= 0 else layer + self.n_layers
+
+    def layer_indices(self, layers: object, name: str = "layers") -> list[int]:
+        """A list of layers as :meth:`layer_index` gives them, in order and each once.
+
+        Args:
+            layers: what can be walked through.
+            name: what it is called in messages.
+
+        Raises:
+            ValidationError: no list, an empty one, or a layer that doesn't exist.
+        """
+        return sorted({self.layer_index(layer) for layer in as_list(name, layers, "layers")})
 
     @property
     def stream(self) -> Stream:

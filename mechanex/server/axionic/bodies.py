@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, Field, StringConstraints, model_
 from ..accounts.passwords import LONGEST_PASSWORD
 from ..accounts.scopes import SCOPES, Scope
 from ..http.body import Body, Items, few_fields
+from ..model.rules import RuleFields
 
 __all__ = [
     "BehaviorBody",
@@ -87,19 +88,20 @@ class ModelBody(Body):
     model_name: _Name
 
 
-class GenerateBody(Body):
+class GenerateBody(RuleFields):
     """A prompt and how to continue it; defaults are those of ``generation.generate``."""
 
     prompt: _Prompt
     sampling_method: str = "top-k"
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] = 128
-    top_k: Annotated[int, Field(ge=1, lt=2**31)] = 50
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 50
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     steering_vector_id: _VectorId | None = None
     steering_strength: float | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     temperature: Annotated[float, Field(gt=0)] | None = None
-    min_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stop: _Stop | Annotated[Items[_Stop], Field(max_length=16)] | None = None
 
 
@@ -131,7 +133,7 @@ class BehaviorBody(Body):
         return self
 
 
-class SaeBody(Body):
+class SaeBody(RuleFields):
     """A prompt to continue while behaviors are watched; defaults are those of ``sae.generate``."""
 
     prompt: _Prompt
@@ -141,9 +143,9 @@ class SaeBody(Body):
     action: Literal["correct", "abort", "report"] = "correct"
     return_trace: bool = False
     sampling_method: str | None = None
-    top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    min_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     temperature: Annotated[float, Field(gt=0)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
@@ -188,9 +190,10 @@ class RaagBody(Body):
 
 
 class Output(BaseModel):
-    """The prompt with its continuation."""
+    """The prompt with its continuation, and why it ends."""
 
     output: str
+    finish_reason: str
 
 
 class Reason(BaseModel):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import pydantic
 from pydantic import Field, field_validator, model_validator
 
+from ...engine.answering import Form
 from ...engine.positions import TokenSelector, check_tokens
 from ...engine.tool_calls import schema_of
 from ..http.body import Body, Items, Part, few_fields
 from ..http.errors import invalid
-from .sampling import SamplingFields, Whole
-from .structured import FormFields
+from ..model.rules import LENGTHS, Whole
+from .sampling import SamplingFields
 from .tools import AssistantCall, Tool, ToolChoice
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "SteeringFields",
     "SteeringItem",
     "chat_of",
+    "text_of",
 ]
 
 T = TypeVar("T")
@@ -35,9 +38,6 @@ _Name = Annotated[str, Field(min_length=1, max_length=256)]
 _Place = Annotated[int, Field(ge=-(2**31), le=2**31)]
 _Strength = Annotated[float, Field(ge=-1e6, le=1e6)]
 _Some = Annotated[Items[T], Field(max_length=4096)]
-
-
-_LENGTHS = ("max_completion_tokens", "max_tokens")
 
 
 class ConditionItem(Part):
@@ -180,7 +180,7 @@ class SteeringFields(Body):
         return self
 
 
-class GenerationBody(SamplingFields, FormFields, SteeringFields):
+class GenerationBody(SamplingFields, SteeringFields):
     """What both kinds of completion share."""
 
     model: str | None = Field(default=None, description="The served model, or nothing.")
@@ -200,22 +200,17 @@ class GenerationBody(SamplingFields, FormFields, SteeringFields):
             raise ValueError("stream_options goes with stream=true")
         return self
 
-    @model_validator(mode="after")
-    def _reachable(self) -> GenerationBody:
-        most = self.most_tokens
-        if most is not None and (self.min_tokens or 0) > most:
-            raise ValueError(f"min_tokens is at most max_tokens: got {self.min_tokens} and {most}")
-        return self
+    @property
+    def length_field(self) -> str | None:
+        """The field by which the sender said how long an answer may be, or None."""
+        return next(
+            (one for one in LENGTHS if one in self.model_fields_set and getattr(self, one) is not None), None
+        )
 
     @property
-    def most_tokens(self) -> int | None:
-        """How long an answer may be; None for as long as there is room."""
-        return next((n for name in _LENGTHS if (n := getattr(self, name, None)) is not None), None)
-
-    @property
-    def asked_length(self) -> bool:
-        """Whether the sender said how long an answer may be."""
-        return any(name in self.model_fields_set and getattr(self, name) is not None for name in _LENGTHS)
+    def asked_length(self) -> int | None:
+        """How long an answer may be where the sender said so."""
+        return None if self.length_field is None else self.most_tokens
 
     @property
     def n_answers(self) -> int:
@@ -270,6 +265,10 @@ class CompletionBody(GenerationBody):
         return list(self.prompt)  # type: ignore[arg-type]
 
     @property
+    def most_tokens(self) -> int:
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    @property
     def n_drawn(self) -> int:
         return self.best_of or self.n_answers
 
@@ -304,9 +303,8 @@ class Message(Part):
     @property
     def rendered(self) -> dict[str, Any]:
         """The message as chat templates take it."""
-        content = self.content or ""
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        told: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        role = "system" if self.role == "developer" else self.role
+        told: dict[str, Any] = {"role": role, "content": text_of(self.content or "")}
         if self.tool_calls:
             told["tool_calls"] = [one.rendered for one in self.tool_calls]
         if self.role == "tool":
@@ -368,7 +366,7 @@ class ChatBody(GenerationBody):
         return [] if self.tool_choice == "none" else list(self.tools or ())
 
     @property
-    def form(self) -> tuple[str, Any, Any] | None:
+    def form(self) -> Form | None:
         """As in bodies of all kinds; a call that has to come is one, too."""
         form, choice = super().form, self.tool_choice
         if not self.offered or (choice != "required" and not isinstance(choice, ToolChoice)):
@@ -380,8 +378,26 @@ class ChatBody(GenerationBody):
         return "tools", "json", schema_of(functions)
 
 
-def chat_of(body: Body, fields: dict[str, Any]) -> ChatBody:
+class TextPart(Protocol):
+    """A piece of a message."""
+
+    @property
+    def text(self) -> str:
+        """What it says."""
+
+
+def text_of(content: str | Sequence[TextPart]) -> str:
+    """What a message says, in however many pieces."""
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def chat_of(body: Body, fields: dict[str, Any], names: Mapping[str, str] | None = None) -> ChatBody:
     """A chat that is asked for in another API's words, with that body's model and steering.
+
+    Args:
+        body: what was sent.
+        fields: the chat's.
+        names: what that API calls the chat's fields, where it calls them otherwise.
 
     Raises:
         ValidationError: what no chat can be asked for.
@@ -391,5 +407,8 @@ def chat_of(body: Body, fields: dict[str, Any]) -> ChatBody:
         return ChatBody.model_validate({name: getattr(body, name) for name in same} | fields)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise invalid(f"Invalid value for '{where}': {first['msg']}.", None) from error
+        ours = str(first["loc"][0]) if first["loc"] else None
+        param = (names or {}).get(ours or "", ours)
+        where = f"'{param}'" if param else "the body"
+        reason = first["msg"].removeprefix("Value error, ")
+        raise invalid(f"Invalid value for {where}: {reason}.", param) from error
