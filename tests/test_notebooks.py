@@ -97,4 +97,4 @@ def test_a_notebook_of_a_real_model_runs(path: Path, tmp_path: Path, monkeypatch
     steered = "".join(
         output.get("text", "") for cell in notebook.cells[-6:] for output in cell.get("outputs", [])
     )
-    assert "arr" in steered.lower()
+    assert "aye" in steered.lower()
