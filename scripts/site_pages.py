@@ -63,7 +63,7 @@ def _pages() -> Iterator[tuple[str, str, str | bytes]]:
         text, pictures = notebook_page(notebook)
         yield f"examples/{notebook.name}", f"examples/{notebook.stem}.md", text
         for name, picture in pictures.items():
-            yield "", f"examples/{name}", picture
+            yield f"examples/{name}", f"examples/{name}", picture
     for name, modules in MODULES.items():
         yield (
             "",
