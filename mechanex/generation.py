@@ -15,9 +15,10 @@ from .base import _BaseModule
 from .engine.chat import continued
 from .engine.pairing import are_prompts
 from .engine.strengths import UNSAID, chosen_strength
+from .engine.whole import draw_seed
 from .errors import NotFoundError, ValidationError
 from .remote.answers import check_understood, field
-from .remote.bodies import list_of, plain_whole, rules_of
+from .remote.bodies import list_of, rules_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -194,7 +195,7 @@ class GenerationModule(_BaseModule):
             prompts = [continued(one) for one in prompts]
         if stop is not None and not isinstance(stop, str):
             stop = list_of("stop", stop, "texts")
-        held = rules_of(_CALL, rules)
+        held, seed = rules_of(_CALL, rules), draw_seed(seed)
 
         def remote() -> str | list[str] | Iterator[str]:
             texts = [remote_text(one, i) for i, one in enumerate(prompts)]
@@ -213,7 +214,7 @@ class GenerationModule(_BaseModule):
                 "steering_strength": steering_strength,
             }
             optional = {
-                "seed": plain_whole(seed if seed is None else seed + i),
+                "seed": None if seed is None else (seed + i) % 2**63,
                 "temperature": None if temperature == _TEMPERATURE else temperature,
                 "min_p": None if min_p == _MIN_P else min_p,
                 "stop": stop,

@@ -13,7 +13,7 @@ from ..errors import ValidationError
 from .answering import AnswerRules
 from .given import as_finite
 from .strengths import Strength
-from .whole import as_whole
+from .whole import as_whole, draw_seed
 
 if TYPE_CHECKING:
     from .hooks import SteeringPlan
@@ -111,11 +111,7 @@ class Options(AnswerRules, Sampling):
         object.__setattr__(self, "max_tokens", most)
         if self.min_tokens > most:
             raise ValidationError(f"min_tokens is at most max_tokens: got {self.min_tokens} and {most}.")
-        if self.seed is not None:
-            seed = as_whole(self.seed)
-            if seed is None or not 0 <= seed < 2**63:
-                raise ValidationError(f"seed is a whole number from 0 to 2**63 - 1; got {self.seed!r}.")
-            object.__setattr__(self, "seed", seed)
+        object.__setattr__(self, "seed", draw_seed(self.seed))
         if self.guard is not None:
             guard = as_finite(self.guard)
             if guard is None or guard < 0:
