@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import MechanexError, ValidationError
@@ -64,7 +64,7 @@ def continued(prompt: object) -> Chat:
         ValidationError: the prompt is no chat.
     """
     if isinstance(prompt, Chat):
-        return Chat(prompt.messages, continue_final_message=True, template_kwargs=prompt.template_kwargs)
+        return replace(prompt, continue_final_message=True)
     if (
         isinstance(prompt, str)
         or not isinstance(prompt, Sequence)
@@ -133,4 +133,7 @@ def _check_names(kwargs: Mapping[str, Any]) -> None:
 
     taken = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
     if refused := sorted(taken.intersection(kwargs)):
-        raise ValidationError(f"Variables of a chat template can't be called {', '.join(refused)}.")
+        raise ValidationError(
+            f"Variables of a chat template can't be called {', '.join(refused)}.",
+            details={"param": "chat_template_kwargs"},
+        )
