@@ -156,14 +156,17 @@ def test_what_was_read_under_other_hooks_is_forgotten() -> None:
     assert (after.cached_tokens, after.chosen) == (0, plain.chosen)
 
 
-def test_layers_with_a_window_that_let_go_of_tokens_keep_nothing() -> None:
-    for window, cached in ((8, 0), (128, 44)):
+def test_layers_with_a_window_are_gone_on_from_where_they_ended() -> None:
+    for window, shared in ((8, 0), (128, 30)):
         model = sliding_family("gemma2", window)
         serving = Serving(model)
         (first,) = serving.answers(TextRequest(FIRST, 5))
         asked = TextRequest([*FIRST, *first.chosen, 5, 6], 5)
         (row,) = serving.answers(asked)
-        assert (row.cached_tokens, row.chosen) == (cached, fresh(model, asked))
+        assert (row.cached_tokens, row.chosen) == (44, fresh(model, asked))
+        asked = TextRequest([*FIRST[:30], 7, 8], 5)
+        (row,) = serving.answers(asked)
+        assert (row.cached_tokens, row.chosen) == (shared, fresh(model, asked))
 
 
 def test_log_probabilities_of_a_prompt_are_read_whole() -> None:

@@ -18,7 +18,7 @@ from ..._private.transformers import Cache
 from ..intervention import Edit
 from ..memory import tensor_bytes
 from ..positions import selects
-from .cache import RollingCache
+from .cache import RollingCache, kinds
 from .calls import Carried
 from .request import Steer
 from .row import Row
@@ -37,7 +37,10 @@ class Prefix:
         tokens: its token ids.
         steering: by what it was steered.
         prompt_length: how many of them were the prompt, from whose end edits may count.
-        states: per layer its keys and values [1, heads, tokens, width], or None for a layer that keeps none.
+        states: per layer its keys and values [1, heads, tokens, width], those of the last tokens where a layer has a
+            window and let go of the others; or None for a layer that keeps none.
+        least: how many of the first tokens have to be taken at least: layers with a window have let go of what the
+            text behind fewer of them sees.
     """
 
     owner: Hashable
@@ -45,6 +48,7 @@ class Prefix:
     steering: tuple[Steer, ...]
     prompt_length: int
     states: tuple[tuple[Tensor, Tensor] | None, ...]
+    least: int = 0
 
     @property
     def n_bytes(self) -> int:
@@ -112,8 +116,9 @@ class Prefixes:
         numbers = self._by_start.get(_start(row.request.owner, tokens), ())
         ids = numpy.array(tokens) if numbers else None
         for number in numbers:
-            n = self._kept[number].shared(ids, steering, prompt_length)
-            if n >= _LEAST and (best is None or n > best[0]):
+            kept = self._kept[number]
+            n = kept.shared(ids, steering, prompt_length)
+            if n >= max(_LEAST, kept.least) and (best is None or n > best[0]):
                 best = n, number
         if best is None:
             return None
@@ -129,10 +134,10 @@ class Prefixes:
         """
         ((name, like),) = self._like.items()
         made = RollingCache(like)
-        states = next(one[0].states for one in found if one is not None)
+        some = next(one[0] for one in found if one is not None)
         for one in found:
-            prefix, n = (states, 0) if one is None else (one[0].states, one[1])
-            made.admit_states(prefix, n, columns)
+            prefix, n = (some, 0) if one is None else one
+            made.admit_states(prefix.states, len(prefix.tokens), n, columns)
         return {name: made}
 
     def keep(self, row: Row, n: int, kept: Carried, place: int) -> None:
@@ -154,21 +159,24 @@ class Prefixes:
         n_bytes = sum(one.nbytes for layer in states if layer is not None for one in layer)
         if n_bytes > self._most:
             return
+        least = _least(kinds(cache), states, n)
         start, ids = _start(row.request.owner, tokens), numpy.array(tokens)
         for number in list(self._by_start.get(start, ())):
             other = self._kept[number]
             common = other.shared(ids, steering, prompt_length)
-            if common == n:
+            if common == n >= other.least:
                 self._kept.move_to_end(number)
                 return
-            if common == len(other.tokens):
+            if common == len(other.tokens) >= least:
                 self._forget(number)
         while self._kept and self.n_bytes + n_bytes > self._most:
             self._forget(next(iter(self._kept)))
         copied = tuple(layer and (layer[0].clone(), layer[1].clone()) for layer in states)
         self._number += 1
         self._like = self._like or {name: RollingCache(cache)}
-        self._kept[self._number] = Prefix(row.request.owner, tuple(tokens), steering, prompt_length, copied)
+        self._kept[self._number] = Prefix(
+            row.request.owner, tuple(tokens), steering, prompt_length, copied, least
+        )
         self._by_start.setdefault(start, []).append(self._number)
         self.n_bytes += n_bytes
 
@@ -185,6 +193,16 @@ class Prefixes:
         self._by_start[start].remove(number)
         if not self._by_start[start]:
             del self._by_start[start]
+
+
+def _least(windows: Sequence[int | None], states: Sequence[tuple[Tensor, Tensor] | None], n: int) -> int:
+    """See :class:`Prefix`; ``windows`` and ``states`` by layer, of a text of ``n`` tokens."""
+    least = 0
+    for window, pair in zip(windows, states, strict=True):
+        gone = 0 if pair is None else n - pair[0].shape[2]
+        if gone and window is not None:
+            least = max(least, gone + window - 1)
+    return least
 
 
 def _varies(steering: Sequence[Steer]) -> bool:
