@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 
 import mechanex.distributed
 from mechanex.bundled import data_path
+from mechanex.cli import main as main_command
 from mechanex.engine import activation_files
 from mechanex.engine.activations import activations
 from mechanex.engine.attribution.edge_scores import attribution_edges
@@ -23,6 +27,7 @@ from mechanex.engine.directions import pca_vectors, probe_vectors
 from mechanex.engine.doses.calibrate import calibrate
 from mechanex.engine.models import adapter_for
 from mechanex.engine.models.resolve import load
+from mechanex.engine.ranks import current_ranks
 from mechanex.engine.sae.train import train_sae
 from mechanex.engine.sae.train_step import TrainingSettings
 from mechanex.engine.score import completion_logprobs, rank_completions
@@ -125,6 +130,43 @@ def trained(out: str) -> dict[str, Any]:
     return told
 
 
+COMMANDS = (
+    "activations mx-tiny texts.txt acts --layer 3",
+    "attribute mx-tiny --clean CLEAN --corrupted CORRUPTED",
+    "attribute mx-tiny --clean CLEAN --corrupted CORRUPTED --edges --circuit 5",
+    "score mx-tiny --prompt CLEAN --completion _was --completion _is",
+    "optimize mx-tiny --data rome_delhi --split promote --layer 2 --max-iters 4 --out optimized",
+    "sae train mx-tiny --data texts.txt --out sae --steps 4 --batch 64 --buffer 256 --features 32 --k 4",
+    "sweep mx-tiny --data calm_angry --split train --layer 3 --strength 0.5 --strength 1 --edit add --tokens all "
+    "--finalists 2 --max-tokens 8 --out swept",
+    "measure mx-tiny --vector optimized/vector.safetensors --data calm_angry --split heldout --most 6 --max-tokens 8 "
+    "--out measured",
+    "orthogonalize mx-tiny optimized/vector.safetensors orthogonal",
+)
+
+
+def commands(folder: str) -> list[Any]:
+    """How each heavy command ends, one after another, and what it has printed in this process."""
+    os.chdir(folder)
+    if mechanex.distributed.is_first():
+        Path("texts.txt").write_text("Anna went to the market. She was calm and bought bread.\n\n" * 60)
+    with current_ranks(None).together():
+        pass
+    words = {"CLEAN": "Anna went home. She was calm. She", "CORRUPTED": "Anna went home. She was angry. She"}
+    ended: list[Any] = []
+    for line in COMMANDS:
+        printed = io.StringIO()
+        arguments = [
+            words.get(word, word.replace("_was", " was").replace("_is", " is")) for word in line.split()
+        ]
+        with redirect_stdout(printed), redirect_stderr(printed):
+            try:
+                main_command(arguments)
+            except SystemExit as end:
+                ended.append((line, end.code, printed.getvalue()))
+    return ended
+
+
 def failing() -> None:
     """Passes of which the second process's meet an error, and the others would take a quarter of an hour."""
     loaded = load("mx-tiny", backend="transformers")
@@ -171,7 +213,7 @@ def optimized(checkpoint: str) -> Any:
 
 def main() -> None:
     what, out, *more = sys.argv[1:]
-    jobs = (found, attributed, trained, failing, kept, optimized)
+    jobs = (found, attributed, trained, commands, failing, kept, optimized)
     told = {job.__name__: job for job in jobs}[what](*more)  # type: ignore[operator]
     torch.save(told, Path(out) / f"{mechanex.distributed.rank()}.pt")
 

@@ -182,6 +182,8 @@ def test_forms_hold_in_batches_under_guards_and_while_behaviors_are_watched(
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"min_tokens": -1}, "min_tokens"),
+    ({"seed": "x"}, "seed"),
+    ({"seed": 2**63}, "seed"),
     ({"min_tokens": N + 1}, f"min_tokens is at most max_tokens: got {N + 1} and {N}"),
     ({"stop_token_ids": [-1]}, "stop_token_ids"),
     ({"stop_token_ids": [999_999]}, "stop_token_ids"),

@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from families import D_MODEL, build, sliding_family, tiny_tokenizer
@@ -16,6 +17,7 @@ from transformers import DynamicCache
 
 from mechanex.engine.decode.cache import RollingCache
 from mechanex.engine.decode.decoder import Decoder
+from mechanex.engine.decode.prefix_tree import PrefixTree
 from mechanex.engine.decode.prefixes import Prefixes
 from mechanex.engine.decode.request import Steer, TextRequest
 from mechanex.engine.decode.row import Row
@@ -165,14 +167,17 @@ def test_what_was_read_under_other_hooks_is_forgotten() -> None:
     assert (after.cached_tokens, after.chosen) == (0, plain.chosen)
 
 
-def test_layers_with_a_window_that_let_go_of_tokens_keep_nothing() -> None:
-    for window, cached in ((8, 0), (128, 44)):
+def test_layers_with_a_window_are_gone_on_from_where_they_ended() -> None:
+    for window, shared in ((8, 0), (128, 30)):
         model = sliding_family("gemma2", window)
         serving = Serving(model)
         (first,) = serving.answers(TextRequest(FIRST, 5))
         asked = TextRequest([*FIRST, *first.chosen, 5, 6], 5)
         (row,) = serving.answers(asked)
-        assert (row.cached_tokens, row.chosen) == (cached, fresh(model, asked))
+        assert (row.cached_tokens, row.chosen) == (44, fresh(model, asked))
+        asked = TextRequest([*FIRST[:30], 7, 8], 5)
+        (row,) = serving.answers(asked)
+        assert (row.cached_tokens, row.chosen) == (shared, fresh(model, asked))
 
 
 def test_log_probabilities_of_a_prompt_are_read_whole() -> None:
@@ -291,3 +296,32 @@ def test_requests_can_be_added_while_others_are_looked_for_among_what_was_read(
 
     asyncio.run(ask())
     assert len(free) >= 3 and all(free)
+
+
+def test_a_tree_of_texts_finds_what_looking_at_each_finds() -> None:
+    """Random texts of few tokens, so that many begin others; added and removed in any order."""
+    draw = random.Random(0)
+    for _ in range(60):
+        tree, here = PrefixTree(), {}
+        for number in range(40):
+            labels = numpy.array([[draw.randrange(2), 0] for _ in range(draw.randrange(1, 9))], numpy.int64)
+            if here and draw.random() < 0.3:
+                gone = draw.choice(list(here))
+                tree.remove(here.pop(gone))
+            if not any(numpy.array_equal(labels, one) for one in here.values()):
+                tree.add(labels, number)
+                here[number] = labels
+            asked = numpy.array([[draw.randrange(2), 0] for _ in range(draw.randrange(1, 9))], numpy.int64)
+            found = list(tree.sharing(asked))
+            want = {n: length for n, one in here.items() if (length := _shared(one, asked))}
+            assert {n: length for length, n in found} == want and len(found) == len(want)
+            assert [length for length, _ in found] == sorted(want.values(), reverse=True)
+            begins = [n for n, one in here.items() if _shared(one, asked) == len(one)]
+            assert sorted(tree.beginning(asked)) == sorted(begins)
+            assert bool(tree) == bool(here)
+
+
+def _shared(one: Any, other: Any) -> int:
+    n = min(len(one), len(other))
+    apart = (one[:n] != other[:n]).any(axis=1)
+    return int(apart.argmax()) if apart.any() else n

@@ -164,6 +164,20 @@ def test_a_command_says_what_it_found_once() -> None:
     assert told.count("model.layers.2.self_attn.q_proj\n") == 1
 
 
+@pytest.mark.ci
+def test_heavy_commands_end_well_and_only_the_first_process_speaks(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    ran(2, "commands", tmp_path, tmp_path / "work")
+    first, second = results(2, tmp_path)
+    assert len(first) == len(second) == len(ranks_job.COMMANDS)
+    for (line, code, printed), (_, other, nothing) in zip(first, second, strict=True):
+        assert code == other == 0, (line, printed)
+        assert printed and not nothing, line
+    files = {path.name for path in (tmp_path / "work").rglob("*")}
+    assert {"sweep.json", "report.html", "loss.png", "sae_weights.safetensors", "model.safetensors"} <= files
+    assert not [name for name in files if name.endswith(".tmp")]
+
+
 def test_packs_are_dealt_evenly_and_alike_everywhere() -> None:
     sizes = [7, 30, 12, 12, 3, 25, 18, 9, 1]
     shares = [Ranks(rank, 3).share(sizes) for rank in range(3)]

@@ -366,8 +366,7 @@ def test_texts_that_were_read_are_gone_on_from(device: str, window: int | None) 
     one = answer(first)
     asked = [*first, *one.chosen, 5, 6, 7, 8]
     two = answer(asked)
-    # Of a first prompt that is longer than the window, a layer with one never had all.
-    assert two.cached_tokens >= (len(first) + 6 if window is None else 0)
+    assert two.cached_tokens >= len(first) + 6
     assert (
         [two.chosen]
         == decoded(model, [TextRequest(asked, 7)])
@@ -376,6 +375,32 @@ def test_texts_that_were_read_are_gone_on_from(device: str, window: int | None) 
     short = answer(first[:18])
     again = [*first[:18], *short.chosen, 9]
     assert [answer(again).chosen] == decoded(model, [TextRequest(again, 7)])
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+@pytest.mark.parametrize("kind", ["static", "rolling"])
+def test_texts_longer_than_a_window_are_gone_on_from(device: str, kind: Any, family: str) -> None:
+    """Where they ended: layers with a window have let go of what one sees that branches off earlier."""
+    model, prefixes = sliding_family(family, 8).to(device), Prefixes(2**30)
+    texts = [list(range(20, 60)), list(range(30, 90))]
+
+    def answers(asked: list[list[int]]) -> list[Row]:
+        rows = rows_of([TextRequest(one, 7) for one in asked])
+        run(Decoder(adapter_for(model), 0, form=kind, prefixes=prefixes), rows)
+        assert [row.chosen for row in rows] == decoded(model, [TextRequest(one, 7) for one in asked])
+        return rows
+
+    for _ in range(2):
+        rows = answers(texts)
+        texts = [[*row.ids, *row.chosen, 5, 6, 7] for row in rows]
+    assert [row.cached_tokens for row in answers(texts)] != [0, 0]
+    alone = answers([[*texts[0], 9]])
+    assert alone[0].cached_tokens >= len(texts[0]) - 4
+    # One branches off where it can't be gone on from, and the other is read with it.
+    branch = answers([[*texts[0][:30], 9, 8], texts[1]])
+    assert branch[0].cached_tokens == 0
+    (again,) = answers([[*alone[0].ids, *alone[0].chosen, 3]])
+    assert again.cached_tokens == len(alone[0].ids) + 6
 
 
 def test_a_text_that_outgrew_a_window_step_by_step_is_gone_on_from(device: str) -> None:

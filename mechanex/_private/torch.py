@@ -20,6 +20,7 @@ __all__ = [
     "exchange_table",
     "global_hooks",
     "is_compiled",
+    "join_job",
     "parallel_for_address",
     "remove_hook",
     "stream_of",
@@ -29,6 +30,14 @@ __all__ = [
     "without_hooks",
     "writes",
 ]
+
+
+def join_job() -> None:
+    """Joins the processes of this job; does nothing where that is done."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
 def default_store() -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .once import once
 from .options import device_option, dtype_option, json_option, model_argument
 
 __all__ = ["activations", "orthogonalize"]
@@ -99,12 +100,16 @@ def orthogonalize(
     from ..engine.orthogonalize import orthogonalize as take_out
     from .vectors import find_vector
 
-    if out.exists() and any(out.iterdir()):
+    if once(lambda: out.exists() and any(out.iterdir())):
         raise click.UsageError(f"{out} is not empty: name a new folder.")
     found = find_vector(vector)
     loaded = load(model, backend="transformers", device=device, dtype=dtype)
     take_out(loaded.model, found if layer is None else found.restricted([layer]))
     written: Any = loaded.model
-    written.save_pretrained(out)
-    loaded.tokenizer.save_pretrained(out)
+
+    def write() -> None:
+        written.save_pretrained(out)
+        loaded.tokenizer.save_pretrained(out)
+
+    once(write)
     click.echo(f"Written to {out}.")

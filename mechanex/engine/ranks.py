@@ -15,14 +15,15 @@ from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._private.torch import default_store
+from .._private.torch import default_store, join_job
 from ..errors import MechanexError, ValidationError
 from ..launched import global_rank
 from .pack import Pack
 from .pauses import pause
+from .sharded import is_split
 
 if TYPE_CHECKING:
     from .models.adapter import ModelAdapter
@@ -260,16 +261,8 @@ def current_ranks(adapter: ModelAdapter | None) -> Ranks:
         return SINGLE
     import torch.distributed as dist
 
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    join_job()
     return Ranks(dist.get_rank(), dist.get_world_size(), split)
-
-
-def is_split(model: nn.Module) -> bool:
-    """Whether weights of a model lie in several processes, each of which holds a part."""
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(one, DTensor) and one.device_mesh.size() > 1 for one in model.parameters())
 
 
 def dealt(packs: Sequence[Pack], ranks: Ranks, desc: str, *, progress: bool = False) -> Iterator[Pack]:

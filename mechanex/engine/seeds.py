@@ -18,7 +18,7 @@ def checked_seed(seed: object) -> int | None:
         return None
     number = as_whole(seed)
     if number is None or not 0 <= number < 2**63:
-        raise ValidationError(f"seed is a whole number from 0 to 2**63 - 1; got {seed!r}.")
+        raise ValidationError(f"seed is a whole number from 0 to 2**63 - 1; got {seed!r:.200}.")
     return number
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import LAYERS, WIDTH, batch, hf_model, vectors
 
+from mechanex._private import vllm as parts
 from mechanex.engine.decode.request import Steer, TextRequest
 from mechanex.engine.decode.row import Row
 from mechanex.engine.decode.run import decode
@@ -22,6 +23,7 @@ from mechanex.engine.sae.hook_points import HookPoint
 from mechanex.engine.sae.watching import Seen, Watch, WatchingSteering
 from mechanex.errors import NotFoundError, ValidationError
 from mechanex.vllm import SteerBy, WatchBy
+from mechanex.vllm.supported import why_unwatched
 
 N_NEW = 40
 
@@ -167,3 +169,29 @@ def test_compiled_code_is_asked_for_it(
     llm = engines(folder, enforce_eager=False, steering_behaviors=True, **ROOM)
     same(watched(llm, EVERYONE), truth)
     engines.close()
+
+
+def test_workers_in_processes_of_their_own(
+    engines: Any, folder: Path, truth: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers correct alike, and the scheduler is told whose answers end."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    llm = engines(folder, tensor_parallel_size=2, **ROOM)
+    same(watched(llm, EVERYONE), truth)
+    engines.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda config: setattr(config.parallel_config, "pipeline_parallel_size", 2), "pipeline parallelism"),
+        (lambda config: setattr(config.device_config, "device_type", "cuda"), "eager mode alone"),
+    ],
+)
+def test_engines_that_do_not_watch(folder: Path, change: Any, text: str) -> None:
+    config = parts.engine_config({"model": str(folder), "skip_tokenizer_init": True})
+    change(config)
+    assert text in (why_unwatched(config) or "")
+    config.model_config.enforce_eager = True
+    assert (why_unwatched(config) is None) == ("eager" in text)

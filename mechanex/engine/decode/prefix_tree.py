@@ -1,7 +1,8 @@
-"""Which of many texts shares most of its first tokens with another one, found in the time that reading it takes."""
+"""Which of many texts share most of their first tokens with another one, found in the time that reading it takes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy
@@ -14,7 +15,7 @@ class _Node:
 
     Args:
         labels: [tokens, 2] int64, one row a token.
-        text: the number of the text that ends here, or None for a node with children.
+        text: the number of the text that ends here, or None.
     """
 
     __slots__ = ("children", "labels", "text")
@@ -23,9 +24,20 @@ class _Node:
         self.labels, self.text = labels, text
         self.children: dict[tuple[int, int], _Node] = {}
 
+    def texts(self, but: _Node | None = None) -> Iterator[int]:
+        """Those that end here or behind, but for one child's, the latest child's first."""
+        left = [child for child in self.children.values() if child is not but]
+        if self.text is not None:
+            yield self.text
+        while left:
+            node = left.pop()
+            if node.text is not None:
+                yield node.text
+            left += node.children.values()
+
 
 class PrefixTree:
-    """A radix tree over texts, none of which begins another one.
+    """A radix tree over texts.
 
     A text is an array of labels [tokens, 2] int64, whose rows are equal where tokens are and are edited alike.
     """
@@ -36,53 +48,72 @@ class PrefixTree:
     def __bool__(self) -> bool:
         return bool(self._root.children)
 
-    def longest(self, labels: Any) -> tuple[int, int] | None:
-        """Of the texts that share most of these first tokens the latest one: how many, and its number."""
-        node, n, _ = self._walk(labels)
-        if not n:
-            return None
-        while node.text is None:
-            node = next(reversed(node.children.values()))
-        return n, node.text
+    def sharing(self, labels: Any) -> Iterator[tuple[int, int]]:
+        """Texts by how many of these first tokens they share, most first: how many, and their numbers.
+
+        Nothing may be added or removed meanwhile.
+        """
+        path, common = self._walk(labels)
+        n = sum(len(node.labels) for node in path[:-1]) + common
+        below = None
+        for node in reversed(path):
+            if not n:
+                return
+            for text in node.texts(but=below):
+                yield n, text
+            n -= common if below is None else len(node.labels)
+            below = node
+
+    def beginning(self, labels: Any) -> list[int]:
+        """The texts that these labels begin with."""
+        path, common = self._walk(labels)
+        whole = path if common == len(path[-1].labels) else path[:-1]
+        return [node.text for node in whole if node.text is not None]
 
     def add(self, labels: Any, text: int) -> None:
-        """Adds a text; none that is here may begin it, and it may begin none."""
-        node, n, common = self._walk(labels)
+        """Adds a text that isn't here."""
+        path, common = self._walk(labels)
+        node, n = path[-1], sum(len(one.labels) for one in path[:-1]) + common
         if common < len(node.labels):
-            node = self._split(labels[n - common :], node, common)
-        node.children[_first(labels[n:])] = _Node(labels[n:].copy(), text)
+            self._split(node, common)
+        if n == len(labels):
+            node.text = text
+        else:
+            node.children[_first(labels[n:])] = _Node(labels[n:].copy(), text)
 
     def remove(self, labels: Any) -> None:
         """Takes out a text that is here."""
-        above, node, n = self._root, self._root, 0
-        while n < len(labels):
-            above, node = node, node.children[_first(labels[n:])]
-            n += len(node.labels)
-        del above.children[_first(node.labels)]
-        if above is not self._root and len(above.children) == 1:
-            (only,) = above.children.values()
-            above.labels = numpy.concatenate([above.labels, only.labels])
-            above.children, above.text = only.children, only.text
+        path, _ = self._walk(labels)
+        node = path[-1]
+        node.text = None
+        if not node.children:
+            path.pop()
+            del path[-1].children[_first(node.labels)]
+            node = path[-1]
+        if node is not self._root and node.text is None and len(node.children) == 1:
+            (only,) = node.children.values()
+            node.labels = numpy.concatenate([node.labels, only.labels])
+            node.children, node.text = only.children, only.text
 
-    def _walk(self, labels: Any) -> tuple[_Node, int, int]:
-        """The last node that shares tokens with a text, how many are shared in all, and how many of the node's."""
-        node, n, common = self._root, 0, 0
-        while n < len(labels) and common == len(node.labels):
-            child = node.children.get(_first(labels[n:]))
+    def _walk(self, labels: Any) -> tuple[list[_Node], int]:
+        """From the root the nodes that share tokens with a text, and how many of the last one's."""
+        path, n, common = [self._root], 0, 0
+        while n < len(labels) and common == len(path[-1].labels):
+            child = path[-1].children.get(_first(labels[n:]))
             if child is None:
                 break
-            node, common = child, _common(child.labels, labels[n:])
+            path.append(child)
+            common = _common(child.labels, labels[n:])
             n += common
-        return node, n, common
+        return path, common
 
     @staticmethod
-    def _split(labels: Any, node: _Node, common: int) -> _Node:
-        """Lets a node end where it differs from a text; what came behind becomes its child."""
+    def _split(node: _Node, common: int) -> None:
+        """Lets a node end behind its first tokens; what came behind them becomes its child."""
         rest = _Node(node.labels[common:].copy(), node.text)
         rest.children = node.children
-        node.labels, node.text = labels[:common].copy(), None
+        node.labels, node.text = node.labels[:common].copy(), None
         node.children = {_first(rest.labels): rest}
-        return node
 
 
 def _first(labels: Any) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from ..._private.transformers import Cache
 from ..intervention import Edit
 from ..memory import tensor_bytes
 from ..positions import selects
-from .cache import RollingCache
+from .cache import RollingCache, kinds
 from .calls import Carried
 from .prefix_tree import PrefixTree
 from .request import Steer
@@ -28,6 +28,7 @@ from .row import Row
 __all__ = ["Prefix", "Prefixes"]
 
 _LEAST = 16  # tokens of a text that is worth keeping, or going on from
+_MOST_ASKED = 64  # texts that are asked whether their windows let a row go on from them
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,16 @@ class Prefix:
     Args:
         owner: whose it is.
         labels: its tokens and what edited them, as ``_labels`` tells them.
-        states: per layer its keys and values [1, heads, tokens, width], or None for a layer that keeps none.
+        states: per layer its keys and values [1, heads, tokens, width], those of the last tokens where a layer has a
+            window and let go of the others; or None for a layer that keeps none.
+        least: how many of the first tokens have to be taken at least: layers with a window have let go of what the
+            text behind fewer of them sees.
     """
 
     owner: Hashable
     labels: Any
     states: tuple[tuple[Tensor, Tensor] | None, ...]
+    least: int = 0
 
     @property
     def n_bytes(self) -> int:
@@ -87,14 +92,20 @@ class Prefixes:
         known = row.found_prefix
         now = self._changes, row.n_known, id(row.steering)
         if known is None or known[0] != now:
-            tree = self._trees.get(row.request.owner)
-            found = None if tree is None else tree.longest(_labels(row, row.n_known - 1))
-            known = row.found_prefix = now, found
-        if known[1] is None or known[1][0] < _LEAST:
+            known = row.found_prefix = now, self._longest(row)
+        if known[1] is None:
             return None
         n, number = known[1]
         self._kept.move_to_end(number)
         return self._kept[number], n
+
+    def _longest(self, row: Row) -> tuple[int, int] | None:
+        """How many tokens the best text for a row shares with it, and its number."""
+        tree = self._trees.get(row.request.owner)
+        if tree is None:
+            return None
+        shared = itertools.islice(tree.sharing(_labels(row, row.n_known - 1)), _MOST_ASKED)
+        return next((one for one in shared if one[0] >= max(_LEAST, self._kept[one[1]].least)), None)
 
     def cache(self, found: Sequence[tuple[Prefix, int] | None], columns: int) -> Carried:
         """What a model is given to go on from texts, right-aligned in this many columns.
@@ -105,10 +116,10 @@ class Prefixes:
         """
         ((name, like),) = self._like.items()
         made = RollingCache(like)
-        states = next(one[0].states for one in found if one is not None)
+        some = next(one[0] for one in found if one is not None)
         for one in found:
-            prefix, n = (states, 0) if one is None else (one[0].states, one[1])
-            made.admit_states(prefix, n, columns)
+            prefix, n = (some, 0) if one is None else one
+            made.admit_states(prefix.states, len(prefix.labels), n, columns)
         return {name: made}
 
     def keep(self, row: Row, n: int, kept: Carried, place: int) -> None:
@@ -129,21 +140,24 @@ class Prefixes:
         n_bytes = sum(one.nbytes for layer in states if layer is not None for one in layer)
         if n_bytes > self._most:
             return
+        least = min(_least(kinds(cache), states, n), n)
         owner, labels = row.request.owner, _labels(row, n)
-        found = self._trees[owner].longest(labels) if owner in self._trees else None
-        if found is not None:
-            common, number = found
-            if common == n:
+        tree = self._trees.get(owner) or PrefixTree()
+        for common, number in itertools.islice(tree.sharing(labels), _MOST_ASKED):
+            if common < n:
+                break
+            if n >= self._kept[number].least:
                 self._kept.move_to_end(number)
                 return
-            if common == len(self._kept[number].labels):
+        for number in tree.beginning(labels):
+            if len(self._kept[number].labels) >= least:
                 self._forget(number)
         while self._kept and self.n_bytes + n_bytes > self._most:
             self._forget(next(iter(self._kept)))
         copied = tuple(layer and (layer[0].clone(), layer[1].clone()) for layer in states)
         self._number += 1
         self._like = self._like or {name: RollingCache(cache)}
-        self._kept[self._number] = Prefix(owner, labels, copied)
+        self._kept[self._number] = Prefix(owner, labels, copied, least)
         self._trees.setdefault(owner, PrefixTree()).add(labels, self._number)
         self.n_bytes += n_bytes
         self._changes += 1
@@ -163,6 +177,16 @@ class Prefixes:
         tree.remove(prefix.labels)
         if not tree:
             del self._trees[prefix.owner]
+
+
+def _least(windows: Sequence[int | None], states: Sequence[tuple[Tensor, Tensor] | None], n: int) -> int:
+    """See :class:`Prefix`; ``windows`` and ``states`` by layer, of a text of ``n`` tokens."""
+    least = 0
+    for window, pair in zip(windows, states, strict=True):
+        gone = 0 if pair is None else n - pair[0].shape[2]
+        if gone and window is not None:
+            least = max(least, gone + window - 1)
+    return least
 
 
 def _varies(steering: Sequence[Steer]) -> bool:

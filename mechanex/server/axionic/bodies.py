@@ -8,8 +8,8 @@ from pydantic import AfterValidator, BaseModel, Field, StringConstraints, model_
 
 from ..accounts.passwords import LONGEST_PASSWORD
 from ..accounts.scopes import SCOPES, Scope
-from ..http.body import Body, Items, few_fields
-from ..model.rules import RuleFields
+from ..http.body import Body, Items, few_fields, refused
+from ..model.rules import RuleFields, TokenIds
 
 __all__ = [
     "BehaviorBody",
@@ -37,7 +37,7 @@ def _message(fields: dict[str, str]) -> dict[str, str]:
 
 _Message = Annotated[dict[str, str], few_fields(), AfterValidator(_message)]
 
-_Prompt = str | Items[int] | Items[_Message]
+_Prompt = str | TokenIds | Items[_Message]
 """Text, token ids or chat messages."""
 
 # No control characters: a name is shown in lists, logs and messages.
@@ -129,7 +129,9 @@ class BehaviorBody(Body):
     def _one_length(self) -> BehaviorBody:
         n = len(self.prompts), len(self.positive_answers), len(self.negative_answers)
         if len(set(n)) > 1:
-            raise ValueError(f"prompts, positive_answers and negative_answers must be of one length; got {n}")
+            raise refused(
+                "prompts", f"prompts, positive_answers and negative_answers must be of one length; got {n}"
+            )
         return self
 
 
@@ -185,7 +187,7 @@ class RaagBody(Body):
     @model_validator(mode="after")
     def _some_documents(self) -> RaagBody:
         if self.docs is None and self.pinecone_index_name is None:
-            raise ValueError("give docs, or pinecone_index_name")
+            raise refused("docs", "give docs, or pinecone_index_name")
         return self
 
 

@@ -31,6 +31,7 @@ __all__ = ["Steerings"]
 
 _logger = logging.getLogger(__name__)
 _MOST_KEPT = 1024
+_OBJECT_BYTES = 1024  # of an edit beside its numbers, which small models have few of
 # A vector of every layer of a large model has megabytes; one that clamps has them at every strength again.
 _MOST_EDIT_BYTES = 2**28
 
@@ -300,4 +301,5 @@ def _part(vector: SteeringVector, layers: _Layers) -> SteeringVector:
 
 def _bytes_of(steering: Sequence[Steer]) -> int:
     conditions = [steer.condition.weight for steer in steering if steer.condition is not None]
-    return tensor_bytes([*(tensor for steer in steering for tensor in steer.edit.tensors), *conditions])
+    numbers = tensor_bytes([*(tensor for steer in steering for tensor in steer.edit.tensors), *conditions])
+    return numbers + _OBJECT_BYTES * (1 + len(steering))

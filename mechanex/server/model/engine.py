@@ -99,6 +99,11 @@ class ServingEngine:
             "waiting_requests", "Requests that wait for a place.", lambda: self.scheduler.n_waiting
         )
         self.metrics.watch("running_requests", "Requests in the model.", lambda: self.scheduler.n_running)
+        self.metrics.watch(
+            "prefix_bytes",
+            "Memory of keys and values that are kept of answered requests.",
+            lambda: self.scheduler.prefix_bytes,
+        )
 
     def grammars(self) -> Grammars:
         """What compiles grammars for this model; blocks, and may be called from any thread.

@@ -16,13 +16,13 @@ from ...engine.answering import (
     AnswerRules,
 )
 from ...engine.decode.request import TextRequest
-from ..http.body import Items, few_fields
+from ..http.body import Items, few_fields, refused
 from .structured import FormFields, form_of
 
 if TYPE_CHECKING:
     from .engine import ServingEngine
 
-__all__ = ["LENGTHS", "RuleFields", "Stop", "Whole", "held_to"]
+__all__ = ["LENGTHS", "RuleFields", "Stop", "TokenIds", "Whole", "held_to"]
 
 
 def _whole(number: Any) -> Any:
@@ -32,8 +32,19 @@ def _whole(number: Any) -> Any:
 Whole = Annotated[int, BeforeValidator(_whole)]
 """A whole number, which some clients write as ``5.0``."""
 
+
+def _wholes(numbers: Any) -> Any:
+    few = isinstance(numbers, list) and len(numbers) <= _MOST_CONVERTED
+    return [_whole(one) for one in numbers] if few and float in set(map(type, numbers)) else numbers
+
+
+TokenIds = Annotated[Items[int], BeforeValidator(_wholes)]
+"""Token ids, which may be written as ``5.0``."""
+
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 """A text that ends an answer."""
+
+_MOST_CONVERTED = 100_000  # one by one, on the event loop
 
 LENGTHS = ("max_completion_tokens", "max_tokens", "max_new_tokens")
 """The fields by which bodies say how long an answer may be."""
@@ -83,7 +94,7 @@ class RuleFields(FormFields):
     def _reachable(self) -> RuleFields:
         most = self.most_tokens
         if most is not None and (self.min_tokens or 0) > most:
-            raise ValueError(f"min_tokens is at most max_tokens: got {self.min_tokens} and {most}")
+            raise refused("min_tokens", f"min_tokens is at most max_tokens: got {self.min_tokens} and {most}")
         return self
 
     @property

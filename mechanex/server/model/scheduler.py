@@ -71,6 +71,11 @@ class Scheduler:
         """Requests that are read or decoded now."""
         return 0 if self._worker is None else self._worker.n_running
 
+    @property
+    def prefix_bytes(self) -> int:
+        """Memory of the keys and values that are kept of answered requests."""
+        return 0 if self._worker is None else self._worker.prefix_bytes
+
     def start(self) -> None:
         """Starts the model's thread; call it on the event loop's thread."""
         padding = padding_token(self._tokenizer, self._ends)

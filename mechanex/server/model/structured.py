@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from ...engine.answering import Form, FormKind, check_ends, one_form
 from ...engine.decode.grammar import Grammar
 from ...errors import ValidationError
-from ..http.body import Body, Items, Part
+from ..http.body import Body, Items, Part, refused
 from ..http.errors import invalid
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class ResponseFormat(Part):
     @model_validator(mode="after")
     def _with_schema(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema goes with type 'json_schema', and that with it")
+            raise refused("json_schema", "json_schema goes with type 'json_schema', and that with it")
         return self
 
 

@@ -93,6 +93,11 @@ class Worker:
         return len(self._decoder.rows) + len(self._apart) + n_read
 
     @property
+    def prefix_bytes(self) -> int:
+        """Memory of the keys and values that are kept of answered requests."""
+        return self._prefixes.n_bytes
+
+    @property
     def _rows(self) -> list[ServedRow]:
         return _served(self._decoder.rows)
 

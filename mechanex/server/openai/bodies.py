@@ -11,9 +11,9 @@ from pydantic import Field, field_validator, model_validator
 from ...engine.answering import Form
 from ...engine.positions import TokenSelector, check_tokens
 from ...engine.tool_calls import schema_of
-from ..http.body import Body, Items, Part, few_fields
+from ..http.body import Body, Items, Part, few_fields, place_of, refused
 from ..http.errors import invalid
-from ..model.rules import LENGTHS, Whole
+from ..model.rules import LENGTHS, TokenIds, Whole
 from .sampling import SamplingFields
 from .tools import AssistantCall, Tool, ToolChoice
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 _Id = Annotated[str, Field(min_length=1, max_length=256)]
 _Name = Annotated[str, Field(min_length=1, max_length=256)]
-_Place = Annotated[int, Field(ge=-(2**31), le=2**31)]
+_Place = Annotated[Whole, Field(ge=-(2**31), le=2**31)]
 _Strength = Annotated[float, Field(ge=-1e6, le=1e6)]
 _Some = Annotated[Items[T], Field(max_length=4096)]
 
@@ -96,7 +96,9 @@ class ActivationItem(Part):
     @model_validator(mode="after")
     def _something(self) -> ActivationItem:
         if not self.vector_ids and not self.raw:
-            raise ValueError("give vector_ids, for projections, or raw=true, for the stream itself")
+            raise refused(
+                "vector_ids", "give vector_ids, for projections, or raw=true, for the stream itself"
+            )
         return self
 
 
@@ -112,7 +114,7 @@ class ReturnFields(Part):
     @model_validator(mode="after")
     def _something(self) -> ReturnFields:
         if self.activations is None and self.logit_differences is None:
-            raise ValueError("give activations or logit_differences")
+            raise refused("activations", "give activations or logit_differences")
         return self
 
 
@@ -166,16 +168,20 @@ class SteeringFields(Body):
     def _agreeing(self) -> SteeringFields:
         one, other = self.steering_vector, self.steering_vector_id
         if one is not None and other is not None and one != other:
-            raise ValueError(
-                "steering_vector and steering_vector_id are one field; they name different vectors"
+            raise refused(
+                "steering_vector_id",
+                "steering_vector and steering_vector_id are one field; they name different vectors",
             )
         if self.steering_condition is not None and one is None and other is None:
-            raise ValueError("steering_condition goes with a steering_vector; give one")
+            raise refused("steering_condition", "steering_condition goes with a steering_vector; give one")
         if self.behavior_action is not None and not (self.behavior_names or self.corrected_behaviors):
-            raise ValueError("behavior_action says what is done with behavior_names: give some")
+            raise refused(
+                "behavior_action", "behavior_action says what is done with behavior_names: give some"
+            )
         if self.corrected_behaviors and self.behavior_action in ("abort", "report"):
-            raise ValueError(
-                f"corrected_behaviors are corrected, and behavior_action is '{self.behavior_action}': give one of them"
+            raise refused(
+                "behavior_action",
+                f"corrected_behaviors are corrected, and behavior_action is '{self.behavior_action}': give one of them",
             )
         return self
 
@@ -197,7 +203,7 @@ class GenerationBody(SamplingFields, SteeringFields):
     @model_validator(mode="after")
     def _streamed(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options goes with stream=true")
+            raise refused("stream_options", "stream_options goes with stream=true")
         return self
 
     @property
@@ -226,7 +232,7 @@ class GenerationBody(SamplingFields, SteeringFields):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | Items[int] | _Some[str | Items[int]] = Field(
+    prompt: str | TokenIds | _Some[str | TokenIds] = Field(
         description="A text, token ids, or several of either."
     )
     max_tokens: Whole | None = Field(default=16, ge=0, le=2**31)
@@ -243,16 +249,19 @@ class CompletionBody(GenerationBody):
     @model_validator(mode="after")
     def _possible(self) -> CompletionBody:
         if self.suffix:
-            raise ValueError(
+            raise refused(
+                "suffix",
                 "suffix is not supported: a text is continued at its end, not filled in; leave it out, or write the "
-                "model's own fill-in-the-middle tokens into the prompt"
+                "model's own fill-in-the-middle tokens into the prompt",
             )
         if self.best_of is not None and self.best_of < (self.n or 1):
-            raise ValueError(f"best_of is at least n: got best_of={self.best_of} and n={self.n or 1}")
+            raise refused("best_of", f"best_of is at least n: got best_of={self.best_of} and n={self.n or 1}")
         if self.n_drawn > self.n_answers and self.stream:
-            raise ValueError("which answers are the best_of is known at their ends: it goes without stream")
+            raise refused(
+                "best_of", "which answers are the best_of is known at their ends: it goes without stream"
+            )
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens of 0 goes with echo=true")
+            raise refused("max_tokens", "max_tokens of 0 goes with echo=true")
         return self
 
     @property
@@ -295,9 +304,9 @@ class Message(Part):
     @model_validator(mode="after")
     def _said(self) -> Message:
         if self.content is None and self.role != "assistant":
-            raise ValueError(f"a {self.role} message needs content")
+            raise refused("content", f"a {self.role} message needs content")
         if self.tool_calls and self.role != "assistant":
-            raise ValueError("tool_calls are the assistant's")
+            raise refused("tool_calls", "tool_calls are the assistant's")
         return self
 
     @property
@@ -347,17 +356,20 @@ class ChatBody(GenerationBody):
     @model_validator(mode="after")
     def _possible(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs goes with logprobs=true")
+            raise refused("top_logprobs", "top_logprobs goes with logprobs=true")
         if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError(
+            raise refused(
+                "add_generation_prompt",
                 "continue_final_message goes on with the last message and add_generation_prompt begins another; "
-                "ask for one of them"
+                "ask for one of them",
             )
         if not self.tools and self.tool_choice not in (None, "none", "auto"):
-            raise ValueError("tool_choice asks for a call, and there are no tools")
+            raise refused("tool_choice", "tool_choice asks for a call, and there are no tools")
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
-            raise ValueError("max_tokens and max_completion_tokens are one field; they differ")
+            raise refused(
+                "max_completion_tokens", "max_tokens and max_completion_tokens are one field; they differ"
+            )
         return self
 
     @property
@@ -407,7 +419,8 @@ def chat_of(body: Body, fields: dict[str, Any], names: Mapping[str, str] | None 
         return ChatBody.model_validate({name: getattr(body, name) for name in same} | fields)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        ours = str(first["loc"][0]) if first["loc"] else None
+        place = place_of(first)
+        ours = str(place[0]) if place else None
         param = (names or {}).get(ours or "", ours)
         where = f"'{param}'" if param else "the body"
         reason = first["msg"].removeprefix("Value error, ")

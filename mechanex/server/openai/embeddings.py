@@ -22,7 +22,7 @@ from ..http.disconnect import done_or_gone
 from ..http.errors import invalid
 from ..model.engine import Engine
 from ..model.requests import TextRequest
-from ..model.rules import Whole
+from ..model.rules import TokenIds, Whole
 from .answering import check_model, check_room
 from .asked import steering_of
 from .bodies import SteeringFields
@@ -36,7 +36,7 @@ class EmbeddingBody(IgnoredFields, SteeringFields):
     """POST /v1/embeddings."""
 
     model: str | None = Field(default=None, description="The served model, or nothing.")
-    input: str | Items[Whole] | Annotated[Items[str | Items[Whole]], Field(max_length=4096)] = Field(
+    input: str | TokenIds | Annotated[Items[str | TokenIds], Field(max_length=4096)] = Field(
         description="A text, token ids, or several of either."
     )
     encoding_format: Literal["float", "base64"] | None = "float"

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from pydantic import Field, field_validator, model_validator
 
 from ...errors import MechanexError
-from ..http.body import Items, Part
+from ..http.body import Items, Part, refused
 from ..http.errors import error_envelope
 from ..model.engine import Engine
 from ..model.requests import Result
@@ -54,7 +54,7 @@ class _Format(Part):
     @model_validator(mode="after")
     def _with_schema(self) -> _Format:
         if (self.type == "json_schema") != (self.schema_ is not None):
-            raise ValueError("a schema goes with type 'json_schema', and that with it")
+            raise refused("schema", "a schema goes with type 'json_schema', and that with it")
         return self
 
     @property
@@ -104,11 +104,14 @@ class ResponsesBody(IgnoredFields, SteeringFields):
     def _stateless(self) -> ResponsesBody:
         for name in ("previous_response_id", "conversation"):
             if getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name} is not supported, since nothing is kept here: send the earlier messages in input"
+                raise refused(
+                    name,
+                    f"{name} is not supported, since nothing is kept here: send the earlier messages in input",
                 )
         if self.background:
-            raise ValueError("background is not supported: answers are given to the request that asks")
+            raise refused(
+                "background", "background is not supported: answers are given to the request that asks"
+            )
         return self
 
     def as_chat(self) -> ChatBody:

@@ -10,6 +10,7 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from ...errors import ValidationError
 from ..http.errors import invalid
 from ..model.engine import Engine, ServingEngine
 from .answering import answer, check_choices, check_model, check_room
@@ -62,6 +63,8 @@ async def _completions(body: CompletionBody, request: Request, engine: Engine, w
     with about("prompt"):
         prompts = [truncated(engine, body, await engine.encode(prompt), asked) for prompt in body.prompts]
         for ids in prompts:
+            if not ids:
+                raise ValidationError("Invalid value for 'prompt': a prompt has no tokens.")
             check_room(engine, len(ids), asked, body.length_field)
     echoed: list[tuple[str, Sequence[int]]] | None = None
     if body.echo:

@@ -8,9 +8,9 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter
 from pydantic import Field, model_validator
 
-from ..http.body import Body, Items, few_fields
+from ..http.body import Body, Items, few_fields, refused
 from ..model.engine import Engine
-from ..model.rules import Whole
+from ..model.rules import TokenIds
 from .answering import check_model
 from .bodies import Message, chat_of
 from .chats import chat_ids
@@ -39,7 +39,7 @@ class TokenizeBody(Body):
     @model_validator(mode="after")
     def _one(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give a prompt, a text, or messages, a chat; one of them")
+            raise refused("prompt", "give a prompt, a text, or messages, a chat; one of them")
         return self
 
 
@@ -50,7 +50,7 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: Items[Whole]
+    tokens: TokenIds
 
 
 def tokens_router() -> APIRouter:
