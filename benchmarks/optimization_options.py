@@ -182,7 +182,8 @@ def draw(rows: Sequence[Row], unsteered: float, path: Path) -> None:
     from matplotlib import pyplot
 
     base, others = rows[0], rows[1:]
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 8), sharex=True, sharey=True, layout="constrained")
+    low, high = unsteered - 0.3, max(row.logprob for row in rows) + 0.3
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7.5), sharex=True, sharey=True, layout="constrained")
     for panel, (group, color) in zip(axes.flat, zip(GROUPS, COLORS, strict=True), strict=True):
         panel.scatter(
             [r.seconds for r in others], [r.logprob for r in others], s=14, color="#dddddd", zorder=1
@@ -191,38 +192,33 @@ def draw(rows: Sequence[Row], unsteered: float, path: Path) -> None:
         panel.scatter([base.seconds], [base.logprob], s=90, marker="*", color="black", zorder=3)
         own = [row for row in rows if row.group == group]
         panel.scatter([r.seconds for r in own], [r.logprob for r in own], s=40, color=color, zorder=2)
-        panel.set_title(group, fontsize=11)
-        panel.set_xscale("log")
+        panel.set(xscale="log", ylim=(low, high))
+        panel.set_title(group, fontsize=11, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
-        _label(panel, sorted([base, *own], key=lambda row: -row.logprob), color)
-    axes[0, 0].annotate(
-        "unsteered",
-        (0, unsteered),
-        xycoords=("axes fraction", "data"),
-        fontsize=8,
-        color="#777777",
-        va="bottom",
+        at = 1.1
+        for row in sorted(own, key=lambda row: (-row.logprob, -row.seconds)):
+            # Beside its point, or below the name before.
+            at = min((row.logprob - low) / (high - low), at - 0.07)
+            panel.annotate(
+                f"{row.name} · ‖v‖ {row.norm:.0f}",
+                (row.seconds, row.logprob),
+                xytext=(1.04, at),
+                textcoords="axes fraction",
+                fontsize=7.5,
+                va="center",
+                color=color,
+                annotation_clip=False,
+                arrowprops={"arrowstyle": "-", "color": "#cccccc", "linewidth": 0.6},
+            )
+    first = axes[0, 0]
+    first.annotate("unsteered", (base.seconds, unsteered), fontsize=8, color="#777777", va="bottom")
+    first.annotate(
+        f"★ the base\n‖v‖ {base.norm:.0f}", (0.05, 0.7), xycoords="axes fraction", fontsize=8, va="center"
     )
     figure.supxlabel("CPU seconds of the optimization", fontsize=10)
     figure.supylabel("log p of the target on held-out prompts", fontsize=10)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-def _label(panel: Any, rows: Sequence[Row], color: str) -> None:
-    """Names each point at the right of the panel, from above in the order of the points, with a line to it."""
-    for i, row in enumerate(rows):
-        panel.annotate(
-            f"{row.name}  (‖v‖ {row.norm:.0f})",
-            (row.seconds, row.logprob),
-            xytext=(1.02, 0.95 - 0.1 * i),
-            textcoords="axes fraction",
-            fontsize=7.5,
-            va="center",
-            color="black" if row.name == "base" else color,
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6},
-        )
 
 
 if __name__ == "__main__":
