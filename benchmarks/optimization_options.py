@@ -1,7 +1,7 @@
 """What each option of vector optimization changes on the bundled model: a table, and the plot of docs/optimization.md.
 
 One datapoint promotes a completion; its probability is then measured on held-out prompts, with the norm of the vector
-and the steps that it took. Every row changes the options that it names and nothing else.
+and the steps and CPU time that it took. Every row changes the options that it names and nothing else.
 
     python benchmarks/optimization_options.py --plot docs/optimization.png
 """
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,37 +36,74 @@ MELBO = dict(
         strict=True,
     )
 )
+COLORS = ("#2e86ab", "#c0392b", "#3d8b5f", "#b07a00", "#7d5ba6", "#5d5f71")
 CONSTRAINED = {"do_output_constr": True, "max_output_constr_iters": 100}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "base": {},
-    "another seed": {"seed": 1},
-    "coldness 0.7": {"coldness": 0.7},
-    "eps 0.01": {"eps": 0.01},
-    "lr 0.02": {"lr": 0.02},
-    "lr_schedule cosine, 300 steps": {"lr_schedule": "cosine", "target_loss": None, "max_iters": 300},
-    "grad_clip 0.1": {"grad_clip": 0.1},
-    "max_iters 100": {"max_iters": 100},
-    "target_loss 2": {"target_loss": 2.0},
-    "target_loss_target_iters 20": {"target_loss_target_iters": 20},
-    "do_target_loss_sum False": {"do_target_loss_sum": False},
-    "satisfice, target_loss 2": {"satisfice": True, "target_loss": 2.0, "max_iters": 300},
-    "normalize_token_length, target 0.07": {"normalize_token_length": True, "target_loss": 0.07},
-    "layer [2, 3]": {"layer": [2, 3]},
-    "token slice(-3, None)": {"token": slice(-3, None)},
-    "only_hook_prompt": {"only_hook_prompt": True},
-    "starting_norm 30": {"starting_norm": 30.0},
-    "max_norm 60": {"max_norm": 60.0},
-    "vector_clamp 5": {"vector_clamp": 5.0},
-    "affine_rank 2": {"affine_rank": 2},
-    "affine_rank 2, max_affine_norm 0.5": {"affine_rank": 2, "max_affine_norm": 0.5},
-    "noise_scale 5": {"noise_scale": 5.0},
-    "noise_scale 5, any direction": {"noise_scale": 5.0, "do_tangent_space_noise": False},
-    "noise_scale 5, do_noise_abl_relu": {"noise_scale": 5.0, "do_noise_abl_relu": True},
-    "noise_scale 5, noise_iters 4": {"noise_scale": 5.0, "noise_iters": 4},
-    "noise_scale 5, do_antipgd": {"noise_scale": 5.0, "do_antipgd": True},
-    "do_output_constr": CONSTRAINED,
-    "do_output_constr, MELBO": CONSTRAINED | MELBO,
+# What one panel of the plot compares: options that answer one question.
+GROUPS: dict[str, dict[str, dict[str, Any]]] = {
+    "how it steps": {
+        "another seed": {"seed": 1},
+        "coldness 0.7": {"coldness": 0.7},
+        "lr 0.02": {"lr": 0.02},
+        "lr_schedule cosine, 300 steps": {"lr_schedule": "cosine", "target_loss": None, "max_iters": 300},
+        "grad_clip 0.1": {"grad_clip": 0.1},
+    },
+    "when it stops": {
+        "eps 0.01": {"eps": 0.01},
+        "max_iters 100": {"max_iters": 100},
+        "target_loss 2": {"target_loss": 2.0},
+        "target_loss_target_iters 20": {"target_loss_target_iters": 20},
+        "plateau 0.02": {"plateau": 0.02, "target_loss": None},
+        "do_target_loss_sum False": {"do_target_loss_sum": False},
+        "satisfice, target_loss 2": {"satisfice": True, "target_loss": 2.0, "max_iters": 300},
+        "normalize_token_length, target 0.07": {"normalize_token_length": True, "target_loss": 0.07},
+    },
+    "where it acts": {
+        "layer [2, 3]": {"layer": [2, 3]},
+        "token slice(-3, None)": {"token": slice(-3, None)},
+        "only_hook_prompt": {"only_hook_prompt": True},
+    },
+    "what form it has": {
+        "starting_norm 30": {"starting_norm": 30.0},
+        "max_norm 60": {"max_norm": 60.0},
+        "vector_clamp 5": {"vector_clamp": 5.0},
+        "affine_rank 2": {"affine_rank": 2},
+        "affine_rank 2, max_affine_norm 0.5": {"affine_rank": 2, "max_affine_norm": 0.5},
+    },
+    "noise of 5": {
+        "noise_scale 5": {"noise_scale": 5.0},
+        "any direction": {"noise_scale": 5.0, "do_tangent_space_noise": False},
+        "do_noise_abl_relu": {"noise_scale": 5.0, "do_noise_abl_relu": True},
+        "noise_iters 4": {"noise_scale": 5.0, "noise_iters": 4},
+        "do_antipgd": {"noise_scale": 5.0, "do_antipgd": True},
+    },
+    "a second phase": {
+        "do_output_constr": CONSTRAINED,
+        "do_output_constr, MELBO": CONSTRAINED | MELBO,
+    },
 }
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one variant gave.
+
+    Args:
+        group: the panel; "" for the base, which is in all of them.
+        name: of the variant.
+        logprob: of the target, mean over the held-out prompts [nats].
+        written: share of them after which the target is what greedy decoding writes.
+        norm: of the vector.
+        steps: that were taken, of both phases.
+        seconds: of CPU time.
+    """
+
+    group: str
+    name: str
+    logprob: float
+    written: float
+    norm: float
+    steps: int
+    seconds: float
 
 
 def edit_of(options: dict[str, Any], vector: torch.Tensor, info: dict[str, Any]) -> Edit:
@@ -109,48 +148,75 @@ def main() -> None:
             written += sum(bool(g.all()) for g in found.greedy) / len(prompts)
         return logprob, written
 
-    rows = [("unsteered", *held_out({}), 0.0, 0, 0.0)]
-    for name, changes in VARIANTS.items():
-        options = BASE | changes
-        layers = options.pop("layer", [LAYER])
-        token = options.pop("token", None)
-        point = TrainingDatapoint(datapoint.prompt, dst_completions=datapoint.dst_completions, token=token)
-        start = time.perf_counter()
-        vector, *_, info = optimize_vector(model, [point], layers, tokenizer=tokenizer, **options)
-        seconds = time.perf_counter() - start
-        edits = {layer: edit_of(options, vector, info) for layer in layers}
-        figures = held_out(edits, token, options.get("only_hook_prompt", False))
-        steps = info["iters"] + info.get("output_constr_iters", 0)
-        rows.append((name, *figures, info["norm"], steps, seconds))
-        print(
-            "{:38s} log p {:7.2f}  written {:4.0%}  norm {:6.1f}  steps {:4d}  {:5.1f} s".format(*rows[-1]),
-            flush=True,
-        )
+    unsteered, _ = held_out({})
+    print(f"unsteered: log p {unsteered:.2f}")
+    rows = []
+    for group, variants in {"": {"base": {}}, **GROUPS}.items():
+        for name, changes in variants.items():
+            options = BASE | changes
+            layers = options.pop("layer", [LAYER])
+            token = options.pop("token", None)
+            point = TrainingDatapoint(
+                datapoint.prompt, dst_completions=datapoint.dst_completions, token=token
+            )
+            start = time.process_time()
+            vector, *_, info = optimize_vector(model, [point], layers, tokenizer=tokenizer, **options)
+            seconds = time.process_time() - start
+            edits = {layer: edit_of(options, vector, info) for layer in layers}
+            figures = held_out(edits, token, options.get("only_hook_prompt", False))
+            steps = info["iters"] + info.get("output_constr_iters", 0)
+            row = Row(group, name, *figures, info["norm"], steps, seconds)
+            rows.append(row)
+            print(
+                f"{name:38s} log p {row.logprob:7.2f}  written {row.written:4.0%}  norm {row.norm:6.1f}  "
+                f"steps {steps:4d}  {seconds:5.1f} s",
+                flush=True,
+            )
     if plot is not None:
-        draw(rows, plot)
+        draw(rows, unsteered, plot)
 
 
-def draw(rows: list[tuple[str, float, float, float, int, float]], path: Path) -> None:
-    """Bars of held-out log-probability, share, norm and steps, one row an option."""
+def draw(rows: Sequence[Row], unsteered: float, path: Path) -> None:
+    """A panel for each group: what its options do to the held-out log-probability, against the CPU time they take."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names, logprobs, shares, norms, steps, _ = zip(*rows[::-1], strict=True)
-    panels = (
-        ("log p of the target, held out", logprobs, "#2e86ab"),
-        ("% of prompts where it is written", [100 * share for share in shares], "#e0a100"),
-        ("norm", norms, "#5d5f71"),
-        ("steps", steps, "#c0392b"),
-    )
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(11, 0.27 * len(rows) + 0.8), sharey=True, layout="constrained"
-    )
-    for panel, (title, values, color) in zip(axes, panels, strict=True):
-        panel.barh(names, values, color=color, height=0.7)
-        panel.set_title(title, fontsize=9)
-        panel.axvline(values[names.index("base")], color="#999999", linewidth=0.8, linestyle=":")
-        panel.tick_params(labelsize=8)
+    base, others = rows[0], rows[1:]
+    low, high = unsteered - 0.3, max(row.logprob for row in rows) + 0.3
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7.5), sharex=True, sharey=True, layout="constrained")
+    for panel, (group, color) in zip(axes.flat, zip(GROUPS, COLORS, strict=True), strict=True):
+        panel.scatter(
+            [r.seconds for r in others], [r.logprob for r in others], s=14, color="#dddddd", zorder=1
+        )
+        panel.axhline(unsteered, color="#999999", linewidth=0.8, linestyle=":", zorder=1)
+        panel.scatter([base.seconds], [base.logprob], s=90, marker="*", color="black", zorder=3)
+        own = [row for row in rows if row.group == group]
+        panel.scatter([r.seconds for r in own], [r.logprob for r in own], s=40, color=color, zorder=2)
+        panel.set(xscale="log", ylim=(low, high))
+        panel.set_title(group, fontsize=11, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
+        at = 1.1
+        for row in sorted(own, key=lambda row: (-row.logprob, -row.seconds)):
+            # Beside its point, or below the name before.
+            at = min((row.logprob - low) / (high - low), at - 0.07)
+            panel.annotate(
+                f"{row.name} · ‖v‖ {row.norm:.0f}",
+                (row.seconds, row.logprob),
+                xytext=(1.04, at),
+                textcoords="axes fraction",
+                fontsize=7.5,
+                va="center",
+                color=color,
+                annotation_clip=False,
+                arrowprops={"arrowstyle": "-", "color": "#cccccc", "linewidth": 0.6},
+            )
+    first = axes[0, 0]
+    first.annotate("unsteered", (base.seconds, unsteered), fontsize=8, color="#777777", va="bottom")
+    first.annotate(
+        f"★ the base\n‖v‖ {base.norm:.0f}", (0.05, 0.7), xycoords="axes fraction", fontsize=8, va="center"
+    )
+    figure.supxlabel("CPU seconds of the optimization", fontsize=10)
+    figure.supylabel("log p of the target on held-out prompts", fontsize=10)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

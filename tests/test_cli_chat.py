@@ -15,6 +15,8 @@ from terminal import Terminal, terminal
 from mechanex import SteeringVector, ValidationError
 from mechanex.cli import main
 from mechanex.commands.chat import Conversation
+from mechanex.engine.dose_record import DoseRecord
+from mechanex.engine.doses.calibrate import with_record
 from mechanex.engine.generate import generate
 from mechanex.engine.models.resolve import LoadedModel, load
 from mechanex.engine.text import prompt_text
@@ -111,6 +113,17 @@ def test_commands_say_what_is_wrong_and_change_nothing(loaded: LoadedModel, line
     with pytest.raises(Exception, match=says):
         talk.command(line)
     assert (talk.vector, talk.strength, talk.guard) == (VECTOR, 1.5, None)
+
+
+def test_commands_tell_what_they_lack_and_a_vectors_dose(loaded: LoadedModel, tmp_path: Path) -> None:
+    talk = Conversation(loaded, OPTIONS)
+    hint = "; nothing steers yet: /vector NAME does"
+    assert talk.command("/strength 2") == f"strength 2{hint}"
+    assert talk.command("/compare") == f"comparing on{hint}"
+    with_record(VECTOR, DoseRecord(1.0, 0.704, ((0.704, 1.0),), 9)).save(tmp_path / "v.safetensors")
+    told = talk.command(f"/vector {tmp_path / 'v.safetensors'}")
+    assert told.endswith("v.safetensors; its calibrated dose is at strength 0.704")
+    assert talk.command("/strength 0.704") == "strength 0.704"
 
 
 def test_without_a_template_each_line_is_continued_by_itself(loaded: LoadedModel) -> None:

@@ -91,7 +91,7 @@ def test_the_first_letters_of_an_id_are_enough_and_it_stays_on_a_line() -> None:
     assert "by hand" in run("vectors", "show", one[:10])
     run("vectors", "delete", one[:10])
     assert one not in VectorStore() and other in VectorStore()
-    assert "no steering vector" in run("vectors", "show", one[:10], code=1)
+    assert "neither a file nor a stored" in run("vectors", "show", one[:10], code=1)
 
 
 def test_letters_that_begin_several_ids_are_refused(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ class Conversation:
         argument = argument.strip()
         if name == "strength":
             self.strength = _number("/strength", argument)
-            return f"strength {self.strength:g}"
+            return f"strength {self.strength:g}{self._unsteered()}"
         if name == "vector":
             if not argument:
                 raise ValidationError("/vector takes a stored vector's id or a file, or off.")
@@ -133,13 +133,15 @@ class Conversation:
             if vector is not None:
                 vector.plan(self.loaded.model)
             self.vector, self.name = vector, None if vector is None else argument
-            return f"vector {self.name or 'off'}"
+            dose = None if vector is None else vector.calibration
+            told = "" if dose is None else f"; its calibrated dose is at strength {dose.strength:.3g}"
+            return f"vector {self.name or 'off'}{told}"
         if name == "budget":
             self.guard = None if argument == "off" else _number("/budget", argument, least=0)
             return f"budget {'off' if self.guard is None else f'{self.guard:g} nats'}"
         if name == "compare":
             self.compares = not self.compares
-            return f"comparing {'on' if self.compares else 'off'}"
+            return f"comparing on{self._unsteered()}" if self.compares else "comparing off"
         if name == "save":
             if not argument:
                 raise ValidationError("/save takes the file to write.")
@@ -151,6 +153,9 @@ class Conversation:
         if name == "help":
             return _HELP
         raise ValidationError(f"there is no /{name}: /help lists what there is.")
+
+    def _unsteered(self) -> str:
+        return "" if self.vector is not None else "; nothing steers yet: /vector NAME does"
 
 
 def run_chat(

@@ -17,7 +17,7 @@ from ..engine.formats.files import format_of
 from ..engine.formats.site import Site
 from ..engine.vector_store import VectorStore
 from ..engine.vectors import SteeringVector
-from ..errors import MechanexError, ValidationError
+from ..errors import MechanexError, NotFoundError, ValidationError
 from ..home import vectors_folder
 from .console import console, echo_json, model_text
 from .text_files import lines_in
@@ -172,7 +172,13 @@ def find_vector(vector: str, site: Site | None = None) -> SteeringVector:
         return SteeringVector.load(vector, site=site)
     if site is not None:
         raise ValidationError(f"--site is for files, and {vector!r} is a stored vector: leave it out.")
-    return store.get(vector)
+    try:
+        return store.get(vector)
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"{vector!r} is neither a file nor a stored vector's id or the first letters of one: "
+            "`mechanex vectors list` shows what is stored."
+        ) from error
 
 
 def _described(name: str, vector: SteeringVector, path: Path | None = None) -> dict[str, Any]:
