@@ -264,8 +264,8 @@ class Mechanex(AccountCalls):
             block: False, for notebooks and programs that go on, serves from a thread.
             settings: ``vectors`` (a folder of vector files for every client), ``behaviors`` (contrastive examples),
                 ``database``, ``key`` and the limits of ``mechanex.server.settings.ServerSettings``. With
-                ``use_vllm``: ``vectors``, ``key``, ``model_name``, ``max_batch``, and ``vllm_args``, a list of
-                arguments of ``vllm serve``.
+                ``use_vllm``: ``vectors``, ``behaviors`` (files of behaviors), ``key``, ``model_name``, ``max_batch``,
+                and ``vllm_args``, a list of arguments of ``vllm serve``.
 
         Returns:
             With ``block=False``, once it answers, a handle with ``url``, ``key`` and ``stop()``, which is a context

@@ -121,7 +121,7 @@ class SteeringMiddleware:
         ours = {name: fields.pop(name) for name in (*FIELDS, *_ELSEWHERE) if name in fields}
         if not ours:
             return None
-        if all(value is None for value in ours.values()):
+        if all(value is None or value is False for value in ours.values()):
             return Asked(Carried())
         if path not in _STEERED:
             raise refused(f"{path} is not steered; {' and '.join(_STEERED)} are.", next(iter(ours)))
@@ -164,7 +164,14 @@ def _texts(engine: Any) -> TokenTexts:
 def _n_answers(fields: Mapping[str, Any]) -> int:
     prompt = fields.get("prompt")
     several = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
-    return several * max(fields.get("n") or 1, fields.get("best_of") or 1)
+    return several * max(_count(fields.get("n")), _count(fields.get("best_of")))
+
+
+def _count(given: Any) -> int:
+    try:
+        return int(given or 1)
+    except (TypeError, ValueError):
+        return 1  # vLLM says what is wrong
 
 
 async def _fields(body: bytes) -> dict[str, Any] | None:

@@ -135,6 +135,8 @@ class ServedSteering:
         steered = await self._steered(body)
         names = [*(body.behavior_names or ()), *(body.corrected_behaviors or ())]
         if not names:
+            if body.behavior_scores:
+                raise refused("behavior_scores are of behavior_names: name some.", "behavior_scores")
             return Asked(steered)
         param = "behavior_names" if body.behavior_names else "corrected_behaviors"
         if body.behavior_action == "steer" or body.steering_strength is not None:

@@ -220,6 +220,8 @@ def test_a_watched_chat(client: openai.OpenAI) -> None:
         ({"behavior_names": ["calm_angry"]}, "no behavior that can be watched is called 'calm_angry'"),
         ({"behavior_names": ["gruff"], "behavior_action": "steer"}, "not steered by"),
         ({"behavior_names": ["gruff"], "behavior_scores": True, "n": 2}, "one answer"),
+        ({"behavior_names": ["gruff"], "behavior_scores": True, "n": "2"}, "one answer"),
+        ({"behavior_scores": True}, "name some"),
         ({"force_steering": ["gruff"]}, "force_steering"),
         ({"vllm_xargs": {"mechanex_watch": "[]"}}, "vllm_xargs"),
         ({"vllm_xargs": {"mechanex": "[]"}}, "vllm_xargs"),

@@ -10,6 +10,7 @@ import torch
 from models import LAYERS, WIDTH, Case, batch, by_engine, by_transformers, by_vllm, hf_model, vectors
 
 from mechanex.engine.intervention import Edit
+from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import NotFoundError, ValidationError
 from mechanex.vllm import SteerBy
 
@@ -76,6 +77,27 @@ def test_requests_wait_for_a_slot(
     """Eight different sets of edits, and room for two at a time."""
     llm = started(engines, folder, steering_slots=2, steering_per_token=2)
     assert by_vllm(llm, cases) == truth
+
+
+def test_strengths_of_clamps_share_slots_and_of_rotations_are_forgotten(
+    engines: Any, folder: Path, cases: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two slots, and workers that keep nothing longer than it is needed."""
+    llm = started(engines, folder, steering_slots=2, steering_per_token=2)
+    monkeypatch.setattr(llm._vectors.held, "_most", 0)
+    (a, b), prompt = (vectors()[name] for name in ("a", "b")), cases[2].prompt
+    v, w = a[2].bias, b[1].bias
+    level = llm.register(SteeringVector({2: v}).clamping())
+    turn = llm.register(SteeringVector({2: v}).rotating({2: w}, 30.0))
+    asked = [
+        *(Case(prompt, [SteerBy(level, s)], ((2, Edit.clamp(v * s, 1.0), None),)) for s in (0.5, 1.0, -2.0)),
+        *(Case(prompt, [SteerBy(turn, s)], ((2, Edit.rotate(v, w, 30.0 * s), None),)) for s in (1.0, 2.0)),
+    ]
+    expected = [by_transformers(hf_model(folder), case) for case in asked]
+    assert len({tuple(one) for one in expected}) > 3
+    for _ in range(2):
+        assert by_vllm(llm, asked) == expected
+        assert len(llm._vectors.held.surplus()) == 4, "of this call alone: two parts of the clamp, two angles"
 
 
 def test_forced_preemption(engines: Any, folder: Path, cases: list[Case], truth: list[list[int]]) -> None:
