@@ -50,6 +50,10 @@ STRENGTHS = (0.7, 1.0, 1.4)  # times the strength at which a dose should cost th
 MORE = 2  # strengths that are tried beyond them, where all cost less or all cost more
 # The lexicon leaves little room above what this model writes by itself: it is steered the other way.
 REVERSED = ("cheerful_gloomy",)
+# Where scores end.
+ENDS = {"cheerful_gloomy": (-1.0, 1.0), "present_past": (-1.0, 1.0), "french_english": (-1.0, 1.0)} | {
+    name: (0.0, 1.0) for name in ("flattery", "refusal")
+}
 
 
 class Curve:
@@ -122,10 +126,9 @@ def measured(name: str, loaded: LoadedModel, args: argparse.Namespace, out: Path
         return sign * judge(text)
 
     validation, test = (
-        read_lines(BEHAVIORS / name / f"{split}.jsonl", prompt_of, None)[: args.prompts]
-        for split in ("validation", "test")
+        read_lines(BEHAVIORS / name / f"{split}.jsonl", prompt_of, None)[:n]
+        for split, n in (("validation", args.validation), ("test", args.prompts))
     )
-    validation = validation[: args.validation]
     usual = default_layer(adapter.n_layers)
     layers = sorted({*range(args.first_layer, adapter.n_layers, args.layer_step), usual})
     swept = sweep(
@@ -232,21 +235,21 @@ def page(found: list[dict[str, Any]], note: str = "") -> str:
     missing = [name for name in SCORERS if name not in {one["behavior"] for one in found}]
     runs = sorted({json.dumps(one["run"]) for one in found})
     rows = [
-        "| behavior | tuned dose | default, effect at 1.5 × | tuned, effect at 1.5 × | at least 1.5 times | "
+        "| towards | tuned dose | default, effect at 1.5 × | tuned, effect at 1.5 × | most | at least 1.5 times | "
         "ability lost |",
-        "|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|",
     ]
     for one in found:
         default, tuned, ability = one["default"], one["tuned"], one["ability"]
         rows.append(
-            f"| {one['behavior'].replace('_', '–')} | {one['dose']} | {interval(default)} | {interval(tuned)} | "
-            f"{'yes' if won(one) else 'no'} | {100 * ability['lost']:.1f} [{100 * ability['low']:.1f}, "
-            f"{100 * ability['high']:.1f}] of {100 * ability['plain']:.0f} % |"
+            f"| {name_of(one)} | {one['dose']} | {interval(default)} | {interval(tuned)} | "
+            f"{most_of(one)} | {'yes' if won(one) else 'no'} | {100 * ability['lost']:.1f} "
+            f"[{100 * ability['low']:.1f}, {100 * ability['high']:.1f}] of {100 * ability['plain']:.0f} % |"
         )
     texts = []
     for one in found:
         shown = (" ".join(one[which]["example"].split()) for which in ("plain", "tuned_at_1"))
-        texts += [f"**{one['behavior'].replace('_', '–')}**", "", *(f"> {text}\n" for text in shown)]
+        texts += [f"**{name_of(one)}**", "", *(f"> {text}\n" for text in shown)]
     settings = "; ".join(
         f"{run['validation']} validation and {run['prompts']} test prompts, answers of {run['max_tokens']} tokens, "
         f"layers {', '.join(map(str, run['layers']))}, {run['finalists']} finalists, {run['dtype']}"
@@ -270,7 +273,8 @@ def page(found: list[dict[str, Any]], note: str = "") -> str:
             "**Default** is the mean difference of the pairs that the tuned vector is made from, added to all tokens",
             "at the documented layer; **tuned** is the dose that the sweep chose on validation prompts. Both are read",
             "off at 1.5 times the plain model's perplexity, between the strengths that were run, with 95 % intervals",
-            "of the bootstrap over prompts; where all of a way's strengths cost less, the dearest one counts.",
+            "of the bootstrap over prompts; where all of a way's strengths cost less, the dearest one counts. Towards",
+            "is the side that effects are counted for; most is what a score that ends somewhere leaves room for.",
             "",
             *rows,
             "",
@@ -290,6 +294,23 @@ def page(found: list[dict[str, Any]], note: str = "") -> str:
 def won(one: dict[str, Any]) -> bool:
     """Whether the tuned dose reaches 1.5 times the default's effect, and an effect at all."""
     return one["tuned"]["value"] > 0 and one["tuned"]["value"] >= 1.5 * one["default"]["value"]
+
+
+def name_of(one: dict[str, Any]) -> str:
+    """A behavior by the side that the model is steered to."""
+    sides = str(one["behavior"]).split("_")
+    if len(sides) == 1:
+        return sides[0]
+    first, second = sides if one.get("sign", 1.0) > 0 else sides[::-1]
+    return f"{first} (not {second})"
+
+
+def most_of(one: dict[str, Any]) -> str:
+    """The largest effect that the behavior's score has room for."""
+    ends = ENDS.get(one["behavior"])
+    if ends is None:
+        return "–"
+    return f"{ends[1] - one['plain']['score'] if one.get('sign', 1.0) > 0 else one['plain']['score'] - ends[0]:.2f}"
 
 
 def interval(found: dict[str, float]) -> str:

@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--persona", choices=sorted(PERSONAS), default="pirate")
     parser.add_argument("--chats", type=int, default=4, choices=range(1, 5), help="how many it is made from")
+    parser.add_argument("--again", action="store_true", help="take the vector that is in --out, and fit none")
     parser.add_argument("--strength", type=float, help="times the vector; that of the persona")
     parser.add_argument("--questions", type=int, default=8, help="up to 30, none of them in the four chats")
     parser.add_argument("--max-tokens", type=int, default=40)
@@ -156,8 +157,12 @@ def main() -> None:
     persona = PERSONAS[args.persona]
     loaded = load(args.model, backend="transformers", dtype="float32")
     args.out.mkdir(parents=True, exist_ok=True)
-    vector = fitted(loaded, args.persona, persona, args.chats)
-    vector.save(args.out / f"{args.persona}.safetensors")
+    made = args.out / f"{args.persona}.safetensors"
+    if args.again:
+        vector = SteeringVector.load(made)
+    else:
+        vector = fitted(loaded, args.persona, persona, args.chats)
+        vector.save(made)
     figures = judged(loaded, persona, vector, args, args.out / f"{args.persona}.html")
     (args.out / f"{args.persona}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print()

@@ -29,12 +29,16 @@ __all__ = ["PASSES", "calibrate", "dose_quantile", "plain_pairs", "with_record"]
 _log = logging.getLogger(__name__)
 
 PASSES = 6
-TOLERANCE = 0.02
+TOLERANCE = 0.04
 QUANTILE = 0.95
 # First strengths, as shares of the stream's norm at the vector's layers.
-SHARES = (0.02, 0.06, 0.2, 0.6)
-# Beside where the budget is expected, while it is known to a factor of two and more, and after.
-FAR, NEAR = (0.84, 1.19), (0.98, 1.02)
+SHARES = (0.06, 0.2)
+# How KL grows with strength where little is known: as its square, while a dose is small.
+POWER = 2.0
+# Passes in which one strength is tried; where they didn't do, three share one.
+SINGLE = 4
+BESIDE = (0.97, 1.03)
+FARTHEST = 16.0  # most that a strength is changed by at once
 
 
 def calibrate(
@@ -50,8 +54,8 @@ def calibrate(
 ) -> SteeringVector:
     """Finds the strength of a vector at which 95 % of tokens move by at most ``kl`` nats.
 
-    Several strengths are tried in one packed pass over the plain model's answers, at most six passes in all; between
-    them the budget's strength is interpolated on logarithmic axes.
+    Strengths are tried in packed passes over the plain model's answers, two in the first and at most six passes in all;
+    between them the budget's strength is interpolated on logarithmic axes.
 
     Args:
         model: a Hugging Face or TransformerLens model.
@@ -168,13 +172,13 @@ def search(
         if low is None:
             if n and max(seen.values()) < 1.1 * min(seen.values()):
                 break  # less strength isn't less of this edit
-            tried = [min(seen) / 4, min(seen) / 16, min(seen) / 64]
+            tried = [_beyond(min(seen), seen, budget)]
         elif high is None:
-            tried = [max(seen) * 2, max(seen) * 4, max(seen) * 8]
+            tried = [_beyond(max(seen), seen, budget)]
         else:
-            middle = _between(low, seen[low], high, seen[high], budget)
-            inside = [middle, *(middle * factor for factor in (FAR if high / low > 2 else NEAR))]
-            tried = [one for one in inside if low < one < high and one not in seen]
+            middle = _between(seen, low, high, budget)
+            tried = [middle] if n < SINGLE else [middle, *(middle * factor for factor in BESIDE)]
+            tried = [one for one in tried if low < one < high and one not in seen]
     return seen
 
 
@@ -188,7 +192,34 @@ def _bracket(seen: dict[float, float], budget: float) -> tuple[float | None, flo
     return (max(below), None) if below else (None, min(strengths))
 
 
-def _between(low: float, at_low: float, high: float, at_high: float, budget: float) -> float:
-    """Where a line through both on logarithmic axes meets the budget."""
-    share = math.log(budget / at_low) / math.log(at_high / at_low)
-    return math.exp(math.log(low) + min(max(share, 0.02), 0.98) * math.log(high / low))
+def _beyond(strength: float, seen: dict[float, float], budget: float) -> float:
+    """Where the budget should be met from the nearest strength that was tried, which is on the wrong side of it."""
+    factor: float = (budget / seen[strength]) ** (1 / POWER)
+    # A little further, so that the budget lies between.
+    further = 1.1 if factor > 1 else 1 / 1.1
+    return strength * min(max(factor * further, 1 / FARTHEST), FARTHEST)
+
+
+def _between(seen: dict[float, float], low: float, high: float, budget: float) -> float:
+    """Where the budget is met between two strengths, on logarithmic axes: by a parabola through the nearest three.
+
+    By a line through the two where there is no third, or the parabola leaves what is between them.
+    """
+    bottom, top = math.log(low), math.log(high)
+    edge = 0.02 * (top - bottom)
+    others = [one for one in seen if one not in (low, high)]
+    third = min(others, key=lambda one: abs(math.log(seen[one] / budget)), default=None)
+    if third is not None and len({seen[low], seen[high], seen[third]}) == 3:
+        found = _through([(math.log(seen[one] / budget), math.log(one)) for one in (low, high, third)])
+        if bottom + edge < found < top - edge:
+            return math.exp(found)
+    found = _through([(math.log(seen[one] / budget), math.log(one)) for one in (low, high)])
+    return math.exp(min(max(found, bottom + edge), top - edge))
+
+
+def _through(points: Sequence[tuple[float, float]]) -> float:
+    """At 0, the value of the polynomial through points (x, y), no two of one x (Lagrange)."""
+    return sum(
+        y * math.prod(other / (other - x) for j, (other, _) in enumerate(points) if j != i)
+        for i, (x, y) in enumerate(points)
+    )
