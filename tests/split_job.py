@@ -39,7 +39,7 @@ def opened(folder: str, how: str) -> LoadedModel:
     if how == "fsdp":
         assert mechanex.distributed.size() == 2
         for module in (*adapter_for(loaded.model).layers, loaded.model):
-            fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+            fully_shard(module, mesh=init_device_mesh(loaded.model.device.type, (2,)))
     return loaded
 
 
@@ -47,7 +47,7 @@ def found(folder: str, how: str = "") -> dict[str, Any]:
     """What a user does with a model, split over the processes or whole."""
     loaded = opened(folder, how)
     model, tokenizer = loaded.model, loaded.tokenizer
-    ids = torch.tensor([tokenizer(PROMPTS[3])["input_ids"][:8]])
+    ids = torch.tensor([tokenizer(PROMPTS[3])["input_ids"][:8]], device=model.device)
     told: dict[str, Any] = {}
     with torch.no_grad():
         told["logits"] = model(ids).logits

@@ -2,9 +2,10 @@
 # Build, test and time on a machine with a GPU, without a network, from what such a machine usually has: torch, transformers,
 # pytest, pybind11, cmake and, for the CUDA sources, nvcc. All parts together take under nine minutes.
 #
-#   benchmarks/gpu/run.sh [RESULT.json or folder] [--only PART,...] [-- options of the timed part]
+#   benchmarks/gpu/run.sh [RESULT.json or folder] [--only PART,... | --ranks] [-- options of the timed part]
 #
-# Parts: build, test, steer, logprob, decode. Without "build" what was built before is used, if there is anything. Where a test
+# Parts: build, test, steer, logprob, decode; ranks, by --ranks alone: several processes and models that are split over them, for
+# machines with several GPUs. Without "build" what was built before is used, if there is anything. Where a test
 # fails the times are taken too, marked as such; a part that fails or takes too long doesn't stop the ones that follow. The
 # exit status is that of the last part that failed.
 set -euo pipefail
@@ -16,13 +17,14 @@ options=()
 while [ $# -gt 0 ]; do
   case $1 in
     --only) parts=$2; shift 2 ;;
+    --ranks) parts=build,ranks; shift ;;
     --) shift; options=("$@"); break ;;
     -*) echo "unknown option $1; see the head of $0" >&2; exit 2 ;;
     *) result=$1; shift ;;
   esac
 done
 for part in ${parts//,/ }; do
-  case $part in build | test | steer | logprob | decode) ;; *) echo "unknown part $part; see the head of $0" >&2; exit 2 ;; esac
+  case $part in build | test | steer | logprob | decode | ranks) ;; *) echo "unknown part $part; see the head of $0" >&2; exit 2 ;; esac
 done
 case $result in *.json) mkdir -p "$(dirname "$result")" ;; *) mkdir -p "$result" ;; esac
 result=$(realpath "$result")
@@ -73,13 +75,22 @@ if wanted test; then
   fi
 fi
 
+if wanted ranks; then
+  step ranks
+  timeout 480 "$PYTHON" -m pytest -q -m "not long" -p no:cacheprovider "$root"/tests/test_{ranks,split}.py || status=$?
+  timeout 300 "$PYTHON" "$root/benchmarks/ranks.py" --rounds 1 || status=$?
+  timeout 300 "$PYTHON" "$root/benchmarks/ranks.py" --rounds 1 --split || status=$?
+fi
+
 for part in steer:90 logprob:90 decode:240; do
   name=${part%:*}
   wanted "$name" || continue
   step "$name"
   timeout "${part#*:}" "$PYTHON" "$root/benchmarks/gpu/$name.py" "$result" --tests "$outcome" "${options[@]}" || status=$?
 done
-step goals
-"$PYTHON" "$root/benchmarks/gpu/record.py" "$result" || status=$?
+if ! wanted ranks; then
+  step goals
+  "$PYTHON" "$root/benchmarks/gpu/record.py" "$result" || status=$?
+fi
 step "done"
 exit "$status"

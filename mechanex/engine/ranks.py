@@ -7,6 +7,7 @@ same functions with the same arguments. In one process nothing of torch.distribu
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -124,9 +125,16 @@ class Ranks:
             return
         import torch.distributed as dist
 
+        # NCCL refuses processes that share a GPU.
+        n_local, n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         with _reaching():
             for tensor in tensors:
-                dist.all_reduce(tensor)
+                if tensor.is_cuda and n_local > n_gpus:
+                    sums = tensor.cpu()
+                    dist.all_reduce(sums)
+                    tensor.copy_(sums)
+                else:
+                    dist.all_reduce(tensor)
 
     def gathered(self, given: _T) -> list[_T]:
         """What every process that shares the work found, by rank; anything that can be pickled."""
