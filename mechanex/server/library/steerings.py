@@ -29,7 +29,6 @@ __all__ = ["Steerings"]
 
 _logger = logging.getLogger(__name__)
 _KEPT_DIGESTS = 1024
-_OBJECT_BYTES = 1024  # of an edit beside its numbers, which small models have few of
 _MOST_EDIT_BYTES = 2**28  # a vector of every layer of a large model has megabytes, at every strength again
 
 
@@ -273,5 +272,4 @@ class Steerings:
 
 
 def _bytes_of(steering: Sequence[Steer]) -> int:
-    numbers = tensor_bytes(tensor for steer in steering for tensor in steer.edit.tensors)
-    return numbers + _OBJECT_BYTES * (1 + len(steering))
+    return tensor_bytes(tensor for steer in steering for tensor in steer.edit.tensors)

@@ -53,7 +53,7 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: Items[Whole]
+    tokens: Annotated[Items[Whole], Field(max_length=2**18)]
 
 
 def tokens_router() -> APIRouter:
