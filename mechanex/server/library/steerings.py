@@ -31,7 +31,6 @@ __all__ = ["Steerings"]
 
 _logger = logging.getLogger(__name__)
 _MOST_KEPT = 1024
-_OBJECT_BYTES = 1024  # of an edit beside its numbers, which small models have few of
 # A vector of every layer of a large model has megabytes; one that clamps has them at every strength again.
 _MOST_EDIT_BYTES = 2**28
 
@@ -301,5 +300,4 @@ def _part(vector: SteeringVector, layers: _Layers) -> SteeringVector:
 
 def _bytes_of(steering: Sequence[Steer]) -> int:
     conditions = [steer.condition.weight for steer in steering if steer.condition is not None]
-    numbers = tensor_bytes([*(tensor for steer in steering for tensor in steer.edit.tensors), *conditions])
-    return numbers + _OBJECT_BYTES * (1 + len(steering))
+    return tensor_bytes([*(tensor for steer in steering for tensor in steer.edit.tensors), *conditions])

@@ -50,7 +50,7 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: TokenIds
+    tokens: Annotated[TokenIds, Field(max_length=2**18)]
 
 
 def tokens_router() -> APIRouter:
