@@ -115,7 +115,7 @@ class SteeringMiddleware:
             body = VectorBody.model_validate(await parsed(await _body(receive)))
         except InvalidBody as error:
             raise _invalid(error) from error
-        except (*_NO_JSON, RecursionError) as error:
+        except _NO_JSON as error:
             raise ValidationError(f"The body must be a JSON object ({error}).") from error
         if body.id is not None and (self._shared.loaded(body.id) or body.id in self._stored):
             raise ValidationError(f"{body.id!r} is a vector of the server's own: choose another id.")
@@ -128,8 +128,6 @@ class SteeringMiddleware:
             fields = await parsed(body) if body else {}
         except _NO_JSON:
             return body  # vLLM says what is wrong
-        except RecursionError as error:
-            raise ValidationError("The body is nested too deeply.") from error
         if not isinstance(fields, dict):
             return body
         if FIELD in (fields.get("vllm_xargs") or {}):

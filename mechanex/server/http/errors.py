@@ -190,6 +190,8 @@ def _explained(found: list[dict[str, Any]]) -> tuple[str, str | None, str | None
     names = [part for part in first["loc"] if part != "body"]
     if first["type"] in ("json_invalid", "missing") and not names:
         return f"The body must be a JSON object ({first['msg']}).", None, None
+    if first["type"] in ("model_attributes_type", "model_type") and not names:
+        return "The body must be a JSON object, with 'Content-Type: application/json'.", None, None
     if first["type"] == "json_invalid":
         return "The body is not valid JSON.", None, None
     param = names[0] if names else None
