@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from families import build, tiny_tokenizer
 from mechanex import Chat, Mechanex, ValidationError
 from mechanex.cli import main
 from mechanex.engine.caa import caa_vectors
+from mechanex.engine.chat import continued
 from mechanex.engine.datasets import read_pairs
 from mechanex.engine.generate import generate, generate_batch, stream
 from mechanex.engine.models.resolve import load
@@ -67,6 +69,12 @@ def test_a_chat_that_is_to_go_on_keeps_its_tools() -> None:
     with pytest.raises(ValidationError, match="ask for one of them"):
         begun = Chat(STARTED, add_generation_prompt=True)
         generate(model, tokenizer, begun, continue_final_message=True, **OPTIONS)
+
+
+def test_a_chat_that_goes_on_is_the_same_chat() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    chat = Chat([{"role": "assistant", "content": "The"}], template_kwargs={"a": 1}, tools=tools)
+    assert continued(chat) == replace(chat, continue_final_message=True)
 
 
 @pytest.mark.parametrize("content", ["o", "<eos>", "a man. ", " Anna"])

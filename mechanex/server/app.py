@@ -109,6 +109,7 @@ def create_app(
     )
     app.state.settings, app.state.engine, app.state.store = settings, engine, store
     app.state.server_key, app.state.started = key, time.time()
+    app.state.public = engine.public
     app.state.wrong_keys = RateLimit("wrong keys from this address", WRONG_KEYS_PER_MINUTE)
     app.state.guards, app.state.token_quota = Guards(settings), engine.scheduler.quota
     app.state.open_paths = OPEN_PATHS | page_paths()

@@ -98,7 +98,7 @@ class SteeringMiddleware:
             body = VectorBody.model_validate(await parsed(await _body(receive)))
         except InvalidBody as error:
             raise invalid(error) from error
-        except (*_NO_JSON, RecursionError) as error:
+        except _NO_JSON as error:
             raise ValidationError(f"The body must be a JSON object ({error}).") from error
         return {"id": steering.register(body), "object": "steering_vector"}
 
@@ -178,14 +178,12 @@ async def _fields(body: bytes) -> dict[str, Any] | None:
     """The fields of a body; None where vLLM says what is wrong with it.
 
     Raises:
-        ValidationError: it is nested too deeply.
+        ValidationError: as ``parsed``.
     """
     try:
         fields = await parsed(body) if body else {}
     except _NO_JSON:
         return None
-    except RecursionError as error:
-        raise ValidationError("The body is nested too deeply.") from error
     return fields if isinstance(fields, dict) else None
 
 

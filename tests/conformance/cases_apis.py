@@ -188,3 +188,24 @@ def _(api: Api) -> None:
     assert (
         error["code"] == "context_length_exceeded" and "513 tokens (512 in the prompt, 1" in error["message"]
     )
+
+
+@case("mechanex", "what is told has the model's name, never the folder that it was loaded from")
+def _(api: Api) -> None:
+    for path, body in (
+        ("/v1/embeddings", {"input": "a", "layer": 99}),
+        ("/detokenize", {"tokens": [999_999]}),
+        ("/v1/completions", {"prompt": [999_999]}),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {"999999": 1}}),
+        ("/v1/completions", {"prompt": "a", "stream": True, "stop_token_ids": [999_999]}),
+    ):
+        error = api.refused(path, **body)
+        assert MODEL in error["message"] and "/" not in error["message"], error
+    answer = api.call("POST", "/generate", {"prompt": [999_999]})
+    assert answer.status == 400 and "vocabulary of mx-tiny" in answer.body["detail"]
+    examples = {"prompts": [f"The {i}" for i in range(8)]}
+    answers = {"positive_answers": [" good"] * 8, "negative_answers": [" bad"] * 8}
+    made = api.post("/behaviors/create", behavior_name="told", **examples, **answers)
+    (kept,) = api.call("GET", "/behaviors").body
+    assert made["model"] == kept["model"] == MODEL
+    assert api.call("DELETE", "/behaviors/told").status == 204

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
+import json
+
 from calling import PROMPT, Api, case
 
 
@@ -240,3 +243,21 @@ def _(api: Api) -> None:
     assert api.complete(floats)["text"] == api.complete(ids)["text"] == api.complete()["text"]
     assert api.post("/detokenize", tokens=floats) == api.post("/detokenize", tokens=ids)
     assert api.refused("/v1/completions", prompt=[5.5])["param"] == "prompt"
+
+
+@case("OpenAI", "a body that can't be read is told why")
+def _(api: Api) -> None:
+    for raw, kind, says in (
+        (b"null", "application/json", "must be a JSON object"),
+        (b'{"prompt": "a"}', "text/plain", "with 'Content-Type: application/json'"),
+        (b"[" * 5000, "application/json", "too deeply"),
+        (b'{"seed": 1' + b"0" * 5000 + b"}", "application/json", "too many digits"),
+        (b'{"prompt": "\x80"}', "application/json", "no UTF-8"),
+        (b"{", "application/json", "not valid JSON"),
+    ):
+        connection = http.client.HTTPConnection("127.0.0.1", api.port, timeout=60)
+        connection.request("POST", "/v1/completions", raw, {"Content-Type": kind})
+        answer = connection.getresponse()
+        assert answer.status == 400
+        assert says in json.loads(answer.read())["error"]["message"], (raw[:20], says)
+        connection.close()

@@ -17,6 +17,7 @@ from ..accounts.store import store_of
 from ..http.answers import MOST_NUMBERS, json_answer
 from ..http.disconnect import done_or_gone
 from ..http.routes import Route
+from ..library.kept import KeptBehavior
 from ..library.threads import run_sync
 from ..library.watched import Watching
 from ..model.engine import Engine, ServingEngine
@@ -77,13 +78,20 @@ async def create_behavior(
         vector,
         behavior,
     )
-    return shown(made)
+    return _told(engine, made)
 
 
 @router.get("/behaviors")
-async def behaviors(request: Request, who: Sender) -> list[dict[str, Any]]:
+async def behaviors(request: Request, engine: Engine, who: Sender) -> list[dict[str, Any]]:
     """The account's behaviors, oldest first."""
-    return [shown(one) for one in await run_sync(store_of(request).library.behaviors, who.account_id)]
+    found = await run_sync(store_of(request).library.behaviors, who.account_id)
+    return [_told(engine, one) for one in found]
+
+
+def _told(engine: ServingEngine, behavior: KeptBehavior) -> dict[str, Any]:
+    """What answers have of a behavior: its model by the name that clients see."""
+    found = shown(behavior)
+    return found | {"model": engine.public(found["model"])} if found.get("model") else found
 
 
 @router.delete("/behaviors/{behavior_name:path}", status_code=204, response_class=Response)

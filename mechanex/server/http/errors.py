@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -80,15 +81,20 @@ def _envelope(status: int, message: str, param: str | None = None, code: str | N
     return {"error": {"message": message, "type": kind, "param": param, "code": code or _CODES.get(status)}}
 
 
-def error_envelope(error: MechanexError) -> dict[str, Any]:
-    """OpenAI's error object for one of the library's errors."""
+def error_envelope(error: MechanexError, public: Callable[[str], str] = str) -> dict[str, Any]:
+    """OpenAI's error object for one of the library's errors.
+
+    Args:
+        error: the error.
+        public: makes its message one for clients.
+    """
     details = error.details if isinstance(error.details, dict) else {}
-    return _envelope(status_of(error), error.message, details.get("param"), details.get("code"))
+    return _envelope(status_of(error), public(error.message), details.get("param"), details.get("code"))
 
 
-def anthropic_envelope(error: MechanexError) -> dict[str, Any]:
-    """Anthropic's error object for one of the library's errors."""
-    return _anthropic(status_of(error), error.message)
+def anthropic_envelope(error: MechanexError, public: Callable[[str], str] = str) -> dict[str, Any]:
+    """Anthropic's error object for one of the library's errors; arguments as ``error_envelope``."""
+    return _anthropic(status_of(error), public(error.message))
 
 
 def _anthropic(status: int, message: str) -> dict[str, Any]:
@@ -138,7 +144,9 @@ def answer_to(request: Request, error: MechanexError) -> JSONResponse:
     if isinstance(error, RateLimitError) and error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     details = error.details if isinstance(error.details, dict) else {}
-    return error_answer(request, status, error.message, details.get("param"), details.get("code"), headers)
+    public: Callable[[str], str] = getattr(request.app.state, "public", str)
+    message = public(error.message)
+    return error_answer(request, status, message, details.get("param"), details.get("code"), headers)
 
 
 def error_answer(
@@ -182,6 +190,8 @@ def _explained(found: list[dict[str, Any]]) -> tuple[str, str | None, str | None
     names = [part for part in first["loc"] if part != "body"]
     if first["type"] in ("json_invalid", "missing") and not names:
         return f"The body must be a JSON object ({first['msg']}).", None, None
+    if first["type"] in ("model_attributes_type", "model_type") and not names:
+        return "The body must be a JSON object, with 'Content-Type: application/json'.", None, None
     if first["type"] == "json_invalid":
         return "The body is not valid JSON.", None, None
     param = names[0] if names else None

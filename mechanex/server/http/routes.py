@@ -27,12 +27,20 @@ async def parsed(body: bytes) -> Any:
     """The JSON of a body.
 
     Raises:
-        ValueError: it is no JSON.
-        ValidationError: it holds more than ``MOST_PARTS`` lists and objects.
+        json.JSONDecodeError, UnicodeDecodeError: it is no JSON.
+        ValidationError: it holds more than ``MOST_PARTS`` lists and objects, nests too deeply, or holds what is JSON
+            and can't be read all the same.
     """
     if _n_parts(body) > MOST_PARTS and await run_sync(lambda: _n_parts(_TEXT.sub(b"", body))) > MOST_PARTS:
         raise ValidationError(f"The body holds more than {MOST_PARTS} lists and objects.")
-    return json.loads(body) if len(body) <= _ON_THE_LOOP else await run_sync(json.loads, body)
+    try:
+        return json.loads(body) if len(body) <= _ON_THE_LOOP else await run_sync(json.loads, body)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except RecursionError:
+        raise ValidationError("The body nests its lists and objects too deeply.") from None
+    except ValueError:
+        raise ValidationError("The body holds a whole number of too many digits.") from None
 
 
 def _n_parts(body: bytes) -> int:
@@ -55,5 +63,9 @@ class _BoundedRequest(Request):
     async def json(self) -> Any:
         try:
             return await parsed(await self.body())
-        except ValidationError as error:  # FastAPI takes any other than this for a body that can't be parsed
+        # FastAPI takes any other than this for a body that can't be parsed.
+        except ValidationError as error:
             raise HTTPException(400, error.message) from error
+        except UnicodeDecodeError as error:
+            message = f"The body is not valid JSON: it is no UTF-8 ({error.reason})."
+            raise HTTPException(400, message) from error

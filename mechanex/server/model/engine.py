@@ -85,6 +85,8 @@ class ServingEngine:
             raise ValidationError(f"{self.adapter.model_id} can't generate: load it by name.")
         self.model_name = settings.model_name or _shown(loaded.name)
         self._loaded_name = loaded.name
+        names = {str(loaded.name), self.adapter.model_id}
+        self._folders = [one for one in names if Path(one).is_dir() and Path(one).name != one]
         self._autoencoder: list[tuple[str, SparseAutoencoder] | None] = []
         self._autoencoder_lock = asyncio.Lock()
         self.metrics = Metrics()
@@ -115,6 +117,12 @@ class ServingEngine:
             if self._grammars is None:
                 self._grammars = grammars_for(self.adapter, copy.deepcopy(self.tokenizer), self.ends)
             return self._grammars
+
+    def public(self, text: str) -> str:
+        """A text for clients, to whom the server's folders are nothing: the model by the name that they see."""
+        for folder in self._folders:
+            text = text.replace(folder, self.model_name)
+        return text
 
     @property
     def context(self) -> int | None:

@@ -57,7 +57,7 @@ async def answer(
         ask = options is not None and bool(options.include_usage)
         if options is not None and options.continuous_usage_stats:
             reply.running = Running(requests)
-        return stream_response(reply, generations, n, ask)
+        return stream_response(reply, generations, n, ask, engine.public)
     results = await done_or_gone(request, results_of(generations))
     if reply.inside is not None:
         await done_or_gone(request, reply.inside.read_all(results))

@@ -12,7 +12,7 @@ from pydantic import Field
 from ...errors import MechanexError
 from ..http.body import Body, Items, Part
 from ..http.errors import anthropic_envelope
-from ..model.engine import Engine
+from ..model.engine import Engine, ServingEngine
 from ..model.requests import Result
 from ..model.rules import Stop, Whole
 from .answering import check_model
@@ -103,7 +103,7 @@ async def _messages(body: MessagesBody, request: Request, engine: Engine, who: W
     chat = body.as_chat()
     with sent_as(_NAMES):
         wanted, watching = await chat_request(request, engine, chat, who)
-    shape = _MessageShape(engine.model_name, len(wanted.ids))
+    shape = _MessageShape(engine, len(wanted.ids))
     return await answer_single(request, engine, wanted, watching, shape, stream=bool(body.stream))
 
 
@@ -115,8 +115,8 @@ async def _count(body: CountBody, engine: Engine, who: Who) -> dict[str, int]:
 
 
 class _MessageShape:
-    def __init__(self, model: str, n_prompt: int) -> None:
-        self._model, self._n_prompt = model, n_prompt
+    def __init__(self, engine: ServingEngine, n_prompt: int) -> None:
+        self._model, self._public, self._n_prompt = engine.model_name, engine.public, n_prompt
         self._id = f"msg_{random.getrandbits(128):032x}"
 
     def whole(self, result: Result) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class _MessageShape:
         ]
 
     def failed(self, error: MechanexError) -> list[Event]:
-        return [("error", anthropic_envelope(error))]
+        return [("error", anthropic_envelope(error, self._public))]
 
     def _message(
         self, content: list[dict[str, Any]], reason: str | None, stop: str | None, usage: dict[str, int]

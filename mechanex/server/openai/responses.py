@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from ...errors import MechanexError
 from ..http.body import Items, Part, refused
 from ..http.errors import error_envelope
-from ..model.engine import Engine
+from ..model.engine import Engine, ServingEngine
 from ..model.requests import Result
 from ..model.rules import Whole
 from .bodies import ChatBody, SteeringFields, chat_of, text_of
@@ -144,13 +144,13 @@ async def _responses(body: ResponsesBody, request: Request, engine: Engine, who:
     chat = body.as_chat()
     with sent_as(_NAMES):
         wanted, watching = await chat_request(request, engine, chat, who)
-    shape = _ResponseShape(engine.model_name, body)
+    shape = _ResponseShape(engine, body)
     return await answer_single(request, engine, wanted, watching, shape, stream=bool(body.stream))
 
 
 class _ResponseShape:
-    def __init__(self, model: str, body: ResponsesBody) -> None:
-        self._model, self._body = model, body
+    def __init__(self, engine: ServingEngine, body: ResponsesBody) -> None:
+        self._model, self._public, self._body = engine.model_name, engine.public, body
         self._id, self._item_id = (f"{kind}_{random.getrandbits(128):032x}" for kind in ("resp", "msg"))
         self._created = int(time.time())
         self._number = 0
@@ -191,7 +191,7 @@ class _ResponseShape:
         ]
 
     def failed(self, error: MechanexError) -> list[Event]:
-        told = error_envelope(error)["error"]
+        told = error_envelope(error, self._public)["error"]
         return [self._event("error", code=told["code"], message=told["message"], param=told["param"])]
 
     @property

@@ -64,7 +64,9 @@ async def _completions(body: CompletionBody, request: Request, engine: Engine, w
         prompts = [truncated(engine, body, await engine.encode(prompt), asked) for prompt in body.prompts]
         for ids in prompts:
             if not ids:
-                raise ValidationError("Invalid value for 'prompt': a prompt has no tokens.")
+                raise ValidationError(
+                    "Invalid value for 'prompt': it is empty, and needs at least one token."
+                )
             check_room(engine, len(ids), asked, body.length_field)
     echoed: list[tuple[str, Sequence[int]]] | None = None
     if body.echo:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
 from anyio.to_thread import run_sync
@@ -19,7 +19,9 @@ __all__ = ["stream_response"]
 _News = list[tuple[int, "Step | Result"]]
 
 
-def stream_response(reply: Reply, generations: Sequence[Generation], n: int, ask: bool) -> StreamingResponse:
+def stream_response(
+    reply: Reply, generations: Sequence[Generation], n: int, ask: bool, public: Callable[[str], str]
+) -> StreamingResponse:
     """Server-sent events until ``[DONE]``; an error becomes an event, and a client that goes ends the answers.
 
     Args:
@@ -27,6 +29,7 @@ def stream_response(reply: Reply, generations: Sequence[Generation], n: int, ask
         generations: what they come from.
         n: answers to a prompt.
         ask: whether the usage is wanted.
+        public: makes an error's message one for clients.
     """
 
     async def guarded() -> AsyncIterator[bytes]:
@@ -34,7 +37,7 @@ def stream_response(reply: Reply, generations: Sequence[Generation], n: int, ask
             async for one in _events(reply, generations, n, ask):
                 yield one
         except MechanexError as error:
-            yield event(error_envelope(error))
+            yield event(error_envelope(error, public))
             yield DONE
         finally:
             # The client may have gone; an answer that has ended doesn't mind.
