@@ -60,6 +60,8 @@ class Row:
         """What a guard did about each token, where there is one."""
         self.cached_tokens = 0
         """Tokens of the prompt that needn't be read, since a text before began alike."""
+        self.read_under: object = None
+        """What was attached to the model when the row was read; see :class:`.prefixes.Prefixes`."""
         self.result: Result | None = None
         self.ends = frozenset(() if request.ignore_ends else ends) | frozenset(request.stop_token_ids)
         """Ids of the tokens that end it."""
