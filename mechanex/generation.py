@@ -14,12 +14,16 @@ from . import _default
 from .base import _BaseModule
 from .engine.chat import continued
 from .engine.pairing import are_prompts
+from .engine.seeds import checked_seed, row_seed
 from .engine.strengths import UNSAID, chosen_strength
 from .errors import NotFoundError, ValidationError
-from .remote.answers import field
-from .remote.bodies import list_of, plain_whole
+from .remote.answers import check_understood, field
+from .remote.bodies import list_of, rules_of
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .engine.answering import RuleOptions
     from .engine.hooks import SteeringPlan
     from .engine.models.resolve import LoadedModel
     from .engine.text import Prompt
@@ -60,6 +64,7 @@ class GenerationModule(_BaseModule):
         continue_final_message: bool = False,
         guard: float | None = None,
         strength: float | Sequence[float] | None = None,
+        **rules: Unpack[RuleOptions],
     ) -> str: ...
 
     @overload
@@ -82,6 +87,7 @@ class GenerationModule(_BaseModule):
         continue_final_message: bool = False,
         guard: float | None = None,
         strength: float | Sequence[float] | None = None,
+        **rules: Unpack[RuleOptions],
     ) -> list[str]: ...
 
     @overload
@@ -104,6 +110,7 @@ class GenerationModule(_BaseModule):
         continue_final_message: bool = False,
         guard: float | None = None,
         strength: float | Sequence[float] | None = None,
+        **rules: Unpack[RuleOptions],
     ) -> Iterator[str]: ...
 
     def generate(
@@ -125,6 +132,7 @@ class GenerationModule(_BaseModule):
         continue_final_message: bool = False,
         guard: float | None = None,
         strength: float | Sequence[float] | None = None,
+        **rules: Unpack[RuleOptions],
     ) -> str | list[str] | Iterator[str]:
         """Runs a standard generation, on the server or on the local model as the execution mode says.
 
@@ -132,14 +140,16 @@ class GenerationModule(_BaseModule):
             prompt: text, token ids or chat messages (rendered by the tokenizer's template), or a list of such
                 prompts, which are continued together; prompt i draws as it would alone with ``seed + i``.
             max_tokens: most tokens to add; fewer, with a logged line, where the model's context ends before.
-            sampling_method: ``greedy``, ``top-k``, ``top-p``, ``min-p`` or ``typical``.
-            top_k: for ``top-k``: how many of the likeliest tokens stay.
-            top_p: for ``top-p``: total probability of the tokens that stay, in (0, 1].
+            sampling_method: ``greedy``, ``top-k``, ``top-p``, ``min-p``, ``typical``, or ``combined``: min-p, then
+                top-k, then top-p of what is left.
+            top_k: for ``top-k`` and ``combined``: how many of the likeliest tokens stay; 0 for all with ``combined``.
+            top_p: for ``top-p`` and ``combined``: total probability of the tokens that stay, in (0, 1].
             steering_strength: multiplies the vector; of several vectors each, or with a list its own. Left out, it is
                 1. With a vector a 0 steers nothing and logs a warning; without one, anything but 0 is an error.
             steering_vector: the id of stored vectors, ``{layer: tensor [d]}``, a ``SteeringVector``, the
                 path of a vector file, or a ``SteeringPlan``; or a list of these, which act in order.
-            min_p: for ``min-p``: least probability as a share of the likeliest token's, in (0, 1].
+            min_p: for ``min-p`` and ``combined``: least probability as a share of the likeliest token's, in (0, 1]; 0
+                for none with ``combined``.
             typical_p: for ``typical``: total probability of the tokens that stay, in (0, 1].
             temperature: divides the logits before drawing, above 0.
             seed: makes the draws repeatable; torch's global random state is left alone.
@@ -152,12 +162,17 @@ class GenerationModule(_BaseModule):
                 against a plain row with the same tokens beside it. A token beyond is chosen at the strongest of ⅔, ⅓
                 and 0 of the strength that is within, else by the plain row. Runs locally.
             strength: another name of ``steering_strength``.
+            rules: what answers are held to: ``min_tokens``, ``ignore_eos``, ``stop_token_ids``,
+                ``include_stop_str_in_output``, ``skip_special_tokens``, ``repetition_penalty``, ``frequency_penalty``,
+                ``presence_penalty``, ``logit_bias``, and one of ``response_format``, ``guided_json``,
+                ``guided_regex``, ``guided_choice`` and ``guided_grammar``; see
+                :class:`mechanex.engine.answering.AnswerRules`.
 
         Returns:
             The prompt followed by its continuation; for a list of prompts, a list.
 
-        A server takes text prompts and vectors by id; other prompts and vectors, a guard, and another ``typical_p``
-        than the default, run on the local model only.
+        A server takes text prompts and vectors by id; other prompts and vectors, and a guard, run on the local model
+        only.
 
         Raises:
             MechanexError: neither a model nor a server, and whatever ``transport.call`` raises.
@@ -180,6 +195,8 @@ class GenerationModule(_BaseModule):
             prompts = [continued(one) for one in prompts]
         if stop is not None and not isinstance(stop, str):
             stop = list_of("stop", stop, "texts")
+        first_seed = checked_seed(seed)
+        held = rules_of(_CALL, rules)
 
         def remote() -> str | list[str] | Iterator[str]:
             texts = [remote_text(one, i) for i, one in enumerate(prompts)]
@@ -198,13 +215,14 @@ class GenerationModule(_BaseModule):
                 "steering_strength": steering_strength,
             }
             optional = {
-                "seed": plain_whole(seed if seed is None else seed + i),
+                "seed": None if first_seed is None else row_seed(first_seed, i),
                 "temperature": None if temperature == _TEMPERATURE else temperature,
                 "min_p": None if min_p == _MIN_P else min_p,
                 "stop": stop,
             }
+            beyond = held.told | ({} if typical_p == _TYPICAL_P else {"typical_p": typical_p})
             body.update({name: value for name, value in optional.items() if value is not None})
-            return self._remote_text(body)
+            return self._remote_text(body | beyond, sorted(beyond))
 
         def local(loaded: LoadedModel) -> str | list[str] | Iterator[str]:
             from .engine import generate as engine
@@ -228,19 +246,18 @@ class GenerationModule(_BaseModule):
                     min_p=min_p,
                     typical_p=typical_p,
                     temperature=temperature,
-                    seed=seed,
+                    seed=first_seed,
                     stop=stop,
                     vector=vector,
                     strength=steering_strength,
                     guard=guard,
+                    **rules,
                 ),
             )
 
         only_local = None
         if not all(isinstance(one, str) for one in prompts):
             only_local = "a prompt of token ids or chat messages needs the model's tokenizer"
-        elif typical_p != _TYPICAL_P:
-            only_local = "typical_p can't be sent"
         elif guard is not None:
             only_local = "a guard can't be sent"
         elif steering_vector is not None:
@@ -267,12 +284,15 @@ class GenerationModule(_BaseModule):
             return "the vector is stored on this machine"
         return None
 
-    def _remote_text(self, body: dict[str, Any]) -> str:
+    def _remote_text(self, body: dict[str, Any], beyond: Sequence[str]) -> str:
+        """The answer to a body; of a server that knows what these fields, beyond the contract's, ask of it."""
         vector_id = body["steering_vector_id"]
         if vector_id is not None and body["steering_strength"] == 0:
             _logger.warning("steering_strength is 0: the vector %s steers nothing", vector_id)
         try:
-            return field(self._client.transport.post("/generate", body), _CALL, str, "output")
+            answer = self._client.transport.post("/generate", body)
+            check_understood(answer, _CALL, beyond)
+            return field(answer, _CALL, str, "output")
         except NotFoundError:
             if vector_id is None or not self._client.has_vector(vector_id):
                 raise

@@ -14,10 +14,11 @@ from . import _default
 from .base import Client, _BaseModule
 from .engine.datasets import read_pairs
 from .engine.sae.traces import TracedToken, WatchedText
+from .engine.seeds import checked_seed
 from .errors import APIError, AuthenticationError, ValidationError
 from .home import behaviors_folder
-from .remote.answers import field, listed, object_of
-from .remote.bodies import examples, list_of, plain_whole, texts
+from .remote.answers import check_understood, field, listed, object_of
+from .remote.bodies import examples, list_of, plain_whole, rules_of, texts
 
 if TYPE_CHECKING:
     from .engine.models.resolve import LoadedModel
@@ -338,7 +339,7 @@ class SAEModule(_BaseModule):
                 answer, or only ``"report"`` it.
             return_trace: give the text with the scores, detections and corrections of every token.
             sampling: as in ``generation.generate``: ``sampling_method``, ``top_k``, ``top_p``, ``min_p``,
-                ``typical_p``, ``temperature``, ``seed``, ``stop``.
+                ``typical_p``, ``temperature``, ``seed``, ``stop``, and what answers are held to.
 
         Returns:
             The text: the prompt and its continuation. With ``return_trace``, a ``WatchedText``.
@@ -353,9 +354,13 @@ class SAEModule(_BaseModule):
         body: dict[str, Any] = {"prompt": prompt, "max_new_tokens": max_new_tokens}
         for name, given in (("behavior_names", behavior_names), ("force_steering", force_steering)):
             body[name] = None if given is None else list_of(name, given, "names")
-        unknown = sorted(set(sampling) - _SAMPLING)
+        from .engine.answering import RULES
+
+        known = _SAMPLING | set(RULES)
+        unknown = sorted(set(sampling) - known)
         if unknown:
-            raise ValidationError(f"sampling settings are {', '.join(sorted(_SAMPLING))}; got {unknown}.")
+            raise ValidationError(f"sampling settings are {', '.join(sorted(known))}; got {unknown}.")
+        held = rules_of("sae.generate", {name: sampling[name] for name in RULES if name in sampling})
         call, transport = "sae.generate", self._client.transport
 
         def local(loaded: LoadedModel) -> str | WatchedText:
@@ -375,11 +380,14 @@ class SAEModule(_BaseModule):
 
         # Sent only when they say something, so that servers which know the contract alone understand the rest.
         told = {"action": action if action != "correct" else None, "return_trace": return_trace or None}
-        told |= {name: plain_whole(value) for name, value in sampling.items()}
-        sent = body | {name: value for name, value in told.items() if value is not None}
+        if "seed" in sampling:
+            sampling["seed"] = checked_seed(sampling["seed"])
+        told |= {name: plain_whole(value) for name, value in sampling.items() if name not in RULES}
+        sent = body | {name: value for name, value in told.items() if value is not None} | held.told
 
         def remote() -> str | WatchedText:
             answer = transport.post("/sae/generate", sent)
+            check_understood(answer, call, sorted(held.told))
             if return_trace:
                 return _watched(answer, call, prompt)
             if action != "correct":  # a server that doesn't know of actions has not done this one

@@ -12,6 +12,8 @@ import torch
 from families import FAMILIES, build
 
 from mechanex import Mechanex, NotFoundError, SteeringVector, ValidationError
+from mechanex.engine import activation_files
+from mechanex.engine.activation_files import StoredRows
 from mechanex.engine.activations import Activations
 from mechanex.engine.activations import activations as module_activations
 from mechanex.engine.logit_lens import logit_lens
@@ -70,7 +72,7 @@ def test_places_and_slices_count_in_each_text(client: Mechanex, tokens: Any) -> 
 
 def test_files_hold_what_memory_would(client: Mechanex, tmp_path: Path) -> None:
     written = client.model.activations(TEXTS, layers=[2, 4], tokens="all", out=tmp_path / "acts")
-    assert isinstance(written[2], numpy.memmap)
+    assert isinstance(written[2][:], numpy.memmap)
     opened = Activations.load(tmp_path / "acts")
     assert list(opened) == [2, 4] and opened.lengths == written.lengths
     assert numpy.array_equal(opened[4], client.model.activations(TEXTS, layers=[4], tokens="all")[4])
@@ -79,6 +81,55 @@ def test_files_hold_what_memory_would(client: Mechanex, tmp_path: Path) -> None:
     assert list(again) == [4] and again.lengths == [1]
     with pytest.raises(NotFoundError, match="holds no activations"):
         Activations.load(tmp_path)
+
+
+def test_rows_in_several_files_are_read_as_one_array(tmp_path: Path) -> None:
+    whole = numpy.arange(30, dtype=numpy.float32).reshape(10, 3)
+    rows = StoredRows([whole[:4], whole[4:5], whole[5:]])
+    assert rows.shape == (10, 3) and len(rows) == 10 and rows.dtype == numpy.float32
+    keys: list[Any] = [0, -1, 4, slice(None), slice(2, 7), slice(-3, None), slice(8, 1, -2), slice(7, 3)]
+    keys += [
+        [3, 9, -10],
+        numpy.arange(10) % 2 == 0,
+        (slice(1, 6), 2),
+        (5, 1),
+        numpy.array([[1, 2], [8, 9]]),
+        [],
+    ]
+    for key in keys:
+        assert numpy.array_equal(rows[key], whole[key]), key
+    assert numpy.array_equal(list(rows), whole) and numpy.array_equal(numpy.asarray(rows), whole)
+    assert numpy.array_equal(2 * rows - 1, 2 * whole - 1) and numpy.mean(rows) == whole.mean()
+    for wrong in (10, -11, 1.5, numpy.ones(4, bool)):
+        with pytest.raises(IndexError):
+            rows[wrong]
+
+
+def test_a_call_that_was_stopped_goes_on_after_what_is_there(
+    client: Mechanex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activation_files, "SHARD_TOKENS", 4)
+    texts = TEXTS * 3
+    wanted = client.model.activations(texts, layers=[2, 4])
+    client.model.activations(texts, layers=[2, 4], out=tmp_path)
+    shards = sorted(tmp_path.glob("activations-*"))
+    kept = {path: path.stat().st_mtime_ns for path in shards}
+    assert len(shards) > 4
+    for path in shards[2:4]:
+        path.unlink()
+    (tmp_path / ".activations-00003-of-00009.safetensors.ab12.tmp").touch()
+    with pytest.raises(ValidationError, match=r"unfinished: 2 of \d+ shards are missing.*again"):
+        Activations.load(tmp_path)
+    found = client.model.activations(texts, layers=[2, 4], out=tmp_path)
+    changed = [path for path in shards if path.stat().st_mtime_ns != kept[path]]
+    assert changed == shards[2:4] and not list(tmp_path.glob("*.tmp"))
+    assert close(found[4], wanted[4]) and found.lengths == wanted.lengths
+    assert [len(rows) for rows in found.by_text(2)] == [1] * 12
+    vector = SteeringVector({1: torch.ones(128)})
+    shards[0].unlink()
+    with vector.apply(client.local_model):  # type: ignore[arg-type]
+        steered = client.model.activations(texts, layers=[2, 4], out=tmp_path)  # nothing without it is left
+    assert not close(steered[4], wanted[4]) and all(path.stat().st_mtime_ns > kept[path] for path in shards)
 
 
 def test_steering_that_is_applied_is_seen(client: Mechanex) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -166,6 +168,16 @@ def test_what_the_page_asks_needs_a_key_where_the_server_does(locked: TestClient
     assert locked.get("/page/about", headers={"authorization": f"Bearer {KEY}"}).status_code == 200
 
 
+def test_the_files_are_read_when_they_are_asked_for() -> None:
+    reads = (
+        "import sys; seen = []; "
+        "sys.addaudithook(lambda event, args: seen.append(str(args[0])) if event == 'open' else None); "
+        "import mechanex.server.page.files; print([path for path in seen if 'page/static' in path])"
+    )
+    done = subprocess.run([sys.executable, "-c", reads], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 # What it asks
 
 
@@ -205,6 +217,21 @@ def test_accounts_see_and_download_only_what_is_theirs(locked: TestClient) -> No
     assert (made in ids[0], made in ids[1]) == (True, False)
     assert locked.get(f"/page/vectors/{made}", headers=ann).status_code == 200
     assert locked.get(f"/page/vectors/{made}", headers=bob).status_code == 404
+
+
+def test_a_key_for_texts_alone_is_told_what_every_sender_may_use(client: TestClient) -> None:
+    ann = account(client, "texts@example.org")
+    made = client.post("/steering/generate", json=EXAMPLES, headers=ann).json()["steering_vector_id"]
+    told: dict[str, set[str]] = {}
+    for scope in ("generate", "vectors", "admin"):
+        key = client.post("/auth/api-keys", json={"scopes": [scope]}, headers=ann).json()["key"]
+        about = client.get("/page/about", headers={"x-api-key": key}).json()
+        assert about["model"] == "mx-tiny"
+        told[scope] = {one["id"] for one in about["vectors"]}
+    assert told["generate"] == told["admin"] == told["vectors"] - {made} != told["vectors"]
+    assert {"noise", "calm_angry"} <= told["generate"]
+    beside = client.get("/page/about", headers={"x-api-key": key, **ann}).json()
+    assert {one["id"] for one in beside["vectors"]} == told["vectors"]
 
 
 def test_what_is_stored_on_the_machine_is_the_operators(

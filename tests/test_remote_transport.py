@@ -840,26 +840,61 @@ def test_an_answer_without_end_is_given_up(proxy: FaultyProxy) -> None:
             Mechanex(max_answer_bytes=wrong)  # type: ignore[arg-type]
 
 
-def packed(body: bytes, encoding: str = "gzip") -> Raw:
-    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {encoding}\r\nContent-Length: {len(body)}\r\n\r\n"
+def packed(body: bytes, encoding: str = "gzip", status: str = "200 OK") -> Raw:
+    head = f"HTTP/1.1 {status}\r\nContent-Encoding: {encoding}\r\nContent-Length: {len(body)}\r\n\r\n"
     return Raw(head.encode() + body)
 
 
 def test_an_answer_that_is_packed_unasked_is_unpacked_within_bounds(proxy: FaultyProxy) -> None:
     answer = json.dumps({"text": "x" * 100_000}).encode()
-    proxy.faults = [packed(gzip.compress(answer)), packed(zlib.compress(answer), "Deflate")]
-    for _ in range(2):
+    raw = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    ways = [
+        (gzip.compress(answer), "gzip"),
+        (gzip.compress(answer[:40_000]) + gzip.compress(b"") + gzip.compress(answer[40_000:]), "gzip"),
+        (zlib.compress(answer), "Deflate"),
+        (raw.compress(answer) + raw.flush(), "deflate"),
+    ]
+    proxy.faults = [packed(*way) for way in ways]
+    for _ in ways:
         assert to(proxy).get("/models") == json.loads(answer)
     bomb = gzip.compress(b'"' + bytes(MAX_ANSWER_BYTES) + b'"')
     for given, why in (
         (packed(bomb), "unpacks to more than 67,108,864 bytes: give the client a larger max_answer_bytes"),
+        (packed(gzip.compress(b'"') + gzip.compress(bytes(MAX_ANSWER_BYTES))), "unpacks to more than"),
+        (packed(zlib.compress(bytes(MAX_ANSWER_BYTES + 1)), "deflate"), "unpacks to more than"),
         (packed(gzip.compress(answer)[:-20]), "cut off"),
+        (packed(gzip.compress(answer) + gzip.compress(answer)[:-20]), "cut off"),
+        (packed(zlib.compress(answer)[:-20], "deflate"), "cut off"),
+        (packed(gzip.compress(answer) + b"rubbish"), "damaged"),
         (packed(b"no gzip at all"), "damaged"),
         (packed(answer, "br"), "packed as 'br', which it wasn't asked for"),
     ):
         proxy.faults = [given]
         with pytest.raises(APIError, match=why):
             to(proxy).post("/generate", {})
+
+
+@pytest.mark.parametrize(
+    "status, kind",
+    [
+        ("401 Unauthorized", AuthenticationError),
+        ("404 Not Found", NotFoundError),
+        ("429 Too Many Requests", RateLimitError),
+        ("400 Bad Request", ValidationError),
+    ],
+)
+def test_what_cannot_be_unpacked_keeps_its_status(
+    proxy: FaultyProxy, status: str, kind: type[MechanexError]
+) -> None:
+    proxy.faults = [packed(b"?", "br", status), packed(b"rubbish", "gzip", status)]
+    for _ in range(2):
+        with pytest.raises(kind) as error:
+            to(proxy).post("/generate", {})
+        assert error.value.status_code == int(status[:3])
+    proxy.faults = [packed(b"?", "br")]
+    with pytest.raises(APIError) as error:
+        to(proxy).post("/generate", {})
+    assert error.value.status_code == 200 and error.value.request_id
 
 
 @pytest.mark.parametrize(

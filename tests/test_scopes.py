@@ -17,7 +17,7 @@ from mechanex.cli import main
 from mechanex.engine.models.resolve import load
 from mechanex.server.accounts.scopes import NEEDS, SCOPES
 from mechanex.server.app import create_app
-from mechanex.server.page.files import PAGE_PATHS
+from mechanex.server.page.files import page_paths
 from mechanex.server.settings import ServerSettings
 
 pytestmark = pytest.mark.slow
@@ -60,7 +60,7 @@ def test_every_route_says_what_it_needs(client: TestClient) -> None:
     }
     described = client.get("/openapi.json").json()["paths"]
     assert len(there) > sum(map(len, described.values())) > 30  # the walk found them all
-    files = {f"GET {path}" for path in PAGE_PATHS}
+    files = {f"GET {path}" for path in page_paths()}
     assert there - set(NEEDS) - files == set(), "name what each of these needs in accounts/scopes.py"
     assert set(NEEDS) - there == set(), "these routes are gone"
 
@@ -162,3 +162,9 @@ def test_from_python_and_the_command_line(server: ServerProcess, monkeypatch: py
         ("generate",),
         ("vectors", "generate"),
     }
+
+
+@pytest.mark.parametrize("scopes", [5, "generate", 1.5, True])
+def test_scopes_are_a_list(scopes: Any) -> None:
+    with pytest.raises(ValidationError, match="scopes is a list of names"):
+        Mechanex(base_url="http://127.0.0.1:1", api_key="k").create_api_key(scopes=scopes)

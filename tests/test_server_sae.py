@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,15 +14,18 @@ import httpx
 import pytest
 from argon2 import PasswordHasher
 from fastapi.testclient import TestClient
+from sqlalchemy import event
 
 from mechanex import Mechanex
 from mechanex.bundled import data_path
 from mechanex.engine.datasets import read_pairs
 from mechanex.engine.decode.decoder import Decoder
 from mechanex.engine.models.resolve import LoadedModel, load
+from mechanex.engine.sae.registry import for_model
 from mechanex.errors import NotFoundError
 from mechanex.server.accounts.passwords import Passwords
 from mechanex.server.app import create_app
+from mechanex.server.model.engine import ServingEngine
 from mechanex.server.settings import ServerSettings
 
 pytestmark = pytest.mark.slow
@@ -250,6 +254,36 @@ def test_streams_tell_scores_as_they_come(served: TestClient, path: str) -> None
         assert one["token"] == other["token"]
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-3)
     assert told[-1]["detected"] == whole["behaviors"]["detected"]
+
+
+def test_all_of_a_senders_behaviors_are_looked_up_at_once(server: Server) -> None:
+    client = server.start()
+    for name in ("anger", "b", "c"):
+        made = client.post("/behaviors/create", json=CREATE | {"behavior_name": name})
+        assert made.status_code == 200, made.text
+    app: Any = client.app
+    state, asked = app.state, []
+    event.listen(state.store.database._engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
+    found = asyncio.run(state.engine.steerings.watched.every(None))
+    assert [one.name for one in found] == ["anger", "b", "c"]
+    assert len([one for one in asked if one.startswith("SELECT")]) == 1, asked
+
+
+def test_the_autoencoder_is_read_once(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, reads = ServingEngine(ServerSettings(), model), []
+
+    def read(name: str) -> Any:
+        reads.append(name)
+        return for_model(name)
+
+    monkeypatch.setattr("mechanex.server.model.engine.for_model", read)
+
+    async def twice() -> list[Any]:
+        return await asyncio.gather(engine.autoencoder(), engine.autoencoder())
+
+    first, second = asyncio.run(twice())
+    assert first is not None
+    assert first is second and first[1] is second[1] and len(reads) == 1
 
 
 def test_unknown_behaviors_are_errors(served: TestClient) -> None:

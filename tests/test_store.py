@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sqlite3
 import stat
 import subprocess
@@ -20,7 +21,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from argon2 import PasswordHasher
 from postgres_server import Postgres
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, func, select
 from sqlalchemy.dialects import mysql
 from sqlalchemy.schema import CreateTable
 
@@ -31,7 +32,14 @@ from mechanex.server.accounts.sessions import GRACE, Session
 from mechanex.server.accounts.store import StorageError, Store, open_store
 from mechanex.server.http.limits import RateLimit, client_address
 from mechanex.server.library.database import Database
-from mechanex.server.library.schema import OLDEST_VERSION, VERSION, VERSION_TABLE, metadata
+from mechanex.server.library.schema import (
+    OLDEST_VERSION,
+    VERSION,
+    VERSION_TABLE,
+    behaviors,
+    metadata,
+    vectors,
+)
 from mechanex.server.settings import ServerSettings
 
 pytestmark = pytest.mark.slow
@@ -440,16 +448,11 @@ def test_vectors_and_behaviors_belong_to_their_account(store: Store) -> None:
         assert store.library.behavior_vector_id(owner, "kind") == vector_id
         assert made.steering_vector_id == vector_id
         assert store.library.behaviors(owner) == [made]
-        assert store.library.examples(owner, "kind") == EXAMPLES
         for other in {ann.id, bob.id, None} - {owner}:
             assert store.library.vector(other, vector_id) is None
             with pytest.raises(NotFoundError, match="no steering vector has the id"):
                 store.library.add_behavior(other, "mine", "", EXAMPLES, vector_id)
-            assert (
-                store.library.behavior_vector_id(other, "mine")
-                is store.library.examples(other, "mine")
-                is None
-            )
+            assert store.library.behavior_vector_id(other, "mine") is None
         assert store.library.vector(owner, vector_id) == VECTOR
     assert store.library.behavior_vector_id(bob.id, "kind") is None and store.library.behaviors(bob.id) == []
     for unknown in ("", "f" * 32, "../secret", "\x00", "\ud800"):
@@ -466,7 +469,8 @@ def test_what_was_kept_is_there_after_a_restart(store: Store, database: str | No
     again = opened(database, clock)
     assert again.library.vector(ann.id, vector_id) == VECTOR
     assert again.library.behaviors(ann.id) == [made] and made.n_examples == 1
-    assert again.library.examples(ann.id, "kind") == EXAMPLES | {"prompts": [[1, 2]]}
+    with again.database.read() as connection:
+        assert json.loads(connection.scalar(select(behaviors.c.examples))) == EXAMPLES | {"prompts": [[1, 2]]}
     assert again.library.vector(ann.id, made.steering_vector_id) == 2 * VECTOR
     assert again.users.get(ann.id).model_name == "mx-tiny"
     again.close()
@@ -620,6 +624,35 @@ def test_what_is_deleted_in_the_middle_is_not_there(store: Store, monkeypatch: p
 
 
 # The database
+
+
+@on_each_database
+def test_what_is_read_together_is_of_one_moment(store: Store) -> None:
+    ann, _ = store.users.sign_up("ann@example.org", "correct horse")
+    vector_id = store.library.add_vector(ann.id, VECTOR)
+    reading = Database(str(store.database.url.render_as_string(hide_password=False)))
+    kept = select(func.count()).select_from(vectors)
+    with reading.read() as connection:
+        assert connection.scalar(kept) == 1
+        store.library.delete_vector(ann.id, vector_id)
+        assert connection.scalar(kept) == 1
+    with reading.read() as connection:
+        assert connection.scalar(kept) == 0
+    reading.close()
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+def test_the_names_of_a_vector_have_one_order_on_all_databases(store: Store) -> None:
+    with store.database.write() as connection:  # what a cluster of another locale has
+        connection.exec_driver_sql(
+            'ALTER TABLE mechanex_behaviors ALTER behavior_name TYPE varchar(200) COLLATE "en-x-icu"'
+        )
+    ann, _ = store.users.sign_up("ann@example.org", "correct horse")
+    vector_id = store.library.add_vector(ann.id, VECTOR)
+    for name in ("b", "a b", "A", "ab", "_", "B"):
+        store.library.add_behavior(ann.id, name, "", EXAMPLES, vector_id)
+    (kept,) = store.library.vectors(ann.id)
+    assert kept.behavior_names == ("A", "B", "_", "a b", "ab", "b")
 
 
 def test_opening_refuses_what_is_not_ours(tmp_path: Path) -> None:
@@ -934,11 +967,8 @@ def test_of_eight_threads_with_one_address_one_signs_up(store: Store) -> None:
 # Rates
 
 
-def test_a_client_may_ask_so_often_a_minute_and_is_told_when_again(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(time, "time", clock)
-    limit = RateLimit("requests", 6)
+def test_a_client_may_ask_so_often_a_minute_and_is_told_when_again(clock: Clock) -> None:
+    limit = RateLimit("requests", 6, clock)
     for _ in range(6):
         limit.take("a")
     clock.pass_by(50)
@@ -964,11 +994,8 @@ def test_a_client_may_ask_so_often_a_minute_and_is_told_when_again(
         limit.take("a")
 
 
-def test_a_crowd_of_clients_does_not_free_the_busy_one_and_is_forgotten(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(time, "time", clock)
-    limit = RateLimit("requests", 2)
+def test_a_crowd_of_clients_does_not_free_the_busy_one_and_is_forgotten(clock: Clock) -> None:
+    limit = RateLimit("requests", 2, clock)
     refused = 0
     for stranger in range(1000):
         limit.take(str(stranger))
@@ -980,8 +1007,29 @@ def test_a_crowd_of_clients_does_not_free_the_busy_one_and_is_forgotten(
     clock.pass_by(60)
     limit.give_back("busy")  # whose minute is over: nothing comes of it
     limit.take("later")
-    limit._storage.timer.join()
-    assert set(limit._storage.storage) == {limit._item.key_for("later")}
+    assert list(limit._minutes) == ["later"]
+
+
+def test_counting_requests_starts_no_threads() -> None:
+    limit = RateLimit("requests", 1_000)
+    before = threading.active_count()
+    for _ in range(50):
+        limit.take("a")
+    assert threading.active_count() == before
+
+
+def test_of_many_threads_as_many_get_in_as_may() -> None:
+    limit = RateLimit("requests", 100)
+
+    def let_in(_: int) -> bool:
+        try:
+            limit.take("a")
+        except RateLimitError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(let_in, range(500))) == 100
 
 
 def test_one_client_is_an_ipv4_address_or_a_network_of_ipv6() -> None:

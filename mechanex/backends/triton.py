@@ -36,7 +36,7 @@ __all__ = [
     "BACKEND",
     "LOGPROB",
     "TORCH_ROWS",
-    "bound_steer",
+    "bind_steer",
     "completion_logprob",
     "fuses",
     "interpreted",
@@ -188,7 +188,7 @@ def steer(
     return out
 
 
-def bound_steer(
+def bind_steer(
     hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
 ) -> Callable[[Tensor], Tensor]:
     """:func:`steer` for many hidden states like this one; errors as there."""
@@ -307,7 +307,7 @@ BACKEND = Backend(
     "Triton kernels for GPUs",
     devices(),
     {
-        "steer": Kernel(steer, refuses_steer, declines_steer, steer_gradients, bound=bound_steer),
+        "steer": Kernel(steer, refuses_steer, declines_steer, steer_gradients, bind=bind_steer),
         "steer_many": Kernel(steer_many, refuses_steer_many),
         "completion_logprob": Kernel(
             completion_logprob, refuses_negated, gradients=LOGPROB.gradients, with_slope=LOGPROB.with_slope

@@ -17,7 +17,8 @@ from ..engine.chat import has_chat_template
 from ..engine.generate import stream
 from ..engine.given import as_finite
 from ..engine.models.resolve import LoadedModel, load
-from ..engine.sampling import row_seed
+from ..engine.sampling import Options
+from ..engine.seeds import row_seed
 from ..engine.text import Prompt
 from ..engine.vectors import SteeringVector
 from ..errors import MechanexError, ValidationError
@@ -160,8 +161,7 @@ def run_chat(
     guard: float | None,
     system: str | None,
     max_tokens: int,
-    sampling_method: str,
-    temperature: float,
+    decoding: dict[str, Any],
     seed: int,
     device: str | None,
     dtype: str | None,
@@ -171,16 +171,12 @@ def run_chat(
     Raises:
         MechanexError: whatever the engine finds wrong with the model, the vector or the settings.
     """
+    options = decoding | {"max_tokens": max_tokens, "seed": seed}
+    Options(**options, guard=guard)  # checked before the model is loaded
     found = None if vector is None else find_vector(vector)
     loaded = load(model, backend="transformers", device=device, dtype=dtype)
     if found is not None:
         found.plan(loaded.model)
-    options = {
-        "max_tokens": max_tokens,
-        "sampling_method": sampling_method,
-        "temperature": temperature,
-        "seed": seed,
-    }
     talk = Conversation(loaded, options, found, vector, strength, guard, system)
     if not talk.chats:
         click.echo(f"{loaded.name} has no chat template: each line is continued by itself.")

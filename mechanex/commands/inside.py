@@ -7,11 +7,10 @@ from typing import Any
 
 import click
 
-from .options import complete_model, device_option, dtype_option, json_option
+from .options import device_option, dtype_option, json_option, model_argument
 
 __all__ = ["attribute", "model"]
 
-_model = click.argument("model", shell_complete=complete_model)
 _figure = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -21,7 +20,7 @@ def model() -> None:
 
 
 @model.command()
-@_model
+@model_argument
 @click.option("--depth", type=click.IntRange(min=1), show_default="all", help="How many levels of modules.")
 @click.option("--out", type=_figure, help="Draw the residual stream to this .png, .svg or .pdf.")
 @device_option
@@ -39,7 +38,7 @@ def graph(model: str, *, depth: int | None, out: Path | None, as_json: bool, **o
 
 
 @model.command()
-@_model
+@model_argument
 @device_option
 @dtype_option
 @json_option
@@ -51,7 +50,7 @@ def paths(model: str, *, as_json: bool, **options: Any) -> None:
 
 
 @click.command()
-@_model
+@model_argument
 @click.option("--clean", required=True, help="The prompt with the answer of interest.")
 @click.option("--corrupted", required=True, help="The same with what matters changed, of as many tokens.")
 @click.option(

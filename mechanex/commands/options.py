@@ -26,6 +26,7 @@ __all__ = [
     "email_option",
     "json_option",
     "layer_option",
+    "model_argument",
     "new_password_option",
     "password_option",
     "seed_option",
@@ -74,6 +75,7 @@ def _completed(names: Callable[[], list[str]]) -> Completer:
 complete_model = _completed(model_names)
 complete_dataset = _completed(dataset_names)
 
+model_argument = click.argument("model", shell_complete=complete_model)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 seed_option = click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of every random draw."

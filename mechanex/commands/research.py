@@ -7,15 +7,14 @@ from typing import Any
 
 import click
 
-from .options import complete_model, device_option, dtype_option, json_option
+from .once import once
+from .options import device_option, dtype_option, json_option, model_argument
 
 __all__ = ["activations", "orthogonalize"]
 
-_model = click.argument("model", shell_complete=complete_model)
-
 
 @click.command(short_help="Write a model's residual stream at the tokens of texts to files.")
-@_model
+@model_argument
 @click.argument("texts", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
@@ -39,8 +38,9 @@ _model = click.argument("model", shell_complete=complete_model)
 def activations(model: str, texts: Path, out: Path, **options: Any) -> None:
     """Write the residual stream at the tokens of texts to files.
 
-    TEXTS is a file with one text a line, empty ones left out, OUT a folder: layer_3.npy and so on, as numpy.load reads
-    them, and lengths.npy, how many rows are each text's.
+    TEXTS is a file with one text a line, empty ones left out, OUT a folder: shards of safetensors with tensors layer_3
+    and so on, and index.json, which says how many rows are each text's. Made again after it was stopped, the call
+    goes on.
 
     \b
       mechanex activations mx-tiny prompts.txt activations --layer 3
@@ -78,7 +78,7 @@ def activations(model: str, texts: Path, out: Path, **options: Any) -> None:
 
 
 @click.command(short_help="Write a model without a direction in its weights.")
-@_model
+@model_argument
 @click.argument("vector")
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
@@ -100,12 +100,16 @@ def orthogonalize(
     from ..engine.orthogonalize import orthogonalize as take_out
     from .vectors import find_vector
 
-    if out.exists() and any(out.iterdir()):
+    if once(lambda: out.exists() and any(out.iterdir())):
         raise click.UsageError(f"{out} is not empty: name a new folder.")
     found = find_vector(vector)
     loaded = load(model, backend="transformers", device=device, dtype=dtype)
     take_out(loaded.model, found if layer is None else found.restricted([layer]))
     written: Any = loaded.model
-    written.save_pretrained(out)
-    loaded.tokenizer.save_pretrained(out)
+
+    def write() -> None:
+        written.save_pretrained(out)
+        loaded.tokenizer.save_pretrained(out)
+
+    once(write)
     click.echo(f"Written to {out}.")

@@ -21,6 +21,7 @@ from ..engine.sae.store import BehaviorStore
 from ..engine.sae.traces import WatchedText, save_traces
 from ..engine.sae.train import train_sae
 from ..engine.sae.train_step import TrainingSettings
+from ..engine.sampling import Options
 from ..errors import NotFoundError, ValidationError
 from .console import console, echo_json, model_text
 from .text_files import text_in
@@ -171,14 +172,24 @@ def run_trace(
     prompts: Sequence[str],
     behaviors: Sequence[str],
     action: str,
-    max_tokens: int,
-    sampling_method: str,
-    seed: int,
+    decoding: dict[str, Any],
     options: dict[str, Any],
     pictures: Sequence[Path],
     as_json: bool,
 ) -> None:
-    """Prints answers with the score of every token, detections and corrections marked."""
+    """Prints answers with the score of every token, detections and corrections marked.
+
+    Args:
+        model: its name.
+        prompts: what to continue.
+        behaviors: names of what is watched; none for all that are kept here.
+        action: what is done where one shows.
+        decoding: keyword arguments of ``engine.sampling.Options``.
+        options: where and how the model is loaded.
+        pictures: files to draw to.
+        as_json: print JSON.
+    """
+    Options(**decoding)  # checked before the model is loaded
     store = BehaviorStore()
     names = list(behaviors) or store.names()
     if not names:
@@ -192,9 +203,7 @@ def run_trace(
         list(prompts),
         chosen,
         action=action,  # type: ignore[arg-type]
-        max_tokens=max_tokens,
-        sampling_method=sampling_method,
-        seed=seed,
+        **decoding,
     )
     for path in pictures:
         save_traces(found, path)

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from .options import complete_model, device_option, dtype_option, json_option, seed_option
+from .decoding import decoding_of, decoding_options
+from .options import device_option, dtype_option, json_option, model_argument, seed_option
 
 __all__ = ["sae"]
 
-_model = click.argument("model", shell_complete=complete_model)
 _file = click.Path(exists=True, dir_okay=False, path_type=Path)
 _picture = click.Path(dir_okay=False, path_type=Path)
 _html = click.option("--html", type=_picture, help="Also write a picture as a web page.")
@@ -88,7 +88,7 @@ def show(
 
 
 @sae.command()
-@_model
+@model_argument
 @click.argument("behavior")
 @click.option("--data", type=_file, required=True, help="Texts to look in: plain text or JSON lines.")
 @click.option(
@@ -110,7 +110,7 @@ def explain(
 
 
 @sae.command()
-@_model
+@model_argument
 @click.option("--prompt", "prompts", multiple=True, required=True, help="Text to continue; may be repeated.")
 @click.option(
     "--behavior",
@@ -129,12 +129,7 @@ def explain(
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), default=50, show_default=True, help="Most tokens to write."
 )
-@click.option(
-    "--sampling-method",
-    default="top-k",
-    show_default=True,
-    help="How tokens are drawn: greedy, top-k, top-p, min-p or typical.",
-)
+@decoding_options
 @seed_option
 @_html
 @_png
@@ -148,7 +143,6 @@ def trace(
     behaviors: tuple[str, ...],
     action: str,
     max_tokens: int,
-    sampling_method: str,
     seed: int,
     html: Path | None,
     png: Path | None,
@@ -162,13 +156,12 @@ def trace(
     pictures = _pictures(html=html, png=png)
     from .sae import run_trace
 
-    run_trace(
-        model, prompts, behaviors, action, max_tokens, sampling_method, seed, options, pictures, as_json
-    )
+    decoding = decoding_of(options) | {"max_tokens": max_tokens, "seed": seed}
+    run_trace(model, prompts, behaviors, action, decoding, options, pictures, as_json)
 
 
 @sae.command()
-@_model
+@model_argument
 @click.option(
     "--data",
     type=_file,

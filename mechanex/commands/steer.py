@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -40,8 +41,7 @@ def run_steer(
     guard: float | None,
     save: Path | None,
     max_tokens: int,
-    sampling_method: str,
-    temperature: float,
+    decoding: dict[str, Any],
     seed: int,
     device: str | None,
     dtype: str | None,
@@ -56,9 +56,8 @@ def run_steer(
     asked = given_prompts(prompts, chats, continue_final_message)
     if save is not None:
         format_of(save)
-    settings = Options(
-        max_tokens=max_tokens, sampling_method=sampling_method, temperature=temperature, seed=seed
-    )
+    settings = decoding | {"max_tokens": max_tokens, "seed": seed}
+    Options(**settings, guard=guard)
     found = None if vector is None else find_vector(vector)
     pairs = None if data is None else read_pairs(dataset_path(data), split=split)
     loaded = load(model, backend="transformers", device=device, dtype=dtype)
@@ -112,7 +111,7 @@ def run_steer(
 def _continue(
     loaded: LoadedModel,
     prompts: Sequence[Prompt],
-    settings: Options,
+    settings: dict[str, Any],
     vector: SteeringVector | None = None,
     strength: float = 1.0,
     guard: float | None = None,
@@ -121,10 +120,7 @@ def _continue(
         loaded.model,
         loaded.tokenizer,
         list(prompts),
-        max_tokens=settings.max_tokens,
-        sampling_method=settings.sampling_method,
-        temperature=settings.temperature,
-        seed=settings.seed,
+        **settings,
         vector=vector,
         strength=strength,
         guard=guard,

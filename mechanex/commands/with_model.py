@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .decoding import decoding_of, decoding_options
 from .options import (
     chat_option,
     complete_dataset,
@@ -15,17 +16,16 @@ from .options import (
     dtype_option,
     json_option,
     layer_option,
+    model_argument,
     seed_option,
     split_option,
 )
 
 __all__ = ["chat", "cite", "optimize", "score", "serve", "steer"]
 
-_model = click.argument("model", shell_complete=complete_model)
-
 
 @click.command()
-@_model
+@model_argument
 @click.option("--prompt", "prompts", multiple=True, help="Text to continue; may be repeated.")
 @chat_option("may be repeated")
 @click.option(
@@ -57,13 +57,7 @@ _model = click.argument("model", shell_complete=complete_model)
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), default=40, show_default=True, help="Most tokens to write."
 )
-@click.option(
-    "--sampling-method",
-    default="top-k",
-    show_default=True,
-    help="How tokens are drawn: greedy, top-k, top-p, min-p or typical.",
-)
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="Divides the logits.")
+@decoding_options
 @seed_option
 @device_option
 @dtype_option
@@ -84,11 +78,12 @@ def steer(**options: Any) -> None:
         raise click.UsageError("--layer and --split go with --data; a vector names its own layers.")
     from .steer import run_steer
 
-    run_steer(**options)
+    decoding = decoding_of(options)
+    run_steer(**options, decoding=decoding)
 
 
 @click.command()
-@_model
+@model_argument
 @click.option("--vector", type=click.Path(), help="Steer by this file or stored vector's id.")
 @click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the vector.")
 @click.option(
@@ -104,13 +99,7 @@ def steer(**options: Any) -> None:
     show_default=True,
     help="Most tokens of an answer.",
 )
-@click.option(
-    "--sampling-method",
-    default="top-k",
-    show_default=True,
-    help="How tokens are drawn: greedy, top-k, top-p, min-p or typical.",
-)
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="Divides the logits.")
+@decoding_options
 @seed_option
 @device_option
 @dtype_option
@@ -125,11 +114,12 @@ def chat(**options: Any) -> None:
     """
     from .chat import run_chat
 
-    run_chat(**options)
+    decoding = decoding_of(options)
+    run_chat(**options, decoding=decoding)
 
 
 @click.command()
-@_model
+@model_argument
 @click.option("--prompt", help="The text before the completions.")
 @chat_option("in place of --prompt")
 @click.option(
@@ -194,7 +184,7 @@ def cite(**options: Any) -> None:
 
 
 @click.command()
-@_model
+@model_argument
 @click.option(
     "--data",
     shell_complete=complete_dataset,
@@ -259,7 +249,7 @@ def optimize(ctx: click.Context, /, **options: Any) -> None:
 
 
 @click.command()
-@_model
+@model_argument
 @click.option("--host", default="0.0.0.0", show_default=True, help="Any but a loopback address needs a key.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one."

@@ -96,10 +96,10 @@ def caa_vectors(
 
         return read
 
-    ranks = current_ranks()
+    ranks = current_ranks(adapter)
     with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model), ranks.together():
         packs = packs_for(
-            adapter, pairs, row_tokens=row_tokens, batch_tokens=batch_tokens, processes=ranks.size
+            adapter, pairs, row_tokens=row_tokens, batch_tokens=batch_tokens, processes=ranks.sharing
         )
         for pack in dealt(packs, ranks, "CAA", progress=progress):
             weight = weights.to(pack.pair.device)[pack.pair]

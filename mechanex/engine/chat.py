@@ -149,4 +149,7 @@ def _check_names(kwargs: Mapping[str, Any]) -> None:
 
     taken = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
     if refused := sorted(taken.intersection(kwargs)):
-        raise ValidationError(f"Variables of a chat template can't be called {', '.join(refused)}.")
+        raise ValidationError(
+            f"Variables of a chat template can't be called {', '.join(refused)}.",
+            details={"param": "chat_template_kwargs"},
+        )

@@ -6,12 +6,14 @@ import contextvars
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ..errors import ValidationError
 from .chat import continued
+from .decode.grammar import Grammar, grammars_for
 from .decode.request import Steer, Step, TextRequest
 from .decode.row import Row
 from .decode.run import decode
@@ -19,6 +21,7 @@ from .hooks import SteeringPlan
 from .limits import check_context
 from .models import adapter_for
 from .models.adapter import ModelAdapter
+from .ranks import current_ranks
 from .sampling import Options, end_tokens, padding_token
 from .strengths import check_plan_strength, strength_of_each
 from .text import Prompt, encode_prompt, prompt_text
@@ -89,8 +92,15 @@ class Generating:
         self.prompts = [prompt_text(self.tokenizer, prompt) for prompt in prompts]
         self.ends = end_tokens(self.adapter.hf_model, self.tokenizer)
         check_context(self.adapter, max(map(len, self.ids)), options.max_tokens)
+        options.check_ids(self.adapter)
+        self.grammar: Grammar | None = None
+        if options.form is not None:
+            self.grammar = grammars_for(self.adapter, self.tokenizer, self.ends).of_form(options.form)
         self.steering = self._steering(len(prompts))
-        self.seeds = options.seeds(len(prompts))
+        self._ranks = current_ranks(self.adapter)
+        seeds = partial(options.seeds, len(prompts))
+        # A split model's processes write the same text together; others draw for themselves.
+        self.seeds = self._ranks.from_first(seeds) if self._ranks.split else seeds()
 
     def texts(self) -> list[str]:
         """The prompts with their continuations."""
@@ -107,7 +117,7 @@ class Generating:
         def tell(step: Step | None) -> bool:
             if step is not None:
                 pieces.put(step.text)
-            return closed.is_set()
+            return any(self._ranks.told(closed.is_set())) if self._ranks.split else closed.is_set()
 
         def work() -> None:
             try:
@@ -141,10 +151,11 @@ class Generating:
                 steering,
                 stream=stream,
                 guard=options.guard if steering else None,
+                grammar=self.grammar,
             )
             for ids, seed, steering in zip(self.ids, self.seeds, self.steering, strict=True)
         ]
-        requests = [self.request(i, one) for i, one in enumerate(requests)]
+        requests = [self.request(i, options.asked(one)) for i, one in enumerate(requests)]
         n, room = len(requests), self.adapter.context
         return [Row(one, self.tokenizer, self.ends, room, prompt=(i, n)) for i, one in enumerate(requests)]
 

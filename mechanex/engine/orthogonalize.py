@@ -21,6 +21,7 @@ from .hooks import Intervention, SteeringPlan, attach, listed
 from .intervention import Edit, EditTable, widest
 from .models import adapter_for
 from .models.adapter import Handles, ModelAdapter, exclusive, undisturbed
+from .sharded import check_whole
 from .stream import given_out, with_given_out
 from .structure.graph import structure_of
 from .vectors import SteeringVector
@@ -47,6 +48,7 @@ def ablate_everywhere(model: nn.Module | ModelAdapter, vector: SteeringVector) -
         ValidationError: a vector of several layers, of another width, or zero.
     """
     adapter = adapter_for(model)
+    check_whole(adapter.hf_model, "Weights can't be made orthogonal")
     direction = _direction(adapter, vector)
     sites = [Intervention(layer, Edit.ablate(direction)) for layer in range(adapter.n_layers + 1)]
     handles = SteeringPlan(sites).apply(adapter)
@@ -78,6 +80,7 @@ def orthogonalize(model: nn.Module | ModelAdapter, vector: SteeringVector) -> Ha
             same, as where a norm follows what is written. Its weights are then as before.
     """
     adapter = adapter_for(model)
+    check_whole(adapter.hf_model, "Weights can't be made orthogonal")
     direction = _direction(adapter, vector)
     plain = _logits(adapter)
     with ablate_everywhere(adapter, vector):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ValidationError
+from .activation_files import StoredRows
 
 __all__ = ["projections"]
 
@@ -57,6 +58,8 @@ def _projected(layer: int, direction: Tensor, given: Any) -> Any:
 
 def _as_array(layer: int, given: Any) -> Any:
     """Numbers [n, …, d]; arrays in files stay there."""
+    if isinstance(given, StoredRows):
+        return given
     if isinstance(given, Tensor):
         kept = given.detach().cpu()
         rows: Any = (kept if kept.dtype == torch.float64 else kept.float()).numpy()

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ValidationError
+from .answering import AnswerRules
 from .given import as_finite
+from .seeds import checked_seed, row_seed
 from .strengths import Strength
 from .whole import as_whole
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from .hooks import SteeringPlan
     from .vectors import SteeringVector
 
-__all__ = ["METHODS", "Options", "Sampling", "end_tokens", "padding_token", "row_seed"]
+__all__ = ["METHODS", "Options", "Sampling", "end_tokens", "padding_token"]
 
 _logger = logging.getLogger(__name__)
 
@@ -77,8 +79,8 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Options(Sampling):
-    """How to continue a prompt: the sampling settings, and what follows.
+class Options(AnswerRules, Sampling):
+    """How to continue a prompt: the sampling settings, what the answer is held to, and what follows.
 
     Args:
         max_tokens: most tokens to add; fewer, with a logged line, where the model's context ends before.
@@ -102,16 +104,15 @@ class Options(Sampling):
     guard: float | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Sampling.__post_init__(self)
+        AnswerRules.__post_init__(self)
         most = as_whole(self.max_tokens)
         if most is None or most < 1:
             raise ValidationError(f"max_tokens is a number of tokens, at least 1; got {self.max_tokens!r}.")
         object.__setattr__(self, "max_tokens", most)
-        if self.seed is not None:
-            seed = as_whole(self.seed)
-            if seed is None or not 0 <= seed < 2**63:
-                raise ValidationError(f"seed is a whole number from 0 to 2**63 - 1; got {self.seed!r}.")
-            object.__setattr__(self, "seed", seed)
+        if self.min_tokens > most:
+            raise ValidationError(f"min_tokens is at most max_tokens: got {self.min_tokens} and {most}.")
+        object.__setattr__(self, "seed", checked_seed(self.seed))
         if self.guard is not None:
             guard = as_finite(self.guard)
             if guard is None or guard < 0:
@@ -138,11 +139,6 @@ class Options(Sampling):
             seed = int(torch.randint(2**62, ()))
             _logger.info("seed %d", seed)
         return [row_seed(seed, i) for i in range(n_rows)]
-
-
-def row_seed(seed: int, i: int) -> int:
-    """The seed of row ``i`` of those that are drawn from one seed."""
-    return (seed + i) % 2**63
 
 
 def end_tokens(hf: Any, tokenizer: Any) -> list[int]:

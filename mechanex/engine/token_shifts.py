@@ -10,10 +10,9 @@ from torch import Tensor
 
 from ..errors import ValidationError
 from .capabilities.unembedding import unembedding_agrees
-from .divergence import divergence
+from .divergence import log_probabilities, shift
 from .forward import packs_for, scored_logits
 from .hooks import Intervention, SteeringPlan
-from .intervention import compute_dtype
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import Pair
 from .passes import scored_hidden
@@ -94,19 +93,19 @@ def token_shifts(
             for first in range(0, len(owners), step):
                 part = slice(first, first + step)
                 rows = [
-                    _log_softmax(one[part] if whole else adapter.unembedding.logits(one[part]))
+                    log_probabilities(one[part] if whole else adapter.unembedding.logits(one[part]))
                     for one in both
                 ]
                 shifts = _shifts(adapter, rows[0], rows[1], targets[part], top)
-                for owner, shift in zip(owners[part], shifts, strict=True):
-                    found[owner].append(shift)
+                for owner, one in zip(owners[part], shifts, strict=True):
+                    found[owner].append(one)
     return found
 
 
 def _shifts(
     adapter: ModelAdapter, plain: Tensor, steered: Tensor, targets: Tensor, top: int
 ) -> list[TokenShift]:
-    kl = divergence(steered, plain).clamp(min=0)
+    kl = shift(steered, plain)
     if not bool(torch.isfinite(kl).all()):
         raise ValidationError(
             f"The steered logits of {adapter.model_id} are NaN or infinite: steer less, or check the vector."
@@ -123,7 +122,3 @@ def _likeliest(rows: Tensor, top: int) -> list[Likeliest]:
         tuple(zip(ids, logprobs, strict=True))
         for ids, logprobs in zip(tokens.tolist(), values.tolist(), strict=True)
     ]
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return logits.to(compute_dtype(logits.dtype)).log_softmax(-1)

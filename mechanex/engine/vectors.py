@@ -114,6 +114,7 @@ class SteeringVector(Mapping[int, Tensor]):
         self.metadata = as_text_fields(metadata or {})
         self.terms = (terms or Terms()).among(self._layers)
         _check_terms(self.terms, self.width)
+        self._digest: bytes | None = None
 
     def __getitem__(self, layer: int) -> Tensor:
         if layer not in self._layers:
@@ -332,12 +333,14 @@ class SteeringVector(Mapping[int, Tensor]):
         return self.plan(model, strength, tokens, rows).apply(model)
 
     def digest(self) -> bytes:
-        """[16] bytes that are the same for vectors that do the same."""
-        digest = hashlib.blake2b(self.terms.text().encode(), digest_size=16)
-        for name, tensor in (*self.items(), *self.terms.tensors().items()):
-            digest.update(f"{name}:{tensor.dtype}:{tensor.numel()};".encode())
-            digest.update(tensor.cpu().numpy().tobytes())
-        return digest.digest()
+        """[16] bytes that are the same for vectors that do the same; computed once."""
+        if self._digest is None:
+            digest = hashlib.blake2b(self.terms.text().encode(), digest_size=16)
+            for name, tensor in (*self._layers.items(), *self.terms.tensors().items()):
+                digest.update(f"{name}:{tensor.dtype}:{tensor.numel()};".encode())
+                digest.update(tensor.cpu().numpy().tobytes())
+            self._digest = digest.digest()
+        return self._digest
 
     def plan(
         self,

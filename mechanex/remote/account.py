@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from ..errors import AuthenticationError, MechanexError, ValidationError
 from .answers import field, listed, object_of, without_secrets
+from .bodies import list_of
 from .identity import Tokens
 from .transport import TIMEOUT, Transport, tokens_of
 
@@ -224,10 +225,9 @@ class AccountCalls:
         """
         if not isinstance(name, str) or not name.strip():
             raise ValidationError(f"the name of an API key is a text that isn't empty; got {name!r}.")
-        if isinstance(scopes, str):
-            raise ValidationError(f"scopes is a list of names; got the text {scopes!r}.")
+        named = None if scopes is None else list_of("scopes", scopes, "names")
         self.require_remote("create_api_key")
-        asked = {"scopes": None if scopes is None else list(scopes), "expires_days": expires_days}
+        asked = {"scopes": named, "expires_days": expires_days}
         body = {"name": name} | {name: value for name, value in asked.items() if value is not None}
         answer = self.transport.post("/auth/api-keys", body, timeout=TIMEOUT)
         given = object_of(answer, "create_api_key")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
@@ -23,6 +25,7 @@ __all__ = [
     "DEEPEST",
     "Answer",
     "UnexpectedAnswer",
+    "check_understood",
     "error_of",
     "field",
     "json_of",
@@ -49,6 +52,7 @@ _KINDS: dict[int, type[MechanexError]] = {
 DEEPEST = 100
 """Lists and objects within each other in an answer's JSON; none of ours has ten."""
 
+_PIECE = 2**20
 _MOST_SHOWN = 500
 _HIDDEN = "***"
 _SHORTEST_IN_TEXT = 6
@@ -139,17 +143,38 @@ def unpacked(body: bytes, encoding: str, most_bytes: int) -> bytes:
         return body
     if named not in ("gzip", "x-gzip", "deflate"):
         raise APIError(f"the server's answer is packed as {named[:40]!r}, which it wasn't asked for.")
-    unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # either header
     try:
-        found = unpacker.decompress(body, most_bytes + 1)
-    except zlib.error as error:
+        found = (_inflated if named == "deflate" else _gunzipped)(body, most_bytes + 1)
+    except EOFError:
+        raise APIError("the server's answer is packed, and cut off.") from None
+    except (OSError, zlib.error) as error:
         raise APIError(f"the server's answer is packed, and damaged ({error}).") from error
     if len(found) > most_bytes:
         raise APIError(
             f"the server's answer unpacks to more than {most_bytes:,} bytes: give the client a larger max_answer_bytes."
         )
-    if not unpacker.eof:
-        raise APIError("the server's answer is packed, and cut off.")
+    return found
+
+
+def _gunzipped(body: bytes, most: int) -> bytes:
+    """The first bytes of what gzip packed, in however many members."""
+    found = bytearray()
+    with gzip.GzipFile(fileobj=io.BytesIO(body)) as file:
+        while len(found) < most and (piece := file.read(min(most - len(found), _PIECE))):
+            found += piece
+    return bytes(found)
+
+
+def _inflated(body: bytes, most: int) -> bytes:
+    """The first bytes of what is packed as deflate: in zlib's envelope, or as some servers send it without."""
+    unpacker = zlib.decompressobj()
+    try:
+        found = unpacker.decompress(body, most)
+    except zlib.error:
+        unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+        found = unpacker.decompress(body, most)
+    if len(found) < most and not unpacker.eof:
+        raise EOFError
     return found
 
 
@@ -295,6 +320,25 @@ def field(answer: Any, call: str, kind: type[T], *names: str) -> T:
             details=_shape(answer),
         )
     return found
+
+
+def check_understood(answer: Any, call: str, fields: Sequence[str]) -> None:
+    """Refuses the answer of a server that knows the contract alone and has taken no heed of further fields.
+
+    Args:
+        answer: has a ``finish_reason`` where they were understood.
+        call: the call's documented name.
+        fields: that were sent beyond the contract's; none is always understood.
+
+    Raises:
+        APIError: it hasn't.
+    """
+    if fields and not (isinstance(answer, dict) and "finish_reason" in answer):
+        raise UnexpectedAnswer(
+            f"{call}: the server's answer has no 'finish_reason', so that it doesn't know {', '.join(fields)}: leave "
+            "them out, or use a server of this version, or set_execution_mode('local').",
+            details=_shape(answer),
+        )
 
 
 def listed(answer: Any, call: str, name: str) -> list[Any]:

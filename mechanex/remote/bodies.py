@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import ValidationError
 
 if TYPE_CHECKING:
+    from ..engine.answering import AnswerRules
     from ..engine.text import Prompt
 
-__all__ = ["example_lists", "examples", "layer_list", "list_of", "plain_whole", "texts"]
+__all__ = ["example_lists", "examples", "layer_list", "list_of", "plain_whole", "rules_of", "texts"]
 
 T = TypeVar("T")
 
@@ -86,6 +87,21 @@ def list_of(name: str, given: Iterable[T], kind: str) -> list[T]:
     if not isinstance(given, Iterable):
         raise ValidationError(f"{name} is a list of {kind}; got {type(given).__name__}.")
     return list(given)
+
+
+def rules_of(call: str, given: Mapping[str, Any]) -> AnswerRules:
+    """What answers are held to, checked as where they are written.
+
+    Raises:
+        TypeError: an argument of another name.
+        ValidationError: one out of its range.
+    """
+    from ..engine.answering import RULES, AnswerRules
+
+    unknown = [name for name in given if name not in RULES]
+    if unknown:
+        raise TypeError(f"{call}() got an unexpected keyword argument {unknown[0]!r}")
+    return AnswerRules(**given)
 
 
 def texts(prompts: Sequence[Prompt]) -> list[str]:

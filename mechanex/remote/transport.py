@@ -222,8 +222,14 @@ class Transport:
                 and any(one.error or one.status in _LOST for one in tries)
             ):
                 status, body = 204, b""
-            body = unpacked(body, response.headers.get("content-encoding", ""), self._max_answer_bytes)
             their_id = response.headers.get("x-request-id") or request_id
+            try:
+                body = unpacked(body, response.headers.get("content-encoding", ""), self._max_answer_bytes)
+            except APIError as error:
+                if 200 <= status < 300:
+                    error.status_code, error.request_id = status, without_secrets(their_id, used.secrets())
+                    raise
+                body = b""  # the status says enough
             return Answer(status, response.reason or "", response.headers, body, their_id)
         # Raised here, outside of the except block: the library's own exception holds the request and its headers.
         end = "" if failed.endswith("?") else "."

@@ -29,7 +29,7 @@ from .openai.messages import messages_router
 from .openai.responses import responses_router
 from .openai.routes import openai_router
 from .openai.tokens import tokens_router
-from .page.files import PAGE_PATHS
+from .page.files import page_paths
 from .page.routes import page_router
 from .settings import ServerSettings
 
@@ -111,7 +111,7 @@ def create_app(
     app.state.server_key, app.state.started = key, time.time()
     app.state.wrong_keys = RateLimit("wrong keys from this address", WRONG_KEYS_PER_MINUTE)
     app.state.guards, app.state.token_quota = Guards(settings), engine.scheduler.quota
-    app.state.open_paths = OPEN_PATHS | PAGE_PATHS
+    app.state.open_paths = OPEN_PATHS | page_paths()
     add_handlers(app)
     app.include_router(openai_router())
     app.include_router(embeddings_router())

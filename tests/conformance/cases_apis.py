@@ -143,3 +143,48 @@ def _(api: Api) -> None:
 def _(api: Api) -> None:
     found = _openai(api).embeddings.create(model=MODEL, input=["a market", "a river"])
     assert len(found.data) == 2 and len(found.data[0].embedding) == 128
+
+
+@case("OpenAI", "errors name the field that was sent, whichever API it came by")
+def _(api: Api) -> None:
+    long, unknown = "word " * 600, [999_999]
+    chat = [{"role": "user", "content": long}]
+    for path, body, param in (
+        ("/v1/responses", {"input": long}, "input"),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 600}, "max_output_tokens"),
+        (
+            "/v1/responses",
+            {"input": "a", "text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "?"}}}},
+            "text",
+        ),
+        ("/v1/chat/completions", {"messages": chat}, "messages"),
+        ("/v1/chat/completions", {"messages": chat, "max_tokens": 5}, "messages"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 600},
+            "max_completion_tokens",
+        ),
+        ("/v1/completions", {"prompt": long}, "prompt"),
+        ("/v1/completions", {"prompt": unknown}, "prompt"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 600}, "max_tokens"),
+        ("/v1/completions", {"prompt": ["a"] * 129}, "prompt"),
+        ("/v1/completions", {"prompt": ["a"] * 2, "n": 128}, "n"),
+        ("/v1/completions", {"prompt": ["a"] * 2, "best_of": 128}, "best_of"),
+        ("/v1/embeddings", {"input": [unknown]}, "input"),
+        ("/v1/embeddings", {"input": long}, "input"),
+        ("/tokenize", {"prompt": "word " * 20_000}, "prompt"),
+        ("/detokenize", {"tokens": unknown}, "tokens"),
+    ):
+        error = api.refused(path, **body)
+        assert error["param"] == param, (path, list(body), error)
+        for other in {"messages", "response_format", "max_completion_tokens"} - {param}:
+            assert other not in error["message"], error
+
+
+@case("OpenAI", "a prompt that fills the context has no room for an answer")
+def _(api: Api) -> None:
+    full = [5] * 512
+    error = api.refused("/v1/completions", prompt=full)
+    assert (
+        error["code"] == "context_length_exceeded" and "513 tokens (512 in the prompt, 1" in error["message"]
+    )

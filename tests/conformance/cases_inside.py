@@ -102,6 +102,8 @@ def _(api: Api) -> None:
     packed = api.post("/v1/embeddings", input=PROMPT, encoding_format="base64")["data"][0]["embedding"]
     assert list(struct.unpack(f"<{len(first)}f", base64.b64decode(packed))) == first
     assert "dimensions" in api.refused("/v1/embeddings", input="a", dimensions=3)["message"]
+    many = api.refused("/v1/embeddings", input=["a"] * 129)
+    assert many["param"] == "input" and "129 texts" in many["message"]
 
 
 @case(

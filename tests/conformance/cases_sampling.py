@@ -177,3 +177,66 @@ def _(api: Api) -> None:
     alone = [api.complete(f, max_tokens=10)["text"] for f in (PROMPT, "The food in Rome")]
     both = api.post("/v1/completions", prompt=[PROMPT, "The food in Rome"], temperature=0, max_tokens=10)
     assert [choice["text"] for choice in both["choices"]] == alone
+
+
+@case("OpenAI", "null is the default: max_tokens of completions is 16, also as a bound of min_tokens")
+def _(api: Api) -> None:
+    for given in ({"max_tokens": None}, {}):
+        assert (
+            "at most max_tokens: got 20 and 16"
+            in api.refused("/v1/completions", prompt="a", min_tokens=20, **given)["message"]
+        )
+    assert api.complete(max_tokens=None, ignore_eos=True)["finish_reason"] == "length"
+
+
+@case("OpenAI", "checks between fields name the field, as checks of one do")
+def _(api: Api) -> None:
+    chat = {"messages": [{"role": "user", "content": "a"}]}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for path, body, param in (
+        ("/v1/completions", {"prompt": "a", "n": 2, "best_of": 1}, "best_of"),
+        ("/v1/completions", {"prompt": "a", "best_of": 2, "stream": True}, "best_of"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ("/v1/completions", {"prompt": "a", "suffix": "b"}, "suffix"),
+        ("/v1/completions", {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
+        ("/v1/completions", {"prompt": "a", "min_tokens": 17}, "min_tokens"),
+        ("/v1/completions", {"prompt": [[]]}, "prompt"),
+        ("/v1/completions", {"prompt": "a", "behavior_action": "report"}, "behavior_action"),
+        (
+            "/v1/completions",
+            {"prompt": "a", "steering_condition": {"vector": "a", "threshold": 0}},
+            "steering_condition",
+        ),
+        ("/v1/chat/completions", chat | {"top_logprobs": 2}, "top_logprobs"),
+        ("/v1/chat/completions", chat | {"tool_choice": "required"}, "tool_choice"),
+        (
+            "/v1/chat/completions",
+            chat | {"max_tokens": 2, "max_completion_tokens": 3},
+            "max_completion_tokens",
+        ),
+        (
+            "/v1/chat/completions",
+            chat | {"continue_final_message": True, "add_generation_prompt": True},
+            "add_generation_prompt",
+        ),
+        ("/v1/chat/completions", chat | {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        (
+            "/v1/chat/completions",
+            chat | {"tools": tools, "tool_choice": "required", "ignore_eos": True},
+            "ignore_eos",
+        ),
+        ("/v1/responses", {"input": "a", "previous_response_id": "b"}, "previous_response_id"),
+        ("/v1/responses", {"input": "a", "background": True}, "background"),
+        ("/tokenize", {}, "prompt"),
+    ):
+        error = api.refused(path, **body)
+        assert error["param"] == param, (path, body, error)
+
+
+@case("OpenAI", "token ids may be written as 5.0, wherever a prompt may have them")
+def _(api: Api) -> None:
+    ids = api.post("/tokenize", prompt=PROMPT)["tokens"]
+    floats = [float(one) for one in ids]
+    assert api.complete(floats)["text"] == api.complete(ids)["text"] == api.complete()["text"]
+    assert api.post("/detokenize", tokens=floats) == api.post("/detokenize", tokens=ids)
+    assert api.refused("/v1/completions", prompt=[5.5])["param"] == "prompt"

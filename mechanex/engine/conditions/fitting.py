@@ -121,9 +121,9 @@ def prompt_means(
 
         return read
 
-    ranks, pairs = current_ranks(), [(list(one[:1]), list(one[1:])) for one in ids]
+    ranks, pairs = current_ranks(adapter), [(list(one[:1]), list(one[1:])) for one in ids]
     with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model), ranks.together():
-        for pack in dealt(packs_for(adapter, pairs, processes=ranks.size), ranks, "Prompts"):
+        for pack in dealt(packs_for(adapter, pairs, processes=ranks.sharing), ranks, "Prompts"):
             visit_residuals(adapter, pack, {layer: reader(layer, pack) for layer in layers})
     counts = torch.tensor([[float(len(one) - 1)] for one in ids], dtype=torch.float64)
     return {layer: ranks.total(total) / counts for layer, total in sums.items()}

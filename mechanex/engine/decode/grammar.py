@@ -7,17 +7,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import MechanexError, ValidationError
 from ...extras import install_line
+from ..answering import Form, FormKind
+from ..models.adapter import ModelAdapter
 
-__all__ = ["Grammar", "GrammarState", "Grammars", "Masks"]
-
-Kind = Literal["json", "regex", "choice", "grammar"]
+__all__ = ["Grammar", "GrammarState", "Grammars", "Masks", "grammars_for"]
 
 _MOST_CHARACTERS = 100_000
 _KEPT = 64
@@ -114,9 +114,9 @@ class Grammars:
             ) from error
         self._n_vocab = n_vocab
         self._lock = threading.Lock()
-        self._known: OrderedDict[tuple[Kind, str], Grammar] = OrderedDict()
+        self._known: OrderedDict[tuple[FormKind, str], Grammar] = OrderedDict()
 
-    def compiled(self, kind: Kind, given: Mapping[str, Any] | str | Sequence[str]) -> Grammar:
+    def compiled(self, kind: FormKind, given: Mapping[str, Any] | str | Sequence[str]) -> Grammar:
         """A grammar.
 
         Args:
@@ -141,7 +141,17 @@ class Grammars:
                 self._known.popitem(last=False)
         return made
 
-    def _made(self, kind: Kind, given: Any) -> Grammar:
+    def of_form(self, form: Form) -> Grammar:
+        """As ``compiled``, of a form that an argument gives, which errors name and have as ``param``."""
+        name, kind, given = form
+        try:
+            return self.compiled(kind, given)
+        except ValidationError as error:
+            raise ValidationError(
+                f"Invalid value for '{name}': {error.message}", details={"param": name}
+            ) from error
+
+    def _made(self, kind: FormKind, given: Any) -> Grammar:
         from llguidance import LLMatcher, grammar_from
 
         try:
@@ -164,6 +174,19 @@ class Grammars:
         except MechanexError as error:
             raise ValidationError(error.message) from error
         return made
+
+
+def grammars_for(adapter: ModelAdapter, tokenizer: Any, ends: Sequence[int]) -> Grammars:
+    """What compiles grammars for a model and a tokenizer, kept on the model.
+
+    Raises:
+        ValidationError: as ``Grammars``.
+    """
+    known: tuple[Any, tuple[int, ...], Grammars] | None = adapter.kept.grammars
+    if known is None or known[0] is not tokenizer or known[1] != tuple(ends):
+        made = Grammars(tokenizer, int(adapter.config.vocab_size), ends)
+        known = adapter.kept.grammars = (tokenizer, tuple(ends), made)
+    return known[2]
 
 
 class Masks:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import ValidationError
 from ..capabilities.decoding import form
-from ..divergence import divergence
+from ..divergence import log_probabilities, shift
 from ..hooks import attach
 from ..intervention import compute_dtype
 from ..models.adapter import ModelAdapter, ResidualHook, undisturbed
@@ -155,11 +155,11 @@ def _differences(
     if first >= last:
         return []
     rows = slice(first - begin, last - begin)
-    after, before = (logits[rows].float().log_softmax(-1) for logits in (steered, plain))
+    after, before = (log_probabilities(logits[rows]) for logits in (steered, plain))
     tokens = list(answer[first + 1 - n_prompt : last + 1 - n_prompt])
     change = (after - before).nan_to_num(0.0)  # of tokens that the model rules out
     own = change.gather(1, torch.tensor(tokens, device=change.device)[:, None])[:, 0].tolist()
-    kls = divergence(after, before).tolist()
+    kls = shift(after, before).tolist()
     depth = min(max(50, most), change.shape[-1])
     likely = torch.maximum(after, before).topk(depth, -1).indices
     among = change.gather(1, likely)

@@ -62,6 +62,8 @@ class Row:
         """Tokens of the prompt that needn't be read, since a text before began alike."""
         self.read_under: object = None
         """What was attached to the model when the row was read; see :class:`.prefixes.Prefixes`."""
+        self.found_prefix: tuple[object, tuple[int, int] | None] | None = None
+        """What was last found of texts that begin alike, and what that depends on; for :class:`Prefixes` alone."""
         self.result: Result | None = None
         self.ends = frozenset(() if request.ignore_ends else ends) | frozenset(request.stop_token_ids)
         """Ids of the tokens that end it."""

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ...errors import MechanexError
 from ..capabilities.unembedding import unembedding_agrees
-from ..divergence import divergence
+from ..divergence import log_probabilities, shift
 from ..forward import packs_for, scored_logits
 from ..hooks import Intervention, SteeringPlan
-from ..intervention import compute_dtype
 from ..models.adapter import ModelAdapter, exclusive, undisturbed
 from ..optimize.replay import Replay
 from ..pack import Pack, Pair
@@ -74,7 +73,7 @@ class ForcedAnswers:
         self.answer = torch.repeat_interleave(torch.arange(len(pairs)), torch.tensor(lengths))
         self.place = torch.cat([torch.arange(n) for n in lengths])
         self._plain: list[Tensor] = []
-        self._ranks = current_ranks()
+        self._ranks = current_ranks(adapter)
         logprobs = [torch.zeros(1, 0, dtype=torch.float64)]
         with _alone(self._adapter), self._ranks.together():
             self._whole = not unembedding_agrees(adapter)
@@ -83,7 +82,7 @@ class ForcedAnswers:
                 pairs,
                 batch_tokens=pass_tokens(PACK_TOKENS),
                 scoring=True,
-                processes=self._ranks.size,
+                processes=self._ranks.sharing,
             )
             for pack in dealt(packs, self._ranks, "Answers"):
                 self.packs.append(pack)
@@ -238,10 +237,11 @@ class ForcedAnswers:
         kls, logprobs = [], []
         for first in range(0, n, step):
             part = slice(first, first + step)
-            before = _log_softmax(unembed(plain[part]))
-            after = _log_softmax(unembed(rows[:, part].flatten(0, 1))).view(n_settings, -1, before.shape[-1])
+            before = log_probabilities(unembed(plain[part]))
+            after = log_probabilities(unembed(rows[:, part].flatten(0, 1)))
+            after = after.view(n_settings, -1, before.shape[-1])
             target = pack.target[part].to(after.device).expand(n_settings, -1)[..., None]
-            kls.append(divergence(after, before).clamp(min=0).cpu())
+            kls.append(shift(after, before).cpu())
             logprobs.append(after.gather(-1, target)[..., 0].cpu())
         return torch.cat(kls, 1), torch.cat(logprobs, 1)
 
@@ -251,7 +251,3 @@ def _alone(adapter: ModelAdapter) -> Iterator[None]:
     """A block alone on the model, without gradients, with every row as it is alone."""
     with exclusive(adapter), undisturbed(adapter.hf_model), torch.no_grad():
         yield
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return logits.to(compute_dtype(logits.dtype)).log_softmax(-1)

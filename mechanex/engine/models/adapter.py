@@ -23,6 +23,7 @@ from ..following.calls import Followed, Prompts
 from ..following.generating import watch_generate
 from ..given import as_list
 from ..regimes import each_alone
+from ..sharded import is_split
 from ..stream import Stream, others, residual
 from .configuration import context_of, text_config
 from .kept import Kept
@@ -245,6 +246,8 @@ class ModelAdapter(ABC):
             head is not None
             and self._matrix is not None
             and not any(is_absent(weight) for weight in head.parameters())
+            # FSDP gathers a head for a pass and may leave it so until its weights change.
+            and not is_split(self.hf_model)
         )
 
     @property

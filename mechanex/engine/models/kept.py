@@ -30,6 +30,7 @@ class Kept:
         step: what an idle decoder has left for the next one (``mechanex.engine.decode.static_step.StaticStep``), or
             None.
         scorings: what scored behaviors lately (``mechanex.engine.sae.scorings.Scorings``), or None.
+        grammars: what compiles grammars for a tokenizer, with that one; or None.
     """
 
     layers: list[nn.Module] = field(default_factory=list)
@@ -41,6 +42,7 @@ class Kept:
     applied: list[Any] = field(default_factory=list)
     step: Any = None
     scorings: Any = None
+    grammars: Any = None
     owner: weakref.ref[nn.Module] | None = None
     adapter: weakref.ref[Any] | None = None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from fastapi import Request
@@ -12,7 +11,7 @@ from ..library.threads import look_up
 from .auth import Principal, bearer_of, principal
 from .store import store_of
 
-__all__ = ["NEEDS", "SCOPES", "Need", "Scope", "permitted"]
+__all__ = ["NEEDS", "SCOPES", "Need", "Scope", "may", "permitted"]
 
 Scope = Literal["generate", "vectors", "admin"]
 """What an API key may do: have text written, make and delete vectors and behaviors, look after the account."""
@@ -92,18 +91,25 @@ async def permitted(request: Request) -> None:
             "This call is about an account, and the request has none: log in with the account's password.",
             401,
         )
-    if needed == "any" or (needed != "login" and _allows(who.scopes, needed)):
-        return
-    if await _is_logged_in(request, who):  # beside the key
+    if needed == "any":
         return
     if needed == "login":
+        if await _is_logged_in(request, who):
+            return
         raise AuthenticationError("This call takes an access token, of a log-in with the password.", 403)
+    if await may(request, who, needed):
+        return
     has = ", ".join(map(repr, who.scopes or ())) or "none"
     raise AuthenticationError(
         f"This API key may not do that: it needs the scope {needed!r} and has {has}. Use another key, or log in and "
         "make one.",
         403,
     )
+
+
+async def may(request: Request, who: Principal, scope: Scope) -> bool:
+    """Whether a sender may do what takes a scope: by its key, or by an access token beside the key."""
+    return who.scopes is None or scope in who.scopes or await _is_logged_in(request, who)
 
 
 def _needed(request: Request) -> Need:
@@ -113,10 +119,6 @@ def _needed(request: Request) -> Need:
     if path in request.app.state.open_paths and f"{method} {path}" not in NEEDS:
         return "nothing"  # a file of the playground
     return NEEDS.get(f"{method} {path}", "admin")
-
-
-def _allows(scopes: Sequence[str] | None, needed: Need) -> bool:
-    return scopes is None or needed in scopes
 
 
 async def _is_logged_in(request: Request, who: Principal) -> bool:

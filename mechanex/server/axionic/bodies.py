@@ -8,7 +8,8 @@ from pydantic import AfterValidator, BaseModel, Field, StringConstraints, model_
 
 from ..accounts.passwords import LONGEST_PASSWORD
 from ..accounts.scopes import SCOPES, Scope
-from ..http.body import Body, Items, few_fields
+from ..http.body import Body, Items, few_fields, refused
+from ..model.rules import RuleFields, TokenIds
 
 __all__ = [
     "BehaviorBody",
@@ -36,7 +37,7 @@ def _message(fields: dict[str, str]) -> dict[str, str]:
 
 _Message = Annotated[dict[str, str], few_fields(), AfterValidator(_message)]
 
-_Prompt = str | Items[int] | Items[_Message]
+_Prompt = str | TokenIds | Items[_Message]
 """Text, token ids or chat messages."""
 
 # No control characters: a name is shown in lists, logs and messages.
@@ -87,19 +88,20 @@ class ModelBody(Body):
     model_name: _Name
 
 
-class GenerateBody(Body):
+class GenerateBody(RuleFields):
     """A prompt and how to continue it; defaults are those of ``generation.generate``."""
 
     prompt: _Prompt
     sampling_method: str = "top-k"
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] = 128
-    top_k: Annotated[int, Field(ge=1, lt=2**31)] = 50
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 50
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     steering_vector_id: _VectorId | None = None
     steering_strength: float | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     temperature: Annotated[float, Field(gt=0)] | None = None
-    min_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stop: _Stop | Annotated[Items[_Stop], Field(max_length=16)] | None = None
 
 
@@ -127,11 +129,13 @@ class BehaviorBody(Body):
     def _one_length(self) -> BehaviorBody:
         n = len(self.prompts), len(self.positive_answers), len(self.negative_answers)
         if len(set(n)) > 1:
-            raise ValueError(f"prompts, positive_answers and negative_answers must be of one length; got {n}")
+            raise refused(
+                "prompts", f"prompts, positive_answers and negative_answers must be of one length; got {n}"
+            )
         return self
 
 
-class SaeBody(Body):
+class SaeBody(RuleFields):
     """A prompt to continue while behaviors are watched; defaults are those of ``sae.generate``."""
 
     prompt: _Prompt
@@ -141,9 +145,9 @@ class SaeBody(Body):
     action: Literal["correct", "abort", "report"] = "correct"
     return_trace: bool = False
     sampling_method: str | None = None
-    top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    min_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     temperature: Annotated[float, Field(gt=0)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
@@ -183,14 +187,15 @@ class RaagBody(Body):
     @model_validator(mode="after")
     def _some_documents(self) -> RaagBody:
         if self.docs is None and self.pinecone_index_name is None:
-            raise ValueError("give docs, or pinecone_index_name")
+            raise refused("docs", "give docs, or pinecone_index_name")
         return self
 
 
 class Output(BaseModel):
-    """The prompt with its continuation."""
+    """The prompt with its continuation, and why it ends."""
 
     output: str
+    finish_reason: str
 
 
 class Reason(BaseModel):

@@ -16,6 +16,7 @@ from ..library.threads import run_sync
 from ..library.watched import Watching
 from ..model.engine import Engine
 from ..model.requests import TextRequest, results_of
+from ..model.rules import held_to
 from . import accounts, attribution, behaviors, raag
 from .accounts import shown
 from .bodies import GenerateBody, Output, Reason, SteeringBody
@@ -55,7 +56,7 @@ async def generate(body: GenerateBody, request: Request, engine: Engine, who: Wo
             f"steering_strength is {body.steering_strength} and there is no steering_vector_id: give one, or leave "
             "the strength at 0."
         )
-    settings = {"temperature": body.temperature, "min_p": body.min_p}
+    settings = {"temperature": body.temperature, "min_p": body.min_p, "typical_p": body.typical_p}
     sampling = Sampling(
         body.sampling_method,
         body.top_k,
@@ -67,22 +68,20 @@ async def generate(body: GenerateBody, request: Request, engine: Engine, who: Wo
         body.steering_vector_id,
         1.0 if body.steering_strength is None else body.steering_strength,
     )
-    answers = [
-        engine.scheduler.submit(
-            TextRequest(
-                await engine.encode(body.prompt),
-                max_tokens=body.max_tokens,
-                sampling=sampling,
-                seed=body.seed,
-                stops=stops_of(body.stop),
-                steering=steering + engine.steerings.corrections,
-                owner=who.account_id,
-                onlooker=Watching(floor=engine.steerings.floor).onlooker(),
-            )
-        )
-    ]
-    (result,) = await done_or_gone(request, results_of(answers))
-    return JSONResponse({"output": await engine.text(body.prompt) + result.text})
+    asked = TextRequest(
+        await engine.encode(body.prompt),
+        max_tokens=body.max_tokens,
+        sampling=sampling,
+        seed=body.seed,
+        stops=stops_of(body.stop),
+        steering=steering + engine.steerings.corrections,
+        owner=who.account_id,
+        onlooker=Watching(floor=engine.steerings.floor).onlooker(),
+    )
+    generation = engine.scheduler.submit(await held_to(engine, body, asked))
+    (result,) = await done_or_gone(request, results_of([generation]))
+    text = await engine.text(body.prompt) + result.text
+    return JSONResponse({"output": text, "finish_reason": result.finish_reason})
 
 
 @router.post("/steering/generate")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-__all__ = ["Body", "Items", "Part", "few_fields"]
+__all__ = ["Body", "Items", "Part", "few_fields", "place_of", "refused"]
 
 _MOST_FIELDS = 256
+_REFUSED = "refused"
 
 T = TypeVar("T")
 
@@ -27,6 +30,17 @@ def few_fields(most: int = _MOST_FIELDS) -> BeforeValidator:
         return fields
 
     return BeforeValidator(few)
+
+
+def refused(field: str, message: str) -> PydanticCustomError:
+    """The error of a check between fields, to be raised; it is told to be of this one."""
+    return PydanticCustomError(_REFUSED, "{message}", {"message": message, "field": field})
+
+
+def place_of(error: Mapping[str, Any]) -> tuple[int | str, ...]:
+    """Where in a body one of pydantic's errors is."""
+    named = (error["ctx"]["field"],) if error["type"] == _REFUSED else ()
+    return (*error["loc"], *named)
 
 
 class Part(BaseModel):

@@ -19,6 +19,7 @@ from ...errors import (
     RateLimitError,
     ValidationError,
 )
+from .body import place_of
 
 __all__ = [
     "INTERNAL",
@@ -107,7 +108,7 @@ def add_handlers(app: FastAPI) -> None:
         # What was sent is left out: it may be large, secret, or no JSON (NaN).
         found = [
             {
-                "loc": [str(part)[:100] for part in one["loc"]],
+                "loc": [str(part)[:100] for part in place_of(one)],
                 # What a check of ours says has pydantic's word before it.
                 "msg": str(one["msg"]).removeprefix("Value error, ")[:500],
                 "type": one["type"],

@@ -6,11 +6,9 @@ import ipaddress
 import math
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
-
-from limits import RateLimitItemPerMinute
-from limits.storage import MemoryStorage
-from limits.strategies import FixedWindowRateLimiter
+from dataclasses import dataclass
 
 from ...errors import RateLimitError
 
@@ -26,15 +24,18 @@ TOKEN_HEADERS = ("x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", "x-
 class RateLimit:
     """Lets each client ask ``per_minute`` times in a minute that begins with the first; then it is forgotten.
 
+    Any thread may call it.
+
     Args:
         what: named in the error.
         per_minute: requests.
+        clock: seconds.
     """
 
-    def __init__(self, what: str, per_minute: int) -> None:
-        self._what, self._item = what, RateLimitItemPerMinute(per_minute)
-        self._storage = MemoryStorage()
-        self._limiter = FixedWindowRateLimiter(self._storage)
+    def __init__(self, what: str, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._what, self._most, self._clock = what, per_minute, clock
+        self._lock = threading.Lock()
+        self._minutes: OrderedDict[str, _Minute] = OrderedDict()  # in the order in which they end
 
     def take(self, client: str) -> None:
         """Counts one request.
@@ -42,30 +43,46 @@ class RateLimit:
         Raises:
             RateLimitError: too many; ``retry_after`` is when the next one may come, in whole seconds.
         """
-        self.check(client)
-        if not self._limiter.hit(self._item, client):  # another thread took the last one
-            self.give_back(client)
-            raise self._refusal(client)
+        with self._lock:
+            self._check(client)
+            minute = self._minutes.setdefault(client, _Minute(self._clock() + 60))
+            minute.taken += 1
 
     def check(self, client: str) -> None:
         """Raises what ``take`` would, and counts nothing."""
-        if not self._limiter.test(self._item, client):
-            raise self._refusal(client)
+        with self._lock:
+            self._check(client)
 
-    def _refusal(self, client: str) -> RateLimitError:
-        ends_at = self._limiter.get_window_stats(self._item, client).reset_time
-        wait = max(1, math.ceil(ends_at - time.time()))
-        return RateLimitError(
-            f"Too many {self._what}: at most {self._item.amount} a minute. Try again in {wait} s.",
+    def give_back(self, client: str) -> None:
+        """Uncounts one request."""
+        with self._lock:
+            self._forget()
+            minute = self._minutes.get(client)
+            if minute is not None and minute.taken:  # else its minute is over
+                minute.taken -= 1
+
+    def _check(self, client: str) -> None:
+        self._forget()
+        minute = self._minutes.get(client)
+        if minute is None or minute.taken < self._most:
+            return
+        wait = max(1, math.ceil(minute.end - self._clock()))
+        raise RateLimitError(
+            f"Too many {self._what}: at most {self._most} a minute. Try again in {wait} s.",
             429,
             retry_after=wait,
         )
 
-    def give_back(self, client: str) -> None:
-        """Uncounts one request."""
-        key = self._item.key_for(client)
-        if self._storage.get(key):  # else its minute is over
-            self._storage.decr(key)
+    def _forget(self) -> None:
+        now = self._clock()
+        while self._minutes and next(iter(self._minutes.values())).end <= now:
+            self._minutes.popitem(last=False)
+
+
+@dataclass
+class _Minute:
+    end: float
+    taken: int = 0
 
 
 class TokenQuota:

@@ -61,6 +61,8 @@ class RequestMiddleware:
         request_id = given if _ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
         scope.setdefault("state", {})["request_id"] = request_id
         begun, status = time.perf_counter(), 0
+        # A HEAD is answered as a GET, of which the server then sends the head.
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         small = [size for prefix, size in self._small.items() if scope["path"].startswith(prefix)]
         most = min([self._most, *small])
 
@@ -77,7 +79,7 @@ class RequestMiddleware:
                 await discard(receive)
                 await refusal(scope, receive, sending)
                 return
-            await self._app(_as_get(scope), _limited(receive, most), sending)
+            await self._app(asked, _limited(receive, most), sending)
         except ClientDisconnect:
             pass  # in the middle of its body
         except asyncio.CancelledError:  # uvicorn's time to end is over, and this request's task ends anyway
@@ -90,10 +92,10 @@ class RequestMiddleware:
             if not status:
                 await error_answer(Request(scope), 500, INTERNAL)(scope, receive, sending)
         finally:
-            self._note(scope, request_id, status, time.perf_counter() - begun)
+            route = getattr(asked.get("route"), "path", None)
+            self._note(scope, route, request_id, status, time.perf_counter() - begun)
 
-    def _note(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", None)
+    def _note(self, scope: Scope, route: object, request_id: str, status: int, seconds: float) -> None:
         path = route if isinstance(route, str) else "other"
         # A client that left before its answer began got no status; 499 is what proxies call it.
         self._metrics.requests.labels(path, str(status or 499)).inc()
@@ -110,11 +112,6 @@ class RequestMiddleware:
                 **scope["state"].get("log", {}),
             }
             _access.info("%s", json.dumps(line))
-
-
-def _as_get(scope: Scope) -> Scope:
-    """A HEAD is answered as a GET, of which the server then sends the head."""
-    return {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
 
 def _refusal(request: Request, headers: Headers, most: int) -> Response | None:

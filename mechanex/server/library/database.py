@@ -73,6 +73,12 @@ class Database:
                 f"the database {self.name} needs a driver that isn't installed ({error}): {how}, or leave "
                 "--database out for SQLite."
             ) from error
+        self._reading = self._engine
+        if not self._sqlite:
+            dialect: Any = self._engine.dialect
+            levels = dialect.get_isolation_level_values(None)
+            steady = "REPEATABLE READ" if "REPEATABLE READ" in levels else "SERIALIZABLE"
+            self._reading = self._engine.execution_options(isolation_level=steady)
         try:
             self._prepare()
         except BaseException:
@@ -96,7 +102,7 @@ class Database:
         Raises:
             StorageError: the database can't be read.
         """
-        with self._explained(), self._engine.connect() as connection:
+        with self._explained(), self._reading.connect() as connection:
             yield connection
 
     @contextlib.contextmanager

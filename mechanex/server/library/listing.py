@@ -13,7 +13,7 @@ from ...errors import MechanexError
 from .folder import SharedVectors
 from .records import Library
 
-__all__ = ["MOST_LISTED", "ListedVector", "listed_vectors"]
+__all__ = ["MOST_LISTED", "ListedVector", "listed_vectors", "server_vectors"]
 
 MOST_LISTED = 100
 """Vectors of an account, and of the operator, that a list reads: the latest ones."""
@@ -49,16 +49,12 @@ def listed_vectors(
 
     Those of another model, and those whose file is damaged, are left out.
     """
-    found: dict[str, ListedVector] = {}
+    found = {one.vector_id: one for one in server_vectors(adapter, shared, behaviors)}
 
     def add(one: ListedVector) -> None:
         if one.vector_id not in found and _fits(adapter, one.vector):
             found[one.vector_id] = one
 
-    for name, vector in shared:
-        add(ListedVector(name, "server", (), vector))
-    for name, vector in behaviors.items():
-        add(ListedVector(name, "server", (name,), vector))
     if library is not None:
         for row in library.vectors(account_id)[-MOST_LISTED:]:
             for vector in _readable(library.vector, account_id, row.steering_vector_id):
@@ -68,6 +64,20 @@ def listed_vectors(
             for vector in _readable(kept.get, vector_id):
                 add(ListedVector(vector_id, "operator", (), vector))
     return list(found.values())
+
+
+def server_vectors(
+    adapter: ModelAdapter, shared: SharedVectors, behaviors: Mapping[str, SteeringVector]
+) -> list[ListedVector]:
+    """Those that a server has for every sender, without those of another model."""
+    named = [ListedVector(name, "server", (), vector) for name, vector in shared]
+    taken = {one.vector_id for one in named}
+    named += [
+        ListedVector(name, "server", (name,), vector)
+        for name, vector in behaviors.items()
+        if name not in taken
+    ]
+    return [one for one in named if _fits(adapter, one.vector)]
 
 
 def _readable(read: Callable[..., SteeringVector | None], *key: str | None) -> Iterator[SteeringVector]:

@@ -128,9 +128,10 @@ class Library:
         with self._database.read() as connection:
             rows = connection.execute(kept.order_by(vectors.c.created_at, vectors.c.id)).all()
             names: dict[str, list[str]] = {}
-            for vector_id, name in connection.execute(named.order_by(behaviors.c.behavior_name)):
+            for vector_id, name in connection.execute(named):
                 names.setdefault(vector_id, []).append(name)
-        return [KeptVector(row.id, tuple(names.get(row.id, ())), row.created_at) for row in rows]
+        # Databases have orders of texts of their own.
+        return [KeptVector(row.id, tuple(sorted(names.get(row.id, ()))), row.created_at) for row in rows]
 
     def delete_vector(self, account_id: str | None, vector_id: str) -> None:
         """Deletes a vector.
@@ -234,15 +235,27 @@ class Library:
         Raises:
             StorageError: its file is missing or damaged.
         """
-        behavior_id = self._watched_id(account_id, name)
-        if behavior_id is None:
+        if "\x00" in name:
             return None
+        wanted = select(behaviors.c.id).where(*_named(account_id, name), behaviors.c.watched.is_not(None))
+        with self._database.read() as connection:
+            behavior_id: str | None = connection.scalar(wanted)
+        return None if behavior_id is None else self.detector(behavior_id)
+
+    def detector(self, behavior_id: str) -> Behavior | None:
+        """What watches for a behavior that was there just now; None where it isn't any more.
+
+        Raises:
+            StorageError: its file is missing or damaged.
+        """
         try:
             return self._detectors.load(behavior_id)
         except StorageError:
-            if self._watched_id(account_id, name) == behavior_id:
+            with self._database.read() as connection:
+                there = connection.scalar(select(behaviors.c.id).where(behaviors.c.id == behavior_id))
+            if there is not None:
                 raise
-            return None  # it was deleted just now
+            return None
 
     def behaviors(self, account_id: str | None) -> list[KeptBehavior]:
         """The account's behaviors, oldest first; their examples, which may be long, stay unread."""
@@ -258,12 +271,6 @@ class Library:
         with self._database.read() as connection:
             rows = connection.execute(wanted.order_by(behaviors.c.created_at, behaviors.c.id)).all()
         return [KeptBehavior(*row[:-1], None if row[-1] is None else json.loads(row[-1])) for row in rows]
-
-    def examples(self, account_id: str | None, name: str) -> dict[str, list[Any]] | None:
-        """The prompts and answers that the account's behavior was made from, or None."""
-        with self._database.read() as connection:
-            found = connection.scalar(select(behaviors.c.examples).where(*_named(account_id, name)))
-        return None if found is None else dict(json.loads(found))
 
     def delete_behavior(self, account_id: str | None, name: str) -> None:
         """Deletes a behavior; its vector stays.
@@ -341,14 +348,6 @@ class Library:
             except BaseException:
                 self._detectors.remove(behavior_id)
                 raise
-
-    def _watched_id(self, account_id: str | None, name: str) -> str | None:
-        if "\x00" in name:
-            return None
-        wanted = select(behaviors.c.id).where(*_named(account_id, name), behaviors.c.watched.is_not(None))
-        with self._database.read() as connection:
-            found: str | None = connection.scalar(wanted)
-        return found
 
     def _owns(self, account_id: str | None, vector_id: str) -> bool:
         if not is_id(vector_id):

@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-from weakref import ref
 
 from ...engine.decode.request import Steer
 from ...engine.memory import tensor_bytes
@@ -16,12 +15,13 @@ from ...engine.positions import TokenSelector
 from ...engine.prompt_conditions import PromptCondition
 from ...engine.sae.behavior import Behavior
 from ...engine.sae.store import BehaviorStore
+from ...engine.sae.watching import check_fits
 from ...engine.vector_store import VectorStore
 from ...engine.vectors import SteeringVector
 from ...errors import APIError, NotFoundError, ValidationError
 from ..settings import ServerSettings
 from .folder import SharedVectors
-from .listing import ListedVector, listed_vectors
+from .listing import ListedVector, listed_vectors, server_vectors
 from .records import Library
 from .shared import make_behaviors
 from .threads import look_up
@@ -30,10 +30,13 @@ from .watched import WatchedBehaviors
 __all__ = ["Steerings"]
 
 _logger = logging.getLogger(__name__)
-_KEPT_DIGESTS = 1024
-_MOST_EDIT_BYTES = (
-    2**28
-)  # a vector of every layer of a large model has megabytes; where it clamps, at every strength
+_MOST_KEPT = 1024
+_OBJECT_BYTES = 1024  # of an edit beside its numbers, which small models have few of
+# A vector of every layer of a large model has megabytes; one that clamps has them at every strength again.
+_MOST_EDIT_BYTES = 2**28
+
+_Layers = tuple[int, ...] | None
+"""Those that a request takes of a vector; None for all."""
 
 
 class Steerings:
@@ -61,12 +64,17 @@ class Steerings:
         for name, vector in self._shared:
             self._check_fits(name, vector)
         self._behaviors = make_behaviors(adapter, settings.behaviors)
-        self.watched = WatchedBehaviors(adapter, settings.behaviors, library, BehaviorStore())
-        self._digests: OrderedDict[int, tuple[ref[SteeringVector], bytes]] = OrderedDict()
-        self._checked: OrderedDict[tuple[bytes, float], None] = OrderedDict()
-        self._edits: OrderedDict[tuple[bytes, float | None], tuple[Steer, ...]] = OrderedDict()
+        self.watched = WatchedBehaviors(
+            adapter.model_id,
+            lambda behavior: check_fits(adapter, behavior),
+            settings.behaviors,
+            library,
+            BehaviorStore(),
+        )
+        self._checked: OrderedDict[tuple[bytes, _Layers, float], None] = OrderedDict()
+        self._edits: OrderedDict[tuple[bytes, _Layers, float | None], tuple[Steer, ...]] = OrderedDict()
         self._edit_bytes = 0
-        self._conditions: OrderedDict[tuple[bytes, float], PromptCondition] = OrderedDict()
+        self._conditions: OrderedDict[tuple[bytes, int, float], PromptCondition] = OrderedDict()
         corrected = {name: self._to_correct(name) for name in settings.corrected_behaviors}
         self._corrected = {name: one for name, one in corrected.items() if isinstance(one, SteeringVector)}
         self._names = frozenset({*self._behaviors, *self.watched.own, *corrected})
@@ -117,9 +125,7 @@ class Steerings:
         if vector_id is None:
             return ()
         vector = await self.vector(account_id, vector_id)
-        if layers is not None:
-            vector = vector.restricted([self._adapter.layer_index(layer) for layer in layers])
-        found = self.edits(vector, strength, tokens)
+        found = self.edits(vector, strength, tokens, layers)
         return found if condition is None else tuple(replace(steer, condition=condition) for steer in found)
 
     async def condition(
@@ -138,20 +144,20 @@ class Steerings:
             ValidationError: a vector of several layers and none named, or of another model.
         """
         vector = await self.vector(account_id, vector_id)
-        vector.plan(self._adapter)
-        if layer is not None:
-            vector = vector.restricted([self._adapter.layer_index(layer)])
-        if len(vector) > 1:
+        if layer is None and len(vector) > 1:
             raise ValidationError(
                 f"a condition is decided at one layer, and {vector_id!r} has layers {list(vector.layers)}: name one."
             )
-        ((at, direction),) = vector.items()
-        key = (self._digest(vector), float(threshold))
+        at = vector.layers[0] if layer is None else self._adapter.layer_index(layer)
+        key = (vector.digest(), at, float(threshold))
         found = self._conditions.get(key)
         if found is None:
+            vector.plan(self._adapter)
+            ((_, direction),) = vector.restricted([at]).items()
             found = self._conditions[key] = PromptCondition(at, direction, threshold)
-            if len(self._conditions) > _KEPT_DIGESTS:
+            if len(self._conditions) > _MOST_KEPT:
                 self._conditions.popitem(last=False)
+        self._conditions.move_to_end(key)
         return found
 
     async def by_behavior(
@@ -198,44 +204,49 @@ class Steerings:
             )
         )
 
+    def own_vectors(self) -> list[ListedVector]:
+        """The vectors of ``listed`` that the server has for every sender."""
+        return server_vectors(self._adapter, self._shared, self._behaviors)
+
     def edits(
-        self, vector: SteeringVector, strength: float, tokens: TokenSelector = None
+        self,
+        vector: SteeringVector,
+        strength: float,
+        tokens: TokenSelector = None,
+        layers: Sequence[int] | None = None,
     ) -> tuple[Steer, ...]:
-        """A vector's edits. Rows share those of one vector; at other strengths only where strength multiplies them."""
-        digest, number = self._digest(vector), float(strength)
-        if (digest, number) not in self._checked:
-            vector.check(self._adapter, number)
-            self._checked[digest, number] = None
-            if len(self._checked) > _KEPT_DIGESTS:
+        """A vector's edits, of some of its layers or all. Rows share those of one vector and layers; at other strengths
+        only where strength multiplies them.
+
+        Raises:
+            ValidationError: a strength that isn't finite, a layer that the vector hasn't, or another model's vector.
+        """
+        only = None if layers is None else tuple(self._adapter.layer_index(layer) for layer in layers)
+        digest, number = vector.digest(), float(strength)
+        if (digest, only, number) not in self._checked:
+            _part(vector, only).check(self._adapter, number)
+            self._checked[digest, only, number] = None
+            if len(self._checked) > _MOST_KEPT:
                 self._checked.popitem(last=False)
         if number == 0:
             return ()
         alone = vector.terms.multiply
-        key = (digest, None if alone else number)
+        key = (digest, only, None if alone else number)
         known = self._edits.get(key)
         if known is None:
-            made = vector.interventions(self._adapter, 1.0 if alone else number)
+            made = _part(vector, only).interventions(self._adapter, 1.0 if alone else number)
             known = tuple(Steer(i.layer, i.edit, i.tokens, i.varying, i.condition) for i in made)
             self._edits[key] = known
             self._edit_bytes += _bytes_of(known)
-            while len(self._edits) > 1 and self._edit_bytes > _MOST_EDIT_BYTES:
+            while len(self._edits) > 1 and (
+                self._edit_bytes > _MOST_EDIT_BYTES or len(self._edits) > _MOST_KEPT
+            ):
                 self._edit_bytes -= _bytes_of(self._edits.popitem(last=False)[1])
         self._edits.move_to_end(key)
         said: dict[str, Any] = {} if tokens is None else {"tokens": tokens}
         if alone:
             said["strength"] = number
         return tuple(replace(steer, **said) for steer in known)
-
-    def _digest(self, vector: SteeringVector) -> bytes:
-        """A hash of the vector's content; vectors are immutable, so one seen lately isn't read again."""
-        known = self._digests.get(id(vector))
-        if known is not None and known[0]() is vector:
-            return known[1]
-        digest = vector.digest()
-        self._digests[id(vector)] = (ref(vector), digest)
-        if len(self._digests) > _KEPT_DIGESTS:
-            self._digests.popitem(last=False)
-        return digest
 
     def _find(self, account_id: str | None, vector_id: str) -> SteeringVector | None:
         found = self._library.vector(account_id, vector_id) if self._library is not None else None
@@ -284,5 +295,11 @@ class Steerings:
             ) from error
 
 
+def _part(vector: SteeringVector, layers: _Layers) -> SteeringVector:
+    return vector if layers is None else vector.restricted(layers)
+
+
 def _bytes_of(steering: Sequence[Steer]) -> int:
-    return tensor_bytes(tensor for steer in steering for tensor in steer.edit.tensors)
+    conditions = [steer.condition.weight for steer in steering if steer.condition is not None]
+    numbers = tensor_bytes([*(tensor for steer in steering for tensor in steer.edit.tensors), *conditions])
+    return numbers + _OBJECT_BYTES * (1 + len(steering))

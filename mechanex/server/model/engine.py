@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import logging
 import threading
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from anyio.to_thread import run_sync
 from fastapi import Depends, Request
 
-from ...engine.decode.grammar import Grammars
+from ...engine.decode.grammar import Grammars, grammars_for
 from ...engine.models import adapter_for
 from ...engine.models.adapter import ModelAdapter
 from ...engine.sae.autoencoder import SparseAutoencoder
@@ -85,6 +86,7 @@ class ServingEngine:
         self.model_name = settings.model_name or _shown(loaded.name)
         self._loaded_name = loaded.name
         self._autoencoder: list[tuple[str, SparseAutoencoder] | None] = []
+        self._autoencoder_lock = asyncio.Lock()
         self.metrics = Metrics()
         self.steerings = Steerings(self.adapter, settings, library, vectors or VectorStore())
         self.token_texts = TokenTexts(copy.deepcopy(self.tokenizer))
@@ -97,6 +99,11 @@ class ServingEngine:
             "waiting_requests", "Requests that wait for a place.", lambda: self.scheduler.n_waiting
         )
         self.metrics.watch("running_requests", "Requests in the model.", lambda: self.scheduler.n_running)
+        self.metrics.watch(
+            "prefix_bytes",
+            "Memory of keys and values that are kept of answered requests.",
+            lambda: self.scheduler.prefix_bytes,
+        )
 
     def grammars(self) -> Grammars:
         """What compiles grammars for this model; blocks, and may be called from any thread.
@@ -106,8 +113,7 @@ class ServingEngine:
         """
         with self._grammars_lock:
             if self._grammars is None:
-                n_vocab = int(self.adapter.config.vocab_size)
-                self._grammars = Grammars(copy.deepcopy(self.tokenizer), n_vocab, self.ends)
+                self._grammars = grammars_for(self.adapter, copy.deepcopy(self.tokenizer), self.ends)
             return self._grammars
 
     @property
@@ -137,37 +143,44 @@ class ServingEngine:
         Raises:
             MechanexError: it can't be read.
         """
-        if not self._autoencoder:
-            try:
-                found = await run_sync(for_model, self._loaded_name)
-            except MechanexError as error:
-                _logger.error("the autoencoder of %s can't be read: %s", self._loaded_name, error)
-                raise MechanexError("The server can't read its model's autoencoder.", 500) from error
-            self._autoencoder.append(found)
-        return self._autoencoder[0]
+        async with self._autoencoder_lock:
+            if not self._autoencoder:
+                try:
+                    found = await run_sync(for_model, self._loaded_name)
+                except MechanexError as error:
+                    _logger.error("the autoencoder of %s can't be read: %s", self._loaded_name, error)
+                    raise MechanexError("The server can't read its model's autoencoder.", 500) from error
+                self._autoencoder.append(found)
+            return self._autoencoder[0]
 
-    async def check_examples(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
-        """Refuses what ``encode`` and the model would, before the model's thread has to do with it.
+    async def check_examples(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> int:
+        """Refuses examples that ``encode`` and the model would, before the model's thread has to do with them.
 
         Args:
             prompts: those of the examples.
             answers: all first ones, then all second ones, of the prompts in order.
 
+        Returns:
+            How many tokens prompts and answers have.
+
         Raises:
             ValidationError: an example that the context can't hold, unknown token ids, a chat that can't be rendered.
         """
 
-        lengths: list[int] = []
-
-        def check() -> None:
+        def check() -> int:
+            lengths: list[int] = []
             for prompt in prompts:
                 ids = self.encoder.encode(prompt)
                 self.adapter.check_token_ids(ids)
                 lengths.append(len(ids))
+            n_tokens = sum(lengths)
             for i, answer in enumerate(answers if lengths else ()):
-                self.encoder.check_fits(lengths[i % len(lengths)] + len(self.encoder.encode(answer)))
+                n_answer = len(self.encoder.encode(answer))
+                self.encoder.check_fits(lengths[i % len(lengths)] + n_answer)
+                n_tokens += n_answer
+            return n_tokens
 
-        await run_sync(check)
+        return await run_sync(check)
 
 
 async def _engine(request: Request) -> ServingEngine:

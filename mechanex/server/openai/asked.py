@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from ...engine.prompt_conditions import PromptCondition
 from ...engine.sae.behavior import Behavior
 from ...engine.sae.watching import forced_edits
@@ -13,9 +11,8 @@ from ..http.errors import invalid
 from ..library.watched import Watching
 from ..model.engine import ServingEngine
 from ..model.requests import Steer, TextRequest
+from ..model.rules import held_to
 from .bodies import ConditionItem, GenerationBody, SteeringFields
-from .sampling import asked_of
-from .structured import form_of
 
 __all__ = ["common_of", "steering_of"]
 
@@ -25,14 +22,15 @@ async def common_of(
 ) -> tuple[TextRequest, Watching]:
     """What both kinds of request say of their answers, yet without a prompt, and what they have watched in them."""
     steering, watching = await steering_of(engine, body, who)
-    common = replace(
-        asked_of(engine, body),
-        grammar=await form_of(engine, body),
+    common = TextRequest(
+        (),
+        sampling=body.sampling,
+        stops=body.stops,
         steering=steering,
         owner=who.account_id,
         stream=bool(body.stream),
     )
-    return common, watching
+    return await held_to(engine, body, common), watching
 
 
 async def steering_of(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import pydantic
 from pydantic import Field, field_validator, model_validator
 
+from ...engine.answering import Form
 from ...engine.positions import TokenSelector, check_tokens
 from ...engine.tool_calls import schema_of
-from ..http.body import Body, Items, Part, few_fields
+from ..http.body import Body, Items, Part, few_fields, place_of, refused
 from ..http.errors import invalid
-from .sampling import SamplingFields, Whole
-from .structured import FormFields
+from ..model.rules import LENGTHS, TokenIds, Whole
+from .sampling import SamplingFields
 from .tools import AssistantCall, Tool, ToolChoice
 
 __all__ = [
@@ -26,18 +28,16 @@ __all__ = [
     "SteeringFields",
     "SteeringItem",
     "chat_of",
+    "text_of",
 ]
 
 T = TypeVar("T")
 
 _Id = Annotated[str, Field(min_length=1, max_length=256)]
 _Name = Annotated[str, Field(min_length=1, max_length=256)]
-_Place = Annotated[int, Field(ge=-(2**31), le=2**31)]
+_Place = Annotated[Whole, Field(ge=-(2**31), le=2**31)]
 _Strength = Annotated[float, Field(ge=-1e6, le=1e6)]
 _Some = Annotated[Items[T], Field(max_length=4096)]
-
-
-_LENGTHS = ("max_completion_tokens", "max_tokens")
 
 
 class ConditionItem(Part):
@@ -96,7 +96,9 @@ class ActivationItem(Part):
     @model_validator(mode="after")
     def _something(self) -> ActivationItem:
         if not self.vector_ids and not self.raw:
-            raise ValueError("give vector_ids, for projections, or raw=true, for the stream itself")
+            raise refused(
+                "vector_ids", "give vector_ids, for projections, or raw=true, for the stream itself"
+            )
         return self
 
 
@@ -112,7 +114,7 @@ class ReturnFields(Part):
     @model_validator(mode="after")
     def _something(self) -> ReturnFields:
         if self.activations is None and self.logit_differences is None:
-            raise ValueError("give activations or logit_differences")
+            raise refused("activations", "give activations or logit_differences")
         return self
 
 
@@ -166,21 +168,25 @@ class SteeringFields(Body):
     def _agreeing(self) -> SteeringFields:
         one, other = self.steering_vector, self.steering_vector_id
         if one is not None and other is not None and one != other:
-            raise ValueError(
-                "steering_vector and steering_vector_id are one field; they name different vectors"
+            raise refused(
+                "steering_vector_id",
+                "steering_vector and steering_vector_id are one field; they name different vectors",
             )
         if self.steering_condition is not None and one is None and other is None:
-            raise ValueError("steering_condition goes with a steering_vector; give one")
+            raise refused("steering_condition", "steering_condition goes with a steering_vector; give one")
         if self.behavior_action is not None and not (self.behavior_names or self.corrected_behaviors):
-            raise ValueError("behavior_action says what is done with behavior_names: give some")
+            raise refused(
+                "behavior_action", "behavior_action says what is done with behavior_names: give some"
+            )
         if self.corrected_behaviors and self.behavior_action in ("abort", "report"):
-            raise ValueError(
-                f"corrected_behaviors are corrected, and behavior_action is '{self.behavior_action}': give one of them"
+            raise refused(
+                "behavior_action",
+                f"corrected_behaviors are corrected, and behavior_action is '{self.behavior_action}': give one of them",
             )
         return self
 
 
-class GenerationBody(SamplingFields, FormFields, SteeringFields):
+class GenerationBody(SamplingFields, SteeringFields):
     """What both kinds of completion share."""
 
     model: str | None = Field(default=None, description="The served model, or nothing.")
@@ -197,25 +203,20 @@ class GenerationBody(SamplingFields, FormFields, SteeringFields):
     @model_validator(mode="after")
     def _streamed(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options goes with stream=true")
-        return self
-
-    @model_validator(mode="after")
-    def _reachable(self) -> GenerationBody:
-        most = self.most_tokens
-        if most is not None and (self.min_tokens or 0) > most:
-            raise ValueError(f"min_tokens is at most max_tokens: got {self.min_tokens} and {most}")
+            raise refused("stream_options", "stream_options goes with stream=true")
         return self
 
     @property
-    def most_tokens(self) -> int | None:
-        """How long an answer may be; None for as long as there is room."""
-        return next((n for name in _LENGTHS if (n := getattr(self, name, None)) is not None), None)
+    def length_field(self) -> str | None:
+        """The field by which the sender said how long an answer may be, or None."""
+        return next(
+            (one for one in LENGTHS if one in self.model_fields_set and getattr(self, one) is not None), None
+        )
 
     @property
-    def asked_length(self) -> bool:
-        """Whether the sender said how long an answer may be."""
-        return any(name in self.model_fields_set and getattr(self, name) is not None for name in _LENGTHS)
+    def asked_length(self) -> int | None:
+        """How long an answer may be where the sender said so."""
+        return None if self.length_field is None else self.most_tokens
 
     @property
     def n_answers(self) -> int:
@@ -231,7 +232,7 @@ class GenerationBody(SamplingFields, FormFields, SteeringFields):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | Items[int] | _Some[str | Items[int]] = Field(
+    prompt: str | TokenIds | _Some[str | TokenIds] = Field(
         description="A text, token ids, or several of either."
     )
     max_tokens: Whole | None = Field(default=16, ge=0, le=2**31)
@@ -248,16 +249,19 @@ class CompletionBody(GenerationBody):
     @model_validator(mode="after")
     def _possible(self) -> CompletionBody:
         if self.suffix:
-            raise ValueError(
+            raise refused(
+                "suffix",
                 "suffix is not supported: a text is continued at its end, not filled in; leave it out, or write the "
-                "model's own fill-in-the-middle tokens into the prompt"
+                "model's own fill-in-the-middle tokens into the prompt",
             )
         if self.best_of is not None and self.best_of < (self.n or 1):
-            raise ValueError(f"best_of is at least n: got best_of={self.best_of} and n={self.n or 1}")
+            raise refused("best_of", f"best_of is at least n: got best_of={self.best_of} and n={self.n or 1}")
         if self.n_drawn > self.n_answers and self.stream:
-            raise ValueError("which answers are the best_of is known at their ends: it goes without stream")
+            raise refused(
+                "best_of", "which answers are the best_of is known at their ends: it goes without stream"
+            )
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens of 0 goes with echo=true")
+            raise refused("max_tokens", "max_tokens of 0 goes with echo=true")
         return self
 
     @property
@@ -268,6 +272,10 @@ class CompletionBody(GenerationBody):
         if self.prompt and isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)  # type: ignore[arg-type]
+
+    @property
+    def most_tokens(self) -> int:
+        return 16 if self.max_tokens is None else self.max_tokens
 
     @property
     def n_drawn(self) -> int:
@@ -296,17 +304,16 @@ class Message(Part):
     @model_validator(mode="after")
     def _said(self) -> Message:
         if self.content is None and self.role != "assistant":
-            raise ValueError(f"a {self.role} message needs content")
+            raise refused("content", f"a {self.role} message needs content")
         if self.tool_calls and self.role != "assistant":
-            raise ValueError("tool_calls are the assistant's")
+            raise refused("tool_calls", "tool_calls are the assistant's")
         return self
 
     @property
     def rendered(self) -> dict[str, Any]:
         """The message as chat templates take it."""
-        content = self.content or ""
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        told: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        role = "system" if self.role == "developer" else self.role
+        told: dict[str, Any] = {"role": role, "content": text_of(self.content or "")}
         if self.tool_calls:
             told["tool_calls"] = [one.rendered for one in self.tool_calls]
         if self.role == "tool":
@@ -349,17 +356,20 @@ class ChatBody(GenerationBody):
     @model_validator(mode="after")
     def _possible(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs goes with logprobs=true")
+            raise refused("top_logprobs", "top_logprobs goes with logprobs=true")
         if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError(
+            raise refused(
+                "add_generation_prompt",
                 "continue_final_message goes on with the last message and add_generation_prompt begins another; "
-                "ask for one of them"
+                "ask for one of them",
             )
         if not self.tools and self.tool_choice not in (None, "none", "auto"):
-            raise ValueError("tool_choice asks for a call, and there are no tools")
+            raise refused("tool_choice", "tool_choice asks for a call, and there are no tools")
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
-            raise ValueError("max_tokens and max_completion_tokens are one field; they differ")
+            raise refused(
+                "max_completion_tokens", "max_tokens and max_completion_tokens are one field; they differ"
+            )
         return self
 
     @property
@@ -368,7 +378,7 @@ class ChatBody(GenerationBody):
         return [] if self.tool_choice == "none" else list(self.tools or ())
 
     @property
-    def form(self) -> tuple[str, Any, Any] | None:
+    def form(self) -> Form | None:
         """As in bodies of all kinds; a call that has to come is one, too."""
         form, choice = super().form, self.tool_choice
         if not self.offered or (choice != "required" and not isinstance(choice, ToolChoice)):
@@ -380,8 +390,26 @@ class ChatBody(GenerationBody):
         return "tools", "json", schema_of(functions)
 
 
-def chat_of(body: Body, fields: dict[str, Any]) -> ChatBody:
+class TextPart(Protocol):
+    """A piece of a message."""
+
+    @property
+    def text(self) -> str:
+        """What it says."""
+
+
+def text_of(content: str | Sequence[TextPart]) -> str:
+    """What a message says, in however many pieces."""
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def chat_of(body: Body, fields: dict[str, Any], names: Mapping[str, str] | None = None) -> ChatBody:
     """A chat that is asked for in another API's words, with that body's model and steering.
+
+    Args:
+        body: what was sent.
+        fields: the chat's.
+        names: what that API calls the chat's fields, where it calls them otherwise.
 
     Raises:
         ValidationError: what no chat can be asked for.
@@ -391,5 +419,9 @@ def chat_of(body: Body, fields: dict[str, Any]) -> ChatBody:
         return ChatBody.model_validate({name: getattr(body, name) for name in same} | fields)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise invalid(f"Invalid value for '{where}': {first['msg']}.", None) from error
+        place = place_of(first)
+        ours = str(place[0]) if place else None
+        param = (names or {}).get(ours or "", ours)
+        where = f"'{param}'" if param else "the body"
+        reason = first["msg"].removeprefix("Value error, ")
+        raise invalid(f"Invalid value for {where}: {reason}.", param) from error

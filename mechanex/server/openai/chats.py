@@ -17,6 +17,7 @@ from ..model.requests import TextRequest
 from .answering import check_choices, check_model, check_room
 from .asked import common_of
 from .bodies import ChatBody
+from .doors import about
 from .sampling import truncated
 from .tools import check_tools
 
@@ -56,17 +57,18 @@ async def chat_request(
         NotFoundError: another model.
     """
     check_model(engine, body.model)
-    check_choices(engine, body.n_answers)
+    check_choices(engine, 1, body)
     if engine.settings.log_prompts:
         request.state.log = {"messages": [message.rendered for message in body.messages]}
     common, watching = await common_of(engine, body, who)
-    asked = body.most_tokens
-    ids = truncated(engine, body, await chat_ids(engine, body), asked)
-    check_room(engine, len(ids), asked or 0)
+    asked = body.asked_length
+    with about("messages"):
+        ids = truncated(engine, body, await chat_ids(engine, body), asked)
+        check_room(engine, len(ids), asked, body.length_field)
     wanted = replace(
         common,
         ids=ids,
-        max_tokens=asked or (4096 if engine.context is None else max(engine.context - len(ids), 1)),
+        max_tokens=asked or (4096 if engine.context is None else engine.context - len(ids)),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     return wanted, watching

@@ -6,39 +6,37 @@ import base64
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import torch
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import Field
 from torch import Tensor
 
 from ...engine.decode.inside import read_inside
+from ...engine.intervention import unit
 from ...engine.models.adapter import ModelAdapter
 from ...engine.sampling import padding_token
-from ...errors import MechanexError, ValidationError
-from ..accounts.auth import Principal, principal
+from ...errors import ValidationError
 from ..http.answers import json_answer
 from ..http.body import Items
 from ..http.disconnect import done_or_gone
 from ..http.errors import invalid
-from ..http.routes import Route
 from ..model.engine import Engine
 from ..model.requests import TextRequest
-from .answering import check_choices, check_model, check_room
+from ..model.rules import TokenIds, Whole
+from .answering import check_model, check_room
 from .asked import steering_of
 from .bodies import SteeringFields
-from .sampling import IgnoredFields, Whole
+from .doors import Who, about, posts
+from .sampling import IgnoredFields
 
 __all__ = ["embeddings_router"]
-
-Who = Annotated[Principal, Depends(principal)]
 
 
 class EmbeddingBody(IgnoredFields, SteeringFields):
     """POST /v1/embeddings."""
 
     model: str | None = Field(default=None, description="The served model, or nothing.")
-    input: str | Items[Whole] | Annotated[Items[str | Items[Whole]], Field(max_length=4096)] = Field(
+    input: str | TokenIds | Annotated[Items[str | TokenIds], Field(max_length=4096)] = Field(
         description="A text, token ids, or several of either."
     )
     encoding_format: Literal["float", "base64"] | None = "float"
@@ -66,12 +64,7 @@ class EmbeddingBody(IgnoredFields, SteeringFields):
 
 def embeddings_router() -> APIRouter:
     """The route."""
-    router = APIRouter(prefix="/v1", tags=["openai"], route_class=Route)
-    errors: dict[int | str, dict[str, Any]] = {
-        status: {"description": "An error object."} for status in (400, 401, 404, 413, 429, 503, 504)
-    }
-    router.add_api_route("/embeddings", _embeddings, methods=["POST"], responses=errors)
-    return router
+    return posts("openai", {"/embeddings": _embeddings})
 
 
 async def _embeddings(body: EmbeddingBody, request: Request, engine: Engine, who: Who) -> Response:
@@ -84,7 +77,13 @@ async def _embeddings(body: EmbeddingBody, request: Request, engine: Engine, who
         )
     if not body.texts:
         raise invalid("Invalid value for 'input': it is an empty list.", "input")
-    check_choices(engine, len(body.texts))
+    most = engine.settings.max_choices
+    if len(body.texts) > most:
+        raise invalid(
+            f"Invalid value for 'input': it has {len(body.texts)} texts, and this server embeds {most} at once: send "
+            "them in several requests.",
+            "input",
+        )
     try:
         layer = engine.adapter.layer_index(engine.adapter.n_layers if body.layer is None else body.layer)
     except ValidationError as error:
@@ -96,12 +95,13 @@ async def _embeddings(body: EmbeddingBody, request: Request, engine: Engine, who
             "behavior_names",
         )
     rows = []
-    for text in body.texts:
-        ids = await engine.encode(text)
-        if not ids:
-            raise invalid("Invalid value for 'input': a text has no tokens.", "input")
-        check_room(engine, len(ids), 0)
-        rows.append(TextRequest(ids, 0, steering=steering, owner=who.account_id))
+    with about("input"):
+        for text in body.texts:
+            ids = await engine.encode(text)
+            if not ids:
+                raise ValidationError("Invalid value for 'input': a text has no tokens.")
+            check_room(engine, len(ids), 0)
+            rows.append(TextRequest(ids, 0, steering=steering, owner=who.account_id))
     padding = padding_token(engine.tokenizer, [0])
     n_tokens = sum(len(row.ids) for row in rows)
     engine.scheduler.take_tokens(n_tokens)
@@ -113,8 +113,6 @@ async def _embeddings(body: EmbeddingBody, request: Request, engine: Engine, who
         ]
 
     found = await done_or_gone(request, engine.scheduler.run(work))
-    if not all(bool(one.isfinite().all()) for one in found):
-        raise MechanexError("the residual stream is not finite: the steering is too strong.", 400)
 
     def made() -> dict[str, Any]:
         return {
@@ -131,10 +129,17 @@ async def _embeddings(body: EmbeddingBody, request: Request, engine: Engine, who
 
 
 def _pooled(stream: Tensor, body: EmbeddingBody) -> Tensor:
-    """[d_model] float32 of a text's stream [tokens, d_model]."""
+    """[d_model] float32 of a text's stream [tokens, d_model].
+
+    Raises:
+        ValidationError: it isn't finite, or it is zero and was to have norm 1.
+    """
+    stream = stream.double()  # in which sums of squares of numbers of float32 are numbers too
     pooled = stream[-1] if body.pooling == "last" else stream.mean(0)
+    if not bool(pooled.float().isfinite().all()):
+        raise ValidationError("the residual stream is not finite: the steering is too strong.")
     if body.normalize is not False:
-        pooled = pooled / torch.linalg.vector_norm(pooled).clamp(min=1e-12)
+        pooled = unit(pooled)
     return pooled.float()
 
 

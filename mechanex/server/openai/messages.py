@@ -5,26 +5,25 @@ from __future__ import annotations
 import random
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import Field
 
 from ...errors import MechanexError
-from ..accounts.auth import Principal, principal
 from ..http.body import Body, Items, Part
 from ..http.errors import anthropic_envelope
-from ..http.routes import Route
 from ..model.engine import Engine
 from ..model.requests import Result
+from ..model.rules import Stop, Whole
 from .answering import check_model
-from .bodies import ChatBody, SteeringFields, chat_of
+from .bodies import ChatBody, SteeringFields, chat_of, text_of
 from .chats import chat_ids, chat_request
-from .sampling import Stop, Whole
+from .doors import Who, posts, sent_as
 from .single import Event, answer_single
 
 __all__ = ["messages_router"]
 
-Who = Annotated[Principal, Depends(principal)]
+_NAMES = {"stop": "stop_sequences"}
 
 
 class _TextBlock(Part):
@@ -58,8 +57,8 @@ class CountBody(Body):
     @property
     def chat(self) -> list[dict[str, Any]]:
         """The messages as chat templates take them."""
-        system = [] if not self.system else [{"role": "system", "content": _text(self.system)}]
-        return [*system, *({"role": one.role, "content": _text(one.content)} for one in self.messages)]
+        system = [] if not self.system else [{"role": "system", "content": text_of(self.system)}]
+        return [*system, *({"role": one.role, "content": text_of(one.content)} for one in self.messages)]
 
     @property
     def goes_on(self) -> bool:
@@ -90,28 +89,20 @@ class MessagesBody(CountBody, SteeringFields):
                 "stop": self.stop_sequences or None,
                 "continue_final_message": self.goes_on,
             },
+            _NAMES,
         )
-
-
-def _text(content: str | list[_TextBlock]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 def messages_router() -> APIRouter:
     """The routes."""
-    router = APIRouter(prefix="/v1", tags=["anthropic"], route_class=Route)
-    errors: dict[int | str, dict[str, Any]] = {
-        status: {"description": "An error object."} for status in (400, 401, 404, 413, 429, 500, 503, 504)
-    }
-    router.add_api_route("/messages", _messages, methods=["POST"], responses=errors)
-    router.add_api_route("/messages/count_tokens", _count, methods=["POST"], responses=errors)
-    return router
+    return posts("anthropic", {"/messages": _messages, "/messages/count_tokens": _count})
 
 
 async def _messages(body: MessagesBody, request: Request, engine: Engine, who: Who) -> Response:
     """Answers a chat."""
     chat = body.as_chat()
-    wanted, watching = await chat_request(request, engine, chat, who)
+    with sent_as(_NAMES):
+        wanted, watching = await chat_request(request, engine, chat, who)
     shape = _MessageShape(engine.model_name, len(wanted.ids))
     return await answer_single(request, engine, wanted, watching, shape, stream=bool(body.stream))
 

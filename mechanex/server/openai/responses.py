@@ -6,25 +6,25 @@ import random
 import time
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import Field, field_validator, model_validator
 
 from ...errors import MechanexError
-from ..accounts.auth import Principal, principal
-from ..http.body import Items, Part
+from ..http.body import Items, Part, refused
 from ..http.errors import error_envelope
-from ..http.routes import Route
 from ..model.engine import Engine
 from ..model.requests import Result
-from .bodies import ChatBody, SteeringFields, chat_of
+from ..model.rules import Whole
+from .bodies import ChatBody, SteeringFields, chat_of, text_of
 from .chats import chat_request
-from .sampling import IgnoredFields, Whole
+from .doors import Who, posts, sent_as
+from .sampling import IgnoredFields
 from .single import Event, answer_single
 
 __all__ = ["responses_router"]
 
-Who = Annotated[Principal, Depends(principal)]
+_NAMES = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text"}
 
 
 class _InputText(Part):
@@ -54,7 +54,7 @@ class _Format(Part):
     @model_validator(mode="after")
     def _with_schema(self) -> _Format:
         if (self.type == "json_schema") != (self.schema_ is not None):
-            raise ValueError("a schema goes with type 'json_schema', and that with it")
+            raise refused("schema", "a schema goes with type 'json_schema', and that with it")
         return self
 
     @property
@@ -104,11 +104,14 @@ class ResponsesBody(IgnoredFields, SteeringFields):
     def _stateless(self) -> ResponsesBody:
         for name in ("previous_response_id", "conversation"):
             if getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name} is not supported, since nothing is kept here: send the earlier messages in input"
+                raise refused(
+                    name,
+                    f"{name} is not supported, since nothing is kept here: send the earlier messages in input",
                 )
         if self.background:
-            raise ValueError("background is not supported: answers are given to the request that asks")
+            raise refused(
+                "background", "background is not supported: answers are given to the request that asks"
+            )
         return self
 
     def as_chat(self) -> ChatBody:
@@ -119,7 +122,7 @@ class ResponsesBody(IgnoredFields, SteeringFields):
         if isinstance(self.input, str):
             messages.append({"role": "user", "content": self.input})
         else:
-            messages += [{"role": one.role, "content": _text(one.content)} for one in self.input]
+            messages += [{"role": one.role, "content": text_of(one.content)} for one in self.input]
         fields: dict[str, Any] = {
             "messages": messages,
             "temperature": self.temperature,
@@ -128,27 +131,19 @@ class ResponsesBody(IgnoredFields, SteeringFields):
         }
         if self.text is not None and self.text.format is not None:
             fields["response_format"] = self.text.format.of_chats
-        return chat_of(self, {**fields, "max_completion_tokens": self.max_output_tokens})
-
-
-def _text(content: str | list[_InputText]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
+        return chat_of(self, {**fields, "max_completion_tokens": self.max_output_tokens}, _NAMES)
 
 
 def responses_router() -> APIRouter:
     """The route."""
-    router = APIRouter(prefix="/v1", tags=["openai"], route_class=Route)
-    errors: dict[int | str, dict[str, Any]] = {
-        status: {"description": "An error object."} for status in (400, 401, 404, 413, 429, 500, 503, 504)
-    }
-    router.add_api_route("/responses", _responses, methods=["POST"], responses=errors)
-    return router
+    return posts("openai", {"/responses": _responses})
 
 
 async def _responses(body: ResponsesBody, request: Request, engine: Engine, who: Who) -> Response:
     """Answers messages."""
     chat = body.as_chat()
-    wanted, watching = await chat_request(request, engine, chat, who)
+    with sent_as(_NAMES):
+        wanted, watching = await chat_request(request, engine, chat, who)
     shape = _ResponseShape(engine.model_name, body)
     return await answer_single(request, engine, wanted, watching, shape, stream=bool(body.stream))
 

@@ -4,42 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Any
 
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from ..accounts.auth import Principal, principal
+from ...errors import ValidationError
 from ..http.errors import invalid
-from ..http.routes import Route
 from ..model.engine import Engine, ServingEngine
 from .answering import answer, check_choices, check_model, check_room
 from .asked import common_of
 from .bodies import ChatBody, CompletionBody
 from .chats import chat_request
+from .doors import Who, about, errors, posts
 from .replies import ChatReply, CompletionReply
 from .sampling import truncated
 from .tools import reader_of
 
 __all__ = ["openai_router"]
 
-Who = Annotated[Principal, Depends(principal)]
-
 
 def openai_router() -> APIRouter:
     """The routes under /v1."""
-    router = APIRouter(prefix="/v1", tags=["openai"], route_class=Route)
+    router = posts("openai", {"/completions": _completions, "/chat/completions": _chat})
     router.add_api_route("/models", _models, methods=["GET"])
-    router.add_api_route("/models/{model:path}", _model, methods=["GET"], responses=_errors(404))
-    responses = _errors(400, 401, 404, 413, 429, 500, 503, 504)
-    router.add_api_route("/completions", _completions, methods=["POST"], responses=responses)
-    router.add_api_route("/chat/completions", _chat, methods=["POST"], responses=responses)
+    router.add_api_route("/models/{model:path}", _model, methods=["GET"], responses=errors(404))
     return router
-
-
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"description": "An error object."} for status in statuses}
 
 
 async def _models(request: Request, engine: Engine, who: Who) -> dict[str, Any]:
@@ -58,20 +49,23 @@ async def _completions(body: CompletionBody, request: Request, engine: Engine, w
     check_model(engine, body.model)
     if not body.prompts:
         raise invalid("Invalid value for 'prompt': it is an empty list.", "prompt")
-    check_choices(engine, len(body.prompts) * body.n_drawn)
+    check_choices(engine, len(body.prompts), body)
     if engine.settings.log_prompts:
         request.state.log = {"prompt": body.prompt}
     common, watching = await common_of(engine, body, who)
-    asked = body.max_tokens if "max_tokens" in body.model_fields_set else None
+    asked = body.asked_length
     common = replace(
         common,
-        max_tokens=16 if body.max_tokens is None else body.max_tokens,
+        max_tokens=body.most_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
     )
-    prompts = [truncated(engine, body, await engine.encode(prompt), asked) for prompt in body.prompts]
-    for ids in prompts:
-        check_room(engine, len(ids), asked)
+    with about("prompt"):
+        prompts = [truncated(engine, body, await engine.encode(prompt), asked) for prompt in body.prompts]
+        for ids in prompts:
+            if not ids:
+                raise ValidationError("Invalid value for 'prompt': a prompt has no tokens.")
+            check_room(engine, len(ids), asked, body.length_field)
     echoed: list[tuple[str, Sequence[int]]] | None = None
     if body.echo:
         echoed = []

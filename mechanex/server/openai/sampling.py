@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 
-from ...engine.decode.request import TextRequest
 from ...engine.sampling import Sampling
-from ...errors import ValidationError
 from ..http.body import Body, Items, few_fields
-from ..http.errors import invalid
+from ..model.rules import RuleFields, Stop, Whole
 
 if TYPE_CHECKING:
     from ..model.engine import ServingEngine
 
-__all__ = ["IgnoredFields", "SamplingFields", "Stop", "Whole", "asked_of", "truncated"]
-
-T = TypeVar("T")
-
-
-def _whole(number: Any) -> Any:
-    return int(number) if isinstance(number, float) and number.is_integer() else number
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
-"""A whole number, which some clients write as ``5.0``."""
-
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-"""A text that ends an answer."""
+__all__ = ["IgnoredFields", "SamplingFields", "truncated"]
 
 
 class IgnoredFields(Body):
@@ -50,7 +35,7 @@ class IgnoredFields(Body):
     spaces_between_special_tokens: bool | None = None
 
 
-class SamplingFields(IgnoredFields):
+class SamplingFields(IgnoredFields, RuleFields):
     """What both kinds of completion say of their answers' tokens."""
 
     temperature: float | None = Field(default=1.0, ge=0, le=2)
@@ -63,45 +48,16 @@ class SamplingFields(IgnoredFields):
     )
     n: Whole | None = Field(default=1, ge=1, le=128)
     stop: Stop | Annotated[Items[Stop], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[Items[Whole], Field(max_length=256)] | None = Field(
-        default=None, description="Further tokens that end an answer."
-    )
-    include_stop_str_in_output: bool | None = Field(
-        default=False, description="Whether the stop text or token stays in the answer."
-    )
-    ignore_eos: bool | None = Field(
-        default=False, description="Go on behind the model's own end tokens, to max_tokens."
-    )
-    min_tokens: Whole | None = Field(
-        default=0, ge=0, le=2**31, description="Tokens before which nothing ends an answer."
-    )
-    skip_special_tokens: bool | None = Field(
-        default=True, description="Whether special tokens are left out of the text."
-    )
     truncate_prompt_tokens: Whole | None = Field(
         default=None,
         ge=-1,
         le=2**31,
         description="Keep this many of the prompt's last tokens; -1 for what fits.",
     )
-    repetition_penalty: float | None = Field(
-        default=1.0, gt=0, le=100, description="Of tokens that prompt or answer have; 1 for none."
-    )
-    frequency_penalty: float | None = Field(default=0.0, ge=-2, le=2)
-    presence_penalty: float | None = Field(default=0.0, ge=-2, le=2)
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], few_fields(1024)] | None = None
     seed: Whole | None = Field(default=None, ge=-(2**63), lt=2**63)
     return_token_ids: bool | None = Field(
         default=False, description="Whether the answer has the token ids of the prompt and of itself."
     )
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _bias_keys(cls, biases: dict[str, float] | None) -> dict[str, float] | None:
-        for key in biases or {}:
-            if not (key.isascii() and key.isdigit() and len(key) < 19):
-                raise ValueError(f"its keys are token ids, such as '42'; got {key[:40]!r}")
-        return biases
 
     @field_validator("truncate_prompt_tokens")
     @classmethod
@@ -129,35 +85,6 @@ class SamplingFields(IgnoredFields):
         if not top_k and not min_p:
             return Sampling("top-p", top_p=top_p, temperature=temperature)
         return Sampling("combined", top_k=top_k, min_p=min_p, top_p=top_p, temperature=temperature)
-
-
-def asked_of(engine: ServingEngine, body: SamplingFields) -> TextRequest:
-    """What these fields ask of the decoder, yet without a prompt.
-
-    Raises:
-        ValidationError: token ids that the model doesn't have.
-    """
-    biases = tuple((int(token), bias) for token, bias in (body.logit_bias or {}).items())
-    stop_ids = tuple(body.stop_token_ids or ())
-    for name, ids in (("logit_bias", [token for token, _ in biases]), ("stop_token_ids", list(stop_ids))):
-        try:
-            engine.adapter.check_token_ids(ids)
-        except ValidationError as error:
-            raise invalid(f"Invalid value for '{name}': {error.message}", name) from error
-    return TextRequest(
-        (),
-        sampling=body.sampling,
-        stops=body.stops,
-        stop_token_ids=stop_ids,
-        include_stop=bool(body.include_stop_str_in_output),
-        ignore_ends=bool(body.ignore_eos),
-        min_tokens=body.min_tokens or 0,
-        skip_special_tokens=body.skip_special_tokens is not False,
-        repetition_penalty=body.repetition_penalty or 1.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        presence_penalty=body.presence_penalty or 0.0,
-        logit_bias=biases,
-    )
 
 
 def truncated(engine: ServingEngine, body: SamplingFields, ids: list[int], asked: int | None) -> list[int]:

@@ -5,22 +5,19 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from pydantic import Field, model_validator
 
-from ..accounts.auth import Principal, principal
-from ..http.body import Body, Items, few_fields
-from ..http.routes import Route
+from ..http.body import Body, Items, few_fields, refused
 from ..model.engine import Engine
+from ..model.rules import TokenIds
 from .answering import check_model
 from .bodies import Message, chat_of
 from .chats import chat_ids
-from .sampling import Whole
+from .doors import Who, about, posts
 from .tools import Tool
 
 __all__ = ["tokens_router"]
-
-Who = Annotated[Principal, Depends(principal)]
 
 
 class TokenizeBody(Body):
@@ -42,7 +39,7 @@ class TokenizeBody(Body):
     @model_validator(mode="after")
     def _one(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give a prompt, a text, or messages, a chat; one of them")
+            raise refused("prompt", "give a prompt, a text, or messages, a chat; one of them")
         return self
 
 
@@ -53,29 +50,24 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: Items[Whole]
+    tokens: TokenIds
 
 
 def tokens_router() -> APIRouter:
     """The routes beside /v1."""
-    router = APIRouter(tags=["openai"], route_class=Route)
-    errors: dict[int | str, dict[str, Any]] = {
-        status: {"description": "An error object."} for status in (400, 401, 404, 413)
-    }
-    router.add_api_route("/tokenize", _tokenize, methods=["POST"], responses=errors)
-    router.add_api_route("/detokenize", _detokenize, methods=["POST"], responses=errors)
-    return router
+    return posts("openai", {"/tokenize": _tokenize, "/detokenize": _detokenize}, prefix="")
 
 
 async def _tokenize(body: TokenizeBody, engine: Engine, who: Who) -> dict[str, Any]:
     """The token ids that a prompt is read as."""
     check_model(engine, body.model)
-    if body.messages is not None:
-        ids = await chat_ids(engine, chat_of(body, {name: getattr(body, name) for name in _OF_CHATS}))
-    elif body.add_special_tokens is False:
-        ids = await run_sync(engine.encoder.encode_bare, body.prompt or "")
-    else:
-        ids = await engine.encode(body.prompt or "")
+    with about("prompt" if body.messages is None else "messages"):
+        if body.messages is not None:
+            ids = await chat_ids(engine, chat_of(body, {name: getattr(body, name) for name in _OF_CHATS}))
+        elif body.add_special_tokens is False:
+            ids = await run_sync(engine.encoder.encode_bare, body.prompt or "")
+        else:
+            ids = await engine.encode(body.prompt or "")
     strings = [engine.token_texts[token][0] for token in ids] if body.return_token_strs else None
     return {"count": len(ids), "max_model_len": engine.context, "tokens": ids, "token_strs": strings}
 
@@ -83,5 +75,6 @@ async def _tokenize(body: TokenizeBody, engine: Engine, who: Who) -> dict[str, A
 async def _detokenize(body: DetokenizeBody, engine: Engine, who: Who) -> dict[str, Any]:
     """The text of token ids, special tokens written out."""
     check_model(engine, body.model)
-    engine.adapter.check_token_ids(body.tokens)
+    with about("tokens"):
+        engine.adapter.check_token_ids(body.tokens)
     return {"prompt": await run_sync(engine.encoder.decode_whole, body.tokens)}

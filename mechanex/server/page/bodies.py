@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from ...engine.chat import Chat
 from ...engine.text import Prompt
-from ..http.body import Body, Items, Part
+from ..http.body import Body, Items, Part, refused
 from ..openai.bodies import Message, SteeringItem
 
 __all__ = ["CompareBody", "SweepBody", "SweepExamples"]
@@ -26,7 +26,7 @@ class _Asked(Body):
     @model_validator(mode="after")
     def _one_prompt(self) -> _Asked:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give a prompt or messages, one of them")
+            raise refused("prompt", "give a prompt or messages, one of them")
         return self
 
     @property
@@ -56,7 +56,9 @@ class SweepExamples(Part):
     def _one_length(self) -> SweepExamples:
         n = len(self.prompts), len(self.positive_answers), len(self.negative_answers)
         if len(set(n)) > 1:
-            raise ValueError(f"prompts, positive_answers and negative_answers must be of one length; got {n}")
+            raise refused(
+                "prompts", f"prompts, positive_answers and negative_answers must be of one length; got {n}"
+            )
         return self
 
 

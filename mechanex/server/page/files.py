@@ -1,16 +1,18 @@
-"""The playground's files: read once, answered without a key, and under a policy that lets nothing else run."""
+"""The playground's files: read when first asked for, answered without a key, under a policy that lets nothing else
+run."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 
 from fastapi import APIRouter, Request, Response
 
 from ..http.routes import Route
 
-__all__ = ["PAGE_PATHS", "files_router"]
+__all__ = ["files_router", "page_paths"]
 
 _KINDS = {
     "html": "text/html; charset=utf-8",
@@ -36,33 +38,39 @@ class _File:
     tag: str
 
 
-def _read() -> dict[str, _File]:
-    found = {}
-    for one in resources.files(__package__).joinpath("static").iterdir():
-        kind = _KINDS.get(one.name.rpartition(".")[2])
-        if kind is not None:
-            content = one.read_bytes()
-            path = "/" if one.name == "index.html" else f"/page/{one.name}"
-            found[path] = _File(content, kind, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
-    return found
+@cache
+def _names() -> dict[str, str]:
+    """Names of the files by path."""
+    there = [one.name for one in resources.files(__package__).joinpath("static").iterdir()]
+    return {"/" if name == "index.html" else f"/page/{name}": name for name in there if _kind(name)}
 
 
-_FILES = _read()
+def _kind(name: str) -> str | None:
+    return _KINDS.get(name.rpartition(".")[2])
 
-PAGE_PATHS = frozenset(_FILES)
-"""What the playground consists of: the same for everybody, so that it needs no key."""
+
+@cache
+def _read(path: str) -> _File:
+    name = _names()[path]
+    content = resources.files(__package__).joinpath("static", name).read_bytes()
+    return _File(content, _kind(name) or "", f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+
+
+def page_paths() -> frozenset[str]:
+    """What the playground consists of: the same for everybody, so that it needs no key."""
+    return frozenset(_names())
 
 
 def files_router() -> APIRouter:
     """A route for each file; no part of a path ever names a file on the disk."""
     router = APIRouter(route_class=Route, include_in_schema=False)
-    for path in sorted(_FILES):
+    for path in sorted(page_paths()):
         router.add_api_route(path, _answer, methods=["GET", "HEAD"], response_class=Response)
     return router
 
 
 async def _answer(request: Request) -> Response:
-    file = _FILES[str(request.scope["path"])]
+    file = _read(str(request.scope["path"]))
     headers = {**_HEADERS, "ETag": file.tag}
     if request.headers.get("if-none-match") == file.tag:
         return Response(status_code=304, headers=headers)

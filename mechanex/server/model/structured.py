@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from anyio.to_thread import run_sync
 from pydantic import Field, model_validator
 
+from ...engine.answering import Form, FormKind, check_ends, one_form
 from ...engine.decode.grammar import Grammar
 from ...errors import ValidationError
-from ..http.body import Body, Items, Part
+from ..http.body import Body, Items, Part, refused
 from ..http.errors import invalid
 
 if TYPE_CHECKING:
-    from ..model.engine import ServingEngine
+    from .engine import ServingEngine
 
 __all__ = ["FormFields", "form_of"]
 
@@ -39,7 +40,7 @@ class ResponseFormat(Part):
     @model_validator(mode="after")
     def _with_schema(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema goes with type 'json_schema', and that with it")
+            raise refused("json_schema", "json_schema goes with type 'json_schema', and that with it")
         return self
 
 
@@ -53,10 +54,15 @@ class _Outputs(Part):
     grammar: str | None = Field(default=None, min_length=1)
 
     @property
-    def forms(self) -> list[tuple[str, Any]]:
+    def forms(self) -> list[tuple[FormKind, Any]]:
         """What kinds they are, and what they say."""
-        said = {"json": self.json_, "regex": self.regex, "choice": self.choice, "grammar": self.grammar}
-        found: list[tuple[str, Any]] = [(kind, given) for kind, given in said.items() if given is not None]
+        said: dict[FormKind, Any] = {
+            "json": self.json_,
+            "regex": self.regex,
+            "choice": self.choice,
+            "grammar": self.grammar,
+        }
+        found = [(kind, given) for kind, given in said.items() if given is not None]
         return [*found, ("json", {"type": "object"})] if self.json_object else found
 
 
@@ -76,24 +82,20 @@ class FormFields(Body):
     )
 
     @property
-    def form(self) -> tuple[str, Any, Any] | None:
+    def form(self) -> Form | None:
         """The name of the field that gives the form, what kind it is, and what it says."""
-        found: list[tuple[str, Any, Any]] = []
+        found: list[Form] = []
         wanted = self.response_format
         if wanted is not None and wanted.type != "text":
             named = wanted.json_schema
             schema = {"type": "object"} if named is None or named.schema_ is None else named.schema_
             found.append(("response_format", "json", schema))
-        for kind in ("json", "regex", "choice", "grammar"):
+        for kind in get_args(FormKind):
             if (given := getattr(self, f"guided_{kind}")) is not None:
                 found.append((f"guided_{kind}", kind, given))
         if self.structured_outputs is not None:
             found += [("structured_outputs", *one) for one in self.structured_outputs.forms]
-        if len(found) > 1:
-            (one, first, _), (other, second, _) = found[:2]
-            either = f"its {first} or its {second}" if one == other else f"{one} or {other}"
-            raise invalid(f"An answer has one form: give {either}.", other)
-        return found[0] if found else None
+        return one_form(found)
 
 
 async def form_of(engine: ServingEngine, body: FormFields) -> Grammar | None:
@@ -105,12 +107,9 @@ async def form_of(engine: ServingEngine, body: FormFields) -> Grammar | None:
     form = body.form
     if form is None:
         return None
-    name, kind, given = form
-    for other in ("ignore_eos", "min_tokens"):
-        if getattr(body, other, None):
-            raise invalid(f"{other} holds off the end that {name} asks for: leave one of them out.", other)
+    check_ends(form[0], body)
     try:
         grammars = await run_sync(engine.grammars)
-        return await run_sync(grammars.compiled, kind, given)
     except ValidationError as error:
-        raise invalid(f"Invalid value for '{name}': {error.message}", name) from error
+        raise invalid(error.message, form[0]) from error
+    return await run_sync(grammars.of_form, form)
