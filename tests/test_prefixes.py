@@ -167,6 +167,61 @@ def test_what_was_read_under_other_hooks_is_forgotten() -> None:
     assert (after.cached_tokens, after.chosen) == (0, plain.chosen)
 
 
+def test_a_plan_that_comes_while_others_are_answered_lets_no_text_be_gone_on_from() -> None:
+    model, serving = build("llama"), Serving(build("llama"))
+    edit = add()
+    steered = TextRequest(list(range(100, 130)), 30, steering=(Steer(2, edit),))
+    running = Row(steered, tiny_tokenizer(), ())
+    decoder = serving.decoder
+
+    def joined(row: Row) -> None:
+        with torch.no_grad():
+            reading = decoder.read([row])
+            while not decoder.advance(reading):
+                pass
+            decoder.join(reading)
+
+    first, second, third = (Row(TextRequest(FIRST, 3), tiny_tokenizer(), ()) for _ in range(3))
+    joined(running)
+    joined(first)
+    with torch.no_grad(), SteeringPlan([Intervention(1, edit)]).apply(model):
+        joined(second)  # the first one, which is not done yet, was read without the plan
+        while len(decoder.rows) > 1:
+            decoder.step()
+        joined(third)
+        while len(decoder.rows) > 1:
+            decoder.step()
+        expected = fresh(model, TextRequest(FIRST, 3))
+        assert decoder.rows == [running]
+        decoder.close()
+    assert (second.cached_tokens, second.chosen) == (0, expected)
+    assert (third.cached_tokens, third.chosen) == (39, expected) and first.chosen != expected
+
+
+@pytest.mark.parametrize("place", ["model.layers.1.mlp", "model.embed_tokens", "every module"])
+def test_what_was_read_before_a_hook_of_others_is_forgotten(place: str) -> None:
+    """Wherever it is: it may change what the model makes of a text."""
+    model = build("llama")
+    serving = Serving(model)
+    serving.answers(TextRequest(FIRST, 3))
+
+    def double(module: Any, args: Any, output: Any) -> Any:
+        chosen = place != "every module" or module is model.model.layers[1].mlp
+        return 2 * output if chosen else None
+
+    if place == "every module":
+        handle = torch.nn.modules.module.register_module_forward_hook(double)
+    else:
+        handle = model.get_submodule(place).register_forward_hook(double)
+    try:
+        (row,) = serving.answers(TextRequest(FIRST, 3))
+        assert (row.cached_tokens, row.chosen) == (0, fresh(model, TextRequest(FIRST, 3)))
+    finally:
+        handle.remove()
+    (row,) = serving.answers(TextRequest(FIRST, 3))
+    assert row.cached_tokens == 0
+
+
 def test_layers_with_a_window_are_gone_on_from_where_they_ended() -> None:
     for window, shared in ((8, 0), (128, 30)):
         model = sliding_family("gemma2", window)

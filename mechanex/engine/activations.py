@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import Pack
 from .passes import visit_residuals
+from .positions import check_tokens
 from .ranks import Ranks, current_ranks, dealt
 from .text import Prompt, encode_prompt
 
@@ -196,16 +196,12 @@ _TORCH = {numpy.float32: torch.float32, numpy.float64: torch.float64}
 
 
 def _places(tokens: str | int | slice, length: int, text: int) -> list[int]:
-    if isinstance(tokens, str):
-        if tokens not in ("last", "all"):
-            raise ValidationError(f"tokens is 'last', 'all', a place or a slice; got {tokens!r}.")
+    if isinstance(tokens, str) and tokens in ("last", "all"):
         return [length - 1] if tokens == "last" else list(range(length))
-    try:
-        found = (
-            range(length)[tokens] if isinstance(tokens, slice) else [range(length)[operator.index(tokens)]]
-        )
-    except (TypeError, IndexError):
-        found = []
+    selector = None if tokens is None or isinstance(tokens, str) else check_tokens(tokens)
+    if selector is None:
+        raise ValidationError(f"tokens is 'last', 'all', a place or a slice; got {tokens!r}.")
+    found = range(length)[selector if isinstance(selector, slice) else slice(selector, selector + 1 or None)]
     if not found:
         raise ValidationError(
             f"text {text} has {length} tokens, and none of them is meant by tokens={tokens!r}."

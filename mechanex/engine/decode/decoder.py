@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..._private.torch import writes
 from ...errors import MechanexError, ValidationError
+from ..attaching import hooks_on, hooks_on_all
 from ..capabilities.caches import reads_again
 from ..models.adapter import ModelAdapter
 from ..regimes import first_change
@@ -81,6 +82,7 @@ class Decoder:
         self._chooser: Callable[[Tensor], Choice] | None = None
         self._latest: Choice | None = None
         self._pending: Choice | None = None  # of a step that ran, not read yet
+        self._hooks: frozenset[int] = frozenset()  # of others, as they were when ours were last away
 
     @property
     def columns(self) -> int:
@@ -107,8 +109,10 @@ class Decoder:
     def read(self, rows: Sequence[Row]) -> Reading:
         """Prompts to be read together, by ``advance``; one alone, for any number of rows, if it is long or its
         log-probabilities are wanted."""
-        if self._prefixes is not None and not self._attached:
-            self._prefixes.made_under(self._hooks())
+        if self._prefixes is not None:
+            self._prefixes.made_under(self._alters())
+            for row in rows:
+                row.read_under = self._prefixes.under
         return Reading(rows, self._padding, self._adapter.device, self._prefixes)
 
     def advance(self, reading: Reading) -> bool:
@@ -217,13 +221,16 @@ class Decoder:
     def _attached(self) -> bool:
         return self.steering.attached or self._calls.attached
 
-    def _hooks(self) -> tuple[object, ...]:
-        """What may change what the model makes of a text: hooks of others, numbers of applied plans and of weights."""
+    def _alters(self) -> tuple[object, ...]:
+        """What may change what the model makes of a text: hooks of others, applied plans, numbers of those and of
+        weights. While hooks of ours are there too, those of others count as they were before."""
         model = self._adapter
-        modules = (*model.layers, model.trunk, model.hf_model)
-        hooks = tuple((*one._forward_pre_hooks, *one._forward_hooks) for one in modules)
-        plans = tuple(i.edit.versions() for one in model.kept.applied for i in one.interventions)
-        return hooks, plans, sum(writes(p) for p in model.hf_model.parameters())
+        if not self._attached:
+            self._hooks = hooks_on(model.hf_model) | hooks_on_all()
+        plans = tuple(
+            (one.hooks, *(i.edit.versions() for i in one.interventions)) for one in model.kept.applied
+        )
+        return self._hooks, plans, sum(writes(p) for p in model.hf_model.parameters())
 
     def drop(self, rows: Sequence[Row]) -> None:
         """Takes rows out of the batch, after ``catch_up``."""
@@ -248,7 +255,8 @@ class Decoder:
         if self._prefixes is not None:
             for row, news in outcomes:
                 altered = row.request.onlooker is not None and row.request.onlooker.altered
-                if _has_ended(row, news) and not isinstance(news, MechanexError) and not altered:
+                sound = not isinstance(news, MechanexError) and row.read_under == self._prefixes.under
+                if _has_ended(row, news) and sound and not altered:
                     self._keep(row, self._prefixes)
         self._take_out([row for row, news in outcomes if _has_ended(row, news)])
         return outcomes

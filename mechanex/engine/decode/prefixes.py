@@ -68,7 +68,8 @@ class Prefixes:
         self._trees: dict[Hashable, PrefixTree] = {}
         self._number = self._changes = 0
         self._like: dict[str, Cache] = {}
-        self._hooks: object = None
+        self.under: object = None
+        """What was attached to the model when it read the texts that are kept."""
         self.n_bytes = 0
         """Memory that they take."""
 
@@ -77,9 +78,9 @@ class Prefixes:
 
     def made_under(self, hooks: object) -> None:
         """Says what is attached to the model from now on; what was read under something else is forgotten."""
-        if hooks != self._hooks:
+        if hooks != self.under:
             self.clear()
-            self._hooks = hooks
+            self.under = hooks
 
     def find(self, row: Row) -> tuple[Prefix, int] | None:
         """The text that shares most of its first tokens with this row's, and how many, or None.

@@ -60,6 +60,8 @@ class Row:
         """What a guard did about each token, where there is one."""
         self.cached_tokens = 0
         """Tokens of the prompt that needn't be read, since a text before began alike."""
+        self.read_under: object = None
+        """What was attached to the model when the row was read; see :class:`.prefixes.Prefixes`."""
         self.found_prefix: tuple[object, tuple[int, int] | None] | None = None
         """What was last found of texts that begin alike, and what that depends on; for :class:`Prefixes` alone."""
         self.result: Result | None = None
