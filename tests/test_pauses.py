@@ -66,6 +66,9 @@ def steered(adapter: ModelAdapter) -> list[Intervention]:
 WORKS: dict[str, Work] = {
     **{method: by(method) for method in ("caa", "pca", "probe")},
     "few-shot": by("few-shot", max_iters=2),
+    "few-shot of many": lambda adapter, tokenizer: vectors_by("few-shot")(
+        adapter, PROMPTS * 4, *(side * 4 for side in SIDES), [2], tokenizer=tokenizer, max_iters=2
+    ),
     "a behavior": lambda adapter, tokenizer: create(adapter, "b", PROMPTS, *SIDES, tokenizer=tokenizer),
     "attribution": attribution(steps=8, align="tokens"),
     "exact attribution": attribution(method="exact", align="tokens"),

@@ -101,7 +101,7 @@ def few_shot_vectors(
             "max_norm": LONGEST * norms[layer],
         }
         settings = settings_of(**(usual | {"seed": seed} | options | {"return_info": True}))
-        size = min(EXAMPLES, len(datapoints))
+        size = EXAMPLES if len(datapoints) > EXAMPLES else None
         jobs.append(OptimizationJob(adapter, datapoints, layer, settings, tokenizer, minibatch_size=size))
     found = run_jobs(jobs, progress=progress)
     for job, (vector, info) in zip(jobs, found, strict=True):
