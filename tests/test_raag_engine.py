@@ -14,6 +14,7 @@ from families import build
 from mechanex.engine.models.resolve import LoadedModel, load
 from mechanex.engine.raag.answer import answer_questions
 from mechanex.engine.raag.attribute import attribute
+from mechanex.engine.raag.documents import _cut
 from mechanex.engine.raag.knockouts import AnsweredPrompt
 from mechanex.errors import NotFoundError, ValidationError
 
@@ -157,6 +158,25 @@ def test_long_sentences_are_cut_between_tokens(tiny: LoadedModel) -> None:
     spans = data["bundle"]["chunk_spans"]
     assert " ".join(one["text"] for one in spans) == text
     assert all(one["tok_end_in_prompt"] - one["tok_start_in_prompt"] <= 5 for one in spans)
+
+
+def test_a_long_document_is_cut_in_a_time_that_grows_with_its_length() -> None:
+    looked_at = 0
+
+    class Place(int):
+        def __lt__(self, other: int) -> bool:
+            nonlocal looked_at
+            looked_at += 1
+            return int(self) < int(other)
+
+    counts = []
+    for n in (200, 800):
+        looked_at = 0
+        words = [(6 * i, 6 * i + 5) for i in range(n)]
+        found = _cut("Anna. " * n, [(Place(a), Place(b)) for a, b in words], 10)
+        assert found == [(60 * i, 60 * i + 60) for i in range(n // 10)]
+        counts.append(looked_at)
+    assert counts[1] < 8 * counts[0]  # four times and a little: what is sorted is found by halves
 
 
 def test_documents_that_do_not_fit_are_chosen_from_and_this_is_told(tiny: LoadedModel) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ValidationError
 from ..encode import encode_text
+from ..pauses import pause
 from .knockouts import Span
 
 __all__ = [
@@ -99,6 +101,7 @@ def split_documents(tokenizer: Any, docs: Sequence[tuple[Any, str]], chunk_token
     """
     chunks: list[Chunk] = []
     for number, (document_id, text) in enumerate(docs):
+        pause()
         _, offsets = _encode(tokenizer, text)
         for start, end in _cut(text, offsets, chunk_tokens):
             while start < end and text[start].isspace():
@@ -185,8 +188,10 @@ def _cut(text: str, offsets: Sequence[Span], most: int | None) -> list[Span]:
         return whole
     found: list[Span] = []
     held = 0
+    spans = sorted((first, last) for first, last in offsets if first < last)
+    firsts, lasts = [first for first, _ in spans], [last for _, last in spans]
     for start, end in whole:
-        tokens = [o for o in offsets if start < o[1] and o[0] < end and o[0] < o[1]]
+        tokens = spans[bisect_right(lasts, start) : bisect_left(firsts, end)]
         if found and held and held + len(tokens) <= most:
             found[-1] = (found[-1][0], end)
             held += len(tokens)
