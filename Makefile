@@ -1,4 +1,4 @@
-# demo, test, test-ci, test-page, test-long, test-real, test-versions, lint, bench, quality, wheel: each makes .venv if it is missing and brings it up to date, then runs.
+# demo, docs, test, test-ci, test-page, test-long, test-real, test-versions, lint, bench, quality, wheel: each makes .venv if it is missing and brings it up to date, then runs.
 # An active virtualenv is only asked for its Python. PYTHON, TORCH, PYTEST_ARGS, PICTURES, BENCH_ARGS, QUALITY_ARGS: set them on the command line.
 
 PYTHON ?= python3
@@ -18,11 +18,12 @@ SOURCES := csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/cuda_on_host/*
 
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-ci test-page test-long test-real test-versions test-vllm lint bench quality wheel clean
+.PHONY: help demo docs test test-ci test-page test-long test-real test-versions test-vllm lint bench quality wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   steer the bundled model: table, picture, figures"
+	@echo "make docs   build the documentation's site into build/site, to be read offline: python -m http.server -d build/site"
 	@echo "make test   run the tests"
 	@echo "make test-ci   run those that take long and that a change seldom breaks: kernels on the CPU, packaging, faults, fuzzing, load"
 	@echo "make test-page   run those of the playground in Chromium (apt-get install chromium); PICTURES=docs writes its pictures"
@@ -37,6 +38,9 @@ help:
 
 demo: $(VENV)/.demo
 	$(BIN)/mechanex demo
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
@@ -102,5 +106,5 @@ $(VENV)/.demo: $(VENV)/.venv $(BAKED)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.venv $(BAKED)
-	$(PIP) install -q -c constraints.txt --build-constraint constraints.txt -e ".[test,bench,lint]"
+	$(PIP) install -q -c constraints.txt --build-constraint constraints.txt -e ".[test,bench,lint,docs]"
 	touch $(VENV)/.demo $@

@@ -1,9 +1,8 @@
-"""A server under attack: how long /health takes meanwhile, how long a short request waits, and what memory comes to.
+"""A server under attack: how long /health takes meanwhile, and how long a short request waits.
 
-    python benchmarks/attacked.py [--only NAME …] [--seconds 20] [--first 10] [--json FILE]
+    python benchmarks/attacked.py [--only NAME …] [--json FILE]
 
-Each attack is bounded and runs alone; ``--seconds`` is how long the mixed load goes on, whose memory at the end is held
-against that after ``--first`` seconds of it (600 and 60 for the ten minutes of a release).
+Each attack is bounded and runs alone.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from server_process import ServerProcess, serving
 
 KEY = "a-key-of-the-operator"
 PASSWORD = "wrong donkey cell paperclip"
-MOST_HEALTH, MOST_GROWTH = 0.1, 1.05
+MOST_HEALTH = 0.1
 PROBE_EVERY = 0.01
 EXAMPLES = {
     "prompts": ["Anna went to the market. " * 40] * 30,
@@ -244,42 +243,6 @@ def short_beside_long(target: Target, n: int = 40) -> dict[str, float]:
     }
 
 
-def memory(server: ServerProcess) -> float:
-    """MiB that the server's process has in memory."""
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
-
-
-def mixed(target: Target, first: float, seconds: float) -> tuple[float, float]:
-    """MiB after the first seconds of mixed load, and after all of them."""
-    done = threading.Event()
-    asks = [
-        ("/v1/completions", {"prompt": PROMPT, "max_tokens": 40}),
-        ("/v1/completions", {"prompt": PROMPT, "n": 8, "max_tokens": 60, "logprobs": 5}),
-        ("/v1/completions", {"prompt": "Tom " * 300, "max_tokens": 60, "stream": True}),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 30}),
-        ("/v1/completions", {"prompt": 3}),
-        ("/steering/generate", {k: v[:4] for k, v in EXAMPLES.items()} | {"method": "caa"}),
-    ]
-
-    def client(i: int) -> None:
-        while not done.is_set():
-            for path, body in asks[i % len(asks) :] + asks[: i % len(asks)]:
-                if not done.is_set():
-                    target.ask(path, body, (KEY, *target.keys)[i % 3])
-
-    with ThreadPoolExecutor(12) as pool:
-        clients = [pool.submit(client, i) for i in range(12)]
-        time.sleep(first)
-        early = memory(target.server)
-        time.sleep(max(seconds - first, 0))
-        late = memory(target.server)
-        done.set()
-        for one in clients:
-            one.result()
-    return early, late
-
-
 def account(server: ServerProcess, email: str) -> tuple[str, str]:
     """An API key and an access token of a new account."""
     login = {"email": email, "password": PASSWORD}
@@ -294,8 +257,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     names = [attack.__name__ for attack in ATTACKS]
     parser.add_argument("--only", nargs="*", default=names, choices=names, help="these attacks alone")
-    parser.add_argument("--seconds", type=float, default=20, help="of mixed load; 0 for none")
-    parser.add_argument("--first", type=float, default=10, help="after which memory is looked at first")
     parser.add_argument("--json", type=Path, help="where the figures are written too")
     parser.add_argument("--probe", nargs=2, metavar=("PORT", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -333,13 +294,6 @@ def main() -> None:
         figures["first token"] = short_beside_long(target)
         told = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in figures["first token"].items())
         print(f"first token of a short request: {told}", flush=True)
-        if options.seconds:
-            early, late = mixed(target, options.first, options.seconds)
-            figures["memory"] = {"early MiB": early, "late MiB": late}
-            print(
-                f"memory: {early:.0f} MiB after {options.first:.0f} s of mixed load, {late:.0f} MiB after "
-                f"{options.seconds:.0f} s: {late / early:.3f} (at most {MOST_GROWTH})"
-            )
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + os.linesep)
 

@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,39 +27,68 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "behaviors"))
 from scorers import SCORERS  # noqa: E402
 
 from mechanex.engine.caa import default_layer  # noqa: E402
-from mechanex.engine.datasets import prompt_of, read_lines, read_pairs  # noqa: E402
+from mechanex.engine.datasets import ContrastivePairs, prompt_of, read_lines, read_pairs  # noqa: E402
 from mechanex.engine.doses.ability import read_questions, right_answers  # noqa: E402
 from mechanex.engine.doses.dose import Dose, Edited  # noqa: E402
+from mechanex.engine.doses.families import families_of, worth  # noqa: E402
 from mechanex.engine.doses.intervals import bootstrap, mean_of  # noqa: E402
-from mechanex.engine.doses.sweep import sweep  # noqa: E402
-from mechanex.engine.doses.written import Written, mean_logprobs, write  # noqa: E402
+from mechanex.engine.doses.scorers import TextScorer  # noqa: E402
+from mechanex.engine.doses.sweep import PAIR_KL, sweep  # noqa: E402
+from mechanex.engine.doses.swept import Setting  # noqa: E402
+from mechanex.engine.doses.written import costs_of, write  # noqa: E402
 from mechanex.engine.models import adapter_for  # noqa: E402
 from mechanex.engine.models.packaged import PACKAGED  # noqa: E402
 from mechanex.engine.models.resolve import LoadedModel, load  # noqa: E402
 from mechanex.engine.sampling import Options  # noqa: E402
+from mechanex.engine.text import Prompt  # noqa: E402
+from mechanex.engine.vectors import SteeringVector  # noqa: E402
 
 BEHAVIORS = ROOT / "benchmarks" / "behaviors"
 MODEL = "smollm2-135m"
 MOST = 1.5  # of the plain model's perplexity: where both ways are compared
-DEFAULT_STRENGTHS = (0.5, 1.0, 1.5, 2.25, 3.5)
-TUNED_STRENGTHS = (0.7, 1.0, 1.4, 2.0, 2.8)
+STRENGTHS = (0.7, 1.0, 1.4)  # times the strength at which a dose should cost that
+MORE = 2  # strengths that are tried beyond them, where all cost less or all cost more
+# The lexicon leaves little room above what this model writes by itself: it is steered the other way.
+REVERSED = ("cheerful_gloomy",)
 
 
-def curve(texts: list[list[Written]], loaded: LoadedModel, scorer: Any) -> list[dict[str, Any]]:
-    """Scores and costs of texts under several settings, the plain ones first."""
-    adapter = adapter_for(loaded.model)
-    found = []
-    for answers in texts:
-        logprobs, counts = mean_logprobs(adapter, answers)
-        found.append(
+class Curve:
+    """Texts of one way of steering on the test prompts, at several strengths: scores and costs."""
+
+    def __init__(self, loaded: LoadedModel, prompts: Sequence[Prompt], scorer: TextScorer, options: Options):
+        self.adapter, self.tokenizer = adapter_for(loaded.model), loaded.tokenizer
+        self.prompts, self.scorer, self.options = prompts, scorer, options
+
+    def of(self, settings: Sequence[Edited]) -> list[dict[str, Any]]:
+        """Of each setting its scores by prompt, perplexity under the plain model, repetition and first text."""
+        texts = write(self.adapter, self.tokenizer, self.prompts, settings, self.options)
+        costs = costs_of(self.adapter, texts)
+        return [
             {
-                "scores": [scorer(one.text) for one in answers],
+                "scores": [self.scorer(one.text) for one in answers],
                 "perplexity": math.exp(-float(logprobs.sum()) / max(1.0, float(counts.sum()))),
                 "repetition": sum(one.repetition for one in answers) / len(answers),
                 "example": answers[0].text,
             }
-        )
-    return found
+            for answers, (logprobs, counts) in zip(texts, costs, strict=True)
+        ]
+
+    def along(
+        self, dose: Dose, vectors: SteeringVector, plain: dict[str, Any]
+    ) -> tuple[list[dict[str, Any]], list[float]]:
+        """A dose at several strengths, so that one costs less than MOST and one more, and the strengths."""
+        factors = list(STRENGTHS)
+        found = self.of([replace(dose, strength=dose.strength * f).of(vectors) for f in factors])
+        for _ in range(MORE):
+            prices = [one["perplexity"] / plain["perplexity"] for one in found]
+            if min(prices) <= MOST < max(prices):
+                break
+            factor = factors[-1] * 1.6 if max(prices) <= MOST else factors[0] / 1.6
+            (more,) = self.of([replace(dose, strength=dose.strength * factor).of(vectors)])
+            place = len(found) if factor > 1 else 0
+            found.insert(place, more)
+            factors.insert(place, factor)
+        return found, factors
 
 
 def at_price(plain: dict[str, Any], steered: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -82,21 +112,30 @@ def at_price(plain: dict[str, Any], steered: Sequence[dict[str, Any]]) -> dict[s
 
 def measured(name: str, loaded: LoadedModel, args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Everything of one behavior."""
-    begun, scorer, adapter = time.process_time(), SCORERS[name], adapter_for(loaded.model)
+    begun, judge, adapter = time.process_time(), SCORERS[name], adapter_for(loaded.model)
     pairs = read_pairs(BEHAVIORS / name / "pairs.jsonl")
+    sign = -1.0 if name in REVERSED else 1.0
+    if sign < 0:
+        pairs = ContrastivePairs(pairs.prompts, pairs.negative_answers, pairs.positive_answers)
+
+    def scorer(text: str) -> float:
+        return sign * judge(text)
+
     validation, test = (
         read_lines(BEHAVIORS / name / f"{split}.jsonl", prompt_of, None)[: args.prompts]
         for split in ("validation", "test")
     )
+    validation = validation[: args.validation]
     usual = default_layer(adapter.n_layers)
     layers = sorted({*range(args.first_layer, adapter.n_layers, args.layer_step), usual})
     swept = sweep(
         adapter,
         pairs,
         layers=layers,
-        strengths=(0.35, 0.7, 1.0, 1.5, 2.2, 3.3),
-        edits=("add", "clamp", "norm"),
-        tokens=("all", "generated"),
+        strengths=args.strengths,
+        edits=args.edits,
+        tokens=args.tokens,
+        methods=args.methods,
         scorer=scorer,
         validation=validation,
         most_perplexity=MOST,
@@ -106,15 +145,14 @@ def measured(name: str, loaded: LoadedModel, args: argparse.Namespace, out: Path
         tokenizer=loaded.tokenizer,
         checkpoint=out / f"{name}.sweep.json",
     )
-    dose, vectors = swept.chosen.dose, swept.vectors["caa"]
-    tuned: list[Edited] = [
-        Dose(dose.layer, dose.strength * s, dose.edit, dose.tokens).of(vectors) for s in TUNED_STRENGTHS
-    ]
-    plain_way: list[Edited] = [Dose(usual, s).of(vectors) for s in DEFAULT_STRENGTHS]
+    dose, vectors = swept.chosen.dose, swept.vectors[swept.chosen.dose.method]
     options = Options(max_tokens=args.max_tokens, seed=1)
-    texts = write(adapter, loaded.tokenizer, test, [(), *plain_way, *tuned], options)
-    found = curve(texts, loaded, scorer)
-    dosed = found[1 + len(plain_way) + TUNED_STRENGTHS.index(1.0)]
+    curve = Curve(loaded, test, scorer, options)
+    (plain,) = curve.of([()])
+    usual_dose = Dose(usual, usual_strength(swept.settings, usual))
+    doses = {"default": usual_dose, "tuned": dose}
+    ways = {way: curve.along(one, swept.vectors[one.method], plain) for way, one in doses.items()}
+    dosed = ways["tuned"][0][ways["tuned"][1].index(1.0)]
     questions = read_questions(BEHAVIORS / "ability.jsonl")
     right = right_answers(
         adapter,
@@ -127,16 +165,29 @@ def measured(name: str, loaded: LoadedModel, args: argparse.Namespace, out: Path
         "behavior": name,
         "recommendation": swept.sentence,
         "dose": str(dose),
-        "validation": {"effect": swept.chosen.texts.effect, "perplexity": swept.chosen.texts.perplexity},
+        "chosen": swept.chosen.as_dict(),
         "settings": len(swept.settings),
         "evaluations": swept.evaluations,
-        "plain": {key: found[0][key] for key in ("perplexity", "repetition", "example")}
-        | {"score": float(np.mean(found[0]["scores"]))},
-        "default": at_price(found[0], found[1 : 1 + len(plain_way)]),
-        "tuned": at_price(found[0], found[1 + len(plain_way) :]),
+        "sign": sign,
+        "plain": {key: plain[key] for key in ("perplexity", "repetition", "example")}
+        | {"score": sign * float(np.mean(plain["scores"]))},
+        "default": at_price(plain, ways["default"][0]),
+        "tuned": at_price(plain, ways["tuned"][0]),
+        "curves": {
+            way: [
+                {
+                    "strength": one.strength * factor,
+                    "effect": float(np.mean(at["scores"]) - np.mean(plain["scores"])),
+                    "perplexity": at["perplexity"] / plain["perplexity"],
+                    "repetition": at["repetition"],
+                }
+                for at, factor in zip(*ways[way], strict=True)
+            ]
+            for way, one in doses.items()
+        },
         "tuned_at_1": {
-            "effect": float(np.mean(dosed["scores"]) - np.mean(found[0]["scores"])),
-            "perplexity": dosed["perplexity"] / found[0]["perplexity"],
+            "effect": float(np.mean(dosed["scores"]) - np.mean(plain["scores"])),
+            "perplexity": dosed["perplexity"] / plain["perplexity"],
             "repetition": dosed["repetition"],
             "example": dosed["example"],
         },
@@ -149,13 +200,30 @@ def measured(name: str, loaded: LoadedModel, args: argparse.Namespace, out: Path
         },
         "cpu_seconds": time.process_time() - begun,
         "run": {
+            "validation": len(validation),
             "prompts": len(test),
             "max_tokens": args.max_tokens,
             "layers": layers,
             "finalists": args.finalists,
             "dtype": args.dtype,
+            "edits": args.edits,
+            "methods": args.methods,
         },
     }
+
+
+def usual_strength(settings: Sequence[Setting], layer: int) -> float:
+    """Where adding to all tokens at a layer should cost MOST, by the answers that were given."""
+    tried = [
+        one
+        for one in settings
+        if one.examples
+        and replace(one.dose, strength=1.0, method="caa") == Dose(layer, 1.0)
+        and one.dose.method == "caa"
+    ]
+    (family,) = families_of(tried)
+    prices, gains = [one.kl for one in family.settings], [one.gain for one in family.settings]
+    return worth(family.strengths, prices, gains, PAIR_KL * math.log(MOST))[0]
 
 
 def page(found: list[dict[str, Any]], note: str = "") -> str:
@@ -180,8 +248,8 @@ def page(found: list[dict[str, Any]], note: str = "") -> str:
         shown = (" ".join(one[which]["example"].split()) for which in ("plain", "tuned_at_1"))
         texts += [f"**{one['behavior'].replace('_', '–')}**", "", *(f"> {text}\n" for text in shown)]
     settings = "; ".join(
-        f"{run['prompts']} validation and {run['prompts']} test prompts, answers of {run['max_tokens']} tokens, layers "
-        f"{', '.join(map(str, run['layers']))}, {run['finalists']} finalists, {run['dtype']}"
+        f"{run['validation']} validation and {run['prompts']} test prompts, answers of {run['max_tokens']} tokens, "
+        f"layers {', '.join(map(str, run['layers']))}, {run['finalists']} finalists, {run['dtype']}"
         for run in map(json.loads, runs)
     )
     cpu = sum(one["cpu_seconds"] for one in found) / max(1, len(found))
@@ -235,7 +303,12 @@ def main() -> None:
     )
     parser.add_argument("--behaviors", nargs="*", default=list(SCORERS), choices=list(SCORERS))
     parser.add_argument("--prompts", type=int, default=30)
+    parser.add_argument("--validation", type=int, default=30, help="prompts to choose on")
     parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 1.0, 2.0, 4.0])
+    parser.add_argument("--edits", nargs="+", default=["add", "clamp", "norm"])
+    parser.add_argument("--tokens", nargs="+", default=["all", "generated"])
+    parser.add_argument("--methods", nargs="+", default=["caa"])
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--finalists", type=int, default=8)
     parser.add_argument("--evaluations", type=float, default=60.0, help="what a sweep may cost")

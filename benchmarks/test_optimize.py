@@ -18,11 +18,18 @@ from llama import llama_46m
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM
 
+from mechanex.bundled import data_path
+from mechanex.engine.datasets import read_pairs
+from mechanex.engine.few_shot import few_shot_vectors
 from mechanex.engine.models.adapter import undisturbed
+from mechanex.engine.models.resolve import load
+from mechanex.engine.optimize.loop import run_jobs
 from mechanex.engine.optimize.objective import plain_sum
 from mechanex.engine.optimize.passes import Passes
 from mechanex.engine.optimize.problem import OptimizationJob
 from mechanex.engine.optimize.settings import OptimizeSettings
+from mechanex.engine.score import completion_logprobs
+from mechanex.engine.vectors import SteeringVector
 from mechanex.utils.steering_opt import TrainingDatapoint
 
 LAYER, ROUNDS, COLDNESS, EPS = 8, 5, 0.7, 1e-6
@@ -159,4 +166,56 @@ def test_per_step_python(report, benchmark):
         times.append((time.perf_counter() - start) / 200)
     median = statistics.median(times)
     report.add("optimization step of a tiny model, one layer", {"mechanex": median}, "mechanex")
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+def test_few_shot(report, benchmark):
+    """``few-shot`` on 96 pairs at three layers of mx-tiny, beside all examples in each of 50 smaller steps."""
+    loaded = load("mx-tiny", backend="transformers", device="cpu")
+    model, tokenizer, layers = loaded.model, loaded.tokenizer, [2, 3, 4]
+    train, held = (read_pairs(data_path("paris_rome"), split=part) for part in ("train", "heldout"))
+    examples = train.prompts, train.positive_answers, train.negative_answers
+    assert len(train) == 96
+    data = [TrainingDatapoint(p, [bad], [good]) for p, good, bad in zip(*examples, strict=True)]
+    made: dict[str, SteeringVector] = {}
+
+    def few_shot():
+        made["few-shot"] = few_shot_vectors(model, *examples, layers, tokenizer)
+
+    def thorough():
+        longest = made["few-shot"].norms()
+        common = {"eps": 0.0, "do_one_minus": False, "max_iters": 50, "seed": 0}
+        jobs = []
+        for layer in layers:
+            own = {"max_norm": longest[layer], "lr": 0.04 * longest[layer] / model.config.hidden_size**0.5}
+            settings = OptimizeSettings(**common, **own)
+            jobs.append(OptimizationJob(model, data, layer, settings, tokenizer))
+        found = run_jobs(jobs)
+        made["all examples, 50 steps"] = SteeringVector(
+            {n: one[0] for n, one in zip(layers, found, strict=True)}
+        )
+
+    def gap():
+        sides = [
+            completion_logprobs(model, held.prompts, side, tokenizer).sums.mean()
+            for side in (held.positive_answers, held.negative_answers)
+        ]
+        return float(sides[0] - sides[1])
+
+    few_shot()
+    found, spent = {}, {}
+    for name, run in {"few-shot": few_shot, "all examples, 50 steps": thorough}.items():
+        start, cpu = time.perf_counter(), time.process_time()
+        run()
+        found[name], spent[name] = time.perf_counter() - start, time.process_time() - cpu
+    plain, notes = gap(), {}
+    for name, vector in made.items():
+        gains = []
+        for layer in layers:
+            with vector.restricted([layer]).apply(model):
+                gains.append(gap() - plain)
+        gained = ", ".join(f"{one:.1f}" for one in gains)
+        notes[name] = f"{spent[name]:.1f} s of CPU; positive answers gain {gained} nats, held out"
+    title = "few-shot, 96 pairs, 3 layers, mx-tiny"
+    report.add(title, found, "all examples, 50 steps", notes=notes)
     benchmark.pedantic(lambda: None, rounds=1)

@@ -28,6 +28,26 @@ struct ReduceArgs {
   void* factor;   // [n_rows], or null
 };
 
+// Folds a whole vocabulary into each row's maximum, sum and slope over the tokens that are not its target, the weight
+// read once: by several groups of blocks, each of which takes its own tokens and leaves numbers of its own.
+struct WalkArgs {
+  const void* hidden;  // [n_rows, width], of a half type
+  int64_t hidden_stride;
+  const void* weight;  // [n_vocab, width], of the same type
+  int64_t weight_stride;
+  const float* bias;      // [n_vocab], or null
+  const int64_t* target;  // one outside the vocabulary is no token
+  int64_t target_stride;
+  int64_t n_rows, n_vocab, width;
+  int64_t n_groups;
+  double scale;
+  double softcap;  // 0: none
+  double coldness;
+  float* maximum;  // [groups, n_rows]
+  float* total;    // [groups, n_rows]: sums of exp(logit - maximum)
+  float* sums;     // [groups, n_rows, width]: of exp(logit - maximum) * (1 - tanh^2) times the token's weights
+};
+
 using ReduceFn = void (*)(const ReduceArgs* args, int64_t begin, int64_t end);
 
 // One table per instruction set. Null where torch has no products of that type worth taking.

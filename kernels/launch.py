@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -139,6 +140,41 @@ class Launcher:
         compiled = self._kernel[grid](*arguments, *constants, num_warps=warps, **OPTIONS)
         if compiled is not None:
             self._compiled[key] = compiled
+
+    def bound(
+        self,
+        grid: tuple[int, int, int],
+        device: torch.device,
+        fixed: tuple[Tensor | int | None, ...],
+        constants: tuple[Any, ...],
+        warps: int,
+    ) -> Callable[[Tensor, Tensor], None]:
+        """Launches that differ in where their first two arguments lie alone: what else there is is looked at now.
+
+        Args:
+            grid, device, constants, warps: as for a launch.
+            fixed: the arguments behind the first two; tensors stay where they are.
+
+        Returns:
+            Puts one launch on the current stream of ``device``; its tensors are of one dtype from call to call.
+        """
+        rest, values = self.described(fixed)
+        runners: dict[tuple[bool, bool], Any] = {}
+
+        def start(first: Tensor, second: Tensor) -> None:
+            addresses = first.data_ptr(), second.data_ptr()
+            aligned = addresses[0] % 16 == 0, addresses[1] % 16 == 0
+            runner = runners.get(aligned)
+            if runner is not None:
+                runner(*addresses, *values, *constants, stream=stream_of(device.index))
+                return
+            self(grid, device, (first, second, *fixed), constants, warps)
+            key, _ = self.described((first, second))
+            compiled = self._compiled.get((device.index, warps, constants, (*key, *rest)))
+            if compiled is not None:
+                runners[aligned] = compiled[grid]
+
+        return start
 
     @staticmethod
     def described(arguments: tuple[Tensor | int | None, ...]) -> tuple[tuple[Any, ...], list[int | None]]:

@@ -6,6 +6,8 @@ time where there are many, so that neighbours with the same edit share one read 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,7 @@ from mechanex.backends.arithmetic import compute_dtype
 from .convert import narrow, widen
 from .launch import IN_TRITON, Block, Launcher, adjacent, block_for, contiguous, current, divided_up
 
-__all__ = ["steer"]
+__all__ = ["bound", "steer"]
 
 
 @triton.jit
@@ -141,3 +143,46 @@ def steer(
             block.warps,
         )
     return out
+
+
+def bound(
+    hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """:func:`steer` for many hidden states [..., d] of this one's shape, dtype and device, which are all that changes.
+
+    Args:
+        hidden, rows, bias, left, right: the op's arguments, checked; ``rows`` [T].
+    """
+    width = hidden.shape[-1]
+    n_rows = hidden.numel() // width
+    rank = 0 if left is None else left.shape[1]
+    table = left if bias is None else bias
+    wide = compute_dtype(hidden, bias, left, right)
+    block = block_for(n_rows, width, rank, wide)
+    start = _launch.bound(
+        (divided_up(n_rows, block.rows), divided_up(width, block.columns), 1),
+        hidden.device,
+        (
+            rows,
+            contiguous(bias),
+            contiguous(left),
+            contiguous(right),
+            n_rows,
+            0 if table is None else table.shape[0],
+            width,
+            width,
+            0 if rows is None else rows.stride(0),
+        ),
+        (rank, block.rows, block.columns, IN_TRITON[wide]),
+        block.warps,
+    )
+
+    def run(hidden: Tensor) -> Tensor:
+        hidden = hidden.contiguous()
+        out = torch.empty_like(hidden)
+        if out.numel():
+            with current(hidden):
+                start(hidden, out)
+        return out
+
+    return run

@@ -62,7 +62,7 @@ class AttributionModule(_BaseModule):
             edges: score all edges too, from what one component writes to what a later one reads.
             recompute_attention: follow what is patched inside an attention, such as queries and keys, by running that
                 attention again up to the outputs of its heads: through a saturated softmax a gradient says nothing
-                (AtP*, arXiv:2403.00745). Such modules have ``heads`` too.
+                (AtP*, arXiv:2403.00745). Such modules have ``heads`` too; name them, as the usual targets are none.
             drop_layers: the mean absolute score over gradients that one layer each is left out of, so that effects that
                 cancel each other are not overlooked (GradDrop of AtP*); no score is below 0 then, and edges are scored
                 as without it.

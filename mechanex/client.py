@@ -197,7 +197,8 @@ class Mechanex(AccountCalls):
     def reset(self, model: Any = None) -> None:
         """Removes all steering of this library from a model: what was attached and whose handle is lost, say.
 
-        The handles do nothing from then on, other hooks stay, and so do stored vectors.
+        Orthogonalized weights are put back as they were. The handles do nothing from then on, other hooks stay, and so
+        do stored vectors.
 
         Args:
             model: a Hugging Face or TransformerLens model or its adapter; None for the loaded one.
@@ -210,7 +211,7 @@ class Mechanex(AccountCalls):
             if self._loaded is None:
                 raise MechanexError("reset needs a model: reset(model), or load one first with load(…).")
             model = self._loaded.model
-        from .engine.hooks import reset
+        from .engine.reset import reset
 
         reset(model)
 

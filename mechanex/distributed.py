@@ -17,14 +17,14 @@ def rank() -> int:
     """This process's number, from 0; 0 where there is only one."""
     from .engine.ranks import current_ranks
 
-    return current_ranks().rank
+    return current_ranks(None).rank
 
 
 def size() -> int:
     """How many processes share the work; 1 where nothing has started several."""
     from .engine.ranks import current_ranks
 
-    return current_ranks().size
+    return current_ranks(None).size
 
 
 def is_first() -> bool:

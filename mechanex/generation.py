@@ -14,8 +14,8 @@ from . import _default
 from .base import _BaseModule
 from .engine.chat import continued
 from .engine.pairing import are_prompts
+from .engine.seeds import checked_seed, row_seed
 from .engine.strengths import UNSAID, chosen_strength
-from .engine.whole import draw_seed
 from .errors import NotFoundError, ValidationError
 from .remote.answers import check_understood, field
 from .remote.bodies import list_of, rules_of
@@ -195,7 +195,8 @@ class GenerationModule(_BaseModule):
             prompts = [continued(one) for one in prompts]
         if stop is not None and not isinstance(stop, str):
             stop = list_of("stop", stop, "texts")
-        held, seed = rules_of(_CALL, rules), draw_seed(seed)
+        first_seed = checked_seed(seed)
+        held = rules_of(_CALL, rules)
 
         def remote() -> str | list[str] | Iterator[str]:
             texts = [remote_text(one, i) for i, one in enumerate(prompts)]
@@ -214,7 +215,7 @@ class GenerationModule(_BaseModule):
                 "steering_strength": steering_strength,
             }
             optional = {
-                "seed": None if seed is None else (seed + i) % 2**63,
+                "seed": None if first_seed is None else row_seed(first_seed, i),
                 "temperature": None if temperature == _TEMPERATURE else temperature,
                 "min_p": None if min_p == _MIN_P else min_p,
                 "stop": stop,
@@ -245,7 +246,7 @@ class GenerationModule(_BaseModule):
                     min_p=min_p,
                     typical_p=typical_p,
                     temperature=temperature,
-                    seed=seed,
+                    seed=first_seed,
                     stop=stop,
                     vector=vector,
                     strength=steering_strength,

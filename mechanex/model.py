@@ -41,7 +41,8 @@ class ModelModule(_BaseModule):
             texts: text, token ids or chat messages.
             layers: negatives from the end, n for what leaves the last of n; None for all, n included.
             tokens: ``"last"``, ``"all"``, a place or a slice in each text, negatives from its end.
-            out: a folder for the arrays, which then stay in their files: for more than memory holds.
+            out: a folder for the arrays, which then stay in their files: for more than memory holds. A call that was
+                stopped goes on there.
             progress: show a progress bar.
 
         Returns:

@@ -14,6 +14,7 @@ from . import _default
 from .base import Client, _BaseModule
 from .engine.datasets import read_pairs
 from .engine.sae.traces import TracedToken, WatchedText
+from .engine.seeds import checked_seed
 from .errors import APIError, AuthenticationError, ValidationError
 from .home import behaviors_folder
 from .remote.answers import check_understood, field, listed, object_of
@@ -379,6 +380,8 @@ class SAEModule(_BaseModule):
 
         # Sent only when they say something, so that servers which know the contract alone understand the rest.
         told = {"action": action if action != "correct" else None, "return_trace": return_trace or None}
+        if "seed" in sampling:
+            sampling["seed"] = checked_seed(sampling["seed"])
         told |= {name: plain_whole(value) for name, value in sampling.items() if name not in RULES}
         sent = body | {name: value for name, value in told.items() if value is not None} | held.told
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
 from . import _default
 from .base import _BaseModule
-from .engine.methods import check_method, vectors_by
+from .engine.methods import check_method, recorded_vectors
 from .errors import NotFoundError, ValidationError
 from .remote.answers import field
 from .remote.bodies import example_lists, examples, layer_list, list_of
@@ -221,8 +221,6 @@ class SteeringModule(_BaseModule):
         name: str | None = None,
         split: str | None = None,
     ) -> SteeringVector:
-        from .engine.provenance import data_fields, origin_fields
-
         given: dict[str, Any] = {} if seed is None else {"seed": seed}
         if tokens != "all":
             given["tokens"] = tokens
@@ -232,10 +230,17 @@ class SteeringModule(_BaseModule):
             )
         # A bar where somebody waits and looks.
         shown = method == "few-shot" and sys.stderr.isatty() if progress is None else progress
-        vector = vectors_by(method)(
-            loaded.model, *lists, layers, tokenizer=loaded.tokenizer, progress=shown, **given
+        return recorded_vectors(
+            loaded.model,
+            lists,
+            layers,
+            method,
+            loaded.tokenizer,
+            name=name,
+            split=split,
+            progress=shown,
+            **given,
         )
-        return vector.noted(**data_fields(lists, name=name, split=split), **origin_fields(loaded.model))
 
     def generate_from_jsonl(
         self,

@@ -31,7 +31,7 @@ TqdmDefaultWriteLock.mp_lock = None
 # Much of transformers is imported when a model first runs.
 arguments = ["score", "mx-tiny", "--prompt", "a", "--completion", " b", "--completion", " c"]
 main(arguments, standalone_mode=False)
-demo.TONES, demo.CANDIDATES, demo.N_TRAIN_PROMPTS, measure.MAX_TOKENS = demo.TONES[:1], (1.0,), 2, 2
+demo.TONES, demo.N_LAYERS, demo.N_TRAIN_PROMPTS, measure.MAX_TOKENS = demo.TONES[:1], 1, 2, 2
 
 
 def pause_at(path):

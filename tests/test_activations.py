@@ -9,9 +9,13 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from families import FAMILIES, build
 
 from mechanex import Mechanex, NotFoundError, SteeringVector, ValidationError
+from mechanex.engine import activation_files
+from mechanex.engine.activation_files import StoredRows
 from mechanex.engine.activations import Activations
+from mechanex.engine.activations import activations as module_activations
 from mechanex.engine.logit_lens import logit_lens
 from mechanex.engine.models import adapter_for
 
@@ -68,7 +72,7 @@ def test_places_and_slices_count_in_each_text(client: Mechanex, tokens: Any) -> 
 
 def test_files_hold_what_memory_would(client: Mechanex, tmp_path: Path) -> None:
     written = client.model.activations(TEXTS, layers=[2, 4], tokens="all", out=tmp_path / "acts")
-    assert isinstance(written[2], numpy.memmap)
+    assert isinstance(written[2][:], numpy.memmap)
     opened = Activations.load(tmp_path / "acts")
     assert list(opened) == [2, 4] and opened.lengths == written.lengths
     assert numpy.array_equal(opened[4], client.model.activations(TEXTS, layers=[4], tokens="all")[4])
@@ -77,6 +81,55 @@ def test_files_hold_what_memory_would(client: Mechanex, tmp_path: Path) -> None:
     assert list(again) == [4] and again.lengths == [1]
     with pytest.raises(NotFoundError, match="holds no activations"):
         Activations.load(tmp_path)
+
+
+def test_rows_in_several_files_are_read_as_one_array(tmp_path: Path) -> None:
+    whole = numpy.arange(30, dtype=numpy.float32).reshape(10, 3)
+    rows = StoredRows([whole[:4], whole[4:5], whole[5:]])
+    assert rows.shape == (10, 3) and len(rows) == 10 and rows.dtype == numpy.float32
+    keys: list[Any] = [0, -1, 4, slice(None), slice(2, 7), slice(-3, None), slice(8, 1, -2), slice(7, 3)]
+    keys += [
+        [3, 9, -10],
+        numpy.arange(10) % 2 == 0,
+        (slice(1, 6), 2),
+        (5, 1),
+        numpy.array([[1, 2], [8, 9]]),
+        [],
+    ]
+    for key in keys:
+        assert numpy.array_equal(rows[key], whole[key]), key
+    assert numpy.array_equal(list(rows), whole) and numpy.array_equal(numpy.asarray(rows), whole)
+    assert numpy.array_equal(2 * rows - 1, 2 * whole - 1) and numpy.mean(rows) == whole.mean()
+    for wrong in (10, -11, 1.5, numpy.ones(4, bool)):
+        with pytest.raises(IndexError):
+            rows[wrong]
+
+
+def test_a_call_that_was_stopped_goes_on_after_what_is_there(
+    client: Mechanex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activation_files, "SHARD_TOKENS", 4)
+    texts = TEXTS * 3
+    wanted = client.model.activations(texts, layers=[2, 4])
+    client.model.activations(texts, layers=[2, 4], out=tmp_path)
+    shards = sorted(tmp_path.glob("activations-*"))
+    kept = {path: path.stat().st_mtime_ns for path in shards}
+    assert len(shards) > 4
+    for path in shards[2:4]:
+        path.unlink()
+    (tmp_path / ".activations-00003-of-00009.safetensors.ab12.tmp").touch()
+    with pytest.raises(ValidationError, match=r"unfinished: 2 of \d+ shards are missing.*again"):
+        Activations.load(tmp_path)
+    found = client.model.activations(texts, layers=[2, 4], out=tmp_path)
+    changed = [path for path in shards if path.stat().st_mtime_ns != kept[path]]
+    assert changed == shards[2:4] and not list(tmp_path.glob("*.tmp"))
+    assert close(found[4], wanted[4]) and found.lengths == wanted.lengths
+    assert [len(rows) for rows in found.by_text(2)] == [1] * 12
+    vector = SteeringVector({1: torch.ones(128)})
+    shards[0].unlink()
+    with vector.apply(client.local_model):  # type: ignore[arg-type]
+        steered = client.model.activations(texts, layers=[2, 4], out=tmp_path)  # nothing without it is left
+    assert not close(steered[4], wanted[4]) and all(path.stat().st_mtime_ns > kept[path] for path in shards)
 
 
 def test_steering_that_is_applied_is_seen(client: Mechanex) -> None:
@@ -96,6 +149,32 @@ def test_projections_are_in_the_units_of_the_stream(client: Mechanex) -> None:
         vector.project({4: found[4]})
 
 
+def test_projections_take_other_shapes_and_keep_double_precision() -> None:
+    vector = SteeringVector({3: 5 * torch.eye(4)[2]})
+    rows = torch.randn(2, 3, 4, dtype=torch.float64)
+    for given in (rows, rows.numpy()):
+        found = vector.project({3: given})[3]
+        assert found.dtype == numpy.float64 and numpy.array_equal(found, rows[..., 2].numpy())
+    assert vector.project({3: rows[0, 0]})[3].tolist() == [float(rows[0, 0, 2])]
+    assert vector.project({3: [[1, 2, 3, 4], [5, 6, 7, 8]]})[3].tolist() == [3, 7]
+    assert vector.project({3: rows.bfloat16()})[3].dtype == numpy.float32
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({3: [[1.0, 2.0, 3.0, 4.0], [1.0]]}, "no numbers"),
+        ({3: [["a", "b", "c", "d"]]}, "no numbers"),
+        ({3: 1.0}, "no numbers"),
+        ({3: numpy.zeros((2, 5))}, "4 wide"),
+        (numpy.zeros((2, 4)), r"name the layer, as in project\(\{3"),
+    ],
+)
+def test_what_has_no_projection_is_refused(given: Any, says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        SteeringVector({3: torch.ones(4)}).project(given)
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
@@ -104,11 +183,61 @@ def test_projections_are_in_the_units_of_the_stream(client: Mechanex) -> None:
         ({"texts": TEXTS, "tokens": "first"}, "'last', 'all'"),
         ({"texts": TEXTS, "tokens": 5}, "text 1 has"),
         ({"texts": TEXTS, "layers": [99]}, "99"),
+        ({"texts": None}, "texts is a list of texts"),
+        ({"texts": TEXTS, "layers": []}, "There are no layers"),
+        ({"texts": TEXTS, "layers": 3}, "got 3: put it in a list"),
+        ({"texts": TEXTS, "out": __file__}, "out is a folder"),
+        ({"texts": TEXTS, "out": Path(__file__) / "a"}, "out is a folder"),
     ],
 )
 def test_what_has_no_activations_is_refused(client: Mechanex, given: Any, says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         client.model.activations(**given)
+
+
+@pytest.mark.parametrize(("layers", "says"), [([], "There are no layers"), (3, "layers is a list of layers")])
+def test_no_list_of_layers_is_refused_by_what_reads_activations(
+    client: Mechanex, layers: Any, says: str
+) -> None:
+    for read in (
+        lambda: client.model.logit_lens(TEXTS, layers),
+        lambda: client.steering.difference(TEXTS[:1], TEXTS[1:], layers),
+    ):
+        with pytest.raises(ValidationError, match=says):
+            read()
+
+
+def test_texts_may_come_one_by_one(client: Mechanex) -> None:
+    found = client.model.activations((text for text in TEXTS), layers=numpy.array([3]))  # type: ignore[arg-type]
+    assert numpy.array_equal(found[3], client.model.activations(TEXTS, layers=[3])[3])
+    made = client.steering.difference(iter(TEXTS[:2]), iter(TEXTS[2:]), [3])  # type: ignore[arg-type]
+    assert torch.equal(made[3], client.steering.difference(TEXTS[:2], TEXTS[2:], [3])[3])
+    with pytest.raises(ValidationError, match="negative is a list of prompts"):
+        client.steering.difference(TEXTS, "a text")
+
+
+def test_where_a_pack_puts_its_tokens_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mechanex.engine.activations as module
+
+    seen: list[Any] = []
+    real = module._targets
+    monkeypatch.setattr(module, "_targets", lambda pack, rows: seen.append(pack) or real(pack, rows))
+    module.activations(build("llama"), [[5, 6, 7], [8, 9]])
+    assert len(seen) == len(set(map(id, seen)))
+
+
+def test_a_text_past_the_context_is_read_on_and_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = FAMILIES["llama"](max_position_embeddings=16)
+    text = list(range(5, 25))
+    found = module_activations(model, [text], [2], tokens="all")
+    module_activations(model, [text], [2])
+    told = [one.getMessage() for one in caplog.records if "past the context" in one.getMessage()]
+    assert len(told) == 1 and "20 tokens" in told[0] and "16" in told[0]
+    with torch.no_grad():
+        alone = model(torch.tensor([text]), output_hidden_states=True).hidden_states[2][0]
+    assert close(found[2], alone)
+    with pytest.raises(ValidationError, match="has 16 positions"):
+        module_activations(FAMILIES["gpt2"](n_positions=16), [text])
 
 
 def test_the_logit_lens_ends_in_what_the_model_says(client: Mechanex) -> None:

@@ -61,11 +61,35 @@ def test_what_lies_outside_attention_is_scored_as_ever() -> None:
         "model.layers.1.self_attn.o_proj",
         "model.norm",
     ]
-    found = [
-        attribution_scores(build("llama"), CLEAN, CORRUPTED, paths, recompute_attention=way).to_dict()
-        for way in (False, True)
-    ]
-    assert found[0] == found[1]
+    plain = attribution_scores(build("llama"), CLEAN, CORRUPTED, paths)
+    inside = "model.layers.1.self_attn.q_proj"
+    again = attribution_scores(build("llama"), CLEAN, CORRUPTED, [*paths, inside], recompute_attention=True)
+    assert {path: again.scores[path] for path in paths} == plain.scores
+    assert all(torch.equal(again.positions[path], plain.positions[path]) for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("family", "paths", "said"),
+    [
+        ("llama", None, r"such as 'model\.layers\.\d\.self_attn\.\w+'"),
+        ("llama", ["model.norm", "model.layers.1.self_attn"], "none of the target modules is one"),
+        ("mamba", None, "has none: leave it out"),
+    ],
+)
+def test_where_no_attention_would_run_again_that_is_an_error(
+    family: str, paths: list[str] | None, said: str
+) -> None:
+    with pytest.raises(ValidationError, match=said):
+        attribution_scores(build(family), CLEAN, CORRUPTED, paths, recompute_attention=True)
+
+
+def test_heads_are_left_out_where_nobody_asked_for_them() -> None:
+    path = "model.layers.1.self_attn.q_proj"
+    given: dict[str, Any] = {"metric": difference, "recompute_attention": True}
+    with_heads = attribution_scores(build("llama"), CLEAN, CORRUPTED, [path], **given)
+    without = attribution_scores(build("llama"), CLEAN, CORRUPTED, [path], heads=False, **given)
+    assert path in with_heads.heads and not without.heads and not without.head_positions
+    assert without.scores[path] == pytest.approx(with_heads.scores[path])
 
 
 def test_a_patch_in_attention_is_exact_where_the_rest_is_linear() -> None:
@@ -141,6 +165,17 @@ def test_dropped_layers_give_the_mean_of_gradients_taken_one_by_one(steps: int) 
                 total = total + (slope * _delta(model)).sum() / steps
         values.append(abs(float(total)))
     assert found.scores[path] == pytest.approx(sum(values) / (len(layers) - 1), rel=1e-3)
+
+
+def test_what_lies_outside_of_layers_is_the_mean_over_all_of_them() -> None:
+    """Each dropped layer leaves a gradient at the final norm, all the same; a layer's own parts have one less."""
+    paths = ["model.norm", "model.layers.3", "model.layers.3.mlp"]
+    given: dict[str, Any] = {"metric": difference}
+    plain = attribution_scores(build("llama"), CLEAN, CORRUPTED, paths, **given)
+    dropped = attribution_scores(build("llama"), CLEAN, CORRUPTED, paths, drop_layers=True, **given)
+    for path in paths:
+        assert dropped.scores[path] == pytest.approx(abs(plain.scores[path]), rel=1e-4)
+        torch.testing.assert_close(dropped.positions[path], plain.positions[path].abs(), rtol=1e-4, atol=1e-6)
 
 
 def _detached(_: Any, __: Any, out: Any) -> Any:

@@ -17,7 +17,7 @@ from argon2 import PasswordHasher
 from fastapi.testclient import TestClient
 from server_calls import until
 
-from mechanex import Mechanex
+from mechanex import Mechanex, SteeringVector
 from mechanex.engine.models.resolve import LoadedModel, load
 from mechanex.errors import ValidationError
 from mechanex.server.accounts.passwords import Passwords
@@ -699,9 +699,12 @@ def test_a_damaged_vector_file_is_the_servers_error(client: TestClient, mechanex
     vector_id = client.post("/steering/generate", json=EXAMPLES | {"method": "caa"}).json()[
         "steering_vector_id"
     ]
+    path = mechanex_home / "server" / "vectors" / f"{vector_id}.safetensors"
+    record = SteeringVector.load(path).metadata
+    assert record["data_count"] == str(len(EXAMPLES["prompts"])) and record["date"] and record["data_sha256"]
     app: Any = client.app
     app.state.store.library._files._cache.clear()
-    (mechanex_home / "server" / "vectors" / f"{vector_id}.safetensors").write_bytes(b"\xff" * 64)
+    path.write_bytes(b"\xff" * 64)
     body = {"prompt": "The", "steering_vector_id": vector_id, "steering_strength": 1, "max_tokens": 2}
     assert "is damaged on the server" in refused(client.post("/generate", json=body), 500)
     assert client.post("/generate", json={"prompt": "The", "max_tokens": 2}).status_code == 200

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from families import build, tiny_tokenizer
 from mechanex import Chat, Mechanex, ValidationError
 from mechanex.cli import main
 from mechanex.engine.caa import caa_vectors
-from mechanex.engine.chat import continued
 from mechanex.engine.datasets import read_pairs
 from mechanex.engine.generate import generate, generate_batch, stream
 from mechanex.engine.models.resolve import load
@@ -58,10 +56,17 @@ def test_a_last_message_is_answered_or_goes_on(tokenizer: Any) -> None:
     assert encode_prompt(tokenizer, quiet) == ids(tokenizer, ASKED + " ...")
 
 
-def test_a_chat_that_goes_on_is_the_same_chat() -> None:
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    chat = Chat([{"role": "assistant", "content": "The"}], template_kwargs={"a": 1}, tools=tools)
-    assert continued(chat) == replace(chat, continue_final_message=True)
+def test_a_chat_that_is_to_go_on_keeps_its_tools() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for t in tools or [] %}{{ t.name }}, {% endfor %}" + TEMPLATE
+    model, tools = build("llama"), [{"name": "weather"}]
+    chat = Chat(STARTED, tools=tools, add_generation_prompt=False)
+    found = generate(model, tokenizer, chat, continue_final_message=True, **OPTIONS)
+    right = generate(model, tokenizer, Chat(STARTED, tools=tools, continue_final_message=True), **OPTIONS)
+    assert found == right and found.startswith("weather, " + OPEN)
+    with pytest.raises(ValidationError, match="ask for one of them"):
+        begun = Chat(STARTED, add_generation_prompt=True)
+        generate(model, tokenizer, begun, continue_final_message=True, **OPTIONS)
 
 
 @pytest.mark.parametrize("content", ["o", "<eos>", "a man. ", " Anna"])

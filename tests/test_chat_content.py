@@ -11,6 +11,7 @@ from mechanex import Chat, ValidationError
 from mechanex.engine.chat import chat_ids
 from mechanex.engine.chat_content import chat_as_text, check_roles, known_roles
 from mechanex.engine.models.resolve import load
+from mechanex.server.model.texts import PromptEncoder
 
 CHATML = (
     "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + (m['content'] | trim) + '<|end|>\n' }}{% endfor %}"
@@ -129,3 +130,21 @@ def test_roles_are_those_of_the_template(tokenizer: Any, monkeypatch: pytest.Mon
         ):
             check_roles(Chat([{"role": role, "content": ""}]), known)
     assert known_roles(tiny_tokenizer()) is None  # no template
+
+
+@pytest.mark.parametrize("first", ["default", "chat"])
+def test_a_template_for_chats_with_tools_knows_roles_too(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    plain = "{% for m in messages %}{% if m.role == 'user' %}U{% endif %}{{ m.content }}{% endfor %}"
+    told = "{% for m in messages %}{% if m.role == 'tool' %}T{% endif %}{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", {first: plain, "tool_use": told})
+    encoder = PromptEncoder(tokenizer, None, "tiny")
+    messages = [*user("a"), {"role": "tool", "content": "b"}]
+    ids = encoder.encode_chat(Chat(messages, tools=[{"name": "f"}]))
+    assert tokenizer.decode(ids) == "aTb"
+    if first == "default":
+        assert tokenizer.decode(encoder.encode_chat(Chat(messages))) == "Uab"
+    else:
+        with pytest.raises(ValidationError, match="no default specified"):
+            encoder.encode_chat(Chat(messages))

@@ -221,11 +221,11 @@ def test_the_entry_point_runs_the_command() -> None:
 
 @pytest.fixture
 def small_demo(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
-    """The demo at a few tokens and candidates, on a random model, which it can't steer but must survive."""
+    """The demo at a few tokens and one layer, on a random model, which it can't steer but must survive."""
     from mechanex.demo import measure, run
 
     monkeypatch.setattr(run, "MODEL", model)
-    monkeypatch.setattr(run, "CANDIDATES", (1.0,))
+    monkeypatch.setattr(run, "N_LAYERS", 1)
     monkeypatch.setattr(run, "TONES", run.TONES[:1])
     monkeypatch.setattr(measure, "MAX_TOKENS", 4)
 
@@ -234,9 +234,33 @@ def test_demo_leaves_figures_and_a_picture(small_demo: None, tmp_path: Path) -> 
     out = run("demo", "--out", tmp_path / "new" / "out").stdout
     assert "angry" in out and "perplexity" in out
     report = json.loads((tmp_path / "new" / "out" / "steering.json").read_text())
-    assert [one["strength"] for one in report["measurements"]] == [-2, -1, 0, 1, 2]
+    assert [one["strength"] for one in report["measurements"]] == [-1, -0.5, 0, 0.5, 1]
     if pytest.importorskip("matplotlib"):
         assert (tmp_path / "new" / "out" / "steering.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_tells_of_every_step(small_demo: None, tmp_path: Path) -> None:
+    from mechanex.demo import run, tones
+
+    steps: list[int] = []
+    run.run_demo(tmp_path, progress=lambda: steps.append(1))
+    # What the command itself loads first comes to two more; this is of one tone at one layer.
+    assert len(steps) + 2 == tones.STEPS - 2 * (2 + 2 * 3 + 5) - 2 * 2
+
+
+def test_demo_shows_completions_that_were_turned_and_can_be_read() -> None:
+    from mechanex.demo.measure import Measurement
+    from mechanex.demo.report import _telling
+
+    words = mechanex.bundled.tone_words()["angry"]
+    salad, sentence = " ".join(words[:8]), f"She was {words[0]} with the waiter."
+
+    def at(strength: float, *texts: str, perplexities: tuple[float, ...] = (2.0, 2.0, 2.0)) -> Measurement:
+        return Measurement("angry", strength, 0.5, 1.0, 2.0, texts, perplexities)
+
+    plain = at(0, "She sat down.", "She sat down.", f"She was {words[1]}.")
+    dosed = at(1, salad, sentence, sentence, perplexities=(90.0, 3.0, 2.0))
+    assert _telling(plain, dosed) == 1
 
 
 def test_demo_without_matplotlib_says_how_to_get_the_plot(
@@ -280,9 +304,9 @@ def test_the_demo_shows_that_steering_works(
         by_strength = {
             one["strength"]: one for one in report["measurements"] if one["tone"] == steering["tone"]
         }
-        plain, most = by_strength[0.0], by_strength[2.0]
+        plain, most = by_strength[0.0], by_strength[1.0]
         assert most["share"] > 0.9 or most["share"] - plain["share"] >= 0.5
-        assert by_strength[-2.0]["share"] < plain["share"] < most["share"]
+        assert by_strength[-1.0]["share"] <= plain["share"] < most["share"]
         assert most["perplexity"] <= 2 * plain["perplexity"]
 
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from mechanex import SteeringVector
 from mechanex.cli import main
-from mechanex.engine.activations import activations
+from mechanex.engine.activations import Activations, activations
 from mechanex.engine.models.resolve import load
 from mechanex.engine.orthogonalize import ablate_everywhere
 from mechanex.engine.vector_store import VectorStore
@@ -30,10 +30,32 @@ def run(*arguments: Any, code: int = 0) -> str:
 def test_activations_are_written_as_they_are_read_here(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("Anna went home.\n\nTom came.\n", encoding="utf-8")
     out = run("activations", "mx-tiny", tmp_path / "texts.txt", tmp_path / "a", "--layer", 3, "--json")
-    assert json.loads(out) == {"out": str(tmp_path / "a"), "layers": [3], "texts": 2, "tokens": 2}
+    assert json.loads(out) == {
+        "out": str(tmp_path / "a"),
+        "layers": [3],
+        "texts": 2,
+        "tokens": 2,
+        "empty_lines": [2],
+    }
     loaded = load("mx-tiny", backend="transformers")
     found = activations(loaded.model, ["Anna went home.", "Tom came."], [3], loaded.tokenizer)
-    assert numpy.array_equal(numpy.load(tmp_path / "a" / "layer_3.npy"), found[3])
+    assert numpy.array_equal(Activations.load(tmp_path / "a")[3], found[3])
+
+
+def test_activations_have_a_row_for_each_line_that_holds_text(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\ufeffAnna\fwent\u2028home.\r\nTom came.\n", encoding="utf-8")
+    out = run("activations", "mx-tiny", texts, tmp_path / "a", "--layer", 3)
+    assert "2 tokens of 2 texts" in out and "Empty" not in out
+    loaded = load("mx-tiny", backend="transformers")
+    found = activations(loaded.model, ["Anna\fwent\u2028home.", "Tom came."], [3], loaded.tokenizer)
+    assert numpy.array_equal(Activations.load(tmp_path / "a")[3], found[3])
+    texts.write_text("\nAnna\n\n", encoding="utf-8")
+    assert "Empty lines have no rows: 1." in run("activations", "mx-tiny", texts, tmp_path / "a")
+    texts.write_bytes(b"Anna\xe9\n")
+    assert "texts.txt is not UTF-8 text" in run("activations", "mx-tiny", texts, tmp_path / "a", code=1)
+    texts.write_text("\n", encoding="utf-8")
+    assert "holds no text" in run("activations", "mx-tiny", texts, tmp_path / "a", code=2)
 
 
 def test_an_orthogonal_model_does_without_steering_what_the_ablation_does(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
-import subprocess
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernels_on_host import CAN_BUILD, WHY_NOT, built
 from optable import CASES, DTYPES, SteerCase
 from test_steer_op import widened
 from tolerances import assert_within
@@ -22,18 +21,13 @@ from mechanex.backends import native, reference
 from mechanex.errors import ValidationError
 from mechanex.ops.steer import steer
 
-HERE = Path(__file__).resolve().parent
-COMPILER = shutil.which("g++")
 HEADERS = Path(sysconfig.get_path("include"))
 
 pytestmark = [
     pytest.mark.ci,
     pytest.mark.skipif(
-        COMPILER is None
-        or not (HERE.parent / "csrc").is_dir()
-        or not (HEADERS / "Python.h").exists()
-        or exchange_table() is None,
-        reason="needs g++, Python's headers, the source tree and torch 2.10",
+        not CAN_BUILD or not (HEADERS / "Python.h").exists() or exchange_table() is None,
+        reason=f"{WHY_NOT}, Python's headers and torch 2.10",
     ),
 ]
 
@@ -41,15 +35,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def door(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The compiled module, with kernels that run on the CPU."""
-    built = tmp_path_factory.mktemp("direct") / "direct_on_host.so"
-    source = HERE / "cuda_on_host" / "direct.cpp"
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
-    flags += ["-Werror", "-I", str(source.parent), "-I", str(HEADERS)]
-    done = subprocess.run(
-        [str(COMPILER), *flags, "-o", str(built), str(source)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    spec = importlib.util.spec_from_file_location("direct_on_host", built)
+    library = built(tmp_path_factory, "direct", "direct_on_host", "-I", str(HEADERS))
+    spec = importlib.util.spec_from_file_location("direct_on_host", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

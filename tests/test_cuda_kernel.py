@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from kernels_on_host import CAN_BUILD, WHY_NOT, built
 from optable import CASES, DTYPES, MANY_CASES, ManyCase, SteerCase, with_edits
 from test_steer_op import guarded, widened
 from tolerances import assert_within, many_truth
@@ -17,16 +16,9 @@ from mechanex.backends import native, reference
 from mechanex.backends.native import edits, modules
 from mechanex.ops.gate import KINDS
 
-HERE = Path(__file__).resolve().parent
-COMPILER = shutil.which("g++")
 TILE, ROW, WIDE, ANY = range(4)
 
-pytestmark = [
-    pytest.mark.ci,
-    pytest.mark.skipif(
-        COMPILER is None or not (HERE.parent / "csrc").is_dir(), reason="needs g++ and the source tree"
-    ),
-]
+pytestmark = [pytest.mark.ci, pytest.mark.skipif(not CAN_BUILD, reason=WHY_NOT)]
 
 # Shapes that the op table need not have: a tile that isn't full, rows of a tile that differ, rows in many registers.
 LAYOUTS = (
@@ -72,18 +64,7 @@ class Kernels:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    built = tmp_path_factory.mktemp("cuda") / "steer.so"
-    source = HERE / "cuda_on_host" / "steer.cpp"
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
-    flags += ["-I", str(source.parent)]
-    done = subprocess.run(
-        [str(COMPILER), *flags, "-Werror", "-o", str(built), str(source)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return built
+    return built(tmp_path_factory, "steer")
 
 
 @pytest.fixture

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from kernels_on_host import CAN_BUILD, WHY_NOT, built
 from optable import DTYPES, LOGPROB_CASES, LogprobCase, with_head
 from test_logprob_op import assert_close, both, wide
 from tolerances import logprob_bounds
@@ -18,16 +17,9 @@ from mechanex.backends import eager, native
 from mechanex.backends.native import modules
 from mechanex.ops.head import Head
 
-HERE = Path(__file__).resolve().parent
-COMPILER = shutil.which("g++")
 MANY, FEW = 0, 132
 
-pytestmark = [
-    pytest.mark.ci,
-    pytest.mark.skipif(
-        COMPILER is None or not (HERE.parent / "csrc").is_dir(), reason="needs g++ and the source tree"
-    ),
-]
+pytestmark = [pytest.mark.ci, pytest.mark.skipif(not CAN_BUILD, reason=WHY_NOT)]
 
 
 class Kernels:
@@ -51,18 +43,7 @@ class Kernels:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    built = tmp_path_factory.mktemp("cuda") / "logprob.so"
-    source = HERE / "cuda_on_host" / "logprob.cpp"
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
-    flags += ["-I", str(source.parent)]
-    done = subprocess.run(
-        [str(COMPILER), *flags, "-Werror", "-o", str(built), str(source)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return built
+    return built(tmp_path_factory, "logprob")
 
 
 @pytest.fixture

@@ -380,6 +380,17 @@ def test_a_repetition_penalty_and_a_least_length_are_those_of_transformers() -> 
     assert row.chosen == expected and end not in row.chosen[:8]
 
 
+def test_ends_and_prompt_tokens_beyond_the_head_are_no_matter() -> None:
+    model = FAMILIES["llama"](vocab_size=128)
+    head = torch.nn.Linear(model.config.hidden_size, 100, bias=False)
+    model.lm_head = head
+    row = Row(
+        TextRequest([3, 120, 7], 6, min_tokens=4, repetition_penalty=1.5), tiny_tokenizer(), (110, 5000)
+    )
+    decode(adapter_for(model), [row], 0)
+    assert len(row.chosen) == 6 and max(row.chosen) < 100
+
+
 def test_further_end_tokens_end_a_row_and_are_named() -> None:
     model, ids = build("llama"), ids_of()[0]
     plain = truth(model, ids, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
 import numpy
@@ -16,6 +17,7 @@ from mechanex.engine.datasets import read_pairs
 from mechanex.engine.directions import answer_means, pca_vectors, probe_vectors
 from mechanex.engine.few_shot import few_shot_vectors
 from mechanex.engine.models import adapter_for
+from mechanex.engine.optimize.passes import Passes
 from mechanex.engine.score import completion_logprobs
 from mechanex.engine.text import encode_pair
 from mechanex.engine.vectors import SteeringVector
@@ -179,6 +181,21 @@ def test_few_shot_refuses_what_would_store_a_random_or_a_wrong_vector():
         few_shot_vectors(deaf, *EXAMPLES, [1], TOKENIZER, max_iters=3)
 
 
+def test_few_shot_sees_every_example_a_few_at_a_time(monkeypatch):
+    """What a step costs doesn't grow with the number of examples, and none of them is left out."""
+    passes, seen = Passes.run, []
+
+    def run(self, requests):
+        seen.extend(request.prompts for request in requests if request.objective is not None)
+        return passes(self, requests)
+
+    monkeypatch.setattr(Passes, "run", run)
+    many = [[f"{one} {i}" for i in range(10) for one in side] for side in EXAMPLES]
+    found = few_shot_vectors(build("llama"), *many, [1], TOKENIZER, max_iters=5)
+    assert found.layers == (1,) and max(map(len, seen)) == 16
+    assert {prompt for prompts in seen for prompt in prompts} == set(range(40))
+
+
 # The bundled model
 
 
@@ -215,6 +232,43 @@ def test_every_method_steers_the_bundled_model(method, n):
     vector = client.vectors.get(vector_id)
     assert vector.method == method and vector.seed == options.get("seed")
     assert heldout_preference(vector_id, client) >= 0.9
+
+
+def held_out_gain(vector: SteeringVector, name: str) -> float:
+    """Nats by which the vector makes positive answers likelier than negative ones, on held-out prompts."""
+    client, held = bundled(), read_pairs(data_path(name), split="heldout")
+
+    def gap() -> float:
+        sides = [
+            completion_logprobs(
+                client.local_model, held.prompts[:12], side[:12], client.tokenizer
+            ).sums.mean()
+            for side in (held.positive_answers, held.negative_answers)
+        ]
+        return float(sides[0] - sides[1])
+
+    before = gap()
+    with vector.apply(client.local_model):
+        return gap() - before
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(("name", "layer"), [("paris_rome", 2), ("hopeful_gloomy", 4)])
+def test_few_shot_stops_early_without_losing_effect(name, layer):
+    """Against small steps on all examples until nothing is to be gained."""
+    client, train = bundled(), read_pairs(data_path(name), split="train")
+    examples = [side[:96:5] for side in (train.prompts, train.positive_answers, train.negative_answers)]
+    usual = few_shot_vectors(client.local_model, *examples, [layer], client.tokenizer)
+    told = json.loads(usual.metadata["fit"])[str(layer)]
+    assert told["iters"] <= 25 and told["stopped"] in ("plateau", "max_iters")
+    data = [TrainingDatapoint(p, [bad], [good]) for p, good, bad in zip(*examples, strict=True)]
+    longest = float(usual[layer].norm())
+    options = {"eps": 0.0, "do_one_minus": False, "max_norm": longest, "lr": 0.04 * longest / 128**0.5}
+    thorough, _ = optimize_vector(
+        client.local_model, data, layer, tokenizer=client.tokenizer, max_iters=60, seed=0, **options
+    )
+    gain = held_out_gain(usual, name)
+    assert gain > 10 and gain >= 0.93 * held_out_gain(SteeringVector({layer: thorough}), name)
 
 
 def test_few_shot_is_the_default_and_makes_calm_words_common():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ from mechanex.bundled import data_path
 from mechanex.cli import main
 from mechanex.engine.datasets import ContrastivePairs, read_pairs
 from mechanex.engine.doses.dose import Dose, kind_of
-from mechanex.engine.doses.halving import front, rounds, spread, survivors
+from mechanex.engine.doses.families import Family, apart, around, families_of, worth
+from mechanex.engine.doses.halving import front, rounds
 from mechanex.engine.doses.sweep import sweep
+from mechanex.engine.doses.swept import Setting
 from mechanex.engine.doses.written import mean_logprobs, write
 from mechanex.engine.generate import generate_batch
 from mechanex.engine.models import adapter_for
@@ -121,6 +125,9 @@ def test_the_chosen_dose_has_the_largest_effect_at_a_bearable_price() -> None:
         ({"strengths": []}, "strengths is a list"),
         ({"strengths": [0.0]}, "other than 0"),
         ({"validation": []}, "validation is a list"),
+        ({"widths": [0]}, "no dose of widths|a width of 1"),
+        ({"widths": [2], "edits": ["clamp"]}, "no dose of widths"),
+        ({"widths": 2}, "widths is a list"),
     ],
 )
 def test_what_can_t_be_swept_is_refused(wrong: dict[str, Any], match: str) -> None:
@@ -128,16 +135,73 @@ def test_what_can_t_be_swept_is_refused(wrong: dict[str, Any], match: str) -> No
         quick(**wrong)
 
 
-def test_survivors_are_the_front_then_what_is_behind_it() -> None:
+def test_the_front_and_the_rounds() -> None:
     effects, prices = [1.0, 3.0, 2.0, 0.5, 9.0], [1.0, 2.0, 2.5, 1.5, 50.0]
     assert front(effects, prices) == [0, 1, 4]
-    assert survivors(effects, prices, 2, most=10.0) == [0, 1]
-    assert survivors(effects, prices, 4, most=10.0) == [0, 1, 2, 3]
-    assert spread([4, 5, 6, 7, 8], 3) == [4, 6, 8]
     plan = rounds(2000, 20, 8, 5000)
     assert plan[0] == (2000, 1) and plan[-1][0] <= 32
     assert all(b[0] < a[0] and b[1] >= a[1] for a, b in pairwise(plan))
     assert rounds(3, 20, 8, 5000) == [(3, 20)]
+
+
+def test_kinds_of_dose_are_compared_at_one_price() -> None:
+    """A dose that rises slowly isn't beaten by one that is stronger where it was tried."""
+    settings = [Setting(Dose(1, s), s, s**2, s**2, 1) for s in (0.5, 1.0, 2.0)]
+    settings += [Setting(Dose(2, s), 2 * s, 16 * s**2, s, 1) for s in (2.0, 1.0, 0.5)]
+    settings += [Setting(Dose(2, -s), -s, s**2, s, 1) for s in (0.5, 1.0)]
+    slow, steep, other = families_of(settings)
+    assert slow.strengths == [0.5, 1.0, 2.0] == steep.strengths and other.strengths == [-0.5, -1.0]
+
+    def at(family: Family, price: float) -> tuple[float, float, bool]:
+        prices, gains = [one.kl for one in family.settings], [one.gain for one in family.settings]
+        return worth(family.strengths, prices, gains, price)
+
+    assert at(slow, 2.25) == (pytest.approx(1.5), pytest.approx(1.5), True)
+    assert at(steep, 9.0) == (pytest.approx(0.75), pytest.approx(1.5), True)
+    assert at(slow, 100.0) == (2.0, 2.0, True)  # nothing dearer was tried
+    strength, gain, within = at(steep, 1.0)
+    assert (strength, within) == (0.5, False) and gain < 1.0
+    assert at(other, 0.5)[0] == pytest.approx(-(0.5**0.5))
+    assert [one.dose.strength for one in around(slow, 1.5)] == [1.0, 2.0]
+    assert [one.dose.strength for one in around(slow, 9.0)] == [1.0, 2.0]
+    assert [one.dose.strength for one in around(slow, 0.1)] == [0.5, 1.0]
+
+
+def test_finalists_are_no_neighbours() -> None:
+    kinds = [Dose(4, 1.0), Dose(5, 1.0), Dose(5, 1.0, "clamp"), Dose(6, 1.0), Dose(4, 1.0, width=2)]
+    ranked = families_of(Setting(dose, 0.0, 0.0, 0.0, 1) for dose in kinds)
+    assert [one.at(1.0) for one in apart(ranked, 4, 2)] == [kinds[i] for i in (0, 2, 3, 4)]
+    assert [one.at(1.0) for one in apart(ranked, 5, 2)] == [kinds[i] for i in (0, 2, 3, 4, 1)]
+
+
+def test_finalists_write_texts_at_the_price_that_is_allowed() -> None:
+    found = quick(scorer=lambda text: float(len(text)), strengths=[0.25, 1.0, 4.0], most_perplexity=1.5)
+    prices: dict[Dose, list[float]] = {}
+    for one in found.settings:
+        if one.texts is not None:
+            prices.setdefault(replace(one.dose, strength=1.0), []).append(
+                abs(math.log(one.texts.perplexity / 1.5))
+            )
+    again = [each for each in prices.values() if len(each) > 1]
+    assert again and all(min(each[1:]) < each[0] or each[0] < 0.1 for each in again)
+
+
+def test_layers_that_share_a_strength() -> None:
+    found = quick(widths=[3], edits=["add"], layers=[1])
+    dose = found.chosen.dose
+    assert list(dose.layers) == [1, 2, 3] and "layers 1 to 3" in found.sentence
+    vector = found.vector()
+    assert vector.layers == (1, 2, 3)
+    for layer in dose.layers:
+        torch.testing.assert_close(vector[layer], found.vectors["caa"][layer] * (dose.strength / 3))
+    adapter = adapter_for(build("llama"))
+    both = write(
+        adapter, tiny_tokenizer(), PROMPTS[:4],
+        [dose.of(found.vectors["caa"]), tuple(vector.plan(adapter, 1.0).interventions)], Options(max_tokens=8, seed=2),
+    )  # fmt: skip
+    assert [one.ids for one in both[0]] == [one.ids for one in both[1]]
+    with pytest.raises(ValidationError, match="a width of 1 or more"):
+        Dose(1, 1.0, "clamp", width=2)
 
 
 @pytest.mark.slow
@@ -155,9 +219,10 @@ def test_strength_one_of_a_tuned_vector_is_the_chosen_dose(tmp_path: Path) -> No
     }
     tuned = client.steering.tune(some, **options)
     found = sweep(client.local_model, some, **options)
-    assert len(tuned) == 1 and tuned.metadata["recommendation"] == found.sentence
+    assert tuned.metadata["recommendation"] == found.sentence
     dose = found.chosen.dose
-    torch.testing.assert_close(tuned[dose.layer], dose.strength * found.vectors["caa"][dose.layer])
+    for layer in dose.layers:
+        torch.testing.assert_close(tuned[layer], dose.strength / dose.width * found.vectors["caa"][layer])
     assert (kind_of(tuned), tuned.tokens) == (dose.edit, dose.tokens)
     assert tuned.calibration.strength == 1.0 and dict(tuned.calibration.seen)[1.0] == tuned.calibration.kl
     tuned.save(tmp_path / "tuned.safetensors")

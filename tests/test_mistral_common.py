@@ -27,6 +27,7 @@ from mechanex.engine.sampling import Sampling  # noqa: E402
 from mechanex.engine.score import completion_logprobs  # noqa: E402
 from mechanex.engine.text import encode_pair, encode_prompt, prompt_text  # noqa: E402
 from mechanex.engine.token_texts import TokenTexts  # noqa: E402
+from mechanex.engine.tool_calls import call_format, knows_tools  # noqa: E402
 from mechanex.server.model.requests import TextRequest  # noqa: E402
 from mechanex.server.model.texts import PromptEncoder  # noqa: E402
 
@@ -58,6 +59,13 @@ def test_chats_are_answered_and_go_on(tokenizer: Any) -> None:
     assert tokenizer.decode(going_on[len(asked) :], skip_special_tokens=True) == "She is at the"
     with pytest.raises(ValidationError, match="continue_final_message"):
         encode_prompt(tokenizer, STARTED)
+
+
+def test_calls_of_tools_are_written_where_the_tokens_have_their_mark(tokenizer: Any) -> None:
+    assert knows_tools(tokenizer) and call_format(tokenizer) == "mistral"
+    first = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+    if first.is_file():
+        assert not knows_tools(MistralCommonBackend(first))
 
 
 def test_a_completion_continues_a_chat_and_a_text(tokenizer: Any) -> None:

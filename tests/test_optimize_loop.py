@@ -249,10 +249,28 @@ def test_the_evaluation_set_is_watched_and_patience_returns_its_best():
     assert min(evals) == pytest.approx(float(truth[0].detach()), rel=1e-4)
 
 
+def test_a_plateau_ends_it_once_most_of_the_fall_is_behind():
+    options = {"lr": 0.5, "max_iters": 120, "max_norm": 3.0, "eps": 0.0, "return_loss_history": True}
+    _, whole = optimize(data=DATA[:1], **options)
+    _, ended = optimize(data=DATA[:1], plateau=0.02, **options)
+    steps = ended["iters"]
+    assert ended["stopped"] == "plateau" and 3 < steps < 60
+    assert ended["loss_history"] == whole["loss_history"][:steps]
+    start = ended["starting_loss"]
+    assert start - ended["loss"] >= 0.85 * (start - min(whole["loss_history"]))
+    # The fall of the last three evaluations is less than that share of all.
+    losses = [start, *ended["loss_history"]]
+    assert losses[-4] - losses[-1] <= 0.02 * (start - losses[-1])
+
+
 def test_debug_prints_each_step_and_progress_shows_a_bar(capsys):
     optimize(max_iters=2, debug=True, progress=True)
     out = capsys.readouterr()
-    assert "step 0: loss" in out.out and "step 2: loss" in out.out and "Optimizing" in out.err
+    assert (
+        "step 0: loss" in out.out
+        and "step 2: loss" in out.out
+        and "Optimizing by gradient descent" in out.err
+    )
 
 
 def test_results_come_as_documented():

@@ -117,6 +117,7 @@ RESUMED = {
     "affine, noise": {"affine_rank": 2, "noise_scale": 0.2, "do_antipgd": True},
     "histories": {"return_loss_history": True, "return_vec_history": True, "do_target_loss_sum": False},
     "watched": {"eval_datapoints": DATA[:1], "patience": 50},
+    "ended by a plateau": {"plateau": 0.4},
 }
 
 

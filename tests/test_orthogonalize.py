@@ -10,6 +10,7 @@ from families import FAMILIES, build, n_hooks
 
 from mechanex import Mechanex, SteeringVector, ValidationError
 from mechanex.engine.orthogonalize import ablate_everywhere, orthogonalize
+from mechanex.engine.reset import reset
 
 IDS = torch.tensor([[5, 9, 17, 3, 40, 11]])
 
@@ -127,3 +128,18 @@ def test_directions_come_back_in_any_order(family: str, first: int) -> None:
     handles[1 - first].remove()
     now = weights(model)
     assert len(now) == len(before) and all(map(torch.equal, now, before))
+
+
+def test_reset_puts_weights_back_whoever_holds_the_handles() -> None:
+    model = FAMILIES["llama"]()
+    before = weights(model)
+    lost = [orthogonalize(model, SteeringVector({1: torch.eye(48)[i]})) for i in (3, 4)]
+    ablate_everywhere(model, direction(48))
+    reset(model)
+    assert all(map(torch.equal, weights(model), before)) and n_hooks(model) == 0
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    after = weights(model)
+    for handle in lost:
+        handle.remove()
+    assert all(map(torch.equal, weights(model), after))

@@ -108,6 +108,20 @@ steer(torch.zeros(2, 3), None, torch.ones(1, 3), backend="native")
     assert "MechanexError: backend 'native' can't run here" in done.stderr
 
 
+def test_a_wheel_says_where_the_repository_is_if_the_build_was_told(build: Builder, tmp_path: Path) -> None:
+    repository = "https://git.example/owner/mechanex"
+    wheel = wheel_of(build(MECHANEX_PURE="1"), tmp_path)
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(f"mechanex-{mechanex.__version__}.dist-info/METADATA").decode()
+    assert "Description-Content-Type: text/markdown" in metadata and "# mechanex" in metadata
+    assert "Project-URL" not in metadata
+    wheel = wheel_of(build(MECHANEX_PURE="1", MECHANEX_REPOSITORY=f"{repository}/"), tmp_path)
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(f"mechanex-{mechanex.__version__}.dist-info/METADATA").decode()
+    assert f"Project-URL: Source, {repository}\n" in metadata
+    assert f"]({repository}/raw/v{mechanex.__version__}/docs/demo.png)" in metadata
+
+
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake on this machine")
 def test_without_a_compiler_the_install_goes_on_unless_told_otherwise(build: Builder, tmp_path: Path) -> None:
     broken = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}

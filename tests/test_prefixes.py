@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from families import D_MODEL, build, sliding_family, tiny_tokenizer
+from test_scheduler import scheduled
+from transformers import DynamicCache
 
+from mechanex.engine.decode.cache import RollingCache
 from mechanex.engine.decode.decoder import Decoder
+from mechanex.engine.decode.prefix_tree import PrefixTree
 from mechanex.engine.decode.prefixes import Prefixes
 from mechanex.engine.decode.request import Steer, TextRequest
 from mechanex.engine.decode.row import Row
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
+from mechanex.engine.models.resolve import load
+from mechanex.engine.positions import selects
 
 FIRST = tuple(range(20, 60))
 DIRECTION = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(0))
@@ -156,14 +167,17 @@ def test_what_was_read_under_other_hooks_is_forgotten() -> None:
     assert (after.cached_tokens, after.chosen) == (0, plain.chosen)
 
 
-def test_layers_with_a_window_that_let_go_of_tokens_keep_nothing() -> None:
-    for window, cached in ((8, 0), (128, 44)):
+def test_layers_with_a_window_are_gone_on_from_where_they_ended() -> None:
+    for window, shared in ((8, 0), (128, 30)):
         model = sliding_family("gemma2", window)
         serving = Serving(model)
         (first,) = serving.answers(TextRequest(FIRST, 5))
         asked = TextRequest([*FIRST, *first.chosen, 5, 6], 5)
         (row,) = serving.answers(asked)
-        assert (row.cached_tokens, row.chosen) == (cached, fresh(model, asked))
+        assert (row.cached_tokens, row.chosen) == (44, fresh(model, asked))
+        asked = TextRequest([*FIRST[:30], 7, 8], 5)
+        (row,) = serving.answers(asked)
+        assert (row.cached_tokens, row.chosen) == (shared, fresh(model, asked))
 
 
 def test_log_probabilities_of_a_prompt_are_read_whole() -> None:
@@ -178,3 +192,136 @@ def test_a_row_that_broke_leaves_nothing_behind() -> None:
     huge = Edit.add(torch.full((D_MODEL,), 3e38))
     serving.answers(TextRequest(FIRST, 5, steering=(Steer(1, huge), Steer(1, huge))))
     assert len(serving.prefixes) == 0
+
+
+def put(prefixes: Prefixes, request: TextRequest) -> None:
+    """Keeps a text as if it had been read."""
+    n = len(request.ids)
+    source = DynamicCache()
+    source.update(torch.zeros(1, 1, n, 1), torch.zeros(1, 1, n, 1), 0)
+    cache = RollingCache(source)
+    cache.admit(source, n)
+    prefixes.keep(Row(request, tiny_tokenizer(), ()), n, {"past_key_values": cache}, 0)
+
+
+def looked_up(prefixes: Prefixes, request: TextRequest) -> int:
+    found = prefixes.find(Row(request, tiny_tokenizer(), ()))
+    return 0 if found is None else found[1]
+
+
+def shared(one: TextRequest, other: TextRequest, n: int) -> int:
+    """How many first tokens of two texts are the same and edited alike, token by token."""
+
+    def edits(request: TextRequest, place: int) -> list[int]:
+        length = len(request.ids)
+        return [id(s.edit) for s in request.steering if selects(s.tokens, place, lambda: length)]
+
+    for i in range(min(n, len(one.ids), len(other.ids))):
+        if one.ids[i] != other.ids[i] or edits(one, i) != edits(other, i):
+            return i
+    return min(n, len(one.ids), len(other.ids))
+
+
+def test_of_many_texts_the_one_that_shares_most_is_found() -> None:
+    rng, edits = random.Random(0), [add(size) for size in (1.0, 2.0)]
+    selectors = [None, slice(20, None), slice(0, -3), slice(18, 30), 25, slice(0, 40, 2)]
+    for most_bytes in (2**30, 2500):  # of which the second forgets most of them
+        prefixes, kept = Prefixes(most_bytes), []
+        for _ in range(150):
+            begun = rng.choice(kept).ids[: rng.randrange(50)] if kept and rng.random() < 0.8 else ()
+            ids = [*begun, *(rng.randrange(3) for _ in range(rng.randrange(16, 40)))]
+            steering = tuple(
+                Steer(1, rng.choice(edits), rng.choice(selectors)) for _ in range(rng.choice((0, 0, 1, 2)))
+            )
+            request = TextRequest(ids, 1, steering=steering)
+            found = looked_up(prefixes, request)
+            best = max((shared(request, one, len(ids) - 1) for one in kept), default=0)
+            if most_bytes == 2**30:
+                assert found == (best if best >= 16 else 0)
+            else:
+                assert found in (0, *(shared(request, one, len(ids) - 1) for one in kept))
+            put(prefixes, request)
+            kept.append(request)
+            assert prefixes.n_bytes == sum(one.n_bytes for one in prefixes._kept.values()) <= most_bytes
+    assert len(prefixes) < 30
+    prefixes.clear()
+    assert looked_up(prefixes, kept[-1]) == 0
+
+
+def test_looking_among_many_texts_that_begin_alike_takes_no_longer() -> None:
+    def calls(n_kept: int) -> int:
+        rng, prefixes = random.Random(0), Prefixes(2**30)
+        texts = [TextRequest([*FIRST, *(rng.randrange(1000) for _ in range(40))], 1) for _ in range(n_kept)]
+        for text in texts:
+            put(prefixes, text)
+        row = Row(TextRequest([*texts[7].ids[:60], 1001, 1002], 1), tiny_tokenizer(), ())
+        n = 0
+
+        def count(frame: Any, event: str, arg: Any) -> None:
+            nonlocal n
+            n += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            found = prefixes.find(row)
+        finally:
+            sys.setprofile(None)
+        assert found is not None and found[1] == 60
+        return n
+
+    assert calls(300) <= 2 * calls(10)
+
+
+def test_requests_can_be_added_while_others_are_looked_for_among_what_was_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiny = load("mx-tiny", backend="transformers")
+    found, free = Prefixes.find, []
+
+    async def ask() -> None:
+        async with scheduled(tiny.model, tiny.tokenizer) as running:
+
+            def find(self: Prefixes, row: Row) -> Any:
+                with ThreadPoolExecutor(1) as other:
+                    changed = running._worker.changed  # type: ignore[union-attr]
+                    free.append(other.submit(lambda: changed.acquire(blocking=False)).result())
+                    if free[-1]:
+                        other.submit(changed.release).result()
+                return found(self, row)
+
+            monkeypatch.setattr(Prefixes, "find", find)
+            generations = running.submit_all([TextRequest([*FIRST, i], 2) for i in range(3)])
+            for generation in generations:
+                assert (await generation.result()).completion_tokens == 2
+
+    asyncio.run(ask())
+    assert len(free) >= 3 and all(free)
+
+
+def test_a_tree_of_texts_finds_what_looking_at_each_finds() -> None:
+    """Random texts of few tokens, so that many begin others; added and removed in any order."""
+    draw = random.Random(0)
+    for _ in range(60):
+        tree, here = PrefixTree(), {}
+        for number in range(40):
+            labels = numpy.array([[draw.randrange(2), 0] for _ in range(draw.randrange(1, 9))], numpy.int64)
+            if here and draw.random() < 0.3:
+                gone = draw.choice(list(here))
+                tree.remove(here.pop(gone))
+            if not any(numpy.array_equal(labels, one) for one in here.values()):
+                tree.add(labels, number)
+                here[number] = labels
+            asked = numpy.array([[draw.randrange(2), 0] for _ in range(draw.randrange(1, 9))], numpy.int64)
+            found = list(tree.sharing(asked))
+            want = {n: length for n, one in here.items() if (length := _shared(one, asked))}
+            assert {n: length for length, n in found} == want and len(found) == len(want)
+            assert [length for length, _ in found] == sorted(want.values(), reverse=True)
+            begins = [n for n, one in here.items() if _shared(one, asked) == len(one)]
+            assert sorted(tree.beginning(asked)) == sorted(begins)
+            assert bool(tree) == bool(here)
+
+
+def _shared(one: Any, other: Any) -> int:
+    n = min(len(one), len(other))
+    apart = (one[:n] != other[:n]).any(axis=1)
+    return int(apart.argmax()) if apart.any() else n

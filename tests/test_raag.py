@@ -138,4 +138,4 @@ def test_the_command_cites_files(tmp_path: Path) -> None:
     assert shown.exit_code == 0 and "Mia has a green bag." in shown.stdout
     (tmp_path / "c.bin").write_bytes(b"\xff\xfe\x00")
     wrong = CliRunner().invoke(main, ["cite", str(tmp_path / "c.bin"), "--question", "Who?"])
-    assert wrong.exit_code == 2 and "UTF-8" in wrong.output
+    assert wrong.exit_code == 1 and "UTF-8" in wrong.output

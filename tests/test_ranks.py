@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -54,36 +55,93 @@ def numbers(value: Any) -> Tensor:
     return torch.as_tensor(value).double().flatten()
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("n", [2, 3])
-def test_the_result_is_that_of_one_process(n: int, tmp_path: Path) -> None:
-    ran(n, "found", tmp_path)
-    by_rank = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(n)]
-    alone = ranks_job.found()
-    alone.pop("unseeded")
+def check_alike(by_rank: list[dict[str, Any]], alone: dict[str, Any], most: float = 1e-5) -> None:
+    """Results are the same bits in all processes, and those of one to rounding."""
     for rank, found in enumerate(by_rank):
         for name, wanted in alone.items():
             theirs = numbers(found[name])
             assert torch.equal(theirs, numbers(by_rank[0][name])), (rank, name)
-            assert float((theirs - numbers(wanted)).norm() / numbers(wanted).norm()) < 1e-5, (rank, name)
+            assert float((theirs - numbers(wanted)).norm() / numbers(wanted).norm()) < most, (rank, name)
+
+
+def results(n: int, folder: Path) -> list[Any]:
+    """What each process of a job found."""
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(n)]
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_result_is_that_of_one_process(n: int, tmp_path: Path) -> None:
+    ran(n, "found", tmp_path)
+    by_rank, alone = results(n, tmp_path), ranks_job.found()
+    alone.pop("unseeded")
+    check_alike(by_rank, alone)
+    for found in by_rank:
         assert torch.equal(found["unseeded"], by_rank[0]["unseeded"])
 
 
 @pytest.mark.ci
-def test_activations_in_files_are_written_once_and_opened_by_all(tmp_path: Path) -> None:
+def test_attribution_is_that_of_one_process(tmp_path: Path) -> None:
+    ran(3, "attributed", tmp_path)
+    check_alike(results(3, tmp_path), ranks_job.attributed())
+
+
+@pytest.mark.ci
+def test_an_autoencoder_is_trained_on_the_same_batches_by_any_number_of_processes(tmp_path: Path) -> None:
+    ran(3, "trained", tmp_path, tmp_path / "theirs")
+    check_alike(results(3, tmp_path), ranks_job.trained(str(tmp_path / "own")))
+    report = json.loads((tmp_path / "theirs" / "topk" / "report.json").read_text())
+    assert report["steps"] == 12
+
+
+@pytest.mark.ci
+def test_activations_are_those_of_one_process_in_files_and_in_memory(tmp_path: Path) -> None:
     ran(2, "kept", tmp_path, tmp_path / "theirs")
-    wanted = ranks_job.kept(str(tmp_path / "own"))
-    for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt", weights_only=False) == wanted
+    check_alike(results(2, tmp_path), ranks_job.kept(str(tmp_path / "own")))
+    written = [[path.name for path in sorted((tmp_path / who).iterdir())] for who in ("own", "theirs")]
+    assert written[0] == written[1] and len(written[0]) > 5
 
 
 @pytest.mark.ci
 def test_where_one_process_fails_all_end_and_say_why(tmp_path: Path) -> None:
     process = started(2, "failing", tmp_path)
+    # The other one is told between two of its passes, and doesn't go through all of them.
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "process 1 of 2 failed, and this one stops with it" in errors
     assert "the second process is out of memory" in errors
+
+
+def kill_one(begun: Path, after: float, *args: object) -> None:
+    """Starts a job of two processes, kills one some seconds after a file is there, and waits for the other to end."""
+    process = started(2, *args, start_new_session=True)
+    until = time.monotonic() + 120
+    while not begun.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    time.sleep(after)
+    workers = subprocess.run(
+        ["pgrep", "-f", f"ranks_job.py {args[0]} {args[1]}"], capture_output=True, text=True, check=False
+    )
+    pids = [int(pid) for pid in workers.stdout.split() if int(pid) != process.pid]
+    if pids:
+        os.kill(pids[-1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert not pids or process.returncode != 0 or (Path(str(args[1])) / "0.pt").exists()
+    assert process.returncode == 0 or "SIGKILL" in errors
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("after", [0.5, *(pytest.param(s / 2, marks=pytest.mark.long) for s in range(9))])
+def test_activations_of_a_job_that_is_killed_are_finished_by_the_next(after: float, tmp_path: Path) -> None:
+    out = tmp_path / "theirs"
+    kill_one(out / "index.json", after, "kept", tmp_path, out, 0.1)
+    left = {path: path.stat().st_mtime_ns for path in out.glob("activations-*")}
+    ran(3, "kept", tmp_path, out, 0)
+    wanted = ranks_job.kept(str(tmp_path / "own"), "0")
+    found = results(3, tmp_path)
+    check_alike(found, wanted)
+    unfinished = len(left) < len(list((tmp_path / "own").glob("activations-*")))
+    assert not unfinished or all(path.stat().st_mtime_ns == at for path, at in left.items())
 
 
 @pytest.mark.ci
@@ -92,19 +150,7 @@ def test_a_job_that_is_killed_goes_on_where_it_was_with_another_number_of_proces
     after: float, tmp_path: Path
 ) -> None:
     checkpoint, wanted = tmp_path / "run.safetensors", ranks_job.optimized("")
-    process = started(2, "optimized", tmp_path, checkpoint, start_new_session=True)
-    until = time.monotonic() + 120
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.02)
-    time.sleep(after)
-    workers = subprocess.run(
-        ["pgrep", "-f", f"ranks_job.py optimized {tmp_path}"], capture_output=True, text=True, check=False
-    )
-    pids = [int(pid) for pid in workers.stdout.split() if int(pid) != process.pid]
-    if pids:
-        os.kill(pids[-1], signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert not pids or process.returncode != 0 or (tmp_path / "0.pt").exists()
+    kill_one(checkpoint, after, "optimized", tmp_path, checkpoint)
     ran(3, "optimized", tmp_path, checkpoint)
     for rank in range(3):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
@@ -116,6 +162,20 @@ def test_a_job_that_is_killed_goes_on_where_it_was_with_another_number_of_proces
 def test_a_command_says_what_it_found_once() -> None:
     told = ran(2, "-m", "mechanex", "model", "paths", "mx-tiny")
     assert told.count("model.layers.2.self_attn.q_proj\n") == 1
+
+
+@pytest.mark.ci
+def test_heavy_commands_end_well_and_only_the_first_process_speaks(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    ran(2, "commands", tmp_path, tmp_path / "work")
+    first, second = results(2, tmp_path)
+    assert len(first) == len(second) == len(ranks_job.COMMANDS)
+    for (line, code, printed), (_, other, nothing) in zip(first, second, strict=True):
+        assert code == other == 0, (line, printed)
+        assert printed and not nothing, line
+    files = {path.name for path in (tmp_path / "work").rglob("*")}
+    assert {"sweep.json", "report.html", "loss.png", "sae_weights.safetensors", "model.safetensors"} <= files
+    assert not [name for name in files if name.endswith(".tmp")]
 
 
 def test_packs_are_dealt_evenly_and_alike_everywhere() -> None:
@@ -131,13 +191,15 @@ def test_packs_are_dealt_evenly_and_alike_everywhere() -> None:
 def test_one_process_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)
-    assert current_ranks() == SINGLE and mechanex.distributed.is_first() and mechanex.distributed.size() == 1
+    assert (
+        current_ranks(None) == SINGLE and mechanex.distributed.is_first() and mechanex.distributed.size() == 1
+    )
     for name, value in LAUNCHED.items():
         monkeypatch.setenv(name, value)
     with mechanex.distributed.alone():
-        assert current_ranks() == SINGLE
+        assert current_ranks(None) == SINGLE
     monkeypatch.setenv("MECHANEX_DISTRIBUTED", "0")
-    assert current_ranks() == SINGLE
+    assert current_ranks(None) == SINGLE
 
 
 def test_a_server_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from faulty_proxy import Close, Cut, FaultyProxy, Raw, Reset, Stall, Status
@@ -92,6 +93,19 @@ def test_a_seed_gives_the_same_text_there_and_here(remote: Mechanex, local: Mech
     there = remote.generation.generate(PROMPT, 24, **options)
     assert there == local.generation.generate(PROMPT, 24, **options)
     assert there.startswith(PROMPT) and len(there) > len(PROMPT)
+
+
+def test_seeds_at_their_end_and_none_at_all_are_as_here(remote: Mechanex, local: Mechanex) -> None:
+    prompts = [PROMPT, "Tom said: I am"]
+    found = [
+        client.generation.generate(prompts, 8, seed=numpy.uint64(2**63 - 1)) for client in (remote, local)
+    ]
+    assert found[0] == found[1]
+    for client in (remote, local):
+        for seed in ("7", 1.5, -1, 2**63, True):
+            for call in (client.generation.generate, client.sae.generate):
+                with pytest.raises(ValidationError, match=r"seed is a whole number from 0 to 2\*\*63 - 1"):
+                    call(PROMPT, seed=seed)
 
 
 @pytest.mark.parametrize("method", ["caa", "few-shot"])
@@ -358,7 +372,6 @@ def test_iterators_serve_the_server_and_then_the_local_model(both: Mechanex, pro
         {"top_p": 2.0},
         {"temperature": -1.0},
         {"sampling_method": "beam"},
-        {"seed": -1},
     ],
     ids=str,
 )

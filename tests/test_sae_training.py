@@ -150,7 +150,8 @@ def test_what_loses_nothing_recovers_all(point: str, tiny: ModelAdapter) -> None
 
 def test_the_first_token_of_a_text_is_left_out(tiny: ModelAdapter) -> None:
     pairs = as_pairs(tiny.tokenizer, TEXTS[:4], 64)
-    x, following = Rounds(tiny, pairs, HookPoint("resid", 0), sum(len(b) for _, b in pairs), 0).at(0)
+    data, following = Rounds(tiny, pairs, HookPoint("resid", 0), sum(len(b) for _, b in pairs), 0).at(0)
+    x = data.x
     embedded = tiny.hf_model.get_input_embeddings().weight.detach()  # type: ignore[operator]
     assert following == 4
     known = {tuple(row) for row in embedded.tolist()}

@@ -149,7 +149,7 @@ def store_after(mechanex_home: Path) -> Iterator[Any]:
         store.database.close()
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(25, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.long)])
 def test_kill_9_while_writing_loses_nothing_that_was_acknowledged_and_leaves_no_files(
     mechanex_home: Path, store_after: Any, database: str | None, kills: int
 ) -> None:

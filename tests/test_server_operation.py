@@ -195,6 +195,9 @@ def test_metrics_count_what_happened(server: ServerProcess) -> None:
     assert after["prompt"] == usage["prompt_tokens"]  # read once for both answers
     assert server.metric('mechanex_model_seconds_total{kind="decode"}') > 0
     assert server.metric("mechanex_waiting_requests") == 0
+    kept = server.metric("mechanex_prefix_bytes")
+    call(server, "POST", "/v1/completions", {"prompt": [*range(40, 90)], "max_tokens": 2})
+    assert server.metric("mechanex_prefix_bytes") > kept
 
 
 def test_a_head_counts_as_a_request_to_its_path(server: ServerProcess) -> None:

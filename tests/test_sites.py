@@ -243,6 +243,28 @@ def test_a_bound_table_edits_as_the_table_does(dtype: torch.dtype) -> None:
             torch.testing.assert_close(bound(other), table.apply(other, rows), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_bound_takes_hidden_states_however_they_lie_in_memory(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    table = EditTable.of_chains(
+        [[Edit.clamp(torch.randn(48, generator=draw), 2.0)], [Edit.add(torch.ones(48))]]
+    )
+    rows = torch.tensor([[0, 1], [-1, 0]], dtype=torch.int32)
+    bound = table.bound(rows)
+    spread = torch.randn(2, 48, 2, generator=draw).to(dtype).transpose(1, 2)
+    negated = torch.view_as_complex(torch.randn(2, 2, 48, 2, generator=draw)).conj().imag.to(dtype)
+    lazily = torch.view_as_complex(torch.randn(2, 2, 48, 2, generator=draw)).conj().imag
+    with torch.no_grad():
+        for hidden in (spread.contiguous(), spread, negated, *([lazily] if dtype is torch.float32 else [])):
+            for _ in range(2):
+                edited = bound(hidden)
+                assert edited.is_contiguous()
+                torch.testing.assert_close(edited, table.apply(hidden.resolve_neg(), rows), rtol=0, atol=0)
+    with pytest.raises(ValidationError, match="rows"), torch.no_grad():
+        outside = EditTable.of_chains([[Edit.clamp(torch.ones(48), 2.0)]]).bound(rows)
+        outside(spread.contiguous())
+
+
 @pytest.mark.parametrize(
     ("name", "path", "runs"), [("llama", "model.layers", 4), ("gpt2", "transformer.h", 5)]
 )

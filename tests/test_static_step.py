@@ -32,8 +32,11 @@ from mechanex.engine.decode.steering import RowSteering
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models import adapter_for
+from mechanex.engine.orthogonalize import ablate_everywhere
 from mechanex.engine.positions import given_positions, whole_pass
+from mechanex.engine.reset import reset
 from mechanex.engine.sampling import Sampling
+from mechanex.engine.vectors import SteeringVector
 
 # Those of the families that take no mask which says which token sees which.
 OTHERS = ("gpt_neo", "bloom", "mpt", "mamba")
@@ -104,6 +107,11 @@ def run(decoder: Decoder, rows: list[Row]) -> None:
         while decoder.rows:
             decoder.step()
     decoder.detach()
+
+
+def n_captures(model: Any) -> int:
+    """How often steps were captured for a model."""
+    return int(adapter_for(model).kept.step.graphs.captures)
 
 
 def both(model: Any, requests: list[TextRequest]) -> None:
@@ -290,6 +298,60 @@ def test_hooks_of_others_are_heard_at_every_step(device: str) -> None:
     assert decoded(model, requests) == plain and len(calls) == N_NEW
 
 
+def meanwhile(
+    model: Any, kind: Any, steering: tuple[Steer, ...], then: Callable[[], object]
+) -> list[list[int]]:
+    """The answers of rows that are steered so, when something happens after three steps."""
+    rows = rows_of([TextRequest(one, 8, steering=steering) for one in ids_of()])
+    decoder = Decoder(adapter_for(model), 0, form=kind)
+    with torch.no_grad():
+        reading = decoder.read(rows)
+        while not decoder.advance(reading):
+            pass
+        decoder.join(reading)
+        for _ in range(3):
+            decoder.step()
+        then()
+        while decoder.rows:
+            decoder.step()
+    decoder.detach()
+    reset(model)
+    return [row.chosen for row in rows]
+
+
+def test_a_plan_that_comes_while_answers_are_written_edits_before_their_own(device: str) -> None:
+    model = build("llama").to(device)
+    edits = Edit.clamp(V, 9.0), Edit.clamp(V + W, 30.0)  # the later one wins
+    own, late = (SteeringPlan([Intervention(2, edit)]) for edit in edits)
+    expected, wrong = [], []
+    for order, found in (((late, own), expected), ((own, late), wrong)):
+        first = own.apply(model)
+
+        def then(order: Any = order, first: Any = first) -> None:
+            first.remove()
+            for plan in order:
+                plan.apply(model)
+
+        found += meanwhile(model, "rolling", (), then)
+    assert expected != wrong
+    for kind in ("static", "rolling"):
+        assert meanwhile(model, kind, (Steer(2, edits[0]),), lambda: late.apply(model)) == expected
+
+
+def test_an_ablation_everywhere_is_part_of_the_captured_step(device: str) -> None:
+    model, requests = build("llama").to(device), [TextRequest(one, 6) for one in ids_of()]
+    plain = decoded(model, requests)
+    for vector in (V, W):
+        before = n_captures(model)
+        with ablate_everywhere(model, SteeringVector({1: 2 * vector})):
+            ablated = decoded(model, requests)
+            assert n_captures(model) > before, "the steps ran by the host"
+            assert ablated == decoded(model, requests, "rolling") != plain
+    before = n_captures(model)
+    assert decoded(model, requests) == plain
+    assert n_captures(model) > before, "the ablation's steps were taken for the plain model's"
+
+
 @pytest.mark.parametrize("window", [None, 8])
 def test_texts_that_were_read_are_gone_on_from(device: str, window: int | None) -> None:
     model = (build("gemma2") if window is None else sliding_family("mistral", window)).to(device)
@@ -304,8 +366,7 @@ def test_texts_that_were_read_are_gone_on_from(device: str, window: int | None) 
     one = answer(first)
     asked = [*first, *one.chosen, 5, 6, 7, 8]
     two = answer(asked)
-    # Of a first prompt that is longer than the window, a layer with one never had all.
-    assert two.cached_tokens >= (len(first) + 6 if window is None else 0)
+    assert two.cached_tokens >= len(first) + 6
     assert (
         [two.chosen]
         == decoded(model, [TextRequest(asked, 7)])
@@ -314,6 +375,32 @@ def test_texts_that_were_read_are_gone_on_from(device: str, window: int | None) 
     short = answer(first[:18])
     again = [*first[:18], *short.chosen, 9]
     assert [answer(again).chosen] == decoded(model, [TextRequest(again, 7)])
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+@pytest.mark.parametrize("kind", ["static", "rolling"])
+def test_texts_longer_than_a_window_are_gone_on_from(device: str, kind: Any, family: str) -> None:
+    """Where they ended: layers with a window have let go of what one sees that branches off earlier."""
+    model, prefixes = sliding_family(family, 8).to(device), Prefixes(2**30)
+    texts = [list(range(20, 60)), list(range(30, 90))]
+
+    def answers(asked: list[list[int]]) -> list[Row]:
+        rows = rows_of([TextRequest(one, 7) for one in asked])
+        run(Decoder(adapter_for(model), 0, form=kind, prefixes=prefixes), rows)
+        assert [row.chosen for row in rows] == decoded(model, [TextRequest(one, 7) for one in asked])
+        return rows
+
+    for _ in range(2):
+        rows = answers(texts)
+        texts = [[*row.ids, *row.chosen, 5, 6, 7] for row in rows]
+    assert [row.cached_tokens for row in answers(texts)] != [0, 0]
+    alone = answers([[*texts[0], 9]])
+    assert alone[0].cached_tokens >= len(texts[0]) - 4
+    # One branches off where it can't be gone on from, and the other is read with it.
+    branch = answers([[*texts[0][:30], 9, 8], texts[1]])
+    assert branch[0].cached_tokens == 0
+    (again,) = answers([[*alone[0].ids, *alone[0].chosen, 3]])
+    assert again.cached_tokens == len(alone[0].ids) + 6
 
 
 def test_a_text_that_outgrew_a_window_step_by_step_is_gone_on_from(device: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ import mechanex
 from mechanex import Mechanex, SteeringVector, ValidationError
 from mechanex.engine.hooks import Intervention, SteeringPlan
 from mechanex.engine.intervention import Edit
+from mechanex.engine.prompt_conditions import PromptCondition
 
 PROMPT = "Anna went to the market"
 
@@ -151,6 +153,38 @@ def test_a_schedule_by_a_function_is_no_file(
     plan = vector.scheduled(lambda place: 1.0).plan(client.local_model)  # type: ignore[arg-type]
     with pytest.raises(ValidationError, match="function can't be saved"):
         plan.save(tmp_path / "plan.safetensors")
+
+
+def test_numbers_of_numpy_are_saved_too(vector: SteeringVector, tmp_path: Path) -> None:
+    edit = Edit.add(vector[3])
+    condition = PromptCondition(
+        numpy.int64(2),  # type: ignore[arg-type]
+        vector[3],
+        numpy.float32(0.25),  # type: ignore[arg-type]
+        numpy.float32(0.5),  # type: ignore[arg-type]
+    )
+    parts = [
+        Intervention(numpy.int64(3), edit, rows=numpy.array([0, 2])),  # type: ignore[arg-type]
+        Intervention(3, edit, tokens=numpy.int64(2)),  # type: ignore[arg-type]
+        Intervention(3, edit, tokens=slice(numpy.int64(1), None, numpy.int8(2)), condition=condition),
+    ]
+    SteeringPlan(parts).save(tmp_path / "plan.safetensors")
+    found = SteeringPlan.load(tmp_path / "plan.safetensors").interventions
+    assert [(one.layer, one.tokens, one.rows) for one in found] == [
+        (3, None, (0, 2)),
+        (3, 2, None),
+        (3, slice(1, None, 2), None),
+    ]
+    kept = found[2].condition
+    assert kept is not None and (kept.layer, kept.threshold, kept.false_positives) == (2, 0.25, 0.5)
+    vector.when(condition).save(tmp_path / "vector.safetensors")
+    assert SteeringVector.load(tmp_path / "vector.safetensors").terms.condition.threshold == 0.25  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("wrong", [{"layer": 1.5}, {"layer": "3"}, {"layer": True}, {"tokens": 1.5}])
+def test_an_intervention_says_where_it_is(vector: SteeringVector, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="int"):
+        Intervention(**{"layer": 3, "edit": Edit.add(vector[3]), **wrong})
 
 
 def test_an_empty_list_of_vectors_is_no_unsteered_text(client: Mechanex) -> None:

@@ -23,7 +23,7 @@ from mechanex.engine.models import adapter_for
 from mechanex.engine.prompt_conditions import PromptCondition
 from mechanex.engine.schedules import Schedule
 from mechanex.engine.terms import TokenGate
-from mechanex.vllm.asked import AskedEdit, edits_of
+from mechanex.vllm.asked import FIELD, AskedEdit, edits_of
 from mechanex.vllm.capacity import Capacity
 from mechanex.vllm.engine_vectors import EngineVectors, SteerBy
 from mechanex.vllm.units import unpacked
@@ -113,13 +113,15 @@ def test_terms_stay_with_a_vector_or_are_refused() -> None:
 
 
 def in_vllm(vector: SteeringVector, strength: float = 1.0) -> tuple[AskedEdit, Tensor]:
-    """How a request carries a vector there, and what becomes of X by it."""
+    """How a request carries a vector there, the last of its edits, and what becomes of X by them."""
     vectors = EngineVectors(D_MODEL, 4, Capacity(rank=2, gates=True))
     carried = vectors.asked(SteerBy(vectors.add(vector), strength))
-    assert carried.text is not None
-    (asked,) = edits_of(carried.text)
-    edit = unpacked(carried.missing[asked.key])[LAYER]
-    return asked, X + asked.strength * (edit.apply(X) - X)
+    assert carried.fields
+    hidden = X
+    for asked in edits_of(carried.fields[FIELD]):
+        edit = unpacked(carried.missing[asked.key])[LAYER]
+        hidden = hidden + asked.strength * (edit.apply(hidden) - hidden)
+    return asked, hidden
 
 
 @pytest.mark.parametrize("strength", [1.0, -0.5, 2.5])
@@ -129,6 +131,7 @@ def test_vllm_does_what_a_vector_says(strength: float) -> None:
         vector,
         vector.when(TokenGate.above(V, 0.3)),
         vector.clamping(),
+        vector.clamping().when(TokenGate.above(V, 0.3)),
         vector.rotating({LAYER: W}, 9),
     ):
         plan = one.plan(build("llama"), strength)

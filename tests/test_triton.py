@@ -26,7 +26,7 @@ from mechanex.backends import native, reference
 from mechanex.backends import triton as backend
 from mechanex.backends.native import modules
 from mechanex.errors import ValidationError
-from mechanex.ops.steer import steer
+from mechanex.ops.steer import bind, steer
 
 pytest.importorskip("triton")
 
@@ -143,6 +143,55 @@ def test_the_second_launch_of_a_kind_goes_to_the_compiled_kernel_itself(
         launch((2, 1, 1), torch.device("cuda:0"), (tensor, None, number), (4,), 8)
     assert [call[0] for call in calls] == ["look-up", "direct", "look-up", "look-up", "look-up", "direct"]
     assert calls[-1] == ("direct", (2, 1, 1), (x.data_ptr(), None, 48, 4), 5)
+
+
+@outside_the_interpreter
+def test_a_bound_launch_says_nothing_but_where_its_tensors_lie(
+    kernels: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = backend._kernel("launch")
+    monkeypatch.setattr(module, "stream_of", lambda device: 5)
+    calls: list[tuple[object, ...]] = []
+
+    class Compiled:
+        def __getitem__(self, grid: object) -> object:
+            calls.append(("runner", grid))
+            return lambda *values, stream: calls.append(("direct", values, stream))
+
+    class Jitted:
+        def __getitem__(self, grid: object) -> object:
+            return lambda *values, **options: calls.append(("look-up", grid)) or Compiled()
+
+    x = torch.zeros(64)
+    launch = module.Launcher(Jitted())
+    launch._direct = True
+    start = launch.bound((2, 1, 1), torch.device("cuda:0"), (x, None, 48), (4,), 8)
+    for first in (x, x[4:], x[1:], x[8:], x[3:]):
+        start(first, x)
+    assert [call[0] for call in calls] == [
+        "look-up",
+        "runner",
+        "direct",
+        "look-up",
+        "runner",
+        "direct",
+        "direct",
+    ]
+    assert calls[-1] == ("direct", (x[3:].data_ptr(), x.data_ptr(), x.data_ptr(), None, 48, 4), 5)
+
+
+@on_each_device
+@pytest.mark.parametrize("rows", ["mixed", "none"])
+def test_bound_calls_give_the_same_bits(device: str, rows: str) -> None:
+    args = SteerCase(6, 31, n_edits=1 if rows == "none" else 3, rank=2, rows=rows).make(
+        torch.bfloat16, device
+    )
+    hidden, at, *tables = args
+    shape = (2, 3, 31)
+    with backends.use("triton"):
+        run = bind(hidden.view(shape), None if at is None else at.view(shape[:2]), *tables)
+        for given in (hidden, hidden + 1, hidden.flip(0)):
+            assert torch.equal(run(given.view(shape)).view(6, 31), steer(given, at, *tables))
 
 
 @on_each_device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -93,6 +94,38 @@ def test_a_full_queue_of_one_account_keeps_no_other_out(tiny: Any) -> None:
     asyncio.run(crowd())
 
 
+def test_other_work_of_one_sender_keeps_no_other_waiting(tiny: Any) -> None:
+    async def crowd() -> list[str]:
+        done: list[str] = []
+        begun, release = threading.Event(), threading.Event()
+        async with scheduled(tiny.model, tiny.tokenizer) as running:
+
+            def hold(_: Any) -> None:
+                begun.set()
+                assert release.wait(60)
+
+            async def ask(sender: str, work: Any = None) -> None:
+                sent_by(sender)
+                await running.run(work or (lambda _: done.append(sender)))
+
+            asked = [asyncio.create_task(ask("many", hold))]
+            while not begun.is_set():
+                await asyncio.sleep(0.001)
+            asked += [asyncio.create_task(ask("many")) for _ in range(64)]
+            await asyncio.sleep(0.01)
+            with pytest.raises(RateLimitError):
+                await asyncio.create_task(ask("many"))
+            asked += [asyncio.create_task(ask(one)) for one in ("few", "other")]
+            await asyncio.sleep(0.01)
+            release.set()
+            await asyncio.gather(*asked)
+        return done
+
+    done = asyncio.run(crowd())
+    assert sorted(done[:3]) == ["few", "many", "other"]
+    assert done.count("many") == 64
+
+
 def test_an_account_has_so_many_running(tiny: Any) -> None:
     request = TextRequest(ids_of(tiny.tokenizer, PROMPTS[0]), 20, owner="a")
 
@@ -137,10 +170,26 @@ def test_an_account_has_so_many_tokens_a_minute_of_prompts_and_answers(tiny: Any
 
 
 LONG = "Clara walked into the bakery. " * 30
+EXAMPLES = {
+    "prompts": [LONG] * 4,
+    "positive_answers": [" She smiled."] * 4,
+    "negative_answers": [" He shouted."] * 4,
+}
+DOCUMENTS = [{"text": f"{LONG} The key is under the {place}."} for place in ("stone", "mat")]
 READ = {
     "/v1/embeddings": {"input": [LONG] * 3},
     "/page/compare": {"prompt": LONG, "answers": [" She smiled."] * 2},
     "/page/sweep": {"prompt": LONG, "answer": " She smiled.", "vector": "calm", "strengths": [1, 2, 3]},
+    "/steering/generate": EXAMPLES | {"method": "caa"},
+    "/behaviors/create": {name: given[:3] for name, given in EXAMPLES.items()},
+    "/attribution-patching/scores": {
+        "clean_prompt": LONG,
+        "corrupted_prompt": LONG.replace("Clara", "Peter"),
+    },
+    "/raag/generate": {
+        "qa_entries": [{"question": "Where is the key?", "answer": "mat"}] * 2,
+        "docs": DOCUMENTS,
+    },
 }
 
 
@@ -149,8 +198,19 @@ def test_texts_that_are_only_read_count_too(tiny: Any, path: str, tmp_path: Path
     SteeringVector({3: torch.ones(128)}).save(tmp_path / "calm.safetensors")
     settings = ServerSettings(host="127.0.0.1", account_tokens_per_minute=500, vectors=tmp_path)
     with TestClient(create_app(settings, tiny), base_url="http://127.0.0.1") as client:
-        statuses = [client.post(path, json=READ[path]).status_code for _ in range(2)]
+        bodies = [READ[path] | ({"behavior_name": name} if "behaviors" in path else {}) for name in "ab"]
+        statuses = [client.post(path, json=body).status_code for body in bodies]
     assert statuses == [200, 429]
+
+
+def test_what_an_account_is_refused_costs_it_nothing(tiny: Any) -> None:
+    app = create_app(ServerSettings(host="127.0.0.1", account_tokens_per_minute=10_000), tiny)
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        app.state.token_quota._clock = lambda: 0.0
+        told = client.post("/steering/generate", json=EXAMPLES | {"method": "none"})
+        assert told.status_code == 400
+        left = client.get("/models").headers["x-ratelimit-remaining-tokens"]
+    assert left == "10000"
 
 
 def test_an_answer_that_is_read_again_counts_again(tiny: Any) -> None:

@@ -80,7 +80,7 @@ def test_prompts_need_not_be_pairs(client: Mechanex) -> None:
     assert vector.layers == (4,) and vector.method == "difference" and vector != one
     with pytest.raises(ValidationError, match="do not differ"):
         client.steering.difference(positive[:1], positive[:1])
-    with pytest.raises(ValidationError, match="0 negative"):
+    with pytest.raises(ValidationError, match="There are no prompts: negative is"):
         client.steering.difference(positive, [])
 
 

@@ -1,9 +1,12 @@
-"""What vLLM's environment has not: the middleware and the launch need none of it."""
+"""What vLLM's environment has not: the middleware and the launch need none of it; options for vLLM's own command."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+
+from mechanex.vllm.capacity import Capacity
 
 MISSING = ("sqlalchemy", "alembic", "limits", "argon2", "zxcvbn", "llguidance", "prometheus_client")
 
@@ -20,3 +23,13 @@ import mechanex.vllm.launch, mechanex.vllm.middleware
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_vllms_own_command_takes_our_options() -> None:
+    """A shell splits what is printed at spaces, and at nothing else."""
+    command = [sys.executable, "-m", "mechanex.vllm.options", "--slots=8", "--rank=2", "--behaviors"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    options = dict(one.removeprefix("--").split("=", 1) for one in printed.split())
+    assert options.keys() == {"worker-cls", "scheduler-cls", "middleware", "additional-config"}
+    stated = Capacity.of(json.loads(options["additional-config"]))
+    assert stated == Capacity(slots=8, rank=2, behaviors=True)

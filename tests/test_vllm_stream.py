@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from mechanex.engine.intervention import Edit, EditTable
 from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import NotFoundError, ValidationError
-from mechanex.vllm.asked import AskedEdit, edits_of
+from mechanex.vllm.asked import FIELD, AskedEdit, edits_of
 from mechanex.vllm.capacity import Capacity
 from mechanex.vllm.engine_vectors import EngineVectors, SteerBy
+from mechanex.vllm.forms import LayerCall, takes_two
+from mechanex.vllm.held import HeldUnits, OwnedUnits
 from mechanex.vllm.plan import PlacedEdit, RequestRead, plan_step
 from mechanex.vllm.stream import SteeredStream, decoder_layers
 from mechanex.vllm.supported import check_version
@@ -150,6 +152,39 @@ def test_a_model_whose_layers_are_not_found_is_refused() -> None:
         decoder_layers(model, LAYERS)
 
 
+# How layers take the stream
+
+
+class Named(nn.Module):
+    """A layer of somebody else's: other names, a mask beside, and a second tensor that it may not read."""
+
+    def __init__(self, reads: bool) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def forward(self, x: Tensor, mask: Tensor, *, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        whole = x.clone() if skip is None or not self.reads else x + skip
+        x.fill_(float("nan"))  # as fused kernels write into what they are given
+        return 2 * whole, whole
+
+
+def test_layers_are_asked_how_they_take_the_stream() -> None:
+    def call(skip: Tensor | None) -> LayerCall:
+        return LayerCall((random(2), torch.ones(2, WIDTH, dtype=torch.bool)), {"skip": skip})
+
+    calls = [call(None), call(random(2)), call(random(2))]
+    for reads in (True, False):
+        layers = [Named(reads) for _ in calls]
+        for given, layer in zip(calls, layers, strict=True):
+            layer(*given.args, **given.kwargs)
+        assert takes_two(layers, calls, WIDTH) == [reads] * 3
+        assert takes_two(layers[:1], calls[:1], WIDTH) == [reads], "one layer, which is handed nothing yet"
+    plain = LayerCall((torch.arange(2), random(2)), {})
+    assert takes_two([OneTensor()], [plain], WIDTH) == [False]
+    with pytest.raises(ValidationError, match="OneTensor is handed 3 tensors"):
+        takes_two([OneTensor()], [LayerCall((random(2), random(2), random(2)), {})], WIDTH)
+
+
 # What travels
 
 
@@ -172,14 +207,14 @@ def test_a_request_names_what_the_workers_hold() -> None:
     name = known.add({0: ADD.bias, -1: TWO.bias}, "calm")
     assert name == "calm" and known.ids == ("calm",)
     first = known.asked(SteerBy("calm", 2.0, tokens="prompt"))
-    assert first.text is not None and len(first.missing) == 1
+    assert first.fields and len(first.missing) == 1
     (key,) = first.missing
-    assert edits_of(first.text) == (AskedEdit(key, 2.0, "prompt"),)
+    assert edits_of(first.fields[FIELD]) == (AskedEdit(key, 2.0, "prompt"),)
     assert list(unpacked(first.missing[key])) == [0, 2]
-    known.sent([key])
+    known.held.sent(key, 1)
     again = known.asked([SteerBy("calm", -1.0), SteerBy("calm", layers=[0])])
     assert len(again.missing) == 1 and key not in again.missing
-    assert known.asked(SteerBy("calm", 0.0)).text is None and known.asked(None).text is None
+    assert not known.asked(SteerBy("calm", 0.0)).fields and not known.asked(None).fields
     known.add({0: TWO.bias}, "calm")
     other = known.asked(SteerBy("calm"))
     assert other.missing.keys() - {key} == other.missing.keys(), "another content is another name"
@@ -188,6 +223,61 @@ def test_a_request_names_what_the_workers_hold() -> None:
         known.asked(SteerBy("calm"))
     with pytest.raises(NotFoundError, match="calm"):
         known.remove("calm")
+
+
+def test_a_clamp_at_many_strengths_is_sent_once() -> None:
+    """It takes out the component, and adds the vector as often as the strength says."""
+    known = vectors()
+    known.add(SteeringVector({0: ADD.bias, 2: TWO.bias}).clamping(), "level")
+    first = known.asked(SteerBy("level", 2.0))
+    for key, data in first.missing.items():
+        known.held.sent(key, len(data))
+    assert len(first.missing) == 2
+    for strength in (0.5, -3.0, 7.0):
+        asked = known.asked(SteerBy("level", strength))
+        assert asked.fields and not asked.missing
+        taken, added = edits_of(asked.fields[FIELD])
+        assert (taken.strength, added.strength) == (1.0, strength)
+        hidden = random(4)
+        for edit in (taken, added):
+            unit = unpacked(first.missing[edit.key])[2]
+            hidden = hidden + edit.strength * (unit.apply(hidden) - hidden)
+        direction = TWO.bias / TWO.bias.norm()
+        torch.testing.assert_close(hidden @ direction, torch.full((4,), strength * float(TWO.bias.norm())))
+
+
+def test_a_request_may_steer_tokens_that_the_vector_does_not_name() -> None:
+    known = vectors()
+    known.add(SteeringVector({0: ADD.bias}).on_tokens("generated"), "late")
+    scopes = {}
+    for tokens in (None, "all", "prompt", slice(0, None)):
+        fields = known.asked(SteerBy("late", tokens=tokens)).fields
+        scopes[str(tokens)] = edits_of(fields[FIELD])[0].tokens
+    assert scopes == {
+        "None": slice(-1, None),
+        "all": None,
+        "prompt": "prompt",
+        "slice(0, None, None)": slice(0, None),
+    }
+
+
+def test_what_workers_hold_is_bounded() -> None:
+    """Rotations by many angles: the latest are held, and those that requests need."""
+    held, workers = HeldUnits(25), OwnedUnits(bytes.decode)
+    other = HeldUnits(1000)
+    workers.add("0", b"0", other.owner)
+    with held.lease(["3"]):
+        for i in range(10):
+            workers.add(str(i), b"0123456789", held.owner)
+            held.sent(str(i), 10)
+            workers.forget(held.surplus(), held.owner)
+        assert [str(i) in held for i in range(10)] == [i in (3, 9) for i in range(10)]
+        assert len(workers) == 3 and workers.get("0") == "0", "another sender has it held"
+        assert workers.get("3") == "0123456789" and workers.get("4") is None
+    with held.lease(["9"]):
+        held.sent("10", 10)
+        assert held.surplus() == ["3"]
+    assert held.surplus() == []
 
 
 @pytest.mark.parametrize(

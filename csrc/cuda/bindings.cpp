@@ -77,6 +77,32 @@ void reduce(int dtype, int64_t n_rows, int64_t n_columns, uintptr_t products, ui
   launch_reduce(dtype, args, n_rows, device, reinterpret_cast<void*>(stream));
 }
 
+void walk(int dtype, int64_t n_rows, int64_t n_vocab, int64_t width, uintptr_t hidden, int64_t hidden_stride,
+          uintptr_t weight, int64_t weight_stride, uintptr_t bias, uintptr_t target, int64_t target_stride,
+          double scale, double softcap, double coldness, uintptr_t maximum, uintptr_t total, uintptr_t sums,
+          int64_t n_groups, int device, uintptr_t stream) {
+  WalkArgs args = {};
+  args.hidden = reinterpret_cast<const void*>(hidden);
+  args.hidden_stride = hidden_stride;
+  args.weight = reinterpret_cast<const void*>(weight);
+  args.weight_stride = weight_stride;
+  args.bias = reinterpret_cast<const float*>(bias);
+  args.target = reinterpret_cast<const int64_t*>(target);
+  args.target_stride = target_stride;
+  args.n_rows = n_rows;
+  args.n_vocab = n_vocab;
+  args.width = width;
+  args.n_groups = n_groups;
+  args.scale = scale;
+  args.softcap = softcap;
+  args.coldness = coldness;
+  args.maximum = reinterpret_cast<float*>(maximum);
+  args.total = reinterpret_cast<float*>(total);
+  args.sums = reinterpret_cast<float*>(sums);
+  py::gil_scoped_release release;
+  launch_walk(dtype, args, device, reinterpret_cast<void*>(stream));
+}
+
 }  // namespace
 }  // namespace mechanex
 
@@ -93,4 +119,6 @@ PYBIND11_MODULE(_native_cuda, m, py::mod_gil_not_used()) {
   m.def("steer_many", &steer_many, "Put one call of the general steer op on a stream, likewise.");
   if (PyModule_AddFunctions(m.ptr(), direct_methods()) != 0) throw py::error_already_set();
   m.def("reduce", &reduce, "Put one chunk of completion_logprob on a stream, likewise.");
+  m.def("walk_groups", &walk_groups, "Parts into which one walk over a vocabulary is shared; 0: there is no kernel.");
+  m.def("walk", &walk, "Put one walk over a vocabulary on a stream, by raw addresses.");
 }

@@ -23,6 +23,13 @@ void launch_steer_many(int row_dtype, int table_dtype, SteerManyArgs args, int64
 // Likewise folds one chunk of products of this dtype into what is kept of each row; ReduceArgs as in logprob.h.
 void launch_reduce(int dtype, ReduceArgs args, int64_t n_rows, int device, void* stream);
 
+// The groups of blocks among which one walk over a vocabulary is shared (WalkArgs in logprob.h); 0 where this device or
+// this build has no kernel for hidden states of this dtype and size. Outputs hold one part for each.
+int64_t walk_groups(int dtype, int64_t n_rows, int64_t n_vocab, int64_t width, int device);
+
+// Likewise puts that walk on a stream; args.n_groups as walk_groups gave them.
+void launch_walk(int dtype, WalkArgs args, int device, void* stream);
+
 // Versions of the runtime in this build and of the one that the driver serves, as 1000 * major + 10 * minor.
 int runtime_version();
 int driver_version();

@@ -5,53 +5,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "../logprob.h"
-#ifdef __CUDACC__
-#include "device.cuh"
-#else
-#include "cuda_on_host.h"
-#endif
-#include "elements.cuh"
+#include "logits.cuh"
 
 namespace mechanex {
 
-enum : int { kReduceWarp = 32, kReduceThreads = 1024 };
-
-// From products to logits, with the derivative that the softcap adds to the chain.
-template <class S>
-struct Bend {
-  S scale, softcap, inverse, coldness;
-
-  explicit MX_DEVICE Bend(const ReduceArgs& args)
-      : scale(static_cast<S>(args.scale)),
-        softcap(static_cast<S>(args.softcap)),
-        inverse(args.softcap == 0 ? S(0) : static_cast<S>(1 / args.softcap)),
-        coldness(static_cast<S>(args.coldness)) {}
-
-  MX_DEVICE S logit(S product) const {
-    const S z = product * scale;
-    return coldness * (softcap == 0 ? z : softcap * hyperbolic_tangent(z * inverse));
-  }
-
-  // 1 - tanh^2, without the difference.
-  MX_DEVICE S steepness(S product) const {
-    if (softcap == 0) return 1;
-    const S z = product * scale * inverse;
-    const S e = exponential(z < 0 ? z + z : -(z + z));
-    return 4 * e / ((1 + e) * (1 + e));
-  }
-};
-
-// What to take differences from: minus infinity would make them NaN, and any number makes them vanish.
-template <class S>
-MX_DEVICE S finite(S maximum) {
-  return maximum == minus_infinity<S>() ? S(0) : maximum;
-}
-
-template <class S>
-MX_DEVICE S larger(S a, S b) {
-  return a > b ? a : b;
-}
+enum : int { kReduceThreads = 1024 };
 
 // Joins a value of every thread of the block, in an order that the number of threads alone decides. Everyone gets the
 // result. `shared` holds a value per warp; the caller waits before it is used again.

@@ -1,36 +1,40 @@
-"""A pirate from four chats: one vector by gradient descent, and what the model says with it.
+"""A persona from four chats: one vector by gradient descent, and what the model says with it.
 
-    python examples/persona/persona.py                  # SmolLM2-135M-Instruct, half a minute on two quiet cores
-    python examples/persona/persona.py --questions 30   # on more questions that it never saw
+    python examples/persona/persona.py                      # a pirate on SmolLM2-135M-Instruct, no GPU
+    python examples/persona/persona.py --persona toddler    # or haiku, legal
+    python examples/persona/persona.py --chats 1            # from a single chat
 
-The vector goes to out/persona/pirate.safetensors, and a page with all texts beside it.
+The vector goes to out/persona/, and a page with all texts beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import json
+import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from personas import PERSONAS, Persona
 
+from mechanex.engine.datasets import Prompt
+from mechanex.engine.doses.ability import read_questions
 from mechanex.engine.doses.questions import OPEN_QUESTIONS, as_chats
+from mechanex.engine.doses.scorers import classifier
+from mechanex.engine.doses.written import Written, mean_logprobs, write
 from mechanex.engine.models import adapter_for
-from mechanex.engine.models.resolve import load
+from mechanex.engine.models.resolve import LoadedModel, load
 from mechanex.engine.optimize.datapoints import read_datapoints
+from mechanex.engine.sampling import Options
+from mechanex.engine.text import encode_pair
 from mechanex.engine.vectors import SteeringVector
 from mechanex.utils.doses import measure
 from mechanex.utils.steering_opt import optimize_vector
 
 HERE = Path(__file__).resolve().parent
-LAYER, NORM, RATE, STEPS = 12, 30, 0.1, 60
 TEMPERATURE = 0.5
-PIRATE = re.compile(
-    r"\b(a+rr+|matey|ye|yer|yers?el\w*|aye|ahoy|avast|lad(die)?|hearties?|sea|ship|sail\w*|captain|treasure|booty|plunder"
-    r"|scurvy|landlubber\w*|rum|me hearties|\w+in'|pirates?|cap'n)(?!\w)",
-    re.IGNORECASE,
-)
 MORE_QUESTIONS = (
     "How many legs has a spider?",
     "What is a good name for a dog?",
@@ -38,12 +42,97 @@ MORE_QUESTIONS = (
     "Who wrote Romeo and Juliet?",
     "What is the largest ocean?",
     "How can I learn to draw?",
+    "What is a haiku?",
 )
+QUESTIONS = [one for one in (*MORE_QUESTIONS, *OPEN_QUESTIONS) if "cup of tea" not in one]
+ABILITY = HERE.parents[1] / "benchmarks" / "behaviors" / "ability.jsonl"
 
 
-def pirate(text: str) -> float:
-    """Whether a text has two words or more of a pirate's."""
-    return float(len(PIRATE.findall(text)) >= 2)
+def fitted(loaded: LoadedModel, name: str, persona: Persona, chats: int) -> SteeringVector:
+    """The vector of a persona from the first of its chats."""
+    adapter = adapter_for(loaded.model)
+    begun = time.perf_counter()
+    vector, info = optimize_vector(
+        loaded.model,
+        read_datapoints(HERE / f"{name}.jsonl")[:chats],
+        persona.layer,
+        tokenizer=loaded.tokenizer,
+        max_iters=persona.steps,
+        max_norm=persona.norm,
+        lr=persona.rate,
+        lr_schedule="linear",
+        seed=0,
+        return_info=True,
+    )
+    print(f"{info['iters']} steps in {time.perf_counter() - begun:.0f} s, norm {float(vector.norm()):.3g}")
+    return SteeringVector(
+        {persona.layer: torch.as_tensor(vector)},
+        model=adapter.model_id,
+        model_family=adapter.family,
+        method="optimized",
+        seed=0,
+    )
+
+
+def asked_for(
+    loaded: LoadedModel, persona: Persona, options: Options, n: int
+) -> tuple[list[Written], list[Prompt]]:
+    """What the plain model writes where a system prompt asks for the persona, and those prompts."""
+    prompts: list[Prompt] = [
+        [{"role": "system", "content": persona.system}, {"role": "user", "content": question}]
+        for question in QUESTIONS[:n]
+    ]
+    (texts,) = write(adapter_for(loaded.model), loaded.tokenizer, prompts, [()], options)
+    return texts, prompts
+
+
+def perplexity(loaded: LoadedModel, prompts: list[Prompt], texts: list[str]) -> float:
+    """Of texts as answers to prompts, under the plain model."""
+    pairs = [encode_pair(loaded.tokenizer, p, t) for p, t in zip(prompts, texts, strict=True) if t.strip()]
+    written = [Written(tuple(prompt), tuple(answer), "") for prompt, answer in pairs]
+    sums, counts = mean_logprobs(adapter_for(loaded.model), written)
+    return math.exp(-float(sums.sum() / counts.sum()))
+
+
+def judged(
+    loaded: LoadedModel, persona: Persona, vector: SteeringVector, args: argparse.Namespace, out: Path
+) -> dict[str, Any]:
+    """Texts of questions that were in no chat, with what they show and cost."""
+    options = Options(max_tokens=args.max_tokens, seed=0, temperature=TEMPERATURE)
+    prompted, system_prompts = asked_for(loaded, persona, options, args.questions)
+    report = measure(
+        loaded.model,
+        vector,
+        as_chats(QUESTIONS[: args.questions], loaded.tokenizer),
+        {"persona": lambda text: float(persona.shows(text))},
+        strength=persona.strength if args.strength is None else args.strength,
+        questions=read_questions(ABILITY)[:: args.ability] if args.ability else None,
+        brittleness=False,
+        tokenizer=loaded.tokenizer,
+        max_tokens=args.max_tokens,
+        temperature=TEMPERATURE,
+    )
+    print(report.table())
+    for question, one in zip(QUESTIONS, report.texts, strict=False):
+        print(
+            f"\n{question}\n  plain:   {' '.join(one.plain.split())}\n  steered: {' '.join(one.steered.split())}"
+        )
+    report.html(out)
+    alike = classifier([one.text for one in prompted], [one.plain for one in report.texts])
+    steered = [one.steered for one in report.texts]
+    own = perplexity(loaded, system_prompts, [one.text for one in prompted])
+    return {
+        "shows": report.effects["persona"].steered.value,
+        "plain shows": report.effects["persona"].plain.value,
+        "prompted shows": sum(persona.shows(one.text) for one in prompted) / len(prompted),
+        "classifier": sum(alike(text) > 0.5 for text in steered) / len(steered),
+        "perplexity under the system prompt": perplexity(loaded, system_prompts, steered),
+        "prompted perplexity": own,
+        "repetition": report.repetition.steered.value,
+        "ability": None
+        if report.ability is None
+        else [report.ability.plain.value, report.ability.steered.value],
+    }
 
 
 def main() -> None:
@@ -51,56 +140,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--layer", type=int, default=LAYER)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--strength", type=float, default=1.0)
+    parser.add_argument("--persona", choices=sorted(PERSONAS), default="pirate")
+    parser.add_argument("--chats", type=int, default=4, choices=range(1, 5), help="how many it is made from")
+    parser.add_argument("--strength", type=float, help="times the vector; that of the persona")
     parser.add_argument("--questions", type=int, default=8, help="up to 30, none of them in the four chats")
     parser.add_argument("--max-tokens", type=int, default=40)
+    parser.add_argument(
+        "--ability",
+        type=int,
+        default=0,
+        help="ask every so manieth of 200 multiple-choice questions; 0: none",
+    )
     parser.add_argument("--out", type=Path, default=Path("out/persona"))
     args = parser.parse_args()
+    persona = PERSONAS[args.persona]
     loaded = load(args.model, backend="transformers", dtype="float32")
-    adapter = adapter_for(loaded.model)
-    chats = read_datapoints(HERE / "chats.jsonl")
-    begun = time.perf_counter()
-    vector, info = optimize_vector(
-        loaded.model,
-        chats,
-        args.layer,
-        tokenizer=loaded.tokenizer,
-        max_iters=args.steps,
-        max_norm=NORM,
-        lr=RATE,
-        seed=0,
-        return_info=True,
-    )
-    print(f"{info['iters']} steps in {time.perf_counter() - begun:.0f} s, norm {float(vector.norm()):.3g}")
     args.out.mkdir(parents=True, exist_ok=True)
-    made = SteeringVector(
-        {args.layer: torch.as_tensor(vector)},
-        model=adapter.model_id,
-        model_family=adapter.family,
-        method="optimized",
-        seed=0,
-    )
-    made.save(args.out / "pirate.safetensors")
-    held_out = [one for one in (*MORE_QUESTIONS, *OPEN_QUESTIONS) if "cup of tea" not in one]
-    report = measure(
-        loaded.model,
-        made,
-        as_chats(held_out[: args.questions], loaded.tokenizer),
-        {"pirate": pirate},
-        strength=args.strength,
-        brittleness=False,
-        tokenizer=loaded.tokenizer,
-        max_tokens=args.max_tokens,
-        temperature=TEMPERATURE,
-    )
-    print(report.table())
-    for question, one in zip(held_out, report.texts, strict=False):
-        print(
-            f"\n{question}\n  plain:   {' '.join(one.plain.split())}\n  steered: {' '.join(one.steered.split())}"
-        )
-    report.html(args.out / "report.html")
+    vector = fitted(loaded, args.persona, persona, args.chats)
+    vector.save(args.out / f"{args.persona}.safetensors")
+    figures = judged(loaded, persona, vector, args, args.out / f"{args.persona}.html")
+    (args.out / f"{args.persona}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    print()
+    for name, figure in figures.items():
+        print(f"{name:36} {figure}")
 
 
 if __name__ == "__main__":

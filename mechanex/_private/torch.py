@@ -15,10 +15,12 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 __all__ = [
+    "default_store",
     "dispatch_modes",
     "exchange_table",
     "global_hooks",
     "is_compiled",
+    "join_job",
     "parallel_for_address",
     "remove_hook",
     "stream_of",
@@ -28,6 +30,22 @@ __all__ = [
     "without_hooks",
     "writes",
 ]
+
+
+def join_job() -> None:
+    """Joins the processes of this job; does nothing where that is done."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def default_store() -> Any:
+    """What the processes of a job write to for each other, once they have joined."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
+
 
 _HOOK_TABLES = (
     "_forward_pre_hooks",

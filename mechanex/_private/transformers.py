@@ -25,6 +25,7 @@ __all__ = [
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "attending_by",
+    "tensor_parallel",
 ]
 # Of the layers, the rolling cache uses: keys, values, is_initialized, update, get_seq_length and get_mask_sizes.
 
@@ -55,3 +56,14 @@ def attending_by(model: nn.Module, name: str) -> Iterator[None]:
     finally:
         for settings in configs.values():
             settings[_ATTENTION] = "sdpa"
+
+
+def tensor_parallel(size: int) -> Any:
+    """What ``from_pretrained`` takes as ``distributed_config`` to split a model over so many processes.
+
+    Raises:
+        ImportError, TypeError: this transformers can't.
+    """
+    from transformers.distributed import configuration_utils
+
+    return configuration_utils.DistributedConfig(tp_size=size)

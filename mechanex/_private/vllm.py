@@ -4,34 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from copy import copy
+from typing import Any
 
 import torch
 import vllm
 import vllm.v1.core.kv_cache_utils as cache_keys
 from torch import nn
 from vllm.config import set_current_vllm_config
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import AsyncModelRunnerOutput
+from vllm.v1.request import RequestStatus
 
 __all__ = [
+    "STOPPED",
     "VERSION",
-    "Steps",
+    "ended_in",
     "engine_config",
-    "follow",
+    "is_elsewhere",
+    "layer_calls",
     "llm_class",
     "loaded_model",
-    "run_alone",
     "salt_blocks",
     "scheduler_class",
     "server_main",
+    "tokenizer_of",
+    "with_ended",
     "worker_class",
 ]
 
 VERSION: str = vllm.__version__
 
+STOPPED = RequestStatus.FINISHED_STOPPED
+"""The state of a request whose answer has ended by itself."""
+
+_ENDED = "mechanex_ended"  # what pickles with a ModelRunnerOutput, which is no class of slots
 _SALTED = "_gen_prompt_embeds_extra_hash_keys"  # of (request, first token, token after the last) -> list
 
 
@@ -69,129 +81,66 @@ def salt_blocks(salt: Callable[[Any, int, int], Sequence[str]]) -> None:
     setattr(cache_keys, _SALTED, salted)
 
 
+def is_elsewhere(layer: nn.Module) -> bool:
+    """Whether a layer is the placeholder of one that another pipeline rank has."""
+    return isinstance(layer, PPMissingLayer)
+
+
 @contextmanager
-def run_alone(vllm_config: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Runs a block in which these layers of a loaded model may be called one by one; their attention gives zeros."""
+def layer_calls(
+    model: Any, vllm_config: Any, layers: Sequence[nn.Module], device: torch.device
+) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Runs a block with the arguments by which a loaded model calls some of its layers.
+
+    Within the block they may be called one by one, too. Attention gives zeros in it.
+    """
 
     def zeros(module: nn.Module, args: Any, out: Any) -> Any:
         return torch.zeros_like(out)  # without a cache some leave what memory held before
 
+    calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(module, (args, kwargs))
+
     found = {module for layer in layers for module in layer.modules() if hasattr(module, "kv_cache")}
     handles = [module.register_forward_hook(zeros) for module in found]
+    handles += [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    before = None
+    if not get_pp_group().is_first_rank:
+        dtype = vllm_config.model_config.dtype
+        before = model.make_empty_intermediate_tensors(batch_size=2, dtype=dtype, device=device)
+    two = torch.arange(2, device=device)
     try:
         with (
             torch.inference_mode(),
             set_current_vllm_config(vllm_config),
-            set_forward_context(None, vllm_config, slot_mapping={}),
+            set_forward_context(None, vllm_config, slot_mapping={}, skip_compiled=True),
         ):
-            yield
+            model(input_ids=two, positions=two, intermediate_tensors=before, inputs_embeds=None)
+            yield [calls[layer] for layer in layers]
     finally:
         for handle in handles:
             handle.remove()
 
 
-class Steps(Protocol):
-    """The steps of a model runner."""
-
-    def reads(self) -> list[tuple[str, int, int, int]]:
-        """What the step that begins reads: for each request in the order of the tokens its id, how many of its
-        tokens were read before, how many are read now, and how many its prompt has."""
-
-    def extra_args(self, request_id: str) -> Mapping[str, Any]:
-        """A request's ``SamplingParams.extra_args``."""
-
-    def knows(self, request_id: str) -> bool:
-        """Whether the request hasn't ended."""
-
-
-def follow(runner: Any, begin: Callable[[Steps], None], end: Callable[[], None], *, is_v2: bool) -> None:
-    """Has ``begin`` called before each pass of a loaded model runner over requests, and ``end`` after it.
-
-    Passes that serve no request, such as warm-ups, aren't followed. The V2 runner has no place for ``end``.
-    """
-    if is_v2:
-        _V2Steps(runner.model_state, begin)
-        return
-    steps = _V1Steps(runner)
-    inner = runner._model_forward
-
-    def followed(*args: Any, **kwargs: Any) -> Any:
-        begin(steps)
-        try:
-            return inner(*args, **kwargs)
-        finally:
-            end()
-
-    runner._model_forward = followed
+def with_ended(output: Any, request_ids: Sequence[str]) -> Any:
+    """The output of a step, which tells the scheduler whose answers are to end before the token that it chose."""
+    if not request_ids or output is None:
+        return output
+    output = copy(output)  # it may be one that all steps share
+    if isinstance(output, AsyncModelRunnerOutput):
+        inner = output.get_output
+        output.get_output = lambda: with_ended(inner(), request_ids)
+    else:
+        setattr(output, _ENDED, frozenset(request_ids))
+    return output
 
 
-class _V1Steps:
-    def __init__(self, runner: Any) -> None:
-        self._runner = runner
-
-    def reads(self) -> list[tuple[str, int, int, int]]:
-        batch = self._runner.input_batch
-        n = batch.num_reqs
-        begins = self._runner.query_start_loc.np[: n + 1].tolist()
-        computed = batch.num_computed_tokens_cpu[:n].tolist()
-        prompts = batch.num_prompt_tokens[:n].tolist()
-        return [
-            (request_id, computed[i], begins[i + 1] - begins[i], prompts[i])
-            for i, request_id in enumerate(batch.req_ids[:n])
-        ]
-
-    def extra_args(self, request_id: str) -> Mapping[str, Any]:
-        params = self._runner.requests[request_id].sampling_params
-        return (params and params.extra_args) or {}
-
-    def knows(self, request_id: str) -> bool:
-        return request_id in self._runner.requests
-
-
-class _V2Steps:
-    """Not run yet: this runner needs a GPU. Written from the source of 0.30."""
-
-    def __init__(self, state: Any, begin: Callable[[Steps], None]) -> None:
-        self._known: dict[str, tuple[int, Mapping[str, Any]]] = {}
-        self._batch: Any = None
-        add, remove, prepare = state.add_request, state.remove_request, state.prepare_inputs
-
-        def add_request(index: int, data: Any) -> None:
-            params = data.sampling_params
-            self._known[data.req_id] = len(data.prompt_token_ids), (params and params.extra_args) or {}
-            add(index, data)
-
-        def remove_request(request_id: str) -> None:
-            self._known.pop(request_id, None)
-            remove(request_id)
-
-        def prepare_inputs(batch: Any, states: Any) -> Any:
-            self._batch = batch
-            begin(self)
-            return prepare(batch, states)
-
-        state.add_request, state.remove_request, state.prepare_inputs = (
-            add_request,
-            remove_request,
-            prepare_inputs,
-        )
-
-    def reads(self) -> list[tuple[str, int, int, int]]:
-        batch, n = self._batch, self._batch.num_reqs
-        computed, scheduled = (
-            batch.num_computed_tokens_np[:n].tolist(),
-            batch.num_scheduled_tokens[:n].tolist(),
-        )
-        return [
-            (request_id, computed[i], scheduled[i], self._known[request_id][0])
-            for i, request_id in enumerate(batch.req_ids[:n])
-        ]
-
-    def extra_args(self, request_id: str) -> Mapping[str, Any]:
-        return self._known[request_id][1]
-
-    def knows(self, request_id: str) -> bool:
-        return request_id in self._known
+def ended_in(output: Any) -> frozenset[str]:
+    """Whose answers are to end so."""
+    found: frozenset[str] = getattr(output, _ENDED, frozenset())
+    return found
 
 
 def loaded_model(runner: Any) -> nn.Module:
@@ -212,6 +161,11 @@ def server_main(arguments: Sequence[str]) -> None:
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(list(arguments))
     validate_api_server_args(args)
     uvloop.run(run_server(args))
+
+
+def tokenizer_of(engine: Any) -> Any:
+    """The tokenizer of a server's engine."""
+    return engine.renderer.get_tokenizer()
 
 
 def engine_config(options: Mapping[str, Any]) -> Any:

@@ -26,7 +26,7 @@ from mechanex.ops.head import Head
 from .arithmetic import compute_dtype, wide_product, widens, without_autocast
 from .backend import Kernel
 
-__all__ = ["Chunked", "Reduce", "check_target"]
+__all__ = ["Chunked", "Reduce", "Walk", "check_target"]
 
 # Rows of a block, logits of a chunk, columns of a chunk. On a CPU the chunk stays in the cache between the product and
 # the reduction, and one row of it in the first level; elsewhere few launches count for more.
@@ -44,6 +44,10 @@ _FLOAT16_UNIT = 2.0**15
 # were taken under the former maximum must be multiplied by.
 Reduce = Callable[[Head, Tensor, int, Tensor, Tensor, Tensor, bool], "Tensor | None"]
 
+# The whole vocabulary at once, for a gradient: (head, hidden, target, sums `[n, d]`, which it writes) gives each row's
+# maximum and sum as above; None where it doesn't serve these arguments.
+Walk = Callable[[Head, Tensor, Tensor, Tensor], "tuple[Tensor, Tensor] | None"]
+
 
 @dataclass(frozen=True)
 class Chunked:
@@ -54,18 +58,20 @@ class Chunked:
 
     Attributes:
         reduce: the reduction.
+        walk: what may do a gradient's whole walk, or None.
     """
 
     reduce: Reduce
+    walk: Walk | None = None
 
     def run(self, hidden: Tensor, head: Head, target: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and log-sum-exps, ``[N]`` each; see :mod:`mechanex.backends.reference`."""
-        return _walk(self.reduce, hidden, head, target, None)
+        return _walk(self, hidden, head, target, None)
 
     def with_slope(self, hidden: Tensor, head: Head, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As :meth:`run`, and each row's gradient for its hidden state, ``[N, d]``, float32 or float64."""
         slope = hidden.new_empty(hidden.shape, dtype=compute_dtype(hidden))
-        return *_walk(self.reduce, hidden, head, target, slope), slope
+        return *_walk(self, hidden, head, target, slope), slope
 
     def gradients(self, grad: Tensor, hidden: Tensor, head: Head, target: Tensor, lse: Tensor) -> Tensor:
         """The gradient for ``hidden``, from a walk of its own."""
@@ -90,7 +96,7 @@ def check_target(target: Tensor, n_vocab: int) -> None:
 
 @without_autocast
 def _walk(
-    reduce: Reduce, hidden: Tensor, head: Head, target: Tensor, slope: Tensor | None
+    by: Chunked, hidden: Tensor, head: Head, target: Tensor, slope: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     n_rows, n_vocab = hidden.shape[0], head.weight.shape[0]
     if target.device.type == "cpu":
@@ -98,14 +104,18 @@ def _walk(
     if n_rows == 0 or n_vocab == 0:
         nothing = hidden.new_full((n_rows,), math.nan, dtype=compute_dtype(hidden))
         return nothing, nothing.clone()
+    if slope is not None and by.walk is not None:
+        found = by.walk(head, hidden, target, slope)
+        if found is not None:
+            return _finish(hidden, head, target, *found, slope)
     products = _Products(min(n_rows, _ROWS), hidden, head.weight)
     if n_rows <= _ROWS:
-        return _walk_block(reduce, products, hidden, head, target, slope)
+        return _walk_block(by.reduce, products, hidden, head, target, slope)
     parts = []
     for start in range(0, n_rows, _ROWS):
         rows = slice(start, start + _ROWS)
         part = None if slope is None else slope[rows]
-        parts.append(_walk_block(reduce, products, hidden[rows], head, target[rows], part))
+        parts.append(_walk_block(by.reduce, products, hidden[rows], head, target[rows], part))
     logprob, lse = (torch.cat(kept) for kept in zip(*parts, strict=True))
     return logprob, lse
 
@@ -114,9 +124,8 @@ def _walk_block(
     reduce: Reduce, products: _Products, hidden: Tensor, head: Head, target: Tensor, slope: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One block of rows; the slope is written."""
-    wide = compute_dtype(hidden)
     n_rows, n_vocab = hidden.shape[0], head.weight.shape[0]
-    maximum = hidden.new_full((n_rows,), -math.inf, dtype=wide)
+    maximum = hidden.new_full((n_rows,), -math.inf, dtype=compute_dtype(hidden))
     total = torch.zeros_like(maximum)
     sums = None if slope is None else slope.zero_()
     x = hidden.to(products.dtype)
@@ -125,7 +134,14 @@ def _walk_block(
         factor = reduce(head, chunk, first, target, maximum, total, sums is not None)
         if sums is not None and factor is not None:
             products.add_back(chunk, sums.mul_(factor.unsqueeze(1)))
+    return _finish(hidden, head, target, maximum, total, sums)
 
+
+def _finish(
+    hidden: Tensor, head: Head, target: Tensor, maximum: Tensor, total: Tensor, sums: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and log-sum-exps of what the walk left of the other tokens; sums become the slope."""
+    wide, n_vocab = compute_dtype(hidden), head.weight.shape[0]
     # The target's own logit in full precision, whatever the precision of the products.
     index = target if target.device.type == "cpu" else target.clamp(0, n_vocab - 1)
     direction = head.weight.index_select(0, index).to(wide)

@@ -17,7 +17,8 @@ from ..engine.chat import has_chat_template
 from ..engine.generate import stream
 from ..engine.given import as_finite
 from ..engine.models.resolve import LoadedModel, load
-from ..engine.sampling import Options, row_seed
+from ..engine.sampling import Options
+from ..engine.seeds import row_seed
 from ..engine.text import Prompt
 from ..engine.vectors import SteeringVector
 from ..errors import MechanexError, ValidationError

@@ -11,6 +11,7 @@ import click
 
 from ..engine.chat import Chat
 from ..engine.text import Prompt
+from .text_files import text_in
 
 __all__ = ["given_prompts"]
 
@@ -31,8 +32,8 @@ def given_prompts(texts: Sequence[str], chats: Sequence[Path], continue_final_me
 
 def _messages(path: Path) -> list[dict[str, Any]]:
     try:
-        messages = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        messages = json.loads(text_in(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise click.BadParameter(f"{path} is not JSON: {error}", param_hint="--chat") from error
     if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
         raise click.BadParameter(

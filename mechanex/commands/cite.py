@@ -12,6 +12,7 @@ from ..engine.models.resolve import load
 from ..engine.raag.cite import cite
 from ..engine.raag.documents import question_text
 from .console import console, echo_json, model_text
+from .text_files import text_in
 
 __all__ = ["run_cite"]
 
@@ -35,7 +36,7 @@ def run_cite(
     Raises:
         MechanexError: whatever the engine finds wrong with the model or the texts.
     """
-    sources = [{"id": str(file), "text": _text(file)} for file in files]
+    sources = [{"id": str(file), "text": text_in(file)} for file in files]
     loaded = load(model, backend="transformers", device=device, dtype=dtype)
     found = cite(
         loaded.model,
@@ -74,10 +75,3 @@ def run_cite(
             shown = model_text("")
     console().print(table)
     console().print("* more than in any of the shuffled sources")
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise click.UsageError(f"{file} is not a text in UTF-8: convert it first.") from None

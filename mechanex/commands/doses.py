@@ -135,6 +135,14 @@ def measure(**options: Any) -> None:
     show_default="caa",
     help="How vectors are made: caa, pca, probe or few-shot; may be repeated.",
 )
+@click.option(
+    "--width",
+    "widths",
+    type=click.IntRange(min=1),
+    multiple=True,
+    show_default="1, and a quarter of the model's layers",
+    help="Over how many layers in a row a strength is shared; may be repeated.",
+)
 @_words
 @_against
 @click.option("--validation", type=_file, help="A JSONL file of prompts to choose on.")
@@ -151,7 +159,7 @@ def measure(**options: Any) -> None:
     type=click.IntRange(min=1),
     default=8,
     show_default=True,
-    help="How many settings write texts.",
+    help="How many kinds of dose write texts.",
 )
 @_max_tokens
 @seed_option
@@ -170,8 +178,8 @@ def measure(**options: Any) -> None:
 def sweep(**options: Any) -> None:
     """Find layer, edit, tokens and strength: effect against price, a recommendation, a tuned vector.
 
-    Settings are tried on few examples first, the best on more, the last few by the texts that they make. Strength 1 of
-    the vector in --out is the dose that was chosen.
+    Settings are tried on few examples first and compared at one KL, the best on more, the last few by texts that cost
+    what is allowed. Strength 1 of the vector in --out is the dose that was chosen.
 
     \b
       mechanex sweep mx-tiny --data calm_angry --split train --layer 3 --layer 4

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import Any
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Any, NoReturn
 
 import click
 
@@ -26,22 +27,31 @@ class Group(click.Group):
         """As ``click.Command.main``; with ``standalone_mode=False`` errors reach the caller as they are."""
         if not options.get("standalone_mode", True):
             return super().main(*args, **options)
-        if global_rank():  # the first process says it all
-            sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         for stream in (sys.stdout, sys.stderr):
             # Text that the terminal's encoding lacks is no reason to fail.
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
+        rank = global_rank()
         try:
-            return super().main(*args, **options)
+            return self._silently(*args, **options) if rank else super().main(*args, **options)
         except Exception as error:
             if _interrupted(error):
                 click.echo("\nAborted!", err=True)
                 sys.exit(1)
             if os.environ.get("MECHANEX_TRACEBACK") == "1":
                 raise
-            click.echo(f"Error: {_told(error)}", err=True)
-            sys.exit(1)
+            click.echo(f"Error{f' in process {rank}' if rank else ''}: {_told(error)}", err=True)
+            sys.exit(error.exit_code if isinstance(error, click.ClickException) else 1)
+
+    def _silently(self, *args: Any, **options: Any) -> NoReturn:
+        """A process of several that isn't the first, which tells of the work; errors may be this one's alone."""
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            redirect_stdout(nowhere),
+            redirect_stderr(nowhere),
+        ):
+            code = super().main(*args, **{**options, "standalone_mode": False})
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 def _interrupted(error: Exception) -> bool:
@@ -50,7 +60,7 @@ def _interrupted(error: Exception) -> bool:
     What the system refused while a command was tidying up is told instead.
     """
     inner: BaseException | None = None if isinstance(error, OSError) else error
-    while inner is not None and not isinstance(inner, KeyboardInterrupt):
+    while inner is not None and not isinstance(inner, (KeyboardInterrupt, click.Abort)):
         inner = inner.__cause__ or inner.__context__
     return inner is not None
 
@@ -60,6 +70,8 @@ def _told(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, click.ClickException):
+        text = error.format_message()
     elif not isinstance(error, (MechanexError, OSError)):
         text = f"{type(error).__name__}: {text} (MECHANEX_TRACEBACK=1 shows where)"
     return "".join(char if char.isprintable() else "\ufffd" for char in " ".join(text.split()))

@@ -24,6 +24,7 @@ from ..errors import ValidationError
 from ..home import atomic_path
 from ..utils.optimization import optimize_vector
 from .console import console, echo_json, json_text
+from .once import once
 from .optimize_report import measure, print_report, save_curve, side_by_side
 
 __all__ = ["run_optimize"]
@@ -59,18 +60,19 @@ def run_optimize(
     datapoints = read_datapoints(dataset_path(data), split=split)
     held = None if held_out is None else read_datapoints(dataset_path(held_out), split=eval_split)
     checkpoint = out / "checkpoint.safetensors"
-    if resume and not checkpoint.exists():
+    begun = once(checkpoint.exists)
+    if resume and not begun:
         raise ValidationError(f"there is nothing to resume: {checkpoint} does not exist; leave --resume out.")
-    if checkpoint.exists() and not resume and not force:
+    if begun and not resume and not force:
         raise ValidationError(
             f"{out} holds an optimization: --resume goes on with it, --force starts anew in its place, and another "
             "--out keeps it."
         )
     loaded = load(model, backend="transformers", device=device, dtype=dtype)
     adapter = adapter_for(loaded.model)
-    chosen = sorted({adapter.layer_index(n) for n in layers or [default_layer(adapter.n_layers)]})
+    chosen = adapter.layer_indices(layers or [default_layer(adapter.n_layers)])
     if force:
-        checkpoint.unlink(missing_ok=True)
+        once(lambda: checkpoint.unlink(missing_ok=True))
 
     start = time.perf_counter()
     with _folder(out), _Live(options["max_iters"]) as live:
@@ -87,14 +89,15 @@ def run_optimize(
         )
     seconds = time.perf_counter() - start
     steering = {layer: vector for layer in chosen}
-    SteeringVector(
+    found = SteeringVector(
         steering,
         model=adapter.model_id,
         model_family=adapter.family,
         method="optimized",
         seed=info["seed"],
-    ).save(out / "vector.safetensors")
-    curve = save_curve([info["starting_loss"], *info["loss_history"]], out / "loss.png")
+    )
+    once(lambda: found.save(out / "vector.safetensors"))
+    curve = once(lambda: save_curve([info["starting_loss"], *info["loss_history"]], out / "loss.png"))
     figures = None
     if held is not None:
         figures = measure(
@@ -122,8 +125,7 @@ def run_optimize(
         "held_out": None if figures is None else {"data": held_out, **figures.as_dict()},
         "texts": texts,
     }
-    with atomic_path(out / "report.json") as temporary:
-        Path(temporary).write_text(json_text(report) + "\n", encoding="utf-8")
+    once(lambda: _write(out / "report.json", json_text(report) + "\n"))
     if as_json:
         echo_json(report)
     else:
@@ -136,6 +138,11 @@ def run_optimize(
         err=True,
     )
     return 1
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager

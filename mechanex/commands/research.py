@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .once import once
 from .options import device_option, dtype_option, json_option, model_argument
 
 __all__ = ["activations", "orthogonalize"]
@@ -37,8 +38,9 @@ __all__ = ["activations", "orthogonalize"]
 def activations(model: str, texts: Path, out: Path, **options: Any) -> None:
     """Write the residual stream at the tokens of texts to files.
 
-    TEXTS is a file with one text a line, OUT a folder: layer_3.npy and so on, as numpy.load reads them, and
-    lengths.npy, how many rows are each text's.
+    TEXTS is a file with one text a line, empty ones left out, OUT a folder: shards of safetensors with tensors layer_3
+    and so on, and index.json, which says how many rows are each text's. Made again after it was stopped, the call
+    goes on.
 
     \b
       mechanex activations mx-tiny prompts.txt activations --layer 3
@@ -48,12 +50,15 @@ def activations(model: str, texts: Path, out: Path, **options: Any) -> None:
     from ..engine.activations import activations as read
     from ..engine.models.resolve import load
     from .console import echo_json
+    from .text_files import lines_in
 
-    lines = [line for line in texts.read_text(encoding="utf-8").splitlines() if line]
+    lines = lines_in(texts)
+    if not lines:
+        raise click.UsageError(f"{texts} holds no text.")
     loaded = load(model, backend="transformers", device=options["device"], dtype=options["dtype"])
     found = read(
         loaded.model,
-        lines,
+        list(lines.values()),
         list(options["layers"]) or None,
         loaded.tokenizer,
         tokens=options["tokens"],
@@ -61,10 +66,15 @@ def activations(model: str, texts: Path, out: Path, **options: Any) -> None:
         progress=sys.stderr.isatty(),
     )
     n = sum(found.lengths)
+    empty = [number for number in range(1, max(lines) + 1) if number not in lines]
     if options["as_json"]:
-        echo_json({"out": str(out), "layers": list(found), "texts": len(lines), "tokens": n})
-    else:
-        click.echo(f"Written to {out}: {len(found)} layers, {n} tokens of {len(lines)} texts.")
+        report = {"out": str(out), "layers": list(found), "texts": len(lines), "tokens": n}
+        echo_json({**report, "empty_lines": empty})
+        return
+    click.echo(f"Written to {out}: {len(found)} layers, {n} tokens of {len(lines)} texts.")
+    if empty:
+        shown = ", ".join(map(str, empty[:10])) + (", …" if len(empty) > 10 else "")
+        click.echo(f"Empty lines have no rows: {shown}.")
 
 
 @click.command(short_help="Write a model without a direction in its weights.")
@@ -90,12 +100,16 @@ def orthogonalize(
     from ..engine.orthogonalize import orthogonalize as take_out
     from .vectors import find_vector
 
-    if out.exists() and any(out.iterdir()):
+    if once(lambda: out.exists() and any(out.iterdir())):
         raise click.UsageError(f"{out} is not empty: name a new folder.")
     found = find_vector(vector)
     loaded = load(model, backend="transformers", device=device, dtype=dtype)
     take_out(loaded.model, found if layer is None else found.restricted([layer]))
     written: Any = loaded.model
-    written.save_pretrained(out)
-    loaded.tokenizer.save_pretrained(out)
+
+    def write() -> None:
+        written.save_pretrained(out)
+        loaded.tokenizer.save_pretrained(out)
+
+    once(write)
     click.echo(f"Written to {out}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,21 @@ from ..bundled import dataset_path
 from ..engine.datasets import prompt_of, read_lines, read_pairs
 from ..engine.doses.ability import read_questions
 from ..engine.doses.dose import EDITS, check_kind
+from ..engine.doses.dose_report import DoseReport
 from ..engine.doses.measure import measure
 from ..engine.doses.scorers import TextScorer, classifier, word_share
 from ..engine.doses.sweep import STRENGTHS, sweep
+from ..engine.doses.swept import Swept
 from ..engine.doses.tune import tuned
 from ..engine.figures import check_figure
 from ..engine.methods import check_method
 from ..engine.models.resolve import load
 from ..engine.terms import TOKENS, check_token_kind
+from ..engine.vectors import SteeringVector
 from ..errors import ValidationError
 from .console import console, echo_json, model_text
+from .once import once
+from .text_files import text_in
 from .vectors import find_vector
 
 __all__ = ["run_measure", "run_sweep"]
@@ -81,10 +87,7 @@ def run_measure(
         seed=seed,
     )
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        report.save(out / "report.json")
-        report.html(out / "report.html")
-        report.plot(out / "report.png")
+        once(partial(_write_report, report, out))
     if as_json:
         echo_json(report.as_dict())
         return
@@ -119,6 +122,7 @@ def run_sweep(
     edits: Sequence[str],
     tokens: Sequence[str],
     methods: Sequence[str],
+    widths: Sequence[int],
     words: Path | None,
     against: Path | None,
     validation: Path | None,
@@ -145,9 +149,10 @@ def run_sweep(
             check(name)
     pairs = read_pairs(dataset_path(data), split=split)
     checkpoint = out / "checkpoint.json"
-    if resume and not checkpoint.exists():
+    begun = once(checkpoint.exists)
+    if resume and not begun:
         raise ValidationError(f"there is nothing to resume: {checkpoint} does not exist; leave --resume out.")
-    if checkpoint.exists() and not resume and not force:
+    if begun and not resume and not force:
         raise ValidationError(
             f"{out} holds a sweep: --resume goes on with it, --force starts anew in its place, and another --out "
             "keeps it."
@@ -157,7 +162,7 @@ def run_sweep(
     loaded = load(model, backend="transformers", device=device, dtype=dtype)
     out.mkdir(parents=True, exist_ok=True)
     if force:
-        checkpoint.unlink(missing_ok=True)
+        once(lambda: checkpoint.unlink(missing_ok=True))
     found = sweep(
         loaded.model,
         pairs,
@@ -166,6 +171,7 @@ def run_sweep(
         edits=list(edits) or tuple(EDITS),
         tokens=list(tokens) or tuple(TOKENS),
         methods=list(methods) or ("caa",),
+        widths=list(widths) or None,
         scorer=None if words is None else _by_words(words, against),
         validation=asked[0],
         test=asked[1],
@@ -176,9 +182,7 @@ def run_sweep(
         **options,
     )
     vector = tuned(loaded.model, found, tokenizer=loaded.tokenizer, seed=seed)
-    vector.save(out / "vector.safetensors")
-    found.save(out / "sweep.json")
-    found.plot(out / "sweep.png")
+    once(partial(_write_swept, vector, found, out))
     if as_json:
         echo_json({**found.as_dict(), "vector": str(out / "vector.safetensors")})
         return
@@ -196,8 +200,21 @@ def run_sweep(
     click.echo(f"vector: {out / 'vector.safetensors'} (strength 1 is this dose)")
 
 
+def _write_report(report: DoseReport, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    report.save(out / "report.json")
+    report.html(out / "report.html")
+    report.plot(out / "report.png")
+
+
+def _write_swept(vector: SteeringVector, found: Swept, out: Path) -> None:
+    vector.save(out / "vector.safetensors")
+    found.save(out / "sweep.json")
+    found.plot(out / "sweep.png")
+
+
 def _by_words(words: Path, against: Path | None) -> TextScorer:
-    listed = [path.read_text(encoding="utf-8").split() for path in (words, against) if path is not None]
+    listed = [text_in(path).split() for path in (words, against) if path is not None]
     if not all(listed):
         raise ValidationError(f"{words} or {against} holds no words: one a line is expected.")
     return word_share(*listed)

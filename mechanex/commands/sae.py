@@ -24,6 +24,7 @@ from ..engine.sae.train_step import TrainingSettings
 from ..engine.sampling import Options
 from ..errors import NotFoundError, ValidationError
 from .console import console, echo_json, model_text
+from .text_files import text_in
 
 __all__ = ["run_explain", "run_feature", "run_list", "run_show", "run_trace", "run_train"]
 
@@ -260,13 +261,7 @@ def texts_in(paths: Sequence[Path]) -> list[str]:
         if path.suffix == ".jsonl":
             found += [text for line in read_lines(path, _texts_of, None) for text in line]
             continue
-        try:
-            content = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValidationError(
-                f"{path} is not UTF-8 text ({error.reason} at byte {error.start})."
-            ) from error
-        paragraphs = [part.strip() for part in content.split("\n\n") if part.strip()]
+        paragraphs = [part.strip() for part in text_in(path).split("\n\n") if part.strip()]
         if not paragraphs:
             raise ValidationError(f"{path} holds no text.")
         found += paragraphs

@@ -14,9 +14,8 @@ from ..bundled import dataset_path
 from ..engine.datasets import read_pairs
 from ..engine.formats.files import format_of
 from ..engine.generate import generate_batch
-from ..engine.methods import vectors_by
+from ..engine.methods import recorded_vectors
 from ..engine.models.resolve import LoadedModel, load
-from ..engine.provenance import data_fields, origin_fields
 from ..engine.sampling import Options
 from ..engine.text import Prompt, prompt_text
 from ..engine.vectors import SteeringVector
@@ -63,18 +62,16 @@ def run_steer(
     pairs = None if data is None else read_pairs(dataset_path(data), split=split)
     loaded = load(model, backend="transformers", device=device, dtype=dtype)
     if pairs is not None:
-        found = vectors_by(method)(
+        found = recorded_vectors(
             loaded.model,
-            pairs.prompts,
-            pairs.positive_answers,
-            pairs.negative_answers,
+            (pairs.prompts, pairs.positive_answers, pairs.negative_answers),
             list(layers) or None,
+            method,
             loaded.tokenizer,
+            name=os.path.basename(dataset_path(data or "")),
+            split=split,
             progress=sys.stderr.isatty(),
         )
-        lists = (pairs.prompts, pairs.positive_answers, pairs.negative_answers)
-        fields = data_fields(lists, name=os.path.basename(dataset_path(data or "")), split=split)
-        found = found.noted(**fields, **origin_fields(loaded.model))
     assert found is not None
     if save is not None:
         found.save(save)

@@ -20,6 +20,7 @@ from ..engine.vectors import SteeringVector
 from ..errors import MechanexError, ValidationError
 from ..home import vectors_folder
 from .console import console, echo_json, model_text
+from .text_files import lines_in
 
 __all__ = ["find_vector", "run_condition", "run_delete", "run_export", "run_import", "run_list", "run_show"]
 
@@ -97,9 +98,7 @@ def run_condition(
 
     format_of(path)
     found = find_vector(vector)
-    own, left = (
-        [line for line in one.read_text(encoding="utf-8").splitlines() if line] for one in (prompts, others)
-    )
+    own, left = (list(lines_in(one).values()) for one in (prompts, others))
     loaded = load(model, backend="transformers")
     condition = fit_condition(
         loaded.model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -23,6 +24,18 @@ __all__ = ["demo"]
 @json_option
 def demo(out: Path, *, seed: int, as_json: bool) -> None:
     """Steer the bundled model three ways, and measure it."""
-    from .run import run_demo
+    from tqdm.auto import tqdm
 
-    run_demo(out, seed=seed, as_json=as_json)
+    from .tones import STEPS
+
+    with tqdm(desc="steering", total=STEPS, unit="step", disable=not sys.stderr.isatty()) as bar:
+        # Most of what is waited for at first, before anything is computed.
+        import torch  # noqa: F401
+
+        bar.update()
+        from .run import run_demo
+
+        bar.update()
+        finished = run_demo(out, seed=seed, progress=bar.update)
+        bar.update(STEPS - bar.n)
+    finished.show(as_json=as_json)

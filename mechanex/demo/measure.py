@@ -13,7 +13,7 @@ from typing import Any
 from ..bundled import tone_words
 from ..engine.generate import generate_batch
 from ..engine.models.resolve import LoadedModel
-from ..engine.score import perplexity
+from ..engine.score import completion_logprobs
 from ..engine.vectors import SteeringVector
 
 __all__ = ["MAX_TOKENS", "Measurement", "Steering", "count_words", "measure", "tone_of"]
@@ -28,7 +28,7 @@ class Steering:
     Args:
         tone: the tone's name.
         layer: the layer that is steered.
-        unit: how many mean-difference vectors strength 1 adds.
+        unit: how many mean-difference vectors strength 1 adds, the calibrated dose.
         norm: Euclidean norm of one mean-difference vector.
     """
 
@@ -49,6 +49,7 @@ class Measurement:
         words: the tone's words per 100 words.
         perplexity: of the completions under the unsteered model, per token.
         completions: what was written, one per prompt.
+        perplexities: of each of them.
     """
 
     tone: str
@@ -57,6 +58,7 @@ class Measurement:
     words: float
     perplexity: float
     completions: tuple[str, ...]
+    perplexities: tuple[float, ...]
 
 
 def measure(
@@ -73,6 +75,7 @@ def measure(
         **steering,
     )
     completions = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+    logprobs = _logprobs(loaded, prompts, completions)
     n_words = sum(len(_words(completion)) for completion in completions)
     of_tone = sum(count_words(completion, tone) for completion in completions)
     return Measurement(
@@ -80,8 +83,9 @@ def measure(
         strength=strength,
         share=sum(tone_of(completion) == tone for completion in completions) / len(completions),
         words=100 * of_tone / max(n_words, 1),
-        perplexity=_perplexity(loaded, prompts, completions),
+        perplexity=_perplexity([one for each in logprobs for one in each]),
         completions=tuple(completion.strip() for completion in completions),
+        perplexities=tuple(map(_perplexity, logprobs)),
     )
 
 
@@ -99,12 +103,20 @@ def count_words(text: str, tone: str) -> int:
     return sum(_tone_by_word().get(word) == tone for word in _words(text))
 
 
-def _perplexity(loaded: LoadedModel, prompts: Sequence[str], completions: Sequence[str]) -> float:
-    written = [pair for pair in zip(prompts, completions, strict=True) if pair[1].strip()]
-    if not written:
-        return math.nan
-    asked, answers = zip(*written, strict=True)
-    return perplexity(loaded.model, asked, answers, loaded.tokenizer)
+def _logprobs(loaded: LoadedModel, prompts: Sequence[str], completions: Sequence[str]) -> list[list[float]]:
+    """Log-probabilities [nats] of every completion's tokens under the unsteered model."""
+    written = [i for i, completion in enumerate(completions) if completion.strip()]
+    found: list[list[float]] = [[] for _ in completions]
+    if written:
+        asked, answers = [prompts[i] for i in written], [completions[i] for i in written]
+        scored = completion_logprobs(loaded.model, asked, answers, loaded.tokenizer)
+        for i, logprobs in zip(written, scored.tokens, strict=True):
+            found[i] = logprobs.tolist()
+    return found
+
+
+def _perplexity(logprobs: Sequence[float]) -> float:
+    return math.exp(-math.fsum(logprobs) / len(logprobs)) if logprobs else math.nan
 
 
 @cache

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from ..errors import NotFoundError, ValidationError
+from ..errors import ValidationError
+from .activation_files import Array, Shards, StoredRows, opened
 from .forward import packs_for
+from .given import as_list
 from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import Pack
 from .passes import visit_residuals
-from .pauses import pause
-from .ranks import alone, current_ranks
+from .ranks import Ranks, current_ranks, dealt
 from .text import Prompt, encode_prompt
 
 __all__ = ["Activations", "activations"]
 
-Array = numpy.ndarray[Any, Any]
 
-
-class Activations(Mapping[int, Array]):
+class Activations(Mapping[int, "Array | StoredRows"]):
     """``{layer: [n, d_model]}``, the chosen tokens of all texts one after another.
 
     Args:
@@ -36,10 +37,10 @@ class Activations(Mapping[int, Array]):
         lengths: how many of the rows are each text's.
     """
 
-    def __init__(self, arrays: Mapping[int, Array], lengths: Sequence[int]) -> None:
+    def __init__(self, arrays: Mapping[int, Array | StoredRows], lengths: Sequence[int]) -> None:
         self._arrays, self.lengths = dict(arrays), list(lengths)
 
-    def __getitem__(self, layer: int) -> Array:
+    def __getitem__(self, layer: int) -> Array | StoredRows:
         return self._arrays[layer]
 
     def __iter__(self) -> Iterator[int]:
@@ -50,7 +51,8 @@ class Activations(Mapping[int, Array]):
 
     def by_text(self, layer: int) -> list[Array]:
         """A layer's rows, text by text."""
-        return numpy.split(self._arrays[layer], numpy.cumsum(self.lengths)[:-1])
+        ends = numpy.cumsum(self.lengths).tolist()
+        return [self._arrays[layer][end - n : end] for n, end in zip(self.lengths, ends, strict=True)]
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Activations:
@@ -58,13 +60,10 @@ class Activations(Mapping[int, Array]):
 
         Raises:
             NotFoundError: there are none in the folder.
+            ValidationError: the call that wrote them was stopped before its end.
         """
-        found = Path(folder)
-        if not (found / "lengths.npy").is_file():
-            raise NotFoundError(f"{found} holds no activations: give the folder that was named as out.")
-        arrays = {int(path.stem.removeprefix("layer_")): path for path in found.glob("layer_*.npy")}
-        opened = {layer: numpy.load(arrays[layer], mmap_mode="r") for layer in sorted(arrays)}
-        return cls(opened, numpy.load(found / "lengths.npy").tolist())
+        shards = opened(Path(folder))
+        return cls(shards.arrays(), shards.lengths)
 
     def __repr__(self) -> str:
         layers = ", ".join(map(str, self._arrays))
@@ -89,23 +88,22 @@ def activations(
         layers: negatives from the end, n for the stream that leaves the last of n; None for all, n included.
         tokenizer: needed for text when the model carries none.
         tokens: ``"last"``, ``"all"``, a place or a slice in each text, negatives from its end.
-        out: a folder for the arrays, ``layer_3.npy`` and so on, which then stay in their files: for more than memory
-            holds. Those of an earlier call are deleted. Of several processes the first writes them, and all open them.
+        out: a folder for the arrays, which then stay in their files, shards of safetensors: for more than memory holds.
+            Where the same call was stopped before its end, it goes on after the shards that are there; what another
+            call has written is deleted.
         progress: show a progress bar.
 
     Returns:
-        Arrays in float32 (float64 for float64 models).
+        Arrays in float32 (float64 for float64 models); with ``out``, what numpy takes as arrays.
 
     Raises:
-        ValidationError: no texts, a layer that doesn't exist, or a text without the chosen tokens.
+        ValidationError: no texts, a layer that doesn't exist, a text without the chosen tokens, or one longer than a
+            model's table of positions; a model without one reads on past its context, which is logged.
     """
     adapter = adapter_for(model)
     tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
-    if isinstance(texts, str) or not len(texts):
-        raise ValidationError(f"activations are of a list of texts, at least one; got {texts!r}.")
-    wanted = range(adapter.n_layers + 1) if layers is None else layers
-    indices = sorted({adapter.layer_index(layer) for layer in wanted})
-    ids = [encode_prompt(tokenizer, text) for text in texts]
+    ids = [encode_prompt(tokenizer, text) for text in as_list("texts", texts, "texts")]
+    indices = list(range(adapter.n_layers + 1)) if layers is None else adapter.layer_indices(layers)
     if not all(ids):
         raise ValidationError(f"text {ids.index([])} has no tokens, and the tokenizer adds no BOS.")
     chosen = [_places(tokens, len(one), i) for i, one in enumerate(ids)]
@@ -117,38 +115,81 @@ def activations(
         rows.append(row)
         n += len(places)
     lengths = [len(places) for places in chosen]
-    dtype = numpy.float64 if adapter.dtype == torch.float64 else numpy.float32
-    ranks = current_ranks()
-    if out is not None and ranks.size > 1:
-        with ranks.together(), alone():
-            if ranks.rank == 0:
-                activations(adapter, ids, indices, tokenizer, tokens=tokens, out=out, progress=progress)
-        return Activations.load(out)
-    if out is not None:
-        _empty(Path(out))
-    arrays = {layer: _array(out, layer, (n, adapter.d_model), dtype) for layer in indices}
+    read = _Reader(adapter, ids, rows, lengths, indices)
+    ranks = current_ranks(adapter)
+    if out is None:
+        with ranks.together():
+            memory = read(range(len(ids)), ranks, progress=progress)
+        return Activations(memory, lengths)
+    dtype = numpy.dtype(read.dtype).name
+    shards = Shards.planned(Path(out), indices, adapter.d_model, dtype, lengths, [len(one) for one in ids])
+    whole = replace(ranks, split=True)  # of a shard nothing is dealt
+    with ranks.together():
+        # What tells whether the model, and the steering on it, are those of a folder to go on in.
+        first = read(range(1), whole)
+    digest = hashlib.sha256(json.dumps([ids, chosen]).encode()).hexdigest()
+    probe = [float(numpy.linalg.norm(one)) for one in first.values()]
+    facts = {"model": adapter.model_id, "texts": digest, "probe": probe}
+    left = ranks.from_first(lambda: shards.begin(facts) if ranks.first else [])
+    mine = [left[i] for i in ranks.share([sum(len(ids[j]) for j in shards.texts(shard)) for shard in left])]
+    with ranks.together():
+        for shard in ranks.each(mine, len(left), "Activations", unit="shard", progress=progress):
+            found = read(shards.texts(shard), whole)
+            if ranks.first or not ranks.split:
+                shards.write(shard, found)
+    return Activations(shards.arrays(), lengths)
 
-    def reader(layer: int, pack: Pack) -> Callable[[Tensor], None]:
-        where, row, column = _targets(pack, rows)
 
-        def read(hidden: Tensor) -> None:
-            arrays[layer][where] = (
-                hidden[row.to(hidden.device), column.to(hidden.device)].cpu().to(_TORCH[dtype])
-            )
+class _Reader:
+    """Reads the chosen tokens of texts.
 
-        return read
+    Args:
+        adapter: the model.
+        ids: of each text.
+        rows: for each text's tokens the row of the whole result that each goes to, or -1.
+        lengths: rows of each text.
+        layers: which streams.
+    """
 
-    # A pack reports completions: a text's first token is its prompt, which is looked up where it stands.
-    pairs = [(one[:1], one[1:] or one) for one in ids]
-    with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
-        for pack in tqdm(packs_for(adapter, pairs), desc="Activations", unit="batch", disable=not progress):
-            pause()
-            visit_residuals(adapter, pack, {layer: reader(layer, pack) for layer in indices})
-    if out is not None:
-        numpy.save(Path(out) / "lengths.npy", numpy.array(lengths))
-        for array in arrays.values():
-            array.flush()
-    return Activations(arrays, lengths)
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        ids: Sequence[list[int]],
+        rows: Sequence[Tensor],
+        lengths: Sequence[int],
+        layers: Sequence[int],
+    ) -> None:
+        self._adapter, self._ids, self._rows, self._layers = adapter, ids, rows, layers
+        self._starts = numpy.cumsum([0, *lengths]).tolist()
+        self.dtype = numpy.float64 if adapter.dtype == torch.float64 else numpy.float32
+
+    def __call__(self, texts: range, ranks: Ranks, *, progress: bool = False) -> dict[int, Array]:
+        """Of texts that follow on each other, by layer their rows, whole in every process of ``ranks``."""
+        adapter, first, end = self._adapter, self._starts[texts.start], self._starts[texts.stop]
+        arrays = {
+            layer: torch.zeros(end - first, adapter.d_model, dtype=_TORCH[self.dtype])
+            for layer in self._layers
+        }
+        rows = [torch.where(self._rows[i] >= 0, self._rows[i] - first, -1) for i in texts]
+
+        def reader(layer: int, targets: tuple[Tensor, Tensor, Tensor]) -> Callable[[Tensor], None]:
+            where, row, column = targets
+
+            def read(hidden: Tensor) -> None:
+                found = hidden[row.to(hidden.device), column.to(hidden.device)]
+                arrays[layer][where] = found.cpu().to(arrays[layer].dtype)
+
+            return read
+
+        # A pack reports completions: a text's first token is its prompt, which is looked up where it stands.
+        pairs = [(self._ids[i][:1], self._ids[i][1:] or self._ids[i]) for i in texts]
+        with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
+            packs = packs_for(adapter, pairs, processes=ranks.sharing)
+            for pack in dealt(packs, ranks, "Activations", progress=progress):
+                targets = _targets(pack, rows)
+                visit_residuals(adapter, pack, {layer: reader(layer, targets) for layer in self._layers})
+        ranks.added(list(arrays.values()))  # each row was read by one process
+        return {layer: found.numpy() for layer, found in arrays.items()}
 
 
 _TORCH = {numpy.float32: torch.float32, numpy.float64: torch.float64}
@@ -172,7 +213,7 @@ def _places(tokens: str | int | slice, length: int, text: int) -> list[int]:
     return list(found)
 
 
-def _targets(pack: Pack, rows: Sequence[Tensor]) -> tuple[Array, Tensor, Tensor]:
+def _targets(pack: Pack, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of the result, and where in a pack what goes there stands: rows and columns."""
     pair, row, column = pack.pair.cpu(), pack.row.cpu(), pack.column.cpu()
     position, segment, parent = pack.position_ids.cpu(), pack.segment.cpu(), pack.parent.cpu()
@@ -192,18 +233,4 @@ def _targets(pack: Pack, rows: Sequence[Tensor]) -> tuple[Array, Tensor, Tensor]
         at_column.append(column[own[:rest]])
     where = torch.cat(target)
     kept = where >= 0
-    return where[kept].numpy(), torch.cat(at_row)[kept], torch.cat(at_column)[kept]
-
-
-def _empty(folder: Path) -> None:
-    """Makes room for arrays, so that none of other texts is opened beside them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in (folder / "lengths.npy", *folder.glob("layer_*.npy")):
-        path.unlink(missing_ok=True)
-
-
-def _array(out: str | os.PathLike[str] | None, layer: int, shape: tuple[int, int], dtype: Any) -> Any:
-    if out is None:
-        return numpy.zeros(shape, dtype)
-    path = Path(out) / f"layer_{layer}.npy"
-    return numpy.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    return where[kept], torch.cat(at_row)[kept], torch.cat(at_column)[kept]

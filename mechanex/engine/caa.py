@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -96,10 +96,10 @@ def caa_vectors(
 
         return read
 
-    ranks = current_ranks()
+    ranks = current_ranks(adapter)
     with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model), ranks.together():
         packs = packs_for(
-            adapter, pairs, row_tokens=row_tokens, batch_tokens=batch_tokens, processes=ranks.size
+            adapter, pairs, row_tokens=row_tokens, batch_tokens=batch_tokens, processes=ranks.sharing
         )
         for pack in dealt(packs, ranks, "CAA", progress=progress):
             weight = weights.to(pack.pair.device)[pack.pair]
@@ -145,12 +145,7 @@ def check_examples(
         raise ValidationError("There are no examples: prompts and answers are empty.")
     if layers is None:
         layers = [default_layer(adapter.n_layers)]
-    elif not isinstance(layers, Iterable):
-        raise ValidationError(f"layers is a list of layers; got {layers!r}: write [{layers!r}].")
-    indices = sorted({adapter.layer_index(layer) for layer in layers})
-    if not indices:
-        raise ValidationError("There are no layers: layer_idxs is empty; leave it out for the default layer.")
-    return indices
+    return adapter.layer_indices(layers)
 
 
 def _check_direction(layer: int, norm: float, size: float) -> None:

@@ -9,7 +9,15 @@ from typing import Any
 
 from ..errors import MechanexError, ValidationError
 
-__all__ = ["Chat", "chat_ids", "chat_text", "continued", "has_chat_template", "writes_chats_itself"]
+__all__ = [
+    "Chat",
+    "chat_ids",
+    "chat_text",
+    "continued",
+    "has_chat_template",
+    "template_texts",
+    "writes_chats_itself",
+]
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ def continued(prompt: object) -> Chat:
     """The chat whose last message goes on.
 
     Raises:
-        ValidationError: the prompt is no chat.
+        ValidationError: the prompt is no chat, or one that asks for another answer to begin.
     """
     if isinstance(prompt, Chat):
         return replace(prompt, continue_final_message=True)
@@ -78,7 +86,15 @@ def continued(prompt: object) -> Chat:
 
 def has_chat_template(tokenizer: Any) -> bool:
     """Whether a tokenizer can write chats: by a template, or by a method of its own as mistral-common's."""
-    return getattr(tokenizer, "chat_template", None) is not None or writes_chats_itself(tokenizer)
+    return bool(template_texts(tokenizer)) or writes_chats_itself(tokenizer)
+
+
+def template_texts(tokenizer: Any) -> list[str]:
+    """A tokenizer's chat templates, of which some have one for chats with tools beside the usual one."""
+    found = getattr(tokenizer, "chat_template", None)
+    if found is None:
+        return []
+    return [str(one) for one in found.values()] if isinstance(found, Mapping) else [str(found)]
 
 
 def writes_chats_itself(tokenizer: Any) -> bool:

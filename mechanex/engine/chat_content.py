@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import ValidationError
-from .chat import Chat, chat_ids, chat_text, writes_chats_itself
+from .chat import Chat, chat_ids, chat_text, template_texts, writes_chats_itself
+from .detokenize import special_tokens
 from .encode import check_characters, encode_bare
 
 __all__ = ["chat_as_text", "check_roles", "known_roles"]
@@ -51,21 +52,26 @@ def chat_as_text(tokenizer: Any, chat: Chat) -> list[int]:
 
 
 def known_roles(tokenizer: Any) -> tuple[str, ...] | None:
-    """The roles that a tokenizer's template knows: the usual three, and those that it compares a role with.
+    """The roles that a tokenizer's templates know: the usual three, and those that they compare a role with.
 
     Returns:
         The roles; None where a tokenizer writes chats by a method of its own, which says itself what it takes, or has
         no template.
     """
-    if getattr(tokenizer, "chat_template", None) is None or writes_chats_itself(tokenizer):
+    templates = template_texts(tokenizer)
+    if not templates or writes_chats_itself(tokenizer):
         return None
+    return tuple(dict.fromkeys([*_USUAL_ROLES, *(role for one in templates for role in _roles_in(one))]))
+
+
+def _roles_in(template: str) -> list[str]:
+    """What a template compares a role with."""
     from jinja2 import Environment, TemplateSyntaxError, nodes
 
-    template = _GENERATION.sub("", tokenizer.get_chat_template())
     try:
-        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", template))
     except TemplateSyntaxError:
-        return _USUAL_ROLES
+        return []
     names = {"role"}
 
     def is_role(node: Any) -> bool:
@@ -78,14 +84,14 @@ def known_roles(tokenizer: Any) -> tuple[str, ...] | None:
     for set_to in tree.find_all(nodes.Assign):
         if isinstance(set_to.target, nodes.Name) and is_role(set_to.node):
             names.add(set_to.target.name)
-    found = dict.fromkeys(_USUAL_ROLES)
+    found: list[str] = []
     for compared in tree.find_all(nodes.Compare):
         sides = [compared.expr, *(operand.expr for operand in compared.ops)]
         if any(map(is_role, sides)):
             constants = [one for side in sides for one in (side, *side.find_all(nodes.Const))]
             values = [one.value for one in constants if isinstance(one, nodes.Const)]
-            found.update(dict.fromkeys(one for one in values if isinstance(one, str) and one != "role"))
-    return tuple(found)
+            found += [one for one in values if isinstance(one, str) and one != "role"]
+    return found
 
 
 def check_roles(chat: Chat, known: tuple[str, ...] | None) -> None:
@@ -144,10 +150,7 @@ class _Placeholders:
 
 def _control_tokens(tokenizer: Any) -> dict[str, int]:
     """The ids of the control tokens by their texts."""
-    added = tokenizer.added_tokens_decoder.items() if hasattr(tokenizer, "added_tokens_decoder") else ()
-    found = {token.content: int(token_id) for token_id, token in added if token.special}
-    pairs = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    return {text: token_id for text, token_id in (found | dict(pairs)).items() if text}
+    return {text: token for token, text in special_tokens(tokenizer).items() if text}
 
 
 def _in_pieces(

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import ValidationError
 from .activations import activations
 from .caa import ROUNDING, default_layer
+from .given import as_list
 from .intervention import compute_dtype
 from .models import adapter_for
 from .models.adapter import ModelAdapter
@@ -45,13 +46,10 @@ def difference_vectors(
         ValidationError: an empty list, a layer that doesn't exist, or means that are the same or not finite.
     """
     adapter = adapter_for(model)
-    if not positive or not negative:
-        raise ValidationError(
-            f"there are {len(positive)} positive and {len(negative)} negative prompts: give one or more of each."
-        )
+    lists = (as_list("positive", positive, "prompts"), as_list("negative", negative, "prompts"))
     chosen = [default_layer(adapter.n_layers)] if layers is None else layers
     means = []
-    for prompts in (positive, negative):
+    for prompts in lists:
         found = activations(adapter, prompts, chosen, tokenizer, tokens=tokens, progress=progress)
         means.append(
             {n: torch.stack([torch.from_numpy(x).double().mean(0) for x in found.by_text(n)]) for n in found}

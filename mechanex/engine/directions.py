@@ -134,9 +134,9 @@ def answer_means(
 
         return read
 
-    ranks = current_ranks()
+    ranks = current_ranks(adapter)
     with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model), ranks.together():
-        packs = packs_for(adapter, pairs, batch_tokens=batch_tokens, processes=ranks.size)
+        packs = packs_for(adapter, pairs, batch_tokens=batch_tokens, processes=ranks.sharing)
         for pack in dealt(packs, ranks, "Activations", progress=progress):
             visit_residuals(adapter, pack, {layer: reader(layer, pack) for layer in layers})
     return {layer: ranks.total(sums) / sizes[:, None] for layer, sums in found.items()}

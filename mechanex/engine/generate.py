@@ -6,6 +6,7 @@ import contextvars
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,7 @@ from .hooks import SteeringPlan
 from .limits import check_context
 from .models import adapter_for
 from .models.adapter import ModelAdapter
+from .ranks import current_ranks
 from .sampling import Options, end_tokens, padding_token
 from .strengths import check_plan_strength, strength_of_each
 from .text import Prompt, encode_prompt, prompt_text
@@ -95,7 +97,10 @@ class Generating:
         if options.form is not None:
             self.grammar = grammars_for(self.adapter, self.tokenizer, self.ends).of_form(options.form)
         self.steering = self._steering(len(prompts))
-        self.seeds = options.seeds(len(prompts))
+        self._ranks = current_ranks(self.adapter)
+        seeds = partial(options.seeds, len(prompts))
+        # A split model's processes write the same text together; others draw for themselves.
+        self.seeds = self._ranks.from_first(seeds) if self._ranks.split else seeds()
 
     def texts(self) -> list[str]:
         """The prompts with their continuations."""
@@ -112,7 +117,7 @@ class Generating:
         def tell(step: Step | None) -> bool:
             if step is not None:
                 pieces.put(step.text)
-            return closed.is_set()
+            return any(self._ranks.told(closed.is_set())) if self._ranks.split else closed.is_set()
 
         def work() -> None:
             try:

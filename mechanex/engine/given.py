@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..errors import ValidationError
 from ..ops.dtypes import DTYPES
 
-__all__ = ["as_finite", "as_mask", "as_number", "as_table", "as_vector"]
+__all__ = ["as_finite", "as_list", "as_mask", "as_number", "as_table", "as_vector"]
 
 
 def as_number(value: object) -> float | None:
@@ -32,6 +33,26 @@ def as_finite(value: object) -> float | None:
     """As :func:`as_number`, but None for NaN and infinities too."""
     number = as_number(value)
     return number if number is not None and math.isfinite(number) else None
+
+
+def as_list(name: str, value: object, kind: str) -> list[Any]:
+    """What can be walked through as a list.
+
+    Args:
+        name: what it is called in messages.
+        value: a list, an array, a generator, …
+        kind: what it is a list of.
+
+    Raises:
+        ValidationError: something else, a text among it, or nothing in it.
+    """
+    if isinstance(value, (str, bytes)):
+        raise ValidationError(f"{name} is a list of {kind}; got one text: put it in a list.")
+    if isinstance(value, Mapping) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
+        raise ValidationError(f"{name} is a list of {kind}; got {value!r:.100}: put it in a list.")
+    if not (found := list(value)):
+        raise ValidationError(f"There are no {kind}: {name} is an empty list; give at least one.")
+    return found
 
 
 def as_mask(name: str, value: object) -> Tensor:

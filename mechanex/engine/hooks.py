@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from .chains import numbered
 from .given import as_mask
 from .intervention import Edit, EditTable
 from .models import adapter_for
-from .models.adapter import Handles, ModelAdapter, ResidualHook, exclusive
+from .models.adapter import Handles, ModelAdapter, ResidualHook
 from .positions import TokenSelector, check_tokens, followed, positions_are_given, selected
 from .prompt_conditions import PromptCondition
 from .schedules import Varying
@@ -29,7 +29,16 @@ from .whole import as_whole
 
 _Chains = tuple[tuple[int, ...], ...]
 
-__all__ = ["Applied", "Handle", "Intervention", "SteeringPlan", "positions", "reset", "taken_over"]
+__all__ = [
+    "Applied",
+    "Handle",
+    "Intervention",
+    "SteeringPlan",
+    "attach",
+    "listed",
+    "positions",
+    "taken_over",
+]
 
 Handle = Handles
 
@@ -69,7 +78,11 @@ class Intervention:
             if self.tokens is not None or self.rows is not None:
                 raise ValidationError("An intervention takes a mask, or tokens and rows; got both.")
             object.__setattr__(self, "mask", as_mask("A mask", self.mask))
-        check_tokens(self.tokens)
+        layer = as_whole(self.layer)
+        if layer is None:
+            raise ValidationError(f"A layer is an int; got {self.layer!r}.")
+        object.__setattr__(self, "layer", layer)
+        object.__setattr__(self, "tokens", check_tokens(self.tokens))
         if self.rows is not None:
             object.__setattr__(self, "rows", _row_indices(self.rows))
         self.edit.check_finite()
@@ -234,12 +247,7 @@ class SteeringPlan:
         hooks: list[tuple[int, ResidualHook]] = [
             (n, _LayerEdits(found)) for n, found in sorted(by_layer.items())
         ]
-        before = hooks_on(adapter.hf_model)
-        handle = attach(adapter, hooks, follow=asks)
-        applied = Applied(tuple(placed), hooks_on(adapter.hf_model) - before)
-        adapter.kept.applied.append(applied)
-        handle.add(_Listed(applied, adapter.kept.applied))
-        return handle
+        return listed(adapter, lambda: attach(adapter, hooks, follow=asks), placed)
 
     def placed(self, model: nn.Module | ModelAdapter) -> list[Intervention]:
         """The interventions with layers of 0 or more, found to fit the model.
@@ -285,15 +293,28 @@ class SteeringPlan:
 
 @dataclass(frozen=True, eq=False)
 class Applied:
-    """A plan that steers a model now.
+    """A plan that steers a model now, or hooks beside it.
 
     Args:
-        interventions: with layers of 0 or more.
+        interventions: with layers of 0 or more; none for hooks that edit every token alike wherever they are, as long
+            as they are there, so that a captured step has them in it.
         hooks: ids of the hooks that do it.
     """
 
     interventions: tuple[Intervention, ...]
     hooks: frozenset[int]
+
+
+def listed(
+    adapter: ModelAdapter, attached: Callable[[], Handle], interventions: Iterable[Intervention] = ()
+) -> Handle:
+    """Attaches hooks that are known as ours, as :class:`Applied` has them, until the handle is removed."""
+    before = hooks_on(adapter.hf_model)
+    handle = attached()
+    applied = Applied(tuple(interventions), hooks_on(adapter.hf_model) - before)
+    adapter.kept.applied.append(applied)
+    handle.add(_Listed(applied, adapter.kept.applied))
+    return handle
 
 
 class _Listed:
@@ -334,16 +355,6 @@ def attach(
         handles.remove()
         raise
     return handles
-
-
-def reset(model: nn.Module | ModelAdapter) -> None:
-    """Removes every hook of this library from a model, whoever holds the handles, which do nothing from then on.
-
-    Waits until the engine, in another thread, is done with the model. A user's own hooks stay.
-    """
-    adapter = adapter_for(model)
-    with exclusive(adapter):
-        adapter.detach_all()
 
 
 def positions(model: nn.Module | ModelAdapter, *, prompt_tokens: int | None = None) -> Handle:

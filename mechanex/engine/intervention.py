@@ -52,8 +52,7 @@ def unit(v: Tensor) -> Tensor:
     norm = v.norm()
     if not bool(torch.isfinite(norm)) or bool(norm == 0):
         raise ValidationError(
-            f"This edit needs a direction, but the vector's norm is {float(norm)}; "
-            "pass a finite vector that isn't zero."
+            f"A direction is needed, but the vector's norm is {float(norm)}; pass a finite vector that isn't zero."
         )
     direction: Tensor = v / norm
     return direction

@@ -46,16 +46,27 @@ def outgrown_length(adapter: ModelAdapter, longest: int) -> int | None:
 
 
 def check_length(adapter: ModelAdapter, longest: int) -> None:
-    """Refuses text past the end of a table of positions; rotary models can go on, with quality as their makers say."""
+    """Refuses text past the end of a table of positions; rotary models go on, which is logged once for each model."""
     config = adapter.config
     limit = adapter.context
     rotary = any(
         getattr(config, name, None) for name in ("rope_parameters", "rope_theta", "rope_scaling", "alibi")
     )
-    if limit is not None and limit < longest and not rotary:
+    if limit is None or limit >= longest:
+        return
+    if not rotary:
         raise ValidationError(
             f"The longest prompt and completion have {longest} tokens, but {adapter.model_id} has {limit} positions; "
             "shorten them."
+        )
+    if "past the context" not in adapter.findings:
+        adapter.findings["past the context"] = True
+        _log.warning(
+            "a text of %d tokens runs past the context of %s, which is %d: it is read on as the model computes it, and "
+            "what it says there may be worth little",
+            longest,
+            adapter.model_id,
+            limit,
         )
 
 

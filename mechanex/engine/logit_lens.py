@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
@@ -53,7 +54,7 @@ def logit_lens(
     found = {}
     with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
         for layer, rows in streams.items():
-            hidden = torch.from_numpy(rows).to(adapter.device, adapter.dtype)
+            hidden = torch.from_numpy(numpy.asarray(rows)).to(adapter.device, adapter.dtype)
             likely = (
                 head.logits(adapter.finish(hidden)).float().softmax(-1).topk(min(most, head.weight.shape[0]))
             )

@@ -17,15 +17,16 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ValidationError
 from .attaching import after
-from .hooks import Intervention, SteeringPlan, attach
+from .hooks import Intervention, SteeringPlan, attach, listed
 from .intervention import Edit, EditTable, widest
 from .models import adapter_for
 from .models.adapter import Handles, ModelAdapter, exclusive, undisturbed
+from .sharded import check_whole
 from .stream import given_out, with_given_out
 from .structure.graph import structure_of
 from .vectors import SteeringVector
 
-__all__ = ["ablate_everywhere", "orthogonalize"]
+__all__ = ["ablate_everywhere", "orthogonalize", "put_back"]
 
 # How far the weights may be from doing what the ablation does: of what that changes in the logits, and in roundings.
 _CLOSE, _ROUNDINGS = 0.01, 16
@@ -47,12 +48,18 @@ def ablate_everywhere(model: nn.Module | ModelAdapter, vector: SteeringVector) -
         ValidationError: a vector of several layers, of another width, or zero.
     """
     adapter = adapter_for(model)
+    check_whole(adapter.hf_model, "Weights can't be made orthogonal")
     direction = _direction(adapter, vector)
     sites = [Intervention(layer, Edit.ablate(direction)) for layer in range(adapter.n_layers + 1)]
     handles = SteeringPlan(sites).apply(adapter)
-    table = EditTable([Edit.ablate(direction)])
-    for module in _writers(adapter):
-        handles.add(after(module, _without(table)))
+
+    def within() -> Handles:
+        inside = Handles()
+        for module in _writers(adapter):
+            inside.add(after(module, _without(EditTable([Edit.ablate(direction)]))))
+        return inside
+
+    handles.add(listed(adapter, within))
     return handles
 
 
@@ -73,6 +80,7 @@ def orthogonalize(model: nn.Module | ModelAdapter, vector: SteeringVector) -> Ha
             same, as where a norm follows what is written. Its weights are then as before.
     """
     adapter = adapter_for(model)
+    check_whole(adapter.hf_model, "Weights can't be made orthogonal")
     direction = _direction(adapter, vector)
     plain = _logits(adapter)
     with ablate_everywhere(adapter, vector):
@@ -98,6 +106,12 @@ def orthogonalize(model: nn.Module | ModelAdapter, vector: SteeringVector) -> Ha
         handles.remove()
         raise
     return handles
+
+
+def put_back(adapter: ModelAdapter) -> None:
+    """Puts the weights of a model back as they were before anything was taken out of them."""
+    for one in reversed(_CHANGES.pop(adapter.model, [])):
+        one.put_back()
 
 
 class _Change:
@@ -140,12 +154,13 @@ class _Change:
             return
         later = made[made.index(self) + 1 :]
         for one in (*reversed(later), self):
-            one._put_back()
+            one.put_back()
             made.remove(one)
         for one in later:
             one.make()
 
-    def _put_back(self) -> None:
+    def put_back(self) -> None:
+        """Writes what was there before, latest first."""
         with torch.no_grad():
             while self._steps:
                 self._steps.pop()()

@@ -29,7 +29,6 @@ __all__ = ["read_plan", "write_plan"]
 
 _PLAN = "plan"
 _VERSION = "plan_version"
-_CONDITION = ("layer", "threshold", "false_positives", "true_positives")
 
 
 def write_plan(path: str | os.PathLike[str], interventions: Sequence[Intervention]) -> None:
@@ -95,24 +94,16 @@ def _said(one: Intervention, prefix: str, tensors: dict[str, Tensor]) -> dict[st
     if one.mask is not None:
         tensors[prefix + "mask"] = one.mask
     if one.condition is not None:
-        said["condition"] = {name: getattr(one.condition, name) for name in _CONDITION}
+        said["condition"] = one.condition.said()
         tensors[prefix + "condition"] = one.condition.weight
     if one.varying is not None:
         schedule = one.varying.schedule
-        if schedule.function is not None:
-            raise ValidationError(
-                "A schedule that is a function can't be saved: give its strengths as a list."
-            )
+        said["schedule"] = schedule.said()
         values = dict.fromkeys([*schedule.values, *(() if schedule.prompt is None else (schedule.prompt,))])
         made = {value: one.varying.made(value) for value in values if value}
-        said["schedule"] = {
-            "values": list(schedule.values),
-            "prompt": schedule.prompt,
-            "edits": [
-                [value, _keep(edit, f"{prefix}at{i}.", tensors)]
-                for i, (value, edit) in enumerate(made.items())
-            ],
-        }
+        said["schedule"]["edits"] = [
+            [value, _keep(edit, f"{prefix}at{i}.", tensors)] for i, (value, edit) in enumerate(made.items())
+        ]
     return said
 
 
@@ -139,12 +130,12 @@ def _arguments(said: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tenso
     if "condition" in said:
         condition = PromptCondition(weight=tensors[prefix + "condition"], **said["condition"])
     if "schedule" in said:
-        told = said["schedule"]
+        told = dict(said["schedule"])
         edits = {
             float(value): _edit(edit, f"{prefix}at{i}.", tensors)
-            for i, (value, edit) in enumerate(told["edits"])
+            for i, (value, edit) in enumerate(told.pop("edits"))
         }
-        varying = Varying(Schedule(told["values"], prompt=told["prompt"]), edits.__getitem__)
+        varying = Varying(Schedule(**told), edits.__getitem__)
     return {
         "layer": int(said["layer"]),
         "edit": _edit(said["edit"], prefix, tensors),

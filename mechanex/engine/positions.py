@@ -117,17 +117,22 @@ def given_positions(positions: Positions) -> Iterator[None]:
         _current.reset(current)
 
 
-def check_tokens(tokens: object) -> None:
-    """Raises a ValidationError unless this selects tokens: None, an int, or a slice with a step of 1 or more."""
-    if tokens is None or as_whole(tokens) is not None:
-        return
+def check_tokens(tokens: object) -> TokenSelector:
+    """What selects tokens, in Python's own ints.
+
+    Raises:
+        ValidationError: neither None, a whole number, nor a slice of those with a step of 1 or more.
+    """
+    if tokens is None or (number := as_whole(tokens)) is not None:
+        return None if tokens is None else number
     if not isinstance(tokens, slice):
         raise ValidationError(f"token must be an int, a slice or None; got {tokens!r}.")
-    for part in (tokens.start, tokens.stop, tokens.step):
-        if part is not None and as_whole(part) is None:
-            raise ValidationError(f"A token slice is made of ints; got {tokens!r}.")
-    if tokens.step is not None and tokens.step < 1:
+    parts = [None if one is None else as_whole(one) for one in (tokens.start, tokens.stop, tokens.step)]
+    if [one is None for one in parts] != [one is None for one in (tokens.start, tokens.stop, tokens.step)]:
+        raise ValidationError(f"A token slice is made of ints; got {tokens!r}.")
+    if parts[2] is not None and parts[2] < 1:
         raise ValidationError(f"A token slice needs a step of 1 or more; got {tokens.step}.")
+    return slice(*parts)
 
 
 def token_mask(token: int | slice, positions: Positions) -> Tensor:

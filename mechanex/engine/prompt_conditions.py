@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ValidationError
-from .given import as_vector
+from .given import as_finite, as_vector
 from .whole import as_whole
 
 __all__ = ["PromptCondition", "alignment"]
@@ -31,7 +32,8 @@ class PromptCondition:
         true_positives: share of held-out prompts of its own kind that met it.
 
     Raises:
-        ValidationError: a weight that has no direction, a threshold that is not finite, or a negative layer.
+        ValidationError: a weight that has no direction, a threshold or share that is no finite number, or a negative
+            layer.
     """
 
     layer: int
@@ -49,11 +51,18 @@ class PromptCondition:
         norm = float(weight.norm())
         if not math.isfinite(norm) or norm == 0:
             raise ValidationError(f"A condition needs a direction, but its weight's norm is {norm}.")
-        if not math.isfinite(self.threshold):
+        threshold = as_finite(self.threshold)
+        if threshold is None:
             raise ValidationError(f"A condition's threshold is a finite number; got {self.threshold!r}.")
+        for name in ("false_positives", "true_positives"):
+            object.__setattr__(self, name, _share(name, getattr(self, name)))
         object.__setattr__(self, "layer", layer)
         object.__setattr__(self, "weight", weight / norm)
-        object.__setattr__(self, "threshold", float(self.threshold))
+        object.__setattr__(self, "threshold", threshold)
+
+    def said(self) -> dict[str, Any]:
+        """All but the weight, as JSON has it: what is given beside ``weight=`` to make it again."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "weight"}
 
     @property
     def width(self) -> int:
@@ -63,6 +72,13 @@ class PromptCondition:
     def met(self, score: float) -> bool:
         """Whether a prompt of this score meets it."""
         return score > self.threshold
+
+
+def _share(name: str, value: object) -> float | None:
+    number = None if value is None else as_finite(value)
+    if value is not None and number is None:
+        raise ValidationError(f"A condition's {name} are a share or None; got {value!r}.")
+    return number
 
 
 def alignment(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -12,14 +12,15 @@ import torch
 from ..errors import ValidationError
 from .answering import AnswerRules
 from .given import as_finite
+from .seeds import checked_seed, row_seed
 from .strengths import Strength
-from .whole import as_whole, draw_seed
+from .whole import as_whole
 
 if TYPE_CHECKING:
     from .hooks import SteeringPlan
     from .vectors import SteeringVector
 
-__all__ = ["METHODS", "Options", "Sampling", "end_tokens", "padding_token", "row_seed"]
+__all__ = ["METHODS", "Options", "Sampling", "end_tokens", "padding_token"]
 
 _logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class Options(AnswerRules, Sampling):
         object.__setattr__(self, "max_tokens", most)
         if self.min_tokens > most:
             raise ValidationError(f"min_tokens is at most max_tokens: got {self.min_tokens} and {most}.")
-        object.__setattr__(self, "seed", draw_seed(self.seed))
+        object.__setattr__(self, "seed", checked_seed(self.seed))
         if self.guard is not None:
             guard = as_finite(self.guard)
             if guard is None or guard < 0:
@@ -138,11 +139,6 @@ class Options(AnswerRules, Sampling):
             seed = int(torch.randint(2**62, ()))
             _logger.info("seed %d", seed)
         return [row_seed(seed, i) for i in range(n_rows)]
-
-
-def row_seed(seed: int, i: int) -> int:
-    """The seed of row ``i`` of those that are drawn from one seed."""
-    return (seed + i) % 2**63
 
 
 def end_tokens(hf: Any, tokenizer: Any) -> list[int]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy
 
@@ -13,8 +13,6 @@ from ..errors import ValidationError
 from .intervention import Edit
 
 __all__ = ["Schedule", "Varying"]
-
-_KEPT = 4096  # edits by strength
 
 
 class Schedule:
@@ -52,13 +50,25 @@ class Schedule:
             return _finite(self.function(place))
         return self.values[min(max(place, 0), len(self.values) - 1)]
 
+    def said(self) -> dict[str, Any]:
+        """It as JSON has it.
+
+        Raises:
+            ValidationError: a function, which can't be written down.
+        """
+        if self.function is not None:
+            raise ValidationError(
+                "A schedule that is a function can't be saved: give its strengths as a list."
+            )
+        return {"values": list(self.values), "prompt": self.prompt}
+
     def __repr__(self) -> str:
         values = list(self.values) if self.function is None else self.function
         return f"Schedule({values!r}, prompt={self.prompt!r})"
 
 
 class Varying:
-    """The edits of a schedule, one for each strength; the same strength gives the same edit.
+    """The edits of a schedule, one for each strength; the same strength gives the same edit while somebody has it.
 
     Args:
         schedule: strengths by place.
@@ -67,7 +77,7 @@ class Varying:
 
     def __init__(self, schedule: Schedule, make: Callable[[float], Edit]) -> None:
         self.schedule, self._make = schedule, make
-        self._edits: OrderedDict[float, Edit] = OrderedDict()
+        self._edits: WeakValueDictionary[float, Edit] = WeakValueDictionary()
 
     def made(self, strength: float) -> Edit:
         """The edit of a strength other than 0."""
@@ -81,8 +91,6 @@ class Varying:
         found = self._edits.get(strength)
         if found is None:
             found = self._edits[strength] = self.made(strength)
-            if len(self._edits) > _KEPT:
-                self._edits.popitem(last=False)
         return found
 
     def spread(self, places: Any, reached: Any) -> list[tuple[Edit, Any]]:

@@ -90,10 +90,12 @@ def score_pairs(
     plan = None if edits is None else _plan(adapter, edits)
     gradients = torch.enable_grad if differentiable else torch.no_grad
     # Gradients that a caller asks for, and hooks of its own, are its own process's.
-    ranks = SINGLE if differentiable or plain else current_ranks()
+    ranks = SINGLE if differentiable or plain else current_ranks(adapter)
     with exclusive(adapter), undisturbed(adapter.hf_model, freeze=not plain), ranks.together():
         # What the model can do is found out before it is steered.
-        packs = packs_for(adapter, pairs, batch_tokens=batch_tokens, scoring=not plain, processes=ranks.size)
+        packs = packs_for(
+            adapter, pairs, batch_tokens=batch_tokens, scoring=not plain, processes=ranks.sharing
+        )
         if not plain:
             unembedding_agrees(adapter)
         values: list[Tensor] = []
@@ -108,7 +110,7 @@ def score_pairs(
                 else:
                     found = scored_logprobs(adapter, pack, coldness=cold, **extra)
                 values.append(found)
-    if ranks.size > 1:
+    if ranks.sharing > 1:
         values, likeliest = _of_all(ranks, packs, values), _of_all(ranks, packs, likeliest)
     with gradients():
         result = _in_input_order(packs, values, likeliest, pairs, counts)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ValidationError
+from .sharded import is_sharded
 
 __all__ = ["Stream", "by_token", "given_out", "others", "residual", "with_given_out", "with_residual"]
 
@@ -37,6 +38,11 @@ class Stream:
         Raises:
             ValidationError: several streams side by side, or another width.
         """
+        if self.fits(hidden) and is_sharded(hidden):  # type: ignore[arg-type]
+            raise ValidationError(
+                f"The residual stream of {self.model_id} is split over processes (sequence parallelism): an edit "
+                "needs it whole in each. Load the model without it, such as by tp='auto'."
+            )
         if self.fits(hidden):
             return
         got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__

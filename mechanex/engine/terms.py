@@ -108,6 +108,11 @@ class Terms:
         acts = self.gates or self.planes or self.schedule or self.condition or self.clamps
         return bool(acts) or self.tokens != "all"
 
+    @property
+    def multiply(self) -> bool:
+        """Whether strength multiplies what a vector does: what it does at one is that at 1, so many times."""
+        return not (self.planes or self.schedule or self.clamps)
+
     def among(self, layers: Mapping[int, Any]) -> Terms:
         """Those of some layers."""
         return replace(
@@ -172,14 +177,9 @@ class Terms:
         if self.planes:
             said["degrees"] = self.degrees
         if self.schedule is not None:
-            if self.schedule.function is not None:
-                raise ValidationError(
-                    "A schedule that is a function can't be saved: give its strengths as a list."
-                )
-            said["schedule"] = {"values": list(self.schedule.values), "prompt": self.schedule.prompt}
-        if (condition := self.condition) is not None:
-            names = ("layer", "threshold", "false_positives", "true_positives")
-            said["condition"] = {name: getattr(condition, name) for name in names}
+            said["schedule"] = self.schedule.said()
+        if self.condition is not None:
+            said["condition"] = self.condition.said()
         if self.clamps:
             said["clamps"] = True
         if self.tokens != "all":
@@ -208,7 +208,7 @@ class Terms:
                 gates,
                 planes,
                 float(said.get("degrees", 0.0)),
-                None if schedule is None else Schedule(schedule["values"], prompt=schedule["prompt"]),
+                None if schedule is None else Schedule(**schedule),
                 None if condition is None else PromptCondition(weight=left.pop("condition"), **condition),
                 bool(said.get("clamps", False)),
                 str(said.get("tokens", "all")),

@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .chat import template_texts, writes_chats_itself
+
 __all__ = ["CallFormat", "ToolCall", "call_format", "calls_in", "knows_tools", "schema_of"]
 
 CallFormat = Literal["hermes", "llama", "mistral"]
 
 _HERMES = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
 _MISTRAL = re.compile(r"\[TOOL_CALLS\]\s*([\w.-]+)\s*(?:\[CALL_ID\][\w-]*)?\[ARGS\]\s*")
+_MISTRAL_MARK = "[TOOL_CALLS]"
 _LLAMA_MARK = "<|python_tag|>"
 
 
@@ -30,25 +33,23 @@ class ToolCall:
     arguments: str
 
 
-def _template(tokenizer: Any) -> str | None:
-    found = getattr(tokenizer, "chat_template", None)
-    return "\n".join(map(str, found.values())) if isinstance(found, Mapping) else found
-
-
 def knows_tools(tokenizer: Any) -> bool:
     """Whether the tokenizer's chat template tells a model of tools."""
-    template = _template(tokenizer)
-    return "tools" in template if template is not None else call_format(tokenizer) is not None
+    templates = template_texts(tokenizer)
+    return any("tools" in one for one in templates) if templates else call_format(tokenizer) is not None
 
 
 def call_format(tokenizer: Any) -> CallFormat | None:
-    """How the model writes calls, by its chat template; None where that can't be told."""
-    template = _template(tokenizer)
-    if template is None:  # mistral-common's tokenizers have a method in the place of a template
-        return "mistral" if type(tokenizer).__name__ == "MistralCommonBackend" else None
+    """How the model writes calls, by its chat templates; None where that can't be told."""
+    template = "\n".join(template_texts(tokenizer))
+    if (
+        not template
+    ):  # mistral-common's tokenizers have a method in its place, and the mark where models write calls
+        marked = writes_chats_itself(tokenizer) and _MISTRAL_MARK in tokenizer.get_vocab()
+        return "mistral" if marked else None
     if "<tool_call>" in template:
         return "hermes"
-    if "[TOOL_CALLS]" in template:
+    if _MISTRAL_MARK in template:
         return "mistral"
     if "python_tag" in template or ('"parameters"' in template and "ipython" in template):
         return "llama"
@@ -132,7 +133,7 @@ def _hermes(text: str) -> tuple[str, list[Any]]:
 
 
 def _mistral(text: str) -> tuple[str, list[Any]]:
-    content, mark, rest = text.partition("[TOOL_CALLS]")
+    content, mark, rest = text.partition(_MISTRAL_MARK)
     if not mark:
         return text, []
     named = list(_MISTRAL.finditer(text))

@@ -40,7 +40,7 @@ from .vector_shown import shown_norms, vector_html
 if TYPE_CHECKING:
     from torch import nn
 
-    from .hooks import Handle, SteeringPlan
+    from .hooks import Handle, Intervention, SteeringPlan
     from .models.adapter import ModelAdapter
 
 __all__ = ["FORMAT_VERSION", "SITE", "SteeringVector"]
@@ -278,13 +278,13 @@ class SteeringVector(Mapping[int, Tensor]):
         """The projections x·v̂ of activations on the vector, in the units of the stream.
 
         Args:
-            activations: ``{layer: [n, d]}`` as ``model.activations`` gives them, memory-mapped ones too.
+            activations: ``{layer: [n, d]}`` as ``model.activations`` gives them, memory-mapped ones too; or [n, T, d].
 
         Returns:
-            ``{layer: array [n]}`` for each layer that both have.
+            ``{layer: array [n]}``, or [n, T], for each layer that both have; float64 for activations in it.
 
         Raises:
-            ValidationError: no layer in common, another width, or a zero direction.
+            ValidationError: no layer in common, another width, something else than numbers, or a zero direction.
         """
         return projections(self._layers, activations)
 
@@ -350,11 +350,39 @@ class SteeringVector(Mapping[int, Tensor]):
         rows: Sequence[int] | None = None,
     ) -> SteeringPlan:
         """What ``apply`` does, checked but not yet applied; arguments and errors as there."""
-        from .hooks import Intervention, SteeringPlan
+        from .hooks import SteeringPlan
         from .models import adapter_for
 
-        check_strength(strength)
         adapter = adapter_for(model)
+        self.check(adapter, strength)
+        return SteeringPlan(self.interventions(adapter, strength, tokens, rows))
+
+    def interventions(
+        self,
+        adapter: ModelAdapter,
+        strength: float,
+        tokens: int | slice | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> list[Intervention]:
+        """What ``plan`` holds; ``check`` says whether it can be used."""
+        from .hooks import Intervention
+
+        tokens = TOKENS[self.tokens] if tokens is None else tokens
+        terms, found = self.terms, []
+        for layer, tensor in self._layers.items():
+            edit_at = terms.made(layer, lambda s, v=tensor: Edit.add(v * s), tensor)  # type: ignore[misc]
+            edit, varying = edit_at(strength), None
+            if terms.schedule is not None:
+                varying = Varying(terms.schedule, lambda s, make=edit_at: make(s * strength))  # type: ignore[misc]
+            at = adapter.layer_index(layer)
+            found.append(
+                Intervention(at, edit, tokens=tokens, rows=rows, varying=varying, condition=terms.condition)
+            )
+        return found
+
+    def check(self, adapter: ModelAdapter, strength: float = 1.0) -> None:
+        """Raises a ValidationError where this vector can't steer this model so strongly; logs where it is untried."""
+        check_strength(strength)
         if self.width != adapter.d_model:
             made_for = f" (this one was made for {self.model})" if self.model else ""
             raise ValidationError(
@@ -369,18 +397,6 @@ class SteeringVector(Mapping[int, Tensor]):
             )
         if self.calibration is not None:
             self.calibration.warn(float(strength))
-        tokens = TOKENS[self.tokens] if tokens is None else tokens
-        terms, interventions = self.terms, []
-        for layer, tensor in self._layers.items():
-            edit_at = terms.made(layer, lambda s, v=tensor: Edit.add(v * s), tensor)  # type: ignore[misc]
-            edit, varying = edit_at(strength), None
-            if terms.schedule is not None:
-                varying = Varying(terms.schedule, lambda s, make=edit_at: make(s * strength))  # type: ignore[misc]
-            at = adapter.layer_index(layer)
-            interventions.append(
-                Intervention(at, edit, tokens=tokens, rows=rows, varying=varying, condition=terms.condition)
-            )
-        return SteeringPlan(interventions)
 
     # Terms
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import operator
 
-from ..errors import ValidationError
-
-__all__ = ["as_whole", "draw_seed"]
+__all__ = ["as_whole"]
 
 
 def as_whole(value: object) -> int | None:
@@ -17,17 +15,3 @@ def as_whole(value: object) -> int | None:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         return None
-
-
-def draw_seed(seed: object) -> int | None:
-    """The seed of random draws as an int; None for None.
-
-    Raises:
-        ValidationError: it is no whole number from 0 to 2**63 - 1.
-    """
-    if seed is None:
-        return None
-    whole = as_whole(seed)
-    if whole is None or not 0 <= whole < 2**63:
-        raise ValidationError(f"seed is a whole number from 0 to 2**63 - 1; got {seed!r:.200}.")
-    return whole

@@ -122,8 +122,10 @@ def bind(
     _check(hidden, rows, bias, left, right)
     shape, flat = hidden.shape, (-1, hidden.shape[-1])
     flat_rows = None if rows is None else rows.reshape(-1)
-    run = backends.kernel("steer", None, hidden.reshape(flat), flat_rows, bias, left, right)
-    return lambda hidden: run(hidden.reshape(flat), flat_rows, bias, left, right).view(shape)
+    edits = flat_rows, bias, left, right
+    kernel = backends.select("steer", None, hidden.reshape(flat), *edits)
+    bound = kernel.bind(hidden, *edits)
+    return bound or (lambda hidden: kernel.run(hidden.reshape(flat), *edits).view(shape))
 
 
 def _is_plain_call(hidden: Tensor, bias: Tensor, left: Tensor | None, right: Tensor | None) -> bool:

@@ -74,6 +74,7 @@ def optimize_vector(
     grad_clip: float | None = None,
     eval_datapoints: Sequence[TrainingDatapoint] | None = None,
     patience: int | None = None,
+    plateau: float | None = None,
     keep_on_interrupt: bool = False,
 ) -> Result:
     """Optimizes a steering vector on a set of datapoints, by Adam on the log-probabilities of their completions.
@@ -147,15 +148,16 @@ def optimize_vector(
         grad_clip: longer gradients are rescaled to this norm.
         eval_datapoints: their loss is watched: ``eval_loss_history`` in ``info``, at the start and after each step.
         patience: stop when that loss hasn't improved for this many evaluations; the vector with the lowest is returned.
+        plateau: stop when the loss has fallen by less than this share of its whole fall in three evaluations running.
         keep_on_interrupt: return the best vector so far on Ctrl-C, instead of raising KeyboardInterrupt.
 
     Returns:
         (vector [d_model], matrix [d_model, d_model] with ``affine_rank``, info with ``return_info``), detached, float32
         (float64 for float64 models), on the model's device. ``info``: ``iters`` (steps taken), ``loss`` of the returned
         vector, ``norm``, ``starting_loss``, ``stopped`` ("target_loss", "converged", "max_iters", "limit", "callback",
-        "patience", "interrupted", "not finite"), ``seed``, and where asked for ``loss_history``, ``vec_history``,
-        ``eval_loss_history``, ``matrix_left`` and ``matrix_right`` ([rank, d_model]), ``output_constr_iters`` and
-        ``output_constr_stopped``.
+        "patience", "plateau", "interrupted", "not finite"), ``seed``, and where asked for ``loss_history``,
+        ``vec_history``, ``eval_loss_history``, ``matrix_left`` and ``matrix_right`` ([rank, d_model]),
+        ``output_constr_iters`` and ``output_constr_stopped``.
 
     Raises:
         ValueError: bad datapoints (named), layers or options; a starting vector that holds NaN, is of another width, or
@@ -204,6 +206,7 @@ def optimize_vector(
         grad_clip=grad_clip,
         eval_datapoints=eval_datapoints,
         patience=patience,
+        plateau=plateau,
         keep_on_interrupt=keep_on_interrupt,
     )
     job = OptimizationJob(model, datapoints, layer, settings, tokenizer)

@@ -99,9 +99,10 @@ def optimize_vector_minibatch_hf(
         layer: as in :func:`.optimize_vector`, as all that isn't named here.
         src_completions: completions to suppress, after every prompt.
         dst_completions: completions to promote, after every prompt.
-        minibatch_size: prompts of a step; any size. eps, lr, max_iters, coldness, target_loss,
-        target_loss_target_iters, satisfice, starting_norm, max_norm, affine_rank, max_affine_norm, debug,
-        return_info, vector_clamp: as in :func:`.optimize_vector`.
+        minibatch_size: prompts of a step; any size.
+        eps, lr, max_iters, coldness, target_loss, target_loss_target_iters: as in :func:`.optimize_vector`.
+        satisfice, starting_norm, max_norm, affine_rank, max_affine_norm: likewise.
+        debug, return_info, vector_clamp: likewise.
         progress: show a progress bar.
         options: any other option of :func:`.optimize_vector`, such as ``seed`` or ``do_one_minus``.
 

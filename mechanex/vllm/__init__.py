@@ -3,7 +3,8 @@
 Importing this doesn't import vLLM; making an :class:`LLM` does.
 """
 
+from .engine_behaviors import WatchBy
 from .engine_vectors import SteerBy
 from .llm import LLM
 
-__all__ = ["LLM", "SteerBy"]
+__all__ = ["LLM", "SteerBy", "WatchBy"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -15,7 +15,17 @@ from ..engine.positions import check_tokens, selects
 from ..engine.whole import as_whole
 from ..errors import ValidationError
 
-__all__ = ["FIELD", "AskedEdit", "Scope", "as_scope", "as_text", "block_salt", "edits_of", "in_scope"]
+__all__ = [
+    "FIELD",
+    "AskedEdit",
+    "Carried",
+    "Scope",
+    "as_scope",
+    "as_text",
+    "block_salt",
+    "edits_of",
+    "in_scope",
+]
 
 FIELD = "mechanex"
 """The key of a request's edits among ``SamplingParams.extra_args``; over HTTP, vLLM calls these ``vllm_xargs``."""
@@ -23,6 +33,8 @@ FIELD = "mechanex"
 Scope = int | slice | Literal["prompt", "generated"] | None
 """Tokens that are edited: an absolute position or a slice of them, negatives counting from the end of the prompt; those
 of the prompt, or those after it; None for all."""
+
+_NAMED: dict[str, Scope] = {"all": None, "prompt": "prompt", "generated": "generated"}
 
 
 @dataclass(frozen=True)
@@ -40,16 +52,41 @@ class AskedEdit:
     tokens: Scope = None
 
 
+@dataclass(frozen=True)
+class Carried:
+    """What a request's steering becomes.
+
+    Args:
+        fields: what the request carries in ``extra_args``; none where nothing is asked for.
+        keys: of what it needs from the workers, to be leased for as long as it runs.
+        missing: what of it the workers don't hold yet, packed, by its keys.
+    """
+
+    fields: Mapping[str, str] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()
+    missing: Mapping[str, bytes] = field(default_factory=dict)
+
+    def __add__(self, other: Carried) -> Carried:
+        """Both together."""
+        return Carried(
+            {**self.fields, **other.fields},
+            tuple({*self.keys, *other.keys}),
+            {**self.missing, **other.missing},
+        )
+
+
 def as_scope(tokens: object) -> Scope:
-    """``tokens`` if it names tokens.
+    """``tokens`` if it names tokens; ``"all"`` does so, too.
 
     Raises:
         ValidationError: it is something else.
     """
-    if tokens in ("prompt", "generated") and isinstance(tokens, str):
-        return "prompt" if tokens == "prompt" else "generated"
     if isinstance(tokens, str):
-        raise ValidationError(f"tokens is 'prompt', 'generated', an int, a slice or None; got {tokens!r}.")
+        if tokens not in _NAMED:
+            raise ValidationError(
+                f"tokens is 'all', 'prompt', 'generated', an int, a slice or None; got {tokens!r}."
+            )
+        return _NAMED[tokens]
     check_tokens(tokens)
     return tokens if isinstance(tokens, slice) else as_whole(tokens)
 

@@ -23,15 +23,18 @@ class Capacity:
     Args:
         slots: different vectors that requests which run or wait to run may have between them; further requests wait.
             The strengths of a vector don't count.
-        per_token: most vectors of one request.
+        per_token: most vectors of one request; a SteeringVector that clamps counts twice.
         rank: largest rank of an edit: 0 for vectors that are added, 1 for ablating and clamping.
         gates: whether edits may have gates.
+        behaviors: whether compiled code asks at every layer for tokens that are watched; what isn't compiled does
+            anyway.
     """
 
     slots: int = 64
     per_token: int = 4
     rank: int = 1
     gates: bool = False
+    behaviors: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("slots", 1), ("per_token", 1), ("rank", 0)):
@@ -40,8 +43,9 @@ class Capacity:
                 raise ValidationError(
                     f"steering_{name} is a number from {least}; got {getattr(self, name)!r}."
                 )
-        if not isinstance(self.gates, bool):
-            raise ValidationError(f"steering_gates is True or False; got {self.gates!r}.")
+        for name in ("gates", "behaviors"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValidationError(f"steering_{name} is True or False; got {getattr(self, name)!r}.")
         if self.slots < self.per_token:
             raise ValidationError(
                 f"steering_slots={self.slots} has no room for a request with steering_per_token={self.per_token} "

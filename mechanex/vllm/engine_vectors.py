@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
-import torch
-
-from ..engine.intervention import Edit
-from ..engine.terms import TOKENS
 from ..engine.vectors import SteeringVector
 from ..errors import NotFoundError, ValidationError
-from .asked import AskedEdit, Scope, as_scope, as_text
+from .asked import FIELD, AskedEdit, Carried, Scope, as_scope, as_text
 from .capacity import Capacity
+from .held import HeldUnits
+from .parts import KnownVector, Part, known_vector, layer_number
 from .stream import check_edits
 from .units import key_of, packed
 
-__all__ = ["Carried", "EngineVectors", "SteerBy", "edits_by_layer"]
+__all__ = ["EngineVectors", "SteerBy"]
 
-_logger = logging.getLogger(__name__)
 _MOST_NAMES = 10_000
-_MOST_PACKED = 1024
+_MOST_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -34,27 +30,15 @@ class SteerBy:
         vector: an id that ``register`` gave or was given.
         strength: multiplies it; 0 steers nothing.
         layers: only these of its layers.
-        tokens: which tokens: None for all, ``"prompt"`` or ``"generated"``, an absolute position, or a slice of them;
-            negatives count from the end of the prompt.
+        tokens: which tokens: None for those that the vector names itself, and all where it names none; ``"all"``,
+            ``"prompt"`` or ``"generated"``, an absolute position, or a slice of them; negatives count from the end of
+            the prompt.
     """
 
     vector: str
     strength: float = 1.0
     layers: Sequence[int] | None = None
-    tokens: Scope = None
-
-
-@dataclass(frozen=True)
-class Carried:
-    """What a request's steering becomes.
-
-    Args:
-        text: what the request carries; None where it isn't steered.
-        missing: packed edits that the workers don't hold yet, by their keys.
-    """
-
-    text: str | None
-    missing: Mapping[str, bytes]
+    tokens: Scope | Literal["all"] = None
 
 
 class EngineVectors:
@@ -65,13 +49,16 @@ class EngineVectors:
         n_layers: how many layers it has.
         capacity: of the engine's tables.
         family: the model's architecture, where it is known.
+
+    Attributes:
+        held: what the workers hold of them.
     """
 
     def __init__(self, width: int, n_layers: int, capacity: Capacity, family: str | None = None) -> None:
         self.width, self.n_layers, self.capacity, self.family = width, n_layers, capacity, family
-        self._vectors: dict[str, _Known] = {}
-        self._packed: OrderedDict[tuple[str, tuple[int, ...], float], tuple[str, bytes]] = OrderedDict()
-        self._sent: set[str] = set()
+        self.held = HeldUnits(_MOST_BYTES)
+        self._vectors: dict[str, KnownVector] = {}
+        self._keys: OrderedDict[tuple[str, int, tuple[int, ...], float], str] = OrderedDict()
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -94,9 +81,10 @@ class EngineVectors:
                 f"the vector was made for a model of the family {made_for!r}, and this one is of {self.family!r}: use "
                 "a vector of this family, or its numbers as {layer: tensor}."
             )
-        known = _known(source, self.n_layers)
-        check_edits(known.edits, self.width, self.n_layers, self.capacity)
-        vector_id = key_of(packed(known.edits)) if vector_id is None else vector_id
+        known = known_vector(source, self.n_layers)
+        for part in known.parts:
+            check_edits(part.edits, self.width, self.n_layers, self.capacity)
+        vector_id = _content(known) if vector_id is None else vector_id
         if len(self._vectors) >= _MOST_NAMES and vector_id not in self._vectors:
             raise ValidationError(
                 f"{_MOST_NAMES} vectors are registered, and no more are taken: remove some."
@@ -113,8 +101,8 @@ class EngineVectors:
         """
         if self._vectors.pop(vector_id, None) is None and not missing_ok:
             raise NotFoundError(f"no steering vector has the id {vector_id!r} here.")
-        for known in [key for key in self._packed if key[0] == vector_id]:
-            del self._packed[known]
+        for known in [name for name in self._keys if name[0] == vector_id]:
+            del self._keys[known]
 
     def __contains__(self, vector_id: object) -> bool:
         return vector_id in self._vectors
@@ -127,7 +115,8 @@ class EngineVectors:
             ValidationError: a layer that the vector hasn't, tokens or strengths that are none, or too many vectors.
         """
         items = [steering] if isinstance(steering, SteerBy) else list(steering or ())
-        edits, missing = [], {}
+        edits: list[AskedEdit] = []
+        missing: dict[str, bytes] = {}
         for item in items:
             known = self._vectors.get(item.vector)
             if known is None:
@@ -137,111 +126,54 @@ class EngineVectors:
             layers = self._layers(item, known)
             if not strength:
                 continue
-            key, data = self._unit(item.vector, known, layers, strength)
-            edits.append(AskedEdit(key, 1.0 if known.at is not None else strength, tokens))
-            if key not in self._sent:
-                missing[key] = data
+            for i, part in enumerate(known.parts):
+                chosen = tuple(layer for layer in layers if layer in part.edits)
+                if not chosen:
+                    continue
+                key, data = self._unit((item.vector, i, chosen), part, strength)
+                edits.append(AskedEdit(key, strength if part.strength == "multiplies" else 1.0, tokens))
+                if data is not None:
+                    missing[key] = data
         if len(edits) > self.capacity.per_token:
             raise ValidationError(
-                f"a request steers by {len(edits)} vectors, and this engine was started for "
-                f"{self.capacity.per_token}: start it with steering_per_token={len(edits)}."
+                f"a request steers by {len(edits)} vectors (one that clamps counts twice), and this engine was started "
+                f"for {self.capacity.per_token}: start it with steering_per_token={len(edits)}."
             )
-        return Carried(as_text(edits) if edits else None, missing)
+        fields = {FIELD: as_text(edits)} if edits else {}
+        return Carried(fields, tuple({one.key for one in edits}), missing)
 
-    def sent(self, keys: Sequence[str]) -> None:
-        """Notes what the workers hold now."""
-        self._sent.update(keys)
-
-    def _layers(self, item: SteerBy, known: _Known) -> tuple[int, ...]:
+    def _layers(self, item: SteerBy, known: KnownVector) -> tuple[int, ...]:
         if item.layers is None:
-            return tuple(known.edits)
-        layers = tuple(sorted({_layer(layer, self.n_layers) for layer in item.layers}))
-        missing = [layer for layer in layers if layer not in known.edits]
+            return known.layers
+        layers = tuple(sorted({layer_number(layer, self.n_layers) for layer in item.layers}))
+        missing = [layer for layer in layers if layer not in known.layers]
         if missing or not layers:
             raise ValidationError(
-                f"the vector {item.vector!r} has layers {list(known.edits)}, and not {missing or 'none'}."
+                f"the vector {item.vector!r} has layers {list(known.layers)}, and not {missing or 'none'}."
             )
         return layers
 
     def _unit(
-        self, vector_id: str, known: _Known, layers: tuple[int, ...], strength: float
-    ) -> tuple[str, bytes]:
-        """The packed edits of some layers, and their key."""
-        name = vector_id, layers, strength if known.at is not None else 1.0
-        found = self._packed.get(name)
-        if found is None:
-            edits = known.edits if known.at is None else known.at(strength)
-            data = packed({layer: edits[layer] for layer in layers})
-            found = self._packed[name] = key_of(data), data
-            if len(self._packed) > _MOST_PACKED:
-                self._packed.popitem(last=False)
-        return found
+        self, name: tuple[str, int, tuple[int, ...]], part: Part, strength: float
+    ) -> tuple[str, bytes | None]:
+        """The key of some layers of a part, and, where the workers don't hold it, what they are sent."""
+        full = (*name, strength if part.strength == "shapes" else 1.0)
+        key = self._keys.get(full)
+        if key is not None and key in self.held:
+            self._keys.move_to_end(full)
+            return key, None
+        edits = part.made(strength)
+        data = packed({layer: edits[layer] for layer in name[2]})
+        key = self._keys[full] = key_of(data)
+        if len(self._keys) > _MOST_NAMES:
+            self._keys.popitem(last=False)
+        return key, None if key in self.held else data
 
 
-@dataclass(frozen=True)
-class _Known:
-    """What an id stands for.
-
-    Args:
-        edits: by layer, at strength 1.
-        at: the edits at a strength, where that doesn't merely multiply what they change.
-        tokens: which they edit where a request doesn't say.
-    """
-
-    edits: Mapping[int, Edit]
-    at: Callable[[float], Mapping[int, Edit]] | None = None
-    tokens: Scope = None
-
-
-def _known(source: object, n_layers: int) -> _Known:
-    """What a user means by a vector, by ``{layer: tensor or Edit}``.
-
-    Raises:
-        ValidationError: it is neither.
-    """
-    if not isinstance(source, SteeringVector):
-        return _Known(edits_by_layer(source, n_layers))
-    terms = source.terms
-    if terms.schedule or terms.condition:
-        raise ValidationError(
-            "in vLLM a vector does the same all along a text, and this one has a schedule or a condition on prompts: "
-            "serve it with mechanex serve, or take its numbers, SteeringVector(dict(vector))."
-        )
-
-    def at(strength: float) -> dict[int, Edit]:
-        return {
-            layer: terms.made(layer, lambda s, v=v: Edit.add(v * s), v)(strength)  # type: ignore[misc]
-            for layer, v in ((layer, source[layer].float()) for layer in source.layers)
-        }
-
-    # The strength of a clamp and of a rotation is where they lead to.
-    shaped = bool(terms.clamps or terms.planes)
-    return _Known(at(1.0), at if shaped else None, TOKENS[terms.tokens])
-
-
-def edits_by_layer(source: object, n_layers: int) -> dict[int, Edit]:
-    """The edits that a user means by ``{layer: tensor or Edit}``.
-
-    Raises:
-        ValidationError: it is something else.
-    """
-    if not isinstance(source, Mapping) or not source:
-        raise ValidationError(
-            f"a vector is a SteeringVector or {{layer: tensor or Edit}}; got {type(source).__name__}."
-        )
-    found: dict[int, Edit] = {}
-    for layer, given in source.items():
-        edit = given if isinstance(given, Edit) else Edit.add(torch.as_tensor(given, dtype=torch.float32))
-        found[_layer(layer, n_layers)] = edit.to(torch.device("cpu"), torch.float32)
-    if len(found) < len(source):
-        raise ValidationError(f"a layer is named twice in {list(source)}: keep one.")
-    return dict(sorted(found.items()))
-
-
-def _layer(layer: Any, n_layers: int) -> int:
-    if isinstance(layer, bool) or not isinstance(layer, int):
-        raise ValidationError(f"a layer is a whole number; got {layer!r}.")
-    return layer if layer >= 0 else layer + n_layers
+def _content(known: KnownVector) -> str:
+    """The hash of what a vector does."""
+    data = [packed(part.edits) for part in known.parts]
+    return key_of(data[0] if len(data) == 1 else b"".join(data))
 
 
 def _strength(strength: object) -> float:

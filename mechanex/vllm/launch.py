@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import secrets
 import signal
@@ -15,6 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,16 +22,17 @@ from typing import Any
 import click
 
 from ..engine.models.sources import find_source
+from ..engine.sae.store import BEHAVIOR_FILE
 from ..errors import MechanexError, ValidationError
 from ..server.settings import ServerSettings
 from .capacity import Capacity
-from .middleware import VECTORS_VARIABLE
-from .supported import SCHEDULER, WORKER, check_installed
+from .options import steering_options
+from .served import BEHAVIORS_VARIABLE, VECTORS_VARIABLE
+from .supported import check_installed
 
 __all__ = ["RunningEngine", "serve_vllm", "server_arguments"]
 
-_MIDDLEWARE = "mechanex.vllm.middleware.SteeringMiddleware"
-_OURS = ("host", "port", "key", "vectors", "model_name", "max_batch")
+_OURS = ("host", "port", "key", "vectors", "behaviors", "model_name", "max_batch")
 _END_SECONDS = 20.0
 
 
@@ -48,7 +49,8 @@ def serve_vllm(
 
     Args:
         model: a bundled name, a folder or a name of the Hub.
-        settings: of :class:`mechanex.server.settings.ServerSettings`: host, port, key, vectors, model_name, max_batch.
+        settings: of :class:`mechanex.server.settings.ServerSettings`: host, port, key, vectors, behaviors (files of
+            behaviors), model_name, max_batch.
         dtype: of the model; None for its own.
         capacity: of the tables of edits.
         vllm_args: further arguments of ``vllm serve``.
@@ -72,13 +74,22 @@ def serve_vllm(
     key, made = given.server_key(), False
     if key is None and not given.is_loopback:
         key, made = f"mx-{secrets.token_urlsafe(32)}", True
+    for path in given.behaviors:
+        if path.suffix != BEHAVIOR_FILE or not path.is_file():
+            raise ValidationError(
+                f"in vLLM, --behaviors names {BEHAVIOR_FILE} files of behaviors, as create_behavior keeps them, and "
+                f"{path} is none."
+            )
+    capacity = capacity or Capacity()
+    if given.behaviors:
+        capacity = replace(capacity, behaviors=True)
     port = given.port or _free_port(given.host)
     arguments = server_arguments(
         source.location,
         host=given.host,
         port=port,
         name=given.model_name or source.name,
-        capacity=capacity or Capacity(),
+        capacity=capacity,
         further=[
             *(["--max-num-seqs", str(given.max_batch)] if settings.get("max_batch") else []),
             *(["--dtype", dtype] if dtype else []),
@@ -92,6 +103,8 @@ def serve_vllm(
         environment["VLLM_API_KEY"] = key  # not an argument, which others on this machine may read
     if given.vectors is not None:
         environment[VECTORS_VARIABLE] = str(Path(given.vectors).absolute())
+    if given.behaviors:
+        environment[BEHAVIORS_VARIABLE] = os.pathsep.join(str(path.absolute()) for path in given.behaviors)
     shown = f"[{given.host}]" if ":" in given.host else given.host
     near = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(shown, shown)
     command = [sys.executable, "-m", "mechanex.vllm.entry", *arguments]
@@ -145,10 +158,7 @@ def server_arguments(
         f"--served-model-name={name}",
         f"--host={host}",
         f"--port={port}",
-        f"--worker-cls={WORKER}",
-        f"--scheduler-cls={SCHEDULER}",
-        f"--middleware={_MIDDLEWARE}",
-        f"--additional-config={json.dumps(capacity.config())}",
+        *steering_options(capacity),
         *further,
     ]
 

@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import json
 import os
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from pathlib import Path
-from typing import Any, Literal
+from contextlib import ExitStack
+from functools import cache
+from typing import Any
 
-import torch
-from pydantic import Field
 from pydantic import ValidationError as InvalidBody
 
-from ..engine.intervention import Edit
-from ..engine.vector_store import VectorStore
-from ..errors import APIError, AuthenticationError, MechanexError, NotFoundError, ValidationError
-from ..server.http.body import Body
+from ..engine.token_texts import TokenTexts
+from ..errors import APIError, AuthenticationError, MechanexError, ValidationError
 from ..server.http.errors import error_envelope, status_of
 from ..server.http.routes import parsed
-from ..server.library.folder import SharedVectors
-from ..server.openai.bodies import GenerationBody
-from .asked import FIELD
-from .engine_vectors import EngineVectors, SteerBy
-from .llm import vectors_of
+from .answers import WatchedAnswer
+from .asked import FIELD, Carried
+from .served import FIELDS, Asked, ServedSteering, VectorBody, invalid, refused
+from .watched import WATCH_FIELD
 
-__all__ = ["VECTORS_VARIABLE", "SteeringMiddleware"]
-
-VECTORS_VARIABLE = "MECHANEX_VLLM_VECTORS"
-"""The environment variable that names a folder of vector files for every client."""
+__all__ = ["SteeringMiddleware"]
 
 _OPEN = ("/health", "/ping", "/ready")
 _STEERED = ("/v1/completions", "/v1/chat/completions")
 _REGISTER = "/v1/steering/vectors"
-_FIELDS = ("steering_vector", "steering_vector_id", "steering_strength", "steering")
-_ELSEWHERE = ("behavior_names", "corrected_behaviors", "force_steering", "behavior_action", "behavior_scores")
+_ELSEWHERE = ("force_steering",)
 _MOST_BYTES = 64 * 2**20
 # Not ValueError, which our own refusals are too.
 _NO_JSON = (json.JSONDecodeError, UnicodeDecodeError)
@@ -43,17 +34,6 @@ _NO_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 _Scope = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
-
-class VectorBody(Body):
-    """POST /v1/steering/vectors."""
-
-    id: str | None = Field(default=None, min_length=1, max_length=256)
-    layers: dict[str, list[float]] = Field(min_length=1, max_length=1024)
-    edit: Literal["add", "ablate", "clamp"] = "add"
-    value: float = Field(
-        default=0.0, description="What a clamp sets the projection to, in lengths of the vector."
-    )
 
 
 class SteeringMiddleware:
@@ -66,10 +46,7 @@ class SteeringMiddleware:
 
     def __init__(self, app: Callable[[_Scope, _Receive, _Send], Awaitable[None]]) -> None:
         self._app = app
-        self._vectors: EngineVectors | None = None
-        folder = os.environ.get(VECTORS_VARIABLE)
-        self._shared = SharedVectors(Path(folder) if folder else None)
-        self._stored = VectorStore()
+        self._made: ServedSteering | None = None
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         if scope["type"] != "http" or scope["method"] == "OPTIONS":
@@ -77,126 +54,132 @@ class SteeringMiddleware:
             return
         path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
         headers = {name.decode().lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        try:
-            scope = _with_key(scope, headers, path)
-            if path == _REGISTER or path.startswith(f"{_REGISTER}/"):
-                await _answer(send, 200, await self._registered(scope, receive, path))
+        with ExitStack() as leases:
+            try:
+                scope = _with_key(scope, headers, path)
+                if path == _REGISTER or path.startswith(f"{_REGISTER}/"):
+                    await _answer(send, 200, await self._registered(scope, receive, path))
+                    return
+                if scope["method"] == "POST" and "json" in headers.get("content-type", "json"):
+                    body = await _body(receive)
+                    fields = await _fields(body)
+                    if fields is not None:
+                        asked = await self._translated(scope, fields, path)
+                        if asked is not None:
+                            body = json.dumps(fields).encode()
+                        if asked is not None and asked.carried.fields:
+                            steering = self._steering(scope)
+                            leases.enter_context(steering.vectors.held.lease(asked.carried.keys))
+                            await steering.hold(asked.carried)
+                            send = self._followed(scope, send, fields, asked)
+                            body = json.dumps(fields).encode()
+                    receive = _again(body, receive)
+                    kept = [one for one in scope["headers"] if one[0].lower() != b"content-length"]
+                    scope = {**scope, "headers": kept}
+            except MechanexError as error:
+                await _answer(send, status_of(error), error_envelope(error))
                 return
-            if scope["method"] == "POST" and "json" in headers.get("content-type", "json"):
-                body = await _body(receive)
-                receive = _again(await self._translated(scope, body, path), receive)
-                kept = [one for one in scope["headers"] if one[0].lower() != b"content-length"]
-                scope = {**scope, "headers": kept}
-        except MechanexError as error:
-            await _answer(send, status_of(error), error_envelope(error))
-            return
-        await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
 
     async def _registered(self, scope: _Scope, receive: _Receive, path: str) -> dict[str, Any]:
         """The answer to a request about vectors."""
-        state, method = scope["app"].state, scope["method"]
-        vectors = self._known(state)
+        steering, method = self._steering(scope), scope["method"]
         if method == "GET" and path == _REGISTER:
             return {
                 "object": "list",
-                "data": [{"id": one, "object": "steering_vector"} for one in vectors.ids],
+                "data": [{"id": one, "object": "steering_vector"} for one in steering.vectors.ids],
             }
         if method == "DELETE" and path != _REGISTER:
-            vectors.remove(path.removeprefix(f"{_REGISTER}/"))
+            steering.vectors.remove(path.removeprefix(f"{_REGISTER}/"))
             return {"deleted": True}
         if method != "POST" or path != _REGISTER:
             raise APIError(f"There is no {method} {path}.", 405)
-        if (getattr(state.args, "api_server_count", None) or 1) > 1:
-            raise ValidationError(
-                "vectors are registered with one API server (--api-server-count 1), and this has several: put them "
-                "into the folder of --vectors."
-            )
         try:
             body = VectorBody.model_validate(await parsed(await _body(receive)))
         except InvalidBody as error:
-            raise _invalid(error) from error
-        except _NO_JSON as error:
+            raise invalid(error) from error
+        except (*_NO_JSON, RecursionError) as error:
             raise ValidationError(f"The body must be a JSON object ({error}).") from error
-        if body.id is not None and (self._shared.loaded(body.id) or body.id in self._stored):
-            raise ValidationError(f"{body.id!r} is a vector of the server's own: choose another id.")
-        edits = {_layer(layer): _edit(body, numbers) for layer, numbers in body.layers.items()}
-        return {"id": vectors.add(edits, body.id), "object": "steering_vector"}
+        return {"id": steering.register(body), "object": "steering_vector"}
 
-    async def _translated(self, scope: _Scope, body: bytes, path: str) -> bytes:
-        """The body as vLLM takes it."""
-        try:
-            fields = await parsed(body) if body else {}
-        except _NO_JSON:
-            return body  # vLLM says what is wrong
-        if not isinstance(fields, dict):
-            return body
-        if FIELD in (fields.get("vllm_xargs") or {}):
-            raise _refused(
-                f"vllm_xargs[{FIELD!r}] is the server's own: send steering_vector or steering.", "vllm_xargs"
-            )
+    async def _translated(self, scope: _Scope, fields: dict[str, Any], path: str) -> Asked | None:
+        """What a request asks for; in ``fields``, what vLLM takes stands in the place of what is ours.
+
+        None where nothing is ours.
+        """
+        for name in (FIELD, WATCH_FIELD):
+            if name in (fields.get("vllm_xargs") or {}):
+                raise refused(
+                    f"vllm_xargs[{name!r}] is the server's own: send steering_vector or steering.",
+                    "vllm_xargs",
+                )
         other = [name for name in _ELSEWHERE if fields.get(name)]
         if other:
-            raise _refused(
+            raise refused(
                 f"{other[0]} is not served by vLLM: leave it out, or serve without --use-vllm.", other[0]
             )
-        ours = {name: fields.pop(name) for name in (*_FIELDS, *_ELSEWHERE) if name in fields}
-        if not any(value is not None for value in ours.values()):
-            return json.dumps(fields).encode() if ours else body
+        ours = {name: fields.pop(name) for name in (*FIELDS, *_ELSEWHERE) if name in fields}
+        if not ours:
+            return None
+        if all(value is None for value in ours.values()):
+            return Asked(Carried())
         if path not in _STEERED:
-            raise _refused(f"{path} is not steered; {' and '.join(_STEERED)} are.", next(iter(ours)))
-        text = await self._asked(scope["app"].state, ours)
-        if text is not None:
-            fields["vllm_xargs"] = {**(fields.get("vllm_xargs") or {}), FIELD: text}
-        return json.dumps(fields).encode()
-
-    async def _asked(self, state: Any, ours: Mapping[str, Any]) -> str | None:
-        """What the request carries, once the workers have its vectors."""
-        try:
-            body = GenerationBody.model_validate(ours)
-        except InvalidBody as error:
-            raise _invalid(error) from error
-        wanted: list[tuple[str, SteerBy]] = []
-        one = body.steering_vector or body.steering_vector_id
-        if one is not None:
-            strength = 1.0 if body.steering_strength is None else body.steering_strength
-            wanted.append(("steering_vector", SteerBy(one, strength)))
-        elif body.steering_strength and not body.steering:
-            raise _refused(
-                f"steering_strength is {body.steering_strength} and there is nothing to steer with: give a "
-                "steering_vector.",
-                "steering_strength",
+            raise refused(f"{path} is not steered; {' and '.join(_STEERED)} are.", next(iter(ours)))
+        asked = await self._steering(scope).asked(ours)
+        if asked.carried.fields:
+            fields["vllm_xargs"] = {**(fields.get("vllm_xargs") or {}), **asked.carried.fields}
+        if asked.scores and (_n_answers(fields) != 1 or fields.get("echo")):
+            raise refused(
+                "in vLLM behavior_scores are told of one answer, without echo: leave n and best_of at 1, and send one "
+                "prompt.",
+                "behavior_scores",
             )
-        for item in body.steering or ():
-            wanted.append(("steering", SteerBy(item.vector, item.strength, item.layers, item.selector)))
-        vectors = self._known(state)
-        for param, by in wanted:
-            try:
-                await self._find(vectors, by.vector)
-            except (NotFoundError, ValidationError) as error:
-                raise _refused(error.message, param) from error
-        try:
-            asked = vectors.asked([by for _, by in wanted])
-        except (NotFoundError, ValidationError) as error:
-            raise _refused(error.message, wanted[0][0]) from error
-        for key, data in asked.missing.items():
-            await state.engine_client.collective_rpc("steering_register", args=(data,))
-            vectors.sent([key])
-        return asked.text
+        return asked
 
-    async def _find(self, vectors: EngineVectors, vector_id: str) -> None:
-        """Takes in a vector of the server's own when it is first asked for."""
-        if vector_id in vectors:
-            return
-        found = await asyncio.to_thread(self._shared.get, vector_id)
-        if found is None and vector_id in self._stored:
-            found = await asyncio.to_thread(self._stored.get, vector_id)
-        if found is not None:
-            vectors.add(found, vector_id)
+    def _followed(self, scope: _Scope, send: _Send, fields: dict[str, Any], asked: Asked) -> _Send:
+        """What the answer is to be sent by."""
+        watch = asked.watch
+        if watch is None:
+            return send
+        hides = not fields.get("return_token_ids")
+        steering, engine = self._steering(scope), scope["app"].state.engine_client
+        if not asked.scores:
+            return WatchedAnswer(send, None, lambda: _texts(engine), False).send
+        fields["return_token_ids"] = True
+        return WatchedAnswer(send, lambda: steering.seen(watch), lambda: _texts(engine), hides).send
 
-    def _known(self, state: Any) -> EngineVectors:
-        if self._vectors is None:
-            self._vectors = vectors_of(state.vllm_config)
-        return self._vectors
+    def _steering(self, scope: _Scope) -> ServedSteering:
+        if self._made is None:
+            self._made = ServedSteering(scope["app"].state)
+        return self._made
+
+
+@cache
+def _texts(engine: Any) -> TokenTexts:
+    from .._private.vllm import tokenizer_of
+
+    return TokenTexts(tokenizer_of(engine))
+
+
+def _n_answers(fields: Mapping[str, Any]) -> int:
+    prompt = fields.get("prompt")
+    several = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    return several * max(fields.get("n") or 1, fields.get("best_of") or 1)
+
+
+async def _fields(body: bytes) -> dict[str, Any] | None:
+    """The fields of a body; None where vLLM says what is wrong with it.
+
+    Raises:
+        ValidationError: it is nested too deeply.
+    """
+    try:
+        fields = await parsed(body) if body else {}
+    except _NO_JSON:
+        return None
+    except RecursionError as error:
+        raise ValidationError("The body is nested too deeply.") from error
+    return fields if isinstance(fields, dict) else None
 
 
 def _with_key(scope: _Scope, headers: Mapping[str, str], path: str) -> _Scope:
@@ -256,31 +239,3 @@ async def _answer(send: _Send, status: int, body: Mapping[str, Any]) -> None:
     head = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": head})
     await send({"type": "http.response.body", "body": data})
-
-
-def _edit(body: VectorBody, numbers: list[float]) -> Edit:
-    vector = torch.tensor(numbers, dtype=torch.float32)
-    if vector.numel() == 0:
-        raise ValidationError("a layer has no numbers.")
-    if body.edit == "ablate":
-        return Edit.ablate(vector)
-    return Edit.clamp(vector, body.value) if body.edit == "clamp" else Edit.add(vector)
-
-
-def _layer(name: str) -> int:
-    try:
-        return int(name)
-    except ValueError:
-        raise ValidationError(f"layers are named by their numbers; got {name[:40]!r}.") from None
-
-
-def _refused(message: str, param: str) -> ValidationError:
-    return ValidationError(message, details={"param": param})
-
-
-def _invalid(error: InvalidBody) -> ValidationError:
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the body"
-    return _refused(
-        f"Invalid value for {where[:100]!r}: {first['msg'][:500]}", str(first["loc"][:1] or where)
-    )

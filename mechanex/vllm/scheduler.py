@@ -6,15 +6,16 @@ For vLLM's ``scheduler_cls``.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from .._private.vllm import VERSION, salt_blocks, scheduler_class
+from .._private.vllm import STOPPED, VERSION, ended_in, salt_blocks, scheduler_class
 from .asked import FIELD, AskedEdit, block_salt, edits_of
 from .capacity import Capacity
 from .slots import Slots
 from .supported import check_version
+from .watched import WATCH_FIELD, watch_of
 
 __all__ = ["steering_scheduler"]
 
@@ -26,14 +27,22 @@ def steering_scheduler(*, vllm_config: Any, **options: Any) -> Any:
     return _on(scheduler_class(vllm_config))(vllm_config=vllm_config, **options)
 
 
-def _asked(request: Any) -> tuple[AskedEdit, ...]:
+def _said(request: Any) -> Mapping[str, Any]:
     params = request.sampling_params
-    text = ((params and params.extra_args) or {}).get(FIELD)
+    return (params and params.extra_args) or {}
+
+
+def _asked(request: Any) -> tuple[AskedEdit, ...]:
+    text = _said(request).get(FIELD)
     return edits_of(text) if text else ()
 
 
 def _salt(request: Any, start: int, stop: int) -> Sequence[str]:
-    return block_salt(_asked(request), start, stop, request.num_prompt_tokens)
+    parts = block_salt(_asked(request), start, stop, request.num_prompt_tokens)
+    text = _said(request).get(WATCH_FIELD)
+    if text and stop > request.num_prompt_tokens and watch_of(text).alters:
+        parts.append(f"{WATCH_FIELD}:{request.request_id}")  # what is corrected is known to this answer alone
+    return parts
 
 
 @cache
@@ -45,6 +54,7 @@ def _on(base: Any) -> Any:
             super().__init__(vllm_config=vllm_config, **options)
             self._slots = Slots(Capacity.of(vllm_config.additional_config).slots)
             self._held: deque[Any] = deque()
+            self._ended: frozenset[str] = frozenset()
 
         def add_request(self, request: Any) -> None:
             if not self._held and self._admit(request):
@@ -81,6 +91,18 @@ def _on(base: Any) -> Any:
             freed = super()._free_request(request, *args, **kwargs)
             self._slots.release(request.request_id)
             return freed
+
+        def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+            self._ended = ended_in(model_runner_output)
+            return super().update_from_output(scheduler_output, model_runner_output)
+
+        def _update_request_with_output(self, request: Any, new_token_ids: list[int], **kwargs: Any) -> Any:
+            if request.request_id not in self._ended:
+                return super()._update_request_with_output(request, new_token_ids, **kwargs)
+            # The answer ends with the token before, in which a behavior showed.
+            request.status = STOPPED
+            request.stop_reason = "behavior"
+            return [], True
 
         def get_num_unfinished_requests(self) -> int:
             paused = self.pause_state.name != "UNPAUSED"

@@ -17,6 +17,8 @@ from ..engine.steer_table import SteerTable
 from ..errors import ValidationError
 from .capacity import Capacity
 from .plan import StepPlan
+from .watch_op import Look
+from .watched import WatchedStream
 
 __all__ = ["SteeredStream", "decoder_layers"]
 
@@ -51,6 +53,9 @@ class SteeredStream:
         n_tokens: most tokens of a step, padding included.
         device: of the stream.
         dtype: of the stream.
+
+    Attributes:
+        watched: the requests of the running step that are watched.
     """
 
     def __init__(
@@ -84,6 +89,8 @@ class SteeredStream:
         self._now: tuple[Tensor, Tensor] | None = None
         self._busy: frozenset[int] = frozenset()
         self._only_adds = False
+        self.watched = WatchedStream()
+        self._look = Look(self._look_into) if capacity.behaviors else None
 
     def wrap(self, layers: Sequence[nn.Module | None], takes_two: Callable[[nn.Module], bool]) -> None:
         """Has the layers edit what they leave behind, and the first one what it is given.
@@ -131,6 +138,7 @@ class SteeredStream:
         if self._now is not None:
             self._rows[: self._now[0].shape[0]].fill_(-1)
         self._now, self._busy, self._only_adds = None, frozenset(), False
+        self.watched.clear()
 
     def edit(self, site: int, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The stream at a site as the step has it edited, of the tensors that it is the sum of.
@@ -148,13 +156,40 @@ class SteeredStream:
         table = self.tables[site]
         if _captured(hidden):
             n = hidden.shape[0]
-            return _edited(table, hidden, residual, self._rows[:n], self._strength[:n], False)
-        if site not in self._busy or self._now is None:
+            hidden, residual = _edited(table, hidden, residual, self._rows[:n], self._strength[:n], False)
+            if self._look is not None:
+                self._look(site, *((hidden, None) if residual is None else (residual, hidden)))
             return hidden, residual
-        rows, strength = self._now
-        if rows.shape[0] != hidden.shape[0]:  # padded to the size of some graph
-            rows, strength = self._rows[: hidden.shape[0]], self._strength[: hidden.shape[0]]
-        return _edited(table, hidden, residual, rows, strength, self._only_adds)
+        if site in self._busy and self._now is not None:
+            rows, strength = self._now
+            if rows.shape[0] != hidden.shape[0]:  # padded to the size of some graph
+                rows, strength = self._rows[: hidden.shape[0]], self._strength[: hidden.shape[0]]
+            hidden, residual = _edited(table, hidden, residual, rows, strength, self._only_adds)
+        if self.watched.looks_at(site):
+            target, other = (hidden, None) if residual is None else (residual, hidden)
+            target = target.clone()
+            self._look_into(site, target, other)
+            return (target, None) if residual is None else (hidden, target)
+        return hidden, residual
+
+    def _look_into(self, site: int, target: Tensor, other: Tensor | None) -> None:
+        """Scores a site's watched tokens, and writes into ``target`` what is corrected of its sum with ``other``."""
+        if not self.watched.looks_at(site):
+            return
+        wide = compute_dtype(target.dtype)
+
+        def rows_of(tensor: Tensor, index: Tensor) -> Tensor:
+            return tensor.index_select(0, index.to(tensor.device)).to(wide)
+
+        def stream(index: Tensor) -> Tensor:
+            found = rows_of(target, index)
+            return found if other is None else found + rows_of(other, index)
+
+        changed = self.watched.changed(site, stream)
+        if changed is not None:
+            index, x = changed
+            x = x if other is None else x - rows_of(other, index)
+            target.index_copy_(0, index.to(target.device), x.to(target.dtype))
 
     @property
     def n_bytes(self) -> int:

@@ -7,8 +7,17 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..errors import ValidationError
+from .capacity import Capacity
 
-__all__ = ["SCHEDULER", "TESTED", "WORKER", "check_config", "check_installed", "check_version"]
+__all__ = [
+    "SCHEDULER",
+    "TESTED",
+    "WORKER",
+    "check_config",
+    "check_installed",
+    "check_version",
+    "why_unwatched",
+]
 
 WORKER = "mechanex.vllm.worker.SteeringWorker"
 SCHEDULER = "mechanex.vllm.scheduler.steering_scheduler"
@@ -55,7 +64,10 @@ def check_config(config: Any) -> None:
             ("a model that doesn't generate", model.runner_type != "generate"),
             ("keys and values from elsewhere (kv_transfer_config)", config.kv_transfer_config is not None),
             ("data parallelism", parallel.data_parallel_size > 1),
-            ("context parallelism", parallel.decode_context_parallel_size > 1),
+            (
+                "context parallelism",
+                max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
+            ),
             ("overlapping half batches (enable_dbo)", parallel.enable_dbo),
             ("sequence parallelism", bool(config.compilation_config.pass_config.enable_sp)),
         )
@@ -80,3 +92,27 @@ def check_config(config: Any) -> None:
             "steering was not yet run on vLLM's V2 model runner: compare some answers with those of "
             "VLLM_USE_V2_MODEL_RUNNER=0 before you trust them."
         )
+
+
+def why_unwatched(config: Any) -> str | None:
+    """Why an engine of this configuration can't watch answers, and what to do; None where it can.
+
+    Args:
+        config: vLLM's ``VllmConfig``.
+    """
+    if config.parallel_config.pipeline_parallel_size > 1:
+        return "behaviors are not watched with pipeline parallelism, whose last stage alone says when an answer ends."
+    if config.use_v2_model_runner:
+        return "behaviors are not watched on vLLM's V2 model runner: start with VLLM_USE_V2_MODEL_RUNNER=0."
+    if config.model_config.enforce_eager:
+        return None
+    if config.device_config.device_type != "cpu":
+        return (
+            "behaviors are watched in eager mode alone on this device: start the engine with enforce_eager."
+        )
+    if not Capacity.of(config.additional_config).behaviors:
+        return (
+            "behaviors are watched by engines that were started for it, since their compiled code has to ask at every "
+            "layer: start with steering_behaviors=True (of a server: --behaviors), or with enforce_eager."
+        )
+    return None

@@ -1,17 +1,24 @@
-"""Edits of one vector as bytes that go to the workers, and the hash of their content by which requests name them."""
+"""What goes to the workers as bytes, edits of a vector or a behavior, and the hash by which requests name it."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 from safetensors.torch import load, save
 from torch import Tensor
 
 from ..engine.intervention import Edit
+from ..engine.sae.behavior import Behavior
+from ..engine.sae.store import read_behavior, write_behavior
 from ..ops.gate import Gate
 
-__all__ = ["key_of", "packed", "unpacked"]
+__all__ = ["Unit", "key_of", "packed", "packed_behavior", "unpacked", "unpacked_unit"]
+
+Unit = Mapping[int, Edit] | Behavior
 
 _GATE = ("kinds", "weight", "offset")
 
@@ -38,8 +45,35 @@ def unpacked(data: bytes) -> dict[int, Edit]:
     return {layer: _edit(parts) for layer, parts in sorted(layers.items())}
 
 
+def packed_behavior(behavior: Behavior) -> bytes:
+    """A behavior's file.
+
+    Raises:
+        ValidationError: it has none, as ``write_behavior`` says.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "behavior.safetensors"
+        write_behavior(behavior, path)
+        return path.read_bytes()
+
+
+def unpacked_unit(data: bytes) -> Unit:
+    """What ``packed`` or ``packed_behavior`` made these bytes of.
+
+    Raises:
+        MechanexError: a behavior whose autoencoder isn't there.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if "mechanex" not in (json.loads(data[8 : 8 + length]).get("__metadata__") or {}):
+        return unpacked(data)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "behavior.safetensors"
+        path.write_bytes(data)
+        return read_behavior(path)
+
+
 def key_of(data: bytes) -> str:
-    """The hash of packed edits."""
+    """The hash of what is packed."""
     return hashlib.sha256(data).hexdigest()[:32]
 
 

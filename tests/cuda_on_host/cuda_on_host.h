@@ -43,90 +43,141 @@ struct Index {
   unsigned x;
 };
 
-enum Wait { kReady, kWarpBarrier, kBlockBarrier, kDone };
+enum Wait { kReady, kWarpBarrier, kBlockBarrier, kClusterBarrier, kDone };
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool exists;
+};
 
 struct Fiber {
   ucontext_t context;
   Wait wait = kReady;
-  uint64_t slots[2] = {};
+  unsigned char slots[2][32] = {};
   int exchanges = 0;
+  std::vector<std::vector<Copy>> copies = {{}};
 };
 
 struct Block {
   std::vector<unsigned char> shared;
   std::vector<Fiber> fibers;
-  std::function<void()> body;
-  ucontext_t scheduler;
-  std::exception_ptr error;
   int running = 0;
 };
 
+struct Cluster {
+  std::vector<Block> blocks;
+  std::function<void()> body;
+  ucontext_t scheduler;
+  std::exception_ptr error;
+};
+
+inline thread_local Cluster* cluster = nullptr;
 inline thread_local Block* block = nullptr;
 inline thread_local Index thread_index, block_index, block_size;
 
 inline void wait(Wait at) {
   Fiber& self = block->fibers[block->running];
   self.wait = at;
-  swapcontext(&self.context, &block->scheduler);
+  swapcontext(&self.context, &cluster->scheduler);
 }
 
 inline void enter() {
   try {
-    block->body();
+    cluster->body();
   } catch (...) {
-    block->error = std::current_exception();
+    cluster->error = std::current_exception();
   }
   block->fibers[block->running].wait = kDone;
 }
 
-// Lets threads [from, to) go on if all of them wait at this barrier.
-inline bool release(Block& b, size_t from, size_t to, Wait at) {
+inline bool all_wait(const Block& b, size_t from, size_t to, Wait at) {
   for (size_t i = from; i < to; ++i)
     if (b.fibers[i].wait != at) return false;
-  for (size_t i = from; i < to; ++i) b.fibers[i].wait = kReady;
   return true;
 }
 
-inline void run_block(unsigned index, int threads, size_t shared, std::mt19937& order, std::function<void()> body) {
+// Lets threads [from, to) go on if all of them wait at this barrier.
+inline void release(Block& b, size_t from, size_t to, Wait at) {
+  if (!all_wait(b, from, to, at)) return;
+  for (size_t i = from; i < to; ++i) b.fibers[i].wait = kReady;
+}
+
+// Runs blocks [first, first + size) as one cluster.
+inline void run_cluster(unsigned first, int size, int threads, size_t shared, std::mt19937& order,
+                        std::function<void()> body) {
   constexpr size_t kStack = 1 << 16;
   static thread_local std::vector<unsigned char> stacks;
-  stacks.resize(kStack * threads);
-  Block b;
-  b.shared.assign(shared, 0xff);
-  b.fibers.resize(threads);
-  b.body = std::move(body);
-  block = &b;
-  block_index = {index};
+  stacks.resize(kStack * threads * size);
+  Cluster c;
+  c.blocks.resize(size);
+  c.body = std::move(body);
+  cluster = &c;
   block_size = {static_cast<unsigned>(threads)};
-  for (int i = 0; i < threads; ++i) {
-    ucontext_t& context = b.fibers[i].context;
+  std::vector<int> ready(threads * size);
+  for (int i = 0; i < threads * size; ++i) {
+    Block& b = c.blocks[i / threads];
+    if (b.fibers.empty()) {
+      b.shared.assign(shared, 0xff);
+      b.fibers.resize(threads);
+    }
+    ucontext_t& context = b.fibers[i % threads].context;
     getcontext(&context);
     context.uc_stack.ss_sp = stacks.data() + kStack * i;
     context.uc_stack.ss_size = kStack;
-    context.uc_link = &b.scheduler;
+    context.uc_link = &c.scheduler;
     makecontext(&context, enter, 0);
+    ready[i] = i;
   }
-  std::vector<int> ready(threads);
-  for (int i = 0; i < threads; ++i) ready[i] = i;
   while (!ready.empty()) {
     std::shuffle(ready.begin(), ready.end(), order);
     for (int i : ready) {
-      b.running = i;
-      thread_index = {static_cast<unsigned>(i)};
-      swapcontext(&b.scheduler, &b.fibers[i].context);
+      block = &c.blocks[i / threads];
+      block->running = i % threads;
+      thread_index = {static_cast<unsigned>(i % threads)};
+      block_index = {first + i / threads};
+      swapcontext(&c.scheduler, &block->fibers[block->running].context);
     }
-    for (int warp = 0; warp < threads; warp += 32) release(b, warp, warp + 32, kWarpBarrier);
-    release(b, 0, threads, kBlockBarrier);
+    bool together = true;
+    for (Block& b : c.blocks) {
+      for (int warp = 0; warp < threads; warp += 32) release(b, warp, warp + 32, kWarpBarrier);
+      release(b, 0, threads, kBlockBarrier);
+      together = together && all_wait(b, 0, threads, kClusterBarrier);
+    }
+    if (together)
+      for (Block& b : c.blocks) release(b, 0, threads, kClusterBarrier);
     ready.clear();
     bool finished = true;
-    for (int i = 0; i < threads; ++i) {
-      if (b.fibers[i].wait == kReady) ready.push_back(i);
-      finished = finished && b.fibers[i].wait == kDone;
+    for (int i = 0; i < threads * size; ++i) {
+      const Wait at = c.blocks[i / threads].fibers[i % threads].wait;
+      if (at == kReady) ready.push_back(i);
+      finished = finished && at == kDone;
     }
-    if (b.error) std::rethrow_exception(b.error);
+    if (c.error) std::rethrow_exception(c.error);
     if (ready.empty() && !finished) throw std::runtime_error("threads of a block wait at different barriers");
   }
   block = nullptr;
+  cluster = nullptr;
+}
+
+inline void run_block(unsigned index, int threads, size_t shared, std::mt19937& order, std::function<void()> body) {
+  run_cluster(index, 1, threads, shared, order, std::move(body));
+}
+
+// What this lane gives to the others of its warp; they may read it with `given_by` until they give again.
+inline int give(const void* value, size_t size) {
+  Fiber& self = block->fibers[block->running];
+  const int slot = self.exchanges++ % 2;
+  memcpy(self.slots[slot], value, size);
+  wait(kWarpBarrier);
+  return slot;
+}
+
+template <class T>
+T given_by(int lane, int slot) {
+  T out;
+  memcpy(&out, block->fibers[block->running / 32 * 32 + lane].slots[slot], sizeof(out));
+  return out;
 }
 
 }  // namespace cuda_on_host
@@ -183,13 +234,82 @@ inline double hyperbolic_tangent(double value) { return std::tanh(value); }
 template <class S>
 inline S from_lane(S value, int difference) {
   using namespace cuda_on_host;
-  const int self = block->running;
-  const int slot = block->fibers[self].exchanges++ % 2;
-  memcpy(&block->fibers[self].slots[slot], &value, sizeof(value));
-  wait(kWarpBarrier);
-  S out;
-  memcpy(&out, &block->fibers[self ^ difference].slots[slot], sizeof(out));
-  return out;
+  const int slot = give(&value, sizeof(value));
+  return given_by<S>(block->running % 32 ^ difference, slot);
+}
+
+// In place of csrc/cuda/matrices.cuh. Copies arrive when they are waited for, not before.
+#define MX_HAS_CLUSTERS 1
+
+inline void copy_async(void* to, const void* from, bool exists) {
+  check_aligned(to);
+  check_aligned(from);
+  cuda_on_host::block->fibers[cuda_on_host::block->running].copies.back().push_back({to, from, exists});
+}
+
+inline void commit_copies() { cuda_on_host::block->fibers[cuda_on_host::block->running].copies.emplace_back(); }
+
+template <int kLeft>
+inline void await_copies() {
+  auto& groups = cuda_on_host::block->fibers[cuda_on_host::block->running].copies;
+  while (groups.size() > kLeft + 1) {
+    for (const cuda_on_host::Copy& copy : groups.front()) {
+      if (copy.exists)
+        memcpy(copy.to, copy.from, 16);
+      else
+        memset(copy.to, 0, 16);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+template <bool kTransposed>
+inline void load_lanes(uint32_t (&out)[4], const void* row) {
+  using namespace cuda_on_host;
+  check_aligned(row);
+  const int slot = give(&row, sizeof(row)), lane = block->running % 32;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const int wide = lane % 4 * 2, tall = lane / 4;
+    uint16_t pair[2];
+    for (int i = 0; i < 2; ++i) {
+      const int from = kTransposed ? wide + i : tall, at = kTransposed ? tall : wide + i;
+      pair[i] = given_by<const uint16_t*>(8 * matrix + from, slot)[at];
+    }
+    out[matrix] = uint32_t{pair[1]} << 16 | pair[0];
+  }
+}
+
+inline void load_matrices(uint32_t (&out)[4], const void* row) { load_lanes<false>(out, row); }
+inline void load_transposed(uint32_t (&out)[4], const void* row) { load_lanes<true>(out, row); }
+
+template <class Half>
+inline void multiply_add(float (&out)[4], const uint32_t (&left)[4], uint32_t right, uint32_t right_below, Half) {
+  using namespace cuda_on_host;
+  struct Given {
+    uint32_t left[4], right[2];
+  } mine = {{left[0], left[1], left[2], left[3]}, {right, right_below}};
+  const int slot = give(&mine, sizeof(mine)), lane = block->running % 32;
+  const auto half = [](uint32_t word, int i) { return Half::widen(static_cast<uint16_t>(word >> (i % 2 * 16))); };
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4, column = lane % 4 * 2 + i % 2;
+    float sum = out[i];
+    for (int k = 0; k < 16; ++k) {
+      const Given a = given_by<Given>(row * 4 + k % 8 / 2, slot), b = given_by<Given>(column * 4 + k % 8 / 2, slot);
+      sum += half(a.left[i / 2 + k / 8 * 2], k) * half(b.right[k / 8], k);
+    }
+    out[i] = sum;
+  }
+}
+
+inline int cluster_size() { return static_cast<int>(cuda_on_host::cluster->blocks.size()); }
+inline int cluster_rank() { return static_cast<int>(cuda_on_host::block - cuda_on_host::cluster->blocks.data()); }
+inline void await_cluster() { cuda_on_host::wait(cuda_on_host::kClusterBarrier); }
+
+template <class T>
+inline T read_from(const T* p, int rank) {
+  using namespace cuda_on_host;
+  const auto at = reinterpret_cast<const unsigned char*>(p) - block->shared.data();
+  return *reinterpret_cast<const T*>(cluster->blocks[rank].shared.data() + at);
 }
 
 }  // namespace mechanex

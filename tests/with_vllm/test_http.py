@@ -19,6 +19,12 @@ from models import Case, by_transformers
 import mechanex
 from mechanex.engine.intervention import Edit
 from mechanex.engine.models.resolve import load
+from mechanex.engine.sae.behavior import Behavior
+from mechanex.engine.sae.corrections import Correction
+from mechanex.engine.sae.detectors import ProbeDetector
+from mechanex.engine.sae.generate import generate_watched
+from mechanex.engine.sae.hook_points import HookPoint
+from mechanex.engine.sae.store import write_behavior
 from mechanex.engine.vectors import SteeringVector
 
 KEY = "a key of sixteen characters"
@@ -31,6 +37,16 @@ ARGS = [
 ]
 GENERATOR = torch.Generator().manual_seed(3)
 CALM, LOUD = (2 * torch.randn(128, generator=GENERATOR) for _ in range(2))
+
+
+def behavior(name: str, direction: torch.Tensor, threshold: float) -> Behavior:
+    direction = direction / direction.norm()
+    probe, correction = ProbeDetector(direction, 0.0, 0.1), Correction("subtract", direction, 0.0, 0.5, 3.0)
+    point = HookPoint("resid", 3)
+    return Behavior(name, "", "mx-tiny", None, 128, point, "probe", probe, None, None, threshold, correction)
+
+
+BEHAVIORS = [behavior("gruff", CALM, 70.0), behavior("shrill", LOUD, 200.0)]
 STORY = "The baker said that the bread was warm, and the people of the city were glad to have it. " * 4
 
 
@@ -38,7 +54,11 @@ STORY = "The baker said that the bread was warm, and the people of the city were
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("vectors")
     SteeringVector({1: CALM, 2: LOUD}).save(folder / "calm.safetensors")
-    settings = {"vllm_args": ARGS, "vectors": folder, "key": KEY}
+    watched = tmp_path_factory.mktemp("behaviors")
+    files = [watched / f"{one.name}.safetensors" for one in BEHAVIORS]
+    for one, path in zip(BEHAVIORS, files, strict=True):
+        write_behavior(one, path)
+    settings = {"vllm_args": ARGS, "vectors": folder, "behaviors": files, "key": KEY}
     client = mechanex.Mechanex()
     with client.serve("mx-tiny", "127.0.0.1", 0, True, block=False, **settings) as running:
         yield running
@@ -128,6 +148,65 @@ def test_chats_and_streams(client: openai.OpenAI) -> None:
     assert whole != client.chat.completions.create(**asked).choices[0].message.content
 
 
+ACTIONS: list[tuple[list[str], str]] = [
+    (["gruff"], "correct"),
+    (["gruff", "shrill"], "abort"),
+    (["shrill", "gruff"], "report"),
+]
+
+
+@pytest.mark.parametrize(("names", "action"), ACTIONS)
+def test_watched_answers(client: openai.OpenAI, names: list[str], action: Any) -> None:
+    """As the engine watches them, scores included, whole and streamed."""
+    loaded = load("mx-tiny", backend="transformers", dtype="float32")
+    known = {one.name: one for one in BEHAVIORS}
+    prompt = "The baker said that"
+    (wanted,) = generate_watched(
+        loaded.model,
+        loaded.tokenizer,
+        [prompt],
+        [known[name] for name in names],
+        action=action,
+        max_tokens=24,
+        sampling_method="greedy",
+    )
+    assert wanted.detected and (wanted.finish_reason == "behavior") == (action == "abort")
+    asked: Any = {"model": "mx-tiny", "prompt": prompt, "max_tokens": 24, "temperature": 0}
+    fields = {"behavior_names": names, "behavior_action": action}
+    scored = client.completions.create(**asked, extra_body=fields | {"behavior_scores": True}).choices[0]
+    plain = client.completions.create(**asked, extra_body=fields).choices[0]
+    parts = list(
+        client.completions.create(**asked, extra_body=fields | {"behavior_scores": True}, stream=True)
+    )
+    text = wanted.text.removeprefix(prompt)
+    assert plain.text == scored.text == text == "".join(part.choices[0].text for part in parts)
+    for choice in (plain, scored, parts[-1].choices[0]):
+        assert choice.finish_reason == wanted.finish_reason
+        assert not choice.model_extra.get("token_ids"), "nobody asked for them"
+    for choice in (scored, parts[-1].choices[0]):
+        found = choice.model_extra["behaviors"]
+        assert found["detected"] == list(wanted.detected)
+        assert [one["token"] for one in found["tokens"]] == [one.text for one in wanted.trace]
+        for one, other in zip(found["tokens"], wanted.trace, strict=True):
+            assert one["scores"] == pytest.approx(dict(other.scores), abs=1e-2)
+            assert (one["detected"], one["corrected"]) == (list(other.detected), list(other.corrected))
+
+
+def test_a_watched_chat(client: openai.OpenAI) -> None:
+    asked: Any = {
+        "model": "mx-tiny",
+        "messages": [{"role": "user", "content": "What did the baker say?"}],
+        "max_tokens": 12,
+        "temperature": 0,
+        "extra_body": {"corrected_behaviors": ["gruff"], "behavior_scores": True, "steering_vector": "calm"},
+    }
+    whole = client.chat.completions.create(**asked).choices[0]
+    parts = [part for part in client.chat.completions.create(**asked, stream=True) if part.choices]
+    assert whole.message.content == "".join(part.choices[0].delta.content or "" for part in parts)
+    assert whole.model_extra["behaviors"] == parts[-1].choices[0].model_extra["behaviors"]
+    assert len(whole.model_extra["behaviors"]["tokens"]) == 12
+
+
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
@@ -138,7 +217,11 @@ def test_chats_and_streams(client: openai.OpenAI) -> None:
         ({"steering": [{"vector": "calm"}] * 5}, "5 vectors"),
         ({"steering_strength": 2}, "nothing to steer with"),
         ({"steering_vector": "calm", "steering_strength": "much"}, "steering_strength"),
-        ({"behavior_names": ["calm_angry"]}, "behavior_names"),
+        ({"behavior_names": ["calm_angry"]}, "no behavior that can be watched is called 'calm_angry'"),
+        ({"behavior_names": ["gruff"], "behavior_action": "steer"}, "not steered by"),
+        ({"behavior_names": ["gruff"], "behavior_scores": True, "n": 2}, "one answer"),
+        ({"force_steering": ["gruff"]}, "force_steering"),
+        ({"vllm_xargs": {"mechanex_watch": "[]"}}, "vllm_xargs"),
         ({"vllm_xargs": {"mechanex": "[]"}}, "vllm_xargs"),
     ],
 )

@@ -13,7 +13,8 @@ from mechanex._private import vllm as parts
 from mechanex.errors import ValidationError
 from mechanex.vllm import LLM
 from mechanex.vllm.capacity import Capacity
-from mechanex.vllm.supported import TESTED, check_config, check_version
+from mechanex.vllm.options import steering_options
+from mechanex.vllm.supported import SCHEDULER, TESTED, WORKER, check_config, check_version
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,16 @@ def test_compiled_code_is_kept_apart() -> None:
     assert len({VllmConfig().compute_hash(), small.compute_hash(), large.compute_hash()}) == 3
 
 
+def test_vllms_own_command_knows_our_options() -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    options = steering_options(Capacity(slots=8))
+    given = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model=m", *options])
+    assert given.worker_cls == WORKER and given.scheduler_cls == SCHEDULER
+    assert given.middleware and Capacity.of(given.additional_config) == Capacity(slots=8)
+
+
 # Parts of vLLM
 
 
@@ -76,17 +87,6 @@ def test_the_model_runner_tells_what_a_step_reads() -> None:
     batch = inspect.getsource(InputBatch)
     for name in ("num_computed_tokens_cpu", "num_prompt_tokens", "req_ids", "num_reqs"):
         assert name in batch, f"{name} is gone: where tokens stand isn't known (mechanex/_private/vllm.py)"
-
-
-def test_the_second_model_runner_has_the_places_that_are_used() -> None:
-    """It has not been run: these are the names in its source."""
-    root = Path(inspect.getfile(parts.vllm)).parent / "v1" / "worker" / "gpu"
-    state = (root / "model_states" / "interface.py").read_text(encoding="utf-8")
-    for name in ("def add_request(self, req_index", "def remove_request(self, req_id", "def prepare_inputs("):
-        assert name in state
-    batch = (root / "input_batch.py").read_text(encoding="utf-8")
-    for name in ("req_ids: list[str]", "num_scheduled_tokens: np", "num_computed_tokens_np: np"):
-        assert name in batch
 
 
 def test_the_prefix_cache_takes_a_salt_for_each_block() -> None:

@@ -6,6 +6,8 @@ shows up where the stream is next waited for. The CPU's kernels raise.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ __all__ = [
     "MANY_WIDTH",
     "TORCH_RANK",
     "TORCH_TABLE",
+    "bind_steer",
     "declines_steer",
     "refuses_steer",
     "refuses_steer_many",
@@ -76,8 +79,15 @@ def steer(
         x = x.contiguous()
     stored = _stored(x, wide, bias, left, right) if x.is_cuda else wide
     bias, left, right = table(bias, stored), table(left, stored), table(right, stored)
+    return _run("steer", x, hidden.dtype, stored, _given(rows, bias, left, right))
+
+
+def _given(
+    rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
+) -> tuple[int, ...]:
+    """What the kernels of ``steer`` are told of rows and tables; the caller keeps those alive."""
     edits = left if bias is None else bias
-    given = (
+    return (
         0 if rows is None else rows.data_ptr(),
         0 if rows is None else rows.stride(0),
         0 if bias is None else bias.data_ptr(),
@@ -86,7 +96,31 @@ def steer(
         0 if edits is None else edits.shape[0],
         0 if left is None else left.shape[1],
     )
-    return _run("steer", x, hidden.dtype, stored, given)
+
+
+def bind_steer(
+    hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
+) -> Callable[[Tensor], Tensor] | None:
+    """See :class:`mechanex.backends.backend.Kernel`: on the CPU, where the call is most of what a small step costs."""
+    wide = compute_dtype(hidden, bias, left, right)
+    if not hidden.is_cpu or (wide is not torch.float32 and hidden.dtype is not wide):
+        return None
+    width = hidden.shape[-1]
+    n_rows = hidden.numel() // max(width, 1)
+    tables = table(bias, wide), table(left, wide), table(right, wide)
+    given, kernel, code = _given(rows, *tables), modules.cpu().steer, DTYPE_CODES[hidden.dtype]
+
+    def run(hidden: Tensor) -> Tensor:
+        if not hidden.is_contiguous() or hidden.is_neg():
+            return steer(hidden.reshape(n_rows, width).resolve_neg(), rows, *tables).view(hidden.shape)
+        out = torch.empty_like(hidden)
+        try:
+            kernel(code, n_rows, width, hidden.data_ptr(), width, out.data_ptr(), width, *given)
+        except IndexError as error:
+            raise ValidationError(str(error)) from None
+        return out
+
+    return run
 
 
 def refuses_steer_many(

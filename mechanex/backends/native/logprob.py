@@ -1,6 +1,12 @@
-"""Completion log-probabilities with the compiled reductions: `csrc/cpu/logprob.cpp` and `csrc/cuda/logprob.cuh`."""
+"""Completion log-probabilities with the compiled reductions: `csrc/cpu/logprob.cpp` and `csrc/cuda/logprob.cuh`.
+
+On GPUs whose blocks read each other's shared memory (compute capability 9.0) the gradient of up to 64 rows of a half
+type is one walk over the unembedding, `csrc/cuda/logprob_walk.cuh`.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +17,7 @@ from ..chunked import Chunked
 from . import modules
 from .modules import DTYPE_CODES, address, on_stream
 
-__all__ = ["LOGPROB"]
+__all__ = ["LOGPROB", "walk_with"]
 
 
 def _reduce(
@@ -46,4 +52,49 @@ def _reduce(
     return factor
 
 
-LOGPROB = Chunked(_reduce)
+def _walk(head: Head, hidden: Tensor, target: Tensor, sums: Tensor) -> tuple[Tensor, Tensor] | None:
+    """See :data:`mechanex.backends.chunked.Walk`."""
+    if not hidden.is_cuda:
+        return None
+    return walk_with(modules.cuda(), head, hidden, target, sums, on_stream(hidden))
+
+
+def walk_with(
+    module: Any, head: Head, hidden: Tensor, target: Tensor, sums: Tensor, place: tuple[int, int]
+) -> tuple[Tensor, Tensor] | None:
+    """The walk by a compiled module; None where it has none for these arguments.
+
+    Args:
+        module: with ``walk_groups`` and ``walk``.
+        head, hidden, target, sums: as for :data:`mechanex.backends.chunked.Walk`.
+        place: device and stream.
+    """
+    weight = head.weight
+    n_rows, width = hidden.shape
+    # The kernel reads 16 bytes of the unembedding at a time.
+    if hidden.dtype.itemsize != 2 or weight.stride(1) != 1 or weight.stride(0) % 8 or weight.data_ptr() % 16:
+        return None
+    groups = module.walk_groups(DTYPE_CODES[hidden.dtype], n_rows, weight.shape[0], width, place[0])
+    if groups == 0:
+        return None
+    x = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    bias = None if head.bias is None else head.bias.float().contiguous().resolve_neg()
+    maximum, total = (sums.new_empty(groups, n_rows) for _ in range(2))
+    parts = sums.new_empty(groups, n_rows, width)
+    module.walk(
+        DTYPE_CODES[hidden.dtype],
+        *(n_rows, weight.shape[0], width),
+        *(x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), address(bias)),
+        *(target.data_ptr(), target.stride(0)),
+        *(head.scale, head.softcap or 0.0, head.coldness),
+        *(maximum.data_ptr(), total.data_ptr(), parts.data_ptr(), groups),
+        *place,
+    )
+    highest = maximum.amax(0)
+    # Where no other token is possible, differences from minus infinity would be NaN.
+    factor = (maximum - torch.where(highest == -torch.inf, 0.0, highest)).exp_()
+    torch.sum(parts.mul_(factor.unsqueeze(2)), 0, out=sums)
+    return highest, total.mul_(factor).sum(0)
+
+
+LOGPROB = Chunked(_reduce, _walk)

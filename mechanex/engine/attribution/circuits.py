@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import ValidationError
 from ..models.adapter import ModelAdapter
-from ..pauses import pause
+from ..ranks import by_stretch, current_ranks
 from ..structure.components import Component
 from .edges import Edge, EdgeRuns, name_of
 from .metrics import check_metric
@@ -128,16 +128,17 @@ def circuit_metrics(
         runs: both runs.
         circuits: the edges of each; circuits run as rows of a batch.
     """
-    chunk = rows_at_once(adapter, len(runs.pair.clean))
-    found: list[float] = []
-    for start in range(0, len(circuits), chunk):
-        pause()
-        some = [frozenset(circuit) for circuit in circuits[start : start + chunk]]
+
+    def metrics(rows: range) -> list[float]:
+        some = [frozenset(circuit) for circuit in circuits[rows.start : rows.stop]]
         run = StreamRun(adapter, runs.structure, _within(runs, some))
         with torch.no_grad():
             logits = run.logits(ids_of(adapter, runs.pair.clean, len(some)))
-            found += check_metric(runs.metric(logits), len(some)).tolist()
-    return found
+            found: list[float] = check_metric(runs.metric(logits), len(some)).tolist()
+        return found
+
+    at_once = rows_at_once(adapter, len(runs.pair.clean))
+    return by_stretch(current_ranks(adapter), len(circuits), at_once, metrics)
 
 
 def _within(runs: EdgeRuns, circuits: Sequence[frozenset[Edge]]) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import ValidationError
 from ..models.adapter import ModelAdapter
-from ..pauses import pause
+from ..ranks import by_stretch, current_ranks
 from ..structure.graph import Structure
 from .metrics import Answer, Metric, check_metric, summed
 from .nodes import way_points
@@ -115,11 +115,13 @@ def gradient_edges(adapter: ModelAdapter, runs: EdgeRuns, steps: int) -> dict[Ed
     tokens, points = len(runs.pair.corrupted), way_points(steps)
     readers, sources = readers_of(runs.structure), runs.structure.components
     totals: dict[str, Tensor] = {}
-    chunk = rows_at_once(adapter, tokens)
-    for start in range(0, steps, chunk):
-        pause()
-        for name, gradient in _gradients(adapter, runs, points[start : start + chunk]).items():
-            totals[name] = totals[name] + gradient if name in totals else gradient
+    ranks = current_ranks(adapter)
+    with ranks.together():
+        for some in ranks.each(ranks.stretches(steps, rows_at_once(adapter, tokens)), steps, "Gradients"):
+            for name, gradient in _gradients(adapter, runs, points[some.start : some.stop]).items():
+                totals[name] = totals[name] + gradient if name in totals else gradient
+    zero = torch.zeros_like(runs.corrupted[sources[0].path], dtype=torch.float32)
+    totals = {name_of(one): ranks.total(totals.get(name_of(one), zero)) for one in readers}
     deltas = _rows(adapter, [runs.delta(component.path) for component in sources])
     products = deltas @ _rows(adapter, [totals[name_of(reader)] for reader in readers]).T / steps
     column = {name_of(reader): n for n, reader in enumerate(readers)}
@@ -159,17 +161,19 @@ def exact_edges(adapter: ModelAdapter, runs: EdgeRuns, edges: Sequence[Edge]) ->
         runs: both runs.
         edges: those that are tried, as rows of a batch.
     """
-    chunk = rows_at_once(adapter, len(runs.pair.corrupted))
-    found: dict[Edge, float] = {}
-    for start in range(0, len(edges), chunk):
-        pause()
-        some = edges[start : start + chunk]
+
+    def gains(rows: range) -> list[float]:
+        some = edges[rows.start : rows.stop]
         run = StreamRun(adapter, runs.structure, _patched(runs, some))
         with torch.no_grad():
             logits = run.logits(ids_of(adapter, runs.pair.corrupted, len(some)))
-            values = check_metric(runs.metric(logits), len(some)) - runs.corrupted_metric
-        found |= dict(zip(some, values.tolist(), strict=True))
-    return found
+            values: Tensor = check_metric(runs.metric(logits), len(some)) - runs.corrupted_metric
+        found: list[float] = values.tolist()
+        return found
+
+    at_once = rows_at_once(adapter, len(runs.pair.corrupted))
+    found = by_stretch(current_ranks(adapter), len(edges), at_once, gains)
+    return dict(zip(edges, found, strict=True))
 
 
 def _patched(runs: EdgeRuns, edges: Sequence[Edge]) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.adapter import Handles, ModelAdapter
-from ..pauses import pause
+from ..ranks import by_stretch, current_ranks
 from .metrics import check_metric
 from .runs import Runs, ids_of
 from .sites import Site, last_logits, rows_at_once, tapped
@@ -43,12 +43,14 @@ def exact_scores(adapter: ModelAdapter, runs: Runs, patches: Sequence[Patch]) ->
         runs: both runs, with the patches' sites recorded.
         patches: what to put in place.
     """
-    chunk = rows_at_once(adapter, len(runs.pair.corrupted))
-    found = [torch.zeros(0)]
-    for start in range(0, len(patches), chunk):
-        pause()
-        found.append(_metric_with(adapter, runs, patches[start : start + chunk]).float().cpu())
-    return torch.cat(found) - runs.corrupted_metric
+
+    def scored(rows: range) -> list[float]:
+        found: list[float] = _metric_with(adapter, runs, patches[rows.start : rows.stop]).float().tolist()
+        return found
+
+    at_once = rows_at_once(adapter, len(runs.pair.corrupted))
+    found = by_stretch(current_ranks(adapter), len(patches), at_once, scored)
+    return torch.tensor(found) - runs.corrupted_metric
 
 
 def _metric_with(adapter: ModelAdapter, runs: Runs, patches: Sequence[Patch]) -> Tensor:

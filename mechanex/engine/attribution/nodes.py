@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..models.adapter import Handles, ModelAdapter
-from ..pauses import pause
+from ..ranks import current_ranks
 from .metrics import summed
 from .runs import Runs, ids_of
 from .sites import Site, last_logits, rows_at_once, tapped
@@ -57,15 +57,17 @@ def gradients(
         found = _found(runs, sites, runs.corrupted.logits[None], runs.corrupted.live)
         return {site: found.get(site, total) for site, total in totals.items()}
     every = [(point, cut) for point in way_points(steps) for cut in range(n)]
-    chunk = rows_at_once(adapter, tokens)
-    for start in range(0, len(every), chunk):
-        pause()
-        some = every[start : start + chunk]
-        rows = torch.tensor([cut for _, cut in some])
-        for site, gradient in _gradients(adapter, runs, sites, embedding, some, dropped).items():
-            total = totals[site]
-            total.index_add_(0, rows.to(total.device), gradient.to(total.device))
-    return {site: total / steps for site, total in totals.items()}
+    ranks = current_ranks(adapter)
+    with ranks.together():
+        for stretch in ranks.each(
+            ranks.stretches(len(every), rows_at_once(adapter, tokens)), len(every), "Gradients"
+        ):
+            some = every[stretch.start : stretch.stop]
+            rows = torch.tensor([cut for _, cut in some])
+            for site, gradient in _gradients(adapter, runs, sites, embedding, some, dropped).items():
+                total = totals[site]
+                total.index_add_(0, rows.to(total.device), gradient.to(total.device))
+    return {site: ranks.total(total) / steps for site, total in totals.items()}
 
 
 def _gradients(

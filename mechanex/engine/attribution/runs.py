@@ -13,6 +13,7 @@ from torch import Tensor
 from ...errors import ValidationError
 from ..limits import check_length
 from ..models.adapter import Handles, ModelAdapter, exclusive, undisturbed
+from ..sharded import check_whole
 from .metrics import Answer, Metric, check_metric, first_token, metric_of
 from .prompts import PromptPair
 from .sites import Site, last_logits, tapped
@@ -142,6 +143,7 @@ def run_pair(
     Raises:
         ValidationError: prompts that are too long, or what ``metric_of`` refuses.
     """
+    check_whole(adapter.hf_model, "Attribution looks inside of modules, which isn't possible")
     check_length(adapter, max(len(pair.clean), len(pair.corrupted)))
     clean = recorded(adapter, pair.clean, sites)
     corrupted = recorded(adapter, pair.corrupted, sites, gradients_from)

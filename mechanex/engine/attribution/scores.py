@@ -15,7 +15,7 @@ from ..models.adapter import ModelAdapter
 from ..structure.graph import Structure, structure_of
 from ..text import Prompt
 from ..whole import as_whole
-from .attention import inside_attention, recomputed_scores
+from .attention import InAttention, inside_attention, recomputed_scores
 from .exact import Patch, exact_scores
 from .metrics import Answer, LogprobDifference, Metric
 from .nodes import by_head, gradients
@@ -135,7 +135,8 @@ def attribution_scores(
         positions: score positions too; with ``"exact"`` that is a run for each position of each module and head.
         recompute_attention: follow what is patched inside an attention, such as queries and keys, to the outputs of its
             heads by running the attention again, and only from there by the gradient, which a saturated softmax lets
-            vanish (AtP*, arXiv:2403.00745). A run of the attention for each module and position.
+            vanish (AtP*, arXiv:2403.00745). A run of the attention for each module and position. At least one of the
+            targets lies inside an attention.
         drop_layers: take a gradient for each layer that nothing comes back through, and give the mean of the scores'
             absolute values, so that effects that cancel each other are not overlooked (GradDrop of AtP*). All scores
             are at least 0 then. As many gradients as layers.
@@ -164,7 +165,8 @@ def attribution_scores(
     embedding = _embedding(adapter)
     with alone(adapter):
         sites = sites_of(adapter, structure, paths, heads)
-        inside = inside_attention(adapter, structure, sites) if recompute_attention else []
+        inside = _inside(adapter, structure, sites) if recompute_attention else []
+        dropped = _layers_of(adapter, structure) if drop_layers else []
         recorded = [embedding, *sites, *(one.heads for one in inside)]
         once = embedding if method == "gradient" and steps == 1 and not drop_layers else None
         runs = run_pair(adapter, tokenizer, pair, recorded, metric, once)
@@ -172,15 +174,19 @@ def attribution_scores(
         if method == "exact":
             _fill_exact(found, sites, positions, lambda patches: exact_scores(adapter, runs, patches))
         else:
-            dropped = _layers_of(adapter, structure) if drop_layers else []
             slopes = gradients(adapter, runs, recorded[1:], embedding, steps, dropped)
             again = recomputed_scores(adapter, runs, inside, slopes, positions)
+            own = _own_layers(adapter)
             for site in sites:
                 if site in again:
-                    _fill(found, site, *again[site], drop_layers)
+                    whole, each = again[site]
+                    if not heads:
+                        whole, each = whole.sum(-1, keepdim=True), _summed(each)
                 else:
                     gain = by_head(site, runs.delta(site) * slopes[site])
-                    _fill(found, site, gain.sum(1), gain if positions else None, drop_layers)
+                    whole, each = gain.sum(1), gain if positions else None
+                counted = _n_counted(slopes[site], own.get(site.module)) if drop_layers else None
+                _fill(found, site, whole, each, counted)
     runs.forget()
     for one in structure.components:
         if one.path in found.scores:
@@ -231,12 +237,61 @@ def _layers_of(adapter: ModelAdapter, structure: Structure) -> list[list[Site]]:
     return [[Site(one.path, one.module) for one in ones] for ones in written]
 
 
-def _fill(found: NodeScores, site: Site, whole: Tensor, each: Tensor | None, dropped: bool) -> None:
-    """Notes the scores of a site: [n, heads] of all positions together, and [n, T, heads] of each."""
+def _inside(adapter: ModelAdapter, structure: Structure, sites: Sequence[Site]) -> list[InAttention]:
+    """The sites that lie inside an attention, at least one.
+
+    Raises:
+        ValidationError: none does, so that no attention is to be run again.
+    """
+    if found := inside_attention(adapter, structure, sites):
+        return found
+    possible = inside_attention(adapter, structure, sites_of(adapter, structure, structure.paths, False))
+    example = (
+        f"name some in target_module_paths, such as {possible[-1].site.path!r}, or leave it out."
+        if possible
+        else f"and {adapter.model_id} has none: leave it out."
+    )
+    raise ValidationError(
+        "recompute_attention is for modules inside an attention, such as those that make queries and keys, and none of "
+        f"the target modules is one: {example}"
+    )
+
+
+def _summed(each: Tensor | None) -> Tensor | None:
+    return None if each is None else each.sum(-1, keepdim=True)
+
+
+def _own_layers(adapter: ModelAdapter) -> dict[nn.Module, int]:
+    """The layer of each module that lies in one."""
+    return {
+        module: index
+        for index, layer in enumerate(adapter.layers)
+        for module in layer.modules()
+        if module is not layer
+    }
+
+
+def _n_counted(slopes: Tensor, layer: int | None) -> int:
+    """How many of a site's gradients [n, T, width], one for each dropped layer, say something of it.
+
+    What acts through its own layer's writes alone has nothing where those are dropped, whatever it is worth.
+    """
+    return len(slopes) - (layer is not None and not bool(slopes[layer].any()))
+
+
+def _fill(found: NodeScores, site: Site, whole: Tensor, each: Tensor | None, counted: int | None) -> None:
+    """Notes the scores of a site.
+
+    Args:
+        found: where.
+        site: whose.
+        whole: [n, heads], of all positions together.
+        each: [n, T, heads], of each position.
+        counted: with dropped layers, how many of the n say something of the site; None for one plain gradient.
+    """
 
     def merged(values: Tensor) -> Tensor:
-        # The layer that writes the site's own output never counts.
-        return (values.abs().sum(0) / (len(values) - 1) if dropped else values[0]).cpu()
+        return (values[0] if counted is None else values.abs().sum(0) / counted).cpu()
 
     if not site.n_heads:
         found.scores[site.path] = float(merged(whole.sum(-1)))

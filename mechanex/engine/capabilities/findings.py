@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..._private.torch import writes
 from ...ops.head import Head
 from ..attaching import KEY, hooks_of_others, own_class
+from ..sharded import of_this_process
 
 __all__ = ["Findings"]
 
@@ -159,7 +160,7 @@ def _contents(tensors: list[Tensor]) -> Hashable:
     """Identity, version and size of each: writes through ``.data`` leave the version as it is."""
     with torch.no_grad():
         norms = [
-            torch.linalg.vector_norm(t, dtype=torch.float32)
+            torch.linalg.vector_norm(of_this_process(t), dtype=torch.float32)
             for t in tensors
             if t.is_floating_point() and not t.is_meta
         ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import ValidationError
 from ..forward import packs_for
+from ..given import as_list
 from ..models import adapter_for
 from ..models.adapter import ModelAdapter, exclusive, undisturbed
 from ..pack import Pack
@@ -58,13 +59,11 @@ def fit_condition(
     adapter = adapter_for(model)
     if not 0 < false_positives < 1:
         raise ValidationError(f"false_positives is a share above 0 and below 1; got {false_positives!r}.")
+    prompts, others = as_list("prompts", prompts, "prompts"), as_list("others", others, "prompts")
     for name, given in (("prompts", prompts), ("others", others)):
-        if isinstance(given, str) or len(given) < _FEWEST:
+        if len(given) < _FEWEST:
             raise ValidationError(f"{name} is a list of {_FEWEST} prompts or more; got {len(given)}.")
-    asked = range(1, adapter.n_layers + 1) if layers is None else layers
-    candidates = sorted({adapter.layer_index(layer) for layer in asked})
-    if not candidates:
-        raise ValidationError("layers is empty: leave it out for all.")
+    candidates = list(range(1, adapter.n_layers + 1)) if layers is None else adapter.layer_indices(layers)
     if math.floor((len(others) + 1) * false_positives) < 1:
         _log.warning(
             "%d other prompts can't show a false-positive rate of %g: the threshold lies above all of them; give %d",
@@ -122,9 +121,9 @@ def prompt_means(
 
         return read
 
-    ranks, pairs = current_ranks(), [(list(one[:1]), list(one[1:])) for one in ids]
+    ranks, pairs = current_ranks(adapter), [(list(one[:1]), list(one[1:])) for one in ids]
     with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model), ranks.together():
-        for pack in dealt(packs_for(adapter, pairs, processes=ranks.size), ranks, "Prompts"):
+        for pack in dealt(packs_for(adapter, pairs, processes=ranks.sharing), ranks, "Prompts"):
             visit_residuals(adapter, pack, {layer: reader(layer, pack) for layer in layers})
     counts = torch.tensor([[float(len(one) - 1)] for one in ids], dtype=torch.float64)
     return {layer: ranks.total(total) / counts for layer, total in sums.items()}

@@ -22,6 +22,7 @@ from ..decode.run import decode
 from ..divergence import divergence
 from ..forward import packs_for, scored_logits
 from ..generate import Generating
+from ..given import as_list
 from ..hooks import attach
 from ..intervention import compute_dtype
 from ..models import adapter_for
@@ -87,14 +88,12 @@ def from_system_prompt(
     for name, value in (("steps", steps), ("answer_tokens", answer_tokens)):
         if not isinstance(value, int) or value < 1:
             raise ValidationError(f"{name} is a number, 1 or more; got {value!r}.")
-    asked = list(open_questions() if prompts is None else prompts)
+    asked = as_list("prompts", open_questions() if prompts is None else prompts, "prompts")
     if len(asked) < 5:
         raise ValidationError(f"a system prompt is learned from 5 prompts or more; got {len(asked)}.")
     n = adapter.n_layers
     named = layers if layers is not None else [round(n * (i + 1) / (_LAYERS + 1)) for i in range(_LAYERS)]
-    places = sorted({adapter.layer_index(layer) for layer in named})
-    if not places:
-        raise ValidationError("layers is empty: leave it out for 6 of them.")
+    places = adapter.layer_indices(named)
     chats = _chats(model, tokenizer, system_prompt, asked, answer_tokens, seed)
     n_held = max(1, round(_HELD_OUT * len(chats)))
     held, chats = chats[:n_held], chats[n_held:]

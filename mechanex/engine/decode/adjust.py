@@ -89,8 +89,9 @@ class Adjustments:
             return scores
         if self._no_ends is None or self._n_noted >= self._no_ends_until:
             self._no_ends_until = min(self._awaited[i][0] for i in left)
-            rows = [i for i, ends in left.items() for _ in ends]
-            tokens = [end for ends in left.values() for end in ends]
+            # A model's end tokens may lie beyond its head, and there they are never chosen.
+            pairs = [(i, end) for i, ends in left.items() for end in ends if end < scores.shape[-1]]
+            rows, tokens = [i for i, _ in pairs], [end for _, end in pairs]
             self._no_ends = (
                 torch.tensor(rows, dtype=torch.long, device=self._device),
                 torch.tensor(tokens, dtype=torch.long, device=self._device),
@@ -113,9 +114,10 @@ class Adjustments:
             self._counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=self._counts.dtype))
 
     def _dense(self, values: Sequence[Sequence[tuple[int, float]]], n_vocab: int) -> Tensor:
-        """[rows, vocabulary] float32 with the sums of these values, elsewhere 0."""
+        """[rows, vocabulary] float32 with the sums of these values, elsewhere 0; without tokens beyond it."""
         dense = torch.zeros(len(values), n_vocab)
         for row, given in zip(dense, values, strict=True):
-            places = torch.tensor([token for token, _ in given], dtype=torch.long)
-            row.index_add_(0, places, torch.tensor([float(value) for _, value in given]))
+            held = [(token, value) for token, value in given if token < n_vocab]
+            places = torch.tensor([token for token, _ in held], dtype=torch.long)
+            row.index_add_(0, places, torch.tensor([float(value) for _, value in held]))
         return dense.to(self._device)

@@ -123,11 +123,11 @@ class _Rolling(OwnLayer):
         self._show()
         self.lengthen(length)
 
-    def admit_states(self, states: tuple[Tensor, Tensor], n: int, length: int) -> None:
+    def admit_states(self, states: tuple[Tensor, Tensor], gone: int, n: int, length: int) -> None:
         self.is_initialized = True
         begin = 0 if self.window is None else max(n - self.window + 1, 0)
         for buffer, kept in zip(self._kept, states, strict=True):
-            buffer.admit(kept[:, :, begin:n])
+            buffer.admit(kept[:, :, max(begin - gone, 0) : max(n - gone, 0)])
         self._show()
         self.lengthen(length)
 
@@ -234,35 +234,40 @@ class RollingCache(Cache):
         return sum(kept.shape[1] * kept.shape[3] * kept.element_size() for kept in states)
 
     def states_of(self, row: int, n: int) -> tuple[tuple[Tensor, Tensor] | None, ...] | None:
-        """Each layer's keys and values [1, heads, n, width] of a row's ``n`` tokens, as views; None for a layer
+        """Each layer's keys and values [1, heads, t, width] of a row's ``n`` tokens, as views; None for a layer
         that holds nothing.
 
-        None where a layer with a window has let go of some of them.
+        A layer with a window gives the last t of them, those that the next token sees at least. None where a layer has
+        let go of those.
         """
         layers: list[Any] = self.layers
         states: list[tuple[Tensor, Tensor] | None] = []
         for layer in layers:
             if not layer.is_initialized:
                 states.append(None)
-            elif layer.keys.shape[2] < n:
+                continue
+            held = min(n, layer.keys.shape[2])
+            if held < n and (layer.window is None or held < layer.window - 1):
                 return None
-            else:
-                row_of = slice(row, row + 1)
-                states.append((layer.keys[row_of, :, -n:], layer.values[row_of, :, -n:]))
+            row_of, last = slice(row, row + 1), slice(layer.keys.shape[2] - held, None)
+            states.append((layer.keys[row_of, :, last], layer.values[row_of, :, last]))
         return tuple(states)
 
-    def admit_states(self, states: Sequence[tuple[Tensor, Tensor] | None], n: int, length: int) -> None:
+    def admit_states(
+        self, states: Sequence[tuple[Tensor, Tensor] | None], total: int, n: int, length: int
+    ) -> None:
         """Adds a row below from what ``states_of`` gave.
 
         Args:
-            states: by layer.
-            n: how many of the first columns.
+            states: by layer, of the last tokens of ``total`` where they are fewer.
+            total: tokens of the text that they are of.
+            n: how many of its first tokens.
             length: columns of the batch.
         """
         layers: list[Any] = self.layers
         for layer, pair in zip(layers, states, strict=True):
             if pair is not None:
-                layer.admit_states(pair, n, length)
+                layer.admit_states(pair, total - pair[0].shape[2], n, length)
 
     def drop(self, row: int) -> None:
         """Removes a row; the last row takes its place."""

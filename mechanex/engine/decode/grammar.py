@@ -116,7 +116,7 @@ class Grammars:
         self._lock = threading.Lock()
         self._known: OrderedDict[tuple[FormKind, str], Grammar] = OrderedDict()
 
-    def compiled(self, kind: FormKind, given: Mapping[str, Any] | bool | str | Sequence[str]) -> Grammar:
+    def compiled(self, kind: FormKind, given: Mapping[str, Any] | str | Sequence[str]) -> Grammar:
         """A grammar.
 
         Args:

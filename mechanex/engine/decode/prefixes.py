@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import struct
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,14 +19,16 @@ from ..._private.transformers import Cache
 from ..intervention import Edit
 from ..memory import tensor_bytes
 from ..positions import selects
-from .cache import RollingCache
+from .cache import RollingCache, kinds
 from .calls import Carried
+from .prefix_tree import PrefixTree
 from .request import Steer
 from .row import Row
 
 __all__ = ["Prefix", "Prefixes"]
 
-_LEAST = 16  # tokens of a text that is worth keeping, and by which one is looked for
+_LEAST = 16  # tokens of a text that is worth keeping, or going on from
+_MOST_ASKED = 64  # texts that are asked whether their windows let a row go on from them
 
 
 @dataclass(frozen=True)
@@ -34,43 +37,22 @@ class Prefix:
 
     Args:
         owner: whose it is.
-        tokens: its token ids.
-        steering: by what it was steered.
-        prompt_length: how many of them were the prompt, from whose end edits may count.
-        states: per layer its keys and values [1, heads, tokens, width], or None for a layer that keeps none.
+        labels: its tokens and what edited them, as ``_labels`` tells them.
+        states: per layer its keys and values [1, heads, tokens, width], those of the last tokens where a layer has a
+            window and let go of the others; or None for a layer that keeps none.
+        least: how many of the first tokens have to be taken at least: layers with a window have let go of what the
+            text behind fewer of them sees.
     """
 
     owner: Hashable
-    tokens: tuple[int, ...]
-    steering: tuple[Steer, ...]
-    prompt_length: int
+    labels: Any
     states: tuple[tuple[Tensor, Tensor] | None, ...]
+    least: int = 0
 
     @property
     def n_bytes(self) -> int:
         """Memory of the keys and values."""
         return tensor_bytes(states for layer in self.states if layer is not None for states in layer)
-
-    @cached_property
-    def _ids(self) -> Any:
-        return numpy.array(self.tokens)
-
-    def shared(self, tokens: Any, steering: Sequence[Steer], prompt_length: int) -> int:
-        """How many of the first tokens, an array of ids, have the same keys and values in a text that is steered so."""
-        n = min(len(self.tokens), len(tokens))
-        differs = numpy.flatnonzero(self._ids[:n] != tokens[:n])
-        n = int(differs[0]) if len(differs) else n
-        ours = _reaches(self.steering, n, self.prompt_length)
-        others = _reaches(steering, n, prompt_length)
-        for i in range(max(len(ours), len(others))):
-            if i < len(ours) and i < len(others) and ours[i][0] == others[i][0]:
-                apart = numpy.flatnonzero(ours[i][1][:n] != others[i][1][:n])
-                n = int(apart[0]) if len(apart) else n
-            else:  # From here on they have nothing to do with each other.
-                for _, reached in (*ours[i:], *others[i:]):
-                    n = min(n, int(numpy.flatnonzero(reached)[0]))
-                break
-        return n
 
 
 class Prefixes:
@@ -83,8 +65,8 @@ class Prefixes:
     def __init__(self, most_bytes: int) -> None:
         self._most = most_bytes
         self._kept: OrderedDict[int, Prefix] = OrderedDict()
-        self._by_start: dict[tuple[object, ...], list[int]] = {}
-        self._number = 0
+        self._trees: dict[Hashable, PrefixTree] = {}
+        self._number = self._changes = 0
         self._like: dict[str, Cache] = {}
         self._hooks: object = None
         self.n_bytes = 0
@@ -104,21 +86,26 @@ class Prefixes:
 
         One at least of the row's is left, to choose its next token from.
         """
-        tokens, steering, prompt_length = row.known[:-1], row.steering, len(row.ids)
         onlooker = row.request.onlooker
-        if (onlooker is not None and onlooker.altered) or _varies(steering) or row.undecided:
+        if (onlooker is not None and onlooker.altered) or _varies(row.steering) or row.undecided:
             return None
-        best: tuple[int, int] | None = None
-        numbers = self._by_start.get(_start(row.request.owner, tokens), ())
-        ids = numpy.array(tokens) if numbers else None
-        for number in numbers:
-            n = self._kept[number].shared(ids, steering, prompt_length)
-            if n >= _LEAST and (best is None or n > best[0]):
-                best = n, number
-        if best is None:
+        known = row.found_prefix
+        now = self._changes, row.n_known, id(row.steering)
+        if known is None or known[0] != now:
+            known = row.found_prefix = now, self._longest(row)
+        if known[1] is None:
             return None
-        self._kept.move_to_end(best[1])
-        return self._kept[best[1]], best[0]
+        n, number = known[1]
+        self._kept.move_to_end(number)
+        return self._kept[number], n
+
+    def _longest(self, row: Row) -> tuple[int, int] | None:
+        """How many tokens the best text for a row shares with it, and its number."""
+        tree = self._trees.get(row.request.owner)
+        if tree is None:
+            return None
+        shared = itertools.islice(tree.sharing(_labels(row, row.n_known - 1)), _MOST_ASKED)
+        return next((one for one in shared if one[0] >= max(_LEAST, self._kept[one[1]].least)), None)
 
     def cache(self, found: Sequence[tuple[Prefix, int] | None], columns: int) -> Carried:
         """What a model is given to go on from texts, right-aligned in this many columns.
@@ -129,10 +116,10 @@ class Prefixes:
         """
         ((name, like),) = self._like.items()
         made = RollingCache(like)
-        states = next(one[0].states for one in found if one is not None)
+        some = next(one[0] for one in found if one is not None)
         for one in found:
-            prefix, n = (states, 0) if one is None else (one[0].states, one[1])
-            made.admit_states(prefix, n, columns)
+            prefix, n = (some, 0) if one is None else one
+            made.admit_states(prefix.states, len(prefix.labels), n, columns)
         return {name: made}
 
     def keep(self, row: Row, n: int, kept: Carried, place: int) -> None:
@@ -144,8 +131,7 @@ class Prefixes:
             kept: the batch's cache, by the name of its argument.
             place: the row's place there.
         """
-        tokens, steering, prompt_length = row.known[:n], row.steering, len(row.ids)
-        if len(tokens) < _LEAST or self._most <= 0 or _varies(steering):
+        if n < _LEAST or self._most <= 0 or _varies(row.steering):
             return
         ((name, cache),) = kept.items()
         states = cache.states_of(place, n)
@@ -154,37 +140,53 @@ class Prefixes:
         n_bytes = sum(one.nbytes for layer in states if layer is not None for one in layer)
         if n_bytes > self._most:
             return
-        start, ids = _start(row.request.owner, tokens), numpy.array(tokens)
-        for number in list(self._by_start.get(start, ())):
-            other = self._kept[number]
-            common = other.shared(ids, steering, prompt_length)
-            if common == n:
+        least = min(_least(kinds(cache), states, n), n)
+        owner, labels = row.request.owner, _labels(row, n)
+        tree = self._trees.get(owner) or PrefixTree()
+        for common, number in itertools.islice(tree.sharing(labels), _MOST_ASKED):
+            if common < n:
+                break
+            if n >= self._kept[number].least:
                 self._kept.move_to_end(number)
                 return
-            if common == len(other.tokens):
+        for number in tree.beginning(labels):
+            if len(self._kept[number].labels) >= least:
                 self._forget(number)
         while self._kept and self.n_bytes + n_bytes > self._most:
             self._forget(next(iter(self._kept)))
         copied = tuple(layer and (layer[0].clone(), layer[1].clone()) for layer in states)
         self._number += 1
         self._like = self._like or {name: RollingCache(cache)}
-        self._kept[self._number] = Prefix(row.request.owner, tuple(tokens), steering, prompt_length, copied)
-        self._by_start.setdefault(start, []).append(self._number)
+        self._kept[self._number] = Prefix(owner, labels, copied, least)
+        self._trees.setdefault(owner, PrefixTree()).add(labels, self._number)
         self.n_bytes += n_bytes
+        self._changes += 1
 
     def clear(self) -> None:
         """Forgets all of them."""
         self._kept.clear()
-        self._by_start.clear()
+        self._trees.clear()
         self.n_bytes = 0
+        self._changes += 1
 
     def _forget(self, number: int) -> None:
         prefix = self._kept.pop(number)
         self.n_bytes -= prefix.n_bytes
-        start = _start(prefix.owner, prefix.tokens)
-        self._by_start[start].remove(number)
-        if not self._by_start[start]:
-            del self._by_start[start]
+        self._changes += 1
+        tree = self._trees[prefix.owner]
+        tree.remove(prefix.labels)
+        if not tree:
+            del self._trees[prefix.owner]
+
+
+def _least(windows: Sequence[int | None], states: Sequence[tuple[Tensor, Tensor] | None], n: int) -> int:
+    """See :class:`Prefix`; ``windows`` and ``states`` by layer, of a text of ``n`` tokens."""
+    least = 0
+    for window, pair in zip(windows, states, strict=True):
+        gone = 0 if pair is None else n - pair[0].shape[2]
+        if gone and window is not None:
+            least = max(least, gone + window - 1)
+    return least
 
 
 def _varies(steering: Sequence[Steer]) -> bool:
@@ -192,33 +194,42 @@ def _varies(steering: Sequence[Steer]) -> bool:
     return any(steer.varying is not None for steer in steering)
 
 
-def _start(owner: Hashable, tokens: Sequence[int]) -> tuple[object, ...]:
-    return (owner, *tokens[:_LEAST])
+def _labels(row: Row, n: int) -> Any:
+    """[n, 2] int64: a row's first tokens, and for each of them a hash of the edits that reach it, in their order."""
+    labels = numpy.zeros((n, 2), numpy.int64)
+    labels[:, 0] = row.known[:n]
+    if row.steering and n:
+        places, contents = numpy.arange(n), [_content(steer) for steer in row.steering]
+        reached = [selects(steer.tokens, places, lambda: len(row.ids)) for steer in row.steering]
+        # Most edits reach all tokens, or all from some place on: few sets of them are to be told apart.
+        sets, which = numpy.unique(numpy.stack(reached, axis=1), axis=0, return_inverse=True)
+        hashes = [_hash(itertools.compress(contents, members)) for members in sets]
+        labels[:, 1] = numpy.array(hashes, numpy.int64)[which.reshape(-1)]
+    return labels
 
 
-def _reaches(steering: Sequence[Steer], n: int, prompt_length: int) -> list[tuple[tuple[int, bytes], Any]]:
-    """The edits that reach one of the first ``n`` tokens: layer and content, and which ones [n]."""
-    places = numpy.arange(n)
-    found = []
-    for steer in steering:
-        reached = selects(steer.tokens, places, lambda: prompt_length)
-        if reached.any():
-            found.append(((steer.layer, _content(steer.edit)), reached))
-    return found
+def _hash(contents: Iterable[bytes]) -> int:
+    joined = b"".join(contents)
+    return (
+        int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "little", signed=True)
+        if joined
+        else 0
+    )
 
 
 _contents: WeakKeyDictionary[Edit, tuple[tuple[int, ...], bytes]] = WeakKeyDictionary()
 
 
-def _content(edit: Edit) -> bytes:
-    """A hash of what an edit does; one that was seen and not written to since isn't read again."""
+def _content(steer: Steer) -> bytes:
+    """Its layer, its strength and a hash of its edit; one that was seen and not written to since isn't read again."""
+    edit = steer.edit
     known = _contents.get(edit)
     if known is None or known[0] != edit.versions():
         digest = hashlib.blake2b(digest_size=16)
         for part in _parts(edit):
             digest.update(part)
         known = _contents[edit] = (edit.versions(), digest.digest())
-    return known[1]
+    return struct.pack("<qd", steer.layer, steer.strength) + known[1]
 
 
 def _parts(edit: Edit) -> Iterator[bytes]:

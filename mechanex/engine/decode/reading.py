@@ -86,6 +86,8 @@ class Reading:
             return
         used = [max(begin - padding, 0) for padding in self._padding]
         taken = [None if one is None else (one[0], n) for one, n in zip(found, used, strict=True)]
+        if any(one is not None and 0 < one[1] < one[0].least for one in taken):
+            return  # a neighbour that shares less lets this one begin where its kept text can't be gone on from
         self.kept, self.done = prefixes.cache(taken, begin), begin
         for row, place in zip(self.rows, self.places, strict=True):
             if not row.chosen:

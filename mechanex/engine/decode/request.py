@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from ..intervention import Edit
 from ..positions import TokenSelector
@@ -15,6 +16,9 @@ from .grammar import Grammar
 
 __all__ = ["GuardedToken", "Onlooker", "Result", "Steer", "Step", "TextRequest", "TokenLogprob"]
 
+_MADE: WeakKeyDictionary[Edit, WeakValueDictionary[tuple[float, tuple[int, ...]], Edit]] = WeakKeyDictionary()
+"""Edits at other strengths than 1, as long as a call or a table has them."""
+
 
 @dataclass(frozen=True)
 class Steer:
@@ -22,10 +26,11 @@ class Steer:
 
     Args:
         layer: 0 … n_layers.
-        edit: what is done; strength included.
+        edit: what is done at strength 1.
         tokens: absolute positions (int, slice, None for all), as in :class:`mechanex.engine.hooks.Intervention`.
         varying: edits by place that stand in for ``edit``.
         condition: has to be met by the prompt for the row to be edited.
+        strength: multiplies what ``edit`` does; edits by place have theirs in them.
     """
 
     layer: int
@@ -33,6 +38,18 @@ class Steer:
     tokens: TokenSelector = None
     varying: Varying | None = None
     condition: PromptCondition | None = None
+    strength: float = 1.0
+
+    def made(self) -> Edit:
+        """The edit at its strength; the same object for all that have both, while somebody has it."""
+        if self.strength == 1:
+            return self.edit
+        versions = self.edit.versions()
+        at = _MADE.setdefault(self.edit, WeakValueDictionary())
+        found = at.get((self.strength, versions))
+        if found is None:
+            found = at[self.strength, versions] = self.edit.scaled(self.strength)
+        return found
 
     @property
     def is_fixed(self) -> bool:

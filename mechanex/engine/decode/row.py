@@ -60,6 +60,8 @@ class Row:
         """What a guard did about each token, where there is one."""
         self.cached_tokens = 0
         """Tokens of the prompt that needn't be read, since a text before began alike."""
+        self.found_prefix: tuple[object, tuple[int, int] | None] | None = None
+        """What was last found of texts that begin alike, and what that depends on; for :class:`Prefixes` alone."""
         self.result: Result | None = None
         self.ends = frozenset(() if request.ignore_ends else ends) | frozenset(request.stop_token_ids)
         """Ids of the tokens that end it."""
@@ -244,7 +246,14 @@ def _conditions(steering: Sequence[Steer]) -> tuple[PromptCondition, ...]:
 def _key_of(request: TextRequest, prompt: tuple[int, int] | None) -> tuple[object, ...]:
     # Edits of the same content are the same objects, alive as long as the row. A slice has no hash.
     steering = tuple(
-        (steer.layer, id(steer.edit), repr(steer.tokens), id(steer.varying), id(steer.condition))
+        (
+            steer.layer,
+            id(steer.edit),
+            steer.strength,
+            repr(steer.tokens),
+            id(steer.varying),
+            id(steer.condition),
+        )
         for steer in request.steering
     )
     wanted = request.prompt_logprobs, request.prompt_logprobs and request.logprobs

@@ -107,7 +107,7 @@ class SlotCache(Cache):
         self._shown = _Shown()
         super().__init__(layers=[_SlotLayer(self._shown, window) for window in kinds(like)])
         self.n = self.rows = self.columns = 0
-        self._whole: list[bool] = []  # by slot: whether every layer has all of its tokens
+        self._begins: list[tuple[int, ...]] = []  # by slot and layer: the first of its tokens that is there
 
     @property
     def _filled(self) -> list[_SlotLayer]:
@@ -165,7 +165,7 @@ class SlotCache(Cache):
             lengths: tokens of each.
         """
         longest = max(lengths)
-        whole = True
+        held: list[int] = []
         layers: list[Any] = self.layers
         sources: list[Any] = source.layers
         for layer, other in zip(layers, sources, strict=True):
@@ -173,22 +173,22 @@ class SlotCache(Cache):
                 device = other.keys.device
                 at = torch.tensor(places, device=device), torch.tensor(lengths, device=device)
                 layer.admit(self.n, (other.keys, other.values), *at, longest)
-                whole &= other.keys.shape[2] >= longest
+            held.append(other.keys.shape[2] if layer.is_initialized else longest)
         self.n += len(places)
-        self._whole += [whole] * len(places)
+        self._begins += [tuple(max(length - one, 0) for one in held) for length in lengths]
 
     def drop(self, row: int) -> None:
         """Removes a row; the last one takes its place."""
         self.n -= 1
-        last = self._whole.pop()
+        last = self._begins.pop()
         if row != self.n:
-            self._whole[row] = last
+            self._begins[row] = last
             for layer in self._filled:
                 layer.move(self.n, row)
 
     def clear(self) -> None:
         """Removes all rows."""
-        self.n, self._whole = 0, []
+        self.n, self._begins = 0, []
 
     def show(self, rows: int, columns: int, index: Tensor) -> None:
         """Says what the next call sees.
@@ -210,17 +210,15 @@ class SlotCache(Cache):
         for layer in self._filled:
             layer.keep(index, kept)
 
-    def states_of(self, row: int, n: int) -> tuple[tuple[Tensor, Tensor] | None, ...] | None:
-        """Each layer's keys and values [1, heads, n, width] of a row's first tokens, as views; None for a layer
+    def states_of(self, row: int, n: int) -> tuple[tuple[Tensor, Tensor] | None, ...]:
+        """Each layer's keys and values [1, heads, t, width] of a row's first ``n`` tokens, as views; None for a layer
         that holds nothing.
 
-        None where a layer with a window never had some of them.
+        A layer with a window gives the last t of them where it never had those before.
         """
-        if not self._whole[row]:
-            return None
         layers: list[Any] = self.layers
         at = slice(row, row + 1)
         return tuple(
-            (layer.keys[at, :, :n], layer.values[at, :, :n]) if layer.is_initialized else None
-            for layer in layers
+            (layer.keys[at, :, begin:n], layer.values[at, :, begin:n]) if layer.is_initialized else None
+            for layer, begin in zip(layers, self._begins[row], strict=True)
         )

@@ -227,7 +227,8 @@ class StaticBatch:
             self._watched, self._plan = watched, plan
             self._changed()
         if self._step.graphs.supported:
-            now = state_of(model), backends.active(), autocast_on(self._adapter.device)
+            inside = frozenset().union(*(one.hooks for one in applied if not one.interventions))
+            now = state_of(model), backends.active(), autocast_on(self._adapter.device), inside
             if self._step.model_state != now:
                 self._step.graphs.clear()
                 self._step.model_state = now

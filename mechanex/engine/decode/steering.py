@@ -54,13 +54,13 @@ class Span:
         """What it does to the row's token at this position, or None."""
         if not self.selects(steer.tokens, at):
             return None
-        return steer.edit if steer.varying is None else steer.varying.edit(at - (self.prompt_length - 1))
+        return steer.made() if steer.varying is None else steer.varying.edit(at - (self.prompt_length - 1))
 
     def spread(self, steer: Steer, at: Any) -> list[tuple[Edit, Any]]:
         """Its edits of the row's tokens at these positions [n], each with a bool array [n] of those that it reaches."""
         reached = self.selects(steer.tokens, at)
         if steer.varying is None:
-            return [(steer.edit, reached)]
+            return [(steer.made(), reached)]
         return steer.varying.spread(at - (self.prompt_length - 1), reached)
 
 
@@ -75,6 +75,7 @@ class RowSteering:
         self._adapter = adapter
         self._handles = Handles()
         self._attached: set[int] = set()
+        self._applied: tuple[object, ...] = ()
         self._current: dict[int, _Edited] = {}
         self._tables: dict[int, tuple[tuple[tuple[Edit, ...], ...], EditTable]] = {}
         self._known: tuple[object, dict[int, _Edited]] | None = None
@@ -113,7 +114,7 @@ class RowSteering:
 
     def recall(self, key: object) -> bool:
         """Prepares the next model call as the one that was prepared under ``key``; whether that could be."""
-        if self._known is None or self._known[0] != key:
+        if self._known is None or self._known[0] != key or self._applied != (*self._adapter.kept.applied,):
             return False
         self._current = self._known[1]
         return True
@@ -127,6 +128,10 @@ class RowSteering:
             key: by which calls of the same rows may ``recall`` this one, if no edit of theirs depends on positions.
         """
         begun = time.perf_counter()
+        applied = (*self._adapter.kept.applied,)
+        if applied != self._applied:  # what is applied to the model edits first, also where it came later
+            self.detach()
+            self._applied = applied
         layers = sorted({steer.layer for span in spans for steer in span.steering})
         tables = {layer: self._table(layer, spans, columns) for layer in layers}
         self._current = {layer: table for layer, table in tables.items() if table is not None}
@@ -211,7 +216,7 @@ def meeting(layer: int, spans: Sequence[Span], columns: int) -> tuple[tuple[tupl
         begin = max(0, -span.first)
         if all(steer.is_fixed for steer in here):
             if here:
-                row[begin:] = slots.setdefault(tuple(steer.edit for steer in here), len(slots))
+                row[begin:] = slots.setdefault(tuple(steer.made() for steer in here), len(slots))
         elif columns == 1:
             found = [span.edit(steer, span.first) for steer in here]
             chain = tuple(edit for edit in found if edit is not None)

@@ -24,6 +24,9 @@ EDITS = ("add", "clamp", "norm", "rotate")
 norm back; rotate: the row is turned from the mean stream to the vector, by the angle that adding it to the mean
 makes."""
 
+SHARED = ("add", "norm")
+"""Edits of which several layers in a row can do a share each."""
+
 Edited = tuple[Intervention, ...]
 """What is done to a text: the edits of one setting, empty for none."""
 
@@ -38,9 +41,10 @@ class Dose:
         edit: how; one of ``EDITS``.
         tokens: ``"all"``, ``"generated"`` (those that an answer is predicted from) or ``"prompt"`` (those before).
         method: how the vector was made.
+        width: how many layers, from this one on, share the strength; more than one only where vectors are added.
 
     Raises:
-        ValidationError: an unknown edit or name of tokens.
+        ValidationError: an unknown edit or name of tokens, or a width that doesn't fit the edit.
     """
 
     layer: int
@@ -48,24 +52,37 @@ class Dose:
     edit: str = "add"
     tokens: str = "all"
     method: str = "caa"
+    width: int = 1
 
     def __post_init__(self) -> None:
         check_kind(self.edit)
         check_token_kind(self.tokens)
+        if self.width < 1 or (self.width > 1 and self.edit not in SHARED):
+            raise ValidationError(
+                f"a dose has a width of 1 or more, and more than 1 only where the edit is one of "
+                f"{', '.join(map(repr, SHARED))}; got {self.width} and {self.edit!r}."
+            )
+
+    @property
+    def layers(self) -> range:
+        """The layers that are steered."""
+        return range(self.layer, self.layer + self.width)
 
     def of(self, vector: SteeringVector) -> Edited:
-        """What this dose of a vector does; the vector has the dose's layer, and for a rotation a plane."""
-        direction = vector[self.layer] * self.strength
+        """What this dose of a vector does; the vector has the dose's layers, and for a rotation a plane."""
+        return tuple(
+            Intervention(layer, self._edit(vector, layer), tokens=TOKENS[self.tokens])
+            for layer in self.layers
+        )
+
+    def _edit(self, vector: SteeringVector, layer: int) -> Edit:
+        direction = vector[layer] * (self.strength / self.width)
         if self.edit == "rotate":
-            plane = self._plane(vector)
-            edit = Edit.rotate(vector[self.layer], plane, self._degrees(vector))
-        elif self.edit == "clamp":
-            edit = Edit.clamp(direction, 1.0)
-        else:
-            edit = Edit.add(direction)
-        if self.edit == "norm":
-            edit = edit.gated("norm")
-        return (Intervention(self.layer, edit, tokens=TOKENS[self.tokens]),)
+            return Edit.rotate(vector[layer], self._plane(vector), self._degrees(vector))
+        if self.edit == "clamp":
+            return Edit.clamp(direction, 1.0)
+        edit = Edit.add(direction)
+        return edit.gated("norm") if self.edit == "norm" else edit
 
     def _plane(self, vector: SteeringVector) -> Tensor:
         plane = vector.terms.planes.get(self.layer)
@@ -86,7 +103,7 @@ class Dose:
     def vector(self, vector: SteeringVector) -> SteeringVector:
         """The vector whose strength 1 is this dose."""
         made = SteeringVector(
-            {self.layer: vector[self.layer] * self.strength},
+            {layer: vector[layer] * (self.strength / self.width) for layer in self.layers},
             model=vector.model,
             model_family=vector.model_family,
             method=vector.method,
@@ -102,7 +119,10 @@ class Dose:
 
     def __str__(self) -> str:
         where = "" if self.tokens == "all" else f", {self.tokens} tokens"
-        return f"layer {self.layer}, {self.edit}{where}, {self.strength:.3g} ×"
+        layers = f"layer {self.layer}"
+        if self.width > 1:
+            layers = f"layers {self.layer} to {self.layers[-1]}"
+        return f"{layers}, {self.edit}{where}, {self.strength:.3g} ×"
 
 
 def check_kind(edit: str) -> None:

@@ -73,7 +73,7 @@ class ForcedAnswers:
         self.answer = torch.repeat_interleave(torch.arange(len(pairs)), torch.tensor(lengths))
         self.place = torch.cat([torch.arange(n) for n in lengths])
         self._plain: list[Tensor] = []
-        self._ranks = current_ranks()
+        self._ranks = current_ranks(adapter)
         logprobs = [torch.zeros(1, 0, dtype=torch.float64)]
         with _alone(self._adapter), self._ranks.together():
             self._whole = not unembedding_agrees(adapter)
@@ -82,7 +82,7 @@ class ForcedAnswers:
                 pairs,
                 batch_tokens=pass_tokens(PACK_TOKENS),
                 scoring=True,
-                processes=self._ranks.size,
+                processes=self._ranks.sharing,
             )
             for pack in dealt(packs, self._ranks, "Answers"):
                 self.packs.append(pack)

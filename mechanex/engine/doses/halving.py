@@ -1,11 +1,11 @@
-"""Which settings stay for the next, costlier round: those on the front of effect against price."""
+"""The front of effect against price, and how many settings go on from round to round."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-__all__ = ["front", "rounds", "spread", "survivors"]
+__all__ = ["front", "rounds"]
 
 SHARE = 4  # of the settings of a round, one in this many stays
 
@@ -23,34 +23,6 @@ def front(effects: Sequence[float], prices: Sequence[float], among: Sequence[int
         if not found or effects[i] > effects[found[-1]]:
             found.append(i)
     return found
-
-
-def survivors(effects: Sequence[float], prices: Sequence[float], n: int, most: float = math.inf) -> list[int]:
-    """The n best settings: the front, then the front of what is left, and so on; in their own order.
-
-    Args:
-        effects, prices: by setting.
-        n: how many stay.
-        most: settings of a higher price come last.
-    """
-    kept: list[int] = []
-    dear = [i for i in range(len(effects)) if not prices[i] <= most]
-    left = set(range(len(effects))) - set(dear)
-    while left and len(kept) < n:
-        found = front(effects, prices, sorted(left))
-        kept += found if len(kept) + len(found) <= n else spread(found, n - len(kept))
-        left -= set(found)
-    dear.sort(key=prices.__getitem__)
-    return sorted(kept + dear[: n - len(kept)])
-
-
-def spread(ordered: Sequence[int], n: int) -> list[int]:
-    """n of a front, evenly over it, its ends among them; the dearer end where n is 1."""
-    if n >= len(ordered):
-        return list(ordered)
-    if n == 1:
-        return [ordered[-1]]
-    return [ordered[round(i * (len(ordered) - 1) / (n - 1))] for i in range(n)]
 
 
 def rounds(n: int, examples: int, finalists: int, most: float) -> list[tuple[int, int]]:

@@ -18,14 +18,14 @@ from .intervals import Interval, mean_of, ratio_of
 from .kept_work import KeptWork
 from .scorers import TextScorer
 from .swept import Texts
-from .written import ROWS, Written, mean_logprobs, write
+from .written import ROWS, Written, costs_of, write
 
 __all__ = ["TextJudge", "name_of"]
 
 
 def name_of(dose: Dose) -> str:
     """A dose's name among results that are kept."""
-    return f"{dose.method}: {dose.layer} {dose.edit} {dose.tokens} {dose.strength!r}"
+    return f"{dose.method}: {dose.layer}+{dose.width} {dose.edit} {dose.tokens} {dose.strength!r}"
 
 
 class TextJudge:
@@ -76,7 +76,7 @@ class TextJudge:
         written = write(self._adapter, self._tokenizer, prompts, settings, self._options)
         self.work += sum(map(self._work, written))
         scores = [[self._scorer(one.text) for one in texts] for texts in written]
-        costs = [mean_logprobs(self._adapter, texts) for texts in written]
+        costs = costs_of(self._adapter, written)
         plain = _perplexity(float(costs[0][0].sum()), float(costs[0][1].sum()))
         return {
             "plain": mean_of(scores[0]),
@@ -101,12 +101,12 @@ class TextJudge:
             written = write(
                 self._adapter, self._tokenizer, self._prompts, [todo[name] for name in part], self._options
             )
-            for name, texts in zip(part, written, strict=True):
-                logprobs, counts = mean_logprobs(self._adapter, texts)
+            costs = costs_of(self._adapter, written)
+            for name, texts, (logprob, n_tokens) in zip(part, written, costs, strict=True):
                 known[name] = [
                     sum(self._scorer(one.text) for one in texts) / len(texts),
-                    float(logprobs.sum()),
-                    float(counts.sum()),
+                    float(logprob.sum()),
+                    float(n_tokens.sum()),
                     sum(one.repetition for one in texts) / len(texts),
                     self._work(texts),
                 ]

@@ -12,6 +12,7 @@ from typing import Any
 from ...errors import ValidationError
 from ...home import atomic_path
 from ..models.adapter import ModelAdapter
+from ..ranks import current_ranks
 from ..vectors import SteeringVector
 
 __all__ = ["KeptWork"]
@@ -50,12 +51,21 @@ class KeptWork:
         self._of = digest.hexdigest()
         self._forced: dict[str, Numbers] = {}
         self._written: Numbers = {}
-        if self._path is not None and self._path.exists():
-            self._read(self._path)
+        # All processes go on from what the first one finds.
+        text = current_ranks(None).from_first(self._text)
+        if text is not None:
+            self._read(text)
 
-    def _read(self, path: Path) -> None:
+    def _text(self) -> str | None:
+        """What the file holds; None where there is none."""
+        if self._path is None or not self._path.exists():
+            return None
+        return self._path.read_text(encoding="utf-8", errors="replace")
+
+    def _read(self, text: str) -> None:
+        path = self._path
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(text)
             of, self._forced, self._written = found["of"], found["forced"], found["written"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValidationError(f"{path} is no checkpoint of a sweep: name another file.") from error
@@ -74,7 +84,7 @@ class KeptWork:
 
     def save(self) -> None:
         """Writes the file, whole or not at all."""
-        if self._path is None:
+        if self._path is None or not current_ranks(None).first:
             return
         with atomic_path(self._path) as temporary:
             Path(temporary).write_text(

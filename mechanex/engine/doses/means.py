@@ -28,9 +28,9 @@ def stream_means(adapter: ModelAdapter, pairs: Sequence[Pair], layers: Sequence[
     """
     sums: dict[int, Tensor] = {}
     n = sum(len(answer) for _, answer in pairs)
-    ranks = current_ranks()
+    ranks = current_ranks(adapter)
     with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model), ranks.together():
-        for pack in dealt(packs_for(adapter, pairs, processes=ranks.size), ranks, "Means"):
+        for pack in dealt(packs_for(adapter, pairs, processes=ranks.sharing), ranks, "Means"):
 
             def reader(layer: int, pack: Any = pack) -> Any:
                 def read(hidden: Tensor) -> None:

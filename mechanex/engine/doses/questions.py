@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..chat import has_chat_template
 from ..text import Prompt
 
 __all__ = ["OPEN_QUESTIONS", "as_chats", "open_prompts"]
@@ -43,6 +44,6 @@ def open_prompts(tokenizer: Any) -> list[Prompt]:
 
 def as_chats(questions: Any, tokenizer: Any) -> list[Prompt]:
     """Texts as what a user says in a chat, where the tokenizer has a template; else as they are."""
-    if getattr(tokenizer, "chat_template", None) is None:
+    if not has_chat_template(tokenizer):
         return list(questions)
     return [[{"role": "user", "content": question}] for question in questions]

@@ -11,9 +11,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ...errors import ValidationError
 from ..datasets import ContrastivePairs, read_pairs
@@ -22,29 +20,24 @@ from ..models import adapter_for
 from ..models.adapter import ModelAdapter
 from ..sampling import Options
 from ..text import Prompt, encode_pair
-from ..vectors import SteeringVector
-from .calibrate import dose_quantile
-from .dose import EDITS, Dose
-from .forced import ForcedAnswers
-from .halving import front, rounds, spread, survivors
-from .judge import TextJudge, name_of
+from .dose import EDITS, SHARED, Dose
+from .forced_rounds import forced_rounds
+from .judge import TextJudge
 from .kept_work import KeptWork
 from .means import stream_means
 from .scorers import TextScorer, classifier
 from .swept import Setting, Swept
+from .text_rounds import later_texts, text_rounds
 
 __all__ = ["STRENGTHS", "sweep"]
 
 _log = logging.getLogger(__name__)
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
-# Of what is left beside the texts, what forced rounds may take: their layout has padding.
-FORCED = 0.7
-# Steps from the best of the finalists to strengths beside it.
-BESIDE = (0.8, 1.2, 1.45)
+# Mean KL per token of given answers at which texts cost about one nat of log-perplexity per token.
+PAIR_KL = 1.0
 MORE_REPETITION = 0.1
 MEAN_OF = 32  # answers that the mean stream is taken of
-CHUNK = 64
 
 
 def sweep(
@@ -56,6 +49,7 @@ def sweep(
     edits: Sequence[str] = EDITS,
     tokens: Sequence[str] = ("all", "generated", "prompt"),
     methods: Sequence[str] = ("caa",),
+    widths: Sequence[int] | None = None,
     scorer: TextScorer | None = None,
     validation: Sequence[Prompt] | None = None,
     test: Sequence[Prompt] | None = None,
@@ -71,9 +65,10 @@ def sweep(
     """Tries doses of vectors made from contrastive examples, and recommends one.
 
     Vectors are made from most of the pairs. All settings are tried on few of the rest, answers forced: what counts is
-    the change of the answers' log-odds against the KL per token. The best go on to more pairs, the last few to texts
-    on the validation prompts, judged by the scorer and by perplexity under the plain model; the best of them at no more
-    than ``most_perplexity``, and not repeating itself, is chosen and read once more on the test prompts.
+    the change of the answers' log-odds at one KL per token, between the strengths that were tried. The best kinds of
+    dose go on to more pairs, the last few to texts on the validation prompts, judged by the scorer and by perplexity
+    under the plain model. There each gets the strength that should cost ``most_perplexity``, and another by what that
+    one cost; the best that stays within, and doesn't repeat itself, is chosen and read once more on the test prompts.
 
     Args:
         model: a Hugging Face or TransformerLens model.
@@ -83,11 +78,13 @@ def sweep(
         edits: of ``mechanex.engine.doses.dose.EDITS``.
         tokens: of ``mechanex.engine.terms.TOKENS``.
         methods: how vectors are made, as in ``generate_vectors``.
+        widths: over how many layers in a row, from each of ``layers`` on, a strength is shared; None for one, and for a
+            quarter of the model's. Only what is added (``add``, ``norm``) is shared.
         scorer: from an answer to how much it shows of what is sought; None for naive Bayes on the pairs' answers.
         validation: prompts for texts; None for the prompts of held-back pairs.
         test: prompts that are read once, at the end; None for held-back ones where ``validation`` is None too.
         most_perplexity: what the chosen dose may cost, as a multiple of plain.
-        finalists: how many settings write texts.
+        finalists: how many kinds of dose write texts; half of them do so twice, and two a third time.
         most_evaluations: what the whole sweep may cost, in whole evaluations of one setting: texts for every validation
             prompt, and their perplexity. The first round shrinks to one pair for it, and no further.
         max_tokens: of a text.
@@ -102,14 +99,14 @@ def sweep(
     adapter = adapter_for(model)
     tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
     pairs = data if isinstance(data, ContrastivePairs) else read_pairs(data)
-    doses = _doses(adapter, layers, strengths, edits, tokens, methods)
+    doses = _doses(adapter, layers, strengths, edits, tokens, methods, widths)
     fit, check, held = _split(pairs, seed, validation is None and test is None)
     if validation is None:
         validation = check.prompts
         test = held.prompts if test is None and held is not None else test
     if scorer is None:
         scorer = classifier(fit.positive_answers, fit.negative_answers)
-    used = sorted({dose.layer for dose in doses})
+    used = sorted({layer for dose in doses for layer in dose.layers})
     vectors = {
         method: vectors_by(method)(
             adapter, fit.prompts, fit.positive_answers, fit.negative_answers, used, tokenizer=tokenizer
@@ -125,20 +122,21 @@ def sweep(
     options = Options(max_tokens=max_tokens, seed=seed)
     judge = TextJudge(adapter, tokenizer, validation, scorer, options, vectors, kept, progress)
     plain = judge.plain()
-    tried, ended = _forced_rounds(
-        adapter, tokenizer, check, doses, vectors, kept, judge, finalists, most_perplexity, most_evaluations
+    price = PAIR_KL * math.log(most_perplexity)
+    left = most_evaluations - finalists - later_texts(finalists) - 3
+    tried, ended = forced_rounds(
+        adapter,
+        tokenizer,
+        check,
+        doses,
+        vectors,
+        kept,
+        judge,
+        finalists=finalists,
+        price=price,
+        evaluations=left,
     )
-    written = judge.texts([one.dose for one in ended])
-    found = [replace(one, texts=texts) for one, texts in zip(ended, written, strict=True)]
-    best = _best(found, most_perplexity, plain.repetition)
-    beside = [
-        replace(best, dose=replace(best.dose, strength=best.dose.strength * factor)) for factor in BESIDE
-    ]
-    more = [
-        replace(one, texts=texts, gain=math.nan, kl=math.nan, kl95=math.nan, examples=0)
-        for one, texts in zip(beside, judge.texts([one.dose for one in beside]), strict=True)
-    ]
-    found += more
+    found = text_rounds(judge, ended, most_perplexity, price)
     chosen = _best(found, most_perplexity, plain.repetition)
     confirmed = None if not test else judge.confirm(chosen.dose, test)
     finished = {one.dose for one in found}
@@ -164,11 +162,11 @@ def _doses(
     edits: Sequence[str],
     tokens: Sequence[str],
     methods: Sequence[str],
+    widths: Sequence[int] | None,
 ) -> list[Dose]:
     for method in methods:
         check_method(method)
-    indices = range(1, adapter.n_layers) if layers is None else layers
-    found = sorted({adapter.layer_index(layer) for layer in indices})
+    found = list(range(1, adapter.n_layers)) if layers is None else adapter.layer_indices(layers)
     for name, given in (("strengths", strengths), ("edits", edits), ("tokens", tokens), ("methods", methods)):
         if isinstance(given, str) or not len(given):
             raise ValidationError(f"{name} is a list with at least one entry; got {given!r}.")
@@ -176,10 +174,23 @@ def _doses(
         raise ValidationError("layers is a list with at least one layer, or None for all but the first.")
     if not all(math.isfinite(one) and one != 0 for one in strengths):
         raise ValidationError(f"strengths are finite numbers other than 0; got {list(strengths)}.")
-    return [
-        Dose(layer, float(strength), edit, where, method)
-        for layer, method, edit, where, strength in product(found, methods, edits, tokens, strengths)
+    if widths is None:
+        widths = sorted({1, max(1, adapter.n_layers // 4)})
+    if not isinstance(widths, Sequence) or not len(widths) or not all(type(one) is int for one in widths):
+        raise ValidationError(f"widths is a list of numbers of layers, with at least one; got {widths!r}.")
+    fitting = [
+        Dose(layer, float(strength), edit, where, method, width)
+        for layer, method, edit, where, width, strength in product(
+            found, methods, edits, tokens, widths, strengths
+        )
+        if width == 1 or (edit in SHARED and layer + width <= adapter.n_layers)
     ]
+    if not fitting:
+        raise ValidationError(
+            f"no dose of widths {list(widths)} fits: to be shared by several layers, an edit is one of "
+            f"{', '.join(map(repr, SHARED))}, and as many layers follow from {found[0]} on, of {adapter.n_layers}."
+        )
+    return fitting
 
 
 def _split(
@@ -206,100 +217,6 @@ def _split(
         for part in parts
     ]
     return made[0], made[1], made[2] if three else None
-
-
-def _forced_rounds(
-    adapter: ModelAdapter,
-    tokenizer: Any,
-    check: ContrastivePairs,
-    doses: list[Dose],
-    vectors: dict[str, SteeringVector],
-    kept: KeptWork,
-    judge: TextJudge,
-    finalists: int,
-    most: float,
-    evaluations: float,
-) -> tuple[list[Setting], list[Setting]]:
-    """All settings that were tried, as far as they came, and those that write texts."""
-    encoded = [
-        [encode_pair(tokenizer, prompt, answer) for answer in both]
-        for prompt, *both in zip(check.prompts, check.positive_answers, check.negative_answers, strict=True)
-    ]
-    lengths = [len(both[0][0]) + sum(len(answer) for _, answer in both) for both in encoded]
-    each = sum(lengths) / len(lengths) * adapter.n_layers * _depth(adapter, doses)
-    allowed = FORCED * max(0.0, evaluations - finalists - len(BESIDE) - 3)
-    plan = rounds(len(doses), len(encoded), finalists, allowed * judge.whole / each)
-    # By length, from the middle out: a first round on one pair takes a usual one.
-    middle = sorted(range(len(encoded)), key=lambda i: abs(lengths[i] - sorted(lengths)[len(lengths) // 2]))
-    results: dict[Dose, Setting] = {}
-    left = doses
-    for number, (size, examples) in enumerate(plan):
-        assert size == len(left)
-        part = [pair for i in middle[:examples] for pair in encoded[i]]
-        found = _forced(adapter, part, left, vectors, kept, judge, number)
-        results |= {one.dose: one for one in found}
-        wanted = plan[number + 1][0] if number + 1 < len(plan) else min(finalists, len(left))
-        gains, prices = [one.gain for one in found], [one.kl for one in found]
-        cap = 4 * math.log(most)
-        if number + 1 == len(plan):
-            among = [i for i in range(len(found)) if prices[i] <= cap] or None
-            best = front(gains, prices, among)
-            best = spread([i for i in best if gains[i] >= gains[best[-1]] / 3] or best, wanted)
-            rest = [i for i in survivors(gains, prices, len(found), cap) if i not in best]
-            rest.sort(key=lambda i: (prices[i] > cap, -gains[i] if prices[i] <= cap else prices[i]))
-            chosen = sorted([*best, *rest[: wanted - len(best)]])
-        else:
-            chosen = survivors(gains, prices, wanted, cap)
-        left = [left[i] for i in chosen]
-    return list(results.values()), [results[dose] for dose in left]
-
-
-def _depth(adapter: ModelAdapter, doses: list[Dose]) -> float:
-    """Mean share of the layers that run again for a dose."""
-    return sum(max(1, adapter.n_layers - dose.layer) for dose in doses) / len(doses) / adapter.n_layers
-
-
-def _forced(
-    adapter: ModelAdapter,
-    part: list[Any],
-    doses: list[Dose],
-    vectors: dict[str, SteeringVector],
-    kept: KeptWork,
-    judge: TextJudge,
-    number: int,
-) -> list[Setting]:
-    """One round: pairs of (positive, negative) answers in turn, under every dose."""
-    known = kept.forced(number)
-    todo = [dose for dose in doses if name_of(dose) not in known]
-    todo.sort(key=lambda dose: dose.layer)
-    if todo:
-        answers = ForcedAnswers(adapter, part)
-
-        def odds(logprobs: torch.Tensor) -> float:
-            found = answers.by_answer(logprobs, mean=True)
-            return float((found[::2] - found[1::2]).mean())
-
-        plain = odds(answers.plain)
-        bar = tqdm(total=len(todo), desc=f"Round {number + 1}", disable=not judge.progress)
-        for first in range(0, len(todo), CHUNK):
-            chunk = todo[first : first + CHUNK]
-            for dose, one in zip(
-                chunk, answers.under([dose.of(vectors[dose.method]) for dose in chunk]), strict=True
-            ):
-                known[name_of(dose)] = [
-                    odds(one.logprobs) - plain,
-                    float(one.kl.mean()),
-                    dose_quantile(one.kl),
-                ]
-            kept.save()
-            bar.update(len(chunk))
-        bar.close()
-        judge.work += answers.work
-    found = []
-    for dose in doses:
-        gain, kl, kl95 = known[name_of(dose)]
-        found.append(Setting(dose, gain, kl, kl95, len(part) // 2))
-    return found
 
 
 def _best(found: Sequence[Setting], most: float, plain_repetition: float) -> Setting:

@@ -31,7 +31,7 @@ def tune(
     seed: int = 0,
     **options: Any,
 ) -> SteeringVector:
-    """Sweeps layers, strengths, edits and tokens, and gives the vector whose strength 1 is the dose that was chosen.
+    """Sweeps layers, strengths, edits and tokens, and gives the vector whose strength 1 is the chosen dose.
 
     Args:
         model: a Hugging Face or TransformerLens model.
@@ -41,8 +41,8 @@ def tune(
         options: of :func:`mechanex.engine.doses.sweep.sweep`.
 
     Returns:
-        A vector of one layer that knows its edit, its tokens, how far it moves texts at which strength
-        (``calibration``), and in ``metadata["recommendation"]`` what the sweep found.
+        A vector of one layer, or of several that share the dose. It knows its edit, its tokens, how far it moves texts
+        at which strength (``calibration``), and in ``metadata["recommendation"]`` what the sweep found.
 
     Raises:
         ValidationError: as ``sweep``.

@@ -18,7 +18,7 @@ from ..score_pairs import score_pairs
 from ..text import Prompt
 from .dose import Edited
 
-__all__ = ["Written", "mean_logprobs", "repetition", "write"]
+__all__ = ["Written", "costs_of", "mean_logprobs", "repetition", "write"]
 
 ROWS, ROWS_GPU = 64, 512
 GRAM = 4
@@ -121,3 +121,12 @@ def mean_logprobs(adapter: ModelAdapter, answers: Sequence[Written]) -> tuple[to
         sums[at] = found.sums.double().cpu()
         counts[at] = torch.tensor([len(ids) for ids in found.token_ids], dtype=torch.float64)
     return sums, counts
+
+
+def costs_of(
+    adapter: ModelAdapter, written: Sequence[Sequence[Written]]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What ``mean_logprobs`` gives for each setting's answers, all scored together: each prompt is read once."""
+    sums, counts = mean_logprobs(adapter, [one for answers in written for one in answers])
+    sizes = [len(answers) for answers in written]
+    return list(zip(torch.split(sums, sizes), torch.split(counts, sizes), strict=True))

@@ -21,7 +21,9 @@ from ..attention_plans import without_plans
 from ..capabilities.findings import Findings
 from ..following.calls import Followed, Prompts
 from ..following.generating import watch_generate
+from ..given import as_list
 from ..regimes import each_alone
+from ..sharded import is_split
 from ..stream import Stream, others, residual
 from .configuration import context_of, text_config
 from .kept import Kept
@@ -175,6 +177,18 @@ class ModelAdapter(ABC):
             )
         return layer if layer >= 0 else layer + self.n_layers
 
+    def layer_indices(self, layers: object, name: str = "layers") -> list[int]:
+        """A list of layers as :meth:`layer_index` gives them, in order and each once.
+
+        Args:
+            layers: what can be walked through.
+            name: what it is called in messages.
+
+        Raises:
+            ValidationError: no list, an empty one, or a layer that doesn't exist.
+        """
+        return sorted({self.layer_index(layer) for layer in as_list(name, layers, "layers")})
+
     @property
     def stream(self) -> Stream:
         """The model's residual stream, to check what its blocks pass on."""
@@ -232,6 +246,8 @@ class ModelAdapter(ABC):
             head is not None
             and self._matrix is not None
             and not any(is_absent(weight) for weight in head.parameters())
+            # FSDP gathers a head for a pass and may leave it so until its weights change.
+            and not is_split(self.hf_model)
         )
 
     @property

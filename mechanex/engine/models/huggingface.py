@@ -13,6 +13,7 @@ from ..._private.torch import without_hooks
 from ...errors import ValidationError
 from ...ops.head import Head
 from ..attaching import after, before
+from ..sharded import check_whole
 from ..stream import Stream, residual, with_residual
 from .adapter import Handles, ModelAdapter, ResidualHook, undisturbed
 from .configuration import text_config
@@ -220,6 +221,7 @@ class HuggingFaceAdapter(ModelAdapter):
                 f"{type(self.hf_model).__name__} has no language head; load it with AutoModelForCausalLM."
             )
         matrix = self._matrix
+        check_whole(self.hf_model, "The unembedding itself can't be used")
         if matrix is None:
             raise ValidationError(
                 f"The language head of {self.model_id} is a {type(head).__name__} and no single matrix: what needs the "

@@ -13,6 +13,7 @@ import transformers
 from ..._private.transformers import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from ...errors import MechanexError, ValidationError
 from ...launched import local_rank
+from ..sharded import is_split
 from .sources import Source, explain
 
 __all__ = ["check_causal", "choose_dtype", "place", "read_config", "read_model", "read_tokenizer"]
@@ -192,7 +193,11 @@ def read_model(
             "load a checkpoint with a language head."
         )
     model.eval()
-    placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
+    placed = (
+        getattr(model, "hf_device_map", None) is not None
+        or getattr(model, "is_quantized", False)
+        or is_split(model)
+    )
     return model if device is None or placed else model.to(device)
 
 

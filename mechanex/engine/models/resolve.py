@@ -14,9 +14,11 @@ from ...errors import ValidationError
 from ...extras import install_line
 from . import adapter_for, lens
 from .adapter import undisturbed
+from .configuration import text_config
 from .lora import adapted, add_adapter
 from .pretrained import check_causal, choose_dtype, place, read_config, read_model, read_tokenizer
 from .sources import Source, find_source, unreachable
+from .split import check_splits, splitting
 
 __all__ = ["BACKENDS", "LoadedModel", "load"]
 
@@ -52,6 +54,7 @@ def load(
     device: str | torch.device | None = None,
     tokenizer: Any = None,
     layers: str | None = None,
+    tp: int | str | None = None,
     **kwargs: Any,
 ) -> LoadedModel:
     """Loads a causal language model by bundled name, local folder, Hub name or TransformerLens short name.
@@ -67,6 +70,8 @@ def load(
         tokenizer: a tokenizer object to use instead of the model's own.
         layers: dotted path of the list of decoder layers, for models whose structure isn't recognised; they are
             loaded as plain models.
+        tp: "auto" splits the model over the processes that torchrun has started (tensor parallelism), as a plain model;
+            all of them then make the same calls.
         **kwargs: for transformers' ``from_pretrained``: ``revision``, ``token``, ``quantization_config``,
             ``device_map``, ``trust_remote_code`` (False unless given), ….
 
@@ -84,7 +89,12 @@ def load(
             raise ValidationError(
                 "layers= names the layers of a plain model; use backend='transformers' with it."
             )
-    use_lens = backend != "transformers" and layers is None and lens.installed()
+    if tp is not None and backend == "transformer_lens":
+        raise ValidationError("TransformerLens can't wrap a model that is split: leave tp= or backend= out.")
+    split = splitting(
+        tp, {"device": device, **{name: kwargs.get(name) for name in ("device_map", "quantization_config")}}
+    )
+    use_lens = backend != "transformers" and layers is None and not split and lens.installed()
     source = find_source(name_or_path, ask_transformer_lens=lens.installed())
     kwargs.setdefault("trust_remote_code", False)
     if source.kind == "hub" and unreachable():
@@ -94,12 +104,18 @@ def load(
     kwargs = kwargs if parts is None else parts.options
     if base.kind == "hub" and unreachable():
         kwargs.setdefault("local_files_only", True)
+    if split and parts is not None:
+        raise ValidationError(
+            f"{source.name} has an adapter of peft's, which can't be split: merge it, or leave tp= out."
+        )
     if dtype is None:
         dtype = kwargs.pop("torch_dtype", None)
     wanted = place(device, kwargs)
 
     config = read_config(base, kwargs)
     check_causal(base, config)
+    if split:
+        check_splits(source.name, text_config(config))
     reason = None
     if use_lens:
         reason = lens.unsuitable(config) if parts is None else "it is a model with an adapter of peft's."
@@ -116,7 +132,7 @@ def load(
     precision = choose_dtype(dtype, config, wanted)
 
     def read() -> nn.Module:
-        model: nn.Module = read_model(base, precision, wanted, kwargs)
+        model: nn.Module = read_model(base, precision, wanted, kwargs | split)
         if parts is not None and parts.adapter is not None:
             add_adapter(model, parts.adapter)
         return model

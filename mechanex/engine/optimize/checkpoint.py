@@ -44,6 +44,7 @@ _FREE = [
     "checkpoint",
     "keep_on_interrupt",
     "patience",
+    "plateau",
     "generator",
     "seed",
     "eval_datapoints",  # told as token ids
@@ -61,7 +62,7 @@ class Checkpoint:
 
     def __init__(self, run: Run) -> None:
         path = run.job.settings.checkpoint
-        writes = path is not None and current_ranks().rank == 0
+        writes = path is not None and current_ranks(None).first
         self._run, self._path = run, Path(path) if path is not None and writes else None
         self._written = time.monotonic()
         self._fingerprint = ""

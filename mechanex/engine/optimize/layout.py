@@ -143,7 +143,7 @@ class Layout:
             row_tokens=1 if spec.by_prompt else _row_tokens(completions, groups),
             batch_tokens=MINIBATCH_PACK_TOKENS if spec.by_prompt else spec.batch_tokens,
             scoring=not spec.to_the_end,
-            processes=current_ranks().size,
+            processes=current_ranks(adapter).sharing,
         )
         dtype = compute_dtype(adapter.dtype)
         signs = [[-1.0 if negated else 1.0] for negated in spec.negated]

@@ -66,11 +66,11 @@ def run_jobs(jobs: Sequence[OptimizationJob], *, progress: bool = False) -> list
             for spec in (job.spec, job.eval_spec):
                 if spec is not None:
                     passes.layout(spec)
-        ranks = current_ranks()
+        ranks = current_ranks(None)
         with ranks.together():
             runs = [begin(job) for job in jobs]
         _check_begins(ranks, runs)
-        with _bar(runs, progress and ranks.rank == 0) as show:
+        with _bar(runs, progress and ranks.first) as show:
             outcomes = optimize(runs, passes, show)
     return [_result(run, outcome) for run, outcome in zip(runs, outcomes, strict=True)]
 
@@ -83,7 +83,7 @@ def optimize(runs: Sequence[Run], passes: Passes, show: Callable[[], None]) -> l
     try:
         for run in runs:
             checkpoint = Checkpoint(run)
-            with current_ranks().together():
+            with current_ranks(None).together():
                 checkpoint.write(first=True)
             checkpoints[run] = checkpoint
             phases.append(_phase(run))
@@ -94,7 +94,7 @@ def optimize(runs: Sequence[Run], passes: Passes, show: Callable[[], None]) -> l
             except KeyboardInterrupt:
                 kept = (p.run.job.settings.keep_on_interrupt and p.seen is not None for p in phases)
                 # Other processes that share the work may have been stopped elsewhere.
-                if current_ranks().size > 1 or not all(kept):
+                if current_ranks(None).size > 1 or not all(kept):
                     raise
                 stopped = ["interrupted"] * len(phases)
             going = []
@@ -165,7 +165,7 @@ def _asked(passes: Passes, requests: Sequence[EvaluationRequest | None]) -> list
 
 
 def _check_begins(ranks: Ranks, runs: Sequence[Run]) -> None:
-    steps = ranks.gathered([run.state.adam.step for run in runs])
+    steps = ranks.told([run.state.adam.step for run in runs])
     if any(one != steps[0] for one in steps):
         raise ValidationError(
             f"the processes begin at other steps, {steps}: put the checkpoint where all of them find the same file."
@@ -188,7 +188,7 @@ def _bar(runs: Sequence[Run], progress: bool) -> Iterator[Callable[[], None]]:
     """A progress bar over the runs, and the function that moves it on."""
     limits = [run.job.settings.max_iters for run in runs]
     total = None if None in limits else max(n for n in limits if n is not None)
-    with tqdm(total=total, desc="Optimizing", unit="step", disable=not progress) as bar:
+    with tqdm(total=total, desc="Optimizing by gradient descent", unit="step", disable=not progress) as bar:
         yield lambda: _show(bar, runs) if progress else None
 
 

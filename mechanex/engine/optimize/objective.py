@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -91,13 +91,37 @@ def counted(objective: Objective, counts: Tensor) -> Objective:
     return derivative
 
 
+# Evaluations in which a loss on a plateau has not fallen enough.
+PLATEAU = 3
+
+
 @dataclass(frozen=True)
 class Counters:
-    """How often in a row the tests held, and the loss that the next one is compared with."""
+    """How often in a row the tests held, and the losses that the next one is compared with.
+
+    Attributes:
+        met: evaluations in a row that met the targets.
+        still: evaluations in a row whose loss was that of the one before.
+        previous: the loss of the last evaluation.
+        first: the loss of the first one.
+        mark: the loss that a plateau is measured from.
+        waited: evaluations since the loss fell notably below ``mark``.
+    """
 
     met: int = 0
     still: int = 0
     previous: float | None = None
+    first: float | None = None
+    mark: float | None = None
+    waited: int = 0
+
+    def marked(self, loss: float, plateau: float) -> Counters:
+        """After an evaluation, whether it left the plateau: the fall since ``mark`` is that share of the whole one."""
+        if self.first is None or self.mark is None:
+            return replace(self, first=loss, mark=loss)
+        if self.mark - loss > plateau * (self.first - loss):
+            return replace(self, mark=loss, waited=0)
+        return replace(self, waited=self.waited + 1)
 
 
 def target_of(completion: Completion, settings: OptimizeSettings) -> float | None:
@@ -119,9 +143,11 @@ class Stopping:
     """The tests of one job.
 
     Stops with "target_loss" when the targets were met, and with "converged" when the loss stood still, for
-    ``target_loss_target_iters`` evaluations in a row. Targets are met when the sum of the losses is at or below
-    ``target_loss`` (``do_target_loss_sum``), or when every completion is at or below its target: its own where its
-    datapoint gives one, else the common one. With ``do_target_loss_sum`` that counts only if a datapoint gives one.
+    ``target_loss_target_iters`` evaluations in a row; with "plateau" when it has hardly fallen in three.
+
+    Targets are met when the sum of the losses is at or below ``target_loss`` (``do_target_loss_sum``), or when every
+    completion is at or below its target: its own where its datapoint gives one, else the common one. With
+    ``do_target_loss_sum`` that counts only if a datapoint gives one.
 
     Args:
         settings: the options.
@@ -162,11 +188,20 @@ class Stopping:
         met = met or (bool(self._each) and all(map(operator.le, losses, self._each)))
         last = math.inf if before.previous is None else before.previous
         still = abs(loss - last) < settings.eps * max(1.0, abs(loss))
-        after = Counters(before.met + 1 if met else 0, before.still + 1 if still else 0, loss)
+        after = replace(
+            before,
+            met=before.met + 1 if met else 0,
+            still=before.still + 1 if still else 0,
+            previous=loss,
+        )
+        if settings.plateau is not None:
+            after = after.marked(loss, settings.plateau)
         if after.met >= settings.target_loss_target_iters:
             return "target_loss", after
         if after.still >= settings.target_loss_target_iters:
             return "converged", after
+        if after.waited >= PLATEAU:
+            return "plateau", after
         return None, after
 
 

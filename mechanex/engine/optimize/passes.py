@@ -110,7 +110,7 @@ class Passes:
         self._layouts: dict[LayoutSpec, Layout] = {}
         self._replays: dict[StepPack, Replay] = {}
         self._stacks: dict[Any, Stack] = {}
-        self._ranks = current_ranks()
+        self._ranks = current_ranks(adapter)
 
     def __enter__(self) -> Passes:
         self._hooks.__enter__()
@@ -211,7 +211,7 @@ class Passes:
                     ]
                     grads = torch.autograd.grad(losses, table, torch.stack(slopes))
                     sums = [a + b for a, b in zip(sums, grads, strict=True)] if sums else list(grads)
-        if self._ranks.size > 1:
+        if self._ranks.sharing > 1:
             found = self._of_all(found)
             mine = sums or [torch.zeros_like(t) for t in table]
             sums = [self._ranks.total(one) for one in mine] if learning else []

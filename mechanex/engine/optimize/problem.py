@@ -202,7 +202,7 @@ def _seed(settings: OptimizeSettings) -> int:
         return settings.seed
     generator = settings.generator or torch.default_generator
     drawn = int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
-    return current_ranks().from_first(lambda: drawn)
+    return current_ranks(None).from_first(lambda: drawn)
 
 
 def _sum(losses: Sequence[float]) -> float:

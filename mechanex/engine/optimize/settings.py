@@ -122,6 +122,7 @@ class OptimizeSettings:
     grad_clip: float | None = _number(None, 0, above=True)
     eval_datapoints: Sequence[TrainingDatapoint] | None = None
     patience: int | None = _whole(None, 1)
+    plateau: float | None = _number(None, 0, above=True)
     keep_on_interrupt: bool = False
 
     def __post_init__(self) -> None:

@@ -81,14 +81,14 @@ def read_examples(
         for prompt, answer in zip(prompts, side, strict=True)
     ]
     found: list[tuple[Tensor, Tensor]] = []
-    ranks = current_ranks()
+    ranks = current_ranks(adapter)
     with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model), ranks.together():
-        packs = packs_for(adapter, pairs, batch_tokens=batch_tokens, processes=ranks.size)
+        packs = packs_for(adapter, pairs, batch_tokens=batch_tokens, processes=ranks.sharing)
         for pack in dealt(packs, ranks, "Examples", progress=progress):
             found.append((read_point(adapter, pack, point).cpu(), pack.pair.cpu()))
     found = [one for theirs in ranks.gathered(found) for one in theirs]
     x, answer = (torch.cat(parts) for parts in zip(*found, strict=True))
-    if ranks.size > 1:
+    if ranks.sharing > 1:
         answer, order = answer.sort(stable=True)
         x = x[order]
     if not bool(torch.isfinite(x).all()):
@@ -109,9 +109,9 @@ def answer_logprobs(
     """[n] mean log-probability of each answer's tokens, all of them corrected as they are read."""
     sums = torch.zeros(len(pairs), dtype=torch.float64)
     counts = torch.tensor([len(answer) for _, answer in pairs], dtype=torch.float64)
-    ranks = current_ranks()
+    ranks = current_ranks(adapter)
     with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model), ranks.together():
-        packs = packs_for(adapter, pairs, batch_tokens=batch_tokens, processes=ranks.size)
+        packs = packs_for(adapter, pairs, batch_tokens=batch_tokens, processes=ranks.sharing)
         for pack in dealt(packs, ranks, "Scoring"):
 
             def correct(hidden: Tensor, pack: Pack = pack) -> Tensor | None:

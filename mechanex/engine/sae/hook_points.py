@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...errors import ValidationError
 from ..attaching import after, before
 from ..models.adapter import ModelAdapter
+from ..sharded import check_whole
 
 __all__ = ["HookPoint", "check_point", "hook_point", "on_point"]
 
@@ -186,6 +187,7 @@ def _part(adapter: ModelAdapter, point: HookPoint) -> tuple[nn.Module, bool]:
     if found is not None and point.kind == "attn_out" and sandwiched:
         found = _child(block, (_NORM_OF_ATTENTION,)) or found
     if found is not None and point.kind == "attn_z":
+        check_whole(adapter.hf_model, f"{point} can't be read")
         found = _child(found, _PROJECTIONS)
     if found is None or point.kind == "resid_mid":
         raise ValidationError(

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ...errors import ValidationError
 from ..forward import packs_for, scored_logprobs
+from ..intervention import widest
 from ..models.adapter import Handles, ModelAdapter, exclusive, undisturbed
 from ..pack import Pack, Pair
-from ..pauses import pause
+from ..ranks import Ranks, current_ranks, dealt
 from .activations import read_point
 from .autoencoder import SparseAutoencoder
 from .hook_points import on_point
@@ -49,40 +50,47 @@ def measured(
     if point is None:
         raise ValidationError("it isn't known where this autoencoder reads: read it with point='resid.…'.")
     sae = sae.to(adapter.device)
+    ranks = current_ranks(adapter)
     with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model):
-        packs = packs_for(adapter, pairs, batch_tokens=batch_tokens)
-        found = _reconstruction(adapter, sae, packs)
+        with ranks.together():
+            packs = packs_for(adapter, pairs, batch_tokens=batch_tokens, processes=ranks.sharing)
+        found = _reconstruction(adapter, sae, packs, ranks)
         if sae.is_transcoder:
             return found
         losses = {
-            "loss": _loss(adapter, packs, sae, None),
-            "loss_spliced": _loss(adapter, packs, sae, sae.reconstruct),
-            "loss_zeroed": _loss(adapter, packs, sae, torch.zeros_like),
+            "loss": _loss(adapter, packs, sae, None, ranks),
+            "loss_spliced": _loss(adapter, packs, sae, sae.reconstruct, ranks),
+            "loss_zeroed": _loss(adapter, packs, sae, torch.zeros_like, ranks),
         }
     gap = losses["loss_zeroed"] - losses["loss"]
     recovered = (losses["loss_zeroed"] - losses["loss_spliced"]) / gap if gap else math.nan
     return {**found, **losses, "loss_recovered": recovered}
 
 
-def _reconstruction(adapter: ModelAdapter, sae: SparseAutoencoder, packs: Sequence[Pack]) -> dict[str, float]:
-    error, squares, count, active = 0.0, 0.0, 0, 0
-    total = torch.zeros(sae.d_in, dtype=torch.float64, device=adapter.device)
-    said = torch.zeros(sae.n_features, dtype=torch.bool, device=adapter.device)
+def _reconstruction(
+    adapter: ModelAdapter, sae: SparseAutoencoder, packs: Sequence[Pack], ranks: Ranks
+) -> dict[str, float]:
+    error, squares, count = 0.0, 0.0, 0
+    wide = widest(adapter.device)
+    total = torch.zeros(sae.d_in, dtype=wide, device=adapter.device)
+    said = torch.zeros(sae.n_features, dtype=wide, device=adapter.device)
     point = sae.point
     assert point is not None
-    for pack in packs:
-        pause()
-        x = read_point(adapter, pack, point)
-        features = sae.encode(x)
-        said |= (features != 0).any(0)
-        active += int((features != 0).sum())
-        if not sae.is_transcoder:
-            error += float((x - sae.reconstruct(x)).double().square().sum())
-        total += x.double().sum(0)
-        squares += float(x.double().square().sum())
-        count += len(x)
+    with ranks.together():
+        for pack in dealt(packs, ranks, "Reading"):
+            x = read_point(adapter, pack, point)
+            said += (sae.encode(x) != 0).sum(0)
+            if not sae.is_transcoder:
+                error += float((x - sae.reconstruct(x)).to(wide).square().sum())
+            total += x.to(wide).sum(0)
+            squares += float(x.to(wide).square().sum())
+            count += len(x)
+    error, squares, count = ranks.total(
+        torch.tensor([error, squares, float(count)], dtype=torch.float64)
+    ).tolist()
+    total, said = ranks.total(total), ranks.total(said)
     variance = squares - float(total.square().sum()) / count
-    found = {"l0": active / count, "dead": 1 - float(said.float().mean())}
+    found = {"l0": float(said.sum()) / count, "dead": float((said == 0).float().mean())}
     return found if sae.is_transcoder else {"variance_explained": 1 - error / variance, **found}
 
 
@@ -91,14 +99,15 @@ def _loss(
     packs: Sequence[Pack],
     sae: SparseAutoencoder,
     instead: Callable[[Tensor], Tensor] | None,
+    ranks: Ranks,
 ) -> float:
     """Mean negative log-likelihood with something in the activations' place, first tokens apart."""
-    assert sae.point is not None
-    total, count = 0.0, 0
-    for pack in packs:
-        pause()
+    point = sae.point
+    assert point is not None
+    count = sum(len(pack.target) for pack in packs)
 
-        def splice(hidden: Tensor, pack: Pack = pack) -> Tensor | None:
+    def run(pack: Pack) -> float:
+        def splice(hidden: Tensor) -> Tensor | None:
             if instead is None:
                 return None
             first = (pack.position_ids == 0).to(hidden.device)
@@ -106,7 +115,9 @@ def _loss(
             return torch.where(first, hidden, instead(hidden).to(hidden.dtype))
 
         with Handles() as handles:
-            handles.add(on_point(adapter, sae.point, splice))
-            total -= float(scored_logprobs(adapter, pack).double().sum())
-        count += len(pack.target)
-    return total / count
+            handles.add(on_point(adapter, point, splice))
+            return -float(scored_logprobs(adapter, pack).double().sum())
+
+    with ranks.together():
+        total = sum(run(pack) for pack in dealt(packs, ranks, "Scoring"))
+    return float(ranks.total(torch.tensor(total, dtype=torch.float64))) / count

@@ -24,7 +24,10 @@ from .corrections import Correction
 from .detectors import FeatureDetector, ProbeDetector
 from .hook_points import hook_point
 
-__all__ = ["BehaviorStore", "check_name", "read_behavior", "write_behavior"]
+__all__ = ["BEHAVIOR_FILE", "BehaviorStore", "check_name", "read_behavior", "write_behavior"]
+
+BEHAVIOR_FILE = ".safetensors"
+"""Suffix of the files of behaviors."""
 
 FORMAT = "mechanex behavior 1"
 _NAME = re.compile(r"[\w][\w .-]{0,63}")

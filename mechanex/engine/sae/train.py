@@ -24,12 +24,13 @@ from ..caa import default_layer
 from ..models import adapter_for
 from ..models.adapter import ModelAdapter
 from ..pack import Pair
+from ..ranks import current_ranks
 from . import saelens
-from .activations import Rounds, as_pairs
+from .activations import Round, Rounds, as_pairs
 from .autoencoder import SparseAutoencoder
 from .hook_points import HookPoint, hook_point
 from .quality import measured
-from .train_step import TrainedWeights, TrainingSettings, folded, step
+from .train_step import CALIBRATED_ON, TrainedWeights, TrainingSettings, folded, step
 
 __all__ = ["Trained", "train_sae"]
 
@@ -123,31 +124,53 @@ def train_sae(
             "an autoencoder needs at least two texts of two tokens: one is kept for its report."
         )
     held, used = pairs[-n_held:], pairs[:-n_held]
+    ranks = current_ranks(adapter)
     rounds = Rounds(adapter, used, place, settings.buffer, settings.seed, batch_tokens)
     path = None if checkpoint is None else Path(checkpoint)
     told = _fingerprint(adapter, used, place, settings)
-    state, x, following = _begin(path, told, rounds, settings)
+    with ranks.together():
+        kept = None if path is None or not path.exists() else _read(path, told)
+    steps = ranks.told(None if kept is None else kept.weights.steps)
+    if any(one != steps[0] for one in steps):
+        raise ValidationError(
+            f"the processes begin at other steps, {steps}: put the checkpoint where all of them find the same file."
+        )
+    state, data, following = _begin(kept, path, rounds, settings)
     begun = written = time.monotonic()
-    bar = tqdm(total=settings.steps, initial=state.weights.steps, desc="SAE", disable=not progress)
+    bar = tqdm(
+        total=settings.steps,
+        initial=state.weights.steps,
+        desc="SAE",
+        disable=not (progress and ranks.first),
+    )
     with bar:
         while state.weights.steps < settings.steps:
             if state.used == settings.buffer // settings.batch:
                 state.cursor, state.used = following, 0
-                x, following = _round(rounds, state.cursor)
-                state.mean = x.mean(0)
+                data, following = rounds.at(state.cursor)
+                state.mean = _mean(data)
             first = state.used * settings.batch
-            batch = x[first : first + settings.batch] * state.factor
-            news = step(state.weights, batch, state.variance, settings)
+            batch = data.part(first, first + settings.batch) * state.factor
+            news = step(state.weights, batch, state.variance, settings, ranks)
             state.used += 1
             bar.update()
             bar.set_postfix({name: f"{value:.3g}" for name, value in news.items()}, refresh=False)
             stop = callback is not None and callback(state.weights.steps, news) is True
-            if path is not None and (stop or time.monotonic() - written >= SECONDS_BETWEEN):
+            if ranks.size > 1 and callback is not None:
+                stop = any(ranks.told(stop))
+            if path is not None and ranks.first and (stop or time.monotonic() - written >= SECONDS_BETWEEN):
                 _write(path, told, state)
                 written = time.monotonic()
             if stop:
                 break
-    sae = folded(state.weights, x, state.factor, settings, point=place, model=adapter.model_id)
+    sae = folded(
+        state.weights,
+        data.whole(CALIBRATED_ON) if settings.rule == "batchtopk" else None,
+        state.factor,
+        settings,
+        point=place,
+        model=adapter.model_id,
+    )
     how = {
         "settings": asdict(settings),
         "steps": state.weights.steps,
@@ -160,10 +183,11 @@ def train_sae(
     # Rounded to what is written before it is measured, so that the report is of the file.
     sae = sae.to(dtype).to(torch.float32)
     report = {**measured(adapter, sae, held, batch_tokens=batch_tokens), **how}
-    if out is not None:
-        _write_result(Path(out), sae, report, dtype)
-    if path is not None and state.weights.steps == settings.steps:
-        path.unlink(missing_ok=True)
+    with ranks.together():
+        if out is not None and ranks.first:
+            _write_result(Path(out), sae, report, dtype)
+        if path is not None and ranks.first and state.weights.steps == settings.steps:
+            path.unlink(missing_ok=True)
     return Trained(sae, report)
 
 
@@ -180,29 +204,27 @@ def _place(adapter: ModelAdapter, point: str | HookPoint | None) -> HookPoint:
     return found
 
 
-def _round(rounds: Rounds, cursor: int) -> tuple[Tensor, int]:
-    x, following = rounds.at(cursor)
-    if not bool(torch.isfinite(x).all()):
-        raise ValidationError(
-            "the activations are not finite: check the model's dtype, and steering that is attached to it."
-        )
-    return x, following
+def _mean(data: Round) -> Tensor:
+    """[width] of all processes' activations."""
+    return data.ranks.total(data.x.sum(0)) / data.ranks.total(data.x.new_tensor(float(len(data.x))))
 
 
 def _begin(
-    path: Path | None, told: str, rounds: Rounds, settings: TrainingSettings
-) -> tuple[_State, Tensor, int]:
+    state: _State | None, path: Path | None, rounds: Rounds, settings: TrainingSettings
+) -> tuple[_State, Round, int]:
     """The run at its start or where its checkpoint left it, the present round, and where the next one begins."""
-    state = None if path is None or not path.exists() else _read(path, told)
-    x, following = _round(rounds, 0 if state is None else state.cursor)
-    mean = x.mean(0)
+    data, following = rounds.at(0 if state is None else state.cursor)
+    x, mean = data.x, _mean(data)
     if state is None:
-        factor = x.shape[1] ** 0.5 / float(x.norm(dim=1).mean())
-        variance = float((x - mean).square().sum(1).mean()) * factor**2
+        n, norms, squares = data.ranks.total(
+            torch.stack([x.new_tensor(float(len(x))), x.norm(dim=1).sum(), (x - mean).square().sum()])
+        ).tolist()
+        factor = x.shape[1] ** 0.5 * n / norms
+        variance = squares / n * factor**2
         if variance == 0:
             raise ValidationError("the activations are all the same: check the texts and the place.")
         weights = TrainedWeights.begin(settings, mean * factor)
-        return _State(weights, factor, variance, 0, 0, mean), x, following
+        return _State(weights, factor, variance, 0, 0, mean), data, following
     if not torch.allclose(mean.cpu(), state.mean, rtol=1e-2, atol=1e-3 * float(state.mean.abs().max())):
         raise ValidationError(
             f"the activations are not those that {path} was made from: the model or its weights differ. Remove the "
@@ -213,7 +235,7 @@ def _begin(
     state.weights.moments = {n: (a.to(device), b.to(device)) for n, (a, b) in state.weights.moments.items()}
     state.weights.silent = state.weights.silent.to(device)
     state.mean = mean
-    return state, x, following
+    return state, data, following
 
 
 def _write(path: Path, told: str, state: _State) -> None:

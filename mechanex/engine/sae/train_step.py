@@ -12,10 +12,11 @@ from torch.nn.functional import normalize
 
 from ...errors import ValidationError
 from ..given import as_finite
+from ..ranks import SINGLE, Ranks
 from ..whole import as_whole
 from .autoencoder import SparseAutoencoder
 
-__all__ = ["Rule", "TrainedWeights", "TrainingSettings", "folded", "step"]
+__all__ = ["CALIBRATED_ON", "Rule", "TrainedWeights", "TrainingSettings", "folded", "step"]
 
 Rule = Literal["topk", "batchtopk", "jumprelu"]
 
@@ -23,7 +24,7 @@ _BETAS, _EPS = (0.9, 0.999), 1e-8
 # How much the reconstruction of the rest by dead features counts (Gao et al. 2024, appendix A.2).
 _REVIVING = 1 / 32
 # Activations on which batch-top-k's one threshold is found in the end.
-_CALIBRATED_ON = 8192
+CALIBRATED_ON = 8192
 # JumpReLU: where thresholds begin, and how far from one an activation still moves it; activations have norm √d.
 _FIRST_THRESHOLD, _BANDWIDTH = 0.3, 0.3
 # Thresholds go as far as activations are large, other parameters as far as unit directions are.
@@ -165,14 +166,21 @@ class _Count(torch.autograd.Function):
         return None, -(grad[:, None] * near / _BANDWIDTH).sum(0)
 
 
-def step(weights: TrainedWeights, x: Tensor, variance: float, settings: TrainingSettings) -> dict[str, float]:
+def step(
+    weights: TrainedWeights,
+    x: Tensor,
+    variance: float,
+    settings: TrainingSettings,
+    ranks: Ranks = SINGLE,
+) -> dict[str, float]:
     """Trains on one batch, in place.
 
     Args:
-        weights: the autoencoder so far.
-        x: [batch, d] activations of norm √d on average.
+        weights: the autoencoder so far, the same in all processes.
+        x: [batch, d] activations of norm √d on average; of several processes each has some of the rows.
         variance: mean squared distance of activations to their mean.
         settings: how.
+        ranks: the processes; gradients are added up.
 
     Returns:
         ``unexplained``: the share of the variance that is not reconstructed; ``l0``: features a token; ``dead``: how
@@ -183,28 +191,31 @@ def step(weights: TrainedWeights, x: Tensor, variance: float, settings: Training
     extra: Tensor | float = 0.0
     if settings.rule == "jumprelu":
         features = _JumpReLU.apply(z.relu(), leaves["threshold"])  # type: ignore[no-untyped-call]
-        count = _Count.apply(z, leaves["threshold"]).mean()  # type: ignore[no-untyped-call]
-        extra = _pull(weights.steps, settings) * (count / settings.k - 1) ** 2
+        count = _Count.apply(z, leaves["threshold"]).sum() / settings.batch  # type: ignore[no-untyped-call]
+        # The gradient of (count of all processes / k - 1)², of which this process's count is one summand.
+        off = float(ranks.total(count.detach())) / settings.k - 1
+        extra = _pull(weights.steps, settings) * 2 * off * count / settings.k
     else:
-        features = _largest(z, settings)
+        features = _largest(z, settings, ranks)
     rest = x - features @ leaves["decoder"] - leaves["decoder_bias"]
-    unexplained = rest.square().sum(1).mean() / variance
-    fired = (features > 0).any(0)
-    weights.silent = torch.where(fired, 0, weights.silent + len(x))
+    unexplained = rest.square().sum() / settings.batch / variance
+    fired = ranks.total((features > 0).sum(0).double())
+    weights.silent = torch.where(fired > 0, 0, weights.silent + settings.batch)
     dead = weights.silent > settings.dead_after
     n_dead = int(dead.sum())
     loss = unexplained + extra
     if n_dead:
-        loss = loss + _REVIVING * _rest_by_dead(z, rest.detach(), dead, n_dead, leaves["decoder"])
+        loss = loss + _REVIVING * _rest_by_dead(z, rest.detach(), dead, n_dead, leaves["decoder"], ranks)
     gradients = torch.autograd.grad(loss, list(leaves.values()))
+    ranks.added(gradients)
     _adam(weights, dict(zip(leaves, gradients, strict=True)), settings.rate_at(weights.steps))
     parameters = weights.parameters
     parameters["decoder"] = normalize(parameters["decoder"], dim=1)
     if "threshold" in parameters:
         parameters["threshold"].clamp_(min=0)
     weights.steps += 1
-    l0 = (features > 0).sum(1).float().mean()
-    return {"unexplained": float(unexplained.detach()), "l0": float(l0), "dead": float(n_dead)}
+    l0 = float(fired.sum()) / settings.batch
+    return {"unexplained": float(ranks.total(unexplained.detach())), "l0": l0, "dead": float(n_dead)}
 
 
 def _pull(step: int, settings: TrainingSettings) -> float:
@@ -212,20 +223,28 @@ def _pull(step: int, settings: TrainingSettings) -> float:
     return min(1.0, (step + 1) / max(1, settings.steps // 5))
 
 
-def _largest(z: Tensor, settings: TrainingSettings) -> Tensor:
+def _largest(z: Tensor, settings: TrainingSettings, ranks: Ranks) -> Tensor:
     if settings.rule == "topk":
         values, places = z.topk(settings.k, dim=1)
         return torch.zeros_like(z).scatter(1, places, values.relu())
-    values, places = z.flatten().topk(settings.k * len(z))
+    wanted = settings.k * settings.batch
+    values, places = z.flatten().topk(min(wanted, z.numel()))
+    if ranks.sharing > 1:
+        of_all = torch.cat(ranks.gathered(values.detach().cpu())).topk(wanted).values
+        kept = values >= of_all[-1].to(values.device)
+        values, places = values[kept], places[kept]
     return torch.zeros_like(z).flatten().scatter(0, places, values.relu()).view_as(z)
 
 
-def _rest_by_dead(z: Tensor, rest: Tensor, dead: Tensor, n_dead: int, decoder: Tensor) -> Tensor:
+def _rest_by_dead(
+    z: Tensor, rest: Tensor, dead: Tensor, n_dead: int, decoder: Tensor, ranks: Ranks
+) -> Tensor:
     """How much of what is missing the dead features leave, when the largest of them are let speak."""
     k = min(n_dead, max(1, decoder.shape[1] // 2))
     values, places = z.masked_fill(~dead, -torch.inf).topk(k, dim=1)
     said = torch.zeros_like(z).scatter(1, places, values.relu()) @ decoder
-    share: Tensor = (rest - said).square().sum(1).mean() / rest.square().sum(1).mean().clamp_min(1e-12)
+    missing = ranks.total(rest.square().sum()).clamp_min(1e-12)
+    share: Tensor = (rest - said).square().sum() / missing
     return share.nan_to_num(0.0)
 
 
@@ -242,13 +261,14 @@ def _adam(weights: TrainedWeights, gradients: dict[str, Tensor], rate: float) ->
 
 
 def folded(
-    weights: TrainedWeights, x: Tensor, factor: float, settings: TrainingSettings, **facts: Any
+    weights: TrainedWeights, x: Tensor | None, factor: float, settings: TrainingSettings, **facts: Any
 ) -> SparseAutoencoder:
     """The autoencoder of a model's own activations, of one that was trained on ``factor`` times them.
 
     Args:
         weights: the autoencoder that was trained.
-        x: [n, d] some activations, on which batch-top-k's threshold is the one that keeps ``k`` a token.
+        x: [n, d] some activations, on which batch-top-k's threshold is the one that keeps ``k`` a token; None for
+            another rule.
         factor: what activations were multiplied by.
         settings: how it was trained.
         facts: more that it is to say of itself.
@@ -257,7 +277,8 @@ def folded(
     rule = settings.rule
     threshold = p.get("threshold")
     if rule == "batchtopk":
-        some = x[:_CALIBRATED_ON].cpu() * factor
+        assert x is not None
+        some = x[:CALIBRATED_ON].cpu() * factor
         z = (some - p["decoder_bias"]) @ p["encoder"].T + p["bias"]
         smallest = z.flatten().topk(settings.k * len(some)).values[-1].clamp(min=0)
         threshold = smallest.expand(settings.n_features).clone()

@@ -26,7 +26,16 @@ from .behavior import Behavior
 from .hook_points import HookPoint, check_point, on_point
 from .scorings import Scoring, scorings_of
 
-__all__ = ["ACTIONS", "Action", "Seen", "Watch", "WatchingSteering", "check_fits", "forced_edits"]
+__all__ = [
+    "ACTIONS",
+    "Action",
+    "Seen",
+    "Watch",
+    "WatchingSteering",
+    "check_fits",
+    "check_sizes",
+    "forced_edits",
+]
 
 Action = Literal["correct", "abort", "report"]
 ACTIONS: tuple[Action, ...] = ("correct", "abort", "report")
@@ -338,19 +347,28 @@ def check_fits(adapter: ModelAdapter, behavior: Behavior) -> None:
     Raises:
         ValidationError: another family or width, or a layer or a part of it that isn't there.
     """
-    if None not in (behavior.family, adapter.family) and behavior.family != adapter.family:
+    check_sizes(behavior, adapter.model_id, adapter.family, adapter.n_layers, adapter.d_model)
+    check_point(adapter, behavior.point)
+
+
+def check_sizes(behavior: Behavior, model_id: str, family: str | None, n_layers: int, width: int) -> None:
+    """Refuses a behavior of a model of another family, width (of the residual stream) or depth.
+
+    Raises:
+        ValidationError: it is one.
+    """
+    if None not in (behavior.family, family) and behavior.family != family:
         raise ValidationError(
             f"the behavior {behavior.name!r} was made for {behavior.model}, a model of the family {behavior.family!r}, "
-            f"and {adapter.model_id} is of {adapter.family!r}: make it for this model."
+            f"and {model_id} is of {family!r}: make it for this model."
         )
-    last = adapter.n_layers if behavior.point.kind == "resid" else adapter.n_layers - 1
-    wide = behavior.point.kind == "resid" and behavior.width != adapter.d_model
+    last = n_layers if behavior.point.kind == "resid" else n_layers - 1
+    wide = behavior.point.kind == "resid" and behavior.width != width
     if wide or behavior.point.layer > last:
         raise ValidationError(
             f"the behavior {behavior.name!r} is read at {behavior.point} of {behavior.model}, {behavior.width} wide, "
-            f"and {adapter.model_id} has {adapter.n_layers} layers of width {adapter.d_model}: make it for this model."
+            f"and {model_id} has {n_layers} layers of width {width}: make it for this model."
         )
-    check_point(adapter, behavior.point)
 
 
 _forced: WeakKeyDictionary[Behavior, Steer] = WeakKeyDictionary()

@@ -42,8 +42,9 @@ async def paths(request: Request, engine: Engine, who: Worker) -> JSONResponse:
 @router.post("/attribution-patching/scores")
 async def scores(body: ScoresBody, request: Request, engine: Engine, who: Worker) -> Response:
     """What modules, heads, positions and edges are worth to the difference between two prompts' answers."""
-    for prompt in (body.clean_prompt, body.corrupted_prompt):
-        await engine.encode(prompt)
+    clean = len(await engine.encode(body.clean_prompt))
+    corrupted = len(await engine.encode(body.corrupted_prompt))
+    n_tokens = clean + corrupted * (1 + _n_runs(engine.adapter, body, corrupted))
 
     def work(adapter: ModelAdapter) -> dict[str, Any]:
         return scores_answer(
@@ -62,5 +63,14 @@ async def scores(body: ScoresBody, request: Request, engine: Engine, who: Worker
             drop_layers=body.drop_layers,
         )
 
-    found = await done(request, engine, who, work)
+    found = await done(request, engine, who, work, n_tokens)
     return await json_answer(lambda: found)
+
+
+def _n_runs(adapter: ModelAdapter, body: ScoresBody, n_positions: int) -> int:
+    """About how many times the corrupted prompt is run for its scores: once for each gradient or each exact score."""
+    usual = 2 * adapter.n_layers + 1  # the embedding, and what attends and what doesn't in each layer
+    paths = usual if body.target_module_paths is None else len(body.target_module_paths)
+    if body.method == "exact":
+        return paths * (1 + n_positions * body.positions) + body.edges * usual * (usual + 1) // 2
+    return body.steps * ((adapter.n_layers if body.drop_layers else 1) + body.edges)

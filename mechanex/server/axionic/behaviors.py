@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from ...engine.sampling import Sampling
 from ...errors import ValidationError
 from ..accounts.auth import Principal
 from ..accounts.store import store_of
-from ..http.answers import json_answer
+from ..http.answers import MOST_NUMBERS, json_answer
 from ..http.disconnect import done_or_gone
 from ..http.routes import Route
 from ..library.kept import KeptBehavior
@@ -27,7 +26,7 @@ from ..model.rules import held_to
 from .accounts import shown
 from .bodies import BehaviorBody, SaeBody
 from .guards import Sender, Worker
-from .work import computed, done, examples_of, stops_of
+from .work import ReadableExamples, computed, done, examples_of, stops_of
 
 if TYPE_CHECKING:
     from ...engine.models.adapter import ModelAdapter
@@ -71,7 +70,13 @@ async def create_behavior(
         # One of the operator's: the account keeps a copy, which stays when the operator's goes.
         vector = given
     made = await run_sync(
-        library.add_behavior, who.account_id, body.behavior_name, body.description, examples, vector, behavior
+        library.add_behavior,
+        who.account_id,
+        body.behavior_name,
+        body.description,
+        examples.lists,
+        vector,
+        behavior,
     )
     return _told(engine, made)
 
@@ -121,6 +126,12 @@ async def sae_generate(body: SaeBody, request: Request, engine: Engine, who: Wor
         owner=who.account_id,
         onlooker=onlooker,
     )
+    n_scores = (len(behaviors) + len(steerings.floor)) * asked.max_tokens if body.return_trace else 0
+    if n_scores > MOST_NUMBERS:
+        raise ValidationError(
+            f"{n_scores} scores were asked for (behaviors x max_new_tokens), and this server tells {MOST_NUMBERS} at "
+            "once: name fewer behaviors, ask for fewer tokens, or leave return_trace out."
+        )
     generation = engine.scheduler.submit(await held_to(engine, body, asked))
     (result,) = await done_or_gone(request, results_of([generation]))
     told: dict[str, Any] = {
@@ -143,7 +154,7 @@ async def _behavior(
     engine: ServingEngine,
     who: Principal,
     body: BehaviorBody,
-    examples: Mapping[str, Sequence[Any]],
+    examples: ReadableExamples,
     vector: SteeringVector | None,
 ) -> Behavior:
     """What ``sae.create_behavior`` of a local client makes."""
@@ -154,7 +165,7 @@ async def _behavior(
         return create(
             adapter,
             body.behavior_name,
-            *examples.values(),
+            *examples.lists.values(),
             sae=sae,
             source=source,
             description=body.description,
@@ -163,4 +174,4 @@ async def _behavior(
             tokenizer=engine.tokenizer,
         )
 
-    return await done(request, engine, who, work)
+    return await done(request, engine, who, work, examples.n_tokens)

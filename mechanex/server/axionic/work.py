@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 
-from ...engine.methods import check_method, vectors_by
+from ...engine.methods import check_method, recorded_vectors
 from ...errors import ValidationError
 from ..accounts.auth import Principal
 from ..accounts.store import store_of
@@ -21,16 +22,29 @@ if TYPE_CHECKING:
     from ...engine.models.adapter import ModelAdapter
     from ...engine.vectors import SteeringVector
 
-__all__ = ["check_count", "computed", "done", "examples_of", "stops_of"]
+__all__ = ["ReadableExamples", "check_count", "computed", "done", "examples_of", "stops_of"]
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ReadableExamples:
+    """Contrastive examples that the model can read.
+
+    Args:
+        lists: prompts, positive and negative answers by the body's names of them, in this order.
+        n_tokens: how many tokens they have.
+    """
+
+    lists: Mapping[str, Sequence[Any]]
+    n_tokens: int
 
 
 async def computed(
     request: Request,
     engine: ServingEngine,
     who: Principal,
-    examples: Mapping[str, Sequence[Any]],
+    examples: ReadableExamples,
     layer_idxs: Sequence[int] | None,
     method: str,
 ) -> SteeringVector:
@@ -38,19 +52,31 @@ async def computed(
     check_count(len(layer_idxs or ()), engine.settings.max_example_layers, "layers")
     check_method(method)
     await run_sync(store_of(request).library.check_room, who.account_id)
-    compute = vectors_by(method)
+    prompts, positive, negative = examples.lists.values()
 
     def work(adapter: ModelAdapter) -> SteeringVector:
-        return compute(adapter, *examples.values(), layer_idxs, tokenizer=engine.tokenizer)
+        return recorded_vectors(adapter, (prompts, positive, negative), layer_idxs, method, engine.tokenizer)
 
-    return await done(request, engine, who, work)
+    return await done(request, engine, who, work, examples.n_tokens)
 
 
 async def done(
-    request: Request, engine: ServingEngine, who: Principal, work: Callable[[ModelAdapter], T]
+    request: Request, engine: ServingEngine, who: Principal, work: Callable[[ModelAdapter], T], n_tokens: int
 ) -> T:
-    """What work on the model comes to, one piece of an account at a time, for as long as the sender waits for it."""
+    """What work on the model comes to, one piece of an account at a time, for as long as the sender waits for it.
+
+    Args:
+        request: whose client may leave.
+        engine: whose model.
+        who: the sender.
+        work: is called with the adapter.
+        n_tokens: that it reads, as far as that is known before; they count among the sender's of this minute.
+
+    Raises:
+        RateLimitError: the sender's work is being done already, or its tokens of this minute are used up.
+    """
     with guards_of(request).one_at_a_time(who):
+        engine.scheduler.take_tokens(n_tokens)
         return await done_or_gone(request, engine.scheduler.run(work))
 
 
@@ -60,15 +86,16 @@ def check_count(n: int, most: int, what: str) -> None:
         raise ValidationError(f"the request has {n} {what}, and this server takes {most} at most.")
 
 
-async def examples_of(engine: ServingEngine, body: SteeringBody | BehaviorBody) -> dict[str, Sequence[Any]]:
+async def examples_of(engine: ServingEngine, body: SteeringBody | BehaviorBody) -> ReadableExamples:
     """The examples of a body, as many as the server takes at most, each of which the model can read."""
     check_count(len(body.prompts), engine.settings.max_examples, "examples")
-    await engine.check_examples(body.prompts, [*body.positive_answers, *body.negative_answers])
-    return {
+    n_tokens = await engine.check_examples(body.prompts, [*body.positive_answers, *body.negative_answers])
+    lists: dict[str, Sequence[Any]] = {
         "prompts": body.prompts,
         "positive_answers": body.positive_answers,
         "negative_answers": body.negative_answers,
     }
+    return ReadableExamples(lists, n_tokens)
 
 
 def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:

@@ -9,7 +9,10 @@ from typing import Any
 from anyio.to_thread import run_sync
 from fastapi.responses import JSONResponse, Response
 
-__all__ = ["json_answer"]
+__all__ = ["MOST_NUMBERS", "json_answer"]
+
+MOST_NUMBERS = 2**20
+"""Numbers of the model's inside in one answer."""
 
 _FEW = 2000  # numbers and texts that are written in less time than handing them to a thread is worth
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))

@@ -9,9 +9,9 @@ from ...bundled import data_path
 from ...engine.caa import caa_vectors
 from ...engine.datasets import read_pairs
 from ...engine.models.adapter import ModelAdapter
+from ...engine.sae.store import BEHAVIOR_FILE
 from ...engine.vectors import SteeringVector
 from ...errors import ValidationError
-from .watched import BEHAVIOR_FILE
 
 __all__ = ["make_behaviors"]
 

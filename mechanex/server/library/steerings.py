@@ -6,6 +6,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from ...engine.decode.request import Steer
 from ...engine.memory import tensor_bytes
@@ -14,6 +15,7 @@ from ...engine.positions import TokenSelector
 from ...engine.prompt_conditions import PromptCondition
 from ...engine.sae.behavior import Behavior
 from ...engine.sae.store import BehaviorStore
+from ...engine.sae.watching import check_fits
 from ...engine.vector_store import VectorStore
 from ...engine.vectors import SteeringVector
 from ...errors import APIError, NotFoundError, ValidationError
@@ -29,7 +31,9 @@ __all__ = ["Steerings"]
 
 _logger = logging.getLogger(__name__)
 _MOST_KEPT = 1024
-_MOST_EDIT_BYTES = 2**28  # a vector of every layer of a large model has megabytes, at every strength again
+_OBJECT_BYTES = 1024  # of an edit beside its numbers, which small models have few of
+# A vector of every layer of a large model has megabytes; one that clamps has them at every strength again.
+_MOST_EDIT_BYTES = 2**28
 
 _Layers = tuple[int, ...] | None
 """Those that a request takes of a vector; None for all."""
@@ -60,8 +64,15 @@ class Steerings:
         for name, vector in self._shared:
             self._check_fits(name, vector)
         self._behaviors = make_behaviors(adapter, settings.behaviors)
-        self.watched = WatchedBehaviors(adapter, settings.behaviors, library, BehaviorStore())
-        self._edits: OrderedDict[tuple[bytes, _Layers, float], tuple[Steer, ...]] = OrderedDict()
+        self.watched = WatchedBehaviors(
+            adapter.model_id,
+            lambda behavior: check_fits(adapter, behavior),
+            settings.behaviors,
+            library,
+            BehaviorStore(),
+        )
+        self._checked: OrderedDict[tuple[bytes, _Layers, float], None] = OrderedDict()
+        self._edits: OrderedDict[tuple[bytes, _Layers, float | None], tuple[Steer, ...]] = OrderedDict()
         self._edit_bytes = 0
         self._conditions: OrderedDict[tuple[bytes, int, float], PromptCondition] = OrderedDict()
         corrected = {name: self._to_correct(name) for name in settings.corrected_behaviors}
@@ -204,21 +215,27 @@ class Steerings:
         tokens: TokenSelector = None,
         layers: Sequence[int] | None = None,
     ) -> tuple[Steer, ...]:
-        """A vector's edits, of some of its layers or all. The same vector at the same strength and layers gives the
-        same edits, so that rows share them.
+        """A vector's edits, of some of its layers or all. Rows share those of one vector and layers; at other strengths
+        only where strength multiplies them.
 
         Raises:
             ValidationError: a strength that isn't finite, a layer that the vector hasn't, or another model's vector.
         """
         only = None if layers is None else tuple(self._adapter.layer_index(layer) for layer in layers)
-        key = (vector.digest(), only, float(strength))
+        digest, number = vector.digest(), float(strength)
+        if (digest, only, number) not in self._checked:
+            _part(vector, only).check(self._adapter, number)
+            self._checked[digest, only, number] = None
+            if len(self._checked) > _MOST_KEPT:
+                self._checked.popitem(last=False)
+        if number == 0:
+            return ()
+        alone = vector.terms.multiply
+        key = (digest, only, None if alone else number)
         known = self._edits.get(key)
         if known is None:
-            used = vector if only is None else vector.restricted(only)
-            plan = used.plan(self._adapter, strength)
-            known = tuple(
-                Steer(i.layer, i.edit, i.tokens, i.varying, i.condition) for i in plan.interventions
-            )
+            made = _part(vector, only).interventions(self._adapter, 1.0 if alone else number)
+            known = tuple(Steer(i.layer, i.edit, i.tokens, i.varying, i.condition) for i in made)
             self._edits[key] = known
             self._edit_bytes += _bytes_of(known)
             while len(self._edits) > 1 and (
@@ -226,9 +243,10 @@ class Steerings:
             ):
                 self._edit_bytes -= _bytes_of(self._edits.popitem(last=False)[1])
         self._edits.move_to_end(key)
-        if strength == 0:
-            return ()
-        return known if tokens is None else tuple(replace(steer, tokens=tokens) for steer in known)
+        said: dict[str, Any] = {} if tokens is None else {"tokens": tokens}
+        if alone:
+            said["strength"] = number
+        return tuple(replace(steer, **said) for steer in known)
 
     def _find(self, account_id: str | None, vector_id: str) -> SteeringVector | None:
         found = self._library.vector(account_id, vector_id) if self._library is not None else None
@@ -277,6 +295,11 @@ class Steerings:
             ) from error
 
 
+def _part(vector: SteeringVector, layers: _Layers) -> SteeringVector:
+    return vector if layers is None else vector.restricted(layers)
+
+
 def _bytes_of(steering: Sequence[Steer]) -> int:
     conditions = [steer.condition.weight for steer in steering if steer.condition is not None]
-    return tensor_bytes([*(tensor for steer in steering for tensor in steer.edit.tensors), *conditions])
+    numbers = tensor_bytes([*(tensor for steer in steering for tensor in steer.edit.tensors), *conditions])
+    return numbers + _OBJECT_BYTES * (1 + len(steering))

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...engine.models.adapter import ModelAdapter
 from ...engine.sae.behavior import Behavior
-from ...engine.sae.store import BehaviorStore, read_behavior
-from ...engine.sae.watching import Action, Watch, check_fits
+from ...engine.sae.store import BEHAVIOR_FILE, BehaviorStore, read_behavior
+from ...engine.sae.watching import Action, Watch
 from ...errors import NotFoundError
 from .threads import look_up
 
 if TYPE_CHECKING:
     from .records import Library
 
-__all__ = ["BEHAVIOR_FILE", "WatchedBehaviors", "Watching"]
-
-BEHAVIOR_FILE = ".safetensors"
-"""Suffix of the files of behaviors with detectors; others hold examples."""
+__all__ = ["WatchedBehaviors", "Watching"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,8 @@ class WatchedBehaviors:
     """Behaviors that can be watched, by name; for the event loop's thread.
 
     Args:
-        adapter: the model.
+        model_id: the model's.
+        check: raises a ValidationError for a behavior of another model.
         sources: the server's own: files of behaviors; of other files nothing is looked at.
         library: those of accounts, or None.
         kept: the operator's, kept on this machine.
@@ -62,9 +59,14 @@ class WatchedBehaviors:
     """
 
     def __init__(
-        self, adapter: ModelAdapter, sources: Sequence[Path], library: Library | None, kept: BehaviorStore
+        self,
+        model_id: str,
+        check: Callable[[Behavior], None],
+        sources: Sequence[Path],
+        library: Library | None,
+        kept: BehaviorStore,
     ) -> None:
-        self._adapter, self._library, self._kept = adapter, library, kept
+        self._model_id, self._check, self._library, self._kept = model_id, check, library, kept
         self._read: dict[Path, tuple[tuple[int, int], Behavior]] = {}
         self.own: dict[str, Behavior] = {}
         for path in sources:
@@ -138,7 +140,7 @@ class WatchedBehaviors:
         return known[1]
 
     def _every(self, account_id: str | None) -> list[Behavior]:
-        model, library = self._adapter.model_id, self._library
+        model, library = self._model_id, self._library
         rows = [] if library is None else library.behaviors(account_id)
         fitting = [row.id for row in rows if (row.watched or {}).get("model") == model]
         found = [None if library is None else library.detector(one) for one in fitting]
@@ -149,5 +151,5 @@ class WatchedBehaviors:
         return [self._fitting(one) for one in found if one is not None]  # else it was deleted just now
 
     def _fitting(self, behavior: Behavior) -> Behavior:
-        check_fits(self._adapter, behavior)
+        self._check(behavior)
         return behavior

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ _AHEAD = 128  # positions beyond a row's present length that are kept free for i
 
 
 def pick(
-    waiting: deque[ServedRow],
+    waiting: Sequence[ServedRow],
     running: Sequence[ServedRow],
     settings: ServerSettings,
     room: Room,
@@ -28,14 +28,14 @@ def pick(
     n_unread: Callable[[ServedRow], int],
     turns: Turns,
 ) -> list[ServedRow]:
-    """Takes the requests that are read next out of those that wait: in turn, and of each sender's in their order.
+    """The requests that are read next of those that wait: in turn, and of each sender's in their order.
 
     As many as fit: into the batch, into the room (one that needs more by itself runs alone), and into one
     pass of ``prefill_tokens``, where rows with the same prompt and edits count once and what was read before doesn't
     count. A prompt whose log-probabilities are wanted is read by itself.
 
     Args:
-        waiting: who waits; those that are picked are taken out.
+        waiting: who waits.
         running: the rows of the batch.
         settings: the limits.
         room: what fits into memory.
@@ -68,11 +68,6 @@ def pick(
         prompts.add(row.prompt_key)
         picked.append(row)
         held[row.sender] += 1
-    taken = {id(row) for row in picked}
-    if taken:
-        left = [row for row in waiting if id(row) not in taken]
-        waiting.clear()
-        waiting.extend(left)
     return picked
 
 

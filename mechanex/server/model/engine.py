@@ -101,6 +101,11 @@ class ServingEngine:
             "waiting_requests", "Requests that wait for a place.", lambda: self.scheduler.n_waiting
         )
         self.metrics.watch("running_requests", "Requests in the model.", lambda: self.scheduler.n_running)
+        self.metrics.watch(
+            "prefix_bytes",
+            "Memory of keys and values that are kept of answered requests.",
+            lambda: self.scheduler.prefix_bytes,
+        )
 
     def grammars(self) -> Grammars:
         """What compiles grammars for this model; blocks, and may be called from any thread.
@@ -156,28 +161,34 @@ class ServingEngine:
                 self._autoencoder.append(found)
             return self._autoencoder[0]
 
-    async def check_examples(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
-        """Refuses what ``encode`` and the model would, before the model's thread has to do with it.
+    async def check_examples(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> int:
+        """Refuses examples that ``encode`` and the model would, before the model's thread has to do with them.
 
         Args:
             prompts: those of the examples.
             answers: all first ones, then all second ones, of the prompts in order.
 
+        Returns:
+            How many tokens prompts and answers have.
+
         Raises:
             ValidationError: an example that the context can't hold, unknown token ids, a chat that can't be rendered.
         """
 
-        lengths: list[int] = []
-
-        def check() -> None:
+        def check() -> int:
+            lengths: list[int] = []
             for prompt in prompts:
                 ids = self.encoder.encode(prompt)
                 self.adapter.check_token_ids(ids)
                 lengths.append(len(ids))
+            n_tokens = sum(lengths)
             for i, answer in enumerate(answers if lengths else ()):
-                self.encoder.check_fits(lengths[i % len(lengths)] + len(self.encoder.encode(answer)))
+                n_answer = len(self.encoder.encode(answer))
+                self.encoder.check_fits(lengths[i % len(lengths)] + n_answer)
+                n_tokens += n_answer
+            return n_tokens
 
-        await run_sync(check)
+        return await run_sync(check)
 
 
 async def _engine(request: Request) -> ServingEngine:

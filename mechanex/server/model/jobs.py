@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import deque
+import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass
 from typing import Any
 
 from ...engine.models.adapter import ModelAdapter
 from ...errors import MechanexError
+from .turns import Turns
 
 __all__ = ["ModelJobs"]
 
 _Work = Callable[[ModelAdapter], Any]
 
 
+@dataclass(frozen=True)
+class _Piece:
+    work: _Work
+    future: Future[Any]
+    sender: str
+
+
 class ModelJobs:
     """What waits for the model, and what runs on it. Any thread may add; the model's thread does.
+
+    Senders take turns: next comes the first piece of whoever had the model for the least time.
 
     Who doesn't wait for a piece of work any more cancels its future, also while it runs.
 
@@ -28,7 +40,8 @@ class ModelJobs:
 
     def __init__(self, changed: threading.Condition) -> None:
         self._changed = changed
-        self._waiting: deque[tuple[_Work, Future[Any]]] = deque()
+        self._waiting: list[_Piece] = []
+        self._turns = Turns()
         self._running: Future[Any] | None = None
         self._closed: Exception | None = None
 
@@ -36,11 +49,10 @@ class ModelJobs:
         """Pieces of work that wait."""
         return len(self._waiting)
 
-    @property
-    def n_wanted(self) -> int:
-        """Those of them that somebody waits for."""
+    def wanted_by(self) -> Counter[str]:
+        """Those of them that somebody waits for, by their sender."""
         with self._changed:
-            return sum(not future.cancelled() for _, future in self._waiting)
+            return Counter(piece.sender for piece in self._waiting if not piece.future.cancelled())
 
     @property
     def busy(self) -> bool:
@@ -53,8 +65,12 @@ class ModelJobs:
         running = self._running
         return running is not None and not running.done()
 
-    def add(self, work: _Work) -> Future[Any]:
+    def add(self, work: _Work, sender: str = "") -> Future[Any]:
         """Queues work; the future has its result.
+
+        Args:
+            work: is called with the model's adapter.
+            sender: whose turn it takes.
 
         Raises:
             Exception: that which the queue was closed with; nobody would do the work any more.
@@ -63,27 +79,30 @@ class ModelJobs:
         with self._changed:
             if self._closed is not None:
                 raise self._closed.with_traceback(None)
-            self._waiting.append((work, future))
+            self._waiting.append(_Piece(work, future, sender))
             self._changed.notify()
         return future
 
     def do_one(self, adapter: ModelAdapter) -> bool:
-        """Does the piece that came first; whether there was one that somebody still waits for."""
+        """Does the piece whose turn it is; whether there was one that somebody still waits for."""
         with self._changed:
+            self._waiting = [piece for piece in self._waiting if not piece.future.cancelled()]
             if not self._waiting:
                 return False
-            work, future = self._waiting.popleft()
-            if future.cancelled():
-                return False
-            self._running = future
+            self._turns.meet(piece.sender for piece in self._waiting)
+            piece = next(self._turns.in_turn(self._waiting, lambda _: 0.0))
+            self._waiting.remove(piece)
+            future = self._running = piece.future
+        begun = time.perf_counter()
         try:
-            result = work(adapter)
+            result = piece.work(adapter)
         except BaseException as error:
             _tell(future.set_exception, _tellable(error))
         else:
             _tell(future.set_result, result)
         finally:
             self._running = None
+            self._turns.note(piece.sender, time.perf_counter() - begun)
         return True
 
     def give_up_running(self, error: Exception) -> None:
@@ -96,9 +115,9 @@ class ModelJobs:
         """Takes no more, for this reason, and answers all that waits with it."""
         with self._changed:
             self._closed = error
-            waiting, self._waiting = list(self._waiting), deque()
-        for _, future in waiting:
-            _tell(future.set_exception, error)
+            waiting, self._waiting = self._waiting, []
+        for piece in waiting:
+            _tell(piece.future.set_exception, error)
 
 
 def _tell(setting: Callable[[Any], None], end: Any) -> None:

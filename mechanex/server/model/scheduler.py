@@ -24,7 +24,7 @@ from .worker import Worker
 __all__ = ["Scheduler"]
 
 T = TypeVar("T")
-_MOST_JOBS = 64
+_MOST_JOBS = 64  # pieces of other work that wait; a later one is refused, but for a sender who has few
 
 
 class Scheduler:
@@ -70,6 +70,11 @@ class Scheduler:
     def n_running(self) -> int:
         """Requests that are read or decoded now."""
         return 0 if self._worker is None else self._worker.n_running
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Memory of the keys and values that are kept of answered requests."""
+        return 0 if self._worker is None else self._worker.prefix_bytes
 
     def start(self) -> None:
         """Starts the model's thread; call it on the event loop's thread."""
@@ -163,14 +168,14 @@ class Scheduler:
             timeout: seconds; None for the server's setting.
 
         Raises:
-            RateLimitError: too much waits already.
+            RateLimitError: too much waits already, and an equal share of it is the sender's.
             APIError: the server is shutting down (503), or no result in time (504).
         """
         worker = self._open()
-        waiting = worker.jobs.n_wanted
-        if waiting >= _MOST_JOBS:
-            raise self._full(waiting)
-        future: Future[T] = worker.jobs.add(fn)
+        waiting, name = worker.jobs.wanted_by(), sender()
+        if waiting.total() >= _MOST_JOBS and waiting[name] >= _MOST_JOBS // len({*waiting, name}):
+            raise self._full(waiting.total())
+        future: Future[T] = worker.jobs.add(fn, name)
         try:
             return await asyncio.wait_for(
                 asyncio.wrap_future(future), self._settings.request_timeout if timeout is None else timeout

@@ -55,6 +55,12 @@ class PromptEncoder:
         with self._lock:
             return encode_bare(self._tokenizer, text)
 
+    def n_tokens(self, text: str) -> int:
+        """How many tokens a text has, or those of so much of its begin as fills the context."""
+        begin = text if self._context is None else text[: (self._context + 1) * self._longest]
+        with self._lock:
+            return len(encode_bare(self._tokenizer, begin))
+
     def encode_soon(self, prompt: Prompt) -> list[int] | None:
         """As ``encode``, for a prompt that takes no longer than handing it to another thread; None for one that may."""
         if isinstance(prompt, Chat) or as_chat(prompt) is not None or len(prompt) > _SHORT:

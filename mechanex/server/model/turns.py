@@ -1,17 +1,26 @@
-"""Whose turn it is: those who share a server get as many tokens each, however many requests each of them sends."""
+"""Whose turn it is: those who share a server get as much of it each, however many requests each of them sends."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 from .requests import ServedRow
 
 __all__ = ["Turns"]
 
 
+class _Sent(Protocol):
+    @property
+    def sender(self) -> Hashable: ...
+
+
+S = TypeVar("S", bound=_Sent)
+
+
 class Turns:
-    """Counts the tokens that each sender was served, as far as others wait beside it (arXiv:2401.00588).
+    """Counts what each sender was served, in tokens or seconds, while others wait beside it (arXiv:2401.00588).
 
     A sender is an account, or an address without one. Who comes anew begins at the least count of those who are there,
     so that nobody saves up turns by staying away.
@@ -20,9 +29,9 @@ class Turns:
     def __init__(self) -> None:
         self._served: dict[Hashable, float] = {}
 
-    def note(self, sender: Hashable, tokens: float) -> None:
-        """Counts tokens that were read or written for a sender."""
-        self._served[sender] = self._served.get(sender, 0.0) + tokens
+    def note(self, sender: Hashable, amount: float) -> None:
+        """Counts what a sender was served."""
+        self._served[sender] = self._served.get(sender, 0.0) + amount
 
     def meet(self, present: Iterable[Hashable]) -> None:
         """Says who waits or is answered now; others are forgotten."""
@@ -36,27 +45,25 @@ class Turns:
         """What a sender was served."""
         return self._served.get(sender, 0.0)
 
-    def in_turn(
-        self, waiting: Sequence[ServedRow], cost: Callable[[ServedRow], float]
-    ) -> Iterator[ServedRow]:
-        """The rows that wait: each time the first of the sender that was served least, if the rows before are taken.
+    def in_turn(self, waiting: Iterable[S], cost: Callable[[S], float]) -> Iterator[S]:
+        """What waits: each time the first of the sender that was served least, if those before are taken.
 
         Args:
             waiting: in the order in which they came.
-            cost: tokens that taking a row serves its sender.
+            cost: what taking one serves its sender.
         """
-        queues: dict[Hashable, deque[ServedRow]] = {}
-        for row in waiting:
-            queues.setdefault(row.sender, deque()).append(row)
+        queues: dict[Hashable, deque[S]] = {}
+        for one in waiting:
+            queues.setdefault(one.sender, deque()).append(one)
         ahead = {sender: self.served(sender) for sender in queues}
         while queues:
-            sender = min(queues, key=lambda one: ahead[one])  # of equals the one that came first
-            row = queues[sender].popleft()
+            sender = min(queues, key=ahead.__getitem__)  # of equals the one that came first
+            one = queues[sender].popleft()
             if not queues[sender]:
                 del queues[sender]
             else:
-                ahead[sender] += cost(row)
-            yield row
+                ahead[sender] += cost(one)
+            yield one
 
     def who_makes_way(self, waiting: Sequence[ServedRow], running: Sequence[ServedRow]) -> ServedRow | None:
         """The row that gives its place to a sender who has none: the latest of whoever has most and was served more.

@@ -93,6 +93,11 @@ class Worker:
         return len(self._decoder.rows) + len(self._apart) + n_read
 
     @property
+    def prefix_bytes(self) -> int:
+        """Memory of the keys and values that are kept of answered requests."""
+        return self._prefixes.n_bytes
+
+    @property
     def _rows(self) -> list[ServedRow]:
         return _served(self._decoder.rows)
 
@@ -179,10 +184,14 @@ class Worker:
             return [self._apart.popleft()]
         most = self._settings.max_batch if self._form in TOGETHER else 1
         with self.changed:
-            picked = pick(
-                self.waiting, self._rows, self._settings, self._room, most, self._n_unread, self._turns
-            )
-            giver = None if picked else self._turns.who_makes_way(self.waiting, self._rows)
+            waiting = list(self.waiting)
+        # Others only add to the queue, so who it was picked from may wait while they do.
+        picked = pick(waiting, self._rows, self._settings, self._room, most, self._n_unread, self._turns)
+        if picked:
+            taken = {id(row) for row in picked}
+            with self.changed:
+                self.waiting = deque(row for row in self.waiting if id(row) not in taken)
+        giver = None if picked else self._turns.who_makes_way(waiting, self._rows)
         if giver is not None:  # whoever waits gets the place with the next step
             self._read_later(giver)
         fit = []

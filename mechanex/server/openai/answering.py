@@ -8,7 +8,7 @@ from dataclasses import replace
 from fastapi import Request
 from fastapi.responses import Response
 
-from ...engine.sampling import row_seed
+from ...engine.seeds import row_seed
 from ...errors import NotFoundError
 from ..http.answers import json_answer
 from ..http.disconnect import done_or_gone
@@ -17,6 +17,7 @@ from ..library.watched import Watching
 from ..model.engine import ServingEngine
 from ..model.requests import Result, TextRequest, results_of
 from .bodies import GenerationBody
+from .bounds import within_bounds
 from .inspection import Inspection
 from .replies import Reply, Running
 from .scores import Scores
@@ -38,7 +39,7 @@ async def answer(
     check_choices(engine, len(prompts), body)
     if drawn > n:
         prompts = [one if one.logprobs is not None else replace(one, logprobs=0) for one in prompts]
-    prompts = [_with_bounded_logprobs(engine, one, len(prompts) * drawn, body) for one in prompts]
+    prompts, size = within_bounds(engine, prompts, body, watching)
     requests = [
         replace(one, seed=None if body.seed is None else row_seed(body.seed, i), onlooker=watching.onlooker())
         for one in prompts
@@ -58,13 +59,11 @@ async def answer(
             reply.running = Running(requests)
         return stream_response(reply, generations, n, ask, engine.public)
     results = await done_or_gone(request, results_of(generations))
-    size = _size(requests)
     if reply.inside is not None:
         await done_or_gone(request, reply.inside.read_all(results))
-        size += reply.inside.size
     usage = reply.usage(results, drawn)
     kept = _best(results, n, drawn)
-    return await json_answer(lambda: reply.complete(kept, usage), size)
+    return await json_answer(lambda: reply.complete(kept, usage), size + len(results))
 
 
 def _best(results: Sequence[Result], n: int, drawn: int) -> list[Result]:
@@ -79,37 +78,6 @@ def _best(results: Sequence[Result], n: int, drawn: int) -> list[Result]:
 
 def _likelihood(result: Result) -> float:
     return sum(one.logprob for one in result.logprobs) / max(len(result.logprobs), 1)
-
-
-def _with_bounded_logprobs(
-    engine: ServingEngine, one: TextRequest, answers: int, body: GenerationBody
-) -> TextRequest:
-    """The request, if its answers hold no more log-probabilities than the server tells at once.
-
-    One that no length was asked for ends where there would be more.
-    """
-    if one.logprobs is None:
-        return one
-    most, each = engine.settings.max_logprobs, answers * (one.logprobs + 1)
-    prompt = len(one.ids) if one.prompt_logprobs else 0
-    if body.asked_length is None:
-        one = replace(one, max_tokens=min(one.max_tokens, max(1, most // each - prompt)))
-    found = each * (one.max_tokens + prompt)
-    if found > most:
-        raise invalid(
-            f"{found} log-probabilities were asked for (answers x tokens x (top + 1)), and this server tells {most} at "
-            "once: ask for fewer answers, tokens or top_logprobs.",
-            "logprobs",
-        )
-    return one
-
-
-def _size(requests: Sequence[TextRequest]) -> int:
-    """About how many numbers and texts the whole answer holds."""
-    asked = [one for one in requests if one.logprobs is not None]
-    lengths = [one.max_tokens + (len(one.ids) if one.prompt_logprobs else 0) for one in asked]
-    tops = [(one.logprobs or 0) + 1 for one in asked]
-    return sum(length * top for length, top in zip(lengths, tops, strict=True)) + len(requests)
 
 
 def check_model(engine: ServingEngine, name: str | None) -> None:

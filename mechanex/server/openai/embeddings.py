@@ -6,16 +6,16 @@ import base64
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import torch
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import Field
 from torch import Tensor
 
 from ...engine.decode.inside import read_inside
+from ...engine.intervention import unit
 from ...engine.models.adapter import ModelAdapter
 from ...engine.sampling import padding_token
-from ...errors import MechanexError, ValidationError
+from ...errors import ValidationError
 from ..http.answers import json_answer
 from ..http.body import Items
 from ..http.disconnect import done_or_gone
@@ -113,8 +113,6 @@ async def _embeddings(body: EmbeddingBody, request: Request, engine: Engine, who
         ]
 
     found = await done_or_gone(request, engine.scheduler.run(work))
-    if not all(bool(one.isfinite().all()) for one in found):
-        raise MechanexError("the residual stream is not finite: the steering is too strong.", 400)
 
     def made() -> dict[str, Any]:
         return {
@@ -131,10 +129,17 @@ async def _embeddings(body: EmbeddingBody, request: Request, engine: Engine, who
 
 
 def _pooled(stream: Tensor, body: EmbeddingBody) -> Tensor:
-    """[d_model] float32 of a text's stream [tokens, d_model]."""
+    """[d_model] float32 of a text's stream [tokens, d_model].
+
+    Raises:
+        ValidationError: it isn't finite, or it is zero and was to have norm 1.
+    """
+    stream = stream.double()  # in which sums of squares of numbers of float32 are numbers too
     pooled = stream[-1] if body.pooling == "last" else stream.mean(0)
+    if not bool(pooled.float().isfinite().all()):
+        raise ValidationError("the residual stream is not finite: the steering is too strong.")
     if body.normalize is not False:
-        pooled = pooled / torch.linalg.vector_norm(pooled).clamp(min=1e-12)
+        pooled = unit(pooled)
     return pooled.float()
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...engine.decode.inside import Difference, ReadText, read_inside
+from ...engine.intervention import unit
+from ...engine.models.adapter import ModelAdapter
 from ...engine.sampling import padding_token
 from ...errors import NotFoundError, ValidationError
 from ..http.errors import invalid
@@ -20,10 +21,7 @@ from ..model.engine import ServingEngine
 from ..model.requests import Result, TextRequest
 from .bodies import ActivationItem, ReturnFields
 
-__all__ = ["MOST_NUMBERS", "Inspection"]
-
-MOST_NUMBERS = 2**20
-"""Numbers of residual streams in one answer."""
+__all__ = ["Inspection"]
 
 
 class Inspection:
@@ -31,7 +29,6 @@ class Inspection:
 
     Attributes:
         found: by the answer's index, fields of its choice.
-        size: about how many numbers they hold.
 
     Args:
         engine: whose model.
@@ -50,7 +47,6 @@ class Inspection:
         self._engine, self._wanted, self._requests = engine, wanted, requests
         self._directions = directions
         self.found: dict[int, dict[str, Any]] = {}
-        self.size = 0
 
     @classmethod
     async def of(
@@ -77,14 +73,6 @@ class Inspection:
         if wanted.logit_differences is not None and not requests[0].steering:
             raise invalid("logit_differences are those of steering: name a steering_vector.", "return")
         directions = [await _directions(engine, requests[0].owner, one) for one in wanted.activations or ()]
-        per_token = sum(engine.adapter.d_model for one in wanted.activations or () if one.raw)
-        numbers = per_token * sum(len(one.ids) + one.max_tokens for one in requests)
-        if numbers > MOST_NUMBERS:
-            raise invalid(
-                f"{numbers} numbers of residual streams were asked for, and this server tells {MOST_NUMBERS} at once: "
-                "ask for fewer tokens, layers or answers, or for projections.",
-                "return",
-            )
         return cls(engine, wanted, requests, directions)
 
     async def read_all(self, results: Sequence[Result]) -> None:
@@ -100,20 +88,21 @@ class Inspection:
         padding = padding_token(engine.tokenizer, [0])
         sides = 1 if self._wanted.logit_differences is None else 2
         engine.scheduler.spend_tokens(sides * (len(request.ids) + len(result.tokens)))
-        inside = await engine.scheduler.run(
-            lambda adapter: read_inside(
-                adapter, request, result.tokens, layers, self._wanted.logit_differences, padding
-            )
-        )
-        found: dict[str, Any] = {}
-        if items:
-            found["activations"] = [
-                self._activations(one, directions, inside, len(request.ids))
-                for one, directions in zip(items, self._directions, strict=True)
-            ]
-        if self._wanted.logit_differences is not None:
-            found["logit_differences"] = [self._difference(one) for one in inside.differences]
-        self.found[index] = found
+
+        def work(adapter: ModelAdapter) -> dict[str, Any]:
+            most_changed = self._wanted.logit_differences
+            inside = read_inside(adapter, request, result.tokens, layers, most_changed, padding)
+            found: dict[str, Any] = {}
+            if items:
+                found["activations"] = [
+                    self._activations(one, directions, inside, len(request.ids))
+                    for one, directions in zip(items, self._directions, strict=True)
+                ]
+            if most_changed is not None:
+                found["logit_differences"] = [self._difference(one) for one in inside.differences]
+            return found
+
+        self.found[index] = await engine.scheduler.run(work)
 
     def _activations(
         self, item: ActivationItem, directions: dict[str, Tensor], inside: ReadText, n_prompt: int
@@ -121,18 +110,19 @@ class Inspection:
         begin = 0 if item.prompt else n_prompt
         stream = inside.streams[self._engine.adapter.layer_index(item.layer)][begin:]
         told: dict[str, Any] = {"layer": item.layer, "begin": begin}
+        projections = {name: stream @ direction.to(stream) for name, direction in directions.items()}
+        if not all(bool(one.isfinite().all()) for one in (stream, *projections.values())):
+            raise ValidationError(
+                f"the residual stream at layer {item.layer} is not finite: the steering is too strong."
+            )
         if directions:
-            told["projections"] = {
-                name: (stream @ direction.to(stream)).tolist() for name, direction in directions.items()
-            }
+            told["projections"] = {name: one.tolist() for name, one in projections.items()}
         if item.raw:
             told["raw"] = stream.tolist()
-        self.size += stream.shape[0] * (len(directions) + (stream.shape[1] if item.raw else 0))
         return told
 
     def _difference(self, one: Difference) -> dict[str, Any]:
         texts = self._engine.token_texts
-        self.size += 2 * (len(one.raised) + len(one.lowered)) + 3
         return {
             "token": texts[one.token][0],
             "difference": one.change,
@@ -153,8 +143,11 @@ async def _directions(engine: ServingEngine, owner: Any, item: ActivationItem) -
                 raise ValidationError(
                     f"the vector {name!r} has no layer {layer}: it has {list(vector.layers)}."
                 )
-            direction = vector[layer].detach().float()
-            found[name] = direction / torch.linalg.vector_norm(direction)
+            try:
+                # The sum of squares of numbers of float32 need be none of its numbers.
+                found[name] = unit(vector[layer].detach().double())
+            except ValidationError as error:
+                raise ValidationError(f"The vector {name!r} at layer {layer}: {error.message}") from error
         return found
     except (NotFoundError, ValidationError) as error:
         raise invalid(error.message, "return") from error

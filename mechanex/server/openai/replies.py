@@ -20,7 +20,8 @@ __all__ = ["DONE", "ChatReply", "CompletionReply", "Reply", "event"]
 
 DONE = b"data: [DONE]\n\n"
 _LEAST = -9999.0  # what OpenAI writes for a probability of nothing
-_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_json = _encoder.encode
 
 
 def event(body: dict[str, Any]) -> bytes:
@@ -107,12 +108,27 @@ class Reply:
             choices = [c | self.inside.found[i] for i, c in enumerate(choices)]
         return self._head(self.whole) | {"choices": choices, "usage": usage}
 
-    def chunk(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None, ask: bool) -> bytes:
-        """One event of a stream; ``ask`` is whether the client asked for the usage."""
+    def chunk(
+        self,
+        choices: Sequence[dict[str, Any]],
+        usage: dict[str, Any] | None,
+        ask: bool,
+        *,
+        large: bool = False,
+    ) -> bytes:
+        """One event of a stream.
+
+        Args:
+            choices: what it tells.
+            usage: what the request has used, or None.
+            ask: whether the client asked for the usage.
+            large: whether it is written piece by piece, by a thread that lets others go on.
+        """
         if self.running is not None and choices:
             usage, ask = self.running.usage(choices[0]["index"]), True
         end = f',"usage":{_json(usage)}}}' if ask else "}"
-        return _event(self._begin + _json(list(choices)) + end)
+        told = "".join(_encoder.iterencode(list(choices))) if large else _json(list(choices))
+        return _event(self._begin + told + end)
 
     def choice(self, index: int, result: Result) -> dict[str, Any]:
         """A finished answer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 
 from anyio.to_thread import run_sync
 from fastapi.responses import StreamingResponse
@@ -57,8 +58,9 @@ async def _events(reply: Reply, generations: Sequence[Generation], n: int, ask: 
             for i, news in batch:
                 if isinstance(news, Result):
                     await reply.inside.read(i, news)
-        if any(news.prompt_logprobs for _, news in batch):
-            told = await run_sync(_chunks, reply, batch, ask)  # of whole prompts, which take a while
+        ended = reply.inside is not None and any(isinstance(news, Result) for _, news in batch)
+        if ended or any(news.prompt_logprobs for _, news in batch):
+            told = await run_sync(partial(_chunks, reply, batch, ask, large=True))
         else:
             told = _chunks(reply, batch, ask)
         results.update((i, news) for i, news in batch if isinstance(news, Result))
@@ -69,8 +71,10 @@ async def _events(reply: Reply, generations: Sequence[Generation], n: int, ask: 
         yield b"".join(told)
 
 
-def _chunks(reply: Reply, batch: _News, ask: bool) -> list[bytes]:
-    return [reply.chunk([choice], None, ask) for i, news in batch for choice in reply.parts(i, news)]
+def _chunks(reply: Reply, batch: _News, ask: bool, *, large: bool = False) -> list[bytes]:
+    return [
+        reply.chunk([choice], None, ask, large=large) for i, news in batch for choice in reply.parts(i, news)
+    ]
 
 
 async def _merged(generations: Sequence[Generation]) -> AsyncIterator[_News]:

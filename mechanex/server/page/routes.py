@@ -23,6 +23,7 @@ from ..accounts.scopes import may
 from ..accounts.store import store_of
 from ..axionic.guards import Sender, Worker
 from ..axionic.work import check_count, done
+from ..http.answers import json_answer
 from ..http.disconnect import done_or_gone
 from ..http.routes import Route
 from ..library.threads import look_up
@@ -104,7 +105,7 @@ async def vector_file(vector_id: str, request: Request, engine: Engine, who: Sen
 
 
 @router.post("/compare")
-async def compare(body: CompareBody, request: Request, engine: Engine, who: Worker) -> JSONResponse:
+async def compare(body: CompareBody, request: Request, engine: Engine, who: Worker) -> Response:
     """For every token of given answers: how far steering moves its distribution, and the likeliest on both sides."""
     steers: list[Steer] = []
     for item in body.steering:
@@ -122,12 +123,13 @@ async def compare(body: CompareBody, request: Request, engine: Engine, who: Work
     def work(adapter: ModelAdapter) -> list[list[TokenShift]]:
         return token_shifts(adapter, pairs, after, plain=before, top=body.top) if pairs else []
 
-    told: list[list[dict[str, Any]]] = [[] for _ in body.answers]
     # As short as the writing of an answer, so that it needs no place of its own.
-    found = await done_or_gone(request, engine.scheduler.run(work))
-    for i, shifts in zip(wanted, found, strict=True):
-        told[i] = _told(engine.token_texts, shifts)
-    return JSONResponse({"answers": told})
+    found = dict(zip(wanted, await done_or_gone(request, engine.scheduler.run(work)), strict=True))
+
+    def told() -> dict[str, Any]:
+        return {"answers": [_told(engine.token_texts, found.get(i, ())) for i in range(len(body.answers))]}
+
+    return await json_answer(told, (4 * body.top + 7) * sum(len(shifts) for shifts in found.values()))
 
 
 @router.post("/sweep")
@@ -146,19 +148,18 @@ async def sweep(body: SweepBody, request: Request, engine: Engine, who: Worker) 
         layers += vector.layers[: engine.settings.max_example_layers]
     n_tokens = len(layers) * len(body.strengths) * sum(len(a) + len(b) for a, b in [*pairs, *examples])
     check_count(n_tokens, MOST_TOKENS, "tokens to read")
-    engine.scheduler.take_tokens(n_tokens)
     before = interventions(engine.steerings.corrections)
 
     def work(adapter: ModelAdapter) -> list[dict[str, Any]]:
         return swept(adapter, vector, body.strengths, layers, pairs, examples, before)
 
-    return JSONResponse({"lines": await done(request, engine, who, work)})
+    return JSONResponse({"lines": await done(request, engine, who, work, n_tokens)})
 
 
 def interventions(steers: Sequence[Steer]) -> list[Intervention]:
     """Edits of a request as edits of a whole pass."""
     return [
-        Intervention(one.layer, one.edit, one.tokens, varying=one.varying, condition=one.condition)
+        Intervention(one.layer, one.made(), one.tokens, varying=one.varying, condition=one.condition)
         for one in steers
     ]
 

@@ -1,0 +1,41 @@
+"""Tensors, and models of them, that lie in several processes, each of which holds a part (tensor parallelism, FSDP)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ValidationError
+
+__all__ = ["check_whole", "is_sharded", "is_split", "of_this_process"]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds a part of a tensor, and others the rest."""
+    # What torch's DTensor has and others don't; to import it would load torch.distributed everywhere.
+    placements: Any = getattr(tensor, "placements", None)
+    return placements is not None and not all(one.is_replicate() for one in placements)
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether some of a model's weights are sharded, so that a pass takes all processes."""
+    return any(map(is_sharded, model.parameters()))
+
+
+def of_this_process(tensor: Tensor) -> Tensor:
+    """The part that this process holds; the tensor itself where that is all."""
+    parts: Any = tensor
+    found: Tensor = parts.to_local() if is_sharded(tensor) else tensor
+    return found
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Raises a ValidationError where a model is split and something needs all of it in one process.
+
+    Args:
+        model: the model.
+        what: what needs it, to begin the message with.
+    """
+    if is_split(model):
+        raise ValidationError(f"{what} of a model that is split over processes (tp=, FSDP): load it whole.")
