@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from families import build, tiny_tokenizer
 from mechanex import Chat, Mechanex, ValidationError
 from mechanex.cli import main
 from mechanex.engine.caa import caa_vectors
-from mechanex.engine.chat import continued
 from mechanex.engine.datasets import read_pairs
 from mechanex.engine.generate import generate, generate_batch, stream
 from mechanex.engine.models.resolve import load
