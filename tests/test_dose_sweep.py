@@ -17,6 +17,7 @@ from families import N_LAYERS, build, tiny_tokenizer
 from mechanex import Mechanex, SteeringVector, ValidationError
 from mechanex.bundled import data_path
 from mechanex.cli import main
+from mechanex.engine.caa import default_layer
 from mechanex.engine.datasets import ContrastivePairs, read_pairs
 from mechanex.engine.doses.dose import Dose, kind_of
 from mechanex.engine.doses.families import Family, apart, around, families_of, worth
@@ -184,6 +185,13 @@ def test_finalists_write_texts_at_the_price_that_is_allowed() -> None:
             )
     again = [each for each in prices.values() if len(each) > 1]
     assert again and all(min(each[1:]) < each[0] or each[0] < 0.1 for each in again)
+
+
+def test_the_usual_dose_is_among_those_that_write_texts() -> None:
+    """So that what is recommended is no worse on the validation prompts, whatever given answers say."""
+    usual = Dose(default_layer(N_LAYERS), 1.0)
+    found = quick(finalists=2, layers=range(1, N_LAYERS), edits=["add", "norm"], strengths=[1.0])
+    assert usual in {replace(one.dose, strength=1.0) for one in found.settings if one.texts is not None}
 
 
 def test_layers_that_share_a_strength() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import ValidationError
+from ..caa import default_layer
 from ..datasets import ContrastivePairs, read_pairs
 from ..methods import check_method, vectors_by
 from ..models import adapter_for
@@ -21,6 +22,7 @@ from ..models.adapter import ModelAdapter
 from ..sampling import Options
 from ..text import Prompt, encode_pair
 from .dose import EDITS, SHARED, Dose
+from .families import Family, families_of
 from .forced_rounds import forced_rounds
 from .judge import TextJudge
 from .kept_work import KeptWork
@@ -84,7 +86,8 @@ def sweep(
         validation: prompts for texts; None for the prompts of held-back pairs.
         test: prompts that are read once, at the end; None for held-back ones where ``validation`` is None too.
         most_perplexity: what the chosen dose may cost, as a multiple of plain.
-        finalists: how many kinds of dose write texts; half of them do so twice, and two a third time.
+        finalists: how many kinds of dose write texts, the usual one (added to all tokens, two thirds of the way up)
+            among them if it is tried; half of them do so twice, and two a third time.
         most_evaluations: what the whole sweep may cost, in whole evaluations of one setting: texts for every validation
             prompt, and their perplexity. The first round shrinks to one pair for it, and no further.
         max_tokens: of a text.
@@ -136,7 +139,9 @@ def sweep(
         price=price,
         evaluations=left,
     )
-    found = text_rounds(judge, ended, most_perplexity, price)
+    found = text_rounds(
+        judge, _with_usual(ended, tried, adapter, methods[0], finalists), most_perplexity, price
+    )
     chosen = _best(found, most_perplexity, plain.repetition)
     confirmed = None if not test else judge.confirm(chosen.dose, test)
     finished = {one.dose for one in found}
@@ -217,6 +222,21 @@ def _split(
         for part in parts
     ]
     return made[0], made[1], made[2] if three else None
+
+
+def _with_usual(
+    best: list[Family], tried: Sequence[Setting], adapter: ModelAdapter, method: str, n: int
+) -> list[Family]:
+    """The best kinds of dose, and with them the usual one, if it was tried: a recommendation is to be no worse."""
+    usual = Dose(default_layer(adapter.n_layers), 1.0, method=method)
+    missing = [
+        one
+        for one in families_of(tried)
+        if one.at(1.0) == usual
+        and one.strengths[0] > 0
+        and one.at(1.0) not in [other.at(1.0) for other in best]
+    ]
+    return [*best[: max(1, n - 1)], *missing] if missing else best
 
 
 def _best(found: Sequence[Setting], most: float, plain_repetition: float) -> Setting:
