@@ -69,12 +69,6 @@ def test_a_chat_that_is_to_go_on_keeps_its_tools() -> None:
         generate(model, tokenizer, begun, continue_final_message=True, **OPTIONS)
 
 
-def test_a_chat_that_goes_on_is_the_same_chat() -> None:
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    chat = Chat([{"role": "assistant", "content": "The"}], template_kwargs={"a": 1}, tools=tools)
-    assert continued(chat) == replace(chat, continue_final_message=True)
-
-
 @pytest.mark.parametrize("content", ["o", "<eos>", "a man. ", " Anna"])
 def test_a_short_or_odd_message_goes_on_where_it_ends(tokenizer: Any, content: str) -> None:
     chat = Chat([*QUESTION, {"role": "assistant", "content": content}], continue_final_message=True)

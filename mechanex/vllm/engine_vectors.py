@@ -12,7 +12,7 @@ from ..errors import NotFoundError, ValidationError
 from .asked import FIELD, AskedEdit, Carried, Scope, as_scope, as_text
 from .capacity import Capacity
 from .held import HeldUnits
-from .parts import KnownVector, Part, known_vector, layer_number
+from .parts import KnownVector, VectorPart, known_vector, layer_number
 from .stream import check_edits
 from .units import key_of, packed
 
@@ -154,7 +154,7 @@ class EngineVectors:
         return layers
 
     def _unit(
-        self, name: tuple[str, int, tuple[int, ...]], part: Part, strength: float
+        self, name: tuple[str, int, tuple[int, ...]], part: VectorPart, strength: float
     ) -> tuple[str, bytes | None]:
         """The key of some layers of a part, and, where the workers don't hold it, what they are sent."""
         full = (*name, strength if part.strength == "shapes" else 1.0)

@@ -18,7 +18,7 @@ from ..server.http.errors import error_envelope, status_of
 from ..server.http.routes import parsed
 from .answers import WatchedAnswer
 from .asked import FIELD, Carried
-from .served import FIELDS, Asked, ServedSteering, VectorBody, invalid, refused
+from .served import FIELDS, AskedSteering, ServedSteering, VectorBody, invalid, refused
 from .watched import WATCH_FIELD
 
 __all__ = ["SteeringMiddleware"]
@@ -102,7 +102,7 @@ class SteeringMiddleware:
             raise ValidationError(f"The body must be a JSON object ({error}).") from error
         return {"id": steering.register(body), "object": "steering_vector"}
 
-    async def _translated(self, scope: _Scope, fields: dict[str, Any], path: str) -> Asked | None:
+    async def _translated(self, scope: _Scope, fields: dict[str, Any], path: str) -> AskedSteering | None:
         """What a request asks for; in ``fields``, what vLLM takes stands in the place of what is ours.
 
         None where nothing is ours.
@@ -122,7 +122,7 @@ class SteeringMiddleware:
         if not ours:
             return None
         if all(value is None or value is False for value in ours.values()):
-            return Asked(Carried())
+            return AskedSteering(Carried())
         if path not in _STEERED:
             raise refused(f"{path} is not steered; {' and '.join(_STEERED)} are.", next(iter(ours)))
         asked = await self._steering(scope).asked(ours)
@@ -136,7 +136,7 @@ class SteeringMiddleware:
             )
         return asked
 
-    def _followed(self, scope: _Scope, send: _Send, fields: dict[str, Any], asked: Asked) -> _Send:
+    def _followed(self, scope: _Scope, send: _Send, fields: dict[str, Any], asked: AskedSteering) -> _Send:
         """What the answer is to be sent by."""
         watch = asked.watch
         if watch is None:

@@ -14,13 +14,13 @@ from ..engine.vectors import SteeringVector
 from ..errors import ValidationError
 from .asked import Scope
 
-__all__ = ["KnownVector", "Part", "edits_by_layer", "known_vector", "layer_number"]
+__all__ = ["KnownVector", "VectorPart", "edits_by_layer", "known_vector", "layer_number"]
 
 Strength = Literal["multiplies", "none", "shapes"]
 
 
 @dataclass(frozen=True)
-class Part:
+class VectorPart:
     """Edits that are placed together, one for each layer.
 
     Args:
@@ -48,7 +48,7 @@ class KnownVector:
         tokens: which they edit where a request doesn't say.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[VectorPart, ...]
     tokens: Scope = None
 
     @property
@@ -64,7 +64,7 @@ def known_vector(source: object, n_layers: int) -> KnownVector:
         ValidationError: it is neither, or one that changes along a text.
     """
     if not isinstance(source, SteeringVector):
-        return KnownVector((Part(edits_by_layer(source, n_layers)),))
+        return KnownVector((VectorPart(edits_by_layer(source, n_layers)),))
     terms = source.terms
     if terms.schedule or terms.condition:
         raise ValidationError(
@@ -86,12 +86,12 @@ def known_vector(source: object, n_layers: int) -> KnownVector:
     added = [n for n in vectors if n not in bent]
     parts = []
     if cleared:
-        parts.append(Part({n: Edit.ablate(vectors[n]) for n in cleared}, "none"))
+        parts.append(VectorPart({n: Edit.ablate(vectors[n]) for n in cleared}, "none"))
     if added:
         plain = {n: Edit.add(vectors[n]) for n in cleared}
-        parts.append(Part({n: plain.get(n) or shaped([n], 1.0)[n] for n in added}))
+        parts.append(VectorPart({n: plain.get(n) or shaped([n], 1.0)[n] for n in added}))
     if bent:
-        parts.append(Part(shaped(bent, 1.0), "shapes", lambda strength: shaped(bent, strength)))
+        parts.append(VectorPart(shaped(bent, 1.0), "shapes", lambda strength: shaped(bent, strength)))
     return KnownVector(tuple(parts), TOKENS[terms.tokens])
 
 

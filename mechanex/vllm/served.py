@@ -30,7 +30,7 @@ __all__ = [
     "BEHAVIORS_VARIABLE",
     "FIELDS",
     "VECTORS_VARIABLE",
-    "Asked",
+    "AskedSteering",
     "ServedSteering",
     "VectorBody",
     "invalid",
@@ -68,7 +68,7 @@ class VectorBody(Body):
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedSteering:
     """What a request asks for.
 
     Args:
@@ -122,7 +122,7 @@ class ServedSteering:
         edits = {_layer(layer): _edit(body, numbers) for layer, numbers in body.layers.items()}
         return self.vectors.add(edits, body.id)
 
-    async def asked(self, ours: Mapping[str, Any]) -> Asked:
+    async def asked(self, ours: Mapping[str, Any]) -> AskedSteering:
         """What a request with these fields asks for.
 
         Raises:
@@ -137,7 +137,7 @@ class ServedSteering:
         if not names:
             if body.behavior_scores:
                 raise refused("behavior_scores are of behavior_names: name some.", "behavior_scores")
-            return Asked(steered)
+            return AskedSteering(steered)
         param = "behavior_names" if body.behavior_names else "corrected_behaviors"
         if body.behavior_action == "steer" or body.steering_strength is not None:
             raise refused(
@@ -150,7 +150,7 @@ class ServedSteering:
             watched, watch = self._watcher.asked(behaviors, body.behavior_action or "correct", told=scores)
         except (NotFoundError, ValidationError) as error:
             raise refused(error.message, param) from error
-        return Asked(steered + watched, watch, scores)
+        return AskedSteering(steered + watched, watch, scores)
 
     async def hold(self, carried: Carried) -> None:
         """Has the workers hold what a request needs; it is leased already."""
