@@ -13,6 +13,7 @@ from ..forward import TREE_PROMPTS, packs_for
 from ..intervention import compute_dtype
 from ..models.adapter import ModelAdapter
 from ..pack import Pack
+from ..pauses import pass_tokens
 from ..positions import token_mask
 from ..ranks import current_ranks
 from .datapoints import Completion
@@ -141,7 +142,7 @@ class Layout:
             [(c.prompt, c.ids) for c in completions],
             groups=groups,
             row_tokens=1 if spec.by_prompt else _row_tokens(completions, groups),
-            batch_tokens=MINIBATCH_PACK_TOKENS if spec.by_prompt else spec.batch_tokens,
+            batch_tokens=pass_tokens(MINIBATCH_PACK_TOKENS) if spec.by_prompt else spec.batch_tokens,
             scoring=not spec.to_the_end,
             processes=current_ranks().size,
         )
