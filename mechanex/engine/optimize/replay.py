@@ -74,6 +74,7 @@ class Replay:
     def stackable(self) -> bool:
         """Whether several copies, or some rows, of the pack can be replayed."""
         if self.possible and self._axes is None:
+            pause()
             self._axes = self._find_axes()
         return bool(self._axes)
 
