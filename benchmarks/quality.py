@@ -292,8 +292,9 @@ def page(found: list[dict[str, Any]], note: str = "") -> str:
 
 
 def won(one: dict[str, Any]) -> bool:
-    """Whether the tuned dose reaches 1.5 times the default's effect, and an effect at all."""
-    return one["tuned"]["value"] > 0 and one["tuned"]["value"] >= 1.5 * one["default"]["value"]
+    """Whether the tuned dose reaches 1.5 times the default's effect, with an interval that leaves 0 out."""
+    tuned, default = one["tuned"], one["default"]
+    return bool(tuned["low"] > 0 and tuned["value"] >= 1.5 * default["value"])
 
 
 def name_of(one: dict[str, Any]) -> str:
