@@ -41,6 +41,14 @@ _ONLY_LOCAL = ("pca", "probe")
 _HERE = "it looks into the model"
 
 
+def _tell(line: str) -> None:
+    """Tells whoever sits at the terminal, and else the log."""
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr)
+    else:
+        _logger.info(line)
+
+
 class SteeringModule(_BaseModule):
     """Module for steering vector APIs."""
 
@@ -199,7 +207,11 @@ class SteeringModule(_BaseModule):
 
         def local(loaded: LoadedModel) -> str:
             vector = self._computed(loaded, lists, layers, method, seed, progress, name=name, split=split)
-            return self._client.vectors.put(vector)
+            vector_id = self._client.vectors.put(vector)
+            path = self._client.vectors.path(vector_id)
+            if path.is_file():
+                _tell(f"vector {vector_id} is stored in {path}")
+            return vector_id
 
         only_local = None
         if method in _ONLY_LOCAL or seed is not None:
@@ -225,7 +237,7 @@ class SteeringModule(_BaseModule):
         if tokens != "all":
             given["tokens"] = tokens
         if method == "few-shot":
-            _logger.info(
+            _tell(
                 "few-shot optimizes a vector for each layer by gradient descent; method='caa' takes one pass"
             )
         # A bar where somebody waits and looks.

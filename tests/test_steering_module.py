@@ -53,6 +53,20 @@ def test_caa_is_the_mean_difference_of_answer_tokens_entering_the_layer(client: 
         torch.testing.assert_close(vector, torch.stack(differences).mean(0), rtol=1e-4, atol=1e-5)
 
 
+def test_whoever_sits_at_a_terminal_is_told_where_the_vector_is(
+    client: Mechanex, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mechanex_home: Path
+) -> None:
+    client.steering.generate_vectors(*EXAMPLES, method="caa")
+    assert "stored" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    vector_id = client.steering.generate_vectors(*EXAMPLES, method="caa")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        vector_id in line
+        and str(next(path for path in stored(mechanex_home) if path.stem == vector_id)) in line
+    )
+
+
 def test_without_layers_it_is_the_one_at_two_thirds(client: Mechanex) -> None:
     vector_id = client.steering.generate_vectors(*EXAMPLES, method="caa")
     assert list(client.steering.get_vectors(vector_id)) == [int(2 * N_LAYERS / 3)]

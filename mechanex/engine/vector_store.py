@@ -44,13 +44,12 @@ class VectorStore:
         # Processes that share a job have the same vector, and give it the same id.
         vector_id = uuid.uuid4().hex if global_rank() is None else vector.digest().hex()
         try:
-            vector.save(self._path(vector_id))
-            _logger.info("vector %s is stored in %s", vector_id, self._path(vector_id))
+            vector.save(self.path(vector_id))
         except OSError as error:
             _logger.warning(
                 "vector %s stays in this session only: %s can't be written (%s); set MECHANEX_HOME elsewhere",
                 vector_id,
-                self._path(vector_id),
+                self.path(vector_id),
                 error,
             )
         self._session[vector_id] = vector
@@ -88,7 +87,7 @@ class VectorStore:
         """
         if text in self or len(text) < _SHORTEST or not _ID.fullmatch(text):
             return text
-        files = (path.stem for path in self._path(text).parent.glob(f"{text}*.safetensors"))
+        files = (path.stem for path in self.path(text).parent.glob(f"{text}*.safetensors"))
         found = sorted({*files, *(one for one in self._session if one.startswith(text))})
         if len(found) > 1:
             raise ValidationError(
@@ -152,7 +151,7 @@ class VectorStore:
         return (
             isinstance(vector_id, str)
             and _ID.fullmatch(vector_id) is not None
-            and (vector_id in self._session or self._path(vector_id).exists())
+            and (vector_id in self._session or self.path(vector_id).exists())
         )
 
     def _path_of(self, vector_id: object) -> Path:
@@ -161,13 +160,14 @@ class VectorStore:
                 f"{vector_id!r} is no vector id: ids have up to 64 letters, digits, '-' and '_'; "
                 "generate_vectors returns one."
             )
-        return self._path(vector_id)
+        return self.path(vector_id)
 
     def _unknown(self, vector_id: str) -> NotFoundError:
         return NotFoundError(
             f"no steering vector has the id {vector_id!r}, neither in this session nor in "
-            f"{self._path(vector_id).parent}: use an id that generate_vectors returned."
+            f"{self.path(vector_id).parent}: use an id that generate_vectors returned."
         )
 
-    def _path(self, vector_id: str) -> Path:
+    def path(self, vector_id: str) -> Path:
+        """The file of a vector with this id, whether it is there or not."""
         return (self._folder or vectors_folder()) / f"{vector_id}.safetensors"
