@@ -244,7 +244,7 @@ def test_unknown_ids_are_not_found_and_no_id_reaches_outside_the_folder(mechanex
 
 def test_a_damaged_stored_file_is_named() -> None:
     vector_id = VectorStore().put(vector(1))
-    path = VectorStore()._path(vector_id)
+    path = VectorStore().path(vector_id)
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValidationError, match=vector_id):
         VectorStore().get(vector_id)
