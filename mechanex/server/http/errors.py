@@ -144,7 +144,9 @@ def answer_to(request: Request, error: MechanexError) -> JSONResponse:
     if isinstance(error, RateLimitError) and error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     details = error.details if isinstance(error.details, dict) else {}
-    public: Callable[[str], str] = getattr(request.app.state, "public", str)
+    # A request may be ended before an application has it.
+    state = getattr(request.scope.get("app"), "state", None)
+    public: Callable[[str], str] = getattr(state, "public", str)
     message = public(error.message)
     return error_answer(request, status, message, details.get("param"), details.get("code"), headers)
 
