@@ -11,8 +11,9 @@ import pytest
 from families import build, tiny_tokenizer
 
 from mechanex.engine.models import adapter_for
-from mechanex.errors import APIError, MechanexError
+from mechanex.errors import APIError, MechanexError, ValidationError
 from mechanex.server.http.middleware import RequestMiddleware
+from mechanex.server.http.routes import parsed
 from mechanex.server.metrics import Metrics
 from mechanex.server.model.requests import Generation, Step, TextRequest
 from mechanex.server.model.scheduler import Scheduler
@@ -144,3 +145,12 @@ def test_a_request_that_is_cancelled_is_answered_and_stays_cancelled() -> None:
         assert sent[0]["status"] == 503
 
     asyncio.run(scene())
+
+
+def test_a_text_without_an_end_behind_many_brackets_is_looked_through_once() -> None:
+    """Looking for its end anew at every quote would take minutes, with nobody let in meanwhile."""
+    body = b'{"a":[' + b"[" * 10_001 + b'"' + b'\\"' * 400_000
+    with pytest.raises(ValidationError, match="more than 10000 lists"):
+        asyncio.run(parsed(body))
+    texts = b'{"a": "' + b"[" * 20_000 + b'"}'
+    assert asyncio.run(parsed(texts)) == {"a": "[" * 20_000}

@@ -137,7 +137,9 @@ class _Checked:
                 off = (ours.to(truth.dtype) - truth).norm() / truth.norm().clamp_min(1e-12)
                 self.agrees &= bool(off <= TOLERANCE.get(self._adapter.dtype, 1e-4))
                 tokens.append(self._tokens[id(row)][step])
-            return Choice(rows, (), torch.tensor(tokens, device=device), torch.ones(len(rows)).bool(), None)
+            return Choice(
+                rows, (), torch.tensor(tokens, device=device), torch.ones(len(rows)).bool(), None, {}
+            )
 
         return choose
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Chooser:
         Log-probabilities are those of the model, before penalties, biases, temperature and sampling.
         """
         logits = logits.float()
-        scores = self._masks(self._adjust(logits))
+        scores, failed = self._masks(self._adjust(logits))
         # An infinite edit or a damaged weight shows as NaN or infinity at the top.
         best, tokens = scores.max(-1)
         if self._draws is not None:
@@ -63,7 +63,7 @@ class Chooser:
         if self._asked_at is not None:
             found = tokens.index_select(0, self._asked_at)
             logprobs = _logprobs(logits.index_select(0, self._asked_at), found, self._depth)
-        return Choice(self.rows, self._asked, tokens, best.isfinite(), logprobs)
+        return Choice(self.rows, self._asked, tokens, best.isfinite(), logprobs, failed)
 
 
 class Choice:
@@ -81,8 +81,9 @@ class Choice:
         tokens: Tensor,
         sound: Tensor,
         logprobs: tuple[Tensor, Tensor, Tensor] | None,
+        failed: Mapping[int, MechanexError],
     ) -> None:
-        self.rows, self.tokens = list(rows), tokens
+        self.rows, self.tokens, self._failed = list(rows), tokens, failed
         self._all, self._order, self._asked = self.rows, list(range(len(rows))), asked
         parts = (tokens, sound, *(logprobs or ()))
         self._arrived: torch.cuda.Event | None = None
@@ -93,7 +94,8 @@ class Choice:
         self._parts = parts
 
     def read(self) -> list[Found | MechanexError]:
-        """For each row its token and, where asked for, the log-probability; an error where the logits aren't finite.
+        """For each row its token and, where asked for, the log-probability; an error where its grammar can't be
+        followed or the logits aren't finite.
 
         Waits for the device.
         """
@@ -106,7 +108,10 @@ class Choice:
             most = [self._all[i].request.logprobs or 0 for i in self._asked]
             found = _named([chosen[i] for i in self._asked], most, *logprobs)
             named = dict(zip(self._asked, found, strict=True))
-        return [(chosen[i], named.get(i)) if sane[i] else not_finite(self._all[i]) for i in self._order]
+        sound = [
+            (token, named.get(i)) if sane[i] else not_finite(self._all[i]) for i, token in enumerate(chosen)
+        ]
+        return [self._failed.get(i, sound[i]) for i in self._order]
 
     def among(self, order: Sequence[int]) -> Choice:
         """The same for these of its rows alone, in this order."""

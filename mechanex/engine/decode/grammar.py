@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
-from collections import OrderedDict
+import time
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,8 @@ __all__ = ["Grammar", "GrammarState", "Grammars", "Masks", "grammars_for"]
 
 _MOST_CHARACTERS = 100_000
 _KEPT = 64
+# Seconds of the processor that one mask, and the masks of one grammar's rows in a step, may take: the batch waits.
+_MASK_SECONDS, _STEP_SECONDS = 0.1, 0.5
 # As json.dumps writes: where whitespace is free, a model may write nothing else.
 _JSON: Any = {
     "whitespace_flexible": False,
@@ -44,19 +48,19 @@ class Grammar:
 
     def begin(self) -> GrammarState:
         """The state of an answer without tokens."""
-        return GrammarState(self.matcher.deep_copy(), self.n_vocab)
+        return GrammarState(self, self.matcher.deep_copy())
 
 
 class GrammarState:
     """How far an answer has come in its grammar; for one thread.
 
     Args:
+        grammar: what is followed.
         matcher: the answer's own.
-        n_vocab: of the masks.
     """
 
-    def __init__(self, matcher: Any, n_vocab: int) -> None:
-        self._matcher, self._n_vocab = matcher, n_vocab
+    def __init__(self, grammar: Grammar, matcher: Any) -> None:
+        self.grammar, self._matcher, self._n_vocab = grammar, matcher, grammar.n_vocab
 
     @property
     def complete(self) -> bool:
@@ -73,7 +77,11 @@ class GrammarState:
             raise MechanexError(f"the answer's grammar can't be followed: {_told(self._matcher)}", 400)
 
     def allowed(self) -> Tensor:
-        """[n_vocab] bool, which tokens may come next."""
+        """[n_vocab] bool, which tokens may come next.
+
+        Raises:
+            MechanexError: the grammar has become too complex to follow.
+        """
         words = torch.zeros((self._n_vocab + 31) // 32, dtype=torch.int32)
         self._matcher.unsafe_compute_mask_ptr(words.data_ptr(), words.numel() * words.element_size())
         if self._matcher.is_error():
@@ -170,7 +178,10 @@ class Grammars:
             raise ValidationError(_told(matcher))
         made = Grammar(matcher, self._n_vocab)
         try:
+            begun = time.thread_time()
             made.begin().allowed()
+            if time.thread_time() - begun > 10 * _MASK_SECONDS:  # the first one is paid once
+                raise _too_slow()
         except MechanexError as error:
             raise ValidationError(error.message) from error
         return made
@@ -203,16 +214,40 @@ class Masks:
         self._device = device
         self._at = torch.tensor(self._rows, device=device) if self._rows else None
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """The scores [rows, vocabulary] with -inf for what can't come now."""
+    def __call__(self, scores: Tensor) -> tuple[Tensor, dict[int, MechanexError]]:
+        """The scores [rows, vocabulary] with -inf for what can't come now; rows whose grammars can't be followed.
+
+        A grammar that would hold up the batch ends the rows that follow it, and no others.
+        """
+        failed: dict[int, MechanexError] = {}
         if self._at is None:
-            return scores
-        allowed = torch.zeros(len(self._rows), scores.shape[-1], dtype=torch.bool)
-        for row, one in zip(allowed, self._followings, strict=True):
-            found = one.allowed()[: scores.shape[-1]]
-            row[: len(found)] = found
+            return scores, failed
+        allowed = torch.ones(len(self._rows), scores.shape[-1], dtype=torch.bool)
+        spent: defaultdict[int, float] = defaultdict(float)
+        for i, row, one in zip(self._rows, allowed, self._followings, strict=True):
+            key = id(one.grammar)
+            try:
+                if spent[key] > _STEP_SECONDS:
+                    raise _too_slow()
+                begun = time.thread_time()
+                found = one.allowed()[: scores.shape[-1]]
+                took = time.thread_time() - begun
+                spent[key] += math.inf if took > _MASK_SECONDS else took
+                if took > _MASK_SECONDS:
+                    raise _too_slow()
+            except MechanexError as error:
+                failed[i] = error
+            else:
+                row[: len(found)], row[len(found) :] = found, False
         part = scores.index_select(0, self._at).masked_fill(~allowed.to(self._device), -torch.inf)
-        return scores.index_copy(0, self._at, part)
+        return scores.index_copy(0, self._at, part), failed
+
+
+def _too_slow() -> MechanexError:
+    return MechanexError(
+        "the answer's grammar takes too long to follow: allow fewer things at once, such as fewer optional properties.",
+        400,
+    )
 
 
 def _told(matcher: Any) -> str:

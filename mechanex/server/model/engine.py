@@ -86,7 +86,8 @@ class ServingEngine:
         self.model_name = settings.model_name or _shown(loaded.name)
         self._loaded_name = loaded.name
         names = {str(loaded.name), self.adapter.model_id}
-        self._folders = [one for one in names if Path(one).is_dir() and Path(one).name != one]
+        # A name without a folder around it is no secret, and may be a part of any text ("." of all).
+        self._folders = [one for one in names if Path(one).is_dir() and len(Path(one).parts) > 1]
         self._autoencoder: list[tuple[str, SparseAutoencoder] | None] = []
         self._autoencoder_lock = asyncio.Lock()
         self.metrics = Metrics()
