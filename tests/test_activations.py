@@ -95,6 +95,12 @@ def test_rows_in_several_files_are_read_as_one_array(tmp_path: Path) -> None:
         (5, 1),
         numpy.array([[1, 2], [8, 9]]),
         [],
+        ...,
+        (..., 1),
+        None,
+        ([0, 1], [2, 0]),
+        ([[0, 1], [1, 0]], 1),
+        (3, slice(1, None)),
     ]
     for key in keys:
         assert numpy.array_equal(rows[key], whole[key]), key
@@ -103,6 +109,8 @@ def test_rows_in_several_files_are_read_as_one_array(tmp_path: Path) -> None:
     for wrong in (10, -11, 1.5, numpy.ones(4, bool)):
         with pytest.raises(IndexError):
             rows[wrong]
+    with pytest.raises(TypeError, match="read only"):
+        rows += 1
 
 
 def test_a_call_that_was_stopped_goes_on_after_what_is_there(
@@ -130,6 +138,38 @@ def test_a_call_that_was_stopped_goes_on_after_what_is_there(
     with vector.apply(client.local_model):  # type: ignore[arg-type]
         steered = client.model.activations(texts, layers=[2, 4], out=tmp_path)  # nothing without it is left
     assert not close(steered[4], wanted[4]) and all(path.stat().st_mtime_ns > kept[path] for path in shards)
+
+
+def test_steering_that_the_probe_would_not_see_begins_the_work_anew(
+    client: Mechanex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps norms, or edits no token of the text that is looked at: shards of both kinds must not lie together."""
+    monkeypatch.setattr(activation_files, "SHARD_TOKENS", 4)
+    vector = SteeringVector({1: torch.ones(128)})
+    wanted = client.model.activations(TEXTS, layers=[2], out=tmp_path)
+    for steering, options in (
+        (vector.keeping_norm(), {"strength": 20}),
+        (vector, {"tokens": slice(10_000, None)}),
+    ):
+        sorted(tmp_path.glob("activations-*"))[-1].unlink()
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("activations-*")}
+        with steering.apply(client.local_model, **options):  # type: ignore[arg-type]
+            found = client.model.activations(TEXTS, layers=[2], out=tmp_path)
+        assert before and all(path.stat().st_mtime_ns > then for path, then in before.items())
+        if "strength" in options:
+            assert not close(found[2][:1], wanted[2][:1])
+        wanted = client.model.activations(TEXTS, layers=[2])
+
+
+def test_files_of_others_are_left_alone(client: Mechanex, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text('{"name": "site"}')
+    with pytest.raises(ValidationError, match="another program's"):
+        client.model.activations(TEXTS, layers=[2], out=tmp_path)
+    assert (tmp_path / "index.json").read_text() == '{"name": "site"}'
+    (tmp_path / "index.json").unlink()
+    (tmp_path / "activations-notes.safetensors").touch()
+    client.model.activations(TEXTS, layers=[2], out=tmp_path)
+    assert (tmp_path / "activations-notes.safetensors").exists()
 
 
 def test_steering_that_is_applied_is_seen(client: Mechanex) -> None:

@@ -36,6 +36,19 @@ def test_python_blocks_run_one_after_another(page, tmp_path, monkeypatch):
         exec(compile(body, str(page), "exec"), namespace)
 
 
+@pytest.mark.ci
+def test_the_quick_start_prints_what_stands_below_it(tmp_path, monkeypatch, capsys):
+    """Its texts are cut with "…"."""
+    (code, shown), *_ = re.findall(
+        r"```python\n(.*?)```\s*```text\n(.*?)```", PAGES[0].read_text("utf-8"), re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    for line in shown.splitlines():
+        assert line.removesuffix(" …") in printed
+
+
 def commands(page: Path) -> list[list[str]]:
     lines = [line for body in blocks(page, "sh") for line in body.replace("\\\n", " ").splitlines()]
     return [words for line in lines if (words := shlex.split(line, comments=True))]

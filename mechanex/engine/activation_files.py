@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ INDEX = "index.json"
 # A shard ends with the text that fills it: so much is lost where a process is killed.
 SHARD_TOKENS = 1 << 14
 SHARD_BYTES = 1 << 28
+_SHARD = re.compile(r"activations-\d{5}-of-\d{5}\.safetensors")
 
 
 class StoredRows(NDArrayOperatorsMixin):
@@ -50,13 +52,21 @@ class StoredRows(NDArrayOperatorsMixin):
         return numpy.asarray(numpy.concatenate(self._parts), dtype=dtype)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        if any(isinstance(one, StoredRows) for one in options.get("out", ())):
+            raise TypeError(
+                "activations in files are read only: write to an array, such as numpy.asarray(…) of them."
+            )
         read = [numpy.asarray(one) if isinstance(one, StoredRows) else one for one in inputs]
         return getattr(ufunc, method)(*read, **options)
 
     def __getitem__(self, key: Any) -> Array:
-        if isinstance(key, tuple):
+        if isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], (slice, int, numpy.integer)):
             rows = self[key[0]]
-            return rows[key[1:]] if numpy.ndim(rows) < self.ndim else rows[(slice(None), *key[1:])]
+            return rows[(slice(None), key[1])] if isinstance(key[0], slice) else rows[key[1]]
+        if isinstance(key, tuple) or key is None or key is Ellipsis:
+            # What combines both axes, as numpy does it; it reads all of them.
+            found: Array = numpy.asarray(self)[key]
+            return found
         if isinstance(key, slice):
             begin, end, step = key.indices(len(self))
             if step == 1:
@@ -166,6 +176,9 @@ class Shards:
 
         Returns:
             The shards that are to be written.
+
+        Raises:
+            ValidationError: the folder is a file, or holds another program's index.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -173,14 +186,16 @@ class Shards:
             raise ValidationError(
                 f"out is a folder, and {self.folder} is or lies in a file: name another."
             ) from None
+        index = self._index()
         for path in self.folder.glob(".activations-*.safetensors.*.tmp"):  # of a process that was killed
             path.unlink(missing_ok=True)
         missing = self.missing()
-        if missing and self._goes_on(facts):
+        if missing and self._goes_on(index, facts):
             return missing
         (self.folder / INDEX).unlink(missing_ok=True)
         for path in self.folder.glob("activations-*.safetensors"):
-            path.unlink(missing_ok=True)
+            if _SHARD.fullmatch(path.name):
+                path.unlink(missing_ok=True)
         index = {
             "format": FORMAT,
             **facts,
@@ -194,17 +209,28 @@ class Shards:
             temporary.write_text(json.dumps(index) + "\n", encoding="utf-8")
         return list(range(self.size))
 
-    def _goes_on(self, facts: Mapping[str, Any]) -> bool:
+    def _index(self) -> dict[str, Any]:
+        """What an earlier call has written; empty where there is nothing."""
+        path = self.folder / INDEX
+        if not path.exists():
+            return {}
         try:
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
+            index = json.loads(path.read_text(encoding="utf-8"))
+            if index["format"] == FORMAT:
+                return dict(index)
+        except (OSError, ValueError, TypeError, KeyError):
+            pass
+        raise ValidationError(
+            f"{path} is another program's file, which would be written over: name another folder."
+        )
+
+    def _goes_on(self, index: dict[str, Any], facts: Mapping[str, Any]) -> bool:
         mine = {**facts, "format": FORMAT, "layers": list(self.layers), "bounds": list(self.bounds)}
         mine |= {"width": self.width, "dtype": self.dtype, "lengths": list(self.lengths)}
         probe, known = mine.pop("probe"), index.pop("probe", None)
-        return (
-            index == mine and numpy.shape(known) == numpy.shape(probe) and numpy.allclose(known, probe, 1e-3)
-        )
+        if index != mine or numpy.shape(known) != numpy.shape(probe):
+            return False
+        return numpy.allclose(known, probe, 1e-3, 1e-3 * float(numpy.abs(probe).max()))
 
     def write(self, shard: int, rows: Mapping[int, Array]) -> None:
         """Writes one, whole or not at all."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from .models import adapter_for
 from .models.adapter import ModelAdapter, exclusive, undisturbed
 from .pack import Pack
 from .passes import visit_residuals
+from .plan_files import plan_digest
 from .positions import check_tokens
 from .ranks import Ranks, current_ranks, dealt
 from .text import Prompt, encode_prompt
@@ -125,11 +127,16 @@ def activations(
     shards = Shards.planned(Path(out), indices, adapter.d_model, dtype, lengths, [len(one) for one in ids])
     whole = replace(ranks, split=True)  # of a shard nothing is dealt
     with ranks.together():
-        # What tells whether the model, and the steering on it, are those of a folder to go on in.
-        first = read(range(1), whole)
+        # What tells whether the model, and what others attached to it, are those of a folder to go on in.
+        longest = max(range(len(ids)), key=lambda i: len(ids[i]))
+        seen = read(range(longest, longest + 1), whole)
     digest = hashlib.sha256(json.dumps([ids, chosen]).encode()).hexdigest()
-    probe = [float(numpy.linalg.norm(one)) for one in first.values()]
-    facts = {"model": adapter.model_id, "texts": digest, "probe": probe}
+    facts = {
+        "model": adapter.model_id,
+        "texts": digest,
+        "steering": _steering(adapter),
+        "probe": _probe(seen),
+    }
     left = ranks.from_first(lambda: shards.begin(facts) if ranks.first else [])
     mine = [left[i] for i in ranks.share([sum(len(ids[j]) for j in shards.texts(shard)) for shard in left])]
     with ranks.together():
@@ -138,6 +145,25 @@ def activations(
             if ranks.first or not ranks.split:
                 shards.write(shard, found)
     return Activations(shards.arrays(), lengths)
+
+
+def _steering(adapter: ModelAdapter) -> str:
+    """Tells what is applied to the model from anything else that might be."""
+    plan = [one for applied in adapter.kept.applied for one in applied.interventions]
+    try:
+        return plan_digest(plan) if plan else "none"
+    except ValidationError:  # a function, which may do anything the next time
+        return uuid.uuid4().hex
+
+
+def _probe(seen: Mapping[int, Array]) -> list[list[float]]:
+    """Of each layer's first rows two numbers: the norm, and the share along a direction."""
+    found = []
+    for rows in seen.values():
+        some = rows[:16].astype(numpy.float64)
+        along = some @ numpy.random.default_rng(0).standard_normal(some.shape[1])
+        found += numpy.stack([numpy.linalg.norm(some, axis=1), along], axis=1).tolist()
+    return found
 
 
 class _Reader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from .schedules import Schedule, Varying
 if TYPE_CHECKING:
     from .hooks import Intervention
 
-__all__ = ["read_plan", "write_plan"]
+__all__ = ["plan_digest", "read_plan", "write_plan"]
 
 _PLAN = "plan"
 _VERSION = "plan_version"
@@ -48,6 +49,18 @@ def write_plan(path: str | os.PathLike[str], interventions: Sequence[Interventio
     fields = {_PLAN: json.dumps(said), _VERSION: "1", "library_version": __version__}
     with atomic_path(target) as temporary:
         temporary.write_bytes(safetensors_bytes(stored, metadata=with_checksum({}, fields, stored)))
+
+
+def plan_digest(interventions: Sequence[Intervention]) -> str:
+    """A hash of what interventions do.
+
+    Raises:
+        ValidationError: a schedule that is a function.
+    """
+    tensors: dict[str, Tensor] = {}
+    said = [_said(one, f"{i}.", tensors) for i, one in enumerate(interventions)]
+    stored = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    return hashlib.sha256(json.dumps(said).encode() + safetensors_bytes(stored)).hexdigest()
 
 
 def read_plan(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

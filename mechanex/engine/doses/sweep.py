@@ -21,6 +21,7 @@ from ..models import adapter_for
 from ..models.adapter import ModelAdapter
 from ..sampling import Options
 from ..text import Prompt, encode_pair
+from ..whole import as_whole
 from .dose import EDITS, SHARED, Dose
 from .families import Family, families_of
 from .forced_rounds import forced_rounds
@@ -101,6 +102,13 @@ def sweep(
     """
     adapter = adapter_for(model)
     tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
+    for name, given in (
+        ("finalists", finalists),
+        ("most_evaluations", most_evaluations),
+        ("max_tokens", max_tokens),
+    ):
+        if (as_whole(given) or 0) < 1:
+            raise ValidationError(f"{name} is a whole number of 1 or more; got {given!r}.")
     pairs = data if isinstance(data, ContrastivePairs) else read_pairs(data)
     doses = _doses(adapter, layers, strengths, edits, tokens, methods, widths)
     fit, check, held = _split(pairs, seed, validation is None and test is None)
