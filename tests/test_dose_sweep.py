@@ -130,7 +130,7 @@ def test_the_chosen_dose_has_the_largest_effect_at_a_bearable_price() -> None:
         ({"widths": [2], "edits": ["clamp"]}, "no dose of widths"),
         ({"widths": 2}, "widths is a list"),
         ({"finalists": 0}, "finalists is a whole number of 1 or more"),
-        ({"most_evaluations": "2"}, "most_evaluations is a whole number"),
+        ({"most_evaluations": "2"}, "most_evaluations is a number above 0"),
     ],
 )
 def test_what_can_t_be_swept_is_refused(wrong: dict[str, Any], match: str) -> None:

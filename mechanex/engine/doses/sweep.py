@@ -16,6 +16,7 @@ from torch import nn
 from ...errors import ValidationError
 from ..caa import default_layer
 from ..datasets import ContrastivePairs, read_pairs
+from ..given import as_finite
 from ..methods import check_method, vectors_by
 from ..models import adapter_for
 from ..models.adapter import ModelAdapter
@@ -102,13 +103,12 @@ def sweep(
     """
     adapter = adapter_for(model)
     tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
-    for name, given in (
-        ("finalists", finalists),
-        ("most_evaluations", most_evaluations),
-        ("max_tokens", max_tokens),
-    ):
+    for name, given in (("finalists", finalists), ("max_tokens", max_tokens)):
         if (as_whole(given) or 0) < 1:
             raise ValidationError(f"{name} is a whole number of 1 or more; got {given!r}.")
+    for name, number in (("most_evaluations", most_evaluations), ("most_perplexity", most_perplexity)):
+        if (as_finite(number) or 0) <= 0:
+            raise ValidationError(f"{name} is a number above 0; got {number!r}.")
     pairs = data if isinstance(data, ContrastivePairs) else read_pairs(data)
     doses = _doses(adapter, layers, strengths, edits, tokens, methods, widths)
     fit, check, held = _split(pairs, seed, validation is None and test is None)
