@@ -26,7 +26,7 @@ from .provenance import FIT, figures
 from .text import Prompt, encode_pair, encode_prompt
 from .vectors import SteeringVector
 
-__all__ = ["few_shot_vectors"]
+__all__ = ["few_shot_vectors", "passes_over"]
 
 # Of the residual stream's norm at the layer, so that one choice serves models of any scale; measured on mx-tiny.
 STEP = 0.07
@@ -35,6 +35,11 @@ STEPS = 25
 # Examples of a step: more cost time and make the vectors no better on other prompts; measured there too.
 EXAMPLES = 16
 PLATEAU = 0.02
+
+
+def passes_over(n_examples: int, n_layers: int) -> int:
+    """How often an optimization by default reads its examples, at most, rounded up."""
+    return n_layers * math.ceil(STEPS * min(1.0, EXAMPLES / max(n_examples, 1)))
 
 
 def few_shot_vectors(

@@ -122,6 +122,9 @@ def _(api: Api) -> None:
         ({"guided_json": {"$ref": "#"}}, "guided_json"),
         ({"guided_choice": ["a"], "ignore_eos": True}, "ignore_eos"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"json_object": False}}, "structured_outputs"),
         ({"response_format": {"type": "xml"}}, "response_format"),
     ):
         assert api.refused("/v1/completions", prompt="a", **fields)["param"] == param, fields

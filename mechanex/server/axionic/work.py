@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 
+from ...engine.few_shot import passes_over
 from ...engine.methods import check_method, recorded_vectors
 from ...errors import ValidationError
 from ..accounts.auth import Principal
@@ -57,7 +58,10 @@ async def computed(
     def work(adapter: ModelAdapter) -> SteeringVector:
         return recorded_vectors(adapter, (prompts, positive, negative), layer_idxs, method, engine.tokenizer)
 
-    return await done(request, engine, who, work, examples.n_tokens)
+    n_tokens = examples.n_tokens
+    if method == "few-shot":
+        n_tokens *= passes_over(len(prompts), len(layer_idxs or (0,)))
+    return await done(request, engine, who, work, n_tokens)
 
 
 async def done(

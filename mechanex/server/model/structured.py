@@ -27,7 +27,7 @@ _Texts = Annotated[
 class _Named(Part):
     name: str | None = None
     description: str | None = None
-    schema_: Schema | None = Field(default=None, alias="schema")
+    schema_: Schema = Field(alias="schema")
     strict: bool | None = None
 
 
@@ -52,6 +52,14 @@ class _Outputs(Part):
     regex: str | None = Field(default=None, min_length=1)
     choice: _Texts | None = None
     grammar: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> _Outputs:
+        if not self.forms:
+            raise refused(
+                "structured_outputs", "give json, json_object, regex, choice or grammar; one of them"
+            )
+        return self
 
     @property
     def forms(self) -> list[tuple[FormKind, Any]]:
@@ -88,7 +96,7 @@ class FormFields(Body):
         wanted = self.response_format
         if wanted is not None and wanted.type != "text":
             named = wanted.json_schema
-            schema = {"type": "object"} if named is None or named.schema_ is None else named.schema_
+            schema = {"type": "object"} if named is None else named.schema_
             found.append(("response_format", "json", schema))
         for kind in get_args(FormKind):
             if (given := getattr(self, f"guided_{kind}")) is not None:
