@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from families import FAMILIES, build
 
-from mechanex import Mechanex, NotFoundError, SteeringVector, ValidationError
+from mechanex import Mechanex, MechanexError, NotFoundError, SteeringVector, ValidationError
 from mechanex.engine import activation_files
 from mechanex.engine.activation_files import StoredRows
 from mechanex.engine.activations import Activations
@@ -159,6 +160,36 @@ def test_steering_that_the_probe_would_not_see_begins_the_work_anew(
         if "strength" in options:
             assert not close(found[2][:1], wanted[2][:1])
         wanted = client.model.activations(TEXTS, layers=[2])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"\xff" * 8,
+        b"[]",
+        b"{}",
+        b'{"layer_2": [1]}',
+        b'{"layer_2": {"dtype": "F32", "shape": [1, 3], "data_offsets": [0, 12]}}',
+    ],
+)
+def test_damaged_shards_are_named(client: Mechanex, tmp_path: Path, damage: bytes) -> None:
+    client.model.activations(TEXTS, layers=[2], out=tmp_path)
+    (path,) = tmp_path.glob("activations-*")
+    length = b"" if damage.startswith(b"\xff") else len(damage).to_bytes(8, "little")
+    path.write_bytes(length + damage + bytes(16))
+    with pytest.raises(MechanexError, match=r"activations-00001-of-00001\.safetensors can't be read"):
+        Activations.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"bounds": []}, {"lengths": ["a"]}, {"lengths": []}, {"layers": []}, {"width": "3"}]
+)
+def test_a_damaged_index_is_named(client: Mechanex, tmp_path: Path, wrong: dict[str, Any]) -> None:
+    client.model.activations(TEXTS, layers=[2], out=tmp_path)
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | wrong))
+    with pytest.raises(ValidationError, match=r"index\.json is no index"):
+        Activations.load(tmp_path)
 
 
 def test_files_of_others_are_left_alone(client: Mechanex, tmp_path: Path) -> None:

@@ -239,7 +239,14 @@ class Shards:
 
     def arrays(self) -> dict[int, StoredRows]:
         """By layer, what was written."""
-        maps = [_maps(self.path(shard)) for shard in range(self.size)]
+        maps = []
+        for shard in range(self.size):
+            path, rows = self.path(shard), sum(self.lengths[i] for i in self.texts(shard))
+            found = _maps(path)
+            names = {f"layer_{layer}" for layer in self.layers}
+            if not names <= found.keys() or any(found[name].shape != (rows, self.width) for name in names):
+                raise MechanexError(f"{path} can't be read: it doesn't hold the rows that {INDEX} tells of.")
+            maps.append(found)
         return {layer: StoredRows([one[f"layer_{layer}"] for one in maps]) for layer in self.layers}
 
 
@@ -258,7 +265,15 @@ def opened(folder: Path) -> Shards:
             raise ValueError(index["format"])
         layers, lengths, bounds = (tuple(index[name]) for name in ("layers", "lengths", "bounds"))
         found = Shards(folder, layers, index["width"], index["dtype"], lengths, bounds)
-    except (ValueError, KeyError, TypeError) as error:
+        numbers = (*layers, *lengths, *bounds, found.width)
+        if (
+            not layers
+            or not all(type(one) is int for one in numbers)
+            or bounds[-1] != len(lengths)
+            or not lengths
+        ):
+            raise ValueError("its numbers don't fit each other")
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValidationError(f"{folder / INDEX} is no index of activations: {error}.") from error
     if missing := found.missing():
         raise ValidationError(
@@ -280,8 +295,8 @@ def _maps(path: Path) -> dict[str, Array]:
             name: _map(path, kinds[one["dtype"]], 8 + length + one["data_offsets"][0], tuple(one["shape"]))
             for name, one in header.items()
         }
-    except (OSError, ValueError, KeyError) as error:
-        raise MechanexError(f"{path} can't be read: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise MechanexError(f"{path} can't be read: {error or type(error).__name__}") from error
 
 
 def _map(path: Path, dtype: Any, offset: int, shape: tuple[int, ...]) -> Array:
