@@ -22,6 +22,7 @@ from mechanex.engine.datasets import ContrastivePairs, read_pairs
 from mechanex.engine.doses.dose import Dose, kind_of
 from mechanex.engine.doses.families import Family, apart, around, families_of, worth
 from mechanex.engine.doses.halving import front, rounds
+from mechanex.engine.doses.scorers import word_share
 from mechanex.engine.doses.sweep import sweep
 from mechanex.engine.doses.swept import Setting
 from mechanex.engine.doses.written import mean_logprobs, write
@@ -273,3 +274,12 @@ def test_settings_of_one_seed_draw_alike() -> None:
         adapter, tiny_tokenizer(), PROMPTS[:3], [(), Dose(1, 1.0).of(vector)], Options(max_tokens=8, seed=1)
     )
     assert [one.ids for one in both[0]] == [one.ids for one in both[1]]
+
+
+def test_one_text_is_no_list_of_words_nor_of_examples() -> None:
+    with pytest.raises(ValidationError, match="put it in a list"):
+        word_share("calm")
+    with pytest.raises(ValidationError, match="prompts is a list"):
+        ContrastivePairs("aaaa", "bbbb", "cccc")  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match="2 prompts, 1 positive_answers"):
+        ContrastivePairs(["a", "b"], ["c"], ["d"])

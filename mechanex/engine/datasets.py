@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,11 +26,24 @@ _ANSWERS = {
 
 @dataclass(frozen=True)
 class ContrastivePairs:
-    """Examples in three lists of one length, as ``generate_vectors`` takes them."""
+    """Examples in three lists of one length, as ``generate_vectors`` takes them.
+
+    Raises:
+        ValidationError: lists of other lengths, or texts where lists are meant.
+    """
 
     prompts: list[Prompt]
     positive_answers: list[str]
     negative_answers: list[str]
+
+    def __post_init__(self) -> None:
+        lists = {one.name: getattr(self, one.name) for one in fields(self)}
+        for name, given in lists.items():
+            if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
+                raise ValidationError(f"{name} is a list; got {given!r:.100}.")
+        if len({len(given) for given in lists.values()}) > 1:
+            told = ", ".join(f"{len(given)} {name}" for name, given in lists.items())
+            raise ValidationError(f"Examples are lists of one length; got {told}.")
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ...errors import ValidationError
+from ..given import as_list
 
 __all__ = ["Scores", "TextScorer", "as_scorers", "classifier", "word_share"]
 
@@ -48,7 +49,12 @@ def word_share(words: Iterable[str], against: Iterable[str] = ()) -> TextScorer:
     Args:
         words: of what is sought; one that ends with ``*`` is the beginning of a word.
         against: of its opposite.
+
+    Raises:
+        ValidationError: no words, or one text where a list is meant.
     """
+    words = as_list("words", words, "words")
+    against = as_list("against", against, "words") if against else ()
     sought, opposed = _matcher(words), _matcher(against)
 
     def share(text: str) -> float:
