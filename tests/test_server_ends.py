@@ -147,10 +147,15 @@ def test_a_request_that_is_cancelled_is_answered_and_stays_cancelled() -> None:
     asyncio.run(scene())
 
 
-def test_a_text_without_an_end_behind_many_brackets_is_looked_through_once() -> None:
+def test_bodies_that_would_be_looked_at_for_long_are_refused_before() -> None:
     """Looking for its end anew at every quote would take minutes, with nobody let in meanwhile."""
     body = b'{"a":[' + b"[" * 10_001 + b'"' + b'\\"' * 400_000
     with pytest.raises(ValidationError, match="more than 10000 lists"):
         asyncio.run(parsed(body))
+    values = b"[" + b"1," * 2**18 + b"1]"
+    with pytest.raises(ValidationError, match="more than 262144 values"):
+        asyncio.run(parsed(values))
+    commas = b'["' + b"," * 2**19 + b'"]'
+    assert asyncio.run(parsed(commas)) == ["," * 2**19]
     texts = b'{"a": "' + b"[" * 20_000 + b'"}'
     assert asyncio.run(parsed(texts)) == {"a": "[" * 20_000}

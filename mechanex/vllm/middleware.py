@@ -29,6 +29,7 @@ _REGISTER = "/v1/steering/vectors"
 _ELSEWHERE = ("force_steering",)
 _MOST_BYTES = 64 * 2**20
 # Not ValueError, which our own refusals are too.
+_MOST_NUMBERS = 2**24  # of a vector: every layer of the largest models
 _NO_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 
 _Scope = MutableMapping[str, Any]
@@ -95,7 +96,7 @@ class SteeringMiddleware:
         if method != "POST" or path != _REGISTER:
             raise APIError(f"There is no {method} {path}.", 405)
         try:
-            body = VectorBody.model_validate(await parsed(await _body(receive)))
+            body = VectorBody.model_validate(await parsed(await _body(receive), _MOST_NUMBERS))
         except InvalidBody as error:
             raise invalid(error) from error
         except _NO_JSON as error:

@@ -14,26 +14,36 @@ from starlette.exceptions import HTTPException
 
 from ...errors import ValidationError
 
-__all__ = ["MOST_PARTS", "Route", "parsed"]
+__all__ = ["MOST_PARTS", "MOST_VALUES", "Route", "parsed"]
 
 MOST_PARTS = 10_000
 """Lists and objects: each is looked at by itself, which lets nobody in meanwhile."""
+MOST_VALUES = 2**18
+"""Values in lists and objects, since they are looked at in one go: the most token ids that are read at once."""
 
 _ON_THE_LOOP = 64 * 2**10
 # A text that doesn't end goes to the end: looking for another end at every quote would take the square of its length.
 _TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 
 
-async def parsed(body: bytes) -> Any:
+async def parsed(body: bytes, most_values: int = MOST_VALUES) -> Any:
     """The JSON of a body.
+
+    Args:
+        body: as it was sent.
+        most_values: in all of its lists and objects.
 
     Raises:
         json.JSONDecodeError, UnicodeDecodeError: it is no JSON.
-        ValidationError: it holds more than ``MOST_PARTS`` lists and objects, nests too deeply, or holds what is JSON
-            and can't be read all the same.
+        ValidationError: it holds more than ``MOST_PARTS`` lists and objects or ``most_values`` values, nests too
+            deeply, or holds what is JSON and can't be read all the same.
     """
-    if _n_parts(body) > MOST_PARTS and await run_sync(lambda: _n_parts(_TEXT.sub(b"", body))) > MOST_PARTS:
-        raise ValidationError(f"The body holds more than {MOST_PARTS} lists and objects.")
+    if _n_parts(body) > MOST_PARTS or body.count(b",") >= most_values:
+        bare = await run_sync(lambda: _TEXT.sub(b"", body))
+        if _n_parts(bare) > MOST_PARTS:
+            raise ValidationError(f"The body holds more than {MOST_PARTS} lists and objects.")
+        if bare.count(b",") >= most_values:
+            raise ValidationError(f"The body holds more than {most_values} values.")
     try:
         return json.loads(body) if len(body) <= _ON_THE_LOOP else await run_sync(json.loads, body)
     except (json.JSONDecodeError, UnicodeDecodeError):
