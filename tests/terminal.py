@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -178,4 +179,8 @@ def terminal(**environment: str) -> Iterator[Terminal]:
         child.expect_exact("<ready>")
         yield Terminal(child)
     finally:
-        child.close(force=True)
+        # pexpect asks the child to end and waits for a moment, which one that computes doesn't notice in time.
+        if child.isalive():
+            child.kill(signal.SIGKILL)
+            child.wait()
+        child.close()

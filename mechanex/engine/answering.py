@@ -5,12 +5,13 @@ Names and ranges are those of OpenAI's and vLLM's request bodies, in Python, in 
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from ..errors import ValidationError
-from .given import as_finite
 from .whole import as_whole
 
 if TYPE_CHECKING:
@@ -115,11 +116,11 @@ class AnswerRules:
                 raise _wrong(name, "is True or False", getattr(self, name))
         self._set("stop_token_ids", _token_ids(self.stop_token_ids))
         for name in ("frequency_penalty", "presence_penalty"):
-            penalty = as_finite(getattr(self, name))
+            penalty = _number(getattr(self, name))
             if penalty is None or abs(penalty) > MOST_PENALTY:
                 raise _wrong(name, f"is from {-MOST_PENALTY:g} to {MOST_PENALTY:g}", getattr(self, name))
             self._set(name, penalty)
-        repetition = as_finite(self.repetition_penalty)
+        repetition = _number(self.repetition_penalty)
         if repetition is None or not 0 < repetition <= MOST_REPETITION:
             raise _wrong(
                 "repetition_penalty",
@@ -231,6 +232,17 @@ def _wrong(name: str, should: str, got: object) -> ValidationError:
     return ValidationError(f"{name} {should}; got {got!r:.200}.", details={"param": name})
 
 
+def _number(value: object) -> float | None:
+    """A finite number of any kind, without torch, which remote clients do without."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _token_ids(given: Any) -> tuple[int, ...] | None:
     if given is None:
         return None
@@ -250,7 +262,7 @@ def _biases(given: Any) -> dict[int, float] | None:
     found: dict[int, float] = {}
     for key, value in given.items():
         token = _token(key)
-        bias = as_finite(value)
+        bias = _number(value)
         if token is None or token < 0:
             raise _wrong("logit_bias", "has token ids as its keys", key)
         if bias is None or abs(bias) > MOST_BIAS:
