@@ -29,7 +29,7 @@ __all__ = ["PASSES", "calibrate", "dose_quantile", "plain_pairs", "with_record"]
 _log = logging.getLogger(__name__)
 
 PASSES = 6
-TOLERANCE = 0.04
+TOLERANCE = 0.02
 QUANTILE = 0.95
 # First strengths, as shares of the stream's norm at the vector's layers.
 SHARES = (0.06, 0.2)
