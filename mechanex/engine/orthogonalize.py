@@ -48,7 +48,7 @@ def ablate_everywhere(model: nn.Module | ModelAdapter, vector: SteeringVector) -
         ValidationError: a vector of several layers, of another width, or zero.
     """
     adapter = adapter_for(model)
-    check_whole(adapter.hf_model, "Weights can't be made orthogonal")
+    check_whole(adapter.hf_model, "A direction can't be ablated everywhere in the layers")
     direction = _direction(adapter, vector)
     sites = [Intervention(layer, Edit.ablate(direction)) for layer in range(adapter.n_layers + 1)]
     handles = SteeringPlan(sites).apply(adapter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,9 +14,11 @@ __all__ = ["check_whole", "is_sharded", "is_split", "of_this_process"]
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this process holds a part of a tensor, and others the rest."""
-    # What torch's DTensor has and others don't; to import it would load torch.distributed everywhere.
-    placements: Any = getattr(tensor, "placements", None)
-    return placements is not None and not all(one.is_replicate() for one in placements)
+    # Nobody has made a DTensor before its module was loaded, and to load it here would cost every user its time.
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not isinstance(tensor, module.DTensor):
+        return False
+    return not all(one.is_replicate() for one in tensor.placements)
 
 
 def is_split(model: nn.Module) -> bool:

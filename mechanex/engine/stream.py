@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ class Stream:
     width: int
     model_id: str
 
-    def fits(self, hidden: object) -> bool:
+    def fits(self, hidden: object) -> TypeGuard[Tensor]:
         """Whether this is one residual stream [B, T, d_model]."""
         return isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[-1] == self.width
 
@@ -38,19 +38,18 @@ class Stream:
         Raises:
             ValidationError: several streams side by side, or another width.
         """
-        if self.fits(hidden) and is_sharded(hidden):  # type: ignore[arg-type]
+        if not self.fits(hidden):
+            got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+            raise ValidationError(
+                f"The blocks of {self.model_id} pass on {got}, and steering needs one residual stream "
+                f"[batch, tokens, {self.width}]. A model that keeps several streams side by side (AltUp, "
+                "hyper-connections) can be run and scored, but not read or edited at its layers."
+            )
+        if is_sharded(hidden):
             raise ValidationError(
                 f"The residual stream of {self.model_id} is split over processes (sequence parallelism): an edit "
                 "needs it whole in each. Load the model without it, such as by tp='auto'."
             )
-        if self.fits(hidden):
-            return
-        got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-        raise ValidationError(
-            f"The blocks of {self.model_id} pass on {got}, and steering needs one residual stream "
-            f"[batch, tokens, {self.width}]. A model that keeps several streams side by side (AltUp, "
-            "hyper-connections) can be run and scored, but not read or edited at its layers."
-        )
 
 
 def residual(args: _Args, kwargs: _Kwargs) -> Any:
