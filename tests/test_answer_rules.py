@@ -196,6 +196,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"presence_penalty": "1"}, "presence_penalty"),
     ({"logit_bias": {"5": 101}}, "logit_bias"),
     ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias"),
     ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
     ({"logit_bias": {"999999": 1}}, "logit_bias"),
     ({"logit_bias": [1]}, "logit_bias"),
@@ -286,3 +287,29 @@ def test_a_server_that_knows_the_contract_alone_is_not_taken_to_have_obeyed() ->
 def test_streams_of_the_engine_take_them_too(model: LoadedModel) -> None:
     pieces = [*stream(model.model, model.tokenizer, PROMPT, max_tokens=N, guided_choice=["yes"])]
     assert "".join(pieces) == PROMPT + "yes"
+
+
+def test_a_schema_reaches_the_grammar_as_it_was_sent(local: Mechanex, url: str) -> None:
+    """A null is something that a schema says."""
+    form = {"type": "json_schema", "json_schema": {"name": "none", "schema": {"const": None}}}
+    assert written(local, response_format=form) == "null"
+    sent = {"prompt": PROMPT, "max_tokens": N, "response_format": form}
+    answer = httpx.post(f"{url}/v1/completions", json=sent, timeout=60)
+    assert answer.json()["choices"][0]["text"] == "null", answer.text
+
+
+@pytest.mark.parametrize("option", ["--guided-json", "--guided-grammar"])
+def test_a_file_that_is_no_text_is_refused_in_a_line(option: str, tmp_path: Path) -> None:
+    SteeringVector({3: torch.zeros(128)}).save(tmp_path / "v.safetensors")
+    (tmp_path / "form").write_bytes(b"\xff\xfe{}")
+    steer = ["steer", "mx-tiny", "--vector", str(tmp_path / "v.safetensors"), "--prompt", PROMPT]
+    done = run(*steer, option, str(tmp_path / "form"))
+    assert done.exit_code and "is not UTF-8 text" in done.output and "Traceback" not in done.output
+
+
+def test_json_that_is_nested_too_deep_is_refused_in_a_line(tmp_path: Path) -> None:
+    SteeringVector({3: torch.zeros(128)}).save(tmp_path / "v.safetensors")
+    (tmp_path / "form").write_text("[" * 200_000, encoding="utf-8")
+    steer = ["steer", "mx-tiny", "--vector", str(tmp_path / "v.safetensors"), "--prompt", PROMPT]
+    done = run(*steer, "--guided-json", str(tmp_path / "form"))
+    assert done.exit_code == 2 and "it is no JSON" in done.output

@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 
 import click
 
+from ..engine.answering import RULES
+from .text_files import text_in
+
 __all__ = ["decoding_of", "decoding_options"]
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -19,7 +22,7 @@ _file = click.Path(exists=True, dir_okay=False, path_type=Path)
 def _json(given: str) -> dict[str, Any]:
     try:
         found = json.loads(given)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise click.BadParameter(f"it is no JSON ({error}).") from error
     if not isinstance(found, dict):
         raise click.BadParameter("it is a JSON object, in braces.")
@@ -31,11 +34,11 @@ def _as_json(ctx: click.Context, param: click.Parameter, given: str | None) -> d
 
 
 def _json_of_file(ctx: click.Context, param: click.Parameter, given: Path | None) -> dict[str, Any] | None:
-    return None if given is None else _json(given.read_text(encoding="utf-8"))
+    return None if given is None else _json(text_in(given))
 
 
 def _text_of_file(ctx: click.Context, param: click.Parameter, given: Path | None) -> str | None:
-    return None if given is None else given.read_text(encoding="utf-8")
+    return None if given is None else text_in(given)
 
 
 def _biases(ctx: click.Context, param: click.Parameter, given: Sequence[str]) -> dict[int, float] | None:
@@ -146,29 +149,7 @@ _OPTIONS = (
         help="A grammar that answers follow, in Lark's form or as GBNF.",
     ),
 )
-_NAMES = (
-    "sampling_method",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "stop",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "min_tokens",
-    "ignore_eos",
-    "skip_special_tokens",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "logit_bias",
-    "response_format",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-)
+_NAMES = ("sampling_method", "temperature", "top_k", "top_p", "min_p", "typical_p", "stop", *RULES)
 
 
 def decoding_options(command: Decorated) -> Decorated:

@@ -71,7 +71,7 @@ def activations(model: str, texts: Path, out: Path, **options: Any) -> None:
         report = {"out": str(out), "layers": list(found), "texts": len(lines), "tokens": n}
         echo_json({**report, "empty_lines": empty})
         return
-    click.echo(f"Written to {out}: {len(found)} layers, {n} tokens of {len(lines)} texts.")
+    click.echo(f"Written to {out}: layers {', '.join(map(str, found))}; {n} tokens of {len(lines)} texts.")
     if empty:
         shown = ", ".join(map(str, empty[:10])) + (", …" if len(empty) > 10 else "")
         click.echo(f"Empty lines have no rows: {shown}.")

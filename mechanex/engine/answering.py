@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from ..errors import ValidationError
 from .whole import as_whole
@@ -30,6 +30,7 @@ __all__ = [
     "FormKind",
     "RuleOptions",
     "check_ends",
+    "forms",
     "one_form",
 ]
 
@@ -146,15 +147,7 @@ class AnswerRules:
     @property
     def form(self) -> Form | None:
         """The answer's form, or None for any."""
-        found: list[Form] = []
-        if self.response_format is not None and self.response_format["type"] != "text":
-            named = self.response_format.get("json_schema")
-            schema = {"type": "object"} if named is None else named["schema"]
-            found.append(("response_format", "json", schema))
-        for kind in ("json", "regex", "choice", "grammar"):
-            if (given := getattr(self, f"guided_{kind}")) is not None:
-                found.append((f"guided_{kind}", kind, given))
-        return one_form(found)
+        return one_form(forms(self, self.response_format))
 
     @property
     def told(self) -> dict[str, Any]:
@@ -178,8 +171,6 @@ class AnswerRules:
 
     def asked(self, request: TextRequest) -> TextRequest:
         """The request held to these rules; its grammar, which needs a tokenizer, aside."""
-        from dataclasses import replace
-
         return replace(
             request,
             stop_token_ids=tuple(self.stop_token_ids or ()),
@@ -198,6 +189,23 @@ RULES = tuple(field.name for field in fields(AnswerRules))
 """The names of the arguments of ``AnswerRules``."""
 
 _DEFAULTS = {field.name: field.default for field in fields(AnswerRules)}
+
+
+def forms(given: object, wanted: Mapping[str, Any] | None) -> list[Form]:
+    """All the forms that an answer is given.
+
+    Args:
+        given: has ``guided_json``, ``guided_regex``, ``guided_choice`` and ``guided_grammar``.
+        wanted: OpenAI's ``response_format``, valid.
+    """
+    found: list[Form] = []
+    if wanted is not None and wanted["type"] != "text":
+        named = wanted.get("json_schema")
+        found.append(("response_format", "json", {"type": "object"} if named is None else named["schema"]))
+    for kind in get_args(FormKind):
+        if (said := getattr(given, f"guided_{kind}")) is not None:
+            found.append((f"guided_{kind}", kind, said))
+    return found
 
 
 def one_form(found: Sequence[Form]) -> Form | None:
@@ -250,7 +258,9 @@ def _token_ids(given: Any) -> tuple[int, ...] | None:
     ids = tuple(as_whole(one) for one in given) if several else (None,)
     whole = tuple(one for one in ids if one is not None and one >= 0)
     if len(whole) < len(ids) or len(ids) > MOST_STOP_IDS:
-        raise _wrong("stop_token_ids", f"is a list of token ids, at most {MOST_STOP_IDS}", given)
+        raise _wrong(
+            "stop_token_ids", f"is a list of token ids, each 0 or more, at most {MOST_STOP_IDS}", given
+        )
     return whole
 
 
@@ -301,7 +311,8 @@ def _choice(given: Any) -> tuple[str, ...] | None:
 
 
 def _token(key: object) -> int | None:
-    """A token id, or the text that JSON has for it."""
+    """A token id, or the text that JSON has for it: one for each, so that no two keys are the same token."""
     if isinstance(key, str):
-        return int(key) if key.isascii() and key.isdigit() and len(key) < 19 else None
+        number = int(key) if key.isascii() and key.isdigit() and len(key) < 19 else -1
+        return number if str(number) == key else None
     return as_whole(key)

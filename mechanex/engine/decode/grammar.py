@@ -60,7 +60,7 @@ class GrammarState:
     """
 
     def __init__(self, grammar: Grammar, matcher: Any) -> None:
-        self.grammar, self._matcher, self._n_vocab = grammar, matcher, grammar.n_vocab
+        self.grammar, self._matcher = grammar, matcher
 
     @property
     def complete(self) -> bool:
@@ -82,12 +82,12 @@ class GrammarState:
         Raises:
             MechanexError: the grammar has become too complex to follow.
         """
-        words = torch.zeros((self._n_vocab + 31) // 32, dtype=torch.int32)
+        words = torch.zeros((self.grammar.n_vocab + 31) // 32, dtype=torch.int32)
         self._matcher.unsafe_compute_mask_ptr(words.data_ptr(), words.numel() * words.element_size())
         if self._matcher.is_error():
             raise MechanexError(f"the answer's grammar can't be followed: {_told(self._matcher)}", 400)
         bits = (words[:, None] >> torch.arange(32, dtype=torch.int32)) & 1
-        return bits.flatten()[: self._n_vocab].bool()
+        return bits.flatten()[: self.grammar.n_vocab].bool()
 
 
 class Grammars:

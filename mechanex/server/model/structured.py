@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from anyio.to_thread import run_sync
 from pydantic import Field, model_validator
 
-from ...engine.answering import Form, FormKind, check_ends, one_form
+from ...engine.answering import Form, FormKind, check_ends, forms, one_form
 from ...engine.decode.grammar import Grammar
 from ...errors import ValidationError
 from ..http.body import Body, Items, Part, refused
@@ -92,15 +92,8 @@ class FormFields(Body):
     @property
     def form(self) -> Form | None:
         """The name of the field that gives the form, what kind it is, and what it says."""
-        found: list[Form] = []
         wanted = self.response_format
-        if wanted is not None and wanted.type != "text":
-            named = wanted.json_schema
-            schema = {"type": "object"} if named is None else named.schema_
-            found.append(("response_format", "json", schema))
-        for kind in get_args(FormKind):
-            if (given := getattr(self, f"guided_{kind}")) is not None:
-                found.append((f"guided_{kind}", kind, given))
+        found = forms(self, None if wanted is None else wanted.model_dump(by_alias=True))
         if self.structured_outputs is not None:
             found += [("structured_outputs", *one) for one in self.structured_outputs.forms]
         return one_form(found)
