@@ -106,6 +106,8 @@ def test_rows_in_several_files_are_read_as_one_array(tmp_path: Path) -> None:
     for key in keys:
         assert numpy.array_equal(rows[key], whole[key]), key
     assert numpy.array_equal(list(rows), whole) and numpy.array_equal(numpy.asarray(rows), whole)
+    with pytest.raises(ValueError, match="is a copy"):
+        rows.__array__(copy=False)
     assert numpy.array_equal(2 * rows - 1, 2 * whole - 1) and numpy.mean(rows) == whole.mean()
     for wrong in (10, -11, 1.5, numpy.ones(4, bool)):
         with pytest.raises(IndexError):

@@ -49,6 +49,8 @@ class StoredRows(NDArrayOperatorsMixin):
         return int(self.shape[0])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        if copy is False:
+            raise ValueError("activations in files lie in parts: an array of all of them is a copy.")
         return numpy.asarray(numpy.concatenate(self._parts), dtype=dtype)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:

@@ -109,8 +109,8 @@ def few_shot_vectors(
         size = EXAMPLES if len(datapoints) > EXAMPLES else None
         jobs.append(OptimizationJob(adapter, datapoints, layer, settings, tokenizer, minibatch_size=size))
     found = run_jobs(jobs, progress=progress)
-    for job, (vector, info) in zip(jobs, found, strict=True):
-        _check_moved(job, vector, info["iters"])
+    for job, (vector, _) in zip(jobs, found, strict=True):
+        _check_moved(job, vector)
     vectors = {layer: result[0].cpu() for layer, result in zip(indices, found, strict=True)}
     told = ("iters", "starting_loss", "loss", "stopped")
     fit = {
@@ -138,10 +138,10 @@ def _check_answers(
         raise ValidationError("The answers are the same for positive and negative; check the examples.")
 
 
-def _check_moved(job: OptimizationJob, vector: Tensor, steps: int) -> None:
+def _check_moved(job: OptimizationJob, vector: Tensor) -> None:
     """Refuses what is still the random start."""
     start = job.parameters.project(job.start(), job.settings.max_norm, None)
-    if steps and torch.allclose(vector, start, rtol=1e-6, atol=0):
+    if torch.allclose(vector, start, rtol=1e-6, atol=0):
         raise ValidationError(
             f"The vector at layer {job.layers[0]} stayed where it started: the answers' probabilities do not depend "
             "on it there, or the steps are too small; check the examples, the model and lr."

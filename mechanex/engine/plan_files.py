@@ -42,11 +42,8 @@ def write_plan(path: str | os.PathLike[str], interventions: Sequence[Interventio
     _check_suffix(target)
     if not interventions:
         raise ValidationError("The plan has no interventions: there is nothing to save.")
-    tensors: dict[str, Tensor] = {}
-    said = [_said(one, f"{i}.", tensors) for i, one in enumerate(interventions)]
-    # Tensors that share memory are refused by the format.
-    stored = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    fields = {_PLAN: json.dumps(said), _VERSION: "1", "library_version": __version__}
+    said, stored = _written(interventions)
+    fields = {_PLAN: said, _VERSION: "1", "library_version": __version__}
     with atomic_path(target) as temporary:
         temporary.write_bytes(safetensors_bytes(stored, metadata=with_checksum({}, fields, stored)))
 
@@ -57,10 +54,16 @@ def plan_digest(interventions: Sequence[Intervention]) -> str:
     Raises:
         ValidationError: a schedule that is a function.
     """
+    said, stored = _written(interventions)
+    return hashlib.sha256(said.encode() + safetensors_bytes(stored)).hexdigest()
+
+
+def _written(interventions: Sequence[Intervention]) -> tuple[str, dict[str, Tensor]]:
+    """The text and the tensors that a file has for interventions."""
     tensors: dict[str, Tensor] = {}
-    said = [_said(one, f"{i}.", tensors) for i, one in enumerate(interventions)]
-    stored = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    return hashlib.sha256(json.dumps(said).encode() + safetensors_bytes(stored)).hexdigest()
+    said = json.dumps([_said(one, f"{i}.", tensors) for i, one in enumerate(interventions)])
+    # Tensors that share memory are refused by the format.
+    return said, {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
 
 def read_plan(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -123,12 +123,15 @@ def check_tokens(tokens: object) -> TokenSelector:
     Raises:
         ValidationError: neither None, a whole number, nor a slice of those with a step of 1 or more.
     """
-    if tokens is None or (number := as_whole(tokens)) is not None:
-        return None if tokens is None else number
+    if tokens is None:
+        return None
+    if (number := as_whole(tokens)) is not None:
+        return number
     if not isinstance(tokens, slice):
         raise ValidationError(f"token must be an int, a slice or None; got {tokens!r}.")
-    parts = [None if one is None else as_whole(one) for one in (tokens.start, tokens.stop, tokens.step)]
-    if [one is None for one in parts] != [one is None for one in (tokens.start, tokens.stop, tokens.step)]:
+    given = (tokens.start, tokens.stop, tokens.step)
+    parts = [as_whole(one) for one in given]
+    if any(part is None and one is not None for part, one in zip(parts, given, strict=True)):
         raise ValidationError(f"A token slice is made of ints; got {tokens!r}.")
     if parts[2] is not None and parts[2] < 1:
         raise ValidationError(f"A token slice needs a step of 1 or more; got {tokens.step}.")

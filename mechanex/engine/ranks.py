@@ -151,6 +151,21 @@ class Ranks:
             dist.all_gather_object(found, given)
         return found
 
+    def check_begin(self, steps: object) -> None:
+        """Refuses to go on from checkpoints that differ.
+
+        Args:
+            steps: how many steps this process has made already; anything that can be pickled and compared.
+
+        Raises:
+            ValidationError: another process has made other ones.
+        """
+        found = self.told(steps)
+        if any(one != found[0] for one in found):
+            raise ValidationError(
+                f"the processes begin at other steps, {found}: put the checkpoint where all of them find the same file."
+            )
+
     def from_first(self, make: Callable[[], _T]) -> _T:
         """What the first process makes, in all of them; the others make nothing, unless making it needs them."""
         if self.size == 1:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ...errors import ValidationError
 from ..models.adapter import exclusive, undisturbed
 from ..pack import usual_tokens
-from ..ranks import Ranks, current_ranks
+from ..ranks import current_ranks
 from .checkpoint import Checkpoint, begin
 from .constrain import Constraint
 from .descend import Descent
@@ -69,7 +69,7 @@ def run_jobs(jobs: Sequence[OptimizationJob], *, progress: bool = False) -> list
         ranks = current_ranks(None)
         with ranks.together():
             runs = [begin(job) for job in jobs]
-        _check_begins(ranks, runs)
+        ranks.check_begin([run.state.adam.step for run in runs])
         with _bar(runs, progress and ranks.first) as show:
             outcomes = optimize(runs, passes, show)
     return [_result(run, outcome) for run, outcome in zip(runs, outcomes, strict=True)]
@@ -162,14 +162,6 @@ def _asked(passes: Passes, requests: Sequence[EvaluationRequest | None]) -> list
     """An evaluation for every request that there is."""
     answers = iter(passes.run([request for request in requests if request is not None]))
     return [None if request is None else next(answers) for request in requests]
-
-
-def _check_begins(ranks: Ranks, runs: Sequence[Run]) -> None:
-    steps = ranks.told([run.state.adam.step for run in runs])
-    if any(one != steps[0] for one in steps):
-        raise ValidationError(
-            f"the processes begin at other steps, {steps}: put the checkpoint where all of them find the same file."
-        )
 
 
 def _check_checkpoints(jobs: Sequence[OptimizationJob]) -> None:

@@ -134,7 +134,6 @@ class Replay:
 
     def _find_axes(self) -> list[list[int | None]]:
         """For every layer and argument the axis of rows, None where it has none; empty where that can't be told."""
-        pause()
         twice = Resumed(self._adapter, self._pack.repeated(2), self._layers[0])
         found = []
         for one, two in zip(self._seen.arguments, twice.arguments, strict=True):

@@ -130,11 +130,7 @@ def train_sae(
     told = _fingerprint(adapter, used, place, settings)
     with ranks.together():
         kept = None if path is None or not path.exists() else _read(path, told)
-    steps = ranks.told(None if kept is None else kept.weights.steps)
-    if any(one != steps[0] for one in steps):
-        raise ValidationError(
-            f"the processes begin at other steps, {steps}: put the checkpoint where all of them find the same file."
-        )
+    ranks.check_begin(None if kept is None else kept.weights.steps)
     state, data, following = _begin(kept, path, rounds, settings)
     begun = written = time.monotonic()
     bar = tqdm(
