@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from mechanex.vllm.capacity import Capacity
 
 MISSING = ("sqlalchemy", "alembic", "limits", "argon2", "zxcvbn", "llguidance", "prometheus_client")
@@ -33,3 +35,12 @@ def test_vllms_own_command_takes_our_options() -> None:
     assert options.keys() == {"worker-cls", "scheduler-cls", "middleware", "additional-config"}
     stated = Capacity.of(json.loads(options["additional-config"]))
     assert stated == Capacity(slots=8, rank=2, behaviors=True)
+
+
+@pytest.mark.parametrize("wrong", ["--slots=0", "--slots=many", "--slot=8"])
+def test_wrong_options_start_no_server_that_does_not_steer(wrong: str) -> None:
+    """In ``vllm serve MODEL $(…)`` the shell loses the status, and vLLM would start with what is left."""
+    command = [sys.executable, "-m", "mechanex.vllm.options", wrong]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stdout.strip() == "--mechanex-options-are-wrong"
+    assert done.stderr.startswith("Error: ") and "Traceback" not in done.stderr

@@ -51,3 +51,14 @@ def test_what_holds_up_a_parser_is_refused(body: bytes) -> None:
 @pytest.mark.parametrize("body", [b"{", b"\xff", b'{"prompt": "a"}', b"[1]"])
 def test_what_asks_for_no_steering_goes_on_as_it_came(body: bytes) -> None:
     assert asked(body) == (None, body)
+
+
+def test_a_batch_of_prompts_in_token_ids_goes_on() -> None:
+    body = json.dumps({"prompt": [[7] * 1000] * 300}).encode()
+    assert asked(body) == (None, body)
+
+
+@pytest.mark.parametrize("field", ["return", "force_steering", "guided_json", "guided_choice"])
+def test_what_vllm_would_leave_out_in_silence_is_refused(field: str) -> None:
+    status, told = asked(json.dumps({"prompt": "a", field: {"some": "thing"}}).encode())
+    assert status == 400 and json.loads(told)["error"]["param"] == field

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mechanex.engine import terms
 from mechanex.engine.intervention import Edit, EditTable
 from mechanex.engine.vectors import SteeringVector
 from mechanex.errors import NotFoundError, ValidationError
@@ -223,6 +224,14 @@ def test_a_request_names_what_the_workers_hold() -> None:
         known.asked(SteerBy("calm"))
     with pytest.raises(NotFoundError, match="calm"):
         known.remove("calm")
+
+
+def test_vectors_that_do_different_things_have_different_ids() -> None:
+    known, vector = vectors(), SteeringVector({0: ADD.bias})
+    several = [known.add(one) for one in (vector, vector.on_tokens("generated"), vector.clamping())]
+    assert len(set(several)) == 3 and known.add(vector) == several[0]
+    scopes = [edits_of(known.asked(SteerBy(one)).fields[FIELD])[0].tokens for one in several[:2]]
+    assert scopes == [None, terms.TOKENS["generated"]]
 
 
 def test_a_clamp_at_many_strengths_is_sent_once() -> None:

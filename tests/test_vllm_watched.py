@@ -24,7 +24,7 @@ from mechanex.vllm.capacity import Capacity
 from mechanex.vllm.plan import PlacedEdit, RequestRead, plan_step
 from mechanex.vllm.stream import SteeredStream, decoder_layers
 from mechanex.vllm.units import packed, packed_behavior, unpacked_unit
-from mechanex.vllm.watched import AskedWatch, WatchedRead, Watches, watch_of
+from mechanex.vllm.watched import SHOWED, AskedWatch, WatchedRead, Watches, watch_of
 
 
 def behavior(name: str, direction: Tensor, threshold: float, layer: int) -> Behavior:
@@ -80,9 +80,9 @@ def test_tokens_of_answers_are_scored_and_corrected(kind: type[OneTensor], compi
 
 
 def test_a_request_says_what_it_has_watched() -> None:
-    asked = AskedWatch("n", ("a", "b"), "abort", ("b",), told=True)
-    assert watch_of(asked.as_text()) == asked and asked.alters
-    assert not AskedWatch("n", ("a",), "report").alters
+    asked = AskedWatch("n", ("a", "b"), "abort", told=True)
+    assert watch_of(asked.as_text()) == asked and not asked.alters
+    assert AskedWatch("n", ("a",), "correct").alters
     for text in ("", "[]", '["n", ["a"], "stop", [], false]', '["n", 1, "abort", [], false]'):
         with pytest.raises(ValidationError):
             watch_of(text)
@@ -159,18 +159,21 @@ def told(kind: bytes, parts: list[bytes], status: int = 200, scores: bool = True
     return body
 
 
-def choice(reason: str | None, stop: str | None, ids: list[int]) -> dict[str, Any]:
+def choice(reason: str | None, stop: str | int | None, ids: list[int]) -> dict[str, Any]:
     return {"text": "t", "finish_reason": reason, "stop_reason": stop, "token_ids": ids}
 
 
 def test_a_whole_answer_says_why_it_ended_and_what_was_seen() -> None:
-    body = json.dumps({"choices": [choice("stop", "behavior", [5, 6, 7])], "prompt_token_ids": [1]}).encode()
+    body = json.dumps({"choices": [choice("stop", SHOWED, [5, 6, 7])], "prompt_token_ids": [1]}).encode()
     said = json.loads(told(b"application/json", [body[:9], body[9:]]))
     (one,) = said["choices"]
     assert (one["finish_reason"], one["stop_reason"], one["token_ids"]) == ("behavior", None, None)
     assert one["behaviors"] == FIELD and said["prompt_token_ids"] is None
     (one,) = json.loads(told(b"application/json", [body], scores=False))["choices"]
     assert one["finish_reason"] == "behavior" and "behaviors" not in one
+    body = json.dumps({"choices": [choice("stop", "behavior", [5, 6, 7])]}).encode()
+    (one,) = json.loads(told(b"application/json", [body], scores=False))["choices"]
+    assert (one["finish_reason"], one["stop_reason"]) == ("stop", "behavior"), "that is a stop text"
     assert told(b"application/json", [b'{"error": 1}'], status=400) == b'{"error": 1}'
 
 

@@ -21,6 +21,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
+from ..errors import ValidationError
+
 __all__ = [
     "STOPPED",
     "VERSION",
@@ -118,6 +120,12 @@ def layer_calls(
             set_forward_context(None, vllm_config, slot_mapping={}, skip_compiled=True),
         ):
             model(input_ids=two, positions=two, intermediate_tensors=before, inputs_embeds=None)
+            unread = [i for i, layer in enumerate(layers) if layer not in calls]
+            if unread:
+                raise ValidationError(
+                    f"the model's forward pass doesn't run its layers {unread} (predict-ahead blocks?), and "
+                    "steering in vLLM can't leave them out: serve it with mechanex serve."
+                )
             yield [calls[layer] for layer in layers]
     finally:
         for handle in handles:

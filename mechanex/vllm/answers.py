@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from ..engine.token_texts import TokenTexts
+from .watched import SHOWED
 
 __all__ = ["WatchedAnswer"]
 
@@ -77,7 +78,7 @@ class WatchedAnswer:
         """An answer, or a part of one."""
         said = json.loads(data)
         for choice in said.get("choices") or ():
-            if choice.get("finish_reason") and choice.get("stop_reason") == "behavior":
+            if choice.get("finish_reason") and choice.get("stop_reason") == SHOWED:
                 choice |= {"finish_reason": "behavior", "stop_reason": None}
             if self._seen is not None:
                 self._ids += choice.get("token_ids") or ()

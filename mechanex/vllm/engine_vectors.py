@@ -173,7 +173,8 @@ class EngineVectors:
 def _content(known: KnownVector) -> str:
     """The hash of what a vector does."""
     data = [packed(part.edits) for part in known.parts]
-    return key_of(data[0] if len(data) == 1 else b"".join(data))
+    said = repr((known.tokens, [part.strength for part in known.parts]))
+    return key_of(b"".join([*data, said.encode()]))
 
 
 def _strength(strength: object) -> float:

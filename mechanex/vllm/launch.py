@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 from ..engine.models.sources import find_source
-from ..engine.sae.store import BEHAVIOR_FILE
+from ..engine.sae.store import BEHAVIOR_FILE, read_behavior
 from ..errors import MechanexError, ValidationError
 from ..server.settings import ServerSettings
 from .capacity import Capacity
@@ -80,6 +80,9 @@ def serve_vllm(
                 f"in vLLM, --behaviors names {BEHAVIOR_FILE} files of behaviors, as create_behavior keeps them, and "
                 f"{path} is none."
             )
+        if os.pathsep in str(path.absolute()):
+            raise ValidationError(f"the path of a file of behaviors has no {os.pathsep!r}; got {path}.")
+        read_behavior(path)
     capacity = capacity or Capacity()
     if given.behaviors:
         capacity = replace(capacity, behaviors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -18,7 +19,7 @@ from .capacity import Capacity
 from .engine_behaviors import EngineBehaviors, WatchBy
 from .engine_vectors import EngineVectors, SteerBy
 from .supported import SCHEDULER, WORKER, check_config, check_installed, check_version
-from .watched import WATCH_FIELD
+from .watched import SHOWED, WATCH_FIELD
 
 __all__ = ["LLM"]
 
@@ -170,30 +171,33 @@ class LLM:
         each = _for_each("sampling_params", params, asked, isinstance(params, Sequence))
         steered = _for_each("steering", steering, asked, not isinstance(steering, (SteerBy, NoneType)))
         watched = _for_each("watching", watching, asked, not isinstance(watching, (WatchBy, NoneType)))
-        found = [self._vectors.asked(one) for one in steered]
-        names: dict[int, str] = {}
-        for i, one in enumerate(watched):
-            if one is not None:
-                if (each[i].n or 1) > 1:
-                    raise ValidationError("of a watched prompt there is one answer: give it n=1.")
-                more, names[i] = self._watch(one)
-                found[i] += more
-        params = [with_steering(one, asked.fields) for one, asked in zip(each, found, strict=True)]
         held = self._vectors.held
-        with held.lease(key for one in found for key in one.keys):
-            for one in found:
-                for key, data in one.missing.items():
+        names: dict[int, str] = {}
+        with ExitStack() as leases:
+            for i, (by, watching) in enumerate(zip(steered, watched, strict=True)):
+                carried = self._vectors.asked(by)
+                if watching is not None:
+                    if (each[i].n or 1) > 1:
+                        raise ValidationError("of a watched prompt there is one answer: give it n=1.")
+                    more, names[i] = self._watch(watching)
+                    carried += more
+                each[i] = with_steering(each[i], carried.fields)
+                leases.enter_context(held.lease(carried.keys))
+                for (
+                    key,
+                    data,
+                ) in carried.missing.items():  # sent at once, so that the next prompt finds it held
                     self.engine.collective_rpc("steering_register", args=(key, data, held.owner))
                     held.sent(key, len(data))
             if surplus := held.surplus():
                 self.engine.collective_rpc("steering_forget", args=(surplus, held.owner))
-            answers: list[Any] = answer(asked, params, **options)
+            answers: list[Any] = answer(asked, each, **options)
             for i, name in names.items():
                 (seen,) = self.engine.collective_rpc("steering_seen", args=(name,))[0] or ({"tokens": ()},)
                 output = answers[i].outputs[0]
                 output.seen = [Seen(scores, tuple(d), tuple(c)) for scores, d, c in seen["tokens"]]
-                if output.stop_reason == "behavior":
-                    output.finish_reason = "behavior"
+                if output.stop_reason == SHOWED:
+                    output.finish_reason, output.stop_reason = "behavior", None
         return answers
 
     def _watch(self, watching: WatchBy) -> tuple[Carried, str]:

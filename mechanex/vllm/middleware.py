@@ -8,10 +8,11 @@ import os
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextlib import ExitStack
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError as InvalidBody
 
+from ..engine.answering import FormKind
 from ..engine.token_texts import TokenTexts
 from ..errors import APIError, AuthenticationError, MechanexError, ValidationError
 from ..server.http.errors import error_envelope, status_of
@@ -26,10 +27,11 @@ __all__ = ["SteeringMiddleware"]
 _OPEN = ("/health", "/ping", "/ready")
 _STEERED = ("/v1/completions", "/v1/chat/completions")
 _REGISTER = "/v1/steering/vectors"
-_ELSEWHERE = ("force_steering",)
+_GUIDED = tuple(f"guided_{kind}" for kind in get_args(FormKind))
+_ELSEWHERE = ("force_steering", "return", *_GUIDED)
 _MOST_BYTES = 64 * 2**20
+_MOST_NUMBERS = 2**24  # of a vector: every layer of the largest models; and of prompts in token ids
 # Not ValueError, which our own refusals are too.
-_MOST_NUMBERS = 2**24  # of a vector: every layer of the largest models
 _NO_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 
 _Scope = MutableMapping[str, Any]
@@ -66,13 +68,12 @@ class SteeringMiddleware:
                     fields = await _fields(body)
                     if fields is not None:
                         asked = await self._translated(scope, fields, path)
-                        if asked is not None:
-                            body = json.dumps(fields).encode()
                         if asked is not None and asked.carried.fields:
                             steering = self._steering(scope)
                             leases.enter_context(steering.vectors.held.lease(asked.carried.keys))
                             await steering.hold(asked.carried)
                             send = self._followed(scope, send, fields, asked)
+                        if asked is not None:
                             body = json.dumps(fields).encode()
                     receive = _again(body, receive)
                     kept = [one for one in scope["headers"] if one[0].lower() != b"content-length"]
@@ -117,9 +118,12 @@ class SteeringMiddleware:
         other = [name for name in _ELSEWHERE if fields.get(name)]
         if other:
             raise refused(
-                f"{other[0]} is not served by vLLM: leave it out, or serve without --use-vllm.", other[0]
+                f"{other[0]} is not served by vLLM: "
+                f"{'say it by structured_outputs' if other[0] in _GUIDED else 'leave it out'}, or serve without "
+                "--use-vllm.",
+                other[0],
             )
-        ours = {name: fields.pop(name) for name in (*FIELDS, *_ELSEWHERE) if name in fields}
+        ours = {name: fields.pop(name) for name in FIELDS if name in fields}
         if not ours:
             return None
         if all(value is None or value is False for value in ours.values()):
@@ -127,6 +131,11 @@ class SteeringMiddleware:
         if path not in _STEERED:
             raise refused(f"{path} is not steered; {' and '.join(_STEERED)} are.", next(iter(ours)))
         asked = await self._steering(scope).asked(ours)
+        if asked.carried.fields and fields.get("use_beam_search"):
+            raise refused(
+                "in vLLM a beam search is neither steered nor watched: leave use_beam_search out.",
+                "use_beam_search",
+            )
         if asked.carried.fields:
             fields["vllm_xargs"] = {**(fields.get("vllm_xargs") or {}), **asked.carried.fields}
         if asked.scores and (_n_answers(fields) != 1 or fields.get("echo")):
@@ -144,10 +153,10 @@ class SteeringMiddleware:
             return send
         hides = not fields.get("return_token_ids")
         steering, engine = self._steering(scope), scope["app"].state.engine_client
-        if not asked.scores:
-            return WatchedAnswer(send, None, lambda: _texts(engine), False).send
-        fields["return_token_ids"] = True
-        return WatchedAnswer(send, lambda: steering.seen(watch), lambda: _texts(engine), hides).send
+        if asked.scores:
+            fields["return_token_ids"] = True
+        seen = (lambda: steering.seen(watch)) if asked.scores else None
+        return WatchedAnswer(send, seen, lambda: _texts(engine), asked.scores and hides).send
 
     def _steering(self, scope: _Scope) -> ServedSteering:
         if self._made is None:
@@ -182,7 +191,7 @@ async def _fields(body: bytes) -> dict[str, Any] | None:
         ValidationError: as ``parsed``.
     """
     try:
-        fields = await parsed(body) if body else {}
+        fields = await parsed(body, _MOST_NUMBERS) if body else {}
     except _NO_JSON:
         return None
     return fields if isinstance(fields, dict) else None

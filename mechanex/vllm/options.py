@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import click
 
+from ..errors import MechanexError
 from .capacity import Capacity
 from .supported import SCHEDULER, WORKER
 
-__all__ = ["main", "steering_options"]
+__all__ = ["command", "main", "steering_options"]
 
 _MIDDLEWARE = "mechanex.vllm.middleware.SteeringMiddleware"
 
@@ -30,9 +32,18 @@ def steering_options(capacity: Capacity) -> list[str]:
 @click.option("--rank", default=Capacity.rank, show_default=True, help="Largest rank of an edit.")
 @click.option("--gates", is_flag=True, help="Edits may have gates.")
 @click.option("--behaviors", is_flag=True, help="Compiled models may be watched.")
-def main(slots: int, per_token: int, rank: int, gates: bool, behaviors: bool) -> None:
+def command(slots: int, per_token: int, rank: int, gates: bool, behaviors: bool) -> None:
     """Prints the options of vllm serve with which it steers."""
     click.echo(" ".join(steering_options(Capacity(slots, per_token, rank, gates, behaviors))))
+
+
+def main() -> None:
+    """Runs the command. A shell starts vLLM whatever becomes of it, so an error prints what vLLM refuses."""
+    try:
+        command(standalone_mode=False)
+    except (click.ClickException, MechanexError) as error:
+        click.echo("--mechanex-options-are-wrong")
+        sys.exit(f"Error: {error.format_message() if isinstance(error, click.ClickException) else error}")
 
 
 if __name__ == "__main__":

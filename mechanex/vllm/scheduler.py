@@ -15,7 +15,7 @@ from .asked import FIELD, AskedEdit, block_salt, edits_of
 from .capacity import Capacity
 from .slots import Slots
 from .supported import check_version
-from .watched import WATCH_FIELD, watch_of
+from .watched import SHOWED, WATCH_FIELD, watch_of
 
 __all__ = ["steering_scheduler"]
 
@@ -101,7 +101,7 @@ def _on(base: Any) -> Any:
                 return super()._update_request_with_output(request, new_token_ids, **kwargs)
             # The answer ends with the token before, in which a behavior showed.
             request.status = STOPPED
-            request.stop_reason = "behavior"
+            request.stop_reason = SHOWED
             return [], True
 
         def get_num_unfinished_requests(self) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +15,14 @@ from pydantic import Field
 from pydantic import ValidationError as InvalidBody
 
 from ..engine.intervention import Edit
+from ..engine.sae.behavior import Behavior
 from ..engine.sae.store import BehaviorStore
 from ..engine.vector_store import VectorStore
 from ..errors import NotFoundError, ValidationError
 from ..server.http.body import Body
 from ..server.library.folder import SharedVectors
 from ..server.library.watched import WatchedBehaviors
-from ..server.openai.bodies import GenerationBody
+from ..server.openai.bodies import GenerationBody, SteeringFields
 from .asked import Carried
 from .engine_behaviors import EngineBehaviors
 from .engine_vectors import EngineVectors, SteerBy
@@ -43,16 +45,7 @@ VECTORS_VARIABLE = "MECHANEX_VLLM_VECTORS"
 BEHAVIORS_VARIABLE = "MECHANEX_VLLM_BEHAVIORS"
 """The environment variable that names files of behaviors for every client, with ``os.pathsep`` between them."""
 
-FIELDS = (
-    "steering_vector",
-    "steering_vector_id",
-    "steering_strength",
-    "steering",
-    "behavior_names",
-    "corrected_behaviors",
-    "behavior_action",
-    "behavior_scores",
-)
+FIELDS = (*SteeringFields.model_fields, "behavior_scores")
 """The fields of bodies that are this server's."""
 
 
@@ -132,24 +125,20 @@ class ServedSteering:
             body = GenerationBody.model_validate(ours)
         except InvalidBody as error:
             raise invalid(error) from error
-        steered = await self._steered(body)
-        names = [*(body.behavior_names or ()), *(body.corrected_behaviors or ())]
-        if not names:
-            if body.behavior_scores:
-                raise refused("behavior_scores are of behavior_names: name some.", "behavior_scores")
+        wanted = _wanted(body)
+        for param, by in wanted:
+            with _naming(param):
+                await self._find(by.vector)
+        behaviors = await self._watched_by(body)
+        # From here to the lease of what it needs nothing is awaited, or what is held now could be forgotten meanwhile.
+        with _naming(wanted[0][0] if wanted else "steering"):
+            steered = self.vectors.asked([by for _, by in wanted])
+        if not behaviors:
             return AskedSteering(steered)
-        param = "behavior_names" if body.behavior_names else "corrected_behaviors"
-        if body.behavior_action == "steer" or body.steering_strength is not None:
-            raise refused(
-                "in vLLM behaviors are watched and not steered by: name their vectors in steering.",
-                "behavior_action" if body.behavior_action else "steering_strength",
-            )
-        try:
-            behaviors = [await self._behavior(name) for name in dict.fromkeys(names)]
-            scores = bool(body.behavior_scores)
-            watched, watch = self._watcher.asked(behaviors, body.behavior_action or "correct", told=scores)
-        except (NotFoundError, ValidationError) as error:
-            raise refused(error.message, param) from error
+        action, scores = body.behavior_action, bool(body.behavior_scores)
+        done = "correct" if action is None or action == "steer" else action
+        with _naming("behavior_names" if body.behavior_names else "corrected_behaviors"):
+            watched, watch = self._watcher.asked(behaviors, done, told=scores)
         return AskedSteering(steered + watched, watch, scores)
 
     async def hold(self, carried: Carried) -> None:
@@ -168,32 +157,6 @@ class ServedSteering:
         found: list[Any] = (await self._engine.collective_rpc("steering_seen", args=(watch,)))[0]
         return found
 
-    async def _steered(self, body: GenerationBody) -> Carried:
-        wanted: list[tuple[str, SteerBy]] = []
-        one = body.steering_vector or body.steering_vector_id
-        if one is not None:
-            strength = 1.0 if body.steering_strength is None else body.steering_strength
-            wanted.append(("steering_vector", SteerBy(one, strength)))
-        elif body.steering_strength and not body.steering and not body.behavior_names:
-            raise refused(
-                f"steering_strength is {body.steering_strength} and there is nothing to steer with: give a "
-                "steering_vector.",
-                "steering_strength",
-            )
-        if body.steering_condition is not None or any(item.condition for item in body.steering or ()):
-            raise refused("in vLLM nothing is steered on a condition: leave it out.", "steering_condition")
-        for item in body.steering or ():
-            wanted.append(("steering", SteerBy(item.vector, item.strength, item.layers, item.selector)))
-        for param, by in wanted:
-            try:
-                await self._find(by.vector)
-            except (NotFoundError, ValidationError) as error:
-                raise refused(error.message, param) from error
-        try:
-            return self.vectors.asked([by for _, by in wanted])
-        except (NotFoundError, ValidationError) as error:
-            raise refused(error.message, wanted[0][0]) from error
-
     async def _find(self, vector_id: str) -> None:
         """Takes in a vector of the server's own when it is first asked for."""
         if vector_id in self.vectors:
@@ -204,14 +167,61 @@ class ServedSteering:
         if found is not None:
             self.vectors.add(found, vector_id)
 
-    async def _behavior(self, name: str) -> Any:
-        found = await self._behaviors.find(None, name)
+    async def _watched_by(self, body: GenerationBody) -> list[Behavior]:
+        """The behaviors that a body has watched."""
+        named, corrected = body.behavior_names or (), body.corrected_behaviors or ()
+        if not (named or corrected):
+            if body.behavior_scores:
+                raise refused("behavior_scores are of behavior_names: name some.", "behavior_scores")
+            return []
+        # As by our own server: an action has behaviors watched, and without one a strength is that of their vectors.
+        at_strength = body.steering_strength is not None and body.behavior_action is None
+        if body.behavior_action == "steer" or (at_strength and not {*named} <= {*corrected}):
+            raise refused(
+                "in vLLM behaviors are watched and not steered by: name their vectors in steering, and say by "
+                "behavior_action what is done where they show.",
+                "behavior_action" if body.behavior_action else "steering_strength",
+            )
+        with _naming("behavior_names" if named else "corrected_behaviors"):
+            return [await self._behavior(name) for name in dict.fromkeys([*named, *corrected])]
+
+    async def _behavior(self, name: str) -> Behavior:
+        found: Behavior | None = await self._behaviors.find(None, name)
         if found is None:
             raise NotFoundError(
                 f"no behavior that can be watched is called {name!r} here: name a file of --behaviors, or one "
                 "that create_behavior has kept on the server's machine."
             )
         return found
+
+
+def _wanted(body: GenerationBody) -> list[tuple[str, SteerBy]]:
+    """What a body steers by, each with the field that says so."""
+    wanted: list[tuple[str, SteerBy]] = []
+    one = body.steering_vector or body.steering_vector_id
+    if one is not None:
+        strength = 1.0 if body.steering_strength is None else body.steering_strength
+        wanted.append(("steering_vector", SteerBy(one, strength)))
+    elif body.steering_strength and not body.steering and not body.behavior_names:
+        raise refused(
+            f"steering_strength is {body.steering_strength} and there is nothing to steer with: give a "
+            "steering_vector.",
+            "steering_strength",
+        )
+    if body.steering_condition is not None or any(item.condition for item in body.steering or ()):
+        raise refused("in vLLM nothing is steered on a condition: leave it out.", "steering_condition")
+    for item in body.steering or ():
+        wanted.append(("steering", SteerBy(item.vector, item.strength, item.layers, item.selector)))
+    return wanted
+
+
+@contextmanager
+def _naming(param: str) -> Iterator[None]:
+    """Has refusals in its block name a field."""
+    try:
+        yield
+    except (NotFoundError, ValidationError) as error:
+        raise refused(error.message, param) from error
 
 
 def refused(message: str, param: str) -> ValidationError:

@@ -18,10 +18,13 @@ from ..engine.sae.scorings import Scorings
 from ..engine.sae.watching import ACTIONS, Action, Watch
 from ..errors import ValidationError
 
-__all__ = ["WATCH_FIELD", "AskedWatch", "WatchedRead", "WatchedStream", "Watches", "watch_of"]
+__all__ = ["SHOWED", "WATCH_FIELD", "AskedWatch", "WatchedRead", "WatchedStream", "Watches", "watch_of"]
 
 WATCH_FIELD = "mechanex_watch"
 """The key of what is watched in an answer among ``SamplingParams.extra_args``."""
+
+SHOWED = -1
+"""vLLM's ``stop_reason`` of an answer that ended with a behavior: neither a stop text nor a token's id."""
 
 _MOST_TOLD = 4096
 
@@ -34,24 +37,22 @@ class AskedWatch:
         name: of this request, by which its scores are asked for.
         keys: of the behaviors.
         action: what is done where one shows.
-        floor: names of those that are corrected whatever the action is.
         told: whether somebody is going to ask for the scores.
     """
 
     name: str
     keys: tuple[str, ...]
     action: Action
-    floor: tuple[str, ...] = ()
     told: bool = False
 
     @property
     def alters(self) -> bool:
         """Whether keys and values of the answer may become others than its tokens alone make."""
-        return self.action == "correct" or bool(self.floor)
+        return self.action == "correct"
 
     def as_text(self) -> str:
         """As the text that a request carries."""
-        return json.dumps([self.name, self.keys, self.action, self.floor, self.told])
+        return json.dumps([self.name, self.keys, self.action, self.told])
 
 
 @lru_cache(maxsize=4096)
@@ -62,10 +63,10 @@ def watch_of(text: str) -> AskedWatch:
         ValidationError: ``as_text`` can't have written it.
     """
     try:
-        name, keys, action, floor, told = json.loads(text)
+        name, keys, action, told = json.loads(text)
         if action not in ACTIONS:
             raise ValueError(f"no action is called {action!r:.40}")
-        return AskedWatch(str(name), tuple(map(str, keys)), action, tuple(map(str, floor)), bool(told))
+        return AskedWatch(str(name), tuple(map(str, keys)), action, bool(told))
     except (TypeError, ValueError) as error:
         raise ValidationError(
             f"a request's extra_args[{WATCH_FIELD!r}] is written by mechanex.vllm and was changed since: {error}"
@@ -83,13 +84,20 @@ class Watches:
         """The watch of a request, which begins when it is first read."""
         if request_id not in self._running:
             behaviors = tuple(behavior_of(key) for key in asked.keys)
-            watch = Watch(behaviors, asked.action, frozenset(asked.floor))
+            watch = Watch(behaviors, asked.action)
             self._running[request_id] = asked, watch
             if asked.told:
                 self._told.setdefault(asked.name, []).append(watch)
                 if len(self._told) > _MOST_TOLD:
-                    self._told.popitem(last=False)
+                    self._forget_one()
         return self._running[request_id][1]
+
+    def _forget_one(self) -> None:
+        """Drops the oldest scores of a request that has ended, for which nobody came."""
+        running = {asked.name for asked, _ in self._running.values()}
+        gone = next((name for name in self._told if name not in running), None)
+        if gone is not None:
+            del self._told[gone]
 
     def release(self, knows: Callable[[str], bool]) -> None:
         """Ends the watches of requests that have ended; who asked for their scores may have them still."""
