@@ -47,7 +47,7 @@ def material(model: str, n: int) -> tuple[dict[str, ContrastivePairs], list[Prom
             ]
             for name in names
         ]
-    # In turn, so that each half has prompts of both.
+    # In turn, so that each half of the list has prompts of both.
     return pairs, [prompt for part in zip(*read, strict=False) for prompt in part][: 2 * n]
 
 
@@ -64,7 +64,7 @@ def bisected(
         if abs(moved / budget - 1) <= WITHIN:
             return tried
         low, high = (middle, high) if moved < budget else (low, middle)
-    return tried
+    raise RuntimeError(f"bisection between 0 and {top} finds no strength of {budget} nats")
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def main() -> None:
     behaviors, prompts = material(args.model, args.prompts)
     halves = [
         plain_pairs(adapter, loaded.tokenizer, part, None, args.max_tokens, seed)
-        for seed, part in enumerate((prompts[::2], prompts[1::2]))
+        for seed, part in enumerate((prompts[: args.prompts], prompts[args.prompts :]))
     ]
     known, unseen = (ForcedAnswers(adapter, half) for half in halves)
     print(

@@ -1,7 +1,7 @@
 """What each option of vector optimization changes on the bundled model: a table, and the plot of docs/optimization.md.
 
 One datapoint promotes a completion; its probability is then measured on held-out prompts, with the norm of the vector
-and the steps and CPU time that it took. Every row changes the options that it names and nothing else.
+and the steps and CPU time that it took. Every row changes the options that it names, and those that they need to count.
 
     python benchmarks/optimization_options.py --plot docs/optimization.png
 """

@@ -224,6 +224,10 @@ def usual_strength(settings: Sequence[Setting], layer: int) -> float:
         and replace(one.dose, strength=1.0, method="caa") == Dose(layer, 1.0)
         and one.dose.method == "caa"
     ]
+    if not tried:
+        raise SystemExit(
+            "the usual strength is that of caa, add and all: --methods, --edits and --tokens have to keep them."
+        )
     (family,) = families_of(tried)
     prices, gains = [one.kl for one in family.settings], [one.gain for one in family.settings]
     return worth(family.strengths, prices, gains, PAIR_KL * math.log(MOST))[0]

@@ -9,6 +9,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy
 import torch
@@ -189,10 +190,10 @@ def kept(folder: str, slowly: str = "") -> dict[str, Any]:
     loaded = load("mx-tiny", backend="transformers")
     if slowly:
         adapter_for(loaded.model).layers[0].register_forward_hook(lambda *_: time.sleep(float(slowly)))
-    activation_files.SHARD_TOKENS = 64
     prompts = read_pairs(data_path("calm_angry"), split="train").prompts[:60]
     given: dict[str, Any] = {"layers": [2, 5], "tokenizer": loaded.tokenizer, "tokens": "all"}
-    found = activations(loaded.model, prompts, out=folder, **given)
+    with mock.patch.object(activation_files, "SHARD_TOKENS", 64):
+        found = activations(loaded.model, prompts, out=folder, **given)
     told = {f"in files {layer}": torch.from_numpy(numpy.asarray(rows)) for layer, rows in found.items()}
     if not slowly:
         memory = activations(loaded.model, prompts, **given)

@@ -339,7 +339,7 @@ def test_requests_can_be_added_while_others_are_looked_for_among_what_was_read(
             def find(self: Prefixes, row: Row) -> Any:
                 with ThreadPoolExecutor(1) as other:
                     changed = running._worker.changed  # type: ignore[union-attr]
-                    free.append(other.submit(lambda: changed.acquire(blocking=False)).result())
+                    free.append(other.submit(lambda: changed.acquire(timeout=30)).result())
                     if free[-1]:
                         other.submit(changed.release).result()
                 return found(self, row)

@@ -1015,11 +1015,15 @@ def test_counting_requests_starts_no_threads() -> None:
     before = threading.active_count()
     for _ in range(50):
         limit.take("a")
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # one of another test may end meanwhile
 
 
 def test_of_many_threads_as_many_get_in_as_may() -> None:
-    limit = RateLimit("requests", 100)
+    def clock() -> float:
+        time.sleep(1e-4)  # another thread's turn
+        return 0.0
+
+    limit = RateLimit("requests", 100, clock)
 
     def let_in(_: int) -> bool:
         try:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from fastapi.testclient import TestClient
-from test_scheduler import PROMPTS, ids_of, scheduled
+from test_scheduler import PROMPTS, _until, ids_of, scheduled
 
 from mechanex.engine.models.resolve import load
 from mechanex.engine.vectors import SteeringVector
@@ -109,8 +109,7 @@ def test_other_work_of_one_sender_keeps_no_other_waiting(tiny: Any) -> None:
                 await running.run(work or (lambda _: done.append(sender)))
 
             asked = [asyncio.create_task(ask("many", hold))]
-            while not begun.is_set():
-                await asyncio.sleep(0.001)
+            await _until(begun.is_set)
             asked += [asyncio.create_task(ask("many")) for _ in range(64)]
             await asyncio.sleep(0.01)
             with pytest.raises(RateLimitError):
@@ -197,7 +196,9 @@ READ = {
 def test_texts_that_are_only_read_count_too(tiny: Any, path: str, tmp_path: Path) -> None:
     SteeringVector({3: torch.ones(128)}).save(tmp_path / "calm.safetensors")
     settings = ServerSettings(host="127.0.0.1", account_tokens_per_minute=500, vectors=tmp_path)
-    with TestClient(create_app(settings, tiny), base_url="http://127.0.0.1") as client:
+    app = create_app(settings, tiny)
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        app.state.token_quota._clock = lambda: 0.0  # nothing comes back meanwhile
         bodies = [READ[path] | ({"behavior_name": name} if "behaviors" in path else {}) for name in "ab"]
         statuses = [client.post(path, json=body).status_code for body in bodies]
     assert statuses == [200, 429]
