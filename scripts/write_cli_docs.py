@@ -87,7 +87,7 @@ def _prose(text: str) -> str:
 
 
 def _name(option: click.Option) -> str:
-    names = ", ".join(option.opts)
+    names = ", ".join([*option.opts, *option.secondary_opts])
     if option.is_flag:
         return names
     if isinstance(option.type, click.Choice):

@@ -39,13 +39,11 @@ def save_plot(measured: Sequence[Measurement], path: Path) -> Path | None:
         right.plot(strengths, [one.perplexity for one in group], **style)
     left.set(
         title="completions of the tone",
-        xlabel="strength in calibrated doses",
         ylabel="% of held-out prompts",
         ylim=(-3, 103),
     )
     right.set(
         title="perplexity under the unsteered model",
-        xlabel="strength in calibrated doses",
         ylabel="per token",
     )
     right.set_ylim(bottom=0)

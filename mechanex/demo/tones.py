@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 __all__ = ["N_LAYERS", "STEPS", "STRENGTHS", "TONES", "Tone"]
 
-# In calibrated doses; the last is what examples are shown at.
+# In calibrated doses; examples are shown at 0 and 1.
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 # Of a model, that are tried for each tone.
 N_LAYERS = 3
