@@ -99,7 +99,8 @@ def test_search_works_in_a_browser_that_reaches_this_host_alone(site: Path) -> N
         tab.locator("label.md-header__button[for=__search]").or_(
             tab.locator("input.md-search__input")
         ).last.click()
-        tab.locator("input.md-search__input").fill("orthogonalize")
+        # Typed key by key: once its index is loaded, the search reads its field when a key comes up, not on input.
+        tab.locator("input.md-search__input").press_sequentially("orthogonalize")
         tab.locator("a.md-search-result__link").first.wait_for(timeout=60_000)
         assert tab.locator("article img").evaluate_all("all => all.every(one => one.naturalWidth > 0)")
         browser.close()
