@@ -226,18 +226,12 @@ def _written(model: PreTrainedModel) -> int:
     return hash(tuple((id(p), p._version, p.requires_grad) for p in model.parameters()))
 
 
-def _hooked(model: PreTrainedModel) -> bool:
-    """Whether somebody has left a hook; those by which transformers collects hidden states stay for ever."""
-    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
-    return any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks)
-
-
 def changed_models() -> list[str]:
     """The shared models that somebody has changed; they are forgotten, so that the next one who asks gets new ones."""
     changed = [
         name
         for name, (model, written) in _shared.items()
-        if _written(model) != written or model.training or _hooked(model)
+        if _written(model) != written or model.training or n_hooks(model)
     ]
     if changed:
         _shared.clear()
@@ -291,5 +285,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def n_hooks(model: torch.nn.Module) -> int:
-    """How many hooks a model has; transformers leaves some of its own once hidden states were asked for."""
-    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+    """How many hooks a model has beside those by which transformers collects hidden states, which stay for ever."""
+    hooks = [
+        hook
+        for m in model.modules()
+        for of in (m._forward_pre_hooks, m._forward_hooks)
+        for hook in of.values()
+    ]
+    return sum(getattr(hook, "__module__", None) != CAPTURING for hook in hooks)

@@ -132,9 +132,9 @@ def test_a_plan_is_measured_as_its_vector_is(
         edited_by(tiny.model, plan, 2.0)
     with pytest.raises(ValidationError, match="names rows"):
         edited_by(tiny.model, [Intervention(3, Edit.add(calm[3]), rows=[0])])
-    with pytest.raises(ValidationError, match="at least one prompt"):
+    with pytest.raises(ValidationError, match="no prompts"):
         measure(tiny.model, calm, [], ANGRY)
-    with pytest.raises(ValidationError, match="scorers are functions"):
+    with pytest.raises(ValidationError, match="no scorers"):
         measure(tiny.model, calm, prompts[:1], {})
 
 
@@ -226,3 +226,42 @@ def test_bad_questions_are_refused(tmp_path: Path) -> None:
     path.write_text('{"question": "Why?", "choices": ["a", "b"], "answer": 2}\n')
     with pytest.raises(ValidationError, match="number of a choice"):
         read_questions(path)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"prompts": None}, "prompts is a list of prompts"),
+        ({"prompts": 3}, "prompts is a list of prompts"),
+        ({"prompts": "one text"}, "put it in a list"),
+        ({"prompts": []}, "no prompts"),
+        ({"scorers": None}, "scorers is a list of scorers"),
+        ({"scorers": ["angry"]}, "a function from a text to a number; got 'angry'"),
+        ({"scorers": {"angry": 3}}, "angry is a function from a text to a number; got 3"),
+        ({"scorers": {"told": lambda text: text}}, "told gave .* a scorer gives a finite number"),
+        ({"scorers": lambda text: None}, "gave None for a text"),
+        ({"scorers": lambda text: math.nan}, "gave nan for a text"),
+        ({"questions": 3}, "questions is a list of questions"),
+        ({"questions": ["Anna went to the"]}, "questions are ChoiceQuestions"),
+        ({"steering": [Edit.add(numpy.ones(128))]}, "made of interventions, .*; got Edit"),
+    ],
+)
+def test_what_measuring_cannot_use_is_named(
+    tiny: LoadedModel, prompts: list[str], given: dict[str, Any], says: str
+) -> None:
+    steering = given.pop("steering", {3: numpy.ones(tiny.model.config.hidden_size)})
+    asked, scorers = given.pop("prompts", prompts[:1]), given.pop("scorers", ANGRY)
+    options: dict[str, Any] = {"tokenizer": tiny.tokenizer, "max_tokens": 2, "brittleness": False, **given}
+    with pytest.raises(ValidationError, match=says):
+        measure(tiny.model, steering, asked, scorers, **options)
+
+
+def test_prompts_may_come_one_by_one_and_scores_may_be_truth_values(
+    tiny: LoadedModel, prompts: list[str]
+) -> None:
+    steering = {3: numpy.ones(tiny.model.config.hidden_size)}
+    options: dict[str, Any] = {"tokenizer": tiny.tokenizer, "max_tokens": 2, "brittleness": False}
+    scorers = {"said": lambda text: bool(text), "held": lambda text: numpy.bool_(not text)}
+    found = measure(tiny.model, steering, (prompt for prompt in prompts[:2]), scorers, **options)
+    assert found.prompts == 2
+    assert found.effects["said"].plain.value == 1 - found.effects["held"].plain.value

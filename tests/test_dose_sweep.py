@@ -50,8 +50,7 @@ def test_two_thousand_settings_cost_sixty_evaluations_at_most() -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         seen += hidden.shape[0] * hidden.shape[1]
 
-    for layer in adapter.layers:
-        layer.register_forward_pre_hook(count, with_kwargs=True)
+    counting = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in adapter.layers]
     (texts,) = write(adapter, tokenizer, PROMPTS, [()], Options(max_tokens=40, seed=0))
     seen = 0
     (texts,) = write(adapter, tokenizer, PROMPTS, [()], Options(max_tokens=40, seed=0))
@@ -62,6 +61,8 @@ def test_two_thousand_settings_cost_sixty_evaluations_at_most() -> None:
         model, PAIRS, layers=range(1, N_LAYERS), strengths=strengths, validation=PROMPTS, max_tokens=40,
         tokenizer=tokenizer,
     )  # fmt: skip
+    for handle in counting:
+        handle.remove()
     assert len(found.settings) >= 2000
     assert seen / whole <= 60
     assert found.evaluations == pytest.approx(seen / whole, rel=0.35)
@@ -126,7 +127,7 @@ def test_the_chosen_dose_has_the_largest_effect_at_a_bearable_price() -> None:
         ({"layers": [99]}, "Layer 99"),
         ({"strengths": []}, "strengths is a list"),
         ({"strengths": [0.0]}, "other than 0"),
-        ({"validation": []}, "validation is a list"),
+        ({"validation": []}, "validation is an empty list"),
         ({"widths": [0]}, "no dose of widths|a width of 1"),
         ({"widths": [2], "edits": ["clamp"]}, "no dose of widths"),
         ({"widths": 2}, "widths is a list"),

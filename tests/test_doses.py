@@ -151,6 +151,12 @@ def test_a_calibrated_vector_says_what_was_seen_beyond(
     assert "nats" in caplog.text and "100" in caplog.text
 
 
+@pytest.mark.parametrize("given", [None, 3, "vector", [1.0]])
+def test_what_cannot_be_calibrated_is_named(tiny: LoadedModel, given: object) -> None:
+    with pytest.raises(ValidationError, match=r"needs \{layer: tensor\}"):
+        calibrate(tiny.model, given, tokenizer=tiny.tokenizer)  # type: ignore[arg-type]
+
+
 def test_a_budget_that_no_strength_meets_is_an_error(tiny: LoadedModel, calm: Vector) -> None:
     clamped = Dose(3, 1.0, "clamp").vector(calm)
     with pytest.raises(ValidationError, match="no strength was found"):

@@ -385,6 +385,10 @@ def test_naming_the_layers_keeps_the_tokenizer_of_a_model():
         {"rows": "0"},
         {"rows": [True]},
         {"edit": Edit.add(torch.full((D_MODEL,), torch.nan))},
+        {"edit": torch.ones(D_MODEL)},
+        {"edit": None},
+        {"varying": 3},
+        {"condition": "met"},
     ],
     ids=str,
 )
@@ -410,3 +414,18 @@ def test_factors_and_matrices_may_be_lists_and_arrays():
         assert torch.equal(found, Edit.dense(torch.tensor(bias), matrix).apply(rows))
     with pytest.raises(ValidationError, match="left"):
         Edit.affine(bias, "ab", right)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [None, 3, "plan", torch.ones(2), {3: torch.ones(D_MODEL)}, [torch.ones(D_MODEL)], [(3, 1.0)]],
+    ids=str,
+)
+def test_a_plan_is_made_of_interventions_alone(given):
+    with pytest.raises(ValidationError, match="made of interventions"):
+        SteeringPlan(given)
+
+
+def test_a_plan_may_be_one_intervention():
+    one = Intervention(1, Edit.add(torch.ones(D_MODEL)))
+    assert SteeringPlan(one).interventions == SteeringPlan(iter([one])).interventions == [one]

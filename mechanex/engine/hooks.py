@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any
+from types import NoneType
+from typing import Any, cast
 
 import numpy
 import torch
@@ -34,6 +35,7 @@ __all__ = [
     "Handle",
     "Intervention",
     "SteeringPlan",
+    "as_interventions",
     "attach",
     "listed",
     "positions",
@@ -41,6 +43,13 @@ __all__ = [
 ]
 
 Handle = Handles
+
+_KINDS: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("edit", (Edit,), "an Edit, such as Edit.add(vector)"),
+    ("varying", (Varying, NoneType), "a schedule's Varying, or None"),
+    ("condition", (PromptCondition, NoneType), "a PromptCondition, or None"),
+)
+"""Of an intervention's fields, what they are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +89,14 @@ class Intervention:
             object.__setattr__(self, "mask", as_mask("A mask", self.mask))
         layer = as_whole(self.layer)
         if layer is None:
-            raise ValidationError(f"A layer is an int; got {self.layer!r}.")
+            raise ValidationError(f"A layer is an int; got {self.layer!r:.100}.")
         object.__setattr__(self, "layer", layer)
         object.__setattr__(self, "tokens", check_tokens(self.tokens))
         if self.rows is not None:
             object.__setattr__(self, "rows", _row_indices(self.rows))
+        for name, kinds, example in _KINDS:
+            if not isinstance(given := getattr(self, name), kinds):
+                raise ValidationError(f"An intervention's {name} is {example}; got {type(given).__name__}.")
         self.edit.check_finite()
 
     @property
@@ -211,6 +223,26 @@ class _LayerEdits:
         return EditTable.of_chains([[self._interventions[i].edit for i in chain] for chain in chains])
 
 
+def as_interventions(given: object) -> list[Intervention]:
+    """One intervention, or several, as a list.
+
+    Raises:
+        ValidationError: something else.
+    """
+    # Of a mapping its keys would be walked through.
+    several = isinstance(given, Iterable) and not isinstance(given, (str, Mapping, Tensor))
+    listed: Iterable[Any] = cast("Iterable[Any]", given) if several else [given]
+    found = []
+    for one in listed:
+        if not isinstance(one, Intervention):
+            raise ValidationError(
+                "A steering plan is made of interventions, such as Intervention(layer, Edit.add(vector)); "
+                f"got {type(one).__name__}."
+            )
+        found.append(one)
+    return found
+
+
 class SteeringPlan:
     """A set of interventions that steers a model while it is applied.
 
@@ -219,10 +251,16 @@ class SteeringPlan:
         plan = SteeringPlan([Intervention(3, Edit.add(v)), Intervention(5, Edit.ablate(w), tokens=slice(-1, None))])
         with plan.apply(model):
             model.generate(...)
+
+    Args:
+        interventions: one or several.
+
+    Raises:
+        ValidationError: something else.
     """
 
     def __init__(self, interventions: Iterable[Intervention]) -> None:
-        self.interventions = list(interventions)
+        self.interventions = as_interventions(interventions)
 
     def apply(self, model: nn.Module | ModelAdapter) -> Handle:
         """Steers ``model`` until the returned handle is removed; the handle is also a context manager.

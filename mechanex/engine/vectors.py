@@ -90,7 +90,7 @@ class SteeringVector(Mapping[int, Tensor]):
     ) -> None:
         if not isinstance(layers, Mapping) or not layers:
             raise ValidationError(
-                f"a steering vector needs {{layer: tensor}} with at least one layer; got {layers!r}."
+                f"a steering vector needs {{layer: tensor}} with at least one layer; got {layers!r:.100}."
             )
         if site != SITE:
             raise ValidationError(

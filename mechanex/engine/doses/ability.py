@@ -11,6 +11,7 @@ import torch
 
 from ...errors import ValidationError
 from ..datasets import read_lines
+from ..given import as_list
 from ..models.adapter import ModelAdapter
 from ..text import encode_pair
 from .dose import Edited
@@ -64,8 +65,12 @@ def right_answers(
     Raises:
         ValidationError: no questions.
     """
-    if not questions:
-        raise ValidationError("there are no questions to measure ability on.")
+    questions = as_list("questions", questions, "questions")
+    for one in questions:
+        if not isinstance(one, ChoiceQuestion):
+            raise ValidationError(
+                f"questions are ChoiceQuestions, as read_questions(path) gives; got {type(one).__name__}."
+            )
     prompts = as_chats([one.question for one in questions], tokenizer)
     # A chat's answer begins by itself, a text goes on after a space.
     gap = "" if not isinstance(prompts[0], str) else " "

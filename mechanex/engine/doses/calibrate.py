@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import ValidationError
 from ..dose_record import FIELD, DoseRecord
-from ..given import as_number
+from ..given import as_list, as_number
 from ..models import adapter_for
 from ..models.adapter import ModelAdapter
 from ..pack import Pair
@@ -43,7 +43,7 @@ FARTHEST = 16.0  # most that a strength is changed by at once
 
 def calibrate(
     model: nn.Module | ModelAdapter,
-    vector: SteeringVector,
+    vector: SteeringVector | Mapping[int, Any],
     kl: float = 1.0,
     *,
     prompts: Sequence[Prompt] | None = None,
@@ -59,7 +59,8 @@ def calibrate(
 
     Args:
         model: a Hugging Face or TransformerLens model.
-        vector: what to calibrate, on its own terms (clamp, norm, rotation, tokens); ``-vector`` is another one.
+        vector: what to calibrate, on its own terms (clamp, norm, rotation, tokens), or ``{layer: tensor}``;
+            ``-vector`` is another one.
         kl: the budget in nats, above 0: the 95th percentile over the answers' tokens of KL(steered‖plain), from
             logits before temperature.
         prompts: what the answers answer; None for open questions.
@@ -79,6 +80,8 @@ def calibrate(
     if budget is None or not 0 < budget < math.inf:
         raise ValidationError(f"kl is a budget in nats, above 0; got {kl!r}.")
     adapter = adapter_for(model)
+    if not isinstance(vector, SteeringVector):
+        vector = SteeringVector(vector)
     if not any(vector.norms().values()):
         raise ValidationError("the vector is zero: there is no strength to find.")
     vector = _uncalibrated(vector)
@@ -136,10 +139,10 @@ def plain_pairs(
         if answers is not None:
             raise ValidationError("answers go with prompts: give both, or neither.")
         prompts = open_prompts(tokenizer)
-    if isinstance(prompts, str) or not len(prompts):
-        raise ValidationError(f"prompts is a list with at least one prompt; got {prompts!r}.")
+    prompts = as_list("prompts", prompts, "prompts")
     if answers is not None:
-        if isinstance(answers, str) or len(answers) != len(prompts):
+        answers = as_list("answers", answers, "answers")
+        if len(answers) != len(prompts):
             raise ValidationError(f"there are {len(prompts)} prompts: give as many answers.")
         return [encode_pair(tokenizer, p, a) for p, a in zip(prompts, answers, strict=True)]
     (written,) = write(adapter, tokenizer, prompts, [()], Options(max_tokens=max_tokens, seed=seed))

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import ValidationError
-from ..hooks import Intervention, SteeringPlan
+from ..hooks import Intervention, SteeringPlan, as_interventions
 from ..intervention import Edit
 from ..models import adapter_for
 from ..models.adapter import ModelAdapter
@@ -154,21 +154,15 @@ def edited_by(model: nn.Module | ModelAdapter, steering: Any, strength: float = 
     """
     adapter = adapter_for(model)
     if isinstance(steering, SteeringPlan):
-        found: Sequence[Any] = steering.interventions
-    elif isinstance(steering, Intervention):
-        found = [steering]
-    elif isinstance(steering, Sequence) and not isinstance(steering, str):
-        found = steering
+        found: Sequence[Intervention] = steering.interventions
+    elif isinstance(steering, (Intervention, Sequence)) and not isinstance(steering, str):
+        found = as_interventions(steering)
     else:
         vector = steering if isinstance(steering, SteeringVector) else SteeringVector(steering)
         return tuple(vector.plan(adapter, strength).interventions) if strength else ()
     if strength != 1:
         raise ValidationError(f"a plan has its own strengths; leave strength={strength!r} out.")
     for one in found:
-        if not isinstance(one, Intervention):
-            raise ValidationError(
-                f"steering is a SteeringVector, a SteeringPlan or interventions; got {type(one).__name__}."
-            )
         if one.mask is not None or one.rows is not None:
             raise ValidationError(
                 "An edit names rows of a batch, but measuring lays out its own batches: steer by tokens."

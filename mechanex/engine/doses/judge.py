@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ...errors import ValidationError
+from ..given import as_list
 from ..models.adapter import ModelAdapter
 from ..sampling import Options
 from ..text import Prompt
@@ -47,9 +47,8 @@ class TextJudge:
         kept: KeptWork,
         progress: bool,
     ) -> None:
-        if isinstance(prompts, str) or not len(prompts):
-            raise ValidationError(f"validation is a list with at least one prompt; got {prompts!r}.")
-        self._adapter, self._tokenizer, self._prompts = adapter, tokenizer, prompts
+        self._adapter, self._tokenizer = adapter, tokenizer
+        self._prompts: list[Prompt] = as_list("validation", prompts, "prompts")
         self._scorer, self._options, self._vectors, self._kept = scorer, options, vectors, kept
         self.progress = progress
         self.work = self.whole = 0.0

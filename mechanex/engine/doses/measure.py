@@ -10,7 +10,7 @@ import numpy
 import torch
 from torch import nn
 
-from ...errors import ValidationError
+from ..given import as_list
 from ..models import adapter_for
 from ..models.adapter import ModelAdapter
 from ..models.packaged import PACKAGED
@@ -70,8 +70,7 @@ def measure(
     adapter = adapter_for(model)
     tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
     judges = as_scorers(scorers)
-    if isinstance(prompts, str) or not len(prompts):
-        raise ValidationError(f"prompts is a list with at least one prompt; got {prompts!r}.")
+    prompts = as_list("prompts", prompts, "prompts")
     edited = edited_by(adapter, steering, strength)
     options = Options(
         max_tokens=max_tokens, sampling_method=sampling_method, temperature=temperature, seed=seed

@@ -7,10 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ...errors import ValidationError
-from ..given import as_list
+import numpy
 
-__all__ = ["Scores", "TextScorer", "as_scorers", "classifier", "word_share"]
+from ...errors import ValidationError
+from ..given import as_finite, as_list
+
+__all__ = ["Scores", "TextScorer", "as_scorers", "classifier", "numbered", "word_share"]
 
 TextScorer = Callable[[str], float]
 """From an answer to how much it shows of what is sought."""
@@ -21,21 +23,44 @@ _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 
 
 def as_scorers(scorers: Scores) -> dict[str, TextScorer]:
-    """Scorers by name.
+    """Scorers by name, each of which refuses to give anything but numbers.
 
     Raises:
         ValidationError: none, or something that can't be called.
     """
     if isinstance(scorers, Mapping):
-        found = dict(scorers)
+        found = {str(name): one for name, one in scorers.items()}
     else:
-        listed = [scorers] if callable(scorers) else list(scorers)
+        listed = as_list("scorers", [scorers] if callable(scorers) else scorers, "scorers")
         found = {getattr(one, "__name__", f"scorer {i + 1}"): one for i, one in enumerate(listed)}
         if len(found) < len(listed):
             raise ValidationError("two scorers have one name: give them as {name: scorer}.")
-    if not found or not all(callable(one) for one in found.values()):
-        raise ValidationError("scorers are functions from a text to a number, one or several; got none.")
-    return found
+    if not found:
+        raise ValidationError("There are no scorers: give a function from a text to a number.")
+    return {name: numbered(name, one) for name, one in found.items()}
+
+
+def numbered(name: str, scorer: TextScorer) -> TextScorer:
+    """A scorer that gives finite numbers, or says so.
+
+    Args:
+        name: what it is called in messages.
+        scorer: from a text to a number.
+
+    Raises:
+        ValidationError: it can't be called.
+    """
+    if not callable(scorer):
+        raise ValidationError(f"{name} is a function from a text to a number; got {scorer!r:.100}.")
+
+    def score(text: str) -> float:
+        given = scorer(text)
+        number = as_finite(int(given) if isinstance(given, (bool, numpy.bool_)) else given)
+        if number is None:
+            raise ValidationError(f"{name} gave {given!r:.100} for a text: a scorer gives a finite number.")
+        return number
+
+    return score
 
 
 def words_of(text: str) -> list[str]:

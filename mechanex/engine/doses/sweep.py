@@ -29,7 +29,7 @@ from .forced_rounds import forced_rounds
 from .judge import TextJudge
 from .kept_work import KeptWork
 from .means import stream_means
-from .scorers import TextScorer, classifier
+from .scorers import TextScorer, classifier, numbered
 from .swept import Setting, Swept
 from .text_rounds import later_texts, text_rounds
 
@@ -117,6 +117,7 @@ def sweep(
         test = held.prompts if test is None and held is not None else test
     if scorer is None:
         scorer = classifier(fit.positive_answers, fit.negative_answers)
+    scorer = numbered("scorer", scorer)
     used = sorted({layer for dose in doses for layer in dose.layers})
     vectors = {
         method: vectors_by(method)(
