@@ -86,6 +86,7 @@ class Pair:
         monkeypatch.setattr(wire._Wire, "__init__", lambda end, own: setattr(end, "_own", own))
         monkeypatch.setattr(wire._Wire, "_pass", hand)
         monkeypatch.setattr(wire._Wire, "meet", meet)
+        monkeypatch.setattr(wire.atexit, "register", lambda _: None)
         model = FAMILIES["llama"]()
         self.passes = [Passes(model), Passes(copy.deepcopy(model))]
         self.error: BaseException | None = None

@@ -25,6 +25,7 @@ __all__ = ["follow"]
 
 _logger = logging.getLogger(__name__)
 _ENDING = timedelta(minutes=1)  # from work's end here to that in the first process
+_FAILING = timedelta(seconds=10)  # from a pass's failure here to that in the first process
 
 
 def follow(adapter: ModelAdapter, led: Led) -> None:
@@ -79,17 +80,18 @@ class _Follower:
     def _failed(self, what: str, error: Exception) -> None:
         """Goes on where the first process has failed as well."""
         _logger.debug("%s has failed", what, exc_info=error)
-        heard, _ = self._led.hear(_ENDING)
-        if heard != "failed":
+        try:
+            self._hear("failed", _FAILING)
+        except Parted as parted:
             raise Parted(
                 f"{what!r} has failed in this process alone; the server ends. ({type(error).__name__}: {error})"
-            ) from error
+            ) from parted
         self._led.meet()
 
     def _hear(self, wanted: str, timeout: timedelta | None = None) -> tuple[Any, ...]:
         """What is said next, which has to be this, or that what was said last has failed."""
         what, args = self._led.hear(timeout)
-        if what == "failed":
+        if what == "failed" != wanted:
             raise _FirstFailed
         if what != wanted:
             raise Parted(

@@ -7,10 +7,14 @@ shared by the others' rows too, then.
 
 from __future__ import annotations
 
+import atexit
 import io
 import itertools
+import logging
+import os
 import pickle
 import struct
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -83,6 +87,8 @@ class _Wire:
         try:
             yield
         except RuntimeError as error:  # what torch raises has no narrower type
+            atexit.unregister(_leave)
+            atexit.register(_leave)
             raise Parted(
                 "another process of the split model can't be reached: it was ended, is stuck, or its machine is gone; "
                 f"the server ends. ({str(error).splitlines()[0][:200]})"
@@ -274,6 +280,14 @@ class Led(_Wire):
             self._pass(rest, timeout)
             payload += rest
         self._heard += pickle.loads(payload)
+
+
+def _leave() -> None:
+    """Ends the process: the interpreter's own end would wait for what is still under way between processes."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 class _Writer:
