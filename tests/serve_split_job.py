@@ -7,7 +7,7 @@ from datetime import timedelta
 from mechanex.cli import main
 from mechanex.server.model import wire, worker
 
-PATIENCE = 8.0
+PATIENCE = 6.0
 
 if __name__ == "__main__":
     wire.PATIENCE = timedelta(seconds=PATIENCE)

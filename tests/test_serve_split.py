@@ -48,7 +48,7 @@ def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def options(vectors: Path) -> list[str]:
-    return ["--vectors", str(vectors), "--behaviors", "calm_angry"]
+    return ["--vectors", str(vectors), "--behaviors", "calm_angry", "--pinecone-index", "shelf"]
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +226,9 @@ def test_other_work_is_done_by_all_processes_between_steps(
 ) -> None:
     pairs = read_pairs(data_path("calm_angry"), split="train")
     examples = {
-        "prompts": pairs.prompts[:16],
-        "positive_answers": pairs.positive_answers[:16],
-        "negative_answers": pairs.negative_answers[:16],
+        "prompts": pairs.prompts[:8],
+        "positive_answers": pairs.positive_answers[:8],
+        "negative_answers": pairs.negative_answers[:8],
     }
     steering = [{"vector": "v1", "strength": 0.5}]
     calls: list[tuple[str, Any]] = [
@@ -249,7 +249,7 @@ def test_other_work_is_done_by_all_processes_between_steps(
     ]
     long = GREEDY | {
         "prompt": PROMPT,
-        "max_tokens": 300,
+        "max_tokens": 100,
         "logit_bias": {"1": -100, "5": -100},
         "stream": True,
     }
@@ -285,6 +285,8 @@ def test_what_needs_the_whole_model_says_so(split: ServerProcess) -> None:
     body = {"clean_prompt": "She was calm.", "corrupted_prompt": "She was angry."}
     told = asked(split, "/attribution-patching/scores", body, 400)
     assert "of a model that is split over processes" in told["detail"]
+    asking = {"qa_entries": [{"question": "What did Anna buy?"}], "pinecone_index_name": "shelf"}
+    assert "give docs" in asked(split, "/raag/generate", asking, 501)["detail"]
 
 
 @pytest.mark.ci
