@@ -253,7 +253,8 @@ class Mechanex(AccountCalls):
 
         Blocks until SIGINT (Ctrl-C) or SIGTERM, or with ``block=False`` serves from a thread. An address that other
         machines reach needs a key from every client: ``MECHANEX_SERVER_KEY``, an account's, or one that is made and
-        printed when there is none.
+        printed when there is none. Where ``load(…, tp="auto")`` has split the model over processes, all of them call
+        this and serve it together (docs/scale.md).
 
         Args:
             model: a name to load, or a model; None for the loaded one. It stays this client's model.

@@ -34,6 +34,9 @@ def serve(
 ) -> RunningServer | None:
     """Serves a loaded model until SIGINT or SIGTERM, or from a thread.
 
+    Where the model is split over the processes of a job (``load(…, tp="auto")``), all of them call this: the first one
+    listens, and the others follow its steps until it ends.
+
     Args:
         loaded: the model, as ``mechanex.engine.models.resolve.load`` gives it.
         host, port, corrected_behaviors, vectors, behaviors, block, settings: as ``Mechanex.serve`` takes
@@ -41,17 +44,16 @@ def serve(
         stored: the operator's vectors by id; by default those under ``MECHANEX_HOME``.
 
     Raises:
-        ValidationError: a setting out of its range or unknown, or behaviors that aren't known.
+        ValidationError: a setting out of its range or unknown, behaviors that aren't known, or several processes and a
+            model that isn't split over them.
         NotFoundError: a file that isn't there.
         MechanexError: the ``serve`` extra is missing, the address is taken, or an event loop runs that ``block=True``
-            would hold up.
+            would hold up; or another process of a split model is gone.
     """
     check_no_loop(block)
-    if global_rank() is not None:
-        raise ValidationError(
-            "a server is one process, and several were started by torchrun or the like: start it by itself, or "
-            "with --use-vllm for a model over several GPUs."
-        )
+    split = global_rank() is not None
+    if split:
+        _check_split(loaded, block)
     try:
         from .server.serve import serve_loaded
         from .server.settings import ServerSettings
@@ -75,7 +77,35 @@ def serve(
         )
     except TypeError as error:
         raise ValidationError(f"a server has no such setting: {error}.") from error
-    return serve_loaded(found, loaded, stored, block=block)
+    if not split:
+        return serve_loaded(found, loaded, stored, block=block)
+    from .engine.models import adapter_for
+    from .engine.ranks import current_ranks
+    from .server.model.follower import follow
+    from .server.model.wire import Lead, Led
+
+    adapter = adapter_for(loaded.model)
+    own = {"tokenizer": loaded.tokenizer if loaded.tokenizer is not None else adapter.tokenizer}
+    if current_ranks(adapter).first:
+        return serve_loaded(found, loaded, stored, lead=Lead(own))
+    follow(adapter, Led(own))
+    return None
+
+
+def _check_split(loaded: LoadedModel, block: bool) -> None:
+    """Raises a ValidationError where several processes can't be one server."""
+    from .engine.sharded import is_split
+
+    if not is_split(loaded.model):
+        raise ValidationError(
+            "a server is one process, and several were started by torchrun or the like: start it by itself, or split "
+            "the model over them with --tp (load(…, tp='auto'))."
+        )
+    if not block:
+        raise ValidationError(
+            "a model that is split over processes is served by all of them until the first one ends: leave "
+            "block=False out."
+        )
 
 
 def check_no_loop(block: bool) -> None:

@@ -18,7 +18,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +85,7 @@ def serving(
     environment: Mapping[str, str] | None = None,
     program: str | None = None,
     fresh: bool = False,
+    start: Sequence[str] | None = None,
     timeout: float = 300,
 ) -> Iterator[ServerProcess]:
     """Starts ``mechanex serve MODEL --host --port ARGUMENTS``, waits until it is ready, kills it at the end.
@@ -95,6 +96,7 @@ def serving(
         environment: further environment variables.
         program: Python that serves, in place of ``mechanex serve``; its arguments are ``--port PORT``.
         fresh: whether it is started as a shell starts it, not forked from a process that has imported what it needs.
+        start: what starts it, in place of ``mechanex``: a command that ends what it has started when SIGTERM ends it.
     """
     port, log = free_port(), home / f"server-{time.monotonic_ns()}.log"
     given = [] if program else ["serve", model, "--host", host]
@@ -110,11 +112,11 @@ def serving(
     }
     home.mkdir(parents=True, exist_ok=True)
     process: subprocess.Popen[bytes] | Forked
-    if fresh:
-        start = ["-c", program] if program else ["-m", "mechanex.cli"]
+    if fresh or start:
+        command = start or [sys.executable, *(["-c", program] if program else ["-m", "mechanex.cli"])]
         with log.open("wb") as out:
             process = subprocess.Popen(
-                [sys.executable, *start, *given], stdout=out, stderr=subprocess.STDOUT, env=variables
+                [*command, *given], stdout=out, stderr=subprocess.STDOUT, env=variables
             )
     else:
         log.touch()
@@ -124,6 +126,8 @@ def serving(
         _wait_until_ready(server, timeout)
         yield server
     finally:
+        if start and process.poll() is None:
+            server.stop()
         if process.poll() is None:
             process.kill()
         process.wait()

@@ -16,6 +16,7 @@ from mechanex import SteeringVector
 from mechanex.engine.activations import activations
 from mechanex.engine.attribution.scores import attribution_scores
 from mechanex.engine.caa import caa_vectors
+from mechanex.engine.doses.forced import ForcedAnswers
 from mechanex.engine.generate import generate, generate_batch, stream
 from mechanex.engine.logit_lens import logit_lens
 from mechanex.engine.models import adapter_for
@@ -23,6 +24,8 @@ from mechanex.engine.models.resolve import LoadedModel, load
 from mechanex.engine.orthogonalize import orthogonalize
 from mechanex.engine.sae.hook_points import HookPoint, check_point
 from mechanex.engine.score import completion_logprobs
+from mechanex.engine.text import encode_pair
+from mechanex.engine.token_shifts import token_shifts
 from mechanex.errors import MechanexError
 from mechanex.utils.optimization import TrainingDatapoint, optimize_vector
 
@@ -66,6 +69,11 @@ def found(folder: str, how: str = "") -> dict[str, Any]:
         model, points, 2, lr=0.1, max_iters=8, seed=3, tokenizer=tokenizer
     )
     told["loss"] = info["loss"]
+    adapter = adapter_for(model)
+    pairs = [encode_pair(tokenizer, p, yes) for p, yes in zip(PROMPTS, YES, strict=True)]
+    edits = vector.plan(adapter, 0.5).interventions
+    told["kl"] = ForcedAnswers(adapter, pairs).under([edits])[0].kl
+    told["shifts"] = [one.kl for shifts in token_shifts(adapter, pairs, edits) for one in shifts]
     texts = generate_batch(
         model, tokenizer, PROMPTS, vector=vector, strength=2.0, sampling_method="greedy", max_tokens=12
     )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import mechanex.distributed
+from mechanex.engine.models.resolve import load
 from mechanex.engine.ranks import SINGLE, Ranks, current_ranks
 from mechanex.errors import ValidationError
 from mechanex.serving import serve
@@ -218,5 +219,5 @@ def test_one_process_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_server_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in LAUNCHED.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValidationError, match="a server is one process"):
-        serve(None)  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match="split the model over them with --tp"):
+        serve(load("mx-tiny", backend="transformers"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Any
 
@@ -13,7 +14,9 @@ from ..serving import serve
 __all__ = ["run_serve"]
 
 
-def run_serve(*, model: str, device: str | None, dtype: str | None, log_level: str, **options: Any) -> None:
+def run_serve(
+    *, model: str, device: str | None, dtype: str | None, tp: bool, log_level: str, **options: Any
+) -> None:
     """Loads the model and serves it; the log goes to stderr, one JSON object a line.
 
     Raises:
@@ -25,8 +28,13 @@ def run_serve(*, model: str, device: str | None, dtype: str | None, log_level: s
         if arguments:
             raise ValidationError("--vllm-arg goes with --use-vllm.")
         _log_json(log_level)
-        serve(load(model, backend="transformers", device=device, dtype=dtype), **given)
+        split = _splitting(model, device) if tp else {"device": device}
+        serve(load(model, backend="transformers", dtype=dtype, **split), **given)
         return
+    if tp:
+        raise ValidationError(
+            "vLLM splits models itself: --vllm-arg=--tensor-parallel-size=2 in the place of --tp."
+        )
     from ..vllm.supported import check_installed
 
     check_installed()
@@ -35,6 +43,18 @@ def run_serve(*, model: str, device: str | None, dtype: str | None, log_level: s
     from ..vllm.launch import serve_vllm
 
     serve_vllm(model, {k: v for k, v in given.items() if v is not False}, dtype=dtype, vllm_args=arguments)
+
+
+def _splitting(model: str, device: str | None) -> dict[str, Any]:
+    """How a model is loaded that is split over the processes of this job."""
+    if device is not None:
+        raise ValidationError("--tp places the parts of a model itself: leave --device out.")
+    if "WORLD_SIZE" not in os.environ:
+        raise ValidationError(
+            "--tp splits a model over several processes, and there is one: start them with "
+            f"torchrun --nproc-per-node 2 -m mechanex serve {model} --tp"
+        )
+    return {"tp": "auto"}
 
 
 def _log_json(level: str) -> None:

@@ -308,6 +308,7 @@ def optimize(ctx: click.Context, /, **options: Any) -> None:
 )
 @click.option("--open-signup", is_flag=True, help="Let anyone who reaches the server make an account.")
 @click.option("--log-prompts", is_flag=True, help="Write prompts to the log too.")
+@click.option("--tp", is_flag=True, help="Split the model over the processes that torchrun has started.")
 @click.option("--use-vllm", is_flag=True, help="Run the model in vLLM.")
 @click.option(
     "--vllm-arg",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -79,6 +79,12 @@ class Varying:
         self.schedule, self._make = schedule, make
         self._edits: WeakValueDictionary[float, Edit] = WeakValueDictionary()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.schedule.function is not None:
+            raise ValidationError("A schedule that is a function can't be sent to another process.")
+        strengths = {one for one in (*self.schedule.values, self.schedule.prompt) if one}
+        return _of_edits, (self.schedule, {one: self.edit_of(one) for one in strengths})
+
     def made(self, strength: float) -> Edit:
         """The edit of a strength other than 0."""
         return self._make(strength)
@@ -86,8 +92,10 @@ class Varying:
     def edit(self, place: int) -> Edit | None:
         """The edit at a place, or None where nothing is edited."""
         strength = self.schedule.at(place)
-        if strength == 0:
-            return None
+        return self.edit_of(strength) if strength else None
+
+    def edit_of(self, strength: float) -> Edit:
+        """The edit of a strength other than 0, the same one while somebody has it."""
         found = self._edits.get(strength)
         if found is None:
             found = self._edits[strength] = self.made(strength)
@@ -114,6 +122,10 @@ class Varying:
             mask[tokens] = True
             spread.append((edit, mask))
         return spread
+
+
+def _of_edits(schedule: Schedule, edits: Mapping[float, Edit]) -> Varying:
+    return Varying(schedule, edits.__getitem__)
 
 
 def _finite(value: Any) -> float:

@@ -88,7 +88,8 @@ def token_shifts(
                 with plan.apply(adapter):
                     both.append((scored_logits if whole else scored_hidden)(adapter, pack))
             # Tokens of one pair are all in one pack and in order there.
-            step = max(1, _LOGITS // (2 * adapter.unembedding.weight.shape[0]))
+            vocabulary = both[0].shape[-1] if whole else adapter.unembedding.weight.shape[0]
+            step = max(1, _LOGITS // (2 * vocabulary))
             owners, targets = pack.pair.tolist(), pack.target
             for first in range(0, len(owners), step):
                 part = slice(first, first + step)

@@ -36,6 +36,7 @@ from .settings import ServerSettings
 if TYPE_CHECKING:
     from ..engine.models.resolve import LoadedModel
     from ..engine.vector_store import VectorStore
+    from .model.wire import Lead
 
 __all__ = ["create_app"]
 
@@ -46,7 +47,11 @@ _CREDENTIALS_BYTES = 8 * 2**10  # what anyone may send
 
 
 def create_app(
-    settings: ServerSettings, loaded_model: LoadedModel, *, vectors: VectorStore | None = None
+    settings: ServerSettings,
+    loaded_model: LoadedModel,
+    *,
+    vectors: VectorStore | None = None,
+    lead: Lead | None = None,
 ) -> FastAPI:
     """The server's application; the model's thread runs while the application does.
 
@@ -66,6 +71,7 @@ def create_app(
         settings: how to serve.
         loaded_model: the model, with a tokenizer.
         vectors: the operator's stored vectors; by default those under ``MECHANEX_HOME``.
+        lead: where other processes hear what is done, where the model is split over several; else None.
 
     Raises:
         ValidationError: settings that don't fit the model, or an address that others reach and no key for them.
@@ -82,7 +88,7 @@ def create_app(
     except StorageError as error:
         raise MechanexError(error.message) from error  # nobody asked over HTTP, so no status
     try:
-        engine = ServingEngine(settings, loaded_model, store.library, vectors)
+        engine = ServingEngine(settings, loaded_model, store.library, vectors, lead)
     except BaseException:
         store.close()
         raise

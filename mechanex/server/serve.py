@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..engine.models.resolve import LoadedModel
     from ..engine.vector_store import VectorStore
     from .model.scheduler import Scheduler
+    from .model.wire import Lead
 
 __all__ = ["RunningServer", "serve_loaded"]
 
@@ -42,7 +43,12 @@ _SWITCH_SECONDS = (
 
 
 def serve_loaded(
-    settings: ServerSettings, loaded: LoadedModel, vectors: VectorStore | None = None, *, block: bool = True
+    settings: ServerSettings,
+    loaded: LoadedModel,
+    vectors: VectorStore | None = None,
+    *,
+    block: bool = True,
+    lead: Lead | None = None,
 ) -> RunningServer | None:
     """Serves a model until SIGINT or SIGTERM, or in a thread of its own.
 
@@ -53,20 +59,29 @@ def serve_loaded(
         loaded: the model.
         vectors: the operator's stored vectors.
         block: False serves from a thread, and returns when the server answers.
+        lead: where other processes hear what is done, where the model is split over several, which end with this one;
+            only with ``block=True``.
 
     Returns:
         The running server, or None when the call blocked and it has ended.
 
     Raises:
         ValidationError: settings that don't fit the model.
-        MechanexError: the address is taken or isn't this machine's, or a file can't be used.
+        MechanexError: the address is taken or isn't this machine's, a file can't be used, or another process of a split
+            model is gone.
     """
-    listening = Listening(settings, loaded, vectors)
     if not block:
-        return RunningServer(listening)
-    with _lively():
-        listening.run()
-    if listening.scheduler.alive:
+        return RunningServer(Listening(settings, loaded, vectors))
+    is_stuck = False
+    try:
+        listening = Listening(settings, loaded, vectors, lead)
+        with _lively():
+            listening.run()
+        is_stuck = listening.scheduler.alive
+    finally:
+        if lead is not None and not is_stuck:
+            lead.end()
+    if is_stuck:
         atexit.register(_leave, listening.scheduler)
     return None
 
@@ -82,7 +97,13 @@ class Listening:
         grace: seconds that running answers have when it ends.
     """
 
-    def __init__(self, settings: ServerSettings, loaded: LoadedModel, vectors: VectorStore | None) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        loaded: LoadedModel,
+        vectors: VectorStore | None,
+        lead: Lead | None = None,
+    ) -> None:
         made: str | None = None
         if settings.server_key() is None and not settings.is_loopback:
             made = f"mx-{secrets.token_urlsafe(32)}"
@@ -90,7 +111,7 @@ class Listening:
         self.key, self.grace = settings.server_key(), settings.shutdown_grace
         self._socket = listen(settings)
         try:
-            app = create_app(settings, loaded, vectors=vectors)
+            app = create_app(settings, loaded, vectors=vectors, lead=lead)
         except BaseException:
             self._socket.close()
             raise
@@ -117,7 +138,7 @@ class Listening:
             forwarded_allow_ips=list(settings.trusted_proxies),
             lifespan="on",
         )
-        self.server = _Server(config, settings.shutdown_grace)
+        self.server = _Server(config, settings.shutdown_grace, lasts=lead is None)
 
     def run(self) -> None:
         """Serves, until a signal or ``server.should_exit``."""
@@ -164,17 +185,28 @@ def _leave(scheduler: Scheduler) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn's server, which lets running answers finish before it closes connections."""
+    """Uvicorn's server, which lets running answers finish before it closes connections.
 
-    def __init__(self, config: uvicorn.Config, grace: float) -> None:
+    Args:
+        config: uvicorn's settings.
+        grace: seconds that running answers have when it ends.
+        lasts: whether it goes on when its model's thread has failed, to say so; one of several processes doesn't.
+    """
+
+    def __init__(self, config: uvicorn.Config, grace: float, *, lasts: bool) -> None:
         super().__init__(config)
-        self._grace = grace
+        self._grace, self._lasts = grace, lasts
         self.settled = threading.Event()
         """Set when it answers, or never will."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.settled.set()
+
+    async def on_tick(self, counter: int) -> bool:
+        if not self._lasts and self.config.app.state.engine.scheduler.has_failed:  # type: ignore[union-attr]
+            self.should_exit = True
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         scheduler = self.config.app.state.engine.scheduler  # type: ignore[union-attr]

@@ -90,6 +90,11 @@ class Decoder:
         return self._batch.columns
 
     @property
+    def prefixes(self) -> Prefixes | None:
+        """Where texts are kept that others may begin with; None where none are."""
+        return self._prefixes
+
+    @property
     def token_bytes(self) -> int | None:
         """Memory that a token takes in the cache; None where that is empty or of a kind of its own."""
         kept = (self._batch.kept or {}).values() if self.form in TOGETHER else ()

@@ -85,8 +85,21 @@ class Prefixes:
     def find(self, row: Row) -> tuple[Prefix, int] | None:
         """The text that shares most of its first tokens with this row's, and how many, or None.
 
-        One at least of the row's is left, to choose its next token from.
+        One at least of the row's is left, to choose its next token from. The text counts as used.
         """
+        known = self._shared(row)
+        if known is None:
+            return None
+        n, number = known
+        self._kept.move_to_end(number)
+        return self._kept[number], n
+
+    def n_shared(self, row: Row) -> int:
+        """How many of a row's first tokens ``find`` would give, 0 for none; no text counts as used."""
+        known = self._shared(row)
+        return 0 if known is None else known[0]
+
+    def _shared(self, row: Row) -> tuple[int, int] | None:
         onlooker = row.request.onlooker
         if (onlooker is not None and onlooker.altered) or _varies(row.steering) or row.undecided:
             return None
@@ -94,11 +107,7 @@ class Prefixes:
         now = self._changes, row.n_known, id(row.steering)
         if known is None or known[0] != now:
             known = row.found_prefix = now, self._longest(row)
-        if known[1] is None:
-            return None
-        n, number = known[1]
-        self._kept.move_to_end(number)
-        return self._kept[number], n
+        return known[1]
 
     def _longest(self, row: Row) -> tuple[int, int] | None:
         """How many tokens the best text for a row shares with it, and its number."""

@@ -228,9 +228,9 @@ class ForcedAnswers:
 
     def _each(self, pack: Pack, plain: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """[J, N] KL to plain, and log-probabilities of the targets, from what predicts them under J settings."""
-        unembed: Callable[[Tensor], Tensor] = self._adapter.unembedding.logits
-        if self._whole:
-            unembed = torch.Tensor.detach
+        unembed: Callable[[Tensor], Tensor] = (
+            torch.Tensor.detach if self._whole else self._adapter.unembedding.logits
+        )
         n_settings, n = rows.shape[:2]
         vocabulary = rows.shape[-1] if self._whole else self._adapter.unembedding.weight.shape[0]
         step = max(1, LOGITS // (vocabulary * n_settings))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +53,7 @@ class Scoring:
         self._place = {behavior: j for j, behavior in enumerate(scorer.behaviors)}
         self._columns: dict[tuple[Behavior, ...], RowColumns] = {}
 
-    def covers(self, behaviors: set[Behavior]) -> bool:
+    def covers(self, behaviors: Set[Behavior]) -> bool:
         """Whether it scores all of these."""
         return behaviors <= self._place.keys()
 
@@ -78,13 +78,13 @@ class Scorings:
             behaviors: all of one width.
             device: where the activations are.
         """
-        wanted = set(behaviors)
+        wanted = dict.fromkeys(behaviors)  # in an order that processes share
         for key in reversed(self._kept):
             fits = key[0] == device and len(key[1]) <= max(_FEW, 2 * len(wanted))
-            if fits and self._kept[key].covers(wanted):
+            if fits and self._kept[key].covers(wanted.keys()):
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        key = device, tuple(sorted(wanted, key=id))
+        key = device, tuple(wanted)
         self._kept[key] = Scoring(Scorer(key[1], device))
         if len(self._kept) > _KEPT:
             self._kept.popitem(last=False)

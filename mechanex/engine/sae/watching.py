@@ -168,7 +168,7 @@ class _Place:
     def meet(self, scoring_of: Callable[[Iterable[Behavior]], Scoring]) -> Scoring:
         """What scores the rows' behaviors together."""
         if self._scoring is None:
-            self._scoring = scoring_of({b for one in self.rows for b in one.behaviors})
+            self._scoring = scoring_of([b for one in self.rows for b in one.behaviors])
         return self._scoring
 
 
@@ -221,7 +221,7 @@ class WatchingSteering(RowSteering):
         self._hook_on(self._places)
 
     def foreseen(self, spans: Sequence[Span]) -> Hashable | None:
-        wanted: dict[HookPoint, set[Behavior]] = {}
+        wanted: dict[HookPoint, list[Behavior]] = {}
         for span in spans:
             watch = span.onlooker
             if not isinstance(watch, Watch):
@@ -230,7 +230,7 @@ class WatchingSteering(RowSteering):
             if watch.to_correct or any(token != watch.n_seen(point) for point in watch.by_point):
                 return None
             for point, behaviors in watch.by_point.items():
-                wanted.setdefault(point, set()).update(behaviors)
+                wanted.setdefault(point, []).extend(behaviors)
         device = self._model.device
         return tuple((point, self._scorings.of(wanted[point], device)) for point in sorted(wanted, key=str))
 

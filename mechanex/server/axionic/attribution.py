@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -18,8 +19,6 @@ from .guards import Worker
 from .work import done
 
 if TYPE_CHECKING:
-    from ...engine.attribution.prompts import Align
-    from ...engine.attribution.scores import Method
     from ...engine.models.adapter import ModelAdapter
 
 __all__ = ["router"]
@@ -46,23 +45,21 @@ async def scores(body: ScoresBody, request: Request, engine: Engine, who: Worker
     corrupted = len(await engine.encode(body.corrupted_prompt))
     n_tokens = clean + corrupted * (1 + _n_runs(engine.adapter, body, corrupted))
 
-    def work(adapter: ModelAdapter) -> dict[str, Any]:
-        return scores_answer(
-            adapter,
-            body.clean_prompt,
-            body.corrupted_prompt,
-            body.target_module_paths,
-            tokenizer=engine.tokenizer,
-            method=cast("Method", body.method),
-            steps=body.steps,
-            metric=body.metric,
-            align=cast("Align", body.align),
-            positions=body.positions,
-            edges=body.edges,
-            recompute_attention=body.recompute_attention,
-            drop_layers=body.drop_layers,
-        )
-
+    work = partial(
+        scores_answer,
+        clean_prompt=body.clean_prompt,
+        corrupted_prompt=body.corrupted_prompt,
+        target_module_paths=body.target_module_paths,
+        tokenizer=engine.tokenizer,
+        method=body.method,
+        steps=body.steps,
+        metric=body.metric,
+        align=body.align,
+        positions=body.positions,
+        edges=body.edges,
+        recompute_attention=body.recompute_attention,
+        drop_layers=body.drop_layers,
+    )
     found = await done(request, engine, who, work, n_tokens)
     return await json_answer(lambda: found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -29,7 +30,6 @@ from .guards import Sender, Worker
 from .work import ReadableExamples, computed, done, examples_of, stops_of
 
 if TYPE_CHECKING:
-    from ...engine.models.adapter import ModelAdapter
     from ...engine.sae.behavior import Behavior
     from ...engine.vectors import SteeringVector
 
@@ -160,18 +160,18 @@ async def _behavior(
     """What ``sae.create_behavior`` of a local client makes."""
     await run_sync(store_of(request).library.check_room, who.account_id)
     source, sae = await engine.autoencoder() or (None, None)
-
-    def work(adapter: ModelAdapter) -> Behavior:
-        return create(
-            adapter,
-            body.behavior_name,
-            *examples.lists.values(),
-            sae=sae,
-            source=source,
-            description=body.description,
-            vector=vector,
-            steering_vector_id=body.steering_vector_id,
-            tokenizer=engine.tokenizer,
-        )
-
+    prompts, positive, negative = examples.lists.values()
+    work = partial(
+        create,
+        name=body.behavior_name,
+        prompts=prompts,
+        positive_answers=positive,
+        negative_answers=negative,
+        sae=sae,
+        source=source,
+        description=body.description,
+        vector=vector,
+        steering_vector_id=body.steering_vector_id,
+        tokenizer=engine.tokenizer,
+    )
     return await done(request, engine, who, work, examples.n_tokens)

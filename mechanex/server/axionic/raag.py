@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request
@@ -11,16 +11,13 @@ from fastapi.responses import Response
 
 from ...engine.raag.answer import answer_questions, check_questions
 from ...engine.raag.documents import as_documents
-from ...errors import ValidationError
+from ...errors import MechanexError, ValidationError
 from ..http.answers import json_answer
 from ..http.routes import Route
 from ..model.engine import Engine, ServingEngine
 from .bodies import RaagBody
 from .guards import Worker
 from .work import check_count, done
-
-if TYPE_CHECKING:
-    from ...engine.models.adapter import ModelAdapter
 
 __all__ = ["router"]
 
@@ -42,12 +39,21 @@ async def raag_generate(body: RaagBody, request: Request, engine: Engine, who: W
         )
     if docs is not None:
         check_count(len(docs), engine.settings.max_examples, "documents")
+    if index is not None and engine.is_split:
+        # Each process would ask for itself, and might be told something else.
+        raise MechanexError(
+            "this server's model is split over processes (--tp), and reads no index: give docs.", 501
+        )
     documents = [] if docs is None else [text for _, text in as_documents(docs)]
     known = await run_sync(_known_tokens, engine, [question for question, _ in questions], documents)
 
-    def work(adapter: ModelAdapter) -> dict[str, Any]:
-        return answer_questions(adapter, engine.tokenizer, body.qa_entries, docs, index)
-
+    work = partial(
+        answer_questions,
+        tokenizer=engine.tokenizer,
+        qa_entries=body.qa_entries,
+        docs=docs,
+        pinecone_index_name=index,
+    )
     found = await done(request, engine, who, work, known)
     # What was found in an index, and the answers, are known by now.
     read = sum(len(tokens) for name in ("prompt_tokens", "answer_tokens") for tokens in found[name])

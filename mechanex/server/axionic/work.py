@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
@@ -55,9 +56,13 @@ async def computed(
     await run_sync(store_of(request).library.check_room, who.account_id)
     prompts, positive, negative = examples.lists.values()
 
-    def work(adapter: ModelAdapter) -> SteeringVector:
-        return recorded_vectors(adapter, (prompts, positive, negative), layer_idxs, method, engine.tokenizer)
-
+    work = partial(
+        recorded_vectors,
+        lists=(prompts, positive, negative),
+        layers=layer_idxs,
+        method=method,
+        tokenizer=engine.tokenizer,
+    )
     n_tokens = examples.n_tokens
     if method == "few-shot":
         n_tokens *= passes_over(len(prompts), len(layer_idxs or (0,)))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from ...engine.decode.request import Steer
@@ -23,7 +24,6 @@ from ..settings import ServerSettings
 from .folder import SharedVectors
 from .listing import ListedVector, listed_vectors, server_vectors
 from .records import Library
-from .shared import make_behaviors
 from .threads import look_up
 from .watched import WatchedBehaviors
 
@@ -46,6 +46,7 @@ class Steerings:
         settings: the folder of vectors, the behaviors, the corrected ones.
         library: accounts' vectors and behaviors, or None.
         vectors: the operator's vectors.
+        behaviors: the vectors of the server's own behaviors, by name, as :func:`.shared.make_behaviors` makes them.
 
     Attributes:
         watched: the behaviors with detectors.
@@ -56,13 +57,18 @@ class Steerings:
     """
 
     def __init__(
-        self, adapter: ModelAdapter, settings: ServerSettings, library: Library | None, vectors: VectorStore
+        self,
+        adapter: ModelAdapter,
+        settings: ServerSettings,
+        library: Library | None,
+        vectors: VectorStore,
+        behaviors: Mapping[str, SteeringVector] = MappingProxyType({}),
     ) -> None:
         self._adapter, self._library, self._vectors = adapter, library, vectors
         self._shared = SharedVectors(settings.vectors)
         for name, vector in self._shared:
             self._check_fits(name, vector)
-        self._behaviors = make_behaviors(adapter, settings.behaviors)
+        self._behaviors = behaviors
         self.watched = WatchedBehaviors(
             adapter.model_id,
             lambda behavior: check_fits(adapter, behavior),

@@ -7,6 +7,7 @@ import copy
 import logging
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,7 @@ from ...engine.text import Prompt
 from ...engine.token_texts import TokenTexts
 from ...engine.vector_store import VectorStore
 from ...errors import MechanexError, ValidationError
+from ..library.shared import make_behaviors
 from ..library.steerings import Steerings
 from ..metrics import Metrics
 from ..settings import ServerSettings
@@ -32,6 +34,7 @@ from .texts import PromptEncoder
 if TYPE_CHECKING:
     from ...engine.models.resolve import LoadedModel
     from ..library.records import Library
+    from .wire import Lead
 
 __all__ = ["Engine", "ServingEngine"]
 
@@ -51,6 +54,7 @@ class ServingEngine:
         encoder: between texts and tokens; its methods block.
         token_texts: single tokens as text, for log-probabilities.
         metrics: what is counted.
+        is_split: whether the model lies in several processes, all of which do what ``scheduler.run`` is given.
         ends: ids of the tokens that end an answer.
 
     Args:
@@ -58,6 +62,7 @@ class ServingEngine:
         loaded: the model, with a tokenizer.
         library: accounts' vectors and behaviors, or None.
         vectors: the operator's vectors; by default those under ``MECHANEX_HOME``.
+        lead: where other processes hear what is done, where the model is split over several; else None.
 
     Raises:
         ValidationError: no tokenizer, a vector of another model, or a corrected behavior that nobody made.
@@ -73,8 +78,9 @@ class ServingEngine:
         loaded: LoadedModel,
         library: Library | None = None,
         vectors: VectorStore | None = None,
+        lead: Lead | None = None,
     ) -> None:
-        self.settings = settings
+        self.settings, self.is_split = settings, lead is not None
         self.adapter = adapter_for(loaded.model)
         self.tokenizer: Any = loaded.tokenizer if loaded.tokenizer is not None else self.adapter.tokenizer
         if self.tokenizer is None:
@@ -91,12 +97,16 @@ class ServingEngine:
         self._autoencoder: list[tuple[str, SparseAutoencoder] | None] = []
         self._autoencoder_lock = asyncio.Lock()
         self.metrics = Metrics()
-        self.steerings = Steerings(self.adapter, settings, library, vectors or VectorStore())
+        make = partial(make_behaviors, sources=settings.behaviors)
+        made = make(self.adapter) if lead is None else lead.work(make, self.adapter)
+        self.steerings = Steerings(self.adapter, settings, library, vectors or VectorStore(), made)
         self.token_texts = TokenTexts(copy.deepcopy(self.tokenizer))
         self.ends = ends = end_tokens(self.adapter.hf_model, self.tokenizer)
         self._grammars: Grammars | None = None
         self._grammars_lock = threading.Lock()
-        self.scheduler = Scheduler(self.adapter, copy.deepcopy(self.tokenizer), ends, settings, self.metrics)
+        self.scheduler = Scheduler(
+            self.adapter, copy.deepcopy(self.tokenizer), ends, settings, self.metrics, lead
+        )
         self.encoder = PromptEncoder(self.tokenizer, self.scheduler.context, self.model_name)
         self.metrics.watch(
             "waiting_requests", "Requests that wait for a place.", lambda: self.scheduler.n_waiting

@@ -18,6 +18,7 @@ from .turns import Turns
 __all__ = ["ModelJobs"]
 
 _Work = Callable[[ModelAdapter], Any]
+_Doing = Callable[[_Work], Any]
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,12 @@ class ModelJobs:
             self._changed.notify()
         return future
 
-    def do_one(self, adapter: ModelAdapter) -> bool:
-        """Does the piece whose turn it is; whether there was one that somebody still waits for."""
+    def do_one(self, do: _Doing) -> bool:
+        """Has the piece done whose turn it is; whether there was one that somebody still waits for.
+
+        Args:
+            do: does a piece of work, and gives what came of it.
+        """
         with self._changed:
             self._waiting = [piece for piece in self._waiting if not piece.future.cancelled()]
             if not self._waiting:
@@ -95,7 +100,7 @@ class ModelJobs:
             future = self._running = piece.future
         begun = time.perf_counter()
         try:
-            result = piece.work(adapter)
+            result = do(piece.work)
         except BaseException as error:
             _tell(future.set_exception, _tellable(error))
         else:

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...engine.limits import check_prompt
 from ...engine.models.adapter import ModelAdapter
@@ -20,6 +20,9 @@ from ..senders import sender
 from ..settings import ServerSettings
 from .requests import Generation, ServedRow, TextRequest
 from .worker import Worker
+
+if TYPE_CHECKING:
+    from .wire import Lead
 
 __all__ = ["Scheduler"]
 
@@ -36,6 +39,7 @@ class Scheduler:
         ends: ids of the tokens that end an answer.
         settings: the limits.
         metrics: what is counted.
+        lead: where other processes hear what is done, where the model is split over several; else None.
     """
 
     def __init__(
@@ -45,9 +49,10 @@ class Scheduler:
         ends: list[int],
         settings: ServerSettings,
         metrics: Metrics,
+        lead: Lead | None = None,
     ) -> None:
         self._adapter, self._tokenizer, self._ends = adapter, tokenizer, ends
-        self._settings, self._metrics = settings, metrics
+        self._settings, self._metrics, self._lead = settings, metrics, lead
         self.context = adapter.context
         per_minute = settings.account_tokens_per_minute
         self.quota = None if per_minute is None else TokenQuota(per_minute)
@@ -60,6 +65,11 @@ class Scheduler:
         """Whether requests are taken."""
         worker = self._worker
         return worker is not None and worker.ready.is_set() and self._accepting and worker.failure is None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the model's thread has ended by an error: no request will be answered any more."""
+        return self._worker is not None and self._worker.failure is not None
 
     @property
     def n_waiting(self) -> int:
@@ -80,7 +90,9 @@ class Scheduler:
         """Starts the model's thread; call it on the event loop's thread."""
         padding = padding_token(self._tokenizer, self._ends)
         loop = asyncio.get_running_loop()
-        self._worker = Worker(self._adapter, padding, self._settings, self._metrics, loop, self.quota)
+        self._worker = Worker(
+            self._adapter, padding, self._settings, self._metrics, loop, self.quota, self._lead
+        )
         self._accepting = True
         self._thread = threading.Thread(target=self._worker.run, name="mechanex-model", daemon=True)
         self._thread.start()
@@ -164,11 +176,13 @@ class Scheduler:
         Errors of ``fn`` are raised here.
 
         Args:
-            fn: the work.
+            fn: the work; where the model is split over processes all do it, so that it is a function of a module or a
+                ``partial`` of one, whose arguments can be sent.
             timeout: seconds; None for the server's setting.
 
         Raises:
             RateLimitError: too much waits already, and an equal share of it is the sender's.
+            MechanexError: it can't be sent to other processes (501).
             APIError: the server is shutting down (503), or no result in time (504).
         """
         worker = self._open()

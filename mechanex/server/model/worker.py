@@ -8,7 +8,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import cast
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 
@@ -28,10 +29,16 @@ from ..settings import ServerSettings
 from .admission import Room, pick, who_makes_way
 from .answers import Answers
 from .jobs import ModelJobs
+from .led import LeadingDecoder
 from .requests import ServedRow, Step
 from .turns import Turns
 
+if TYPE_CHECKING:
+    from .wire import Lead
+
 __all__ = ["Worker"]
+
+T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 _TURN = 32  # steps before the model is offered to other threads of the process
@@ -39,6 +46,7 @@ _GATHERING = 0.003  # seconds in which those whose answers ended together may se
 _HOLD = 0.1  # seconds that a pass of other work may take as a pass of prompts; gradients take twice more
 _UNTOLD = 128  # tokens of a pass of other work before that is known on a CPU
 _LEAST_TOLD = 32  # tokens of a pass that says how fast the model is
+_BEAT = 5.0  # seconds without work after which other processes are told that there is none
 _PATIENCE = 3  # steps that a few prompts wait for more to be read together with, while others are decoded
 
 
@@ -52,6 +60,7 @@ class Worker:
         metrics: what is counted.
         loop: where generations are told their news.
         quota: of which answers take their tokens, or None.
+        lead: where other processes hear what is done, where the model is split over several; else None.
     """
 
     def __init__(
@@ -62,6 +71,7 @@ class Worker:
         metrics: Metrics,
         loop: asyncio.AbstractEventLoop,
         quota: TokenQuota | None = None,
+        lead: Lead | None = None,
     ) -> None:
         self.changed = threading.Condition()
         self.waiting: deque[ServedRow] = deque()
@@ -71,7 +81,7 @@ class Worker:
         self.ready = threading.Event()
         self.failure: BaseException | None = None
         self._adapter, self._padding, self._settings = adapter, padding, settings
-        self._metrics = metrics
+        self._metrics, self._lead = metrics, lead
         self._form: CallForm = "rolling"
         self._room = Room(1, 0)  # until the model is known
         self._prefixes = Prefixes(0)
@@ -106,7 +116,7 @@ class Worker:
         end = APIError("The server is shutting down; the answer ends here.", 503)
         try:
             with exclusive(self._adapter):
-                self._form = form(self._adapter, self._settings.max_batch)
+                self._form = self._done(partial(form, n_rows=self._settings.max_batch))
                 self._room = Room.of(self._adapter, self._settings)
                 self._prefixes = Prefixes(self._room.prefix_bytes)
                 self._decoder = self._new_decoder()
@@ -121,10 +131,15 @@ class Worker:
             self._end_all(end)
 
     def _wait(self) -> bool:
-        with self.changed:
-            while not (self.closing or self.jobs or self.waiting or self.n_running):
-                self.changed.wait()
-            return not self.closing
+        while True:
+            with self.changed:
+                if self.changed.wait_for(self._has_work, None if self._lead is None else _BEAT):
+                    return not self.closing
+            if self._lead is not None:
+                self._lead.beat()
+
+    def _has_work(self) -> bool:
+        return self.closing or bool(self.jobs or self.waiting or self.n_running)
 
     def _turn(self) -> None:
         with exclusive(self._adapter):
@@ -135,11 +150,17 @@ class Worker:
                             break
                 finally:
                     self._decoder.detach()
+            self._flush()
             if self.jobs:
                 self.answers.catch_up(self._rows)
                 self.answers.flush()
             self._work()
         self.answers.flush()
+
+    def _flush(self) -> None:
+        """Sends to other processes what they were told, before this one may have no more to say for a while."""
+        if self._lead is not None:
+            self._lead.flush()
 
     def _advance(self) -> bool:
         """Reads some prompts and makes one step; False when there is nothing to do."""
@@ -204,8 +225,7 @@ class Worker:
         return fit
 
     def _n_unread(self, row: ServedRow) -> int:
-        found = None if row.wants_prompt_logprobs else self._prefixes.find(row)
-        return row.n_known - (0 if found is None else found[1])
+        return row.n_known - (0 if row.wants_prompt_logprobs else self._prefixes.n_shared(row))
 
     def _read_on(self) -> None:
         reading = self._reading
@@ -331,9 +351,17 @@ class Worker:
         """Does one piece of other work."""
         self._resumed = time.perf_counter()
         with pausing(self._take_turn, self._pass_tokens):
-            done = self.jobs.do_one(self._adapter)
+            done = self.jobs.do_one(partial(self._done, pauses=True))
+        if self._lead is not None:
+            self._lead.check()
         if done:
             self._metrics.model_seconds.labels("other").inc(time.perf_counter() - self._resumed)
+
+    def _done(self, work: Callable[[ModelAdapter], T], *, pauses: bool = False) -> T:
+        """What work on the model comes to, which all processes do that have a part of it."""
+        if self._lead is None:
+            return work(self._adapter)
+        return self._lead.work(work, self._adapter, pauses=pauses, pass_tokens=self._pass_tokens)
 
     def _take_turn(self) -> None:
         """Decodes for as long as the work that pauses now had the model; ends work that nobody waits for."""
@@ -341,6 +369,7 @@ class Worker:
         self._resumed += taken
         self._metrics.model_seconds.labels("other").inc(taken)
         if self.closing or not self.jobs.wanted:
+            self._go_on("stop")
             raise APIError("Nobody waits for this work any more.", 503)
         until = time.perf_counter() + taken
         with undisturbed(self._adapter.hf_model), torch.no_grad():
@@ -351,7 +380,14 @@ class Worker:
                 self._decoder.detach()
         self.answers.catch_up(self._rows)  # before the other work goes on for as long
         self.answers.flush()
+        self._go_on("resume")
         self._resumed = time.perf_counter()
+
+    def _go_on(self, how: str) -> None:
+        """Lets other processes leave a pause of work as this one does."""
+        if self._lead is not None:
+            self._lead.tell(how)
+            self._lead.flush()
 
     def _end_all(self, error: MechanexError) -> None:
         self.answers.catch_up(self._rows)
@@ -371,6 +407,16 @@ class Worker:
     def _new_decoder(self) -> Decoder:
         """A decoder without rows; what an error left behind in kept texts is not gone on from."""
         self._prefixes.clear()
+        if self._lead is not None:
+            return LeadingDecoder(
+                self._lead,
+                self._adapter,
+                self._padding,
+                form=self._form,
+                prefill_tokens=self._settings.prefill_tokens,
+                prefixes=self._prefixes,
+                prefix_bytes=self._room.prefix_bytes,
+            )
         return Decoder(
             self._adapter,
             self._padding,

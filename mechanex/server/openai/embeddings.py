@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -106,12 +107,8 @@ async def _embeddings(body: EmbeddingBody, request: Request, engine: Engine, who
     n_tokens = sum(len(row.ids) for row in rows)
     engine.scheduler.take_tokens(n_tokens)
 
-    def work(adapter: ModelAdapter) -> list[Tensor]:
-        return [
-            _pooled(read_inside(adapter, row, (), [layer], None, padding).streams[layer], body)
-            for row in rows
-        ]
-
+    last, normalize = body.pooling == "last", body.normalize is not False
+    work = partial(_embedded, rows=rows, layer=layer, padding=padding, last=last, normalize=normalize)
     found = await done_or_gone(request, engine.scheduler.run(work))
 
     def made() -> dict[str, Any]:
@@ -128,17 +125,30 @@ async def _embeddings(body: EmbeddingBody, request: Request, engine: Engine, who
     return await json_answer(made, len(found) * width)
 
 
-def _pooled(stream: Tensor, body: EmbeddingBody) -> Tensor:
+def _embedded(
+    adapter: ModelAdapter, rows: Sequence[TextRequest], layer: int, padding: int, last: bool, normalize: bool
+) -> list[Tensor]:
+    """[d_model] float32 of each text, as ``_pooled`` makes them."""
+    streams = (read_inside(adapter, row, (), [layer], None, padding).streams[layer] for row in rows)
+    return [_pooled(stream, last, normalize) for stream in streams]
+
+
+def _pooled(stream: Tensor, last: bool, normalize: bool) -> Tensor:
     """[d_model] float32 of a text's stream [tokens, d_model].
+
+    Args:
+        stream: the text's.
+        last: its last token's in place of the mean.
+        normalize: whether its norm is 1.
 
     Raises:
         ValidationError: it isn't finite, or it is zero and was to have norm 1.
     """
     stream = stream.double()  # in which sums of squares of numbers of float32 are numbers too
-    pooled = stream[-1] if body.pooling == "last" else stream.mean(0)
+    pooled = stream[-1] if last else stream.mean(0)
     if not bool(pooled.float().isfinite().all()):
         raise ValidationError("the residual stream is not finite: the steering is too strong.")
-    if body.normalize is not False:
+    if normalize:
         pooled = unit(pooled)
     return pooled.float()
 

@@ -6,13 +6,15 @@ When an answer has ended, its text is read once more, edited as it was, beside t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from anyio.to_thread import run_sync
 from torch import Tensor
 
 from ...engine.decode.inside import Difference, ReadText, read_inside
 from ...engine.intervention import unit
-from ...engine.models.adapter import ModelAdapter
 from ...engine.sampling import padding_token
 from ...errors import NotFoundError, ValidationError
 from ..http.errors import invalid
@@ -89,20 +91,28 @@ class Inspection:
         sides = 1 if self._wanted.logit_differences is None else 2
         engine.scheduler.spend_tokens(sides * (len(request.ids) + len(result.tokens)))
 
-        def work(adapter: ModelAdapter) -> dict[str, Any]:
-            most_changed = self._wanted.logit_differences
-            inside = read_inside(adapter, request, result.tokens, layers, most_changed, padding)
-            found: dict[str, Any] = {}
-            if items:
-                found["activations"] = [
-                    self._activations(one, directions, inside, len(request.ids))
-                    for one, directions in zip(items, self._directions, strict=True)
-                ]
-            if most_changed is not None:
-                found["logit_differences"] = [self._difference(one) for one in inside.differences]
-            return found
+        work = partial(
+            read_inside,
+            request=replace(request, grammar=None, onlooker=None),  # which have no part in reading
+            answer=result.tokens,
+            layers=layers,
+            most_changed=self._wanted.logit_differences,
+            padding=padding,
+        )
+        inside = await engine.scheduler.run(work)
+        self.found[index] = await run_sync(self._shown, inside, len(request.ids))
 
-        self.found[index] = await engine.scheduler.run(work)
+    def _shown(self, inside: ReadText, n_prompt: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        items = self._wanted.activations or ()
+        if items:
+            found["activations"] = [
+                self._activations(one, directions, inside, n_prompt)
+                for one, directions in zip(items, self._directions, strict=True)
+            ]
+        if self._wanted.logit_differences is not None:
+            found["logit_differences"] = [self._difference(one) for one in inside.differences]
+        return found
 
     def _activations(
         self, item: ActivationItem, directions: dict[str, Tensor], inside: ReadText, n_prompt: int

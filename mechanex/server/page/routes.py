@@ -6,6 +6,7 @@ import codecs
 import re
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,9 +121,7 @@ async def compare(body: CompareBody, request: Request, engine: Engine, who: Work
 
     engine.scheduler.take_tokens(2 * sum(len(prompt) + len(answer) for prompt, answer in pairs))
 
-    def work(adapter: ModelAdapter) -> list[list[TokenShift]]:
-        return token_shifts(adapter, pairs, after, plain=before, top=body.top) if pairs else []
-
+    work = partial(_shifts, pairs=pairs, steered=after, plain=before, top=body.top)
     # As short as the writing of an answer, so that it needs no place of its own.
     found = dict(zip(wanted, await done_or_gone(request, engine.scheduler.run(work)), strict=True))
 
@@ -150,10 +149,26 @@ async def sweep(body: SweepBody, request: Request, engine: Engine, who: Worker) 
     check_count(n_tokens, MOST_TOKENS, "tokens to read")
     before = interventions(engine.steerings.corrections)
 
-    def work(adapter: ModelAdapter) -> list[dict[str, Any]]:
-        return swept(adapter, vector, body.strengths, layers, pairs, examples, before)
-
+    work = partial(
+        swept,
+        vector=vector,
+        strengths=body.strengths,
+        layers=layers,
+        answers=pairs,
+        examples=examples,
+        before=before,
+    )
     return JSONResponse({"lines": await done(request, engine, who, work, n_tokens)})
+
+
+def _shifts(
+    adapter: ModelAdapter,
+    pairs: Sequence[Pair],
+    steered: Sequence[Intervention],
+    plain: Sequence[Intervention],
+    top: int,
+) -> list[list[TokenShift]]:
+    return token_shifts(adapter, pairs, steered, plain=plain, top=top) if pairs else []
 
 
 def interventions(steers: Sequence[Steer]) -> list[Intervention]:
