@@ -148,7 +148,9 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     [
         (16, 1, False, torch.bfloat16, True),
         (1 << 17, 0, True, torch.bfloat16, True),
-        (1 << 17, 1, False, torch.bfloat16, False),
+        (1 << 17, 1, False, torch.bfloat16, True),
+        (1 << 19, 1, False, torch.bfloat16, False),
+        (1 << 17, 1, False, torch.float32, False),
         (1 << 17, 1, True, torch.bfloat16, True),
         (1 << 17, 4, False, torch.bfloat16, True),
         (1 << 17, 4, False, torch.float32, False),
