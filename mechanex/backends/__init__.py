@@ -227,13 +227,17 @@ def _select(op: str, name: str | None, by_size: bool, args: tuple[Any, ...]) -> 
 
 
 def direct_steer(
-    name: str | None, hidden: Tensor, rows: Tensor | None, left: Tensor | None
+    name: str | None,
+    hidden: Tensor,
+    rows: Tensor | None,
+    left: Tensor | None,
+    strength: Tensor | None = None,
 ) -> Callable[..., Tensor | None] | None:
     """What may edit these plain tensors on a GPU as they are given, unchecked; it gives None for what it doesn't take.
 
     Args:
         name: as for :func:`select`.
-        hidden, rows, left: the op's arguments.
+        hidden, rows, left, strength: the op's arguments.
     """
     if not _is_on_gpu(hidden):
         return None
@@ -243,7 +247,8 @@ def direct_steer(
             isinstance(left, Tensor) and left.dim() == 3 and left.shape[1] <= _DIRECT_RANK
         ):
             return None
-        if not _is_native_quicker("steer", hidden, rows, left):
+        op = "steer" if strength is None else "steer_many"
+        if not _is_native_quicker(op, hidden, rows, left):
             return None
     elif chosen != "native":
         return None
