@@ -111,7 +111,13 @@ def test_strengths_go_through_the_door(dtype: torch.dtype, door: Any, calls: Cal
     assert torch.equal(door.steer_direct(hidden, rows, *tables, strength), shaped.view(6, 64))
     ones = door.steer_direct(hidden, rows, *tables, torch.ones_like(strength))
     assert torch.equal(ones, door.steer_direct(hidden, rows, *tables, None))
-    for other in (strength[:5], strength[:, None], strength.to(torch.float16), torch._neg_view(strength), 1.0):
+    for other in (
+        strength[:5],
+        strength[:, None],
+        strength.to(torch.float16),
+        torch._neg_view(strength),
+        1.0,
+    ):
         assert door.steer_direct(hidden, rows, *tables, other) is None
 
 
