@@ -146,8 +146,8 @@ struct DirectCall {
   }
 };
 
-// steer_direct(hidden, rows, bias, left, right, strength): the edited tensor, or None where the call isn't plain. hidden
-// is [..., d].
+// steer_direct(hidden, rows, bias, left, right, strength): the edited tensor, or None where the call isn't plain.
+// hidden is [..., d].
 inline PyObject* steer_direct(PyObject*, PyObject* const* args, Py_ssize_t n) {
   if (n != 6 || torch_given().exchange == nullptr) Py_RETURN_NONE;
   DirectCall call;
