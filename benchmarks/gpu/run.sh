@@ -84,7 +84,7 @@ if wanted ranks; then
 fi
 
 timed=
-for part in steer:90 logprob:90 work:120 decode:240; do
+for part in steer:90 logprob:150 work:120 decode:240; do
   name=${part%:*}
   wanted "$name" || continue
   timed=1
