@@ -9,10 +9,11 @@ import pytest
 import torch
 from interleaved import medians
 from llama import llama_110m
+from plain import padded_means
 
 from mechanex.engine.caa import caa_vectors
 
-N_PAIRS, BATCH = 256, 32
+N_PAIRS = 256
 
 
 @pytest.fixture(scope="module")
@@ -25,33 +26,6 @@ def examples():
         return torch.randint(3, 16_000, (n,), generator=generator).tolist()
 
     return [draw(30, 8) for _ in range(N_PAIRS)], *([draw(8, 3) for _ in range(N_PAIRS)] for _ in range(2))
-
-
-def padded_means(model, prompts, positive, negative) -> torch.Tensor:
-    """[n_layers, d_model] the usual way: each answer with its prompt, sorted by length, 32 sequences a batch."""
-    rows = [
-        (p, a, sign)
-        for side, sign in ((positive, 1), (negative, -1))
-        for p, a in zip(prompts, side, strict=True)
-    ]
-    rows.sort(key=lambda row: len(row[0]) + len(row[1]))
-    total = torch.zeros(model.config.num_hidden_layers, model.config.hidden_size)
-    with torch.no_grad():
-        for start in range(0, len(rows), BATCH):
-            batch = rows[start : start + BATCH]
-            width = max(len(p) + len(a) for p, a, _ in batch)
-            ids = torch.zeros(len(batch), width, dtype=torch.long)
-            mask, weight = torch.zeros_like(ids), torch.zeros(len(batch), width)
-            for i, (p, a, sign) in enumerate(batch):
-                n = len(p) + len(a)
-                ids[i, :n], mask[i, :n] = torch.tensor(p + a), 1
-                weight[i, len(p) : n] = sign / len(a) / len(prompts)
-            states = model.model(
-                input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True
-            ).hidden_states
-            for layer, hidden in enumerate(states[: model.config.num_hidden_layers]):
-                total[layer] += torch.einsum("bt,btd->d", weight, hidden)
-    return total
 
 
 def test_caa_256_pairs(examples, report, benchmark):

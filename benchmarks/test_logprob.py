@@ -18,6 +18,7 @@ import torch
 from interleaved import medians
 from llama import llama_46m
 from measure import matmul_share, peak_bytes
+from plain import one_by_one, padded
 from torch.nn import functional
 
 from mechanex.engine.score import completion_logprobs
@@ -25,7 +26,6 @@ from mechanex.ops.logprob import completion_logprob
 
 ROUNDS = 3
 LAYER = 6
-BATCH = 16
 TOKENS_PER_WORD = 1.3
 
 
@@ -48,50 +48,21 @@ def adding(model, vector):
     return model.model.layers[LAYER].register_forward_pre_hook(lambda _, args: (args[0] + vector, *args[1:]))
 
 
-def backward(loss, vector):
-    return None if vector is None else torch.autograd.grad(loss, vector)[0]
+def steered(run, model, vector):
+    """``run`` on the model with the vector added."""
 
+    def call(*args):
+        with adding(model, vector):
+            return run(model, *args, vector)
 
-def one_by_one(model, prompts, completions, vector=None):
-    sums, gradient = [], None if vector is None else torch.zeros_like(vector)
-    with adding(model, vector), torch.set_grad_enabled(vector is not None):
-        for prompt, choices in zip(prompts, completions, strict=True):
-            for choice in choices:
-                ids = torch.tensor([prompt + choice])
-                logprobs = model(ids).logits.log_softmax(-1)
-                scored = logprobs[0, len(prompt) - 1 : -1].gather(1, torch.tensor(choice)[:, None])
-                if vector is not None:
-                    gradient += backward(scored.sum(), vector)
-                sums.append(scored.sum().detach())
-    return torch.stack(sums), gradient
-
-
-def padded(model, prompts, completions, vector=None):
-    pairs = [(p, c) for p, choices in zip(prompts, completions, strict=True) for c in choices]
-    sums, gradient = [], None if vector is None else torch.zeros_like(vector)
-    with adding(model, vector), torch.set_grad_enabled(vector is not None):
-        for start in range(0, len(pairs), BATCH):
-            batch = pairs[start : start + BATCH]
-            width = max(len(p) + len(c) for p, c in batch)
-            ids = torch.zeros(len(batch), width, dtype=torch.long)
-            mask, scored = torch.zeros_like(ids), torch.zeros(len(batch), width)
-            for i, (p, c) in enumerate(batch):
-                n = len(p) + len(c)
-                ids[i, :n], mask[i, :n] = torch.tensor(p + c), 1
-                scored[i, len(p) : n] = 1
-            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-            losses = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-            found = -(losses * scored[:, 1:]).sum(1)
-            if vector is not None:
-                gradient += backward(found.sum(), vector)
-            sums.append(found.detach())
-    return torch.cat(sums), gradient
+    return call
 
 
 def ours(model, prompts, completions, vector=None):
     edits = None if vector is None else {LAYER: vector}
     found = completion_logprobs(model, prompts, completions, edits=edits, differentiable=vector is not None)
-    return found.sums.detach(), backward(found.sums.sum(), vector)
+    slope = None if vector is None else torch.autograd.grad(found.sums.sum(), vector)[0]
+    return found.sums.detach(), slope
 
 
 @pytest.mark.parametrize("learning", [False, True], ids=["forward", "forward and backward"])
@@ -101,8 +72,9 @@ def test_long_prompts_with_many_completions(examples, report, benchmark, learnin
     if vector is not None:
         vector.requires_grad_()
     ways = {
-        way.__name__.replace("_", " "): functools.partial(way, model, *examples, vector)
-        for way in (one_by_one, padded, ours)
+        "one by one": functools.partial(steered(one_by_one, model, vector), *examples),
+        "padded": functools.partial(steered(padded, model, vector), *examples),
+        "ours": functools.partial(ours, model, *examples, vector),
     }
     truth, slope = ways["one by one"]()
     for name, run in ways.items():

@@ -112,7 +112,7 @@ void steer(int dtype, int64_t n_rows, int64_t d, uintptr_t x, int64_t x_stride, 
       in_use.load()->kernels->steer[dtype],
       {reinterpret_cast<const void*>(x), x_stride, reinterpret_cast<void*>(y), y_stride,
        reinterpret_cast<const int32_t*>(rows), rows_stride, nullptr, reinterpret_cast<const void*>(bias),
-       reinterpret_cast<const void*>(left), reinterpret_cast<const void*>(right), n_edits, rank, d}};
+       reinterpret_cast<const void*>(left), reinterpret_cast<const void*>(right), n_edits, rank, d, nullptr}};
   if (job.args.rows != nullptr) check_rows(job.args, n_rows);
   const std::vector<int64_t> order = order_by_edit(job.args, n_rows);
   if (!order.empty()) job.args.order = order.data();

@@ -10,9 +10,9 @@ enum DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kDTy
 // Largest rank that a kernel takes: a row's coordinates live on its stack.
 enum : int64_t { kMaxRank = 64 };
 
-// y[t] = x[t] + bias[k] + left[k]^T (right[k] x[t]) with k = rows[t]; y[t] = x[t], bit by bit, where k is not an edit.
-// Strides are in elements; columns are adjacent. The tables are contiguous, float64 for float64 rows and float32 for
-// others.
+// y[t] = x[t] + strength[t] * (bias[k] + left[k]^T (right[k] x[t])) with k = rows[t]; y[t] = x[t], bit by bit, where k
+// is not an edit. Strides are in elements; columns are adjacent. The tables are contiguous, float64 for float64 rows
+// and float32 for others.
 struct SteerArgs {
   const void* x;
   int64_t x_stride;
@@ -27,6 +27,7 @@ struct SteerArgs {
   int64_t n_edits;
   int64_t rank;
   int64_t d;
+  const void* strength;  // [n_rows] of the arithmetic's type, or null: 1 (the CPU's kernels take none)
 };
 
 // Codes of gates, as in mechanex/ops/gate.py; with q = weight[k] . x + offset[k]. Any other code makes the row NaN.

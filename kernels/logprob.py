@@ -20,7 +20,7 @@ from mechanex.ops.head import Head
 from .convert import _INTERPRETED, widen
 from .launch import OPTIONS, adjacent, contiguous, current, divided_up
 
-__all__ = ["MINUS_INFINITY", "Tile", "logprob", "tanh", "tile_for"]
+__all__ = ["CANDIDATES", "MINUS_INFINITY", "Tile", "logprob", "tanh", "tile_for"]
 
 MINUS_INFINITY = tl.constexpr(float("-inf"))
 # Programs that fill any GPU several times over.
@@ -39,6 +39,8 @@ class Tile:
         width: elements of the rows that a step multiplies, likewise.
         warps: warps that share the work.
         stages: steps whose operands are on their way at the same time.
+        persistent: as many programs as there are multiprocessors, each with one long stretch of the vocabulary in which
+            the next block's operands are on their way while this one's logits are reduced (Triton 3.3).
     """
 
     rows: int
@@ -46,6 +48,7 @@ class Tile:
     width: int
     warps: int
     stages: int
+    persistent: bool = False
 
     def shared_bytes(self, element: int, stages: int) -> int:
         """Shared memory for the operands of so many steps, of elements of so many bytes."""
@@ -60,6 +63,18 @@ _HALF_TILES = (
     (32, Tile(32, 128, 64, 4, 4)),
     (64, Tile(64, 128, 64, 4, 4)),
     (1 << 62, Tile(128, 128, 64, 8, 3)),
+)
+# Larger or longer-lived tiles than the table's, for benchmarks/gpu/logprob.py to measure from 256 rows on. None has run
+# on a GPU.
+CANDIDATES = (
+    Tile(128, 128, 64, 8, 3, persistent=True),
+    Tile(128, 128, 128, 8, 3),
+    Tile(64, 256, 64, 4, 4),
+    Tile(128, 256, 64, 8, 3),
+    Tile(128, 256, 64, 8, 4),
+    Tile(128, 256, 64, 8, 3, persistent=True),
+    Tile(256, 128, 64, 8, 3),
+    Tile(256, 128, 64, 8, 3, persistent=True),
 )
 # Without tensor cores every thread holds the operands of its sums for a whole step: short steps.
 _FLOAT_TILES = (
@@ -83,6 +98,14 @@ def _stages_for(tile: Tile, hidden: Tensor) -> int:
         while stages > 1 and tile.shared_bytes(hidden.element_size(), stages) > limit:
             stages -= 1
     return stages
+
+
+def _programs_for(tile: Tile, hidden: Tensor, row_blocks: int) -> int:
+    """Programs among which the blocks of logits are shared."""
+    if not tile.persistent or hidden.device.type != "cuda":
+        return _PROGRAMS
+    processors: int = torch.cuda.get_device_properties(hidden.device).multi_processor_count
+    return max(row_blocks, processors // row_blocks * row_blocks)
 
 
 @triton.jit
@@ -163,6 +186,64 @@ def _logits_tile(
     return products * scale
 
 
+@triton.jit
+def _fold_block(
+    highest,
+    sums,
+    block,
+    own,
+    row,
+    hidden,
+    weight,
+    bias,
+    chosen,
+    n_rows,
+    n_vocab,
+    width,
+    hidden_stride,
+    weight_stride,
+    weight_step,
+    scale,
+    softcap,
+    coldness,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """The rows' running maximum and sum after a block of the vocabulary; stores the logits of targets in it."""
+    column = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    logits = _logits_tile(
+        hidden,
+        weight,
+        bias,
+        row,
+        column,
+        n_rows,
+        n_vocab,
+        width,
+        hidden_stride,
+        weight_stride,
+        weight_step,
+        scale,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        BLOCK_WIDTH,
+    )
+    if softcap is not None:
+        logits = logits / softcap
+        logits = softcap * tanh(logits, tl.exp(-2 * tl.abs(logits)))
+    logits *= coldness
+    is_own = column[None, :] == own[:, None]
+    here = (own >= block * BLOCK_COLUMNS) & (own < (block + 1) * BLOCK_COLUMNS)
+    tl.store(chosen + row, tl.sum(tl.where(is_own, logits, 0.0), axis=1), mask=here)
+    logits = tl.where(is_own | (column >= n_vocab)[None, :], MINUS_INFINITY, logits)
+    higher = tl.maximum(highest, tl.max(logits, axis=1))
+    # Where every logit is minus infinity, differences from it would be NaN.
+    finite = tl.where(higher == MINUS_INFINITY, 0.0, higher)
+    sums = sums * tl.exp(highest - finite) + tl.sum(tl.exp(logits - finite[:, None]), axis=1)
+    return higher, sums
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_splits", "blocks_each"])
 def _logprob_kernel(
     hidden,
@@ -187,45 +268,66 @@ def _logprob_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
     row_block, split = _place(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS), n_splits, GROUP)
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     own = _known(tl.load(target + row, mask=row < n_rows, other=-1), n_vocab)
     highest = tl.full([BLOCK_ROWS], MINUS_INFINITY, tl.float32)
     sums = tl.zeros([BLOCK_ROWS], tl.float32)
-    last = tl.minimum((split + 1) * blocks_each, tl.cdiv(n_vocab, BLOCK_COLUMNS))
-    for block in range(split * blocks_each, last):
-        column = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-        logits = _logits_tile(
-            hidden,
-            weight,
-            bias,
-            row,
-            column,
-            n_rows,
-            n_vocab,
-            width,
-            hidden_stride,
-            weight_stride,
-            weight_step,
-            scale,
-            BLOCK_ROWS,
-            BLOCK_COLUMNS,
-            BLOCK_WIDTH,
-        )
-        if softcap is not None:
-            logits = logits / softcap
-            logits = softcap * tanh(logits, tl.exp(-2 * tl.abs(logits)))
-        logits *= coldness
-        is_own = column[None, :] == own[:, None]
-        here = (own >= block * BLOCK_COLUMNS) & (own < (block + 1) * BLOCK_COLUMNS)
-        tl.store(chosen + row, tl.sum(tl.where(is_own, logits, 0.0), axis=1), mask=here)
-        logits = tl.where(is_own | (column >= n_vocab)[None, :], MINUS_INFINITY, logits)
-        higher = tl.maximum(highest, tl.max(logits, axis=1))
-        # Where every logit is minus infinity, differences from it would be NaN.
-        finite = tl.where(higher == MINUS_INFINITY, 0.0, higher)
-        sums = sums * tl.exp(highest - finite) + tl.sum(tl.exp(logits - finite[:, None]), axis=1)
-        highest = higher
+    first = split * blocks_each
+    last = tl.minimum(first + blocks_each, tl.cdiv(n_vocab, BLOCK_COLUMNS))
+    if PERSISTENT:
+        # One loop of both: its loads go on over the border between two blocks.
+        for block in tl.range(first, last, flatten=True):
+            highest, sums = _fold_block(
+                highest,
+                sums,
+                block,
+                own,
+                row,
+                hidden,
+                weight,
+                bias,
+                chosen,
+                n_rows,
+                n_vocab,
+                width,
+                hidden_stride,
+                weight_stride,
+                weight_step,
+                scale,
+                softcap,
+                coldness,
+                BLOCK_ROWS,
+                BLOCK_COLUMNS,
+                BLOCK_WIDTH,
+            )
+    else:
+        for block in range(first, last):
+            highest, sums = _fold_block(
+                highest,
+                sums,
+                block,
+                own,
+                row,
+                hidden,
+                weight,
+                bias,
+                chosen,
+                n_rows,
+                n_vocab,
+                width,
+                hidden_stride,
+                weight_stride,
+                weight_step,
+                scale,
+                softcap,
+                coldness,
+                BLOCK_ROWS,
+                BLOCK_COLUMNS,
+                BLOCK_WIDTH,
+            )
     at = split.to(tl.int64) * n_rows + row
     tl.store(peak + at, highest, mask=row < n_rows)
     tl.store(total + at, sums, mask=row < n_rows)
@@ -292,7 +394,7 @@ def logprob(hidden: Tensor, head: Head, target: Tensor, *, tile: Tile | None = N
         return out.fill_(torch.nan), lse.fill_(torch.nan)
     tile = tile or tile_for(n_rows, hidden.dtype)
     row_blocks, blocks = divided_up(n_rows, tile.rows), divided_up(n_vocab, tile.columns)
-    blocks_each = max(1, divided_up(blocks * row_blocks, _PROGRAMS))
+    blocks_each = max(1, divided_up(blocks * row_blocks, _programs_for(tile, hidden, row_blocks)))
     n_splits = divided_up(blocks, blocks_each)
     peak, total = (hidden.new_empty(n_splits, n_rows, dtype=torch.float32) for _ in range(2))
     chosen = torch.empty_like(out)
@@ -321,6 +423,7 @@ def logprob(hidden: Tensor, head: Head, target: Tensor, *, tile: Tile | None = N
             tile.columns,
             tile.width,
             _GROUP,
+            tile.persistent,
             num_warps=tile.warps,
             num_stages=_stages_for(tile, hidden),
             **OPTIONS,

@@ -18,6 +18,7 @@ def steer(
     y_stride: int,
     rows: int,
     rows_stride: int,
+    strength: int,
     bias: int,
     left: int,
     right: int,
@@ -26,7 +27,28 @@ def steer(
     device: int,
     stream: int,
     /,
-) -> None: ...
+) -> bool: ...
+def steer_slices(
+    dtype: int,
+    table_dtype: int,
+    n_rows: int,
+    d: int,
+    x: int,
+    x_stride: int,
+    y: int,
+    y_stride: int,
+    rows: int,
+    rows_stride: int,
+    strength: int,
+    bias: int,
+    left: int,
+    right: int,
+    n_edits: int,
+    rank: int,
+    device: int,
+    stream: int,
+    /,
+) -> bool: ...
 def steer_many(
     dtype: int,
     table_dtype: int,

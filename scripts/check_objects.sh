@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Check what compilers made of the kernels. Baseline objects hold no AVX code, and the objects of an instruction set share no
 # function with them (the linker could keep the wrong copy). Where nvcc is found: the CUDA module compiles, no kernel spills,
+# it loads beside the torch that is installed,
 # and its architectures are listed. PYTHON: an interpreter with pybind11.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -53,6 +54,14 @@ spills=$(grep 'bytes stack frame' "$work/log" | grep -vc ' 0 bytes stack frame, 
 [ "$spills" -eq 0 ] || fail "$spills of $kernels kernels spill registers"
 echo "CUDA: $kernels kernels compiled, none spills; module of $(stat -c %s "$module") bytes"
 if readelf -d "$module" | grep NEEDED | grep -E 'cuda|torch|c10|gomp'; then fail "the CUDA module needs a library that only torch or CUDA has"; fi
+# It loads beside any torch, one for the CPU too, and says there what is missing.
+(cd "$work" && PYTHONPATH=$work/site "$PYTHON" -c '
+import torch
+
+import mechanex._native_cuda as module
+from mechanex.backends.native.modules import missing_cuda
+
+print(f"CUDA: loads beside torch {torch.__version__}: runtime {module.runtime_version()}, {missing_cuda() or torch.cuda.get_device_name()}")')
 lister=$(command -v cuobjdump || ls "$(dirname "$(readlink -f "$(command -v nvcc)")")/cuobjdump" 2>/dev/null ||
   "$PYTHON" -c 'import importlib.util as u; print(u.find_spec("triton").submodule_search_locations[0] + "/backends/nvidia/bin/cuobjdump")' 2>/dev/null || true)
 if [ -x "$lister" ]; then

@@ -13,12 +13,13 @@ import torch
 from kernels_on_host import CAN_BUILD, WHY_NOT, built
 from optable import CASES, DTYPES, SteerCase
 from test_steer_op import widened
-from tolerances import assert_within
+from tolerances import assert_within, many_truth
 
 from mechanex import backends
 from mechanex._private.torch import exchange_table
 from mechanex.backends import native, reference
 from mechanex.errors import ValidationError
+from mechanex.ops.gate import Gate
 from mechanex.ops.steer import steer
 
 HEADERS = Path(sysconfig.get_path("include"))
@@ -50,7 +51,7 @@ def test_it_gives_what_the_oracle_does_or_leaves_the_call(
     case: SteerCase, dtype: torch.dtype, door: Any
 ) -> None:
     hidden, _rows, *_tables = args = case.make(dtype)
-    out = door.steer_direct(*args)
+    out = door.steer_direct(*args, None)
     converted = case.table is not None and case.table is not dtype
     half = dtype in (torch.bfloat16, torch.float16) and case.table is torch.float32
     apart = case.layout not in ("plain", "offset") or hidden.numel() == 0
@@ -65,9 +66,9 @@ def test_it_gives_what_the_oracle_does_or_leaves_the_call(
 
 def test_leading_dimensions_are_rows(door: Any) -> None:
     hidden, rows, *tables = SteerCase(12, 64, n_edits=3, rank=2, rows="mixed").make(torch.float32)
-    out = door.steer_direct(hidden.view(3, 4, 64), rows.view(3, 4), *tables)
-    assert torch.equal(out, door.steer_direct(hidden, rows, *tables).view(3, 4, 64))
-    one = door.steer_direct(hidden[0], None, *(t[:1] for t in tables))
+    out = door.steer_direct(hidden.view(3, 4, 64), rows.view(3, 4), *tables, None)
+    assert torch.equal(out, door.steer_direct(hidden, rows, *tables, None).view(3, 4, 64))
+    one = door.steer_direct(hidden[0], None, *(t[:1] for t in tables), None)
     assert one.shape == (64,)
 
 
@@ -93,8 +94,31 @@ def test_whatever_is_not_plain_is_left(door: Any) -> None:
         (hidden.as_subclass(Marked), rows, bias, left, right),
         (hidden, rows, bias),
     ):
-        assert door.steer_direct(*args) is None
-    assert door.steer_direct(torch.nn.Parameter(hidden), rows, bias, left, right) is not None
+        assert door.steer_direct(*args, None) is None
+    assert door.steer_direct(torch.nn.Parameter(hidden), rows, bias, left, right, None) is not None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strengths_go_through_the_door(dtype: torch.dtype, door: Any, calls: Callable[[], int]) -> None:
+    wide = torch.promote_types(dtype, torch.float32)
+    case = SteerCase(6, 64, n_edits=3, rank=2, rows="mixed", table=wide)
+    hidden, rows, *tables = case.make(dtype)
+    strength = torch.randn(6, dtype=wide)
+    args = (hidden, rows[:, None], strength[:, None], *tables, None)
+    shaped = steer(hidden.view(2, 3, 64), rows.view(2, 3), *tables, strength=strength.view(2, 3))
+    assert calls() == 1
+    assert_within(shaped.view(6, 64), *many_truth(args), 64)
+    assert torch.equal(door.steer_direct(hidden, rows, *tables, strength), shaped.view(6, 64))
+    ones = door.steer_direct(hidden, rows, *tables, torch.ones_like(strength))
+    assert torch.equal(ones, door.steer_direct(hidden, rows, *tables, None))
+    for other in (
+        strength[:5],
+        strength[:, None],
+        strength.to(torch.float16),
+        torch._neg_view(strength),
+        1.0,
+    ):
+        assert door.steer_direct(hidden, rows, *tables, other) is None
 
 
 class Marked(torch.Tensor):
@@ -127,7 +151,9 @@ def test_gradients_transforms_and_other_arguments_take_the_usual_way(calls: Call
     x = hidden.clone().requires_grad_()
     assert steer(x, rows, bias, left, right).requires_grad
     torch.func.vmap(lambda h: steer(h, None, bias[:1], left[:1], right[:1]))(hidden[:, None])
-    steer(hidden, rows, bias, left, right, strength=torch.ones(5))
+    strength = torch.ones(5, requires_grad=True)
+    assert steer(hidden, rows, bias, left, right, strength=strength).requires_grad
+    steer(hidden, rows, bias, left, right, gate=Gate.stack([Gate.of("step", row) for row in bias]))
     steer(hidden.T.contiguous().T, rows, bias, left, right)
     assert calls() == 0
     with torch.no_grad():
@@ -148,7 +174,9 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     [
         (16, 1, False, torch.bfloat16, True),
         (1 << 17, 0, True, torch.bfloat16, True),
-        (1 << 17, 1, False, torch.bfloat16, False),
+        (1 << 17, 1, False, torch.bfloat16, True),
+        (1 << 19, 1, False, torch.bfloat16, False),
+        (1 << 17, 1, False, torch.float32, False),
         (1 << 17, 1, True, torch.bfloat16, True),
         (1 << 17, 4, False, torch.bfloat16, True),
         (1 << 17, 4, False, torch.float32, False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,13 @@ from test_steer_op import guarded, widened
 from tolerances import assert_within, many_truth
 
 from mechanex.backends import native, reference
-from mechanex.backends.native import edits, modules
+from mechanex.backends.native import clusters, edits, modules
+from mechanex.ops.edits import StackedEdits
 from mechanex.ops.gate import KINDS
 
 TILE, ROW, WIDE, ANY = range(4)
+# What a block may have on the chips with clusters.
+MOST_SHARED = 227 * 1024
 
 pytestmark = [pytest.mark.ci, pytest.mark.skipif(not CAN_BUILD, reason=WHY_NOT)]
 
@@ -41,21 +45,32 @@ class Kernels:
         long, address = ctypes.c_int64, ctypes.c_void_p
         self._steer.argtypes = [
             *(ctypes.c_int, ctypes.c_int, long, long, address, long, address, long, address, long),
-            *(address, address, address, long, long, ctypes.c_int, ctypes.c_uint),
+            *(address, address, address, address, long, long, ctypes.c_int, ctypes.c_uint),
         ]
+        self._slices = loaded.steer_slices_on_host
+        self._slices.argtypes = [*self._steer.argtypes[:-2], long, ctypes.c_size_t, ctypes.c_uint]
         self._steer_many.argtypes = [
             *(ctypes.c_int, ctypes.c_int, long, long, address, long, address, long, address, long),
             *(address,) * 7,
             *(long, long, ctypes.c_uint),
         ]
         self.processors = 0
+        self.clusters, self.most_shared = 2, MOST_SHARED
         self.seed = 0
         self.layouts: list[int] = []
+        self.sizes: list[int] = []
 
-    def steer(self, *args: int) -> None:
+    def steer(self, *args: int) -> bool:
         *arguments, _device, _stream = args
         self.layouts.append(self._steer(*arguments, self.processors, self.seed))
         assert self.layouts[-1] >= 0, "the kernel failed; see stderr"
+        return True
+
+    def steer_slices(self, *args: int) -> bool:
+        *arguments, _device, _stream = args
+        self.sizes.append(self._slices(*arguments, self.clusters, self.most_shared, self.seed))
+        assert self.sizes[-1] >= 0, "the kernel failed; see stderr"
+        return self.sizes[-1] > 0
 
     def steer_many(self, *args: int) -> None:
         *arguments, _device, _stream = args
@@ -207,3 +222,104 @@ def test_the_widest_row_of_a_half_type_fits_a_block(kernels: Kernels) -> None:
     wider = ManyCase(SteerCase(1, edits.MANY_WIDTH + 8), 1, True)
     assert "the width is 24008" in edits.refuses_steer_many(*with_edits(wider.make(torch.bfloat16)))
     assert edits.refuses_steer_many(*with_edits(wider.make(torch.float32))) is None
+
+
+# Rows that fill no tile, several tiles of a cluster, columns that fill no access of every lane, many edits; and the
+# blocks among which bfloat16 rows with float32 edits are shared.
+SLICES = (
+    (SteerCase(70, 4096, rank=4), 8),
+    (SteerCase(133, 2048, n_edits=16, rank=1, rows="mixed"), 4),
+    (SteerCase(3, 1024, n_edits=3, rank=3, rows="mixed"), 2),
+    (SteerCase(200, 64, rank=2), 1),
+    (SteerCase(33, 1280, n_edits=2, rank=6, rows="mixed", layout="skipping"), 4),
+    (SteerCase(64, 512, n_edits=9, rank=8, rows="mixed"), 2),
+)
+
+
+@pytest.mark.parametrize("table", [None, torch.float32], ids=["own", "float32"])
+@pytest.mark.parametrize("dtype", [t for t in DTYPES if t is not torch.float64], ids=str)
+@pytest.mark.parametrize(("case", "size"), SLICES, ids=str)
+def test_clusters_match_the_oracle(
+    case: SteerCase, size: int, dtype: torch.dtype, table: torch.dtype | None, kernels: Kernels
+) -> None:
+    kernels.seed = 7
+    args = dataclasses.replace(case, table=table).make(dtype)
+    strength = torch.randn(case.n_rows, dtype=torch.float64).float()
+    hidden, rows, *tables = args
+    with guarded():
+        plain = clusters.steer(*args)
+        scaled = clusters.steer_many(
+            hidden, None if rows is None else rows[:, None], strength[:, None], StackedEdits(*tables)
+        )
+    truth, scale = reference.steer(*widened(args)), reference.steer(*widened(args, magnitude=True))
+    assert_within(plain, truth, scale, case.width)
+    many = (hidden, None if rows is None else rows[:, None], strength[:, None], *tables, None)
+    assert_within(scaled, *many_truth(many), case.width)
+    assert kernels.sizes[0] == kernels.sizes[1] > 0
+    if dtype is torch.bfloat16 and table is torch.float32:
+        assert kernels.sizes[0] == size
+    assert not kernels.layouts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_clusters_keep_rows_without_an_edit_and_give_the_same_bits_whoever_takes_them(
+    dtype: torch.dtype, kernels: Kernels
+) -> None:
+    hidden, rows, *tables = SteerCase(150, 128, n_edits=3, rank=2, rows="mixed").make(dtype)
+    integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    hidden.view(integer)[0, :3] = torch.tensor([-1, 1, torch.iinfo(integer).min], dtype=integer)
+    rows[0] = -1
+    rows[5:9] = torch.tensor([-2, 3, 2**31 - 1, -(2**31)], dtype=torch.int32)
+    # Rows that share an edit, and are read together, beside the same edit alone.
+    rows[64:] = 1
+    out = clusters.steer(hidden, rows, *tables)
+    assert torch.equal(out.view(integer)[rows == -1], hidden.view(integer)[rows == -1])
+    assert out[5:9].isnan().all()
+    assert not out[(rows >= 0) & (rows < 3)].isnan().any()
+    for seed, most, shared in ((1, 1, MOST_SHARED), (2, 3, 80 * 1024)):
+        kernels.seed, kernels.clusters, kernels.most_shared = seed, most, shared
+        assert torch.equal(clusters.steer(hidden, rows, *tables).view(integer), out.view(integer))
+    one = [t[1:2].contiguous() for t in tables]
+    assert torch.equal(clusters.steer(hidden, None, *one)[64:], out[64:])
+    # The gradient for the hidden state has no bias.
+    plain = clusters.steer(hidden, rows, None, *tables[1:])
+    assert torch.equal(plain[64:], clusters.steer(hidden, None, torch.zeros_like(one[0]), *one[1:])[64:])
+    assert all(kernels.sizes) and not kernels.layouts
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (SteerCase(5, 64), torch.float32),
+        (SteerCase(5, 64, rank=1), torch.float64),
+        (SteerCase(5, 47, rank=1), torch.float32),
+        (SteerCase(3, 8192, rank=1), torch.bfloat16),
+        (SteerCase(3, 4096, n_edits=60, rank=2, rows="mixed"), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_what_clusters_do_not_serve_goes_to_the_other_kernels(
+    case: SteerCase, dtype: torch.dtype, kernels: Kernels
+) -> None:
+    args = case.make(dtype)
+    out = clusters.steer(*args)
+    assert kernels.sizes == [0] and len(kernels.layouts) == 1
+    truth, scale = reference.steer(*widened(args)), reference.steer(*widened(args, magnitude=True))
+    assert_within(out, truth, scale, case.width)
+
+
+@pytest.mark.parametrize("processors", [0, 132])
+@pytest.mark.parametrize("width", [64, 47])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_edit_a_row_with_strengths_takes_the_kernels_of_one_edit(
+    dtype: torch.dtype, width: int, processors: int, kernels: Kernels
+) -> None:
+    kernels.processors = processors
+    hidden, rows, *tables = SteerCase(21, width, n_edits=3, rank=2, rows="mixed").make(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    strength = torch.randn(21, 1, dtype=wide)
+    args = hidden, rows[:, None], strength, *tables, None
+    assert_within(native.steer_many(*with_edits(args)), *many_truth(args), width)
+    ones = hidden, rows[:, None], torch.ones_like(strength), *tables, None
+    assert torch.equal(native.steer_many(*with_edits(ones)), native.steer(hidden, rows, *tables))
+    assert set(kernels.layouts[:2]) == {ANY if width == 47 else ROW}

@@ -21,7 +21,7 @@ SCRIPT = ROOT / "benchmarks" / "gpu" / "run.sh"
 PYTHON = """#!/bin/sh
 case "$*" in
   *"-m pytest"*) exit "$TESTS" ;;
-  *steer.py*|*logprob.py*|*decode.py*) echo "timings: $*"; exit "$TIMINGS" ;;
+  *steer.py*|*logprob.py*|*work.py*|*decode.py*) echo "timings: $*"; exit "$TIMINGS" ;;
   *"import xdist"*) exit 1 ;;
 esac
 """
@@ -69,7 +69,7 @@ def test_it_times_also_where_tests_fail_and_says_so(
     done = run("results", tests=tests, timings=timings)
     assert done.returncode == status, done.stderr
     timed = [line for line in done.stdout.splitlines() if line.startswith("timings:")]
-    assert [Path(line.split()[1]).stem for line in timed] == ["steer", "logprob", "decode"]
+    assert [Path(line.split()[1]).stem for line in timed] == ["steer", "logprob", "work", "decode"]
     assert all(f"--tests {said}" in line for line in timed)
     assert "== done" in done.stdout
     assert ("tests failed (1): the timings that follow say so" in done.stderr) == (tests == 1)
@@ -89,6 +89,18 @@ def test_parts_run_alone_on_what_was_built_before(
     assert len((tmp_path / "staged").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    ("parts", "judged"),
+    [("steer,ranks", True), ("ranks", False), ("build", False), ("test", False), ("work", True)],
+)
+def test_goals_are_told_of_whatever_was_timed(
+    parts: str, judged: bool, run: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    done = run("results", "--only", parts)
+    assert done.returncode == 0, done.stderr
+    assert ("== goals" in done.stdout) is judged
+
+
 def test_unknown_parts_are_refused(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = run("results", "--only", "steer,decoding")
     assert done.returncode == 2 and "unknown part decoding" in done.stderr
@@ -97,6 +109,12 @@ def test_unknown_parts_are_refused(run: Callable[..., subprocess.CompletedProces
 PARTS = {
     "steer": ((), "share of copy", "launch: torch add", "times the fastest"),
     "logprob": ((), "share of product", "times as fast as whole logits"),
+    "work": (
+        (),
+        "optimization step, 8 x (1 + 1), layer 2 of 4, tiny: times what it can't do without",
+        "scoring 128 pairs",
+        "all layers",
+    ),
     "decode": (
         ("--rows", "1,3", "--quick"),
         "first request after loading",
@@ -138,6 +156,8 @@ def test_every_part_runs_to_its_end(
     assert _main(monkeypatch, "record", str(tmp_path)) == 0
     said = capsys.readouterr().out
     assert f"{sum(row['met'] for row in judged)} of {len(judged)} goals met" in said
+    if part == "steer":
+        assert "| 8 clamps by row with strengths | 16x256 |" in said
 
 
 def _main(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> object:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optable import DTYPES, LogprobArgs, LogprobCase
+from optable import DTYPES, LogprobArgs, LogprobCase, with_head
 from test_logprob_op import assert_close, both
 from tolerances import logprob_bounds
 from torch import Tensor
 
 from mechanex import backends
-from mechanex.backends import arithmetic, chunked
+from mechanex.backends import arithmetic, chunked, triton
 from mechanex.backends.native import modules
 from mechanex.errors import ValidationError
 from mechanex.ops.logprob import completion_logprob
@@ -81,6 +81,24 @@ def test_large_shapes_match_the_oracle(case: LogprobCase, dtype: torch.dtype, ba
     out, gradient = both(args, cotangent, backend)
     assert_close(out[rows], truth, allowed)
     assert_close(gradient[rows], d_truth[rows].double(), d_allowed)
+
+
+@pytest.mark.skipif("triton" not in FAST, reason="no Triton")
+def test_tiles_that_are_to_be_measured_match_the_oracle() -> None:
+    """Those that fit the chip; what they ask for, and what it has, the compiler says."""
+    from triton.runtime.errors import OutOfResources
+
+    kernels = triton._kernel("logprob")
+    args = device_args(LogprobCase(300, 1023, 50257, True, softcap=20.0), torch.bfloat16)
+    truth, few = oracle(args)
+    allowed, _ = logprob_bounds(few, truth)
+    for tile in kernels.CANDIDATES:
+        try:
+            out, _ = kernels.logprob(*with_head(args), tile=tile)
+        except OutOfResources:
+            continue
+        assert_close(out, truth, allowed)
+        assert torch.equal(kernels.logprob(*with_head(args), tile=tile)[0], out)
 
 
 @pytest.mark.parametrize("backend", FAST)

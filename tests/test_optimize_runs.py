@@ -373,3 +373,52 @@ def test_on_a_gpu_it_is_what_it_is_on_the_cpu(dtype, caplog):
     assert info["loss"] == pytest.approx(expected["loss"], rel=1e-3 if dtype == torch.float32 else 0.05)
     if dtype == torch.float32:
         torch.testing.assert_close(vector.cpu(), truth, rtol=1e-2, atol=1e-3)
+
+
+# Compiled layers
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """How often torch was asked to compile a layer, for steps whose layers are to be compiled."""
+    asked, compile_as_is = [], torch.compile
+
+    def compile(block, **options):
+        asked.append(block)
+        return compile_as_is(block, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setenv("MECHANEX_COMPILE_STEPS", "1")
+    torch._dynamo.reset()
+    yield asked
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [2, [1, 3]])
+def test_compiled_layers_give_the_same_vector(compiled, layer, monkeypatch):
+    model = build("llama")
+    vector, info = optimize(model, layer=layer, max_iters=4, lr=0.05)
+    first = layer if isinstance(layer, int) else layer[0]
+    assert len(compiled) >= len(adapter_for(model).layers) - first
+    monkeypatch.delenv("MECHANEX_COMPILE_STEPS")
+    n = len(compiled)
+    plain, plainly = optimize(build("llama"), layer=layer, max_iters=4, lr=0.05)
+    assert len(compiled) == n
+    torch.testing.assert_close(vector, plain, rtol=1e-4, atol=1e-4)
+    assert info["loss"] == pytest.approx(plainly["loss"], rel=1e-4)
+
+
+def test_a_layer_that_torch_can_not_compile_runs_as_it_is(monkeypatch, caplog):
+    def broken(block, **options):
+        def run(*args, **kwargs):
+            raise RuntimeError("no compiler here")
+
+        return run
+
+    plain, _ = optimize(build("llama"), max_iters=2)
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setenv("MECHANEX_COMPILE_STEPS", "1")
+    vector, _ = optimize(build("llama"), max_iters=2)
+    assert torch.equal(vector, plain)
+    assert "no compiler here" in caplog.text

@@ -155,9 +155,9 @@ def test_a_graph_can_hold_the_call(backend: str) -> None:
 def test_what_cuda_refuses_is_an_exception_with_its_words() -> None:
     module = modules.cuda()
     with pytest.raises(RuntimeError, match="cudaSetDevice: invalid device ordinal"):
-        module.steer(0, 0, 1, 4, 0, 4, 0, 4, 0, 0, 0, 0, 0, 1, 0, 99, 0)
+        module.steer(0, 0, 1, 4, 0, 4, 0, 4, 0, 0, 0, 0, 0, 0, 1, 0, 99, 0)
     with pytest.raises(ValueError, match="no kernel for rows of dtype code 0 and edits of 2"):
-        module.steer(0, 2, 1, 4, 0, 4, 0, 4, 0, 0, 0, 0, 0, 1, 0, 0, 0)
+        module.steer(0, 2, 1, 4, 0, 4, 0, 4, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0)
     x = torch.ones(2, 4, device="cuda")
     assert steer(x, None, x[:1], backend="native").tolist() == [[2.0] * 4] * 2
 

@@ -83,6 +83,32 @@ def test_blocks_of_every_kind_and_any_stretch_of_the_vocabulary(
 
 
 @on_each_device
+def test_long_stretches_of_the_vocabulary_in_one_loop(kernels: SimpleNamespace, device: str) -> None:
+    args = LogprobCase(37, 47, 123, True, 0.5, 5.0, 2.0).make(torch.bfloat16, device)
+    tiles = (kernels.Tile(16, 16, 16, 4, 2, persistent=True), kernels.Tile(16, 16, 16, 4, 2))
+    long, short = (kernels.logprob(*args, tile=tile) for tile in tiles)
+    assert_forward(long, args)
+    assert_forward(short, args)
+
+
+def test_a_persistent_tile_gives_every_multiprocessor_one_program(
+    kernels: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tile = kernels.Tile(128, 128, 64, 8, 3, persistent=True)
+    tensor = SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132)
+    )
+    assert [kernels.module._programs_for(tile, tensor, n) for n in (1, 2, 8, 32, 200)] == [
+        132,
+        132,
+        128,
+        128,
+        200,
+    ]
+
+
+@on_each_device
 def test_every_row_of_many_groups_is_computed_once(kernels: SimpleNamespace, device: str) -> None:
     n_rows = 16 * (2 * kernels.module._GROUP + 3) + 5
     args = LogprobCase(n_rows, 3, 20, True).make(torch.float32, device)
@@ -250,7 +276,8 @@ JITFunction.run = compile_only
 from mechanex.backends import triton
 from optable import LogprobCase, with_head
 from mechanex.ops.head import Head
-logprob, reduce = triton._kernel("logprob").logprob, triton._kernel("logprob_reduce").reduce
+logprob, Tile = triton._kernel("logprob").logprob, triton._kernel("logprob").Tile
+reduce = triton._kernel("logprob_reduce").reduce
 CASES = (
     LogprobCase(20, 47, 123, True, softcap=5.0), LogprobCase(200, 256, 512, True, layout="transposed"),
     LogprobCase(1, 1, 1, True), LogprobCase(1, 64, 256), LogprobCase(64, 64, 64, softcap=5.0),
@@ -260,7 +287,8 @@ for name in sys.argv[3:]:
     for case in CASES[: int(sys.argv[2])]:
         hidden, weight, target, bias, *numbers = case.make(dtype)
         if dtype is not torch.float64:
-            logprob(*with_head((hidden, weight, target, bias, *numbers)))
+            for more in ({}, {"tile": Tile(16, 32, 32, 4, 2, persistent=True)}):
+                logprob(*with_head((hidden, weight, target, bias, *numbers)), **more)
         kept = [torch.zeros(case.n_rows, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2)]
         for with_slope in (False, True):
             columns = 1 if case.n_vocab == 1 else 300

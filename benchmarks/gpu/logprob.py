@@ -10,7 +10,9 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from optable import LogprobCase
 from record import Record, arguments, has_device
 
 from mechanex import backends
+from mechanex.backends import triton
+from mechanex.ops.head import Head
 from mechanex.ops.logprob import completion_logprob
 
 # The usual case is tens to hundreds of scored tokens; the vocabulary and width are those of an 8-billion model, then
@@ -33,6 +37,8 @@ CASES = [
     (LogprobCase(64, 2304, 256000, softcap=30.0), torch.bfloat16),
     *((LogprobCase(n, 2048, 32000), torch.float32) for n in (16, 256)),
 ]
+TILES = [case for case in LARGE if case.n_rows >= 256]
+TINY_TILES = [LogprobCase(4, 64, 500)]
 TINY = [(LogprobCase(4, 64, 500), torch.float32)]
 NEAR_FASTEST, MOST_MIB = 1.05, 16
 # The gradient of few rows needs one walk over the unembedding, where the two products make two.
@@ -102,6 +108,44 @@ def time_case(record: Record, device: str, case: LogprobCase, dtype: torch.dtype
         results = case.n_rows * 4 + (hidden.nbytes if gradient else 0)
         extra = (_extra_bytes(ways["auto"]) - results) / 2**20
         record.add(f"{what}: memory beside arguments and results", extra, "MiB", most=MOST_MIB)
+
+
+def time_tiles(record: Record, device: str, case: LogprobCase) -> None:
+    """Tiles of Triton's forward kernel beside the table's: what the table should hold for so many rows."""
+    if "triton" not in _names(device):
+        return
+    kernels = triton._kernel("logprob")
+    hidden = torch.randn(case.n_rows, case.width, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(case.n_vocab, case.width, device=device, dtype=torch.bfloat16)
+    target = torch.randint(0, case.n_vocab, (case.n_rows,), device=device)
+    head = Head(weight.mul_(3 / case.width**0.5), None, 1.0, None, 1.0)
+    own = kernels.tile_for(case.n_rows, torch.bfloat16)
+    ways: dict[str, Call] = {"product": lambda: _product(hidden, weight, False)}
+    failed = {}
+    for tile in (own, *kernels.CANDIDATES):
+        call = partial(kernels.logprob, hidden, head, target, tile=tile)
+        try:
+            call()
+        except Exception as error:  # a tile that asks for more than the chip has ends its own row
+            failed[_named(tile)] = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            ways[_named(tile)] = call
+    found = call_seconds(ways, 5)
+    times = {name: round(seconds * 1e6, 1) for name, seconds in found.items()}
+    best = min((name for name in found if name != "product"), key=lambda name: found[name])
+    record.add(
+        f"{case} bfloat16, tiles: share of product, the table's",
+        found["product"] / found[_named(own)],
+        note=f"best {best}: {found['product'] / found[best]:.3f}; µs: "
+        + ", ".join(f"{name} {time}" for name, time in times.items()),
+        microseconds=times,
+        failed=failed,
+    )
+
+
+def _named(tile: Any) -> str:
+    stays = " persistent" if tile.persistent else ""
+    return f"{tile.rows}x{tile.columns}x{tile.width}, {tile.warps} warps, {tile.stages} stages{stays}"
 
 
 def _names(device: str) -> list[str]:
@@ -186,6 +230,8 @@ def main() -> int:
     for case, dtype in TINY if options.tiny else CASES:
         for gradient in (False, True):
             time_case(record, options.device, case, dtype, gradient)
+    for case in TINY_TILES if options.tiny else TILES:
+        time_tiles(record, options.device, case)
     return 0
 
 

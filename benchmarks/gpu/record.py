@@ -1,6 +1,6 @@
 """What the parts of ``run.sh`` share: whose numbers they are, rows with goals and verdicts, one file for all parts.
 
-As a program it prints the goals that were missed: ``python record.py RESULT.json``.
+As a program it prints what calls take at every size and the goals that were missed: ``python record.py RESULT.json``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,9 @@ from mechanex.backends.native import modules
 
 Row = dict[str, object]
 
+# Rows of ``steer.py`` on what `auto` takes, and their notes: microseconds of a call, and in a graph.
+_BY_SIZE = re.compile(r"auto, (.+), (\d+x\d+): times the fastest")
+_TIMES = re.compile(r"(\w+) ([\d.]+) \(([\d.]+)\)")
 _PACKAGES = ("transformers", "triton", "numpy", "pybind11")
 
 
@@ -129,6 +133,26 @@ def summary(path: Path) -> str:
     return "\n".join([*lines, f"{met} of {total} goals met ({path})", ""])
 
 
+def auto_table(path: Path) -> str:
+    """Markdown: for each kind of edit and number of rows what a call takes on each backend, and in a captured graph."""
+    rows: Sequence[Row] = json.loads(path.read_text()).get("steer", {}).get("rows", ())
+    found = [(match, row) for row in rows if (match := _BY_SIZE.fullmatch(str(row["what"])))]
+    if not found:
+        return ""
+    names = _TIMES.findall(str(found[0][1]["note"]))
+    backends = [name for name, *_ in names if name != "auto"]
+    lines = [
+        f"| edit | rows | {' | '.join(f'{name}, µs' for name, *_ in names)} | fastest call | in a graph |",
+        "|---" * (len(names) + 4) + "|",
+    ]
+    for match, row in found:
+        times = {name: (float(call), float(graph)) for name, call, graph in _TIMES.findall(str(row["note"]))}
+        cells = [f"{call:g} ({graph:g})" for call, graph in times.values()]
+        best = [min(backends, key=lambda name: times[name][i]) for i in range(2)]
+        lines.append(f"| {' | '.join((*match.groups(), *cells, *best))} |")
+    return "\n".join([*lines, ""])
+
+
 def version_of(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -169,5 +193,7 @@ if __name__ == "__main__":
     found: Path = parser.parse_args().result
     if found.is_dir():
         found = max(found.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    if table := auto_table(found):
+        sys.stdout.write(f"{table}\n")
     sys.stdout.write(summary(found))
     raise SystemExit(0)

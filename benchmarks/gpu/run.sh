@@ -4,15 +4,16 @@
 #
 #   benchmarks/gpu/run.sh [RESULT.json or folder] [--only PART,... | --ranks] [-- options of the timed part]
 #
-# Parts: build, test, steer, logprob, decode; ranks, by --ranks alone: several processes and models that are split over them, for
-# machines with several GPUs. Without "build" what was built before is used, if there is anything. Where a test
-# fails the times are taken too, marked as such; a part that fails or takes too long doesn't stop the ones that follow. The
-# exit status is that of the last part that failed.
+# Parts: build, test, steer, logprob, work, decode; and ranks, which only asking for brings: several processes and models that
+# are split over them, for machines with several GPUs. --ranks is --only build,ranks. Without "build" what was built before is
+# used, if there is anything. Where a test fails the times are taken too, marked as such; a part that fails or takes too long
+# doesn't stop the ones that follow. Goals, and what auto takes at every size, are printed at the end of parts that are timed.
+# The exit status is that of the last part that failed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD
 result=benchmarks/results
-parts=build,test,steer,logprob,decode
+parts=build,test,steer,logprob,work,decode
 options=()
 while [ $# -gt 0 ]; do
   case $1 in
@@ -24,7 +25,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 for part in ${parts//,/ }; do
-  case $part in build | test | steer | logprob | decode | ranks) ;; *) echo "unknown part $part; see the head of $0" >&2; exit 2 ;; esac
+  case $part in build | test | steer | logprob | work | decode | ranks) ;; *) echo "unknown part $part; see the head of $0" >&2; exit 2 ;; esac
 done
 case $result in *.json) mkdir -p "$(dirname "$result")" ;; *) mkdir -p "$result" ;; esac
 result=$(realpath "$result")
@@ -82,13 +83,15 @@ if wanted ranks; then
   timeout 300 "$PYTHON" "$root/benchmarks/ranks.py" --rounds 1 --split || status=$?
 fi
 
-for part in steer:90 logprob:90 decode:240; do
+timed=
+for part in steer:90 logprob:150 work:120 decode:240; do
   name=${part%:*}
   wanted "$name" || continue
+  timed=1
   step "$name"
   timeout "${part#*:}" "$PYTHON" "$root/benchmarks/gpu/$name.py" "$result" --tests "$outcome" "${options[@]}" || status=$?
 done
-if ! wanted ranks; then
+if [ -n "$timed" ]; then
   step goals
   "$PYTHON" "$root/benchmarks/gpu/record.py" "$result" || status=$?
 fi

@@ -87,13 +87,16 @@ class Bench:
             shares = {name: found["copy"] / seconds for name, seconds in found.items()}
             rate = 2 * first.numel() * first.itemsize / found["copy"] / 1e12
             note = ", ".join(f"{name} {shares[name]:.3f}" for name in self.names)
+            named = f"steer {str(dtype).removeprefix('torch.')} {case.n_rows}x{case.width}, {what}"
             self.record.add(
-                f"steer {str(dtype).removeprefix('torch.')} {case.n_rows}x{case.width}, {what}: share of copy, auto",
+                f"{named}: share of copy, auto",
                 shares["auto"],
                 least=least,
                 note=f"{note}; copy {rate:.2f} TB/s",
                 microseconds={name: round(seconds * 1e6, 2) for name, seconds in found.items()},
             )
+            if rank and "clusters" in shares:
+                self.record.add(f"{named}: share of copy, clusters", shares["clusters"], least=least)
 
     def launches(self) -> None:
         """What one call costs the calling thread, beside a torch addition of the same tensors.

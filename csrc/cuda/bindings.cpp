@@ -9,9 +9,11 @@ namespace py = pybind11;
 namespace mechanex {
 namespace {
 
-void steer(int dtype, int table_dtype, int64_t n_rows, int64_t d, uintptr_t x, int64_t x_stride, uintptr_t y,
-           int64_t y_stride, uintptr_t rows, int64_t rows_stride, uintptr_t bias, uintptr_t left, uintptr_t right,
-           int64_t n_edits, int64_t rank, int device, uintptr_t stream) {
+// One steer call; whether the kernels that were asked for serve it.
+template <bool kSlices>
+bool steer(int dtype, int table_dtype, int64_t n_rows, int64_t d, uintptr_t x, int64_t x_stride, uintptr_t y,
+           int64_t y_stride, uintptr_t rows, int64_t rows_stride, uintptr_t strength, uintptr_t bias, uintptr_t left,
+           uintptr_t right, int64_t n_edits, int64_t rank, int device, uintptr_t stream) {
   if (rank < 0 || rank > kMaxRank) throw py::value_error("rank must be from 0 to 64, got " + std::to_string(rank));
   SteerArgs args = {};
   args.x = reinterpret_cast<const void*>(x);
@@ -20,6 +22,7 @@ void steer(int dtype, int table_dtype, int64_t n_rows, int64_t d, uintptr_t x, i
   args.y_stride = y_stride;
   args.rows = reinterpret_cast<const int32_t*>(rows);
   args.rows_stride = rows_stride;
+  args.strength = reinterpret_cast<const void*>(strength);
   args.bias = reinterpret_cast<const void*>(bias);
   args.left = reinterpret_cast<const void*>(left);
   args.right = reinterpret_cast<const void*>(right);
@@ -28,7 +31,9 @@ void steer(int dtype, int table_dtype, int64_t n_rows, int64_t d, uintptr_t x, i
   args.d = d;
   // A launch waits while the device's queue is full.
   py::gil_scoped_release release;
+  if (kSlices) return launch_steer_slices(dtype, table_dtype, args, n_rows, device, reinterpret_cast<void*>(stream));
   launch_steer(dtype, table_dtype, args, n_rows, device, reinterpret_cast<void*>(stream));
+  return true;
 }
 
 void steer_many(int dtype, int table_dtype, int64_t n_rows, int64_t d, uintptr_t x, int64_t x_stride, uintptr_t y,
@@ -115,7 +120,8 @@ PYBIND11_MODULE(_native_cuda, m, py::mod_gil_not_used()) {
   m.def("runtime_version", &runtime_version, "Version of the CUDA runtime inside, as 1000 * major + 10 * minor.");
   m.def("driver_version", &driver_version, "Version that the driver serves, likewise; 0 without a driver.");
   m.def("check_device", &check_device, "Raise RuntimeError unless the kernels can run on this device.");
-  m.def("steer", &steer, "Put one steer call on a stream, by raw addresses; see csrc/cuda/launch.h.");
+  m.def("steer", &steer<false>, "Put one steer call on a stream, by raw addresses; see csrc/cuda/launch.h.");
+  m.def("steer_slices", &steer<true>, "Likewise by clusters; False where there is no such kernel.");
   m.def("steer_many", &steer_many, "Put one call of the general steer op on a stream, likewise.");
   if (PyModule_AddFunctions(m.ptr(), direct_methods()) != 0) throw py::error_already_set();
   m.def("reduce", &reduce, "Put one chunk of completion_logprob on a stream, likewise.");

@@ -63,4 +63,7 @@ MX_DEVICE S from_lane(S value, int difference) {
   return __shfl_xor_sync(0xffffffffu, value, difference);
 }
 
+// Threads of a warp wait for each other, and see what was written before.
+MX_DEVICE void await_warp() { __syncwarp(); }
+
 }  // namespace mechanex

@@ -86,6 +86,7 @@ struct DirectCall {
 
   bool serves(PyObject* const* given) {
     PyObject *hidden = given[0], *rows = given[1], *bias = given[2], *left = given[3], *right = given[4];
+    PyObject* strength = given[5];
     dlpack::Tensor x, table;
     if (!read_plain(hidden, &x) || x.ndim < 1) return false;
     for (int i = 0; i + 1 < x.ndim; ++i) n_rows *= x.shape[i];
@@ -104,6 +105,7 @@ struct DirectCall {
     if (table_dtype != row_dtype && !(half && table_dtype == kFloat32)) return false;
     if ((left == Py_None) != (right == Py_None)) return false;
     if (left != Py_None && !(reads_factor(left, &args.left) && reads_factor(right, &args.right))) return false;
+    if (strength != Py_None && !reads_strength(strength, x)) return false;
     return rows == Py_None ? args.n_edits == 1 : reads_rows(rows, x);
   }
 
@@ -118,22 +120,36 @@ struct DirectCall {
     return args.rank > 0 && args.rank <= kMaxRank;
   }
 
+  // Whether there is one number for each row, where the rows are.
+  bool is_by_row(const dlpack::Tensor& numbers, const dlpack::Tensor& x) const {
+    if (numbers.device != device || numbers.ndim != x.ndim - 1) return false;
+    for (int i = 0; i < numbers.ndim; ++i)
+      if (numbers.shape[i] != x.shape[i]) return false;
+    return true;
+  }
+
+  bool reads_strength(PyObject* object, const dlpack::Tensor& x) {
+    dlpack::Tensor strength;
+    if (!read_plain(object, &strength) || !is_by_row(strength, x)) return false;
+    if (dtype_of(strength) != (row_dtype == kFloat64 ? kFloat64 : kFloat32)) return false;
+    args.strength = strength.data;
+    return true;
+  }
+
   bool reads_rows(PyObject* object, const dlpack::Tensor& x) {
     dlpack::Tensor rows;
-    if (!read_plain(object, &rows) || rows.device != device || rows.ndim != x.ndim - 1) return false;
+    if (!read_plain(object, &rows) || !is_by_row(rows, x)) return false;
     if (rows.kind != dlpack::kInt || rows.bits != 32) return false;
-    for (int i = 0; i < rows.ndim; ++i)
-      if (rows.shape[i] != x.shape[i]) return false;
     args.rows = static_cast<const int32_t*>(rows.data);
     args.rows_stride = 1;
     return true;
   }
 };
 
-// steer_direct(hidden, rows, bias, left, right): the edited tensor, or None where the call isn't plain. hidden is [...,
-// d].
+// steer_direct(hidden, rows, bias, left, right, strength): the edited tensor, or None where the call isn't plain.
+// hidden is [..., d].
 inline PyObject* steer_direct(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  if (n != 5 || torch_given().exchange == nullptr) Py_RETURN_NONE;
+  if (n != 6 || torch_given().exchange == nullptr) Py_RETURN_NONE;
   DirectCall call;
   if (!call.serves(args)) Py_RETURN_NONE;
   PyObject* out = PyObject_CallOneArg(torch_given().empty_like, args[0]);
@@ -167,7 +183,7 @@ inline PyMethodDef* direct_methods() {
       {"direct_setup", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&direct_setup)), METH_FASTCALL,
        "direct_setup(capsule, Tensor, Parameter, empty_like): whether steer_direct can be used with this torch."},
       {"steer_direct", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&steer_direct)), METH_FASTCALL,
-       "steer_direct(hidden, rows, bias, left, right): one steer call on torch's current stream, or None."},
+       "steer_direct(hidden, rows, bias, left, right, strength): one steer call on torch's current stream, or None."},
       {nullptr, nullptr, 0, nullptr}};
   return methods;
 }

@@ -12,7 +12,7 @@ void check_device(int device) {
                                 std::to_string(devices));
   const OnDevice guard(device);
   cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, kernel_of<Float32, Float32>(kRow, 0)), "cudaFuncGetAttributes");
+  check(cudaFuncGetAttributes(&attributes, kernel_of<Float32, Float32>(kRow, 0, false)), "cudaFuncGetAttributes");
 }
 
 void launch_steer(int row_dtype, int table_dtype, SteerArgs args, int64_t n_rows, int device, void* stream) {
@@ -35,6 +35,8 @@ void launch_steer(int row_dtype, int table_dtype, SteerArgs args, int64_t n_rows
     args.x = static_cast<const char*>(args.x) + done * args.x_stride * row_bytes;
     args.y = static_cast<char*>(args.y) + done * args.y_stride * row_bytes;
     if (args.rows != nullptr) args.rows += done * args.rows_stride;
+    if (args.strength != nullptr)
+      args.strength = static_cast<const char*>(args.strength) + done * (row_dtype == kFloat64 ? 8 : 4);
   }
 }
 

@@ -17,6 +17,11 @@ void check_device(int device);
 // runtime refuses; errors of a kernel that already runs show up where the stream is next waited for.
 void launch_steer(int row_dtype, int table_dtype, SteerArgs args, int64_t n_rows, int device, void* stream);
 
+// Likewise by clusters of blocks that share the width; false, and nothing done, where this device or this build has no
+// such kernel for these arguments.
+bool launch_steer_slices(int row_dtype, int table_dtype, const SteerArgs& args, int64_t n_rows, int device,
+                         void* stream);
+
 // Likewise the general steer op; SteerManyArgs as in steer.h.
 void launch_steer_many(int row_dtype, int table_dtype, SteerManyArgs args, int64_t n_rows, int device, void* stream);
 

@@ -26,10 +26,10 @@ enum : int {
 
 // Where things lie in a block's shared memory, in bytes; rows are padded to whole tiles of 16.
 struct WalkPlaces {
-  int pitch, stages;
+  int pitch;
   size_t tiles, partial, shares, factors, maximum, total, own, end;
 
-  __host__ __device__ WalkPlaces(int rows, int slice, int n_stages) : pitch(slice + kWalkPad), stages(n_stages) {
+  __host__ __device__ WalkPlaces(int rows, int slice, int stages) : pitch(slice + kWalkPad) {
     const size_t row = static_cast<size_t>(pitch) * 2;
     tiles = rows * row;
     partial = tiles + stages * kWalkTokens * row;

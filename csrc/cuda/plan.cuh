@@ -32,31 +32,23 @@ constexpr LayoutShape kShapes[kAny] = {{1, 4, 512, 2}, {1, 1, 1024, 1}, {4, 1, 1
 // Blocks of kTile for each multiprocessor from which on reading an edit less often beats spreading the rows.
 enum : int { kTilesPerProcessor = 4 };
 
-template <class Row, class Table, int kLayout, int kRanks>
-SteerKernel tile_kernel() {
-  constexpr LayoutShape shape = kShapes[kLayout];
-  return &steer_tile<Row, Table, kRanks, shape.vectors, shape.rows, shape.threads, shape.blocks>;
-}
-
-template <class Row, class Table>
-SteerKernel kernel_of(int layout, int64_t rank) {
+template <class Row, class Table, int kLayout, bool kScaled>
+SteerKernel tile_kernel(int64_t rank) {
+  constexpr LayoutShape s = kShapes[kLayout];
   // Vectors of an edit that are in registers at once: they divide the rank.
-  static const SteerKernel kernels[kAny][3] = {
-      {tile_kernel<Row, Table, kTile, 0>(), tile_kernel<Row, Table, kTile, 1>(), tile_kernel<Row, Table, kTile, 2>()},
-      {tile_kernel<Row, Table, kRow, 0>(), tile_kernel<Row, Table, kRow, 1>(), tile_kernel<Row, Table, kRow, 2>()},
-      {tile_kernel<Row, Table, kWide, 0>(), tile_kernel<Row, Table, kWide, 1>(), tile_kernel<Row, Table, kWide, 2>()},
-  };
-  return layout == kAny ? &steer_any<Row, Table> : kernels[layout][rank == 0 ? 0 : 2 - rank % 2];
+  if (rank == 0) return &steer_tile<Row, Table, 0, s.vectors, s.rows, s.threads, s.blocks, kScaled>;
+  if (rank % 2 != 0) return &steer_tile<Row, Table, 1, s.vectors, s.rows, s.threads, s.blocks, kScaled>;
+  return &steer_tile<Row, Table, 2, s.vectors, s.rows, s.threads, s.blocks, kScaled>;
 }
 
-inline int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-// Whether every row and every vector of the edits starts on 16 bytes and ends there.
-inline bool takes_wide_accesses(const SteerArgs& args, int64_t n_rows, int64_t row_bytes, int64_t table_bytes) {
-  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  return aligned(args.x) && aligned(args.y) && aligned(args.bias) && aligned(args.left) && aligned(args.right) &&
-         args.d * row_bytes % 16 == 0 && args.d * table_bytes % 16 == 0 &&
-         (n_rows == 1 || (args.x_stride * row_bytes % 16 == 0 && args.y_stride * row_bytes % 16 == 0));
+// Rows with strengths are never many to a block: its registers are full without them.
+template <class Row, class Table>
+SteerKernel kernel_of(int layout, int64_t rank, bool scaled) {
+  if (layout == kAny) return &steer_any<Row, Table>;
+  if (layout == kTile) return tile_kernel<Row, Table, kTile, false>(rank);
+  if (layout == kRow)
+    return scaled ? tile_kernel<Row, Table, kRow, true>(rank) : tile_kernel<Row, Table, kRow, false>(rank);
+  return scaled ? tile_kernel<Row, Table, kWide, true>(rank) : tile_kernel<Row, Table, kWide, false>(rank);
 }
 
 template <class Row, class Table>
@@ -64,9 +56,10 @@ Plan plan_for(const SteerArgs& args, int64_t n_rows, int processors) {
   constexpr int64_t kRowBytes = sizeof(typename Row::Stored);
   const int64_t vectors = args.d * kRowBytes / 16;
   const auto fits = [vectors](int layout) { return vectors <= kShapes[layout].vectors * kShapes[layout].threads; };
+  const bool scaled = args.strength != nullptr;
   int layout = kAny;
   if (takes_wide_accesses(args, n_rows, kRowBytes, sizeof(typename Table::Stored))) {
-    const bool many = n_rows >= int64_t{kTilesPerProcessor} * processors * kShapes[kTile].rows;
+    const bool many = !scaled && n_rows >= int64_t{kTilesPerProcessor} * processors * kShapes[kTile].rows;
     if (many && fits(kTile))
       layout = kTile;
     else if (!many && fits(kRow))
@@ -81,7 +74,7 @@ Plan plan_for(const SteerArgs& args, int64_t n_rows, int processors) {
   const int rows = any ? 1 : kShapes[layout].rows;
   const int64_t ranks = any ? divided_up(args.rank, kAnyRanks) * kAnyRanks : args.rank;
   const int64_t sums = ranks * rows * (threads / kWarp);
-  return {kernel_of<Row, Table>(layout, args.rank), layout, threads, rows,
+  return {kernel_of<Row, Table>(layout, args.rank, scaled), layout, threads, rows,
           static_cast<size_t>(sums) * sizeof(typename Row::Scalar)};
 }
 

@@ -35,16 +35,20 @@ class OnDevice {
   int former_ = 0;
 };
 
-inline int processors_of(int device) {
+// What a device has, asked for once.
+template <cudaDeviceAttr kAttribute>
+int attribute_of(int device) {
   static std::atomic<int> known[64];
   const bool kept = device < 64;
-  int count = kept ? known[device].load(std::memory_order_relaxed) : 0;
-  if (count == 0) {
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    if (kept) known[device].store(count, std::memory_order_relaxed);
+  int value = kept ? known[device].load(std::memory_order_relaxed) : 0;
+  if (value == 0) {
+    check(cudaDeviceGetAttribute(&value, kAttribute, device), "cudaDeviceGetAttribute");
+    if (kept) known[device].store(value, std::memory_order_relaxed);
   }
-  return count;
+  return value;
 }
+
+inline int processors_of(int device) { return attribute_of<cudaDevAttrMultiProcessorCount>(device); }
 
 // Largest number of blocks in a launch.
 constexpr int64_t kMaxBlocks = 0x7fffffff;

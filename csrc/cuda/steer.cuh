@@ -16,6 +16,16 @@ namespace mechanex {
 
 enum : int { kWarp = 32 };
 
+inline int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// Whether every row and every vector of the edits starts on 16 bytes and ends there.
+inline bool takes_wide_accesses(const SteerArgs& args, int64_t n_rows, int64_t row_bytes, int64_t table_bytes) {
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  return aligned(args.x) && aligned(args.y) && aligned(args.bias) && aligned(args.left) && aligned(args.right) &&
+         args.d * row_bytes % 16 == 0 && args.d * table_bytes % 16 == 0 &&
+         (n_rows == 1 || (args.x_stride * row_bytes % 16 == 0 && args.y_stride * row_bytes % 16 == 0));
+}
+
 // What happens to a row, where it is not an index into the table.
 enum : int32_t { kKeep = -1, kOutside = -2, kAbsent = -3 };
 
@@ -31,6 +41,25 @@ MX_DEVICE void edits_of(int32_t* edit, const SteerArgs& args, int64_t first, int
   for (int r = 0; r < kRows; ++r) {
     const int32_t k = edit[r];
     edit[r] = first + r >= n_rows ? kAbsent : k == -1 ? kKeep : k < 0 || k >= args.n_edits ? kOutside : k;
+  }
+}
+
+// Whether the rows have one edit together.
+template <int kRows>
+MX_DEVICE bool share_an_edit(const int32_t* edit) {
+  bool together = true;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) together = together && edit[r] >= 0 && edit[r] == edit[0];
+  return together;
+}
+
+// The strengths of these rows; 1 where there are none, which changes no bit.
+template <int kRows, class S>
+MX_DEVICE void amounts_of(S* amount, const SteerArgs& args, int64_t first, int64_t n_rows) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t row = first + r < n_rows ? first + r : n_rows - 1;
+    amount[r] = args.strength == nullptr ? S(1) : static_cast<const S*>(args.strength)[row];
   }
 }
 
@@ -67,9 +96,11 @@ MX_DEVICE void sum_over_block(S* partial, int n) {
 }
 
 // Rows in registers: kVectors times 16 bytes of each in a thread, every blockDim.x-th of the row's.
-template <class Row, int kVectors>
+template <class RowType, int kOwn>
 struct Columns {
+  using Row = RowType;
   using Stored = typename Row::Stored;
+  static constexpr int kVectors = kOwn;
   static constexpr int kWidth = 16 / sizeof(Stored);
 
   int count;  // 16-byte vectors in a row
@@ -104,35 +135,58 @@ struct Columns {
       for (int i = 0; i < kEach; ++i) out[part * kEach + i] = Table::get(words, i);
     }
   }
+};
 
-  // The same of kRanks vectors, d apart.
-  template <class Table, int kRanks>
-  MX_DEVICE void beside(typename Row::Scalar (*out)[kWidth], const typename Table::Stored* vectors, int64_t d,
-                        int v) const {
-#pragma unroll
-    for (int i = 0; i < kRanks; ++i) beside<Table>(out[i], vectors + i * d, v);
+// The edits of a call where it gives them; vectors of one are `pitch` elements apart.
+template <class TableType>
+struct Edits {
+  using Table = TableType;
+  using Stored = typename Table::Stored;
+
+  const SteerArgs& args;
+
+  MX_DEVICE int rank() const { return static_cast<int>(args.rank); }
+  MX_DEVICE int64_t pitch() const { return args.d; }
+  MX_DEVICE bool has_bias() const { return args.bias != nullptr; }
+  MX_DEVICE const Stored* bias(int32_t edit) const { return static_cast<const Stored*>(args.bias) + edit * args.d; }
+  MX_DEVICE const Stored* left(int32_t edit) const {
+    return static_cast<const Stored*>(args.left) + edit * args.rank * args.d;
+  }
+  MX_DEVICE const Stored* right(int32_t edit) const {
+    return static_cast<const Stored*>(args.right) + edit * args.rank * args.d;
   }
 };
+
+// kRanks vectors of an edit beside vector v of a row.
+template <class Table, int kRanks, class Places>
+MX_DEVICE void beside(typename Places::Row::Scalar (*out)[Places::kWidth], const Places& columns,
+                      const typename Table::Stored* vectors, int64_t pitch, int v) {
+#pragma unroll
+  for (int i = 0; i < kRanks; ++i) columns.template beside<Table>(out[i], vectors + i * pitch, v);
+}
 
 // A tile is kRows rows in one block. A group is kGroup rows of it with one edit, whose elements are loaded once for all
 // of them, kRanks vectors at a time, which divides the rank.
 
 // This warp's share of a group's coordinates: that of row r along vector j goes to partial[j * kRows + r].
-template <class Row, class Table, int kRanks, int kVectors, int kRows, int kGroup>
-MX_DEVICE void project(const SteerArgs& args, int32_t edit, const Words (*x)[kVectors], typename Row::Scalar* partial) {
+template <int kRanks, int kRows, int kGroup, class Places, class Held>
+MX_DEVICE void project(const Places& columns, const Held& edits, int32_t edit, const Words (*x)[Places::kVectors],
+                       typename Places::Row::Scalar* partial) {
+  using Row = typename Places::Row;
   using S = typename Row::Scalar;
-  const Columns<Row, kVectors> columns(args.d);
-  constexpr int kWidth = columns.kWidth;
-  const int rank = static_cast<int>(args.rank);
-  const auto* right = static_cast<const typename Table::Stored*>(args.right) + edit * args.rank * args.d;
+  constexpr int kWidth = Places::kWidth;
+  using Table = typename Held::Table;
+  const auto* right = edits.right(edit);
+  const int64_t pitch = edits.pitch();
+  const int rank = edits.rank();
 #pragma unroll 1
   for (int j = 0; j < rank; j += kRanks) {
     S sums[kRanks * kGroup] = {};
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < Places::kVectors; ++v) {
       if (columns.at(v) >= columns.count) break;
       S direction[kRanks][kWidth];
-      columns.template beside<Table, kRanks>(direction, right + j * args.d, args.d, v);
+      beside<Table, kRanks>(direction, columns, right + j * pitch, pitch, v);
 #pragma unroll
       for (int r = 0; r < kGroup; ++r) {
 #pragma unroll
@@ -151,18 +205,22 @@ MX_DEVICE void project(const SteerArgs& args, int32_t edit, const Words (*x)[kVe
   }
 }
 
-// Writes a group's rows: x plus the bias plus the coordinates times their left vectors.
-template <class Row, class Table, int kRanks, int kVectors, int kRows, int kGroup>
-MX_DEVICE void write_edited(const SteerArgs& args, int64_t first, int32_t edit, const Words (*x)[kVectors],
-                            const typename Row::Scalar* coordinates) {
+// Writes a group's rows, y_stride apart: x plus their amounts of the bias and of the coordinates times their left
+// vectors.
+template <int kRanks, int kRows, int kGroup, class Places, class Held>
+MX_DEVICE void write_edited(const Places& columns, const Held& edits, int32_t edit, const Words (*x)[Places::kVectors],
+                            const typename Places::Row::Scalar* coordinates, const typename Places::Row::Scalar* amount,
+                            typename Places::Stored* rows, int64_t y_stride) {
+  using Row = typename Places::Row;
   using S = typename Row::Scalar;
-  const Columns<Row, kVectors> columns(args.d);
-  constexpr int kWidth = columns.kWidth;
-  const int rank = static_cast<int>(args.rank);
-  const auto* bias = static_cast<const typename Table::Stored*>(args.bias) + edit * args.d;
-  const auto* left = static_cast<const typename Table::Stored*>(args.left) + edit * args.rank * args.d;
+  constexpr int kWidth = Places::kWidth;
+  using Table = typename Held::Table;
+  const auto* bias = edits.bias(edit);
+  const auto* left = edits.left(edit);
+  const int64_t pitch = edits.pitch();
+  const int rank = edits.rank();
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
+  for (int v = 0; v < Places::kVectors; ++v) {
     if (columns.at(v) >= columns.count) break;
     S y[kGroup][kWidth];
 #pragma unroll
@@ -170,25 +228,25 @@ MX_DEVICE void write_edited(const SteerArgs& args, int64_t first, int32_t edit, 
 #pragma unroll
       for (int w = 0; w < kWidth; ++w) y[r][w] = Row::get(x[r][v], w);
     }
-    if (args.bias != nullptr) {
+    if (edits.has_bias()) {
       S shift[kWidth];
       columns.template beside<Table>(shift, bias, v);
 #pragma unroll
       for (int r = 0; r < kGroup; ++r) {
 #pragma unroll
-        for (int w = 0; w < kWidth; ++w) y[r][w] += shift[w];
+        for (int w = 0; w < kWidth; ++w) y[r][w] += amount[r] * shift[w];
       }
     }
     if constexpr (kRanks > 0) {
 #pragma unroll 1
       for (int j = 0; j < rank; j += kRanks) {
         S direction[kRanks][kWidth];
-        columns.template beside<Table, kRanks>(direction, left + j * args.d, args.d, v);
+        beside<Table, kRanks>(direction, columns, left + j * pitch, pitch, v);
 #pragma unroll
         for (int i = 0; i < kRanks; ++i) {
 #pragma unroll
           for (int r = 0; r < kGroup; ++r) {
-            const S coordinate = coordinates[(j + i) * kRows + r];
+            const S coordinate = amount[r] * coordinates[(j + i) * kRows + r];
 #pragma unroll
             for (int w = 0; w < kWidth; ++w) y[r][w] += coordinate * direction[i][w];
           }
@@ -199,28 +257,29 @@ MX_DEVICE void write_edited(const SteerArgs& args, int64_t first, int32_t edit, 
     for (int r = 0; r < kGroup; ++r) {
       Words out;
       Row::put(out, y[r]);
-      columns.write(static_cast<typename Row::Stored*>(args.y) + (first + r) * args.y_stride, v, out);
+      columns.write(rows + r * y_stride, v, out);
     }
   }
 }
 
 // Writes a row that has no edit: as it was, or NaN.
-template <class Row, int kVectors>
-MX_DEVICE void write_unedited(const SteerArgs& args, int64_t row, int32_t edit, const Words* x) {
-  const Columns<Row, kVectors> columns(args.d);
-  typename Row::Scalar nan[columns.kWidth];
+template <class Places>
+MX_DEVICE void write_unedited(const Places& columns, int32_t edit, const Words* x, typename Places::Stored* row) {
+  using Row = typename Places::Row;
+  typename Row::Scalar nan[Places::kWidth];
 #pragma unroll
-  for (int w = 0; w < columns.kWidth; ++w) nan[w] = not_a_number<typename Row::Scalar>();
+  for (int w = 0; w < Places::kWidth; ++w) nan[w] = not_a_number<typename Row::Scalar>();
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
+  for (int v = 0; v < Places::kVectors; ++v) {
     if (columns.at(v) >= columns.count) break;
     Words out = x[v];
     if (edit == kOutside) Row::put(out, nan);
-    columns.write(static_cast<typename Row::Stored*>(args.y) + row * args.y_stride, v, out);
+    columns.write(row, v, out);
   }
 }
 
-template <class Row, class Table, int kRanks, int kVectors, int kRows, int kMaxThreads, int kMinBlocks>
+// kScaled: rows have strengths.
+template <class Row, class Table, int kRanks, int kVectors, int kRows, int kMaxThreads, int kMinBlocks, bool kScaled>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) steer_tile(const SteerArgs args, const int64_t n_rows) {
   using S = typename Row::Scalar;
   MX_DYNAMIC_SHARED(memory);
@@ -235,24 +294,29 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) steer_tile(const Stee
   }
   int32_t edit[kRows];
   edits_of<kRows>(edit, args, first, n_rows);
-  bool together = true;
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) together = together && edit[r] >= 0 && edit[r] == edit[0];
+  S amount[kRows];
+  if constexpr (kScaled)
+    amounts_of<kRows>(amount, args, first, n_rows);
+  else
+    for (S& one : amount) one = 1;
   const int sums = static_cast<int>(args.rank) * kRows;
   S* partial = shared + threadIdx.x / kWarp * sums;
+  const Edits<Table> edits = {args};
+  auto* y = static_cast<typename Row::Stored*>(args.y);
 
-  if (together) {
+  if (share_an_edit<kRows>(edit)) {
     if constexpr (kRanks > 0) {
-      project<Row, Table, kRanks, kVectors, kRows, kRows>(args, edit[0], x, partial);
+      project<kRanks, kRows, kRows>(columns, edits, edit[0], x, partial);
       sum_over_block(shared, sums);
     }
-    write_edited<Row, Table, kRanks, kVectors, kRows, kRows>(args, first, edit[0], x, shared);
+    write_edited<kRanks, kRows, kRows>(columns, edits, edit[0], x, shared, amount, y + first * args.y_stride,
+                                       args.y_stride);
     return;
   }
   if constexpr (kRanks > 0 && kRows > 1) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
-      if (edit[r] >= 0) project<Row, Table, kRanks, kVectors, kRows, 1>(args, edit[r], x + r, partial + r);
+      if (edit[r] >= 0) project<kRanks, kRows, 1>(columns, edits, edit[r], x + r, partial + r);
     sum_over_block(shared, sums);
   }
   int64_t row = first;
@@ -260,9 +324,10 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) steer_tile(const Stee
   for (int r = 0; r < kRows; ++r, ++row) {
     compute_late(row);
     if (edit[r] >= 0)
-      write_edited<Row, Table, kRanks, kVectors, kRows, 1>(args, row, edit[r], x + r, shared + r);
+      write_edited<kRanks, kRows, 1>(columns, edits, edit[r], x + r, shared + r, amount + r, y + row * args.y_stride,
+                                     args.y_stride);
     else if (edit[r] != kAbsent)
-      write_unedited<Row, kVectors>(args, row, edit[r], x[r]);
+      write_unedited(columns, edit[r], x[r], y + row * args.y_stride);
   }
 }
 
@@ -279,6 +344,8 @@ __global__ void __launch_bounds__(kAnyThreads) steer_any(const SteerArgs args, c
   const int64_t t = blockIdx.x;
   int32_t edit;
   edits_of<1>(&edit, args, t, n_rows);
+  S amount;
+  amounts_of<1>(&amount, args, t, n_rows);
   const auto* x = static_cast<const typename Row::Stored*>(args.x) + t * args.x_stride;
   auto* y = static_cast<typename Row::Stored*>(args.y) + t * args.y_stride;
   if (edit < 0) {
@@ -307,8 +374,8 @@ __global__ void __launch_bounds__(kAnyThreads) steer_any(const SteerArgs args, c
   if (rank > 0) sum_over_block(shared, coordinates);
   for (int64_t c = threadIdx.x; c < d; c += blockDim.x) {
     S value = Row::widen(x[c]);
-    if (bias != nullptr) value += Table::widen(bias[edit * d + c]);
-    for (int j = 0; j < rank; ++j) value += shared[j] * Table::widen(left[j * d + c]);
+    if (bias != nullptr) value += amount * Table::widen(bias[edit * d + c]);
+    for (int j = 0; j < rank; ++j) value += amount * shared[j] * Table::widen(left[j * d + c]);
     y[c] = Row::narrow(value);
   }
 }

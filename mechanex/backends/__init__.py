@@ -1,6 +1,6 @@
 """The registry of backends: who computes the ops, which of them run here, and why the others don't.
 
-``MECHANEX_BACKEND=auto|eager|native|triton`` chooses for the process, :func:`use` in code. ``auto`` takes the
+``MECHANEX_BACKEND=auto|eager|native|triton|clusters`` chooses for the process, :func:`use` in code. ``auto`` takes the
 first backend of the device's list that runs here and may fall back, logging once why; an explicit choice
 never falls back: it raises, naming what is missing and how to get it.
 """
@@ -41,7 +41,16 @@ __all__ = [
 _LOG = logging.getLogger(__name__)
 
 
-_REGISTRY = {b.name: b for b in (reference.BACKEND, eager.BACKEND, native.BACKEND, triton.BACKEND)}
+_REGISTRY = {
+    b.name: b
+    for b in (
+        reference.BACKEND,
+        eager.BACKEND,
+        native.BACKEND,
+        triton.BACKEND,
+        native.clusters.BACKEND,
+    )
+}
 
 # What `auto` tries on a device, first to last; eager ends every list.
 _AUTO = {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")}
@@ -49,6 +58,9 @@ _AUTO = {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")}
 # many bfloat16 in 5 µs; a native launch was seen to cost 17 to 19, one through Triton's look-up 53 to 57), so that the
 # cheaper launch is the quicker way.
 LAUNCH_BOUND = 1 << 22
+# One edit of rank 1 for every row of a half type: [4096, 4096] took 30 µs a call natively and 49 by triton, and 28 and
+# 29 in a graph; [8192, 4096] 51 and 48 to 51.
+ONE_EDIT_BOUND = 1 << 24
 _BY_SIZE = ("steer", "steer_many")
 # What edits larger hidden states on a GPU. Shares of a copy of the same bytes on an H100, [8192, 4096], native beside
 # triton (benchmarks/gpu/steer.py prints them and what `auto` takes at every size):
@@ -133,6 +145,7 @@ def selection() -> str:
     lines += [
         f"cuda, steer of hidden states of at most {LAUNCH_BOUND} numbers: native, triton, eager",
         f"cuda, steer of larger ones: {'; '.join(_LARGE)}",
+        f"cuda, one edit of a half type of at most {ONE_EDIT_BOUND} numbers: native, triton, eager",
         "other devices: eager",
         "one vector for every row, in hidden's own dtype: a plain torch addition",
         f"one edit on a CPU, of rank above {native.TORCH_RANK}, or on one row with factors of more than "
@@ -214,13 +227,17 @@ def _select(op: str, name: str | None, by_size: bool, args: tuple[Any, ...]) -> 
 
 
 def direct_steer(
-    name: str | None, hidden: Tensor, rows: Tensor | None, left: Tensor | None
+    name: str | None,
+    hidden: Tensor,
+    rows: Tensor | None,
+    left: Tensor | None,
+    strength: Tensor | None = None,
 ) -> Callable[..., Tensor | None] | None:
     """What may edit these plain tensors on a GPU as they are given, unchecked; it gives None for what it doesn't take.
 
     Args:
         name: as for :func:`select`.
-        hidden, rows, left: the op's arguments.
+        hidden, rows, left, strength: the op's arguments.
     """
     if not _is_on_gpu(hidden):
         return None
@@ -230,7 +247,8 @@ def direct_steer(
             isinstance(left, Tensor) and left.dim() == 3 and left.shape[1] <= _DIRECT_RANK
         ):
             return None
-        if not _is_native_quicker("steer", hidden, rows, left):
+        op = "steer" if strength is None else "steer_many"
+        if not _is_native_quicker(op, hidden, rows, left):
             return None
     elif chosen != "native":
         return None
@@ -242,10 +260,13 @@ _is_on_gpu = operator.attrgetter("is_cuda")
 
 def _is_native_quicker(op: str, hidden: Tensor, rows: Tensor | None, left: Tensor | None) -> bool:
     """Whether the compiled kernel is the quicker one on a GPU, as was measured (see above)."""
-    if hidden.numel() <= LAUNCH_BOUND:
+    numbers = hidden.numel()
+    if numbers <= LAUNCH_BOUND:
         return True
     if op != "steer":
         return False
+    if numbers <= ONE_EDIT_BOUND and hidden.dtype.itemsize == 2:
+        return True
     one_edit = rows is None and left is not None
     return not one_edit or (left is not None and left.shape[1] > 1 and hidden.dtype is not torch.float32)
 

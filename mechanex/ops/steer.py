@@ -83,10 +83,10 @@ def steer(
     ):
         # One rounding of the float32 sum, as promised: torch adds half types in float32.
         return hidden + bias if hidden.dim() > 1 else hidden + bias[0]
-    if strength is None and gate is None and not torch.compiler.is_compiling() and type(hidden) in PLAIN:
-        direct = backends.direct_steer(backend, hidden, rows, left)
-        if direct is not None and _is_plain_call(hidden, bias, left, right):
-            edited = direct(hidden, rows, bias, left, right)
+    if gate is None and not torch.compiler.is_compiling() and type(hidden) in PLAIN:
+        direct = backends.direct_steer(backend, hidden, rows, left, strength)
+        if direct is not None and _is_plain_call(hidden, bias, left, right, strength):
+            edited = direct(hidden, rows, bias, left, right, strength)
             if edited is not None:
                 return edited
     _check(hidden, rows, bias, left, right)
@@ -128,12 +128,14 @@ def bind(
     return bound or (lambda hidden: kernel.run(hidden.reshape(flat), *edits).view(shape))
 
 
-def _is_plain_call(hidden: Tensor, bias: Tensor, left: Tensor | None, right: Tensor | None) -> bool:
+def _is_plain_call(
+    hidden: Tensor, bias: Tensor, left: Tensor | None, right: Tensor | None, strength: Tensor | None
+) -> bool:
     """Whether nobody traces, transforms or differentiates this call."""
     if transforms_are_active() or dispatch_modes():
         return False
     return not torch.is_grad_enabled() or not any(
-        isinstance(t, Tensor) and t.requires_grad for t in (hidden, bias, left, right)
+        isinstance(t, Tensor) and t.requires_grad for t in (hidden, bias, left, right, strength)
     )
 
 

@@ -238,6 +238,8 @@ inline S from_lane(S value, int difference) {
   return given_by<S>(block->running % 32 ^ difference, slot);
 }
 
+inline void await_warp() { cuda_on_host::wait(cuda_on_host::kWarpBarrier); }
+
 // In place of csrc/cuda/matrices.cuh. Copies arrive when they are waited for, not before.
 #define MX_HAS_CLUSTERS 1
 

@@ -3,27 +3,17 @@
 
 #include "../../csrc/cuda/plan.cuh"
 #include "../../csrc/cuda/steer_many.cuh"
+#include "../../csrc/cuda/steer_slices.cuh"
 
 using namespace mechanex;
 
 // The layout that was taken, or -1 with a line on stderr.
 extern "C" int steer_on_host(int dtype, int table_dtype, int64_t n_rows, int64_t d, const void* x, int64_t x_stride,
-                             void* y, int64_t y_stride, const int32_t* rows, int64_t rows_stride, const void* bias,
-                             const void* left, const void* right, int64_t n_edits, int64_t rank, int processors,
-                             unsigned seed) {
-  SteerArgs args = {};
-  args.x = x;
-  args.x_stride = x_stride;
-  args.y = y;
-  args.y_stride = y_stride;
-  args.rows = rows;
-  args.rows_stride = rows_stride;
-  args.bias = bias;
-  args.left = left;
-  args.right = right;
-  args.n_edits = n_edits;
-  args.rank = rank;
-  args.d = d;
+                             void* y, int64_t y_stride, const int32_t* rows, int64_t rows_stride, const void* strength,
+                             const void* bias, const void* left, const void* right, int64_t n_edits, int64_t rank,
+                             int processors, unsigned seed) {
+  const SteerArgs args = {x,    x_stride, y,     y_stride, rows, rows_stride, nullptr,
+                          bias, left,     right, n_edits,  rank, d,           strength};
   if (n_rows == 0 || d == 0) return kAny;
   const Plan chosen = plan(dtype, table_dtype, args, n_rows, processors);
   if (chosen.kernel == nullptr || chosen.threads > 1024 || chosen.shared > 48 * 1024) {
@@ -40,6 +30,32 @@ extern "C" int steer_on_host(int dtype, int table_dtype, int64_t n_rows, int64_t
     return -1;
   }
   return chosen.layout;
+}
+
+// By clusters, of which the device holds so many: their blocks, 0 where no kernel serves the arguments, -1 after a
+// failure, with a line on stderr.
+extern "C" int steer_slices_on_host(int dtype, int table_dtype, int64_t n_rows, int64_t d, const void* x,
+                                    int64_t x_stride, void* y, int64_t y_stride, const int32_t* rows,
+                                    int64_t rows_stride, const void* strength, const void* bias, const void* left,
+                                    const void* right, int64_t n_edits, int64_t rank, int64_t clusters,
+                                    size_t most_shared, unsigned seed) {
+  const SteerArgs args = {x,    x_stride, y,     y_stride, rows, rows_stride, nullptr,
+                          bias, left,     right, n_edits,  rank, d,           strength};
+  if (n_rows == 0 || d == 0) return 0;
+  const SlicePlan chosen = slice_plan(dtype, table_dtype, args, n_rows, most_shared);
+  if (chosen.kernel == nullptr) return 0;
+  const int64_t tiles = divided_up(n_rows, chosen.rows), groups = tiles < clusters ? tiles : clusters;
+  const SliceArgs given = {args, n_rows, groups, chosen.stages};
+  std::mt19937 order(seed);
+  try {
+    for (int64_t group = 0; group < groups; ++group)
+      cuda_on_host::run_cluster(static_cast<unsigned>(group * chosen.size), chosen.size, kSliceThreads, chosen.shared,
+                                order, [&] { chosen.kernel(given); });
+  } catch (const std::exception& error) {
+    fprintf(stderr, "%s\n", error.what());
+    return -1;
+  }
+  return chosen.size;
 }
 
 // The general op likewise: the threads of a block, or -1 with a line on stderr.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..backend import Backend, Kernel
+from . import clusters
 from .edits import (
     TORCH_RANK,
     TORCH_TABLE,
@@ -17,7 +18,17 @@ from .logprob import LOGPROB
 from .modules import describe, direct, levels, missing, missing_cuda
 from .sae import TORCH_ROWS, declines_many_rows, refuses, sae_features, sae_top_features
 
-__all__ = ["BACKEND", "TORCH_RANK", "TORCH_ROWS", "TORCH_TABLE", "describe", "direct", "levels", "missing"]
+__all__ = [
+    "BACKEND",
+    "TORCH_RANK",
+    "TORCH_ROWS",
+    "TORCH_TABLE",
+    "clusters",
+    "describe",
+    "direct",
+    "levels",
+    "missing",
+]
 
 BACKEND = Backend(
     "native",

@@ -25,6 +25,7 @@ __all__ = [
     "TORCH_TABLE",
     "bind_steer",
     "declines_steer",
+    "on_gpu",
     "refuses_steer",
     "refuses_steer_many",
     "steer",
@@ -73,13 +74,45 @@ def steer(
         ValidationError: a row index is out of range (CPU).
         RuntimeError: CUDA refused the launch.
     """
+    if hidden.is_cuda:
+        return on_gpu("steer", hidden, rows, None, bias, left, right)
     wide = compute_dtype(hidden, bias, left, right)
+    x = _widened(hidden, wide)
+    bias, left, right = table(bias, wide), table(left, wide), table(right, wide)
+    return _run("steer", x, hidden.dtype, wide, _given(rows, bias, left, right))
+
+
+def on_gpu(
+    op: str,
+    hidden: Tensor,
+    rows: Tensor | None,
+    strength: Tensor | None,
+    bias: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+) -> Tensor:
+    """One edit a row by an op of the compiled CUDA module.
+
+    Args:
+        op: its name: ``steer``, or one that takes the same arguments and falls back on it.
+        hidden, rows, bias, left, right: as for :func:`steer`.
+        strength: ``[T]``, or None.
+    """
+    wide = compute_dtype(hidden, strength, bias, left, right)
+    x = _widened(hidden, wide)
+    stored = _stored(x, wide, bias, left, right)
+    # Named until the kernel has run: what is converted here lives as long.
+    strength, bias, left, right = (
+        table(t, dtype) for t, dtype in ((strength, wide), (bias, stored), (left, stored), (right, stored))
+    )
+    at, stride, *edits = _given(rows, bias, left, right)
+    return _run(op, x, hidden.dtype, stored, (at, stride, address(strength), *edits))
+
+
+def _widened(hidden: Tensor, wide: torch.dtype) -> Tensor:
+    """The rows as a kernel whose arithmetic is in ``wide`` reads them."""
     x = hidden if wide is torch.float32 else hidden.to(wide)
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    stored = _stored(x, wide, bias, left, right) if x.is_cuda else wide
-    bias, left, right = table(bias, stored), table(left, stored), table(right, stored)
-    return _run("steer", x, hidden.dtype, stored, _given(rows, bias, left, right))
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _given(
@@ -138,17 +171,29 @@ def refuses_steer_many(
     return None
 
 
-def steer_many(hidden: Tensor, rows: Tensor | None, strength: Tensor | None, edits: StackedEdits) -> Tensor:
+def steer_many(
+    hidden: Tensor,
+    rows: Tensor | None,
+    strength: Tensor | None,
+    edits: StackedEdits,
+    *,
+    one_edit: str = "steer",
+) -> Tensor:
     """Several edits of a row in order; see :func:`mechanex.backends.reference.steer_many`.
+
+    Args:
+        hidden, rows, strength, edits: as there.
+        one_edit: what does one edit a row without gates on a GPU, as for :func:`on_gpu`.
 
     Raises:
         ValidationError, RuntimeError: as :func:`steer`.
     """
-    wide = edits.dtype_for(hidden, strength)
-    x = hidden if wide is torch.float32 else hidden.to(wide)
-    if x.stride(1) != 1:
-        x = x.contiguous()
     bias, left, right, kinds, weight, offset = edits.tensors
+    if hidden.is_cuda and kinds is None and (rows is None or rows.shape[1] == 1):
+        own, amounts = (None if t is None else t.squeeze(1) for t in (rows, strength))
+        return on_gpu(one_edit, hidden, own, amounts, bias, left, right)
+    wide = edits.dtype_for(hidden, strength)
+    x = _widened(hidden, wide)
     stored = _stored(x, wide, bias, left, right, weight) if x.is_cuda else wide
     # Named until the kernel has run: what is converted here lives as long.
     kept = (
@@ -185,7 +230,10 @@ def _run(op: str, x: Tensor, dtype: torch.dtype, stored: torch.dtype, given: tup
     rows = (n_rows, width, x.data_ptr(), x.stride(0), out.data_ptr(), width)
     code = DTYPE_CODES[x.dtype]
     if x.is_cuda:
-        getattr(modules.cuda(), op)(code, DTYPE_CODES[stored], *rows, *given, *on_stream(x))
+        module = modules.cuda()
+        call = (code, DTYPE_CODES[stored], *rows, *given, *on_stream(x))
+        if getattr(module, op)(*call) is False:
+            module.steer(*call)
     else:
         try:
             getattr(modules.cpu(), op)(code, *rows, *given)

@@ -153,9 +153,9 @@ def _readable(version: int) -> str:
 def direct() -> Callable[..., Tensor | None] | None:
     """The steer op of the CUDA module on torch's tensors themselves, a fraction of the work for the calling thread.
 
-    It takes hidden ``[..., d]``, rows, bias, left and right, and gives None for whatever isn't plain: an argument that
-    isn't contiguous, dtypes that would have to be converted, shapes that don't fit. None where the kernels don't run or
-    torch (before 2.10) doesn't show its tensors to compiled code.
+    It takes hidden ``[..., d]``, rows, bias, left, right and strength, and gives None for whatever isn't plain: an
+    argument that isn't contiguous, dtypes that would have to be converted, shapes that don't fit. None where the
+    kernels don't run or torch (before 2.10) doesn't show its tensors to compiled code.
     """
     table = exchange_table()
     if missing_cuda() is not None or table is None:

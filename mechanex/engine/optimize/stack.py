@@ -19,6 +19,8 @@ from ..models.offload import on_one_device
 from ..passes import visit_residuals
 from ..positions import Positions, given_positions
 from ..regimes import text_lengths
+from . import compiled
+from .compiled import CompiledBlock
 from .layout import StepPack
 from .objective import completion_losses
 from .parameters import Table
@@ -144,6 +146,8 @@ class Stack:
         pack, width = self._copies, step_pack.pack.input_ids.shape[1]
         self._scored = pack.row * width + pack.predictor
         self._graphs = graphs if replayed and on_one_device(self._adapter.hf_model) else None
+        if self._graphs is not None and self._segments is not None and compiled.wanted():
+            self._segments = [(CompiledBlock(block), *rest) for block, *rest in self._segments]
         self._runs: dict[LossOptions, Any] = {}
 
     def _plan(
