@@ -199,9 +199,7 @@ def test_one_edit_a_row_with_strengths_matches_the_oracle(
 
 @pytest.mark.parametrize("backend", SCALED_NAMES)
 @pytest.mark.parametrize("width", [64, 4096, 16384])
-def test_strengths_neither_wait_for_the_device_nor_need_it_outside_of_a_graph(
-    width: int, backend: str
-) -> None:
+def test_a_graph_can_hold_strengths_and_no_call_with_them_waits(width: int, backend: str) -> None:
     case = SteerCase(21, width, n_edits=3, rank=3, rows="mixed", table=torch.float32)
     hidden, rows, *tables = args = case.make(torch.bfloat16, "cuda")
     strength = strengths(case, "row")
