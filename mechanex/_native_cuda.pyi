@@ -1,6 +1,7 @@
 """The compiled CUDA module (`csrc/cuda/bindings.cpp`)."""
 
 __version__: str
+interface: int
 max_rank: int
 architectures: str
 

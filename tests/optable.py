@@ -235,7 +235,8 @@ class ManyCase:
 
 
 # One, two and three edits a row, with holes; strengths; each gate alone and all together; every rank that a kernel
-# treats differently; nothing at all; rows that lie apart.
+# treats differently; one edit a row where rows and edits can be read 16 bytes at a time; nothing at all; rows that lie
+# apart.
 _MIXED = SteerCase(9, 47, n_edits=6, rank=1, rows="mixed")
 MANY_CASES = (
     *(
@@ -243,6 +244,12 @@ MANY_CASES = (
         for rank in (0, 1, 4, 6)
         for edits, strength, gates in ((1, True, ()), (2, False, ()), (3, True, KINDS))
     ),
+    *(
+        ManyCase(SteerCase(9, 64, n_edits=3, rank=rank, rows="mixed", table=table), 1, True)
+        for rank in (0, 1, 2)
+        for table in (None, torch.float32)
+    ),
+    ManyCase(SteerCase(3, 4096, n_edits=2, rank=3, rows="mixed"), 1, True),
     *(ManyCase(_MIXED, 2, True, (kind,)) for kind in KINDS),
     *(ManyCase(SteerCase(5, 64, rank=rank), 1, True, ("relu",)) for rank in (0, 2)),
     ManyCase(SteerCase(5, 64, rank=1), 1, False, ("norm",)),

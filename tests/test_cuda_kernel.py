@@ -12,6 +12,7 @@ from kernels_on_host import CAN_BUILD, WHY_NOT, built
 from optable import CASES, DTYPES, MANY_CASES, ManyCase, SteerCase, with_edits
 from test_steer_op import guarded, widened
 from tolerances import assert_within, many_truth
+from torch import Tensor
 
 from mechanex.backends import native, reference
 from mechanex.backends.native import clusters, edits, modules
@@ -219,9 +220,14 @@ def test_the_widest_row_of_a_half_type_fits_a_block(kernels: Kernels) -> None:
     assert edits.refuses_steer_many(*with_edits(args)) is None
     truth, scale = many_truth(args)
     assert_within(native.steer_many(*with_edits(args)), truth, scale, edits.MANY_WIDTH)
-    wider = ManyCase(SteerCase(1, edits.MANY_WIDTH + 8), 1, True)
-    assert "the width is 24008" in edits.refuses_steer_many(*with_edits(wider.make(torch.bfloat16)))
-    assert edits.refuses_steer_many(*with_edits(wider.make(torch.float32))) is None
+    wider = SteerCase(1, edits.MANY_WIDTH + 8, n_edits=2, rank=1, rows="mixed")
+    for case in (ManyCase(wider, 2, True), ManyCase(wider, 1, True, ("relu",))):
+        assert "the width is 24008" in edits.refuses_steer_many(*with_edits(case.make(torch.bfloat16)))
+        assert edits.refuses_steer_many(*with_edits(case.make(torch.float32))) is None
+    # One edit with a strength takes the kernels of one edit, which have no such limit.
+    alone = ManyCase(wider, 1, True).make(torch.bfloat16)
+    assert edits.refuses_steer_many(*with_edits(alone)) is None
+    assert_within(native.steer_many(*with_edits(alone)), *many_truth(alone), wider.width)
 
 
 # Rows that fill no tile, several tiles of a cluster, columns that fill no access of every lane, many edits; and the
@@ -320,6 +326,51 @@ def test_one_edit_a_row_with_strengths_takes_the_kernels_of_one_edit(
     strength = torch.randn(21, 1, dtype=wide)
     args = hidden, rows[:, None], strength, *tables, None
     assert_within(native.steer_many(*with_edits(args)), *many_truth(args), width)
-    ones = hidden, rows[:, None], torch.ones_like(strength), *tables, None
-    assert torch.equal(native.steer_many(*with_edits(ones)), native.steer(hidden, rows, *tables))
-    assert set(kernels.layouts[:2]) == {ANY if width == 47 else ROW}
+    assert set(kernels.layouts) == {ANY if width == 47 else ROW}
+
+
+# A call with strengths as a layout takes it, or as clusters do.
+SCALED = {
+    ROW: SteerCase(7, 64, n_edits=3, rank=2, rows="mixed"),
+    WIDE: SteerCase(7, 16384, n_edits=2, rank=3, rows="mixed"),
+    ANY: SteerCase(7, 47, n_edits=3, rank=2, rows="mixed"),
+    None: SteerCase(7, 512, n_edits=3, rank=2, rows="mixed"),
+}
+
+
+def scaled(
+    layout: int | None, hidden: Tensor, rows: Tensor, strength: Tensor, tables: list[Tensor], kernels: Kernels
+) -> Tensor:
+    """What the kernels of this layout make of one edit a row with strengths."""
+    op = clusters.steer_many if layout is None else native.steer_many
+    out = op(hidden, rows[:, None], strength[:, None], StackedEdits(*tables))
+    assert kernels.layouts == ([] if layout is None else [layout]) and all(kernels.sizes)
+    return out
+
+
+@pytest.mark.parametrize("layout", SCALED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strengths_of_any_value_multiply_the_change(
+    dtype: torch.dtype, layout: int | None, kernels: Kernels
+) -> None:
+    case = dataclasses.replace(SCALED[layout], table=torch.float32)
+    hidden, rows, *tables = case.make(dtype)
+    rows[:] = torch.arange(7) % case.n_edits
+    strength = torch.tensor([0.0, -0.0, 1e20, -1e20, float("inf"), float("-inf"), float("nan")])
+    out = scaled(layout, hidden, rows, strength, tables, kernels)
+    assert torch.equal(out[:2], hidden[:2])
+    args = (hidden, rows[:, None], strength[:, None], *tables, None)
+    truth, scale = many_truth(tuple(t if t is None else t[2:4] for t in args[:3]) + args[3:])
+    assert_within(out[2:4], truth, scale, case.width)
+    want = reference.steer_many(*with_edits(args))[4:]
+    assert want[:2].isinf().all() and torch.equal(out[4:6], want[:2]) and out[6].isnan().all()
+
+
+@pytest.mark.parametrize("layout", SCALED)
+def test_a_large_strength_of_a_small_change_does_not_overflow(layout: int | None, kernels: Kernels) -> None:
+    hidden, rows, bias, left, right = SCALED[layout].make(torch.float32)
+    for tensor, value in ((hidden, 0.0), (bias, 0.0), (left, 1e-30), (right, 0.0), (rows, 0)):
+        tensor.fill_(value)
+    hidden[:, 0], right[:, 0, 0] = 1e20, 1.0
+    out = scaled(layout, hidden, rows, torch.full((7,), 1e20), [bias, left, right], kernels)
+    torch.testing.assert_close(out[:, 1:], torch.full_like(out[:, 1:], 1e10))

@@ -21,7 +21,9 @@ SCRIPT = ROOT / "benchmarks" / "gpu" / "run.sh"
 PYTHON = """#!/bin/sh
 case "$*" in
   *"-m pytest"*) exit "$TESTS" ;;
-  *steer.py*|*logprob.py*|*work.py*|*decode.py*) echo "timings: $*"; exit "$TIMINGS" ;;
+  *steer.py*|*logprob.py*|*work.py*|*decode.py*)
+    echo "timings: $*"; [ -z "$WRITES" ] || echo "{}" >"$2/$WRITES"; exit "$TIMINGS" ;;
+  *record.py*) echo "judged: $*" ;;
   *"import xdist"*) exit 1 ;;
 esac
 """
@@ -45,12 +47,15 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         (tmp_path / path).chmod(0o755)
     copy = shutil.copy(SCRIPT, tmp_path / "benchmarks" / "gpu" / "run.sh")
 
-    def run(*arguments: str, tests: int = 0, timings: int = 0) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str, tests: int = 0, timings: int = 0, writes: str = "gpu.json", **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             ["bash", copy, *arguments],
             cwd=tmp_path,
             env=os.environ
-            | {"PYTHON": str(tmp_path / "python"), "TESTS": str(tests), "TIMINGS": str(timings)},
+            | {"PYTHON": str(tmp_path / "python"), "TESTS": str(tests), "TIMINGS": str(timings)}
+            | {"WRITES": writes, **variables},
             capture_output=True,
             text=True,
             check=False,
@@ -99,6 +104,44 @@ def test_goals_are_told_of_whatever_was_timed(
     done = run("results", "--only", parts)
     assert done.returncode == 0, done.stderr
     assert ("== goals" in done.stdout) is judged
+
+
+def test_goals_are_those_of_what_this_run_wrote(
+    tmp_path: Path, run: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    folder = tmp_path / "results"
+    for name in ("cpu-1.json", "of another day.json"):
+        (folder / name).write_text('{"machine": {}, "rows": []}')
+    done = run("results", "--only", "steer,work")
+    (judged,) = (line.split(maxsplit=2)[2] for line in done.stdout.splitlines() if line.startswith("judged:"))
+    assert Path(judged) == folder / "gpu.json"
+    done = run("results", "--only", "steer", timings=3, writes="")
+    assert done.returncode == 3 and "judged:" not in done.stdout
+    assert "nothing was written" in done.stdout
+    done = run("results/gpu.json", "--only", "steer", timings=3, writes="")
+    assert done.returncode == 3 and "judged:" not in done.stdout
+
+
+def test_what_there_is_no_time_for_is_skipped(
+    tmp_path: Path, run: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    (tmp_path / "build" / "gpu" / "site").mkdir(parents=True)
+    done = run("results", "--only", "test,steer,decode", LIMIT="0")
+    assert done.returncode == 124 and "timings:" not in done.stdout
+    assert done.stderr.count("skipped:") == 3
+
+
+def test_parts_that_are_not_told_are_asked_for(
+    run: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    done = run("results", "--only")
+    assert done.returncode == 2 and "--only takes parts" in done.stderr
+
+
+def test_a_file_of_other_benchmarks_is_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "cpu-1.json"
+    other.write_text('{"machine": {}, "rows": []}')
+    assert "is no result of run.sh" in str(_main(monkeypatch, "record", str(other)))
 
 
 def test_unknown_parts_are_refused(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
@@ -153,7 +196,7 @@ def test_every_part_runs_to_its_end(
     assert all(row["value"] is not None for row in found["rows"])
     judged = [row for row in found["rows"] if "goal" in row]
     capsys.readouterr()
-    assert _main(monkeypatch, "record", str(tmp_path)) == 0
+    assert _main(monkeypatch, "record", str(path)) == 0
     said = capsys.readouterr().out
     assert f"{sum(row['met'] for row in judged)} of {len(judged)} goals met" in said
     if part == "steer":

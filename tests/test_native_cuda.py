@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mechanex import backends
+from mechanex._version import __version__
 from mechanex.backends import native
 from mechanex.backends.native import modules
 from mechanex.errors import MechanexError
@@ -47,6 +49,28 @@ def test_the_cpu_kernels_do_not_need_it() -> None:
         pytest.skip("no native module")
     assert backends.get("native").lacks("cpu") is None
     assert "not on GPUs: the compiled module mechanex._native_cuda is not installed" in native.describe()
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [({}, "interface 1, the rest needs 2"), ({"interface": 3}, "interface 3"), ({"interface": 2}, None)],
+)
+def test_a_module_of_other_sources_is_to_be_built_anew(
+    numbers: dict[str, int], said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = SimpleNamespace(__version__=__version__, **numbers)
+    monkeypatch.setattr(modules.importlib, "import_module", lambda path: module)
+    found, reason = modules.load("_native_cuda", "build it")
+    assert (found is None) == (said is not None)
+    assert said is None or (said in str(reason) and str(reason).endswith("; build it"))
+
+
+def test_the_sources_have_the_interface_that_is_asked_for() -> None:
+    sources = Path(__file__).resolve().parent.parent / "csrc" / "cuda" / "bindings.cpp"
+    if not sources.exists():
+        pytest.skip("needs the source tree")
+    assert f'm.attr("interface") = {modules._INTERFACES["_native_cuda"]};' in sources.read_text()
 
 
 def test_a_device_that_a_backend_never_serves_is_named() -> None:

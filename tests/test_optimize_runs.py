@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
@@ -11,9 +12,11 @@ from naive_optimization import Naive
 from test_optimize_loop import DATA, TOKENIZER, optimize, start_of
 
 from mechanex.engine.models import adapter_for
+from mechanex.engine.optimize.compiled import CompiledBlock
 from mechanex.engine.optimize.layout import Layout
 from mechanex.engine.optimize.problem import Epoch, Minibatches, OptimizationJob
 from mechanex.engine.optimize.settings import OptimizeSettings
+from mechanex.engine.optimize.stack import StepGraphs
 from mechanex.errors import ValidationError
 from mechanex.utils.steering_opt import (
     TrainingDatapoint,
@@ -379,6 +382,16 @@ def test_on_a_gpu_it_is_what_it_is_on_the_cpu(dtype, caplog):
 
 
 @pytest.fixture
+def captured(monkeypatch):
+    """Steps run as if they were captured: what would be, is what runs."""
+
+    def of(self, run, inputs, captured=None):
+        return captured or run
+
+    monkeypatch.setattr(StepGraphs, "of", of)
+
+
+@pytest.fixture
 def compiled(monkeypatch):
     """How often torch was asked to compile a layer, for steps whose layers are to be compiled."""
     asked, compile_as_is = [], torch.compile
@@ -395,12 +408,15 @@ def compiled(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("captured")
 @pytest.mark.parametrize("layer", [2, [1, 3]])
-def test_compiled_layers_give_the_same_vector(compiled, layer, monkeypatch):
+def test_compiled_layers_give_the_same_vector(compiled, layer, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "mechanex.engine.optimize")
     model = build("llama")
     vector, info = optimize(model, layer=layer, max_iters=4, lr=0.05)
     first = layer if isinstance(layer, int) else layer[0]
     assert len(compiled) >= len(adapter_for(model).layers) - first
+    assert "forward pass was compiled in" in caplog.text
     monkeypatch.delenv("MECHANEX_COMPILE_STEPS")
     n = len(compiled)
     plain, plainly = optimize(build("llama"), layer=layer, max_iters=4, lr=0.05)
@@ -409,6 +425,15 @@ def test_compiled_layers_give_the_same_vector(compiled, layer, monkeypatch):
     assert info["loss"] == pytest.approx(plainly["loss"], rel=1e-4)
 
 
+def test_layers_are_not_compiled_where_no_step_is_captured(compiled, monkeypatch):
+    vector, _ = optimize(build("llama"), max_iters=2)
+    assert not compiled
+    monkeypatch.delenv("MECHANEX_COMPILE_STEPS")
+    plain, _ = optimize(build("llama"), max_iters=2)
+    assert torch.equal(vector, plain)
+
+
+@pytest.mark.usefixtures("captured")
 def test_a_layer_that_torch_can_not_compile_runs_as_it_is(monkeypatch, caplog):
     def broken(block, **options):
         def run(*args, **kwargs):
@@ -422,3 +447,11 @@ def test_a_layer_that_torch_can_not_compile_runs_as_it_is(monkeypatch, caplog):
     vector, _ = optimize(build("llama"), max_iters=2)
     assert torch.equal(vector, plain)
     assert "no compiler here" in caplog.text
+
+
+def test_a_layer_of_which_nothing_is_compiled_says_no_time(monkeypatch, caplog):
+    monkeypatch.setattr(torch, "compile", lambda block, **options: block)
+    caplog.set_level(logging.INFO, "mechanex.engine.optimize")
+    block = CompiledBlock(torch.nn.Linear(2, 2))
+    block(torch.ones(1, 2))
+    assert not caplog.records

@@ -255,3 +255,17 @@ def test_torch_tells_what_it_compiles() -> None:
         else:
             model[0].forward = torch.compile(model[0].forward, backend="eager")
         assert torch_parts.is_compiled(model), why.format(how)
+
+
+def test_torch_compiles_for_more_lengths_than_its_limit() -> None:
+    why = "torch counts or bounds what it compiles otherwise now (mechanex/engine/optimize/compiled.py)"
+    torch._dynamo.reset()
+    run = torch.compile(nn.Linear(2, 2), backend="eager", dynamic=False)
+    with torch_parts.unlimited_recompiles():
+        for n in range(2, 14):
+            before = torch_parts.compiled_graphs()
+            run(torch.ones(n, 2))
+            assert torch_parts.compiled_graphs() == before + 1, why
+            run(torch.ones(n, 2))
+            assert torch_parts.compiled_graphs() == before + 1, why
+    torch._dynamo.reset()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from optable import DTYPES, SteerCase
 from test_steer_op import widened
-from tolerances import assert_within
+from tolerances import assert_within, many_truth
 
 from mechanex import backends
 from mechanex.backends import reference
@@ -149,6 +149,80 @@ def test_a_graph_can_hold_the_call(backend: str) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, steer(hidden, rows, *tables, backend=backend))
+
+
+# Strengths, one edit a row: the widths that kernels lay out in their own ways, every rank that they treat apart.
+SCALED = tuple(
+    SteerCase(21, width, n_edits=n_edits, rank=rank, rows=rows, table=torch.float32)
+    for width in (64, 4096, 16384)
+    for rank in (0, 1, 3, 4)
+    for n_edits, rows in ((3, "mixed"), (1, "none"))
+)
+SCALED_NAMES = ["auto", *(name for name in FAST if name in ("native", "clusters"))] if HAS_GPU else ["none"]
+
+
+def strengths(case: SteerCase, shape: str) -> torch.Tensor | None:
+    """One number a row, in one of the shapes that the op takes."""
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.randn(case.n_rows, generator=generator).cuda()
+    return None if shape == "none" else numbers[:, None] if shape == "column" else numbers
+
+
+def expected(
+    args: tuple[torch.Tensor | None, ...], strength: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The truth and its magnitudes, by the reference."""
+    hidden, rows, *tables = (None if t is None else t.cpu() for t in args)
+    numbers = torch.ones(hidden.shape[0]) if strength is None else strength.cpu().reshape(-1)
+    rows = torch.zeros(hidden.shape[0], dtype=torch.int32) if rows is None else rows
+    return many_truth((hidden, rows[:, None], numbers[:, None], *tables, None))
+
+
+@pytest.mark.parametrize("backend", SCALED_NAMES)
+@pytest.mark.parametrize("shape", ["row", "column", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SCALED, ids=str)
+def test_one_edit_a_row_with_strengths_matches_the_oracle(
+    case: SteerCase, dtype: torch.dtype, shape: str, backend: str
+) -> None:
+    hidden, rows, *tables = args = case.make(dtype, "cuda")
+    if shape == "column" and rows is not None:
+        rows = rows[:, None]
+    elif shape == "column":
+        pytest.skip("one edit for all takes one strength a row")
+    strength = strengths(case, shape)
+    out = steer(hidden, rows, *tables, strength=strength, backend=backend)
+    truth, scale = expected(args, strength)
+    assert out.dtype is dtype
+    assert_within(out.cpu(), truth, scale, case.width)
+
+
+@pytest.mark.parametrize("backend", SCALED_NAMES)
+@pytest.mark.parametrize("width", [64, 4096, 16384])
+def test_a_graph_can_hold_strengths_and_no_call_with_them_waits(width: int, backend: str) -> None:
+    case = SteerCase(21, width, n_edits=3, rank=3, rows="mixed", table=torch.float32)
+    hidden, rows, *tables = args = case.make(torch.bfloat16, "cuda")
+    strength = strengths(case, "row")
+    first = steer(hidden, rows, *tables, strength=strength, backend=backend)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        steer(hidden, rows, *tables, strength=strength, backend=backend)
+    stream.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = steer(hidden, rows, *tables, strength=strength, backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(again, first)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = steer(hidden, rows, *tables, strength=strength, backend=backend)
+    hidden.copy_(torch.randn_like(hidden))
+    strength.mul_(-2)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_within(out.cpu(), *expected(args, strength), width)
 
 
 @NEEDS_NATIVE

@@ -1,4 +1,4 @@
-"""What the parts of ``run.sh`` share: whose numbers they are, rows with goals and verdicts, one file for all parts.
+"""What the parts of ``run.sh`` share: one file for all, with the machine, and rows that may have goals and verdicts.
 
 As a program it prints what calls take at every size and the goals that were missed: ``python record.py RESULT.json``.
 """
@@ -124,6 +124,8 @@ def summary(path: Path) -> str:
     lines: list[str] = []
     met = total = 0
     for part, found in json.loads(path.read_text()).items():
+        if "tests" not in found:
+            raise SystemExit(f"{path} is no result of run.sh: its {part} says nothing of tests")
         judged: Sequence[Row] = [row for row in found["rows"] if "goal" in row]
         met, total = met + sum(bool(row["met"]) for row in judged), total + len(judged)
         lines += [
@@ -189,11 +191,12 @@ def machine(device: str) -> Row:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("result", type=Path, help="JSON file, or the folder of the newest one")
+    parser.add_argument("result", type=Path, help="JSON file that a part wrote")
     found: Path = parser.parse_args().result
-    if found.is_dir():
-        found = max(found.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    if not found.is_file():
+        raise SystemExit(f"no file {found}")
+    said = summary(found)
     if table := auto_table(found):
         sys.stdout.write(f"{table}\n")
-    sys.stdout.write(summary(found))
+    sys.stdout.write(said)
     raise SystemExit(0)

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Build, test and time on a machine with a GPU, without a network, from what such a machine usually has: torch, transformers,
-# pytest, pybind11, cmake and, for the CUDA sources, nvcc. All parts together take under nine minutes.
+# pytest, pybind11, cmake and, for the CUDA sources, nvcc. All parts together take under nine minutes: LIMIT seconds, 520 if it
+# is not set. What is then still to be done is skipped, and said to be.
 #
 #   benchmarks/gpu/run.sh [RESULT.json or folder] [--only PART,... | --ranks] [-- options of the timed part]
 #
-# Parts: build, test, steer, logprob, work, decode; and ranks, which only asking for brings: several processes and models that
-# are split over them, for machines with several GPUs. --ranks is --only build,ranks. Without "build" what was built before is
-# used, if there is anything. Where a test fails the times are taken too, marked as such; a part that fails or takes too long
-# doesn't stop the ones that follow. Goals, and what auto takes at every size, are printed at the end of parts that are timed.
-# The exit status is that of the last part that failed.
+# Parts: build, test, steer, logprob, work and decode. One more, ranks, runs only when it is asked for: several processes, and
+# models that are split over them, on a machine with several GPUs; LIMIT doesn't bound it. --ranks is --only build,ranks.
+# Without "build" the run uses what was built before and builds only if there is nothing. Where a test fails the times are
+# taken too, marked as such; a part that fails or takes too long doesn't stop the ones that follow. After timed parts the goals
+# that were missed are printed, and what auto takes at every size. The exit status is that of the last part that failed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD
@@ -17,7 +18,11 @@ parts=build,test,steer,logprob,work,decode
 options=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --only) parts=$2; shift 2 ;;
+    --only)
+      [ $# -ge 2 ] || { echo "--only takes parts, as in --only steer,decode; see the head of $0" >&2; exit 2; }
+      parts=$2
+      shift 2
+      ;;
     --ranks) parts=build,ranks; shift ;;
     --) shift; options=("$@"); break ;;
     -*) echo "unknown option $1; see the head of $0" >&2; exit 2 ;;
@@ -35,6 +40,18 @@ site=$root/build/gpu/site
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 wanted() { case ,$parts, in *,$1,*) return 0 ;; *) return 1 ;; esac }
+limit=${LIMIT:-520}
+status=0
+# Runs a command for at most so many seconds and no longer than there is time for all; skips it if too little is left.
+within() {
+  local seconds=$1 left=$((limit - SECONDS))
+  shift
+  if [ "$left" -lt 20 ]; then
+    echo "skipped: $SECONDS of $limit s are over" >&2
+    return 124
+  fi
+  timeout "$((seconds < left ? seconds : left))" "$@"
+}
 step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
 if wanted build || [ ! -d "$site" ]; then
@@ -52,7 +69,8 @@ if wanted build || [ ! -d "$site" ]; then
     echo "no nvcc: built without the CUDA kernels"
   fi
   rm -rf "$site"
-  JOBS=${JOBS:-$(nproc)} scripts/stage.sh "$site" "${definitions[@]}" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
+  export JOBS=${JOBS:-$(nproc)}
+  within 300 scripts/stage.sh "$site" "${definitions[@]}" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
 fi
 
 # From another folder: the source tree, which has no compiled modules, would come before the staged package.
@@ -60,7 +78,6 @@ export PYTHONPATH=$site HF_HUB_OFFLINE=1 MECHANEX_HOME=$work/home PYTHONDONTWRIT
 cd "$work"
 ! wanted build || "$PYTHON" -m mechanex
 
-status=0
 outcome="not run"
 if wanted test; then
   step test
@@ -69,7 +86,7 @@ if wanted test; then
   tests=("$root"/tests/test_{steer_op,steer_many,steer_table,steer_gpu,logprob_op,logprob_gpu,backends}.py)
   for more in "$root"/tests/test_{triton,static}*.py; do [ ! -e "$more" ] || tests+=("$more"); done
   outcome=passed
-  timeout 240 "$PYTHON" -m pytest -q -m "not long" -p no:cacheprovider "${workers[@]}" "${tests[@]}" || status=$?
+  within 180 "$PYTHON" -m pytest -q -m "not long" -p no:cacheprovider "${workers[@]}" "${tests[@]}" || status=$?
   if [ "$status" -ne 0 ]; then
     outcome="failed ($status)"
     echo "tests $outcome: the timings that follow say so, and may be of wrong results" >&2
@@ -78,22 +95,29 @@ fi
 
 if wanted ranks; then
   step ranks
+  begun=$SECONDS
   timeout 480 "$PYTHON" -m pytest -q -m "not long" -p no:cacheprovider "$root"/tests/test_{ranks,split}.py || status=$?
   timeout 300 "$PYTHON" "$root/benchmarks/ranks.py" --rounds 1 || status=$?
   timeout 300 "$PYTHON" "$root/benchmarks/ranks.py" --rounds 1 --split || status=$?
+  limit=$((limit + SECONDS - begun))
 fi
 
 timed=
-for part in steer:90 logprob:150 work:120 decode:240; do
+touch "$work/begun"
+for part in steer:60 logprob:120 work:120 decode:200; do
   name=${part%:*}
   wanted "$name" || continue
   timed=1
   step "$name"
-  timeout "${part#*:}" "$PYTHON" "$root/benchmarks/gpu/$name.py" "$result" --tests "$outcome" "${options[@]}" || status=$?
+  within "${part#*:}" "$PYTHON" "$root/benchmarks/gpu/$name.py" "$result" --tests "$outcome" "${options[@]}" || status=$?
 done
 if [ -n "$timed" ]; then
   step goals
-  "$PYTHON" "$root/benchmarks/gpu/record.py" "$result" || status=$?
+  written=$(find "$result" -maxdepth 1 -name '*.json' -newer "$work/begun" 2>/dev/null) || true
+  [ -n "$written" ] || echo "nothing was written, so there is nothing to judge"
+  while IFS= read -r file; do
+    [ -z "$file" ] || "$PYTHON" "$root/benchmarks/gpu/record.py" "$file" || status=$?
+  done <<<"$written"
 fi
 step "done"
 exit "$status"

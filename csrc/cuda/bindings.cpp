@@ -115,6 +115,8 @@ PYBIND11_MODULE(_native_cuda, m, py::mod_gil_not_used()) {
   using namespace mechanex;
   m.doc() = "Compiled CUDA kernels of mechanex; use them through mechanex.backends.";
   m.attr("__version__") = MECHANEX_VERSION;
+  // One more whenever a function takes other arguments or gives something else; modules.py asks for this number.
+  m.attr("interface") = 2;
   m.attr("max_rank") = static_cast<int64_t>(kMaxRank);
   m.attr("architectures") = MECHANEX_CUDA_BUILT;
   m.def("runtime_version", &runtime_version, "Version of the CUDA runtime inside, as 1000 * major + 10 * minor.");

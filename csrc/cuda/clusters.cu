@@ -23,6 +23,14 @@ cudaLaunchConfig_t configuration(const Clustered& kind, int64_t clusters, cudaLa
   return made;
 }
 
+// Whether the device runs code of a kernel that was compiled for clusters. Where a module has none for this device, the
+// driver makes it from PTX for an older one, in which the kernel's body is empty.
+bool is_compiled_for_clusters(const void* kernel) {
+  cudaFuncAttributes found;
+  check(cudaFuncGetAttributes(&found, kernel), "cudaFuncGetAttributes");
+  return found.ptxVersion >= 90 && found.binaryVersion >= 90;
+}
+
 }  // namespace
 
 int64_t clusters_at_once(int device, const Clustered& kind) {
@@ -33,6 +41,7 @@ int64_t clusters_at_once(int device, const Clustered& kind) {
   const Key key(device, kind.kernel, kind.size, kind.shared);
   const auto at = known.find(key);
   if (at != known.end()) return at->second;
+  if (!is_compiled_for_clusters(kind.kernel)) return known[key] = 0;
   // All that there is, since the last word on a kernel counts for every size of it.
   check(cudaFuncSetAttribute(kind.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(most_shared(device))),

@@ -20,11 +20,12 @@ inline size_t most_shared(int device) {
   return static_cast<size_t>(attribute_of<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device));
 }
 
-// Clusters of this kind that the device, the current one, holds at the same time: those of a second round would double
-// the time. The first call allows the kernel all of a block's shared memory.
+// How many clusters of this kind the device, the current one, holds at the same time; those beyond wait for a second
+// round. 0 where the module has only older code for the kernel, whose body is empty. The first call allows the kernel
+// all of a block's shared memory.
 int64_t clusters_at_once(int device, const Clustered& kind);
 
-// Puts so many clusters on a stream of the current device, after clusters_at_once.
+// Puts so many clusters on a stream of the current device, after clusters_at_once found room for some.
 void launch_clusters(const Clustered& kind, int64_t clusters, void** parameters, void* stream);
 
 }  // namespace mechanex

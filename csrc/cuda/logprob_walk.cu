@@ -29,10 +29,9 @@ int64_t walk_groups(int dtype, int64_t n_rows, int64_t n_vocab, int64_t width, i
 void launch_walk(int dtype, WalkArgs args, int device, void* stream) {
   const OnDevice guard(device);
   const WalkPlan chosen = plan_on(device, dtype, args.n_rows, args.width);
-  if (chosen.kernel == nullptr || args.n_groups < 1)
+  if (chosen.kernel == nullptr || args.n_groups < 1 || clusters_at_once(device, kind_of(chosen)) < 1)
     throw std::invalid_argument("no walk for " + std::to_string(args.n_rows) + " rows " + std::to_string(args.width) +
                                 " wide of dtype code " + std::to_string(dtype));
-  clusters_at_once(device, kind_of(chosen));
   int stages = chosen.stages;
   void* parameters[] = {&args, &stages};
   launch_clusters(kind_of(chosen), args.n_groups, parameters, stream);

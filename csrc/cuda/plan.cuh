@@ -29,7 +29,8 @@ struct LayoutShape {
 
 constexpr LayoutShape kShapes[kAny] = {{1, 4, 512, 2}, {1, 1, 1024, 1}, {4, 1, 1024, 1}};
 
-// Blocks of kTile for each multiprocessor from which on reading an edit less often beats spreading the rows.
+// With at least so many blocks of kTile for each multiprocessor, kTile is the faster: it reads an edit less often. With
+// fewer, rows are better spread over more blocks.
 enum : int { kTilesPerProcessor = 4 };
 
 template <class Row, class Table, int kLayout, bool kScaled>
@@ -41,7 +42,7 @@ SteerKernel tile_kernel(int64_t rank) {
   return &steer_tile<Row, Table, 2, s.vectors, s.rows, s.threads, s.blocks, kScaled>;
 }
 
-// Rows with strengths are never many to a block: its registers are full without them.
+// Rows with strengths take kRow or kWide, one in a block: kTile's four fill the registers without their strengths.
 template <class Row, class Table>
 SteerKernel kernel_of(int layout, int64_t rank, bool scaled) {
   if (layout == kAny) return &steer_any<Row, Table>;

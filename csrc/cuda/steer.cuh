@@ -53,7 +53,7 @@ MX_DEVICE bool share_an_edit(const int32_t* edit) {
   return together;
 }
 
-// The strengths of these rows; 1 where there are none, which changes no bit.
+// The strengths of these rows; 1 where there are none.
 template <int kRows, class S>
 MX_DEVICE void amounts_of(S* amount, const SteerArgs& args, int64_t first, int64_t n_rows) {
 #pragma unroll
@@ -205,9 +205,9 @@ MX_DEVICE void project(const Places& columns, const Held& edits, int32_t edit, c
   }
 }
 
-// Writes a group's rows, y_stride apart: x plus their amounts of the bias and of the coordinates times their left
-// vectors.
-template <int kRanks, int kRows, int kGroup, class Places, class Held>
+// Writes a group's rows, y_stride apart: x plus the change, which is the bias and the coordinates times their left
+// vectors. kScaled: the change is summed up first, then multiplied by the row's amount.
+template <int kRanks, int kRows, int kGroup, bool kScaled, class Places, class Held>
 MX_DEVICE void write_edited(const Places& columns, const Held& edits, int32_t edit, const Words (*x)[Places::kVectors],
                             const typename Places::Row::Scalar* coordinates, const typename Places::Row::Scalar* amount,
                             typename Places::Stored* rows, int64_t y_stride) {
@@ -226,7 +226,7 @@ MX_DEVICE void write_edited(const Places& columns, const Held& edits, int32_t ed
 #pragma unroll
     for (int r = 0; r < kGroup; ++r) {
 #pragma unroll
-      for (int w = 0; w < kWidth; ++w) y[r][w] = Row::get(x[r][v], w);
+      for (int w = 0; w < kWidth; ++w) y[r][w] = kScaled ? S(0) : Row::get(x[r][v], w);
     }
     if (edits.has_bias()) {
       S shift[kWidth];
@@ -234,7 +234,7 @@ MX_DEVICE void write_edited(const Places& columns, const Held& edits, int32_t ed
 #pragma unroll
       for (int r = 0; r < kGroup; ++r) {
 #pragma unroll
-        for (int w = 0; w < kWidth; ++w) y[r][w] += amount[r] * shift[w];
+        for (int w = 0; w < kWidth; ++w) y[r][w] += shift[w];
       }
     }
     if constexpr (kRanks > 0) {
@@ -246,7 +246,7 @@ MX_DEVICE void write_edited(const Places& columns, const Held& edits, int32_t ed
         for (int i = 0; i < kRanks; ++i) {
 #pragma unroll
           for (int r = 0; r < kGroup; ++r) {
-            const S coordinate = amount[r] * coordinates[(j + i) * kRows + r];
+            const S coordinate = coordinates[(j + i) * kRows + r];
 #pragma unroll
             for (int w = 0; w < kWidth; ++w) y[r][w] += coordinate * direction[i][w];
           }
@@ -255,6 +255,10 @@ MX_DEVICE void write_edited(const Places& columns, const Held& edits, int32_t ed
     }
 #pragma unroll
     for (int r = 0; r < kGroup; ++r) {
+      if constexpr (kScaled) {
+#pragma unroll
+        for (int w = 0; w < kWidth; ++w) y[r][w] = Row::get(x[r][v], w) + amount[r] * y[r][w];
+      }
       Words out;
       Row::put(out, y[r]);
       columns.write(rows + r * y_stride, v, out);
@@ -294,11 +298,8 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) steer_tile(const Stee
   }
   int32_t edit[kRows];
   edits_of<kRows>(edit, args, first, n_rows);
-  S amount[kRows];
-  if constexpr (kScaled)
-    amounts_of<kRows>(amount, args, first, n_rows);
-  else
-    for (S& one : amount) one = 1;
+  S amount[kRows] = {};
+  if constexpr (kScaled) amounts_of<kRows>(amount, args, first, n_rows);
   const int sums = static_cast<int>(args.rank) * kRows;
   S* partial = shared + threadIdx.x / kWarp * sums;
   const Edits<Table> edits = {args};
@@ -309,8 +310,8 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) steer_tile(const Stee
       project<kRanks, kRows, kRows>(columns, edits, edit[0], x, partial);
       sum_over_block(shared, sums);
     }
-    write_edited<kRanks, kRows, kRows>(columns, edits, edit[0], x, shared, amount, y + first * args.y_stride,
-                                       args.y_stride);
+    write_edited<kRanks, kRows, kRows, kScaled>(columns, edits, edit[0], x, shared, amount, y + first * args.y_stride,
+                                                args.y_stride);
     return;
   }
   if constexpr (kRanks > 0 && kRows > 1) {
@@ -324,8 +325,8 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) steer_tile(const Stee
   for (int r = 0; r < kRows; ++r, ++row) {
     compute_late(row);
     if (edit[r] >= 0)
-      write_edited<kRanks, kRows, 1>(columns, edits, edit[r], x + r, shared + r, amount + r, y + row * args.y_stride,
-                                     args.y_stride);
+      write_edited<kRanks, kRows, 1, kScaled>(columns, edits, edit[r], x + r, shared + r, amount + r,
+                                              y + row * args.y_stride, args.y_stride);
     else if (edit[r] != kAbsent)
       write_unedited(columns, edit[r], x[r], y + row * args.y_stride);
   }
@@ -373,10 +374,9 @@ __global__ void __launch_bounds__(kAnyThreads) steer_any(const SteerArgs args, c
   }
   if (rank > 0) sum_over_block(shared, coordinates);
   for (int64_t c = threadIdx.x; c < d; c += blockDim.x) {
-    S value = Row::widen(x[c]);
-    if (bias != nullptr) value += amount * Table::widen(bias[edit * d + c]);
-    for (int j = 0; j < rank; ++j) value += amount * shared[j] * Table::widen(left[j * d + c]);
-    y[c] = Row::narrow(value);
+    S change = bias == nullptr ? S(0) : Table::widen(bias[edit * d + c]);
+    for (int j = 0; j < rank; ++j) change += shared[j] * Table::widen(left[j * d + c]);
+    y[c] = Row::narrow(Row::widen(x[c]) + amount * change);
   }
 }
 

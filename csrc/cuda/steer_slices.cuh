@@ -221,15 +221,15 @@ __global__ void __launch_bounds__(kSliceThreads, 1) steer_slices(const SliceArgs
     }
     await_warp();
     if (together) {
-      write_edited<kRanks, kRows, kRows>(columns, edits, edit[0], x, coordinates, amount, y_at + first * args.y_stride,
-                                         args.y_stride);
+      write_edited<kRanks, kRows, kRows, true>(columns, edits, edit[0], x, coordinates, amount,
+                                               y_at + first * args.y_stride, args.y_stride);
     } else {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         Stored* row = y_at + (first + r) * args.y_stride;
         if (edit[r] >= 0)
-          write_edited<kRanks, kRows, 1>(columns, edits, edit[r], x + r, coordinates + r, amount + r, row,
-                                         args.y_stride);
+          write_edited<kRanks, kRows, 1, true>(columns, edits, edit[r], x + r, coordinates + r, amount + r, row,
+                                               args.y_stride);
         else if (edit[r] != kAbsent)
           write_unedited(columns, edit[r], x[r], row);
       }

@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 __all__ = [
+    "compiled_graphs",
     "default_store",
     "dispatch_modes",
     "exchange_table",
@@ -27,6 +28,7 @@ __all__ = [
     "transforms_are_active",
     "tree_flatten",
     "tree_unflatten",
+    "unlimited_recompiles",
     "without_hooks",
     "writes",
 ]
@@ -110,6 +112,22 @@ def is_compiled(model: nn.Module) -> bool:
         or hasattr(module, "_orig_mod")
         for module in model.modules()
     )
+
+
+def unlimited_recompiles() -> AbstractContextManager[None]:
+    """Code called inside is compiled for as many shapes as it meets; else torch gives up after eight."""
+    from torch._dynamo import config
+
+    many = 1 << 20
+    found: AbstractContextManager[None] = config.patch(recompile_limit=many, accumulated_recompile_limit=many)
+    return found
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch has compiled in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
 
 
 def remove_hook(module: nn.Module, hook_id: int) -> None:

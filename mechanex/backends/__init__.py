@@ -54,12 +54,12 @@ _REGISTRY = {
 
 # What `auto` tries on a device, first to last; eager ends every list.
 _AUTO = {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")}
-# Hidden states of up to this many numbers are edited on a GPU before the next launch could be ready (an H100 moves as
-# many bfloat16 in 5 µs; a native launch was seen to cost 17 to 19, one through Triton's look-up 53 to 57), so that the
-# cheaper launch is the quicker way.
+# Up to this many numbers a GPU is done with an edit before the next launch can be ready, so that the way with the
+# cheaper launch is the quicker one. An H100 moves as many in bfloat16 in 5 µs; a native launch was seen to cost 17 to
+# 19, one through Triton's look-up 53 to 57.
 LAUNCH_BOUND = 1 << 22
-# One edit of rank 1 for every row of a half type: [4096, 4096] took 30 µs a call natively and 49 by triton, and 28 and
-# 29 in a graph; [8192, 4096] 51 and 48 to 51.
+# Up to this many numbers of a half type native is the quicker way for one edit that serves every row. With rank 1 a
+# call took 30 µs natively and 49 by triton at [4096, 4096] (28 and 29 in a graph), and 51 and 48 to 51 at [8192, 4096].
 ONE_EDIT_BOUND = 1 << 24
 _BY_SIZE = ("steer", "steer_many")
 # What edits larger hidden states on a GPU. Shares of a copy of the same bytes on an H100, [8192, 4096], native beside

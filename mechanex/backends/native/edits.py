@@ -160,15 +160,21 @@ def refuses_steer_many(
     hidden: Tensor, rows: Tensor | None, strength: Tensor | None, edits: StackedEdits
 ) -> str | None:
     """Why the kernel can't take these arguments, or None."""
-    bias, left, right, _, weight, offset = edits.tensors
+    bias, left, right, kinds, weight, offset = edits.tensors
     reason = refuses_steer(hidden, rows, bias, left, right)
     if reason is not None:
         return reason
     if is_negated(strength, weight, offset):
         return NEGATED
-    if hidden.is_cuda and hidden.dtype.itemsize == 2 and hidden.shape[1] > MANY_WIDTH:
-        return f"the width is {hidden.shape[1]}, several edits of a half type take at most {MANY_WIDTH}"
+    is_long = hidden.is_cuda and hidden.dtype.itemsize == 2 and hidden.shape[1] > MANY_WIDTH
+    if is_long and not _is_one_edit(rows, kinds):
+        return f"the width is {hidden.shape[1]}, several edits and gates of a half type take at most {MANY_WIDTH}"
     return None
+
+
+def _is_one_edit(rows: Tensor | None, kinds: Tensor | None) -> bool:
+    """Whether the kernels of one edit do all that is asked for."""
+    return kinds is None and (rows is None or rows.shape[1] == 1)
 
 
 def steer_many(
@@ -189,7 +195,7 @@ def steer_many(
         ValidationError, RuntimeError: as :func:`steer`.
     """
     bias, left, right, kinds, weight, offset = edits.tensors
-    if hidden.is_cuda and kinds is None and (rows is None or rows.shape[1] == 1):
+    if hidden.is_cuda and _is_one_edit(rows, kinds):
         own, amounts = (None if t is None else t.squeeze(1) for t in (rows, strength))
         return on_gpu(one_edit, hidden, own, amounts, bias, left, right)
     wide = edits.dtype_for(hidden, strength)

@@ -43,6 +43,8 @@ _CUDA = (
     "install the CUDA toolkit (nvcc) and run `MECHANEX_CUDA=ON pip install --force-reinstall --no-deps .` in a "
     "source folder"
 )
+# What a module's functions take and give, as a number in it; one without is of the first kind.
+_INTERFACES = {"_native_cuda": 2}
 
 
 @functools.cache
@@ -61,6 +63,13 @@ def load(name: str, how: str) -> tuple[ModuleType | None, str | None]:
         return (
             None,
             f"the compiled module {path} is version {module.__version__}, the rest is {__version__}; {how}",
+        )
+    found, wanted = getattr(module, "interface", 1), _INTERFACES.get(name, 1)
+    if found != wanted:
+        return (
+            None,
+            f"the compiled module {path} was built from other sources (interface {found}, the rest needs {wanted}); "
+            f"{how}",
         )
     return module, None
 

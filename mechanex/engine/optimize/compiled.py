@@ -1,7 +1,7 @@
 """Blocks compiled by torch for the steps of an optimization: norms, rotations and activations in fewer kernels.
 
-Off unless ``MECHANEX_COMPILE_STEPS=1``: compiling takes seconds to minutes, and what it brings on a GPU isn't measured
-yet.
+Off unless ``MECHANEX_COMPILE_STEPS=1``, and used only where the step is captured in a CUDA graph: compiling takes
+seconds to minutes, and what it brings on a GPU isn't measured yet.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from ..._private.torch import compiled_graphs, unlimited_recompiles
 
 __all__ = ["SWITCH", "CompiledBlock", "wanted"]
 
@@ -39,16 +41,22 @@ class CompiledBlock:
         self._is_known = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._is_known:
-            return self._run(*args, **kwargs)
-        begun = time.monotonic()
+        # Layers share their code and so its compiled forms, of which torch makes only a few: one for each length.
+        with unlimited_recompiles():
+            return self._run(*args, **kwargs) if self._is_known else self._first(*args, **kwargs)
+
+    def _first(self, *args: Any, **kwargs: Any) -> Any:
+        begun, before = time.monotonic(), compiled_graphs()
         try:
             found = self._run(*args, **kwargs)
-        except Exception as error:  # compilers may raise anything; what is the block's own, it raises again
+        except (
+            Exception
+        ) as error:  # a compiler may raise anything; an error of the block itself comes again below
             self._run = self._block
             found = self._block(*args, **kwargs)
             _log.warning("A layer runs as it is, torch can't compile it: %s", str(error).splitlines()[:1])
         else:
-            _log.info("A layer's first compiled call took %.1f s.", time.monotonic() - begun)
+            if compiled_graphs() > before:
+                _log.info("A layer's forward pass was compiled in %.1f s.", time.monotonic() - begun)
         self._is_known = True
         return found

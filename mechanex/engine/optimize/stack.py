@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,18 +87,24 @@ class StepGraphs:
     def __init__(self) -> None:
         self._told: set[str] = set()
 
-    def of(self, run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    def of(
+        self,
+        run: Callable[..., Tensor],
+        inputs: tuple[Tensor, ...],
+        captured: Callable[..., Tensor] | None = None,
+    ) -> Callable[..., Tensor]:
         """``run`` as CUDA graphs of its forward and backward passes, or ``run`` itself where that can't be.
 
         Args:
             run: from tensors that require gradients to one tensor; does the same work at every call.
             inputs: an example of its arguments, which are of these shapes at every call.
+            captured: what computes the same and is captured in its place; None: ``run`` itself.
         """
         if inputs[0].device.type != "cuda":
             return run
         sample = tuple(t.detach().clone().requires_grad_() for t in inputs)
         try:
-            graphed: Callable[..., Tensor] = torch.cuda.make_graphed_callables(run, sample)  # type: ignore[assignment]
+            graphed: Callable[..., Tensor] = torch.cuda.make_graphed_callables(captured or run, sample)  # type: ignore[assignment]
         except Exception as error:  # a model's own code may wait for the GPU, or choose by what it computed
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             if reason not in self._told:
@@ -146,8 +152,7 @@ class Stack:
         pack, width = self._copies, step_pack.pack.input_ids.shape[1]
         self._scored = pack.row * width + pack.predictor
         self._graphs = graphs if replayed and on_one_device(self._adapter.hf_model) else None
-        if self._graphs is not None and self._segments is not None and compiled.wanted():
-            self._segments = [(CompiledBlock(block), *rest) for block, *rest in self._segments]
+        self._compiled: list[CompiledBlock] = []
         self._runs: dict[LossOptions, Any] = {}
 
     def _plan(
@@ -204,8 +209,13 @@ class Stack:
                 found: Tensor = stack._losses(table, options)
                 return found
 
+            def run_compiled(*table: Tensor) -> Tensor:
+                found: Tensor = stack._losses(table, options, stack._compiled_blocks())
+                return found
+
             if self._graphs is not None and table[0].requires_grad:
-                run = self._runs[options] = self._graphs.of(run, table)
+                captured = run_compiled if self._segments is not None and compiled.wanted() else None
+                run = self._runs[options] = self._graphs.of(run, table, captured)
         losses: Tensor = run(*table)
         return losses
 
@@ -218,25 +228,40 @@ class Stack:
             visit_residuals(self._adapter, self._copies, {layer: seen.append})
         return seen[0]
 
-    def _replayed(self, table: Table | None, n_layers: int | None = None) -> Tensor:
-        """What comes out of the first ``n_layers`` layers from the lowest edited one up."""
+    def _compiled_blocks(self) -> Sequence[CompiledBlock]:
+        """The layers that are replayed, as torch compiles them."""
+        if not self._compiled and self._segments is not None:
+            self._compiled = [CompiledBlock(block) for block, *_ in self._segments]
+        return self._compiled
+
+    def _replayed(
+        self,
+        table: Table | None,
+        n_layers: int | None = None,
+        blocks: Sequence[CompiledBlock] | None = None,
+    ) -> Tensor:
+        """What comes out of the first ``n_layers`` layers from the lowest edited one up, or of these in their place."""
         assert self._segments is not None
         hidden: Tensor | None = None
         with self._hooks.editing(self._rows, table):
-            for block, fresh, (args, kwargs), (positions, lengths) in self._segments[:n_layers]:
+            for i, (block, fresh, (args, kwargs), (positions, lengths)) in enumerate(
+                self._segments[:n_layers]
+            ):
                 if fresh is not None:
                     hidden = fresh if hidden is None else torch.cat([hidden, fresh])
                 with given_positions(positions), text_lengths(lengths):
-                    out = block(hidden, *args, **kwargs)
+                    out = (block if blocks is None else blocks[i])(hidden, *args, **kwargs)
                 hidden = out[0] if isinstance(out, tuple) else out
         assert hidden is not None
         return hidden
 
-    def _losses(self, table: Table, options: LossOptions) -> Tensor:
+    def _losses(
+        self, table: Table, options: LossOptions, blocks: Sequence[CompiledBlock] | None = None
+    ) -> Tensor:
         if self._segments is None:
             with self._hooks.editing(self._rows, table):
                 return self._scores(None, options)
-        hidden = self._replayed(table)
+        hidden = self._replayed(table, blocks=blocks)
         rows = hidden.flatten(0, 1).index_select(0, self._scored.to(hidden.device))
         return self._scores(self._adapter.finish(rows), options)
 
