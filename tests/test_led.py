@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, build, tiny_tokenizer
+from torch.distributed import HashStore
 
 from mechanex.engine.caa import caa_vectors
 from mechanex.engine.decode.request import Steer, TextRequest
@@ -87,6 +88,8 @@ class Pair:
         monkeypatch.setattr(wire._Wire, "_pass", hand)
         monkeypatch.setattr(wire._Wire, "meet", meet)
         monkeypatch.setattr(wire.atexit, "register", lambda _: None)
+        store = HashStore()
+        monkeypatch.setattr(wire, "default_store", lambda: store)
         model = FAMILIES["llama"]()
         self.passes = [Passes(model), Passes(copy.deepcopy(model))]
         self.error: BaseException | None = None
@@ -142,7 +145,7 @@ def drawn_requests(n: int) -> list[TextRequest]:
     """Requests of every kind, some of which begin alike."""
     draw, weights = random.Random(1), torch.Generator().manual_seed(1)
     edits = [Edit.add(torch.randn(D_MODEL, generator=weights)) for _ in range(3)]
-    varying = Varying(Schedule([1.0, 0.5], prompt=0.25), lambda strength: edits[0].scaled(strength))
+    varying = Varying(Schedule([1.0, 0.5], prompt=0.25), edits[0].scaled)
     conditions = [
         PromptCondition(2, torch.randn(D_MODEL, generator=weights), threshold) for threshold in (-1, 0, 1)
     ]
@@ -241,7 +244,7 @@ def test_a_pass_that_fails_in_one_of_them_is_the_end(pair: Pair, which: int) -> 
 
     asyncio.run(answered())
     if which == 1:
-        assert isinstance(pair.error, MechanexError) and "failed in this process alone" in pair.error.message
+        assert isinstance(pair.error, MechanexError) and "has failed in this process" in pair.error.message
         with pytest.raises(MechanexError, match="can't be reached"):
             pair.lead.end()
     else:

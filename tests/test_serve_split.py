@@ -321,6 +321,19 @@ def test_a_process_that_is_killed_ends_the_server(tmp_path: Path) -> None:
         assert "Error: another process of the split model can't be reached" in running.output()
 
 
+@pytest.mark.ci
+def test_sigterm_ends_all_processes_in_the_midst_of_a_pass(tmp_path: Path) -> None:
+    stuck = tmp_path / "stuck"
+    environment = {serve_split_job.STUCK: str(stuck)}
+    with serving("--tp", home=tmp_path, start=START, environment=environment) as running:
+        with streaming(running, ENDLESS):
+            stuck.touch()
+            time.sleep(1)  # until a pass has begun
+            os.kill(of_rank(running, 0), signal.SIGTERM)
+            assert running.process.wait(40) == 0, running.output()
+        assert "Traceback" not in running.output()
+
+
 def test_a_split_server_needs_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -72,7 +72,7 @@ class Varying:
 
     Args:
         schedule: strengths by place.
-        make: an edit of a strength; not called for 0, which edits nothing.
+        make: an edit of a strength; not called for 0, which edits nothing. It can be pickled where this is to be.
     """
 
     def __init__(self, schedule: Schedule, make: Callable[[float], Edit]) -> None:
@@ -82,8 +82,7 @@ class Varying:
     def __reduce__(self) -> tuple[Any, ...]:
         if self.schedule.function is not None:
             raise ValidationError("A schedule that is a function can't be sent to another process.")
-        strengths = {one for one in (*self.schedule.values, self.schedule.prompt) if one}
-        return _of_edits, (self.schedule, {one: self.edit_of(one) for one in strengths})
+        return Varying, (self.schedule, self._make)
 
     def made(self, strength: float) -> Edit:
         """The edit of a strength other than 0."""
@@ -122,10 +121,6 @@ class Varying:
             mask[tokens] = True
             spread.append((edit, mask))
         return spread
-
-
-def _of_edits(schedule: Schedule, edits: Mapping[float, Edit]) -> Varying:
-    return Varying(schedule, edits.__getitem__)
 
 
 def _finite(value: Any) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -134,26 +134,22 @@ class Terms:
             torch.equal(tensor, theirs[name].to(tensor)) for name, tensor in ours.items()
         )
 
-    def made(self, layer: int, make: Callable[[float], Edit], direction: Tensor) -> Callable[[float], Edit]:
-        """From a strength to the edit of a layer.
+    def edit(self, layer: int, direction: Tensor, strength: float) -> Edit:
+        """The edit of a layer at a strength.
 
         Args:
             layer: which one.
-            make: gives the edit that there would be without these terms.
             direction: [d_model] of the vector at strength 1.
+            strength: what the vector is multiplied by.
         """
         gate, plane = self.gates.get(layer), self.planes.get(layer)
-
-        def edit(strength: float) -> Edit:
-            if plane is not None:
-                found = Edit.rotate(direction, plane, self.degrees * strength)
-            elif self.clamps and strength:
-                found = Edit.clamp(direction * strength, 1.0)
-            else:
-                found = make(strength)
-            return found if gate is None else found.gated(gate.kind, gate.weight, gate.offset)
-
-        return edit
+        if plane is not None:
+            found = Edit.rotate(direction, plane, self.degrees * strength)
+        elif self.clamps and strength:
+            found = Edit.clamp(direction * strength, 1.0)
+        else:
+            found = Edit.add(direction * strength)
+        return found if gate is None else found.gated(gate.kind, gate.weight, gate.offset)
 
     # Files
 

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -370,10 +370,9 @@ class SteeringVector(Mapping[int, Tensor]):
         tokens = TOKENS[self.tokens] if tokens is None else tokens
         terms, found = self.terms, []
         for layer, tensor in self._layers.items():
-            edit_at = terms.made(layer, lambda s, v=tensor: Edit.add(v * s), tensor)  # type: ignore[misc]
-            edit, varying = edit_at(strength), None
+            edit, varying = terms.edit(layer, tensor, strength), None
             if terms.schedule is not None:
-                varying = Varying(terms.schedule, lambda s, make=edit_at: make(s * strength))  # type: ignore[misc]
+                varying = Varying(terms.schedule, _ScheduledEdit(terms, layer, tensor, strength))
             at = adapter.layer_index(layer)
             found.append(
                 Intervention(at, edit, tokens=tokens, rows=rows, varying=varying, condition=terms.condition)
@@ -620,6 +619,19 @@ class SteeringVector(Mapping[int, Tensor]):
         zero = [layer for layer in layers or self.layers if not self._layers[layer].any()]
         if zero:
             raise ValidationError(f"the vector is zero at layers {zero} and can't be {purpose} there.")
+
+
+@dataclass(frozen=True)
+class _ScheduledEdit:
+    """From the strength at a place of a schedule to a vector's edit of a layer."""
+
+    terms: Terms
+    layer: int
+    direction: Tensor
+    strength: float
+
+    def __call__(self, scheduled: float) -> Edit:
+        return self.terms.edit(self.layer, self.direction, scheduled * self.strength)
 
 
 def _check_terms(terms: Terms, width: int) -> None:

@@ -67,8 +67,8 @@ def serve_loaded(
 
     Raises:
         ValidationError: settings that don't fit the model.
-        MechanexError: the address is taken or isn't this machine's, a file can't be used, or another process of a split
-            model is gone.
+        MechanexError: the address is taken or isn't this machine's, a file can't be used; of a split model another
+            process is gone, or the thread that runs it has failed.
     """
     if not block:
         return RunningServer(Listening(settings, loaded, vectors))
@@ -79,10 +79,16 @@ def serve_loaded(
             listening.run()
         is_stuck = listening.scheduler.alive
     finally:
-        if lead is not None and not is_stuck:
+        if lead is not None and is_stuck:
+            lead.leave()
+        elif lead is not None:
             lead.end()
     if is_stuck:
         atexit.register(_leave, listening.scheduler)
+    elif lead is not None and listening.scheduler.has_failed:
+        raise MechanexError(
+            "the model's thread has failed, as the log says: all processes of the server end."
+        )
     return None
 
 

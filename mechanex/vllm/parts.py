@@ -74,10 +74,7 @@ def known_vector(source: object, n_layers: int) -> KnownVector:
     vectors = {layer: source[layer].float() for layer in source.layers}
 
     def shaped(layers: list[int], strength: float) -> dict[int, Edit]:
-        return {
-            n: terms.made(n, lambda s, v=vectors[n]: Edit.add(v * s), vectors[n])(strength)  # type: ignore[misc]
-            for n in layers
-        }
+        return {n: terms.edit(n, vectors[n], strength) for n in layers}
 
     # A clamp takes the component out, whatever its strength, and adds the vector, which its strength multiplies; a gate
     # would look at the second of the two when the first is done.

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 from ...engine.decode.request import Steer
@@ -46,7 +45,7 @@ class Steerings:
         settings: the folder of vectors, the behaviors, the corrected ones.
         library: accounts' vectors and behaviors, or None.
         vectors: the operator's vectors.
-        behaviors: the vectors of the server's own behaviors, by name, as :func:`.shared.make_behaviors` makes them.
+        make_behaviors: makes the vectors of the server's own behaviors, by name (:func:`.shared.make_behaviors`).
 
     Attributes:
         watched: the behaviors with detectors.
@@ -62,13 +61,13 @@ class Steerings:
         settings: ServerSettings,
         library: Library | None,
         vectors: VectorStore,
-        behaviors: Mapping[str, SteeringVector] = MappingProxyType({}),
+        make_behaviors: Callable[[], Mapping[str, SteeringVector]] = dict,
     ) -> None:
         self._adapter, self._library, self._vectors = adapter, library, vectors
         self._shared = SharedVectors(settings.vectors)
         for name, vector in self._shared:
             self._check_fits(name, vector)
-        self._behaviors = behaviors
+        self._behaviors = make_behaviors()
         self.watched = WatchedBehaviors(
             adapter.model_id,
             lambda behavior: check_fits(adapter, behavior),

@@ -98,8 +98,13 @@ class ServingEngine:
         self._autoencoder_lock = asyncio.Lock()
         self.metrics = Metrics()
         make = partial(make_behaviors, sources=settings.behaviors)
-        made = make(self.adapter) if lead is None else lead.work(make, self.adapter)
-        self.steerings = Steerings(self.adapter, settings, library, vectors or VectorStore(), made)
+        self.steerings = Steerings(
+            self.adapter,
+            settings,
+            library,
+            vectors or VectorStore(),
+            partial(make if lead is None else partial(lead.work, make), self.adapter),
+        )
         self.token_texts = TokenTexts(copy.deepcopy(self.tokenizer))
         self.ends = ends = end_tokens(self.adapter.hf_model, self.tokenizer)
         self._grammars: Grammars | None = None

@@ -41,10 +41,11 @@ def follow(adapter: ModelAdapter, led: Led) -> None:
         MechanexError: the first process is gone, or something is done here in another way than there.
     """
     try:
-        with _deaf(), exclusive(adapter):
+        with _deaf(), led.ending_with_first(), exclusive(adapter):
             _Follower(adapter, led).until("end")
     except Parted as error:
-        raise MechanexError(str(error)) from error
+        if not led.first_has_left:
+            raise MechanexError(str(error)) from error
 
 
 class _FirstFailed(Exception):
@@ -84,7 +85,8 @@ class _Follower:
             self._hear("failed", _FAILING)
         except Parted as parted:
             raise Parted(
-                f"{what!r} has failed in this process alone; the server ends. ({type(error).__name__}: {error})"
+                f"{what!r} has failed in this process, and the first one is gone or has not failed in it; the server "
+                f"ends. ({type(error).__name__}: {error})"
             ) from parted
         self._led.meet()
 

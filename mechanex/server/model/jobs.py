@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...engine.models.adapter import ModelAdapter
-from ...errors import MechanexError
+from ...errors import APIError, MechanexError
+from .led import Parted
 from .turns import Turns
 
 __all__ = ["ModelJobs"]
@@ -134,6 +135,8 @@ def _tellable(error: BaseException) -> Exception:
     """An error that a waiting coroutine can be given: others would end its task, or leave it waiting."""
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error
+    if isinstance(error, Parted):
+        return APIError("The server ends, since a process that has a part of its model is gone.", 503)
     told = MechanexError(f"The work ended with {type(error).__name__}; the server's log has more.", 500)
     told.__cause__ = error
     return told

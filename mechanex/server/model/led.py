@@ -26,10 +26,17 @@ from ...engine.prompt_conditions import PromptCondition
 from ...engine.sae.watching import Watch, WatchingSteering
 from ...errors import MechanexError
 
-__all__ = ["LeadingDecoder", "LedDecoder", "LedRow"]
+__all__ = ["LeadingDecoder", "LedDecoder", "LedRow", "Parted"]
 
 _GOES_ON, _ENDS, _FAILS = range(3)
 _NO_TOKEN = -1  # of a row that ends with the token before
+
+
+class Parted(BaseException):
+    """A process is gone, or does something else than the first: nothing that they compute can be trusted any more.
+
+    No work on the model may take it for a failure of its own, so that it is no ``Exception``.
+    """
 
 
 class LedRow(Row):

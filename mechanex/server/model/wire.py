@@ -15,6 +15,7 @@ import os
 import pickle
 import struct
 import sys
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..._private.torch import default_store
 from ...engine.decode.row import Row
 from ...engine.intervention import Edit
 from ...engine.models.adapter import ModelAdapter
@@ -34,7 +36,7 @@ from ...engine.sae.autoencoder import SparseAutoencoder
 from ...engine.sae.behavior import Behavior
 from ...engine.schedules import Varying
 from ...errors import MechanexError
-from .led import LedRow
+from .led import LedRow, Parted
 
 __all__ = ["Lead", "Led", "Parted"]
 
@@ -42,17 +44,13 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=30)  # that a process waits for another one's next word
 MEETING = timedelta(seconds=30)  # that the first waits for the others where all have to have failed or ended
+_LOOK = 1.0  # seconds from one look to the next whether the first process has left
+_TIME_TO_END = 5.0  # seconds that a process then has to end by itself
+_LEFT = "mechanex/first has left"  # in the job's store
 _HEAD = 2048  # bytes that every message has; most have no more
 
 _SHARED = (Row, Edit, Varying, PromptCondition, Behavior, SparseAutoencoder)
 _Own = Mapping[str, object]
-
-
-class Parted(BaseException):
-    """A process is gone, or does something else than the first: nothing that they compute can be trusted any more.
-
-    No work on the model may take it for a failure of its own, so that it is no ``Exception``.
-    """
 
 
 class _Wire:
@@ -204,6 +202,10 @@ class Lead(_Wire):
         if self.parted is not None:
             raise MechanexError(str(self.parted)) from self.parted
 
+    def leave(self) -> None:
+        """Tells the others that this process ends while its model is at work: they wait for it no longer."""
+        default_store().set(_LEFT, b"1")
+
     def _worked(self) -> None:
         if self.parted is None:
             self.tell("worked")
@@ -270,6 +272,32 @@ class Led(_Wire):
             for number in args[0]:
                 self.kept.pop(number, None)
 
+    @property
+    def first_has_left(self) -> bool:
+        """Whether the first process has ended while its model was at work."""
+        return bool(default_store().check([_LEFT]))
+
+    @contextmanager
+    def ending_with_first(self) -> Iterator[None]:
+        """Runs a block; where the first process leaves in its midst, so does this one, whatever it is at."""
+        over = threading.Event()
+        threading.Thread(target=self._watch, args=(over,), name="mechanex-first", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+
+    def _watch(self, over: threading.Event) -> None:
+        while not over.wait(_LOOK):
+            code = 0
+            try:
+                if not self.first_has_left:
+                    continue
+            except RuntimeError:  # whoever keeps the store is gone; what torch raises has no narrower type
+                code = 1
+            if not over.wait(_TIME_TO_END):
+                _leave(code)
+
     def _receive(self, timeout: timedelta | None) -> None:
         head = bytearray(_HEAD)
         self._pass(head, timeout)
@@ -282,12 +310,12 @@ class Led(_Wire):
         self._heard += pickle.loads(payload)
 
 
-def _leave() -> None:
+def _leave(code: int = 1) -> None:
     """Ends the process: the interpreter's own end would wait for what is still under way between processes."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 class _Writer:
