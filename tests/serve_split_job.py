@@ -12,17 +12,27 @@ from mechanex.cli import main
 from mechanex.engine.decode.calls import Calls
 from mechanex.server.model import wire, worker
 
-PATIENCE = 6.0
+PATIENCE = 12.0
 STUCK = "MECHANEX_TEST_STUCK"
-"""Names a file: once it is there, passes of the batch take a minute."""
+"""Names a file: once it is there, passes of the batch take a minute, and the file says that one has begun."""
+FAILING = "MECHANEX_TEST_FAILING"
+"""Names a file: once it is there, the thread of the model fails."""
 
-_run = Calls.__call__
+_run, _sweep = Calls.__call__, worker.Worker._sweep
 
 
 def _stuck(*args: Any) -> Any:
-    if Path(os.environ[STUCK]).exists():
+    file = Path(os.environ[STUCK])
+    if file.exists():
+        file.write_text("begun")
         time.sleep(60)
     return _run(*args)
+
+
+def _failing(one: worker.Worker) -> None:
+    if Path(os.environ[FAILING]).exists():
+        raise ValueError("the test has made it fail")
+    _sweep(one)
 
 
 if __name__ == "__main__":
@@ -30,4 +40,6 @@ if __name__ == "__main__":
     worker._BEAT = 1.0
     if STUCK in os.environ:
         Calls.__call__ = _stuck  # type: ignore[method-assign]
+    if FAILING in os.environ:
+        worker.Worker._sweep = _failing  # type: ignore[method-assign]
     main()

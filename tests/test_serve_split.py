@@ -328,10 +328,22 @@ def test_sigterm_ends_all_processes_in_the_midst_of_a_pass(tmp_path: Path) -> No
     with serving("--tp", home=tmp_path, start=START, environment=environment) as running:
         with streaming(running, ENDLESS):
             stuck.touch()
-            time.sleep(1)  # until a pass has begun
+            until(lambda: stuck.read_text() == "begun")
             os.kill(of_rank(running, 0), signal.SIGTERM)
             assert running.process.wait(40) == 0, running.output()
         assert "Traceback" not in running.output()
+
+
+@pytest.mark.ci
+def test_a_thread_of_the_model_that_fails_ends_all_processes_with_an_error(tmp_path: Path) -> None:
+    failing = tmp_path / "failing"
+    environment = {serve_split_job.FAILING: str(failing)}
+    with serving("--tp", home=tmp_path, start=START, environment=environment) as running:
+        failing.touch()
+        status, _, answer = call(running, "POST", "/v1/completions", GREEDY | {"prompt": PROMPT})
+        assert status == 503 and "model thread has failed" in str(answer)
+        assert running.process.wait(60) != 0
+        assert "Error: the model's thread has failed" in running.output()
 
 
 def test_a_split_server_needs_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
