@@ -283,6 +283,26 @@ def test_work_is_done_by_all_and_pauses_in_all(pair: Pair) -> None:
     pair.check()
 
 
+def test_work_in_which_the_processes_part_says_that_the_server_ends(pair: Pair) -> None:
+    async def answered() -> None:
+        async with pair.serving() as scheduler:
+            assert await scheduler.run(_n_layers) == 4
+            with pytest.raises(APIError, match="a part of its model is gone") as ended:
+                await scheduler.run(_parting)
+            assert ended.value.status_code == 503
+            while not scheduler.has_failed:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(answered())
+    assert isinstance(pair.error, MechanexError)
+    with pytest.raises(MechanexError, match="can't be reached"):
+        pair.lead.end()
+
+
+def _parting(adapter: ModelAdapter) -> None:
+    raise Parted("gone")
+
+
 def _failing(adapter: ModelAdapter) -> float:
     return 1 / 0
 

@@ -91,10 +91,8 @@ class Varying:
     def edit(self, place: int) -> Edit | None:
         """The edit at a place, or None where nothing is edited."""
         strength = self.schedule.at(place)
-        return self.edit_of(strength) if strength else None
-
-    def edit_of(self, strength: float) -> Edit:
-        """The edit of a strength other than 0, the same one while somebody has it."""
+        if strength == 0:
+            return None
         found = self._edits.get(strength)
         if found is None:
             found = self._edits[strength] = self.made(strength)

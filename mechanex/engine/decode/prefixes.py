@@ -60,10 +60,13 @@ class Prefixes:
 
     Args:
         most_bytes: of keys and values that are kept; 0 keeps none.
+
+    Attributes:
+        most_bytes: the same.
     """
 
     def __init__(self, most_bytes: int) -> None:
-        self._most = most_bytes
+        self.most_bytes = most_bytes
         self._kept: OrderedDict[int, Prefix] = OrderedDict()
         self._trees: dict[Hashable, PrefixTree] = {}
         self._number = self._changes = 0
@@ -141,14 +144,14 @@ class Prefixes:
             kept: the batch's cache, by the name of its argument.
             place: the row's place there.
         """
-        if n < _LEAST or self._most <= 0 or _varies(row.steering):
+        if n < _LEAST or self.most_bytes <= 0 or _varies(row.steering):
             return
         ((name, cache),) = kept.items()
         states = cache.states_of(place, n)
         if states is None:
             return
         n_bytes = sum(one.nbytes for layer in states if layer is not None for one in layer)
-        if n_bytes > self._most:
+        if n_bytes > self.most_bytes:
             return
         least = min(_least(kinds(cache), states, n), n)
         owner, labels = row.request.owner, _labels(row, n)
@@ -162,7 +165,7 @@ class Prefixes:
         for number in tree.beginning(labels):
             if len(self._kept[number].labels) >= least:
                 self._forget(number)
-        while self._kept and self.n_bytes + n_bytes > self._most:
+        while self._kept and self.n_bytes + n_bytes > self.most_bytes:
             self._forget(next(iter(self._kept)))
         copied = tuple(layer and (layer[0].clone(), layer[1].clone()) for layer in states)
         self._number += 1

@@ -49,9 +49,8 @@ class CompiledBlock:
         begun, before = time.monotonic(), compiled_graphs()
         try:
             found = self._run(*args, **kwargs)
-        except (
-            Exception
-        ) as error:  # a compiler may raise anything; an error of the block itself comes again below
+        except Exception as error:
+            # A compiler may raise anything; an error of the block itself comes again here.
             self._run = self._block
             found = self._block(*args, **kwargs)
             _log.warning("A layer runs as it is, torch can't compile it: %s", str(error).splitlines()[:1])

@@ -55,7 +55,7 @@ class _FirstFailed(Exception):
 class _Follower:
     def __init__(self, adapter: ModelAdapter, led: Led) -> None:
         self._adapter, self._led = adapter, led
-        self._prefixes, self._prefix_bytes = Prefixes(0), 0
+        self._prefixes = Prefixes(0)
         self._decoder: LedDecoder
         self._decoding = contextlib.ExitStack()
         self._ready = False  # whether the model is in the state in which it decodes
@@ -114,8 +114,8 @@ class _Follower:
         self._led.meet()
 
     def _do_begin(self, padding: int, form: CallForm, prefill_tokens: int, prefix_bytes: int) -> None:
-        if prefix_bytes != self._prefix_bytes:
-            self._prefixes, self._prefix_bytes = Prefixes(prefix_bytes), prefix_bytes
+        if prefix_bytes != self._prefixes.most_bytes:
+            self._prefixes = Prefixes(prefix_bytes)
         self._prefixes.clear()
         self._decoder = LedDecoder(
             self._hear,

@@ -112,7 +112,6 @@ class LeadingDecoder(Decoder):
     Args:
         lead: whom it says it to.
         adapter, padding, form, prefill_tokens, prefixes: as of any decoder.
-        prefix_bytes: most memory of ``prefixes``.
     """
 
     def __init__(
@@ -124,7 +123,6 @@ class LeadingDecoder(Decoder):
         form: CallForm,
         prefill_tokens: int,
         prefixes: Prefixes,
-        prefix_bytes: int,
     ) -> None:
         super().__init__(
             adapter,
@@ -136,7 +134,7 @@ class LeadingDecoder(Decoder):
             steering=WatchingSteering(adapter),
         )
         self._lead, self._inside = lead, False
-        lead.tell("begin", padding, form, prefill_tokens, prefix_bytes)
+        lead.tell("begin", padding, form, prefill_tokens, prefixes.most_bytes)
 
     def read(self, rows: Sequence[Row]) -> Reading:
         reading = super().read(rows)

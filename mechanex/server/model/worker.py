@@ -415,7 +415,6 @@ class Worker:
                 form=self._form,
                 prefill_tokens=self._settings.prefill_tokens,
                 prefixes=self._prefixes,
-                prefix_bytes=self._room.prefix_bytes,
             )
         return Decoder(
             self._adapter,
