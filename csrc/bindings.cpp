@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "cpu/levels.h"
+#include "direct.h"
+#include "replay.h"
 
 namespace py = pybind11;
 
@@ -78,13 +80,21 @@ void run_rows(Job<Args>& job, int64_t n_rows, int64_t n, int64_t grain) {
   if (share == nullptr || share(0, n_rows, rows, run_piece<Args>, &job) != 0) job.run(&job.args, 0, n_rows);
 }
 
-void check_rows(const SteerArgs& args, int64_t n_rows) {
+// The first row whose index is outside the table, or n_rows.
+int64_t first_outside(const SteerArgs& args, int64_t n_rows) {
   for (int64_t t = 0; t < n_rows; ++t) {
     const int64_t k = args.rows[t * args.rows_stride];
-    if (k < -1 || k >= args.n_edits)
-      throw py::index_error("rows[" + std::to_string(t) + "] is " + std::to_string(k) + ", but the table holds " +
-                            std::to_string(args.n_edits) + " edit(s): give -1 (no edit) or an index below that");
+    if (k < -1 || k >= args.n_edits) return t;
   }
+  return n_rows;
+}
+
+void check_rows(const SteerArgs& args, int64_t n_rows) {
+  const int64_t t = first_outside(args, n_rows);
+  if (t < n_rows)
+    throw py::index_error("rows[" + std::to_string(t) + "] is " + std::to_string(args.rows[t * args.rows_stride]) +
+                          ", but the table holds " + std::to_string(args.n_edits) +
+                          " edit(s): give -1 (no edit) or an index below that");
 }
 
 // Rows sorted by edit, in their order otherwise. Empty where it would not pay: a table of rank 1 or less is small, and
@@ -102,21 +112,71 @@ std::vector<int64_t> order_by_edit(const SteerArgs& args, int64_t n_rows) {
   return order;
 }
 
+// Runs one steer call whose indices are inside the table.
+void run_steer(int dtype, const SteerArgs& args, int64_t n_rows) {
+  Job<SteerArgs> job = {in_use.load()->kernels->steer[dtype], args};
+  const std::vector<int64_t> order = order_by_edit(job.args, n_rows);
+  if (!order.empty()) job.args.order = order.data();
+  run_rows(job, n_rows, args.d, kSteerGrain);
+}
+
 void steer(int dtype, int64_t n_rows, int64_t d, uintptr_t x, int64_t x_stride, uintptr_t y, int64_t y_stride,
            uintptr_t rows, int64_t rows_stride, uintptr_t bias, uintptr_t left, uintptr_t right, int64_t n_edits,
            int64_t rank) {
   if (dtype < 0 || dtype >= kDTypes) throw py::value_error("unknown dtype code " + std::to_string(dtype));
   if (rank < 0 || rank > kMaxRank) throw py::value_error("rank must be from 0 to 64, got " + std::to_string(rank));
   if (n_rows <= 0 || d <= 0) return;
-  Job<SteerArgs> job = {
-      in_use.load()->kernels->steer[dtype],
-      {reinterpret_cast<const void*>(x), x_stride, reinterpret_cast<void*>(y), y_stride,
-       reinterpret_cast<const int32_t*>(rows), rows_stride, nullptr, reinterpret_cast<const void*>(bias),
-       reinterpret_cast<const void*>(left), reinterpret_cast<const void*>(right), n_edits, rank, d, nullptr}};
-  if (job.args.rows != nullptr) check_rows(job.args, n_rows);
-  const std::vector<int64_t> order = order_by_edit(job.args, n_rows);
-  if (!order.empty()) job.args.order = order.data();
-  run_rows(job, n_rows, d, kSteerGrain);
+  const SteerArgs args = {reinterpret_cast<const void*>(x),
+                          x_stride,
+                          reinterpret_cast<void*>(y),
+                          y_stride,
+                          reinterpret_cast<const int32_t*>(rows),
+                          rows_stride,
+                          nullptr,
+                          reinterpret_cast<const void*>(bias),
+                          reinterpret_cast<const void*>(left),
+                          reinterpret_cast<const void*>(right),
+                          n_edits,
+                          rank,
+                          d,
+                          nullptr};
+  if (args.rows != nullptr) check_rows(args, n_rows);
+  run_steer(dtype, args, n_rows);
+}
+
+// steer_direct(hidden, rows, bias, left, right, strength): the edited tensor, or None where the call isn't plain.
+// hidden is [..., d].
+PyObject* steer_direct(PyObject*, PyObject* const* given, Py_ssize_t n) {
+  if (n != 6 || given[5] != Py_None || torch_given().exchange == nullptr) Py_RETURN_NONE;
+  DirectCall call(dlpack::kCpu);
+  if (!call.serves(given)) Py_RETURN_NONE;
+  if (call.table_dtype != (call.row_dtype == kFloat64 ? kFloat64 : kFloat32)) Py_RETURN_NONE;
+  if (call.args.rows != nullptr && first_outside(call.args, call.n_rows) < call.n_rows) Py_RETURN_NONE;
+  PyObject* out = call.result(given[0]);
+  if (out == nullptr) {
+    if (PyErr_Occurred()) return nullptr;
+    Py_RETURN_NONE;
+  }
+  try {
+    run_steer(call.row_dtype, call.args, call.n_rows);
+  } catch (const std::exception& error) {
+    Py_DECREF(out);
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  return out;
+}
+
+PyMethodDef* direct_methods() {
+  static PyMethodDef methods[] = {
+      setup_method(),
+      fast_method("steer_direct", &steer_direct,
+                  "steer_direct(hidden, rows, bias, left, right, strength): one steer call on the CPU, or None."),
+      fast_method("steer_replayed", &steer_replayed,
+                  "steer_replayed(hidden, rows, bias, left, right, launches, device_type, many): one steer call by a "
+                  "launch of Triton's, the key of the one that is missing, or None."),
+      {nullptr, nullptr, 0, nullptr}};
+  return methods;
 }
 
 // As SteerManyArgs, with the kernel that takes them.
@@ -278,7 +338,10 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def(
       "set_parallel_for", [](uintptr_t address) { parallel_for = reinterpret_cast<ParallelFor>(address); },
       "Address of torch's torch_parallel_for, or 0 to run on the caller's thread.");
+  // One more whenever a function takes other arguments or gives something else; modules.py asks for this number.
+  m.attr("interface") = 2;
   m.def("steer", &steer, "One steer call over raw addresses; see csrc/steer.h.");
+  if (PyModule_AddFunctions(m.ptr(), direct_methods()) != 0) throw py::error_already_set();
   m.def("steer_many", &steer_many, "One call of the general steer op, likewise.");
   m.def("reduce", &reduce, "One chunk of completion_logprob over raw addresses; see csrc/logprob.h.");
   m.def("sae_features", &sae_features, "Features of an encoder over raw addresses; see csrc/sae.h.");

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,16 +20,21 @@ from mechanex.backends.triton import interpreted
 
 __all__ = [
     "IN_TRITON",
+    "MANY_ROWS",
     "MAX_RANK",
     "MAX_WIDTH",
     "OPTIONS",
     "Block",
     "Launcher",
+    "Recorded",
+    "Start",
     "adjacent",
     "block_for",
     "contiguous",
     "current",
     "divided_up",
+    "is_watched",
+    "recorded",
 ]
 
 # The dtype of the arithmetic, as torch and as Triton name it.
@@ -71,14 +77,14 @@ _ROW_BLOCKS = (
 # Edits that only add: nothing ties the columns of a row together.
 _ADD_BLOCK = (1024, 4, 4)
 # From here on, one row per program fills any GPU several times over.
-_MANY_ROWS = 1024
+MANY_ROWS = 1024
 
 MAX_WIDTH = _ROW_BLOCKS[-1][0]
 
 
 def block_for(n_rows: int, width: int, rank: int, wide: torch.dtype) -> Block:
     """The entry of the table for these sizes; float64 takes two registers, so half the rows."""
-    return _block(n_rows >= _MANY_ROWS, width, rank > 0, wide)
+    return _block(n_rows >= MANY_ROWS, width, rank > 0, wide)
 
 
 @functools.lru_cache(maxsize=256)
@@ -103,6 +109,81 @@ def _launches_directly() -> bool:
     return not interpreted() and torch.version.hip is None and version >= (3, 3)
 
 
+_SETTINGS = getattr(getattr(triton, "knobs", None), "runtime", None)
+
+
+def is_watched() -> bool:
+    """Whether somebody, say a profiler, wants to hear of launches."""
+    enter, leave = _SETTINGS.launch_enter_hook, _SETTINGS.launch_exit_hook
+    return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))
+
+
+class Recorded(NamedTuple):
+    """How Triton starts a compiled kernel while nobody watches: ``launch(x, y, z, stream, *fixed, *values)``.
+
+    Attributes:
+        launch: Triton's compiled function.
+        fixed: what is the same from launch to launch.
+        nested: whether the values come as one tuple.
+    """
+
+    launch: Callable[..., object]
+    fixed: tuple[Any, ...]
+    nested: bool
+
+
+def recorded(compiled: Any, n_values: int) -> Recorded | None:
+    """What a compiled kernel's launcher hands on to its compiled function, found by a launch that starts nothing.
+
+    The form differs between versions of Triton; None where it is none that is known here, or where a launch has more to
+    do, such as to make room for what the kernel notes.
+    """
+    given: list[tuple[Any, ...]] = []
+    x, y, z, stream, *unset = (object() for _ in range(7))
+    values = tuple(object() for _ in range(n_values))
+    try:
+        launcher = copy.copy(compiled.run)
+        launch, launcher.launch = launcher.launch, lambda *handed: given.append(handed)
+        launcher(x, y, z, stream, compiled.function, compiled.packed_metadata, *unset, *values)
+        (handed,) = given
+    except Exception:
+        return None
+    nested = isinstance(handed[-1], tuple) and handed[-1] == values
+    end = len(handed) - (1 if nested else n_values)
+    fixed = tuple(None if one in unset else one for one in handed[4:end])
+    marks = {x, y, z, stream, *values}
+    known = handed[:4] == (x, y, z, stream) and (nested or handed[end:] == values)
+    if _SETTINGS is None or not known or any(type(one) is object and one in marks for one in fixed):
+        return None
+    return Recorded(launch, fixed, nested) if compiled.function in fixed else None
+
+
+class Start:
+    """Starts one compiled kernel.
+
+    Args:
+        compiled: Triton's.
+        n_values: how many arguments it takes, constants included.
+    """
+
+    __slots__ = ("_compiled", "recorded")
+
+    def __init__(self, compiled: Any, n_values: int) -> None:
+        self._compiled = compiled
+        self.recorded = recorded(compiled, n_values)
+
+    def __call__(self, grid: tuple[int, int, int], stream: int, values: tuple[Any, ...]) -> None:
+        """One launch on the current device; of tensors the values are the addresses."""
+        if self.recorded is None or is_watched():
+            self._compiled[grid](*values, stream=stream)
+            return
+        launch, fixed, nested = self.recorded
+        if nested:
+            launch(*grid, stream, *fixed, values)
+        else:
+            launch(*grid, stream, *fixed, *values)
+
+
 class Launcher:
     """Launches one kernel; from the second call of a kind on without Triton's look-up, which costs several launches.
 
@@ -116,7 +197,7 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
-        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._starts: dict[tuple[Any, ...], Start] = {}
         self._direct = _launches_directly()
 
     def __call__(
@@ -126,20 +207,26 @@ class Launcher:
         arguments: tuple[Tensor | int | None, ...],
         constants: tuple[Any, ...],
         warps: int,
-    ) -> None:
-        """Put one launch on the current stream of ``device``, which is the current device."""
+    ) -> Start | None:
+        """Put one launch on the current stream of ``device``, which is the current device.
+
+        Returns:
+            What makes launches of its kind; None where only Triton's look-up does.
+        """
         if not self._direct:
             self._kernel[grid](*arguments, *constants, num_warps=warps, **OPTIONS)
-            return
+            return None
         key, values = self.described(arguments)
         key = (device.index, warps, constants, key)
-        compiled = self._compiled.get(key)
-        if compiled is not None:
-            compiled[grid](*values, *constants, stream=stream_of(device.index))
-            return
+        start = self._starts.get(key)
+        if start is not None:
+            start(grid, stream_of(device.index), (*values, *constants))
+            return start
         compiled = self._kernel[grid](*arguments, *constants, num_warps=warps, **OPTIONS)
-        if compiled is not None:
-            self._compiled[key] = compiled
+        if compiled is None:
+            return None
+        start = self._starts[key] = Start(compiled, len(values) + len(constants))
+        return start
 
     def bound(
         self,
@@ -158,21 +245,19 @@ class Launcher:
         Returns:
             Puts one launch on the current stream of ``device``; its tensors are of one dtype from call to call.
         """
-        rest, values = self.described(fixed)
-        runners: dict[tuple[bool, bool], Any] = {}
+        rest = (*self.described(fixed)[1], *constants)
+        starts: dict[tuple[bool, bool], Start] = {}
 
         def start(first: Tensor, second: Tensor) -> None:
             addresses = first.data_ptr(), second.data_ptr()
             aligned = addresses[0] % 16 == 0, addresses[1] % 16 == 0
-            runner = runners.get(aligned)
-            if runner is not None:
-                runner(*addresses, *values, *constants, stream=stream_of(device.index))
+            known = starts.get(aligned)
+            if known is not None:
+                known(grid, stream_of(device.index), (*addresses, *rest))
                 return
-            self(grid, device, (first, second, *fixed), constants, warps)
-            key, _ = self.described((first, second))
-            compiled = self._compiled.get((device.index, warps, constants, (*key, *rest)))
-            if compiled is not None:
-                runners[aligned] = compiled[grid]
+            found = self(grid, device, (first, second, *fixed), constants, warps)
+            if found is not None:
+                starts[aligned] = found
 
         return start
 

@@ -7,6 +7,7 @@ time where there are many, so that neighbours with the same edit share one read 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -16,9 +17,20 @@ from torch import Tensor
 from mechanex.backends.arithmetic import compute_dtype
 
 from .convert import narrow, widen
-from .launch import IN_TRITON, Block, Launcher, adjacent, block_for, contiguous, current, divided_up
+from .launch import (
+    IN_TRITON,
+    MANY_ROWS,
+    Block,
+    Launcher,
+    adjacent,
+    block_for,
+    contiguous,
+    current,
+    divided_up,
+    is_watched,
+)
 
-__all__ = ["bound", "steer"]
+__all__ = ["bound", "direct", "steer"]
 
 
 @triton.jit
@@ -113,36 +125,104 @@ def steer(
         hidden, rows, bias, left, right: the op's arguments, checked.
         block: what a program works on; None: by the table in ``launch.py``.
     """
+    hidden = adjacent(hidden)
+    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    if out.numel():
+        with current(hidden):
+            _launch(
+                *_described(hidden, out, rows, contiguous(bias), contiguous(left), contiguous(right), block)
+            )
+    return out
+
+
+def _described(
+    hidden: Tensor,
+    out: Tensor,
+    rows: Tensor | None,
+    bias: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    block: Block | None = None,
+) -> tuple[Any, ...]:
+    """One launch, as :class:`Launcher` takes it; `csrc/replay.h` knows the order of the kernel's arguments too."""
     n_rows, width = hidden.shape
     rank = 0 if left is None else left.shape[1]
     table = left if bias is None else bias
-    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    if out.numel() == 0:
-        return out
     wide = compute_dtype(hidden, bias, left, right)
     block = block or block_for(n_rows, width, rank, wide)
-    hidden = adjacent(hidden)
-    with current(hidden):
-        _launch(
-            (divided_up(n_rows, block.rows), divided_up(width, block.columns), 1),
-            hidden.device,
-            (
-                hidden,
-                out,
-                rows,
-                contiguous(bias),
-                contiguous(left),
-                contiguous(right),
-                n_rows,
-                0 if table is None else table.shape[0],
-                width,
-                hidden.stride(0),
-                0 if rows is None else rows.stride(0),
-            ),
-            (rank, block.rows, block.columns, IN_TRITON[wide]),
-            block.warps,
-        )
-    return out
+    return (
+        (divided_up(n_rows, block.rows), divided_up(width, block.columns), 1),
+        hidden.device,
+        (
+            hidden,
+            out,
+            rows,
+            bias,
+            left,
+            right,
+            n_rows,
+            0 if table is None else table.shape[0],
+            width,
+            hidden.stride(0),
+            0 if rows is None else rows.stride(0),
+        ),
+        (rank, block.rows, block.columns, IN_TRITON[wide]),
+        block.warps,
+    )
+
+
+def direct(
+    replay: Callable[..., Tensor | bytes | None], refuses: Callable[..., str | None], device_type: int
+) -> Callable[..., Tensor | None]:
+    """The op for plain tensors as they are given: the launch of a former call like it, made again by compiled code.
+
+    Args:
+        replay: ``steer_replayed`` of the compiled module.
+        refuses: why the kernel can't take the op's arguments, or None.
+        device_type: DLPack's number of the devices that are served.
+
+    Returns:
+        Takes the op's arguments [..., d] and strengths, checked or not; gives None for what isn't plain.
+    """
+    launches: dict[bytes, tuple[Any, ...]] = {}
+    several = torch.cuda.device_count() > 1
+
+    def run(
+        hidden: Tensor,
+        rows: Tensor | None,
+        bias: Tensor,
+        left: Tensor | None,
+        right: Tensor | None,
+        strength: Tensor | None,
+    ) -> Tensor | None:
+        if strength is not None or is_watched():
+            return None
+        if several and hidden.get_device() != torch.cuda.current_device():
+            return None
+        out = replay(hidden, rows, bias, left, right, launches, device_type, MANY_ROWS)
+        return out if type(out) is not bytes else first(out, hidden, rows, bias, left, right)
+
+    def first(
+        key: bytes,
+        hidden: Tensor,
+        rows: Tensor | None,
+        bias: Tensor,
+        left: Tensor | None,
+        right: Tensor | None,
+    ) -> Tensor | None:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        rows = None if rows is None else rows.reshape(-1)
+        if refuses(flat, rows, bias, left, right) is not None:
+            return None
+        out = torch.empty_like(flat)
+        grid, device, arguments, constants, warps = _described(flat, out, rows, bias, left, right)
+        start = _launch(grid, device, arguments, constants, warps)
+        if start is not None and start.recorded is not None:
+            launch, fixed, nested = start.recorded
+            launches[key] = launch, constants[1], grid[1], fixed, constants, nested
+        return out.view(hidden.shape)
+
+    return run
 
 
 def bound(
@@ -153,29 +233,10 @@ def bound(
     Args:
         hidden, rows, bias, left, right: the op's arguments, checked; ``rows`` [T].
     """
-    width = hidden.shape[-1]
-    n_rows = hidden.numel() // width
-    rank = 0 if left is None else left.shape[1]
-    table = left if bias is None else bias
-    wide = compute_dtype(hidden, bias, left, right)
-    block = block_for(n_rows, width, rank, wide)
-    start = _launch.bound(
-        (divided_up(n_rows, block.rows), divided_up(width, block.columns), 1),
-        hidden.device,
-        (
-            rows,
-            contiguous(bias),
-            contiguous(left),
-            contiguous(right),
-            n_rows,
-            0 if table is None else table.shape[0],
-            width,
-            width,
-            0 if rows is None else rows.stride(0),
-        ),
-        (rank, block.rows, block.columns, IN_TRITON[wide]),
-        block.warps,
-    )
+    flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    tables = contiguous(bias), contiguous(left), contiguous(right)
+    grid, device, arguments, constants, warps = _described(flat, flat, rows, *tables)
+    start = _launch.bound(grid, device, arguments[2:], constants, warps)
 
     def run(hidden: Tensor) -> Tensor:
         hidden = hidden.contiguous()

@@ -1,12 +1,36 @@
 """The compiled module (`csrc/bindings.cpp`)."""
 
+from torch import Tensor
+
 __version__: str
 max_rank: int
+interface: int
 
 def levels() -> list[str]: ...
 def level() -> str: ...
 def select_level(name: str, /) -> None: ...
 def set_parallel_for(address: int, /) -> None: ...
+def direct_setup(capsule: object, tensor: type, parameter: type, empty_like: object, /) -> bool: ...
+def steer_direct(
+    hidden: Tensor,
+    rows: Tensor | None,
+    bias: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    strength: Tensor | None,
+    /,
+) -> Tensor | None: ...
+def steer_replayed(
+    hidden: Tensor,
+    rows: Tensor | None,
+    bias: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    launches: dict[bytes, tuple[object, ...]],
+    device_type: int,
+    many: int,
+    /,
+) -> Tensor | bytes | None: ...
 def steer(
     dtype: int,
     n_rows: int,

@@ -45,7 +45,7 @@ def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """The library as a pure-Python install has it."""
     monkeypatch.setitem(sys.modules, "mechanex._native", None)
     monkeypatch.delattr("mechanex._native", raising=False)
-    caches = (modules.load, modules.cpu, backends._candidates)
+    caches = (modules.load, modules.cpu, modules.direct, modules.replays, backends._candidates)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -57,6 +57,7 @@ def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the backends that compute, in order."""
     seen: list[str] = []
+    monkeypatch.setattr(native, "direct", lambda device: None)  # computes past the registry
     for backend in backends.backends():
         for op, kernel in backend.ops.items():
 

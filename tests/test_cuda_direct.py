@@ -127,7 +127,7 @@ class Marked(torch.Tensor):
 def calls(door: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Makes the CPU look like a GPU to the op; how many calls have gone through the door."""
     monkeypatch.setattr(backends, "_is_on_gpu", lambda tensor: True)
-    monkeypatch.setattr(native, "direct", lambda: door.steer_direct)
+    monkeypatch.setattr(native, "direct", lambda device: door.steer_direct)
     before = door.launched()
     return lambda: int(door.launched() - before)
 

@@ -70,7 +70,7 @@ _LARGE = (
     "native, but triton for one edit of rank 1 for every row, and of any rank for float32 rows",
     "steer_many: triton",
 )
-# Above this rank one edit is two matrix products; the usual way decides.
+# Above this rank, and on the CPU beyond the size that native declines, the usual way decides.
 _DIRECT_RANK = 16
 
 _setting: str | None = None
@@ -233,26 +233,28 @@ def direct_steer(
     left: Tensor | None,
     strength: Tensor | None = None,
 ) -> Callable[..., Tensor | None] | None:
-    """What may edit these plain tensors on a GPU as they are given, unchecked; it gives None for what it doesn't take.
+    """What may edit these plain tensors as they are given, unchecked; it gives None for what it doesn't take.
 
     Args:
         name: as for :func:`select`.
         hidden, rows, left, strength: the op's arguments.
     """
-    if not _is_on_gpu(hidden):
-        return None
-    chosen = name or _setting or active()
+    chosen, on_gpu = name or _setting or active(), _is_on_gpu(hidden)
     if chosen == "auto":
-        if left is not None and not (
-            isinstance(left, Tensor) and left.dim() == 3 and left.shape[1] <= _DIRECT_RANK
-        ):
-            return None
+        if left is not None:
+            if not isinstance(left, Tensor) or len(shape := left.shape) != 3 or shape[1] > _DIRECT_RANK:
+                return None
+            if not on_gpu and left.numel() > native.TORCH_TABLE:
+                return None
         op = "steer" if strength is None else "steer_many"
-        if not _is_native_quicker(op, hidden, rows, left):
-            return None
-    elif chosen != "native":
-        return None
-    return native.direct()
+        if not on_gpu or _is_native_quicker(op, hidden, rows, left):
+            found = native.direct("cuda" if on_gpu else "cpu")
+            if found is not None or not on_gpu:
+                return found
+        return triton.direct()
+    if chosen == "native":
+        return native.direct("cuda" if on_gpu else "cpu")
+    return triton.direct() if chosen == "triton" and on_gpu else None
 
 
 _is_on_gpu = operator.attrgetter("is_cuda")

@@ -31,6 +31,7 @@ from mechanex.ops.head import Head
 from .arithmetic import check_rows
 from .backend import NEGATED, Backend, Kernel, is_negated
 from .chunked import Chunked, check_target
+from .native.modules import replays
 
 __all__ = [
     "BACKEND",
@@ -38,6 +39,7 @@ __all__ = [
     "TORCH_ROWS",
     "bind_steer",
     "completion_logprob",
+    "direct",
     "fuses",
     "interpreted",
     "missing",
@@ -54,6 +56,8 @@ _FLOAT_ROWS = 16
 # From this many rows on, a matrix product with a widened encoder of a sparse autoencoder uses a GPU better than tiles
 # that are read for a few.
 TORCH_ROWS = 128
+# The number of CUDA among DLPack's devices.
+_DLPACK_CUDA = 2
 # Compute capability that Triton supports.
 _CAPABILITY = (8, 0)
 # Each may import those before it.
@@ -61,8 +65,12 @@ _FILES = ("convert", "launch", "steer", "steer_many", "steer_gradients", "logpro
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
+@functools.cache
 def interpreted() -> bool:
-    """Whether ``TRITON_INTERPRET`` asks for the interpreter, which runs kernels on the CPU, slowly."""
+    """Whether ``TRITON_INTERPRET`` asks for the interpreter, which runs kernels on the CPU, slowly.
+
+    Asked once: Triton itself looks when it is imported.
+    """
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
@@ -90,6 +98,21 @@ def describe() -> str:
     import triton
 
     return f"triton {triton.__version__}, {'interpreted on the CPU' if interpreted() else 'compiled'}"
+
+
+@functools.cache
+def direct() -> Callable[..., Tensor | None] | None:
+    """The steer op on torch's tensors themselves, by launches that are made again; as ``native.direct`` gives it.
+
+    None where the kernels don't run, torch (before 2.10) doesn't show its tensors to compiled code, or there is none.
+    """
+    if interpreted() or torch.version.hip is not None or missing() is not None:
+        return None
+    replay = replays()
+    if replay is None:
+        return None
+    found: Callable[..., Tensor | None] = _kernel("steer").direct(replay, refuses_steer, _DLPACK_CUDA)
+    return found
 
 
 @functools.cache

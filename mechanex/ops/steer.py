@@ -77,13 +77,16 @@ def steer(
         and backend is None
         and backends.prefers_torch()
         and hidden.dtype is bias.dtype
-        and bias.shape == (1, *hidden.shape[-1:])
-        and hidden.device == bias.device
         and hidden.dtype in DTYPES
+        and hidden.dim() > 1
+        and len(table := bias.shape) == 2
+        and table[0] == 1
+        and table[1] == hidden.shape[-1]
+        and hidden.device == bias.device
     ):
         # One rounding of the float32 sum, as promised: torch adds half types in float32.
-        return hidden + bias if hidden.dim() > 1 else hidden + bias[0]
-    if gate is None and not torch.compiler.is_compiling() and type(hidden) in PLAIN:
+        return hidden + bias
+    if gate is None and type(hidden) in PLAIN and not torch.compiler.is_compiling():
         direct = backends.direct_steer(backend, hidden, rows, left, strength)
         if direct is not None and _is_plain_call(hidden, bias, left, right, strength):
             edited = direct(hidden, rows, bias, left, right, strength)
@@ -134,8 +137,13 @@ def _is_plain_call(
     """Whether nobody traces, transforms or differentiates this call."""
     if transforms_are_active() or dispatch_modes():
         return False
-    return not torch.is_grad_enabled() or not any(
-        isinstance(t, Tensor) and t.requires_grad for t in (hidden, bias, left, right, strength)
+    # Spelled out: a loop would cost as much as what it guards. What isn't a tensor is refused later, with words.
+    return not torch.is_grad_enabled() or not (
+        hidden.requires_grad
+        or getattr(bias, "requires_grad", False)
+        or getattr(left, "requires_grad", False)
+        or getattr(right, "requires_grad", False)
+        or getattr(strength, "requires_grad", False)
     )
 
 

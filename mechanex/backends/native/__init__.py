@@ -15,7 +15,7 @@ from .edits import (
     steer_many,
 )
 from .logprob import LOGPROB
-from .modules import describe, direct, levels, missing, missing_cuda
+from .modules import describe, direct, levels, missing, missing_cuda, replays
 from .sae import TORCH_ROWS, declines_many_rows, refuses, sae_features, sae_top_features
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "direct",
     "levels",
     "missing",
+    "replays",
 ]
 
 BACKEND = Backend(

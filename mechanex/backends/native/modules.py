@@ -31,6 +31,8 @@ __all__ = [
     "missing",
     "missing_cuda",
     "on_stream",
+    "replays",
+    "shows_tensors",
     "table",
 ]
 
@@ -44,7 +46,7 @@ _CUDA = (
     "source folder"
 )
 # What a module's functions take and give, as a number in it; one without is of the first kind.
-_INTERFACES = {"_native_cuda": 2}
+_INTERFACES = {"_native": 2, "_native_cuda": 2}
 
 
 @functools.cache
@@ -159,20 +161,38 @@ def _readable(version: int) -> str:
 
 
 @functools.cache
-def direct() -> Callable[..., Tensor | None] | None:
-    """The steer op of the CUDA module on torch's tensors themselves, a fraction of the work for the calling thread.
+def direct(device: str) -> Callable[..., Tensor | None] | None:
+    """The steer op of a compiled module on torch's tensors themselves, a fraction of the work for the calling thread.
 
     It takes hidden ``[..., d]``, rows, bias, left, right and strength, and gives None for whatever isn't plain: an
     argument that isn't contiguous, dtypes that would have to be converted, shapes that don't fit. None where the
     kernels don't run or torch (before 2.10) doesn't show its tensors to compiled code.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
     """
+    reason, module = (missing_cuda(), cuda) if device == "cuda" else (missing(), cpu)
+    if reason is not None or not shows_tensors(module()):
+        return None
+    found: Callable[..., Tensor | None] = module().steer_direct
+    return found
+
+
+def shows_tensors(module: ModuleType) -> bool:
+    """Whether torch's tensors can be read by a compiled module itself, which can do so from now on."""
     table = exchange_table()
-    if missing_cuda() is not None or table is None:
+    return table is not None and bool(
+        module.direct_setup(table, torch.Tensor, torch.nn.Parameter, torch.empty_like)
+    )
+
+
+@functools.cache
+def replays() -> Callable[..., Tensor | bytes | None] | None:
+    """What makes launches of Triton's steer kernel again (`csrc/replay.h`), for tensors on any device; None without."""
+    module, _ = load("_native", _CPU)
+    if module is None or not shows_tensors(module):
         return None
-    module = cuda()
-    if not module.direct_setup(table, torch.Tensor, torch.nn.Parameter, torch.empty_like):
-        return None
-    found: Callable[..., Tensor | None] = module.steer_direct
+    found: Callable[..., Tensor | bytes | None] = module.steer_replayed
     return found
 
 
