@@ -228,39 +228,6 @@ class Launcher:
         start = self._starts[key] = Start(compiled, len(values) + len(constants))
         return start
 
-    def bound(
-        self,
-        grid: tuple[int, int, int],
-        device: torch.device,
-        fixed: tuple[Tensor | int | None, ...],
-        constants: tuple[Any, ...],
-        warps: int,
-    ) -> Callable[[Tensor, Tensor], None]:
-        """Launches that differ in where their first two arguments lie alone: what else there is is looked at now.
-
-        Args:
-            grid, device, constants, warps: as for a launch.
-            fixed: the arguments behind the first two; tensors stay where they are.
-
-        Returns:
-            Puts one launch on the current stream of ``device``; its tensors are of one dtype from call to call.
-        """
-        rest = (*self.described(fixed)[1], *constants)
-        starts: dict[tuple[bool, bool], Start] = {}
-
-        def start(first: Tensor, second: Tensor) -> None:
-            addresses = first.data_ptr(), second.data_ptr()
-            aligned = addresses[0] % 16 == 0, addresses[1] % 16 == 0
-            known = starts.get(aligned)
-            if known is not None:
-                known(grid, stream_of(device.index), (*addresses, *rest))
-                return
-            found = self(grid, device, (first, second, *fixed), constants, warps)
-            if found is not None:
-                starts[aligned] = found
-
-        return start
-
     @staticmethod
     def described(arguments: tuple[Tensor | int | None, ...]) -> tuple[tuple[Any, ...], list[int | None]]:
         """What a compiled kernel is found by, and what it is given: addresses for tensors."""

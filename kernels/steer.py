@@ -30,7 +30,7 @@ from .launch import (
     is_watched,
 )
 
-__all__ = ["bound", "direct", "steer"]
+__all__ = ["direct", "steer"]
 
 
 @triton.jit
@@ -221,29 +221,5 @@ def direct(
             launch, fixed, nested = start.recorded
             launches[key] = launch, constants[1], grid[1], fixed, constants, nested
         return out.view(hidden.shape)
-
-    return run
-
-
-def bound(
-    hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
-) -> Callable[[Tensor], Tensor]:
-    """:func:`steer` for many hidden states [..., d] of this one's shape, dtype and device, which are all that changes.
-
-    Args:
-        hidden, rows, bias, left, right: the op's arguments, checked; ``rows`` [T].
-    """
-    flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-    tables = contiguous(bias), contiguous(left), contiguous(right)
-    grid, device, arguments, constants, warps = _described(flat, flat, rows, *tables)
-    start = _launch.bound(grid, device, arguments[2:], constants, warps)
-
-    def run(hidden: Tensor) -> Tensor:
-        hidden = hidden.contiguous()
-        out = torch.empty_like(hidden)
-        if out.numel():
-            with current(hidden):
-                start(hidden, out)
-        return out
 
     return run

@@ -26,7 +26,7 @@ from mechanex.backends import native, reference
 from mechanex.backends import triton as backend
 from mechanex.backends.native import modules
 from mechanex.errors import ValidationError
-from mechanex.ops.steer import bind, steer
+from mechanex.ops.steer import steer
 
 pytest.importorskip("triton")
 
@@ -145,44 +145,19 @@ def test_the_second_launch_of_a_kind_goes_to_the_compiled_kernel_itself(
     assert calls[-1] == ("direct", (2, 1, 1), (x.data_ptr(), None, 48, 4), 5)
 
 
-@outside_the_interpreter
-def test_a_bound_launch_says_nothing_but_where_its_tensors_lie(
-    kernels: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = backend._kernel("launch")
-    monkeypatch.setattr(module, "stream_of", lambda device: 5)
-    calls: list[tuple[object, ...]] = []
-
-    class Compiled:
-        def __getitem__(self, grid: object) -> object:
-            return lambda *values, stream: calls.append(("direct", values, stream))
-
-    class Jitted:
-        def __getitem__(self, grid: object) -> object:
-            return lambda *values, **options: calls.append(("look-up", grid)) or Compiled()
-
-    x = torch.zeros(64)
-    launch = module.Launcher(Jitted())
-    launch._direct = True
-    start = launch.bound((2, 1, 1), torch.device("cuda:0"), (x, None, 48), (4,), 8)
-    for first in (x, x[4:], x[1:], x[8:], x[3:]):
-        start(first, x)
-    assert [call[0] for call in calls] == ["look-up", "direct", "look-up", "direct", "direct"]
-    assert calls[-1] == ("direct", (x[3:].data_ptr(), x.data_ptr(), x.data_ptr(), None, 48, 4), 5)
-
-
 @on_each_device
 @pytest.mark.parametrize("rows", ["mixed", "none"])
-def test_bound_calls_give_the_same_bits(device: str, rows: str) -> None:
+def test_launches_that_are_made_again_give_the_same_bits(
+    kernels: SimpleNamespace, device: str, rows: str
+) -> None:
     args = SteerCase(6, 31, n_edits=1 if rows == "none" else 3, rank=2, rows=rows).make(
         torch.bfloat16, device
     )
     hidden, at, *tables = args
-    shape = (2, 3, 31)
-    with backends.use("triton"):
-        run = bind(hidden.view(shape), None if at is None else at.view(shape[:2]), *tables)
-        for given in (hidden, hidden + 1, hidden.flip(0)):
-            assert torch.equal(run(given.view(shape)).view(6, 31), steer(given, at, *tables))
+    for given in (hidden, hidden + 1, hidden.flip(0), hidden[1:], hidden[2:]):
+        own = None if at is None else at[: len(given)]
+        again = steer(given, own, *tables, backend="triton")
+        assert torch.equal(again, kernels.steer(given, own, *tables))
 
 
 @on_each_device
@@ -204,7 +179,7 @@ def test_rows_that_share_a_program_keep_their_own_edits(
 
 @on_each_device
 def test_many_rows_take_several_at_a_time(kernels: SimpleNamespace, device: str) -> None:
-    args = SteerCase(kernels.launch._MANY_ROWS, 31, n_edits=2, rank=2, rows="mixed").make(
+    args = SteerCase(kernels.launch.MANY_ROWS, 31, n_edits=2, rank=2, rows="mixed").make(
         torch.float32, device
     )
     assert kernels.launch.block_for(*args[0].shape, 2, torch.float32).rows > 1

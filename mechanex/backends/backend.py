@@ -44,8 +44,6 @@ class Kernel:
         declines: why it leaves these arguments to plain torch under ``auto`` (torch is faster), or None.
         gradients: computes gradients that ``run`` itself can't give, or None where plain torch does.
         with_slope: as ``run``, with one more result from which a gradient is a multiplication; None: there is none.
-        bind: of steer's arguments, the first [..., d], a function of ``hidden`` alone that does as ``run`` for others
-            like it, with less work for each call; None where these arguments have none, and for other ops.
     """
 
     run: Callable[..., Any]
@@ -53,7 +51,6 @@ class Kernel:
     declines: Callable[..., str | None] = _never
     gradients: Callable[..., Any] | None = None
     with_slope: Callable[..., Any] | None = None
-    bind: Callable[..., Callable[[Tensor], Tensor] | None] = _never
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,6 @@ __all__ = [
     "BACKEND",
     "LOGPROB",
     "TORCH_ROWS",
-    "bind_steer",
     "completion_logprob",
     "direct",
     "fuses",
@@ -211,17 +210,6 @@ def steer(
     return out
 
 
-def bind_steer(
-    hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
-) -> Callable[[Tensor], Tensor]:
-    """:func:`steer` for many hidden states like this one; errors as there."""
-    table = bias if bias is not None else left
-    if rows is not None and table is not None and rows.device.type == "cpu":
-        check_rows(rows, table.shape[0])
-    found: Callable[[Tensor], Tensor] = _kernel("steer").bound(hidden, rows, bias, left, right)
-    return found
-
-
 def steer_gradients(
     grad: Tensor,
     hidden: Tensor | None,
@@ -330,7 +318,7 @@ BACKEND = Backend(
     "Triton kernels for GPUs",
     devices(),
     {
-        "steer": Kernel(steer, refuses_steer, declines_steer, steer_gradients, bind=bind_steer),
+        "steer": Kernel(steer, refuses_steer, declines_steer, steer_gradients),
         "steer_many": Kernel(steer_many, refuses_steer_many),
         "completion_logprob": Kernel(
             completion_logprob, refuses_negated, gradients=LOGPROB.gradients, with_slope=LOGPROB.with_slope

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .._private.torch import writes
+from ..backends import direct_steer
 from ..errors import ValidationError
 from ..ops.edits import StackedEdits
 from ..ops.gate import NORM, Gate, openings, with_norm_of
-from ..ops.steer import bind, steer
+from ..ops.steer import steer
 from .given import as_table, as_vector
 
 __all__ = ["Edit", "EditTable", "composed", "compute_dtype"]
@@ -404,23 +405,29 @@ class EditTable:
     def bound(self, rows: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """:meth:`apply` with these rows, for many hidden states of a loop of one's own that nobody differentiates.
 
+        Of the choice of a backend counts what was in force at the first of them.
+
         Args:
             rows: as for :meth:`apply`.
         """
-        known: tuple[tuple[object, ...], Callable[[Tensor], Tensor]] | None = None
+        direct: Callable[..., Tensor | None] | None = None
+        table: tuple[Tensor | None, ...] = ()
         is_simple = self._chains is None and all(e.matrix is None and e.gate is None for e in self.edits)
 
         def run(hidden: Tensor) -> Tensor:
-            nonlocal known
-            kind = hidden.shape, hidden.dtype, hidden.device
-            if known is not None and known[0] == kind:
-                return known[1](hidden)
-            edited = self.apply(hidden, rows)
-            if is_simple and type(hidden) is Tensor:
-                table = self._stack(hidden)
-                at = None if rows is None else rows.to(hidden.device)
-                known = kind, bind(hidden, at, table.bias, table.left, table.right)
-            return edited
+            # Nothing is looked at first: it gives None for whatever these tables aren't for.
+            edited = None if direct is None else direct(hidden, *table, None)
+            if edited is None and is_simple and type(hidden) is Tensor:
+                edited = anew(hidden)
+            return self.apply(hidden.resolve_neg(), rows) if edited is None else edited
+
+        def anew(hidden: Tensor) -> Tensor | None:
+            nonlocal direct, table
+            stacked = self._stack(hidden)
+            at = None if rows is None else rows.to(hidden.device)
+            table = at, stacked.bias, stacked.left, stacked.right
+            direct = direct_steer(None, hidden, at, stacked.left)
+            return None if direct is None else direct(hidden, *table, None)
 
         return run
 

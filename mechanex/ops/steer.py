@@ -9,7 +9,6 @@ serves all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from .edits import StackedEdits
 from .gate import Gate
 from .ways import PLAIN, way
 
-__all__ = ["Gate", "bind", "steer"]
+__all__ = ["Gate", "steer"]
 
 
 def steer(
@@ -105,30 +104,6 @@ def steer(
     return _dispatch(flat, None if rows is None else rows.reshape(-1), bias, left, right, backend).view(
         hidden.shape
     )
-
-
-def bind(
-    hidden: Tensor, rows: Tensor | None, bias: Tensor, left: Tensor | None = None, right: Tensor | None = None
-) -> Callable[[Tensor], Tensor]:
-    """The op for many calls that differ in the numbers of ``hidden`` only: what else there is is looked at now.
-
-    For loops of one's own: nobody may trace, transform or differentiate the calls. Of the choice of a backend counts
-    what is in force now.
-
-    Args:
-        hidden: of the shape, dtype and device of those to come, two dimensions or more.
-        rows, bias, left, right: as for :func:`steer`, one edit a row at most.
-
-    Raises:
-        ValidationError: as :func:`steer`.
-    """
-    _check(hidden, rows, bias, left, right)
-    shape, flat = hidden.shape, (-1, hidden.shape[-1])
-    flat_rows = None if rows is None else rows.reshape(-1)
-    edits = flat_rows, bias, left, right
-    kernel = backends.select("steer", None, hidden.reshape(flat), *edits)
-    bound = kernel.bind(hidden, *edits)
-    return bound or (lambda hidden: kernel.run(hidden.reshape(flat), *edits).view(shape))
 
 
 def _is_plain_call(

@@ -7,7 +7,6 @@ from . import clusters
 from .edits import (
     TORCH_RANK,
     TORCH_TABLE,
-    bind_steer,
     declines_steer,
     refuses_steer,
     refuses_steer_many,
@@ -36,7 +35,7 @@ BACKEND = Backend(
     "compiled kernels",
     ("cpu", "cuda"),
     {
-        "steer": Kernel(steer, refuses_steer, declines_steer, bind=bind_steer),
+        "steer": Kernel(steer, refuses_steer, declines_steer),
         "steer_many": Kernel(steer_many, refuses_steer_many),
         "completion_logprob": LOGPROB.kernel(),
         "sae_features": Kernel(sae_features, refuses, declines_many_rows),

@@ -6,8 +6,6 @@ shows up where the stream is next waited for. The CPU's kernels raise.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -23,7 +21,6 @@ __all__ = [
     "MANY_WIDTH",
     "TORCH_RANK",
     "TORCH_TABLE",
-    "bind_steer",
     "declines_steer",
     "on_gpu",
     "refuses_steer",
@@ -129,31 +126,6 @@ def _given(
         0 if edits is None else edits.shape[0],
         0 if left is None else left.shape[1],
     )
-
-
-def bind_steer(
-    hidden: Tensor, rows: Tensor | None, bias: Tensor | None, left: Tensor | None, right: Tensor | None
-) -> Callable[[Tensor], Tensor] | None:
-    """See :class:`mechanex.backends.backend.Kernel`: on the CPU, where the call is most of what a small step costs."""
-    wide = compute_dtype(hidden, bias, left, right)
-    if not hidden.is_cpu or (wide is not torch.float32 and hidden.dtype is not wide):
-        return None
-    width = hidden.shape[-1]
-    n_rows = hidden.numel() // max(width, 1)
-    tables = table(bias, wide), table(left, wide), table(right, wide)
-    given, kernel, code = _given(rows, *tables), modules.cpu().steer, DTYPE_CODES[hidden.dtype]
-
-    def run(hidden: Tensor) -> Tensor:
-        if not hidden.is_contiguous() or hidden.is_neg():
-            return steer(hidden.reshape(n_rows, width).resolve_neg(), rows, *tables).view(hidden.shape)
-        out = torch.empty_like(hidden)
-        try:
-            kernel(code, n_rows, width, hidden.data_ptr(), width, out.data_ptr(), width, *given)
-        except IndexError as error:
-            raise ValidationError(str(error)) from None
-        return out
-
-    return run
 
 
 def refuses_steer_many(

@@ -138,7 +138,13 @@ def is_traced(fn: ResidualHook) -> bool:
 def _residual_hook(stream: Stream, fn: ResidualHook) -> Any:
     """A forward pre-hook for a decoder layer: ``fn`` of its hidden state takes its place, other arguments are kept."""
 
+    width = stream.width
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Called at every layer of every step. What layers nearly always get is told without another call.
+        if args and type(hidden := args[0]) is Tensor and hidden.dim() == 3 and hidden.shape[2] == width:
+            new = fn(hidden)
+            return None if new is None else ((new, *args[1:]), kwargs)
         hidden = residual(args, kwargs)
         stream.check(hidden)
         new = fn(hidden)
