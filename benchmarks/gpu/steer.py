@@ -21,6 +21,7 @@ from optable import ManyArgs, ManyCase, SteerCase
 from record import Record, arguments, has_device
 
 from mechanex import backends
+from mechanex.backends import triton
 from mechanex.ops.steer import steer
 
 WIDE = torch.float32
@@ -126,13 +127,10 @@ class Bench:
                 most = 10
             elif what.endswith(", triton") and not what.startswith("step"):
                 most = min(15.0, 2 * found["torch add"] * 1e6)
-            self.record.add(
-                f"launch: {what}",
-                seconds * 1e6,
-                "µs",
-                most=most,
-                note=f"{seconds / found['torch add']:.2f} torch adds",
-            )
+            note = f"{seconds / found['torch add']:.2f} torch adds"
+            if what.endswith(", triton"):
+                note += f", {_how_launched()}"
+            self.record.add(f"launch: {what}", seconds * 1e6, "µs", most=most, note=note)
 
     def table(self) -> None:
         """What `auto` takes by size: calls one after another, and the same on the device alone, as in a graph."""
@@ -177,6 +175,13 @@ class Bench:
             self.record.add(
                 f"8 clamps by row, {n}x{width}, in a graph: auto", found["auto"] * 1e6, "µs", note=note
             )
+
+
+def _how_launched() -> str:
+    """Whether Triton's launches of the steer kernel were made again, or each by its own launcher."""
+    starts = triton._kernel("steer")._launch._starts.values()
+    again = triton.direct() is not None and all(start.recorded for start in starts)
+    return "launches made again" if again else "by Triton's launcher"
 
 
 def _step(args: ManyArgs, name: str) -> object:
