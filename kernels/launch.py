@@ -113,7 +113,9 @@ _SETTINGS = getattr(getattr(triton, "knobs", None), "runtime", None)
 
 
 def is_watched() -> bool:
-    """Whether somebody, say a profiler, wants to hear of launches."""
+    """Whether somebody, say a profiler, wants to hear of launches, or Triton (before 3.4) doesn't tell."""
+    if _SETTINGS is None:
+        return True
     enter, leave = _SETTINGS.launch_enter_hook, _SETTINGS.launch_exit_hook
     return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))
 
@@ -153,7 +155,7 @@ def recorded(compiled: Any, n_values: int) -> Recorded | None:
     fixed = tuple(None if one in unset else one for one in handed[4:end])
     marks = {x, y, z, stream, *values}
     known = handed[:4] == (x, y, z, stream) and (nested or handed[end:] == values)
-    if _SETTINGS is None or not known or any(type(one) is object and one in marks for one in fixed):
+    if not known or any(type(one) is object and one in marks for one in fixed):
         return None
     return Recorded(launch, fixed, nested) if compiled.function in fixed else None
 

@@ -210,6 +210,8 @@ def test_what_is_not_plain_is_left_to_the_usual_way(
             assert direct(*args, None) is None
         finally:
             hooks.remove(print)
+    monkeypatch.setattr(backend._kernel("launch"), "_SETTINGS", None)
+    assert direct(*args, None) is None
 
 
 @needs_the_module

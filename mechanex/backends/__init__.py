@@ -70,7 +70,7 @@ _LARGE = (
     "native, but triton for one edit of rank 1 for every row, and of any rank for float32 rows",
     "steer_many: triton",
 )
-# Above this rank, and on the CPU beyond the size that native declines, the usual way decides.
+# Above this rank one edit on a GPU is two matrix products; the usual way decides.
 _DIRECT_RANK = 16
 
 _setting: str | None = None
@@ -242,7 +242,8 @@ def direct_steer(
     chosen, on_gpu = name or _setting or active(), _is_on_gpu(hidden)
     if chosen == "auto":
         if left is not None:
-            if not isinstance(left, Tensor) or len(shape := left.shape) != 3 or shape[1] > _DIRECT_RANK:
+            most = _DIRECT_RANK if on_gpu else native.TORCH_RANK
+            if not isinstance(left, Tensor) or len(shape := left.shape) != 3 or shape[1] > most:
                 return None
             if not on_gpu and left.numel() > native.TORCH_TABLE:
                 return None

@@ -411,23 +411,23 @@ class EditTable:
             rows: as for :meth:`apply`.
         """
         direct: Callable[..., Tensor | None] | None = None
-        table: tuple[Tensor | None, ...] = ()
+        at = bias = left = right = None
         is_simple = self._chains is None and all(e.matrix is None and e.gate is None for e in self.edits)
 
         def run(hidden: Tensor) -> Tensor:
             # Nothing is looked at first: it gives None for whatever these tables aren't for.
-            edited = None if direct is None else direct(hidden, *table, None)
+            edited = None if direct is None else direct(hidden, at, bias, left, right, None)
             if edited is None and is_simple and type(hidden) is Tensor:
                 edited = anew(hidden)
             return self.apply(hidden.resolve_neg(), rows) if edited is None else edited
 
         def anew(hidden: Tensor) -> Tensor | None:
-            nonlocal direct, table
-            stacked = self._stack(hidden)
+            nonlocal direct, at, bias, left, right
+            table = self._stack(hidden)
             at = None if rows is None else rows.to(hidden.device)
-            table = at, stacked.bias, stacked.left, stacked.right
-            direct = direct_steer(None, hidden, at, stacked.left)
-            return None if direct is None else direct(hidden, *table, None)
+            bias, left, right = table.bias, table.left, table.right
+            direct = direct_steer(None, hidden, at, left)
+            return None if direct is None else direct(hidden, at, bias, left, right, None)
 
         return run
 
