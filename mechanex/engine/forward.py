@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def packs_for(
         batch_tokens = usual_tokens(adapter.device)
     longest = max(len(p) + len(c) for p, c in pairs) - int(scoring)
     check_length(adapter, longest)
-    adapter.check_token_ids(token for pair in pairs for ids in pair for token in ids)
+    adapter.check_token_ids(chain.from_iterable(chain.from_iterable(pairs)))
     # A pair that is alone needs no tree mask, and may leave out its last token where others don't matter either.
     alone = len(pairs) == 1
     form = "padded" if alone and not scoring else packing_form(adapter, 1 if alone else longest)
@@ -138,7 +139,7 @@ def scored_logprobs(
         extra: further keyword arguments of the model's call.
     """
     if hidden is None:
-        if adapter.findings.get("unembedding") is None and pack.input_ids.shape[0] == 1:
+        if pack.input_ids.shape[0] == 1 and adapter.findings.get("unembedding") is None:
             logits = watch_unembedding(adapter, pack, lambda: run_pack(adapter, pack, **extra))
             return chosen_logprobs(logits, pack.target, coldness)
         if not unembedding_agrees(adapter):
