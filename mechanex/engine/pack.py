@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -140,14 +141,23 @@ class Pack:
 
     def repeated(self, copies: int) -> Pack:
         """The rows ``copies`` times over, for as many batches at once; ``pair`` keeps its numbers in every copy."""
-        if copies == 1:
-            return self
-        by_token = {name: getattr(self, name).repeat(copies, 1) for name in _BY_TOKEN}
-        scored = {
-            name: getattr(self, name).repeat(copies) for name in ("column", "predictor", "target", "pair")
+        return self.joined([self] * copies)
+
+    @staticmethod
+    def joined(packs: Sequence[Pack]) -> Pack:
+        """The rows of packs of one width and form, one pack's after another's; ``pair`` keeps its numbers in each."""
+        first, *others = packs
+        if not others:
+            return first
+        held = {
+            name: torch.cat([getattr(one, name) for one in packs])
+            for name in (*_BY_TOKEN, *_BY_TARGET)
+            if name != "row"
         }
-        first = torch.arange(copies, device=self.row.device)[:, None] * self.input_ids.shape[0]
-        return replace(self, **by_token, **scored, row=(first + self.row).flatten())
+        starts = accumulate((len(one.input_ids) for one in packs), initial=0)
+        row = torch.cat([one.row + start for one, start in zip(packs, starts, strict=False)])
+        made: dict[str, Any] = {**held, "row": row}
+        return replace(first, **made)
 
     def selected(self, rows: Tensor) -> Pack:
         """Some of the rows [n], none twice, and what is scored in them; pairs keep their numbers."""
