@@ -63,7 +63,8 @@ def packs_for(
         batch_tokens = usual_tokens(adapter.device)
     longest = max(len(p) + len(c) for p, c in pairs) - int(scoring)
     check_length(adapter, longest)
-    adapter.check_token_ids(chain.from_iterable(chain.from_iterable(pairs)))
+    # A prompt of many completions is mostly one list.
+    adapter.check_token_ids(chain.from_iterable({id(ids): ids for pair in pairs for ids in pair}.values()))
     # A pair that is alone needs no tree mask, and may leave out its last token where others don't matter either.
     alone = len(pairs) == 1
     form = "padded" if alone and not scoring else packing_form(adapter, 1 if alone else longest)
@@ -99,12 +100,15 @@ def packs_for(
         # Few large packs can't be dealt evenly.
         total = sum(pack.input_ids.numel() for pack in packs)
         packs = built(min(batch_tokens, max(total // (2 * processes), row_tokens)))
-    return [replace(pack, mask=_mask_for(adapter, pack)).to(adapter.device) for pack in packs]
+    device = adapter.device
 
+    def mask_of(pack: Pack) -> Mask:
+        if pack.layout != "tree":
+            return "plain"
+        own = form if pack.longest == longest else packing_form(adapter, pack.longest)
+        return own if own in TREES else "plain"
 
-def _mask_for(adapter: ModelAdapter, pack: Pack) -> Mask:
-    form = packing_form(adapter, pack.longest) if pack.layout == "tree" else "plain"
-    return form if form in TREES else "plain"
+    return [replace(pack, mask=mask_of(pack)).to(device) for pack in packs]
 
 
 def scored_logits(adapter: ModelAdapter, pack: Pack, hidden: Tensor | None = None, **extra: Any) -> Tensor:
