@@ -8,6 +8,7 @@ from counting import counted_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mechanex.engine.continuing import continuations
 from mechanex.engine.pack import build_packs
 from mechanex.errors import ValidationError
 
@@ -117,3 +118,5 @@ def test_a_pack_goes_to_a_device_in_one_transfer():
     moved = pack.to(torch.device("meta"))
     assert moved.input_ids.is_meta and moved.target.shape == pack.target.shape
     assert pack.to(pack.input_ids.device) is pack
+    going_on = continuations(3, [([5], [6])]).to(torch.device("meta"))
+    assert going_on.hidden_from.is_meta and going_on.read == 3

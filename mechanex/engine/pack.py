@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal
@@ -131,7 +131,8 @@ class Pack:
         if device == self.input_ids.device:
             return self
         # In one transfer: each takes as long as a kernel or two.
-        held = {name: getattr(self, name) for name in (*_BY_TOKEN, *_BY_TARGET)}
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        held = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         moved = torch.cat([t.flatten() for t in held.values()]).to(device)
         parts = torch.split(moved, [t.numel() for t in held.values()])
         made: dict[str, Any] = {

@@ -19,7 +19,7 @@ from ..positions import token_mask
 from ..ranks import current_ranks
 from .datapoints import Completion
 
-__all__ = ["Layout", "LayoutSpec", "StepPack", "TokenOrder"]
+__all__ = ["MINIBATCH_PACK_TOKENS", "Layout", "LayoutSpec", "StepPack", "TokenOrder"]
 
 # Most tokens of a pack from which minibatches take rows; what is kept for it is its residual stream.
 MINIBATCH_PACK_TOKENS = 16_384

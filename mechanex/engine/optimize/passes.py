@@ -19,7 +19,7 @@ from ..memory import tensor_bytes, total_bytes
 from ..models.adapter import ModelAdapter
 from ..pauses import pause
 from ..ranks import current_ranks
-from .layout import Layout, LayoutSpec, StepPack
+from .layout import MINIBATCH_PACK_TOKENS, Layout, LayoutSpec, StepPack
 from .objective import Objective
 from .parameters import Parameters, Table
 from .replay import Replay
@@ -110,7 +110,7 @@ class Passes:
             EditHooks(adapter, {n for layers in members for n in layers}),
             StepGraphs(),
         )
-        self._places: dict[LayoutSpec, _Place] = {}
+        self._places: dict[LayoutSpec, _LaidOut] = {}
         self._replays: dict[StepPack, Replay] = {}
         self._stacks: dict[Any, Stack] = {}
         self._ranks = current_ranks(adapter)
@@ -140,21 +140,23 @@ class Passes:
             self.place(spec)
 
     def _prepare_together(self, specs: list[LayoutSpec]) -> None:
+        most = MINIBATCH_PACK_TOKENS if specs[0].by_prompt else self._batch_tokens
+        if sum(len(c.ids) for spec in specs for c in spec.completions) > most:
+            return  # without their prompts even
         joint = Layout(self.adapter, LayoutSpec.joined(specs))
-        fits = specs[0].by_prompt or joint.packs[0].n_tokens <= self._batch_tokens
-        if len(joint.packs) > 1 or not fits:
+        if len(joint.packs) > 1 or joint.packs[0].n_tokens > most:
             return
         first = prompt = 0
         for spec in specs:
             end = prompt + spec.n_datapoints
-            self._places[spec] = _Place(joint, tuple(range(prompt, end)), first)
+            self._places[spec] = _LaidOut(joint, tuple(range(prompt, end)), first)
             first, prompt = first + len(spec.completions), end
 
-    def place(self, spec: LayoutSpec) -> _Place:
+    def place(self, spec: LayoutSpec) -> _LaidOut:
         """Where a spec's completions are laid out, made on first use: one place for all whose keys agree."""
         if spec not in self._places:
             agreeing = (place for other, place in self._places.items() if other.key == spec.key)
-            self._places[spec] = next(agreeing, None) or _Place(Layout(self.adapter, spec))
+            self._places[spec] = next(agreeing, None) or _LaidOut(Layout(self.adapter, spec))
         return self._places[spec]
 
     def layout(self, spec: LayoutSpec) -> Layout:
@@ -315,7 +317,7 @@ class Passes:
 
 
 @dataclass(frozen=True, eq=False)
-class _Place:
+class _LaidOut:
     """Where the completions of a spec are.
 
     Args:
