@@ -142,7 +142,7 @@ class Passes:
     def _prepare_together(self, specs: list[LayoutSpec]) -> None:
         most = MINIBATCH_PACK_TOKENS if specs[0].by_prompt else self._batch_tokens
         if sum(len(c.ids) for spec in specs for c in spec.completions) > most:
-            return  # without their prompts even
+            return  # the completions alone are too long
         joint = Layout(self.adapter, LayoutSpec.joined(specs))
         if len(joint.packs) > 1 or joint.packs[0].n_tokens > most:
             return
