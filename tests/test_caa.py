@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from counting import counted_ops, kernels
 from families import FAMILIES, N_LAYERS, build, tiny_tokenizer
 
+from mechanex.engine import caa
 from mechanex.engine.caa import caa_vectors
 from mechanex.engine.text import encode_pair
 from mechanex.errors import ValidationError
@@ -105,3 +107,20 @@ def test_a_model_that_gives_nan_is_an_error():
     model.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(ValidationError, match="not finite"):
         caa_vectors(model, PROMPTS, POSITIVE, NEGATIVE, [2], TOKENIZER)
+
+
+def test_a_layer_costs_three_kernels_and_no_wait_for_the_device(monkeypatch):
+    """Its tokens are picked, summed by weight and measured, in float32; nothing is read before the passes are over."""
+    model, passes = build("llama"), []
+    visit = caa.visit_residuals
+    monkeypatch.setattr(
+        caa, "visit_residuals", lambda *args: passes.append(counted_ops(lambda: visit(*args)))
+    )
+    counts = []
+    for layers in ([N_LAYERS - 1], range(N_LAYERS)):  # of as many blocks that are run
+        passes.clear()
+        caa_vectors(model, PROMPTS, POSITIVE, NEGATIVE, layers, TOKENIZER, batch_tokens=8192)
+        counts += passes
+    one, every = counts
+    assert kernels(every) - kernels(one) == 3 * (N_LAYERS - 1)
+    assert not every["_local_scalar_dense"]

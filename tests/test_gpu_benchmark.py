@@ -155,6 +155,7 @@ PARTS = {
     "work": (
         (),
         "optimization step, 8 x (1 + 1), layer 2 of 4, tiny: times what it can't do without",
+        "optimization step of 4 jobs",
         "scoring 128 pairs",
         "all layers",
     ),

@@ -14,6 +14,7 @@ from test_optimize_loop import DATA, TOKENIZER, optimize, start_of
 from mechanex.engine.models import adapter_for
 from mechanex.engine.optimize.compiled import CompiledBlock
 from mechanex.engine.optimize.layout import Layout
+from mechanex.engine.optimize.loop import run_jobs
 from mechanex.engine.optimize.problem import Epoch, Minibatches, OptimizationJob
 from mechanex.engine.optimize.settings import OptimizeSettings
 from mechanex.engine.optimize.stack import StepGraphs
@@ -271,6 +272,38 @@ def test_jobs_over_the_same_data_share_each_pass():
     )
     handle.remove()
     assert len(passes) == 6 and set(passes) == {3 * n_rows}
+
+
+OTHERS = [
+    [TrainingDatapoint("The old man", dst_completions=[" sold apples"])],
+    [TrainingDatapoint("In the winter", [" sings"], [" the snow covers the roofs"], is_negative=True)],
+]
+
+
+@pytest.mark.parametrize("minibatch", [None, 2])
+def test_jobs_over_other_data_and_minibatches_share_each_pass(minibatch):
+    """At the highest layer as many calls as steps, whatever the jobs' data, layers and seeds; vectors as alone."""
+    model = build("llama")
+    data = [DATA, DATA, *OTHERS]
+
+    def jobs():
+        settings = [OptimizeSettings(max_iters=4, lr=0.05, seed=n) for n in range(len(data))]
+        layers = [2, 1, 3, 1]
+        return [
+            OptimizationJob(model, one, layer, each, TOKENIZER, minibatch_size=minibatch)
+            for one, layer, each in zip(data, layers, settings, strict=True)
+        ]
+
+    alone = [run_jobs([job])[0] for job in jobs()]
+    calls = []
+    handle = model.model.layers[3].register_forward_pre_hook(lambda *_: calls.append(1))
+    together = run_jobs(jobs())
+    handle.remove()
+    # Minibatches: the whole losses of each job at its end come in a pass of their own.
+    assert len(calls) == 5 + (0 if minibatch is None else len(data))
+    for (vector, info), (own, expected) in zip(together, alone, strict=True):
+        torch.testing.assert_close(vector, own, rtol=1e-4, atol=1e-5)
+        assert info["loss"] == pytest.approx(expected["loss"], rel=1e-5) and info["iters"] == 4
 
 
 def test_a_pass_holds_no_more_tokens_than_asked():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from counting import counted_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mechanex.engine.continuing import continuations
 from mechanex.engine.pack import build_packs
 from mechanex.errors import ValidationError
 
@@ -97,3 +99,24 @@ def test_an_empty_side_is_an_error(pairs):
 def test_groups_of_another_length_are_an_error():
     with pytest.raises(ValidationError, match="2 pairs but 1 groups"):
         build_packs([((1,), (2,)), ((1,), (3,))], groups=[0])
+
+
+def test_masks_are_stored_as_attention_on_a_gpu_reads_them():
+    """Rows begin at multiples of 8 numbers, whatever the length of the rows: others are copied at every layer."""
+    for n in (3, 8, 13):
+        (pack,) = build_packs([([5] * n, [6] * 4)])
+        mask = pack.additive_mask(torch.float32)
+        assert mask.shape[-2:] == (n + 4, n + 4)
+        assert mask.stride(-1) == 1 and all(step % 8 == 0 for step in mask.stride()[:-1])
+        assert torch.equal(mask[:, 0] == 0, pack.visible())
+
+
+def test_a_pack_goes_to_a_device_in_one_transfer():
+    (pack,) = build_packs([([5] * 9, [6] * 4), ([5] * 9, [7] * 3)])
+    counts = counted_ops(lambda: pack.to(torch.device("meta")))
+    assert counts["_to_copy"] == 1
+    moved = pack.to(torch.device("meta"))
+    assert moved.input_ids.is_meta and moved.target.shape == pack.target.shape
+    assert pack.to(pack.input_ids.device) is pack
+    going_on = continuations(3, [([5], [6])]).to(torch.device("meta"))
+    assert going_on.hidden_from.is_meta and going_on.read == 3

@@ -545,3 +545,22 @@ def test_a_text_that_could_not_be_less_likely_is_infinite_not_an_error():
     model = FAMILIES["llama"]()
     model.lm_head.weight.data *= 1e4
     assert perplexity(model, PROMPTS, COMPLETIONS, TOKENIZER) == math.inf
+
+
+def test_modules_are_walked_once_a_call_and_not_for_every_pack(monkeypatch):
+    """A walk takes as long as a layer of a pass."""
+    model, walks = build("llama"), []
+    named = torch.nn.Module.named_modules
+
+    def counted(module, *args, **kwargs):
+        walks.extend([1] * (module is model and not args))
+        return named(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+    found = []
+    for batch_tokens in (8192, 16):
+        completion_logprobs(model, PROMPTS, COMPLETIONS, TOKENIZER, batch_tokens=batch_tokens)
+        walks.clear()
+        completion_logprobs(model, PROMPTS, COMPLETIONS, TOKENIZER, batch_tokens=batch_tokens)
+        found.append(len(walks))
+    assert found[0] == found[1] <= 3

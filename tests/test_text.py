@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechanex.engine import joins
-from mechanex.engine.text import encode_pair, encode_prompt
+from mechanex.engine.text import encode_pair, encode_pairs, encode_prompt
 from mechanex.errors import ValidationError
 
 TOKENIZER = tiny_tokenizer()
@@ -142,3 +142,17 @@ def test_an_eos_that_was_written_stays_and_an_appended_one_goes():
         eos,
     ]
     assert encode_pair(tokenizer, "The", " cold" + TOKENIZER.eos_token)[1].count(eos) == 1
+
+
+def test_a_prompt_that_comes_again_is_encoded_once():
+    calls = []
+
+    def tokenizer(text, **options):
+        calls.append(text)
+        return TOKENIZER(text, **options)
+
+    tokenizer.bos_token_id = TOKENIZER.bos_token_id
+    tokenizer.decode = TOKENIZER.decode
+    pairs = [("The morning was", answer) for answer in (" cold", " calm", " long")]
+    assert encode_pairs(tokenizer, pairs) == [encode_pair(TOKENIZER, *pair) for pair in pairs]
+    assert calls.count("The morning was") == 1 and len(calls) == 4

@@ -1,7 +1,8 @@
-"""Times the engine's work on the GPU: an optimization step beside what its bytes and products alone take, scoring and
-extraction beside padded batches. Run by ``run.sh``.
+"""Times the engine's work on the GPU: an optimization step beside what its bytes and products alone take, several
+such steps together beside one after another, scoring and extraction beside padded batches. Run by ``run.sh``.
 
-Random bfloat16 Llamas: one of 1.2 B for all of it, one of 8 B for a step. Sections: step, score, extract.
+Random bfloat16 Llamas: one of 1.2 B for all of it, one of 8 B for a step. Sections: step, jobs, score, extract. A note
+tells what bounds a call: the host, where the call takes about as long to return as until the device is done.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from clock import call_seconds, device_seconds
 from decode_model import llama, synchronize
 from plain import one_by_one, padded, padded_means
 from record import Record, arguments, has_device
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from mechanex.engine.caa import caa_vectors
 from mechanex.engine.models.adapter import undisturbed
@@ -33,11 +36,11 @@ from mechanex.engine.optimize.settings import OptimizeSettings
 from mechanex.engine.score import completion_logprobs
 from mechanex.utils.optimization import TrainingDatapoint
 
-SECTIONS = ("step", "score", "extract")
+SECTIONS = ("step", "jobs", "score", "extract")
 # Width, layers, vocabulary, heads; the layer that is steered.
 MODELS = {"1.2 B": ((2048, 16, 128256, 32), 8), "8 B": ((4096, 32, 128256, 32), 8)}
 TINY = {"tiny": ((64, 4, 500, 4), 2)}
-FLOOR, PADDED, EXTRACTED = 1.5, 2.5, 4.0
+FLOOR, TOGETHER, PADDED, EXTRACTED = 1.5, 2.0, 2.5, 4.0
 
 
 class Bench:
@@ -72,7 +75,7 @@ class Bench:
 
     def step(self) -> None:
         """A step of 8 datapoints with a completion to promote and one to suppress each."""
-        data = [TrainingDatapoint(self._ids(12, 3), [self._ids(4, 1)], [self._ids(4, 1)]) for _ in range(8)]
+        data = self._data()
         for name, (size, layer) in self.models.items():
             model = self._model(name)
             job = OptimizationJob(model, data, layer, OptimizeSettings(seed=0))
@@ -99,6 +102,30 @@ class Bench:
             del model, job, passes, request
             _free()
 
+    def jobs(self) -> None:
+        """A step of four jobs over other data each, at three layers, in one pass."""
+        name, (size, layer) = next(iter(self.models.items()))
+        model = self._model(name)
+        layers = (layer // 2, layer, layer, layer + layer // 2)
+        made = [
+            OptimizationJob(model, self._data(), n, OptimizeSettings(seed=i)) for i, n in enumerate(layers)
+        ]
+        with undisturbed(model), Passes(made[0].adapter, [job.layers for job in made], 4096) as passes:
+            passes.prepare([job.spec for job in made])
+            requests = [job.request(job.start(), plain_sum) for job in made]
+            ways: dict[str, Callable[[], object]] = {
+                "together": lambda: passes.run(requests),
+                "one after another": lambda: [passes.run([request]) for request in requests],
+            }
+            found = self._in_turn(ways)
+            note = self._notes(found, ways, model)
+        self.record.add(
+            f"optimization step of 4 jobs, layers {layers} of {size[1]}, {name}: times as fast as one after another",
+            found["one after another"] / found["together"],
+            least=TOGETHER,
+            note=note,
+        )
+
     def score(self) -> None:
         """128 completions: 8 prompts of 16."""
         model = self._model(next(iter(self.models)))
@@ -111,7 +138,7 @@ class Bench:
             "one by one": lambda: one_by_one(model, prompts, completions),
         }
         found = self._in_turn(ways)
-        note = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in found.items())
+        note = self._notes(found, ways, model)
         what = "scoring 128 pairs, 1.2 B: times as fast as"
         self.record.add(f"{what} a padded batch", found["padded"] / found["ours"], least=PADDED, note=note)
         self.record.add(f"{what} one by one", found["one by one"] / found["ours"])
@@ -123,19 +150,48 @@ class Bench:
         prompts = [self._ids(30, 8) for _ in range(n)]
         sides = [[self._ids(8, 3) for _ in range(n)] for _ in range(2)]
         layers = range(model.config.num_hidden_layers)
-        found = self._in_turn(
-            {
-                "ours": lambda: caa_vectors(model, prompts, *sides, layers=layers),
-                "padded": lambda: padded_means(model, prompts, *sides),
-            }
-        )
-        note = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in found.items())
+        ways: dict[str, Callable[[], object]] = {
+            "ours": lambda: caa_vectors(model, prompts, *sides, layers=layers),
+            "padded": lambda: padded_means(model, prompts, *sides),
+        }
+        found = self._in_turn(ways)
+        note = self._notes(found, ways, model)
         self.record.add(
             f"CAA, {n} pairs, all layers, 1.2 B: times as fast as padded batches of 32",
             found["padded"] / found["ours"],
             least=EXTRACTED,
             note=note,
         )
+
+    def _data(self) -> list[TrainingDatapoint]:
+        return [TrainingDatapoint(self._ids(12, 3), [self._ids(4, 1)], [self._ids(4, 1)]) for _ in range(8)]
+
+    def _notes(self, found: dict[str, float], ways: dict[str, Callable[[], object]], model: nn.Module) -> str:
+        """What each way takes, and what of it the host and the device do; what launching one pass takes the host."""
+        few = torch.tensor([self._ids(4, 0)], device=self.device)
+
+        def one_pass() -> None:
+            with torch.no_grad():
+                model(few, use_cache=False)
+
+        parts = [f"a pass of 4 tokens {self._host_seconds(one_pass) * 1e3:.1f} ms of the host"]
+        for name, run in ways.items():
+            host, (n, busy) = self._host_seconds(run), _kernels(run)
+            parts.append(
+                f"{name} {found[name] * 1e3:.1f} ms (returns after {host * 1e3:.1f}; {n} kernels, device busy "
+                f"{busy * 1e3:.1f})"
+            )
+        return "; ".join(parts)
+
+    def _host_seconds(self, run: Callable[[], object]) -> float:
+        """Seconds until a call returns, with nothing before it on the device."""
+        run()
+        synchronize(torch.device(self.device))
+        begun = time.perf_counter()
+        run()
+        taken = time.perf_counter() - begun
+        synchronize(torch.device(self.device))
+        return taken
 
     def _in_turn(self, ways: dict[str, Callable[[], object]]) -> dict[str, float]:
         """Median seconds of each, to the end of its work on the device, the ways taking turns."""
@@ -148,6 +204,17 @@ class Bench:
             return call
 
         return call_seconds({name: waiting(run) for name, run in ways.items()}, 1 if self.tiny else 3, 1)
+
+
+def _kernels(run: Callable[[], object]) -> tuple[int, float]:
+    """Kernels and copies of a call, and seconds that the device spends on them; none without a GPU."""
+    if not torch.cuda.is_available():
+        return 0, 0.0
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize()
+    on_device = [event for event in seen.events() if event.device_type == DeviceType.CUDA]
+    return len(on_device), sum(event.time_range.elapsed_us() for event in on_device) / 1e6
 
 
 def _sizes(packs: list) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

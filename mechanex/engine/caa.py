@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from .pack import ROW_TOKENS, Pack
 from .passes import visit_residuals
 from .provenance import FIT, figures
 from .ranks import current_ranks, dealt
-from .text import Prompt, encode_pair
+from .text import Prompt, encode_pairs
 from .vectors import SteeringVector
 
 __all__ = ["ROUNDING", "caa_vectors", "check_examples", "default_layer"]
@@ -76,42 +76,29 @@ def caa_vectors(
     n = len(prompts)
     tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
     answers = (positive_answers, negative_answers)
-    pairs = [encode_pair(tokenizer, prompt, side[i]) for i, prompt in enumerate(prompts) for side in answers]
+    pairs = encode_pairs(
+        tokenizer, [(prompt, side[i]) for i, prompt in enumerate(prompts) for side in answers]
+    )
     if tokens == "last":
         pairs = [([*prompt, *answer[:-1]], answer[-1:]) for prompt, answer in pairs]
     weights = torch.tensor([(-1.0) ** i / (n * len(completion)) for i, (_, completion) in enumerate(pairs)])
 
-    sums: dict[int, Tensor] = {}
-    sizes: dict[int, Tensor] = {}  # mean norm of the activations, what rounding is relative to
-
-    def reader(layer: int, pack: Pack, weight: Tensor) -> Callable[[Tensor], None]:
-        def read(hidden: Tensor) -> None:
-            tokens = pack.tokens_of(hidden).to(compute_dtype(hidden.dtype))
-            weighted = weight.to(tokens)
-            wide = widest(tokens.device)
-            part, size = (weighted @ tokens).to(wide), (weighted.abs() @ tokens.norm(dim=1) / 2).to(wide)
-            # Sums stay on the device: nothing waits for it between batches.
-            sums[layer] = sums[layer] + part if layer in sums else part
-            sizes[layer] = sizes[layer] + size if layer in sizes else size
-
-        return read
-
-    ranks = current_ranks(adapter)
+    ranks, device, wide = current_ranks(adapter), adapter.device, widest(adapter.device)
+    totals = torch.zeros(len(indices), adapter.d_model + 1, dtype=wide, device=device)
     with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model), ranks.together():
         packs = packs_for(
             adapter, pairs, row_tokens=row_tokens, batch_tokens=batch_tokens, processes=ranks.sharing
         )
+        weights = weights.to(device)
         for pack in dealt(packs, ranks, "CAA", progress=progress):
-            weight = weights.to(pack.pair.device)[pack.pair]
-            visit_residuals(adapter, pack, {layer: reader(layer, pack, weight) for layer in indices})
-    nothing = torch.zeros(adapter.d_model, dtype=torch.float64)
-    for layer in indices:
-        sums[layer] = ranks.total(sums.get(layer, nothing))
-        sizes[layer] = ranks.total(sizes.get(layer, nothing[0]))
-    for layer in indices:
-        _check_direction(layer, float(sums[layer].norm()), float(sizes[layer]))
-    vectors = {layer: sums[layer].cpu().to(compute_dtype(adapter.dtype)) for layer in indices}
-    fit = {n: {"of_stream": float(sums[n].norm()) / float(sizes[n])} for n in indices}
+            # Sums stay on the device: nothing waits for it between batches.
+            totals += _sums(adapter, pack, weights[pack.pair], indices)
+    found = ranks.total(totals).cpu().to(torch.float64)
+    norms, sizes = found[:, :-1].norm(dim=1).tolist(), found[:, -1].tolist()
+    for layer, norm, size in zip(indices, norms, sizes, strict=True):
+        _check_direction(layer, norm, size)
+    vectors = dict(zip(indices, found[:, :-1].to(compute_dtype(adapter.dtype)), strict=True))
+    fit = {n: {"of_stream": norm / size} for n, norm, size in zip(indices, norms, sizes, strict=True)}
     return SteeringVector(
         vectors,
         model=adapter.model_id,
@@ -119,6 +106,27 @@ def caa_vectors(
         method="caa",
         metadata={FIT: figures(fit)},
     )
+
+
+def _sums(adapter: ModelAdapter, pack: Pack, weight: Tensor, layers: Sequence[int]) -> Tensor:
+    """[L, d_model + 1] of each layer the weighted sum of a pack's completion tokens [N]; last half that of their norms.
+
+    That last number is the size of the activations, what rounding is relative to.
+    """
+    sums: list[Tensor] = []
+    norms: list[Tensor] = []
+
+    def read(hidden: Tensor) -> None:
+        tokens = pack.tokens_of(hidden).to(compute_dtype(hidden.dtype))
+        sums.append(weight.to(tokens) @ tokens)
+        norms.append(tokens.norm(dim=1))
+
+    visit_residuals(adapter, pack, dict.fromkeys(layers, read))
+    device, wide = weight.device, widest(weight.device)
+    # A model's layers may be on several devices.
+    by_layer = torch.stack([found.to(device) for found in norms])
+    sizes = by_layer @ weight.to(by_layer).abs() / 2
+    return torch.cat([torch.stack([found.to(device) for found in sums]), sizes[:, None]], 1).to(wide)
 
 
 def check_examples(

@@ -21,7 +21,7 @@ from .pack import Pack
 from .passes import visit_residuals
 from .provenance import FIT, figures
 from .ranks import current_ranks, dealt
-from .text import Prompt, encode_pair
+from .text import Prompt, encode_pairs
 from .vectors import SteeringVector
 
 __all__ = ["answer_means", "pca_vectors", "probe_vectors"]
@@ -156,7 +156,7 @@ def _vectors(
     indices = check_examples(adapter, *examples, layers)
     tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
     prompts, *sides = examples
-    pairs = [encode_pair(tokenizer, p, a) for side in sides for p, a in zip(prompts, side, strict=True)]
+    pairs = encode_pairs(tokenizer, [(p, a) for side in sides for p, a in zip(prompts, side, strict=True)])
     means = answer_means(adapter, pairs, indices, batch_tokens=batch_tokens, progress=progress)
     dtype = torch.float64 if adapter.dtype == torch.float64 else torch.float32
     vectors, fit = {}, {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ def packs_for(
         batch_tokens = usual_tokens(adapter.device)
     longest = max(len(p) + len(c) for p, c in pairs) - int(scoring)
     check_length(adapter, longest)
-    adapter.check_token_ids(token for pair in pairs for ids in pair for token in ids)
+    # A prompt of many completions is mostly one list.
+    adapter.check_token_ids(chain.from_iterable({id(ids): ids for pair in pairs for ids in pair}.values()))
     # A pair that is alone needs no tree mask, and may leave out its last token where others don't matter either.
     alone = len(pairs) == 1
     form = "padded" if alone and not scoring else packing_form(adapter, 1 if alone else longest)
@@ -98,12 +100,15 @@ def packs_for(
         # Few large packs can't be dealt evenly.
         total = sum(pack.input_ids.numel() for pack in packs)
         packs = built(min(batch_tokens, max(total // (2 * processes), row_tokens)))
-    return [replace(pack, mask=_mask_for(adapter, pack)).to(adapter.device) for pack in packs]
+    device = adapter.device
 
+    def mask_of(pack: Pack) -> Mask:
+        if pack.layout != "tree":
+            return "plain"
+        own = form if pack.longest == longest else packing_form(adapter, pack.longest)
+        return own if own in TREES else "plain"
 
-def _mask_for(adapter: ModelAdapter, pack: Pack) -> Mask:
-    form = packing_form(adapter, pack.longest) if pack.layout == "tree" else "plain"
-    return form if form in TREES else "plain"
+    return [replace(pack, mask=mask_of(pack)).to(device) for pack in packs]
 
 
 def scored_logits(adapter: ModelAdapter, pack: Pack, hidden: Tensor | None = None, **extra: Any) -> Tensor:
@@ -138,7 +143,7 @@ def scored_logprobs(
         extra: further keyword arguments of the model's call.
     """
     if hidden is None:
-        if adapter.findings.get("unembedding") is None and pack.input_ids.shape[0] == 1:
+        if pack.input_ids.shape[0] == 1 and adapter.findings.get("unembedding") is None:
             logits = watch_unembedding(adapter, pack, lambda: run_pack(adapter, pack, **extra))
             return chosen_logprobs(logits, pack.target, coldness)
         if not unembedding_agrees(adapter):

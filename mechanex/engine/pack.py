@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -39,8 +40,11 @@ BATCH_TOKENS = 1024
 BATCH_TOKENS_GPU = 8192
 # Positions of a mask that are worked out at once.
 MASK_CHUNK = 1 << 22
+# Rows of a mask begin at multiples of so many numbers.
+MASK_STEP = 8
 
 _BY_TOKEN = ("input_ids", "position_ids", "segment", "parent", "prompt_length", "text_length", "source")
+_BY_TARGET = ("row", "column", "predictor", "target", "pair")
 
 
 def usual_tokens(device: torch.device) -> int:
@@ -124,20 +128,37 @@ class Pack:
 
     def to(self, device: torch.device) -> Pack:
         """The same pack on another device."""
-        held = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {n: t.to(device) for n, t in held.items() if isinstance(t, Tensor)}
-        return replace(self, **moved)
+        if device == self.input_ids.device:
+            return self
+        # In one transfer: each takes as long as a kernel or two.
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        held = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        moved = torch.cat([t.flatten() for t in held.values()]).to(device)
+        parts = torch.split(moved, [t.numel() for t in held.values()])
+        made: dict[str, Any] = {
+            name: part.view_as(t) for (name, t), part in zip(held.items(), parts, strict=True)
+        }
+        return replace(self, **made)
 
     def repeated(self, copies: int) -> Pack:
         """The rows ``copies`` times over, for as many batches at once; ``pair`` keeps its numbers in every copy."""
-        if copies == 1:
-            return self
-        by_token = {name: getattr(self, name).repeat(copies, 1) for name in _BY_TOKEN}
-        scored = {
-            name: getattr(self, name).repeat(copies) for name in ("column", "predictor", "target", "pair")
+        return self.joined([self] * copies)
+
+    @staticmethod
+    def joined(packs: Sequence[Pack]) -> Pack:
+        """The rows of packs of one width and form, one pack's after another's; ``pair`` keeps its numbers in each."""
+        first, *others = packs
+        if not others:
+            return first
+        held = {
+            name: torch.cat([getattr(one, name) for one in packs])
+            for name in (*_BY_TOKEN, *_BY_TARGET)
+            if name != "row"
         }
-        first = torch.arange(copies, device=self.row.device)[:, None] * self.input_ids.shape[0]
-        return replace(self, **by_token, **scored, row=(first + self.row).flatten())
+        starts = accumulate((len(one.input_ids) for one in packs), initial=0)
+        row = torch.cat([one.row + start for one, start in zip(packs, starts, strict=False)])
+        made: dict[str, Any] = {**held, "row": row}
+        return replace(first, **made)
 
     def selected(self, rows: Tensor) -> Pack:
         """Some of the rows [n], none twice, and what is scored in them; pairs keep their numbers."""
@@ -177,7 +198,10 @@ class Pack:
     def additive_mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
         """[B, 1, T, T]: 0 where a token is seen, the dtype's lowest number elsewhere."""
         batch, length = self.input_ids.shape
-        mask = torch.zeros(batch, 1, length, self.n_seen, dtype=dtype, device=self.input_ids.device)
+        # Attention on a GPU reads rows that begin at multiples of 8 numbers; of others it makes a copy at every layer.
+        stored = math.ceil(self.n_seen / MASK_STEP) * MASK_STEP
+        mask = torch.zeros(batch, 1, length, stored, dtype=dtype, device=self.input_ids.device)
+        mask = mask[..., : self.n_seen]
         # In parts, so that next to the mask itself little is held.
         step = max(1, MASK_CHUNK // (batch * self.n_seen))
         for first in range(0, length, step):
@@ -309,47 +333,6 @@ def _fill_rows(trees: list[_Tree], row_tokens: int) -> list[list[_Tree]]:
     return sorted(rows, key=lambda row: -sum(t.size for t in row))
 
 
-class _Row:
-    """A row of a pack while it is written."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.places: list[int] = []
-        self.segments: list[int] = []
-        self.parents: list[int] = []
-        self.prompt_lengths: list[int] = []
-        self.text_lengths: list[int] = []
-        self.sources: list[int] = []
-        self._n_segments = 0
-
-    def write(self, tokens: Sequence[int], place: int, parent: int, tree: _Tree, source: int) -> int:
-        """Appends a prompt (``place`` 0) or a completion after ``place`` prompt tokens; returns its segment."""
-        n, segment = len(tokens), self._n_segments
-        self._n_segments += 1
-        self.ids += tokens
-        self.places += range(place, place + n)
-        self.segments += [segment] * n
-        self.parents += [parent] * n
-        self.prompt_lengths += [place or n] * n
-        self.text_lengths += [tree.longest] * n
-        self.sources += [source] * n
-        return segment
-
-    def padded(self, width: int) -> tuple[list[int], ...]:
-        """What a pack holds of each token, in its order, each ``width`` long."""
-        missing = width - len(self.ids)
-        columns = (
-            (self.ids, 0),
-            (self.places, 0),
-            (self.segments, -1),
-            (self.parents, -1),
-            (self.prompt_lengths, 0),
-            (self.text_lengths, 0),
-            (self.sources, -1),
-        )
-        return tuple(column + [filler] * missing for column, filler in columns)
-
-
 def _lay_out(
     trees_by_row: list[list[_Tree]],
     pairs: Sequence[Pair],
@@ -357,26 +340,46 @@ def _lay_out(
     layout: PackLayout,
     last_tokens: bool,
 ) -> Pack:
-    rows: list[_Row] = []
-    scored: list[tuple[int, int, int, int, int]] = []
+    """What holds for all tokens of a stretch, a prompt or a completion, is noted once and then spread over them."""
+    width = max(sum(tree.size for tree in trees) for trees in trees_by_row)
+    ids: list[int] = []
+    targets: list[int] = []
+    # Tokens; first position, segment, parent, tokens of the prompt and of the text, group.
+    stretches: list[tuple[int, ...]] = []
+    # Scored tokens; those laid out, row, column of the first, column before it, pair.
+    completions: list[tuple[int, ...]] = []
     for r, trees in enumerate(trees_by_row):
-        row = _Row()
-        rows.append(row)
+        end = segment = 0
         for tree in trees:
-            group = source[tree.pairs[0]]
-            prompt = row.write(tree.prompt, 0, -1, tree, group)
-            prompt_end = len(row.ids) - 1
+            n_prompt, prompt, group = len(tree.prompt), segment, source[tree.pairs[0]]
+            ids += tree.prompt
+            stretches.append((n_prompt, 0, segment, -1, n_prompt, tree.longest, group))
+            end += n_prompt
+            prompt_end = end - 1
             for i in tree.pairs:
-                first, completion = len(row.ids), pairs[i][1]
-                written = completion if last_tokens else completion[:-1]
-                row.write(written, len(tree.prompt), prompt, tree, group)
-                predictors = [prompt_end, *range(first, first + len(completion) - 1)]
-                scored += (
-                    (r, first + k if k < len(written) else -1, before, token, i)
-                    for k, (before, token) in enumerate(zip(predictors, completion, strict=True))
-                )
-    width = max(len(row.ids) for row in rows)
-    columns = zip(*(row.padded(width) for row in rows), strict=True)
-    by_token = (torch.tensor(c, dtype=torch.int64) for c in columns)
-    by_target = torch.tensor(scored, dtype=torch.int64).T
-    return Pack(layout, *by_token, *by_target)
+                completion = pairs[i][1]
+                n, segment = len(completion) - (not last_tokens), segment + 1
+                ids += completion[:n]
+                targets += completion
+                stretches.append((n, n_prompt, segment, prompt, n_prompt, tree.longest, group))
+                completions.append((len(completion), n, r, end, prompt_end, i))
+                end += n
+            segment += 1
+        ids += [0] * (width - end)
+        stretches.append((width - end, 0, -1, -1, 0, 0, -1))
+    place, (first, *shared) = _spread(stretches)
+    position = torch.where(shared[0] < 0, 0, first + place)
+    held = [t.view(-1, width) for t in (torch.tensor(ids), position, *shared)]
+    place, (written, row, first, before, pair) = _spread(completions)
+    column = torch.where(place < written, first + place, -1)
+    predictor = torch.where(place == 0, before, first + place - 1)
+    held += [row, column, predictor, torch.tensor(targets), pair]
+    return Pack(layout, *held)
+
+
+def _spread(stretches: list[tuple[int, ...]]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Of each token its place in its stretch, and what is noted of that after the number of its tokens."""
+    counts, *noted = torch.tensor(stretches, dtype=torch.int64).T
+    starts = counts.cumsum(0) - counts
+    place = torch.arange(int(counts.sum())) - starts.repeat_interleave(counts)
+    return place, tuple(column.repeat_interleave(counts) for column in noted)

@@ -37,6 +37,8 @@ __all__ = [
 LARGEST_LENGTH = 1 << 20
 
 _lengths: ContextVar[Tensor | None] = ContextVar("mechanex_text_lengths", default=None)
+_kept: ContextVar[tuple[nn.Module, list[nn.Module]] | None] = ContextVar("mechanex_each_alone", default=None)
+"""The model of the block of :func:`each_alone` that runs, and which of its modules depend on a call's length."""
 
 
 @contextmanager
@@ -92,6 +94,9 @@ def _first_change(module: nn.Module) -> int:
 
 def length_dependent(model: nn.Module) -> list[nn.Module]:
     """The modules of a model that turn positions into factors which depend on the call's largest position."""
+    kept = _kept.get()
+    if kept is not None and kept[0] is model:
+        return kept[1]
     return [m for m in model.modules() if _makes_factors(m) and _record(m).depends]
 
 
@@ -105,10 +110,16 @@ def _makes_factors(module: nn.Module) -> bool:
 @contextmanager
 def each_alone(model: nn.Module) -> Iterator[None]:
     """Runs a block in which every row of the model's calls gets the factors that it would have alone."""
-    with ExitStack() as stack:
-        for module in length_dependent(model):
-            stack.enter_context(_record(module).hooked(module))
-        yield
+    modules = length_dependent(model)
+    # A walk through all modules takes as long as a layer of a pass: inside, nobody walks again.
+    token = _kept.set((model, modules))
+    try:
+        with ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(_record(module).hooked(module))
+            yield
+    finally:
+        _kept.reset(token)
 
 
 class _Record:

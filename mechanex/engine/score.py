@@ -15,7 +15,7 @@ from .models import adapter_for
 from .models.adapter import ModelAdapter
 from .pairing import Completion, group_completions
 from .score_pairs import CompletionLogprobs, Edits, score_pairs
-from .text import Prompt, encode_pair, encode_prompt, prompt_text
+from .text import Prompt, encode_pairs, encode_prompt, prompt_text
 
 __all__ = [
     "CompletionLogprobs",
@@ -72,7 +72,7 @@ def completion_logprobs(
     adapter = adapter_for(model)
     tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
     grouped = group_completions(prompts, completions)
-    pairs = [encode_pair(tokenizer, prompt, c) for prompt, group in grouped for c in group]
+    pairs = encode_pairs(tokenizer, [(prompt, c) for prompt, group in grouped for c in group])
     return score_pairs(
         adapter,
         pairs,
@@ -153,7 +153,7 @@ def rank_completions(
     adapter = adapter_for(model)
     tokenizer = tokenizer if tokenizer is not None else adapter.tokenizer
     ((prompt, choices),) = group_completions([prompt], [choices])
-    pairs = [encode_pair(tokenizer, prompt, choice) for choice in choices]
+    pairs = encode_pairs(tokenizer, [(prompt, choice) for choice in choices])
     n = len(pairs)
     if normalize == "unconditional":
         neutral = _neutral(tokenizer, neutral_prompt)

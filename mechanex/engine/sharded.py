@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ValidationError
@@ -23,6 +24,10 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def is_split(model: nn.Module) -> bool:
     """Whether some of a model's weights are sharded, so that a pass takes all processes."""
+    distributed: Any = torch.distributed
+    # To look through all weights takes as long as some layers of a pass, and only joined processes share any.
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
     return any(map(is_sharded, model.parameters()))
 
 

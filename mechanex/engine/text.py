@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from .encode import check_characters, encode_text
 from .joins import continue_ids, split_texts
 from .whole import as_whole
 
-__all__ = ["Prompt", "as_chat", "encode_pair", "encode_prompt", "prompt_text"]
+__all__ = ["Prompt", "as_chat", "encode_pair", "encode_pairs", "encode_prompt", "prompt_text"]
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]] | Chat
 
@@ -46,6 +47,9 @@ def _ids(prompt: Any) -> list[int]:
             f"A prompt is text, token ids or chat messages, a completion text or token ids; got "
             f"{type(prompt).__name__}."
         )
+    # Most ids are Python's own ints, and a list of thousands is told at once.
+    if set(map(type, prompt)) == {int} and min(prompt) >= 0:
+        return list(prompt)
     ids = []
     for token in prompt:
         found = as_whole(token)
@@ -106,18 +110,36 @@ def encode_pair(
     Raises:
         ValidationError: the completion is empty, or the prompt is and there is no BOS to predict from.
     """
-    if not isinstance(completion, str):
-        ids, answer = encode_prompt(tokenizer, prompt), _ids(completion)
-    elif isinstance(prompt, str):
-        ids, answer = split_texts(_needed(tokenizer), prompt, completion)
-    else:
-        ids = encode_prompt(tokenizer, prompt)
-        answer = continue_ids(_needed(tokenizer), ids, completion) if completion else []
-    if not answer:
-        raise ValidationError(f"The completion {completion!r} has no tokens; give at least one.")
-    if not ids:
-        raise ValidationError(
-            "The prompt has no tokens and the tokenizer adds no BOS, so nothing comes before the completion; "
-            "give a prompt."
-        )
-    return ids, answer
+    return encode_pairs(tokenizer, [(prompt, completion)])[0]
+
+
+def encode_pairs(
+    tokenizer: Any, pairs: Sequence[tuple[Prompt, str | Sequence[int]]]
+) -> list[tuple[list[int], list[int]]]:
+    """:func:`encode_pair` of each pair; a prompt that comes again is encoded once."""
+    text_ids = functools.cache(lambda text: encode_text(tokenizer, text))
+    known: dict[int, list[int]] = {}
+
+    def prompt_ids(prompt: Prompt) -> list[int]:
+        if id(prompt) not in known:
+            known[id(prompt)] = encode_prompt(tokenizer, prompt)
+        return known[id(prompt)]
+
+    found = []
+    for prompt, completion in pairs:
+        if not isinstance(completion, str):
+            ids, answer = prompt_ids(prompt), _ids(completion)
+        elif isinstance(prompt, str):
+            ids, answer = split_texts(_needed(tokenizer), prompt, completion, text_ids)
+        else:
+            ids = prompt_ids(prompt)
+            answer = continue_ids(_needed(tokenizer), ids, completion) if completion else []
+        if not answer:
+            raise ValidationError(f"The completion {completion!r} has no tokens; give at least one.")
+        if not ids:
+            raise ValidationError(
+                "The prompt has no tokens and the tokenizer adds no BOS, so nothing comes before the completion; "
+                "give a prompt."
+            )
+        found.append((ids, answer))
+    return found

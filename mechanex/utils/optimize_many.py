@@ -27,9 +27,9 @@ def optimize_vectors(
 ) -> list[Result]:
     """Optimizes several vectors of one model at once: other layers, seeds, starting vectors, targets or options.
 
-    Jobs on the same datapoints share each pass, every one joining at its own layer. Each result is what
-    :func:`.optimize_vector` alone gives, to rounding. A ``batch_tokens`` that several jobs give counts as the least of
-    them.
+    Jobs on the same datapoints share each pass, every one joining at its own layer; jobs on others do where all of it
+    fits into one pass. Each result is what :func:`.optimize_vector` alone gives, to rounding. A ``batch_tokens`` that
+    several jobs give counts as the least of them.
 
     Args:
         model: a Hugging Face or TransformerLens model.

@@ -33,9 +33,10 @@ def packing_form(adapter: ModelAdapter, longest: int) -> PackForm:
     """
     outgrown = outgrown_length(adapter, longest)
     key = f"form beyond {outgrown} tokens" if outgrown else "form"
-    if key not in adapter.findings:
-        adapter.findings[key] = _probe_forms(adapter, outgrown)
-    return cast(PackForm, adapter.findings[key])
+    form = adapter.findings.get(key)
+    if form is None:
+        form = adapter.findings[key] = _probe_forms(adapter, outgrown)
+    return cast(PackForm, form)
 
 
 def _probe_forms(adapter: ModelAdapter, outgrown: int | None) -> PackForm:

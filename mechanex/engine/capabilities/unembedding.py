@@ -25,7 +25,8 @@ def unembedding_agrees(adapter: ModelAdapter) -> bool:
     """Whether the adapter's unembedding of hidden states gives the model's own logits; checked once."""
     if not adapter.unembeds:
         return False
-    if "unembedding" not in adapter.findings:
+    agrees = adapter.findings.get("unembedding")
+    if agrees is None:
         (pack,) = build_packs(probe_pairs(adapter, None)[:1], layout="padded")
         pack = pack.to(adapter.device)
         try:
@@ -43,7 +44,7 @@ def unembedding_agrees(adapter: ModelAdapter) -> bool:
                 "%s has an unembedding of its own kind; logits come from whole passes.", adapter.model_id
             )
         adapter.findings["unembedding"] = agrees
-    return bool(adapter.findings["unembedding"])
+    return bool(agrees)
 
 
 def watch_unembedding(adapter: ModelAdapter, pack: Pack, run: Callable[[], Any]) -> Tensor:

@@ -18,7 +18,7 @@ from ..models import adapter_for
 from ..models.adapter import ModelAdapter
 from ..pack import Pair
 from ..sampling import Options
-from ..text import Prompt, encode_pair
+from ..text import Prompt, encode_pairs
 from ..vectors import SteeringVector
 from .forced import ForcedAnswers
 from .questions import open_prompts
@@ -144,7 +144,7 @@ def plain_pairs(
         answers = as_list("answers", answers, "answers")
         if len(answers) != len(prompts):
             raise ValidationError(f"there are {len(prompts)} prompts: give as many answers.")
-        return [encode_pair(tokenizer, p, a) for p, a in zip(prompts, answers, strict=True)]
+        return list(encode_pairs(tokenizer, list(zip(prompts, answers, strict=True))))
     (written,) = write(adapter, tokenizer, prompts, [()], Options(max_tokens=max_tokens, seed=seed))
     pairs = [one.pair for one in written if one.pair is not None]
     if not pairs:

@@ -394,13 +394,14 @@ def undisturbed(model: nn.Module, *, freeze: bool = True) -> Iterator[None]:
         model: a module.
         freeze: False leaves the weights' ``requires_grad`` as it is.
     """
-    training = [m for m in model.modules() if m.training]
+    modules = list(model.modules())
+    training = [m for m in modules if m.training]
     # By name: offloaded weights are other objects after a call.
     trainable = [
         (module, name)
-        for module in (model.modules() if freeze else ())
-        for name, p in module.named_parameters(recurse=False)
-        if p.requires_grad
+        for module in (modules if freeze else ())
+        for name, p in module._parameters.items()
+        if p is not None and p.requires_grad
     ]
     try:
         for module in training:

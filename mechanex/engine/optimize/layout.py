@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -18,10 +19,12 @@ from ..positions import token_mask
 from ..ranks import current_ranks
 from .datapoints import Completion
 
-__all__ = ["Layout", "LayoutSpec", "StepPack", "TokenOrder"]
+__all__ = ["MINIBATCH_PACK_TOKENS", "Layout", "LayoutSpec", "StepPack", "TokenOrder"]
 
 # Most tokens of a pack from which minibatches take rows; what is kept for it is its residual stream.
 MINIBATCH_PACK_TOKENS = 16_384
+# Parts of packs that are remembered: jobs of one seed take the same minibatches.
+PARTS = 256
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,14 @@ class TokenOrder:
     """Which of a pack's scored tokens belong to which completion.
 
     Attributes:
-        completions: [P] int64, the pack's completions in order.
+        places: the pack's completions in order.
+        completions: [P] int64, the same on the device.
         dst, src: indices of the tokens of completions to promote and to suppress.
         owner: [N] int64, place in ``completions`` of each token, dst tokens first.
         share: [N] 1/(tokens of the completion), in that order.
     """
 
+    places: tuple[int, ...]
     completions: Tensor
     dst: Tensor
     src: Tensor
@@ -56,11 +61,37 @@ class TokenOrder:
             return torch.tensor(values, dtype=kind, device=pack.pair.device)
 
         return cls(
+            tuple(present),
             tensor(present),
             tensor(sides[0]),
             tensor(sides[1]),
             tensor([place[i] for i in order]),
             tensor([1 / len(completions[i].ids) for i in order], dtype),
+        )
+
+    @classmethod
+    def joined(cls, orders: Sequence[TokenOrder]) -> TokenOrder:
+        """The order of packs' tokens one pack after another; a completion counts anew in each."""
+        if len(orders) == 1:
+            return orders[0]
+        tokens = list(accumulate((one.owner.numel() for one in orders), initial=0))
+        firsts = list(accumulate((len(one.places) for one in orders), initial=0))
+        sides: list[list[Tensor]] = [[], []]
+        owners: list[list[Tensor]] = [[], []]
+        shares: list[list[Tensor]] = [[], []]
+        for one, token, first in zip(orders, tokens, firsts, strict=False):
+            n = one.dst.numel()
+            for side, (mine, part) in enumerate(((one.dst, slice(n)), (one.src, slice(n, None)))):
+                sides[side].append(mine + token)
+                owners[side].append(one.owner[part] + first)
+                shares[side].append(one.share[part])
+        return cls(
+            sum((one.places for one in orders), ()),
+            torch.cat([one.completions for one in orders]),
+            torch.cat(sides[0]),
+            torch.cat(sides[1]),
+            torch.cat(owners[0] + owners[1]),
+            torch.cat(shares[0] + shares[1]),
         )
 
 
@@ -105,6 +136,20 @@ class LayoutSpec:
     by_prompt: bool = False
     batch_tokens: int | None = None
     to_the_end: bool = False
+
+    @classmethod
+    def joined(cls, specs: Sequence[LayoutSpec]) -> LayoutSpec:
+        """All completions of specs of one kind, each spec's datapoints numbered on and in rows of their own."""
+        first, completions, n = specs[0], [], 0
+        for spec in specs:
+            completions += [replace(c, datapoint=c.datapoint + n) for c in spec.completions]
+            n += spec.n_datapoints
+        return replace(first, completions=tuple(completions), by_prompt=True)
+
+    @cached_property
+    def n_datapoints(self) -> int:
+        """How many datapoints the completions are numbered by."""
+        return 1 + max(c.datapoint for c in self.completions)
 
     @cached_property
     def negated(self) -> list[bool]:
@@ -157,6 +202,7 @@ class Layout:
             i if spec.apart else spec.negated.index(c.is_negative) for i, c in enumerate(completions)
         ]
         self.packs = [self._step_pack(pack, dtype) for pack in packs]
+        self._parts: dict[tuple[int, tuple[int, ...]], tuple[StepPack, Tensor] | None] = {}
 
     def _group(self, i: int) -> Hashable:
         completion = self.spec.completions[i]
@@ -179,15 +225,23 @@ class Layout:
         everywhere = len(self.signs) == 1 and bool(edited[real].all())
         return StepPack(pack, slots, everywhere, TokenOrder.of(pack, self.spec.completions, dtype))
 
-    def selected(self, prompts: Sequence[int]) -> list[tuple[StepPack, StepPack, Tensor]]:
-        """Packs with completions of these datapoints, the part of each that holds them, and which rows that is."""
-        wanted = set(prompts)
-        found = []
-        for step_pack, owners in zip(self.packs, self._rows_by_datapoint, strict=True):
-            rows = [row for row, owner in enumerate(owners) if owner in wanted]
-            if rows:
-                found.append((step_pack, *self._part(step_pack, rows)))
-        return found
+    def part(self, pack: int, prompts: tuple[int, ...] | None) -> tuple[StepPack, Tensor | None] | None:
+        """What of a pack is of these datapoints, and which of its rows that is; None where nothing is.
+
+        Args:
+            pack: which of the packs.
+            prompts: datapoints that have rows of their own; None for all, which is the whole pack.
+        """
+        if prompts is None:
+            return self.packs[pack], None
+        if len(self._parts) > PARTS:
+            self._parts.clear()
+        key = (pack, prompts)
+        if key not in self._parts:
+            wanted = set(prompts)
+            rows = [row for row, owner in enumerate(self._rows_by_datapoint[pack]) if owner in wanted]
+            self._parts[key] = self._part(self.packs[pack], rows) if rows else None
+        return self._parts[key]
 
     @cached_property
     def _rows_by_datapoint(self) -> list[list[int]]:

@@ -62,10 +62,8 @@ def run_jobs(jobs: Sequence[OptimizationJob], *, progress: bool = False) -> list
         undisturbed(adapter.hf_model),
         Passes(adapter, [job.layers for job in jobs], min(given, default=usual)) as passes,
     ):
-        for job in jobs:
-            for spec in (job.spec, job.eval_spec):
-                if spec is not None:
-                    passes.layout(spec)
+        passes.prepare([job.spec for job in jobs])
+        passes.prepare([job.eval_spec for job in jobs if job.eval_spec is not None])
         ranks = current_ranks(None)
         with ranks.together():
             runs = [begin(job) for job in jobs]

@@ -91,14 +91,20 @@ class Replay:
             return self._seen.arguments[place]
         if self._repeated is None or self._repeated[0] != most:
             self._repeated = (most, self._mapped(lambda t, axis: torch.cat([t] * most, axis)))
+        return self.beginning(layer, self._repeated[1][place], copies, most)
+
+    def beginning(self, layer: int, arguments: Arguments, n: int, of: int) -> Arguments:
+        """Arguments of a layer for the first ``n`` of the ``of`` rows, or copies, that they are for."""
+        if n == of:
+            return arguments
         return self._each(
-            place,
-            self._repeated[1][place],
-            lambda t, axis: t.narrow(axis, 0, t.shape[axis] // most * copies),
+            layer - self._layers[0],
+            arguments,
+            lambda t, axis: t.narrow(axis, 0, t.shape[axis] // of * n),
         )
 
     def rows(self, rows: Tensor) -> list[Arguments]:
-        """Arguments of every layer for some of the rows [n]; only where it is ``stackable``."""
+        """Arguments of every layer for rows [n], which may come several times; only where it is ``stackable``."""
         n_rows = self._pack.input_ids.shape[0]
 
         def select(tensor: Tensor, axis: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Copies of a pack's rows, one for each job, in one pass: where they join, what edits them, and their losses."""
+"""Rows of a pack, each job's own, in one pass: where they join, what edits them, and their losses."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,18 +17,19 @@ from ..forward import scored_logprobs
 from ..hooks import attach
 from ..models.adapter import Handles, ModelAdapter, ResidualHook
 from ..models.offload import on_one_device
+from ..pack import Pack
 from ..passes import visit_residuals
 from ..positions import Positions, given_positions
 from ..regimes import text_lengths
 from . import compiled
 from .compiled import CompiledBlock
-from .layout import StepPack
+from .layout import StepPack, TokenOrder
 from .objective import completion_losses
 from .parameters import Table
 from .replay import Replay
 from .settings import LossOptions
 
-__all__ = ["EditHooks", "Stack", "StepGraphs"]
+__all__ = ["EditHooks", "Member", "Stack", "StepGraphs"]
 
 _log = logging.getLogger(__name__)
 
@@ -117,89 +119,113 @@ class StepGraphs:
         return graphed
 
 
+@dataclass(frozen=True, eq=False)
+class Member:
+    """What a job brings to a pass.
+
+    Args:
+        layers: that it edits.
+        part: its rows, and what is scored in them.
+        rows: which rows of the replayed pack these are; None for all.
+    """
+
+    layers: tuple[int, ...]
+    part: StepPack
+    rows: Tensor | None = None
+
+
 class Stack:
-    """Copies of a pack's rows, one for each job, lowest layer first.
+    """Rows of a pack, each job's own, one job's after another's, lowest layer first; jobs may take the same.
 
     Args:
         hooks: make the edits.
-        step_pack: what one copy is.
-        members: the layers that each job edits, by ascending lowest layer.
+        members: the jobs, by ascending lowest layer.
         n_slots: edits of each job.
-        replay: of the pack that ``step_pack`` is, or that its ``rows`` are taken from.
-        rows: which rows of that pack, None for all.
+        replay: of the pack that the rows are taken from.
         graphs: where it runs so often that a CUDA graph is worth its memory; else None.
+
+    Attributes:
+        members: as given.
     """
 
     def __init__(
         self,
         hooks: EditHooks,
-        step_pack: StepPack,
-        members: tuple[tuple[int, ...], ...],
+        members: Sequence[Member],
         n_slots: int,
         replay: Replay,
-        rows: Tensor | None = None,
         graphs: StepGraphs | None = None,
     ) -> None:
         self._hooks, self._adapter = hooks, hooks.adapter
-        self.step_pack, self._members, self._n_slots = step_pack, members, n_slots
-        self._copies = step_pack.pack.repeated(len(members))
-        alone = len(members) == 1 and rows is None
-        replayed = replay.possible and (alone or replay.stackable)
-        self._segments = self._plan(replay, rows) if replayed else None
+        self.members, self._n_slots = members, n_slots
+        self._pack = Pack.joined([one.part.pack for one in members])
+        self._order = TokenOrder.joined([one.part.order for one in members])
+        whole = all(one.rows is None for one in members)
+        replayed = replay.possible and ((whole and len(members) == 1) or replay.stackable)
+        self._segments = self._plan(replay, whole) if replayed else None
         self._rows = {
-            layer: self._slots(layer, replayed) for layer in sorted({n for m in members for n in m})
+            layer: self._slots(layer, replayed)
+            for layer in sorted({n for one in members for n in one.layers})
         }
-        pack, width = self._copies, step_pack.pack.input_ids.shape[1]
-        self._scored = pack.row * width + pack.predictor
+        pack = self._pack
+        self._scored = pack.row * pack.input_ids.shape[1] + pack.predictor
         self._graphs = graphs if replayed and on_one_device(self._adapter.hf_model) else None
         self._compiled: list[CompiledBlock] = []
         self._runs: dict[LossOptions, Any] = {}
 
     def _plan(
-        self, replay: Replay, rows: Tensor | None
+        self, replay: Replay, whole: bool
     ) -> list[tuple[Any, Tensor | None, Any, tuple[Positions, Tensor]]]:
         """For every layer the block, what joins there, the block's other arguments, and the tokens' places."""
-        starts = [self._start(layers) for layers in self._members]
-        chosen = None if rows is None else replay.rows(rows)
-        blocks, plan = self._adapter.layers, []
-        n, places = 0, (self.step_pack.pack.positions, self.step_pack.pack.text_length)
+        starts = [self._start(one) for one in self.members]
+        n_rows = [len(one.part.slots) for one in self.members]
+        device = self._pack.input_ids.device
+        chosen = None
+        if not whole:
+            taken = (
+                torch.arange(len(m.part.slots), device=device) if m.rows is None else m.rows
+                for m in self.members
+            )
+            chosen = replay.rows(torch.cat(list(taken)))
+        blocks, plan, positions = self._adapter.layers, [], self._pack.positions
         for layer in range(starts[0], len(blocks)):
-            joins, fresh = starts.count(layer), None
-            if joins:
-                n += joins
-                fresh = replay.residual(layer)
-                fresh = fresh if rows is None else fresh[rows.to(fresh.device)]
-                fresh = fresh if joins == 1 else fresh.repeat(joins, 1, 1)
-                copies = self.step_pack.pack.repeated(n)
-                places = (copies.positions, copies.text_length)
+            joining = [
+                _taken(replay.residual(layer), one.rows)
+                for one, start in zip(self.members, starts, strict=True)
+                if start == layer
+            ]
+            fresh = torch.cat(joining) if len(joining) > 1 else next(iter(joining), None)
+            present = sum(start <= layer for start in starts)
+            n, of = sum(n_rows[:present]), sum(n_rows)
             if chosen is None:
-                arguments = replay.arguments(layer, n, len(self._members))
+                arguments = replay.arguments(layer, present, len(starts))
             else:
-                arguments = chosen[layer - replay.first]
+                arguments = replay.beginning(layer, chosen[layer - replay.first], n, of)
+            places = Positions(positions.index[:n], positions.prompt_lengths[:n]), self._pack.text_length[:n]
             plan.append((blocks[layer], fresh, arguments, places))
         return plan
 
-    def _start(self, layers: tuple[int, ...]) -> int:
-        """The block that a job's copies join at; edits of what leaves the last block need that block's run."""
-        return min(layers[0], self._adapter.n_layers - 1)
+    def _start(self, member: Member) -> int:
+        """The block that a job's rows join at; edits of what leaves the last block need that block's run."""
+        return min(member.layers[0], self._adapter.n_layers - 1)
 
     def _slots(self, layer: int, replayed: bool) -> Tensor | None:
-        """The edit of every token of the copies that are there at a layer; None if one edit serves all of them."""
-        base = self.step_pack.slots
-        if len(self._members) == 1 and self.step_pack.everywhere:
+        """The edit of every token of the rows that are there at a layer; None if one edit serves all of them."""
+        if len(self.members) == 1 and self.members[0].part.everywhere:
             return None
-        copies = []
-        for q, layers in enumerate(self._members):
-            if self._start(layers) > layer and replayed:
+        found = []
+        for q, one in enumerate(self.members):
+            if replayed and self._start(one) > layer:
                 continue
-            edits = layer in layers
-            copies.append(
-                torch.where(base >= 0, base + q * self._n_slots, -1) if edits else torch.full_like(base, -1)
+            base = one.part.slots
+            edited = layer in one.layers
+            found.append(
+                torch.where(base >= 0, base + q * self._n_slots, -1) if edited else torch.full_like(base, -1)
             )
-        return torch.cat(copies)
+        return torch.cat(found)
 
     def losses(self, table: Table, options: LossOptions) -> Tensor:
-        """[J, P] losses of the pack's completions under each job's edits."""
+        """[P] losses of each job's completions under its edits, one job's after another's."""
         run = self._runs.get(options)
         if run is None:
             # What is kept here must not hold the stack, which would live on with its model.
@@ -220,12 +246,12 @@ class Stack:
         return losses
 
     def residual(self, table: Table | None, layer: int) -> Tensor:
-        """[J·B, T, d_model] entering a layer that is above the lowest edited one."""
+        """[B, T, d_model] entering a layer that is above the lowest edited one."""
         if self._segments is not None:
-            return self._replayed(table, layer - self._start(self._members[0]))
+            return self._replayed(table, layer - self._start(self.members[0]))
         seen: list[Tensor] = []
         with self._hooks.editing(self._rows, table):
-            visit_residuals(self._adapter, self._copies, {layer: seen.append})
+            visit_residuals(self._adapter, self._pack, {layer: seen.append})
         return seen[0]
 
     def _compiled_blocks(self) -> Sequence[CompiledBlock]:
@@ -266,6 +292,9 @@ class Stack:
         return self._scores(self._adapter.finish(rows), options)
 
     def _scores(self, hidden: Tensor | None, options: LossOptions) -> Tensor:
-        logprobs = scored_logprobs(self._adapter, self._copies, hidden, coldness=options.coldness)
-        logprobs = logprobs.view(len(self._members), -1).to(self.step_pack.slots.device)
-        return completion_losses(logprobs, self.step_pack.order, options)
+        logprobs = scored_logprobs(self._adapter, self._pack, hidden, coldness=options.coldness)
+        return completion_losses(logprobs.to(self._pack.input_ids.device), self._order, options)
+
+
+def _taken(residual: Tensor, rows: Tensor | None) -> Tensor:
+    return residual if rows is None else residual[rows.to(residual.device)]
