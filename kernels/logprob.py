@@ -20,7 +20,7 @@ from mechanex.ops.head import Head
 from .convert import _INTERPRETED, widen
 from .launch import OPTIONS, adjacent, contiguous, current, divided_up
 
-__all__ = ["CANDIDATES", "MINUS_INFINITY", "Tile", "logprob", "tanh", "tile_for"]
+__all__ = ["CANDIDATES", "MINUS_INFINITY", "Tile", "log1p", "logprob", "tanh", "tile_for"]
 
 MINUS_INFINITY = tl.constexpr(float("-inf"))
 # Programs that fill any GPU several times over.
@@ -138,7 +138,7 @@ def _known(target, n_vocab):
 
 
 @triton.jit
-def _log1p(x):
+def log1p(x):
     """``log(1 + x)`` for x in [0, 1]; the correction makes up for what the sum rounds away."""
     sum = 1 + x
     kept = sum - 1
@@ -372,7 +372,7 @@ def _join_kernel(
     # An infinite logit is an overflow, not a certainty.
     logit = tl.where(logit == float("inf"), float("nan"), logit)
     ahead = others - logit
-    small = _log1p(tl.exp(-tl.abs(ahead)))
+    small = log1p(tl.exp(-tl.abs(ahead)))
     tl.store(logprob + row, 0.0 - (tl.maximum(ahead, 0.0) + small), mask=inside)
     tl.store(lse + row, tl.where(ahead > 0, others, logit) + small, mask=inside)
 

@@ -278,6 +278,7 @@ from optable import LogprobCase, with_head
 from mechanex.ops.head import Head
 logprob, Tile = triton._kernel("logprob").logprob, triton._kernel("logprob").Tile
 reduce = triton._kernel("logprob_reduce").reduce
+finish, Found = triton._kernel("logprob_finish").finish, triton._kernel("logprob_finish").Found
 CASES = (
     LogprobCase(20, 47, 123, True, softcap=5.0), LogprobCase(200, 256, 512, True, layout="transposed"),
     LogprobCase(1, 1, 1, True), LogprobCase(1, 64, 256), LogprobCase(64, 64, 64, softcap=5.0),
@@ -290,10 +291,22 @@ for name in sys.argv[3:]:
             for more in ({}, {"tile": Tile(16, 32, 32, 4, 2, persistent=True)}):
                 logprob(*with_head((hidden, weight, target, bias, *numbers)), **more)
         kept = [torch.zeros(case.n_rows, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2)]
-        for with_slope in (False, True):
-            columns = 1 if case.n_vocab == 1 else 300
+        wide, n = kept[0].dtype, case.n_rows
+        columns = 1 if case.n_vocab == 1 else 300
+        sums, slope = torch.zeros(n, case.width, dtype=wide), torch.zeros(n, case.width, dtype=dtype)
+        half = dtype in (torch.bfloat16, torch.float16)
+        # Read once and twice, shared among programs, and narrowed in place; without a gradient too.
+        for columns, in_place, gradient in ((columns, True, False), (columns, True, True), (5000, half, True)):
+            products = torch.zeros(n, columns, dtype=wide)
             head = Head(weight, bias if bias is None else bias[:1].expand(columns), *numbers)
-            reduce(head, weight[:, :1].expand(-1, columns).contiguous(), 0, target, *kept, with_slope)
+            shares = None
+            if gradient:
+                shares = products.view(dtype)[:, :columns] if in_place else torch.zeros_like(products, dtype=dtype)
+            reduce(head, products, 0, target, *kept, sums if gradient else None, shares)
+        found = Found(*(torch.zeros(n, dtype=wide) for _ in range(2)), slope, torch.zeros(n, dtype=wide))
+        head = Head(weight, bias, *numbers)
+        finish(head, hidden, target, *kept, sums, found)
+        finish(head, hidden, target, *kept, None, Found(*found[:2]))
 print(sorted(compiled), all(all(found) for found in compiled.values()), max(shared) <= 99 * 1024)
 """
 
@@ -310,5 +323,5 @@ TARGETS = [
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_every_kernel_compiles_for_a_gpu_that_is_not_there(target: tuple[str, ...], tmp_path: Path) -> None:
     done = python("-c", COMPILE, *target, TRITON_CACHE_DIR=str(tmp_path), CUDA_VISIBLE_DEVICES="")
-    names = "_join_kernel", "_logprob_kernel", "_reduce_kernel"
+    names = "_finish_kernel", "_join_kernel", "_logprob_kernel", "_part_kernel", "_reduce_kernel"
     assert done.stdout.strip() == f"{list(names)} True True", done.stderr[-3000:]
