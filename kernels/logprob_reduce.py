@@ -195,7 +195,7 @@ def _reduce_kernel(
             peak, part = _folded(products, bias, own, begin, end, scale, softcap, coldness, BLOCK, WIDE)
             joined = tl.maximum(former, peak)
             finite = _finite(joined)
-            sum = part * tl.exp(_finite(peak) - finite)
+            sum = part * tl.exp(peak - finite)
         sum += tl.load(total + row) * tl.exp(former - finite)
     if split == 0:
         tl.store(maximum + row, joined)

@@ -128,7 +128,7 @@ def time_case(record: Record, device: str, case: LogprobCase, dtype: torch.dtype
 
 
 def time_tiles(record: Record, device: str, case: LogprobCase) -> None:
-    """Tiles of Triton's forward kernel beside the table's: what the table should hold for so many rows."""
+    """Tiles of Triton's forward kernel beside the table's, and torch's products by chunks."""
     if "triton" not in _names(device):
         return
     kernels = triton._kernel("logprob")
@@ -138,6 +138,7 @@ def time_tiles(record: Record, device: str, case: LogprobCase) -> None:
     head = Head(weight.mul_(3 / case.width**0.5), None, 1.0, None, 1.0)
     own = kernels.tile_for(case.n_rows, torch.bfloat16)
     ways: dict[str, Call] = {"product": lambda: _product(hidden, weight, False)}
+    ways["by chunks"] = partial(triton.LOGPROB.run, hidden, head, target)
     failed = {}
     for tile in (own, *kernels.CANDIDATES):
         call = partial(kernels.logprob, hidden, head, target, tile=tile)
@@ -186,16 +187,15 @@ def time_blocks(record: Record, device: str, case: LogprobCase) -> None:
         found["product"] / found["its own"],
         note=f"best {best}: {found['product'] / found[best]:.3f}; µs: "
         + ", ".join(f"{name} {time}" for name, time in times.items())
-        + "; MiB: "
-        + ", ".join(f"{name} {size}" for name, size in taken.items()),
+        + "".join(f"; {name} {size} MiB" for name, size in taken.items()),
         microseconds=times,
         mebibytes=taken,
     )
 
 
 def _named(tile: Any) -> str:
-    stays = " persistent" if tile.persistent else ""
-    return f"{tile.rows}x{tile.columns}x{tile.width}, {tile.warps} warps, {tile.stages} stages{stays}"
+    kinds = [name for name in ("persistent", "described") if getattr(tile, name)]
+    return f"{tile.rows}x{tile.columns}x{tile.width}, {' '.join([f'{tile.warps} warps, {tile.stages} stages', *kinds])}"
 
 
 def _names(device: str) -> list[str]:
