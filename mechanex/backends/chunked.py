@@ -46,7 +46,7 @@ MOST_BYTES = 16 << 20
 ROOM = 1 << 19
 """Of those, for what there is one number of for a row or for a token of a chunk."""
 # Of those, for looking up the weights of targets where a backend has no kernel for it.
-_PIECE = 3 << 20
+_PIECE = 11 << 19
 # Most rows of a block. On a CPU logits and columns of a chunk, so that it stays in the cache between the product and
 # the reduction, and one row of it in the first level.
 _ROWS = 1024

@@ -278,7 +278,8 @@ def _reduce(
     if shares is not None:
         if bend is not None:
             found.mul_(bend)
-        shares.copy_(found.mul_(share_unit(shares, products)))
+        unit = share_unit(shares, products)
+        shares.copy_(found if unit == 1 else found.mul_(unit))
 
 
 # Logits with a bias, bounded ones, their slopes and what makes those.

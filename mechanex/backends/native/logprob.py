@@ -59,7 +59,8 @@ def _reduce(
     if sums is not None and factor is not None:
         sums.mul_(factor.unsqueeze(1))
     if shares is not None and shares is not products:
-        shares.copy_(products.mul_(share_unit(shares, products)))
+        unit = share_unit(shares, products)
+        shares.copy_(products if unit == 1 else products.mul_(unit))
 
 
 def _walk(head: Head, hidden: Tensor, target: Tensor, sums: Tensor) -> tuple[Tensor, Tensor] | None:
