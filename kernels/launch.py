@@ -240,7 +240,7 @@ class Launcher:
                 key.append(None)
                 values.append(None)
             elif type(argument) is int:
-                key.append((argument == 1, argument % 16 == 0, argument > 0x7FFFFFFF))
+                key.append((argument == 1, argument % 16 == 0, -(1 << 31) <= argument < 1 << 31))
                 values.append(argument)
             else:
                 address = argument.data_ptr()

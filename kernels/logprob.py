@@ -9,6 +9,7 @@ digits: ``log p = -log(1 + sum of exp(other - target))``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +21,7 @@ from mechanex.ops.head import Head
 from .convert import _INTERPRETED, widen
 from .launch import OPTIONS, adjacent, contiguous, current, divided_up
 
-__all__ = ["CANDIDATES", "MINUS_INFINITY", "Tile", "logprob", "tanh", "tile_for"]
+__all__ = ["CANDIDATES", "MINUS_INFINITY", "Tile", "log1p", "logprob", "tanh", "tile_for"]
 
 MINUS_INFINITY = tl.constexpr(float("-inf"))
 # Programs that fill any GPU several times over.
@@ -41,6 +42,8 @@ class Tile:
         stages: steps whose operands are on their way at the same time.
         persistent: as many programs as there are multiprocessors, each with one long stretch of the vocabulary in which
             the next block's operands are on their way while this one's logits are reduced (Triton 3.3).
+        described: operands are fetched by descriptions of hidden states and weights, where their layout allows it:
+            from capability 9.0 on without addresses and masks in registers (Triton 3.4).
     """
 
     rows: int
@@ -49,6 +52,7 @@ class Tile:
     warps: int
     stages: int
     persistent: bool = False
+    described: bool = False
 
     def shared_bytes(self, element: int, stages: int) -> int:
         """Shared memory for the operands of so many steps, of elements of so many bytes."""
@@ -75,6 +79,10 @@ CANDIDATES = (
     Tile(128, 256, 64, 8, 3, persistent=True),
     Tile(256, 128, 64, 8, 3),
     Tile(256, 128, 64, 8, 3, persistent=True),
+    Tile(128, 128, 64, 8, 4, described=True),
+    Tile(128, 256, 64, 8, 3, described=True),
+    Tile(128, 256, 64, 8, 4, described=True),
+    Tile(128, 256, 64, 8, 3, persistent=True, described=True),
 )
 # Without tensor cores every thread holds the operands of its sums for a whole step: short steps.
 _FLOAT_TILES = (
@@ -138,7 +146,7 @@ def _known(target, n_vocab):
 
 
 @triton.jit
-def _log1p(x):
+def log1p(x):
     """``log(1 + x)`` for x in [0, 1]; the correction makes up for what the sum rounds away."""
     sum = 1 + x
     kept = sum - 1
@@ -150,8 +158,8 @@ def _logits_tile(
     hidden,
     weight,
     bias,
-    row,
-    column,
+    first_row,
+    first_column,
     n_rows,
     n_vocab,
     width,
@@ -162,15 +170,63 @@ def _logits_tile(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
     """Logits ``[rows, columns]`` in float32, before softcap and coldness."""
+    row = first_row + tl.arange(0, BLOCK_ROWS)
+    column = first_column + tl.arange(0, BLOCK_COLUMNS)
+    products = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    if DESCRIBED:
+        for start in range(0, width, BLOCK_WIDTH):
+            left = hidden.load([first_row, start])
+            right = weight.load([first_column, start]).T
+            if _INTERPRETED:
+                left = widen(left, tl.float32)
+                right = widen(right, tl.float32)
+            products = tl.dot(left, right, products, input_precision="ieee")
+    else:
+        products = _by_addresses(
+            hidden,
+            weight,
+            products,
+            row,
+            column,
+            n_rows,
+            n_vocab,
+            width,
+            hidden_stride,
+            weight_stride,
+            weight_step,
+            BLOCK_WIDTH,
+        )
+    if bias is not None:
+        shift = tl.load(bias + column, mask=column < n_vocab, other=0.0)
+        products += widen(shift, tl.float32)[None, :]
+    return products * scale
+
+
+@triton.jit
+def _by_addresses(
+    hidden,
+    weight,
+    products,
+    row,
+    column,
+    n_rows,
+    n_vocab,
+    width,
+    hidden_stride,
+    weight_stride,
+    weight_step,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """Products of operands of any layout."""
     at = tl.arange(0, BLOCK_WIDTH)
     x = hidden + row[:, None].to(tl.int64) * hidden_stride + at[None, :]
     w = weight + column[None, :].to(tl.int64) * weight_stride + at[:, None].to(tl.int64) * weight_step
     advance = tl.full([], BLOCK_WIDTH, tl.int64) * weight_step
     row_inside = (row < n_rows)[:, None]
     column_inside = (column < n_vocab)[None, :]
-    products = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     for start in range(0, width, BLOCK_WIDTH):
         left = tl.load(x, mask=row_inside & (at < width - start)[None, :], other=0.0)
         right = tl.load(w, mask=column_inside & (at < width - start)[:, None], other=0.0)
@@ -180,10 +236,7 @@ def _logits_tile(
         products = tl.dot(left, right, products, input_precision="ieee")
         x += BLOCK_WIDTH
         w += advance
-    if bias is not None:
-        shift = tl.load(bias + column, mask=column < n_vocab, other=0.0)
-        products += widen(shift, tl.float32)[None, :]
-    return products * scale
+    return products
 
 
 @triton.jit
@@ -192,7 +245,7 @@ def _fold_block(
     sums,
     block,
     own,
-    row,
+    first_row,
     hidden,
     weight,
     bias,
@@ -209,15 +262,17 @@ def _fold_block(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
     """The rows' running maximum and sum after a block of the vocabulary; stores the logits of targets in it."""
+    row = first_row + tl.arange(0, BLOCK_ROWS)
     column = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     logits = _logits_tile(
         hidden,
         weight,
         bias,
-        row,
-        column,
+        first_row,
+        block * BLOCK_COLUMNS,
         n_rows,
         n_vocab,
         width,
@@ -228,6 +283,7 @@ def _fold_block(
         BLOCK_ROWS,
         BLOCK_COLUMNS,
         BLOCK_WIDTH,
+        DESCRIBED,
     )
     if softcap is not None:
         logits = logits / softcap
@@ -269,6 +325,7 @@ def _logprob_kernel(
     BLOCK_WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
     row_block, split = _place(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS), n_splits, GROUP)
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -285,7 +342,7 @@ def _logprob_kernel(
                 sums,
                 block,
                 own,
-                row,
+                row_block * BLOCK_ROWS,
                 hidden,
                 weight,
                 bias,
@@ -302,6 +359,7 @@ def _logprob_kernel(
                 BLOCK_ROWS,
                 BLOCK_COLUMNS,
                 BLOCK_WIDTH,
+                DESCRIBED,
             )
     else:
         for block in range(first, last):
@@ -310,7 +368,7 @@ def _logprob_kernel(
                 sums,
                 block,
                 own,
-                row,
+                row_block * BLOCK_ROWS,
                 hidden,
                 weight,
                 bias,
@@ -327,6 +385,7 @@ def _logprob_kernel(
                 BLOCK_ROWS,
                 BLOCK_COLUMNS,
                 BLOCK_WIDTH,
+                DESCRIBED,
             )
     at = split.to(tl.int64) * n_rows + row
     tl.store(peak + at, highest, mask=row < n_rows)
@@ -372,9 +431,21 @@ def _join_kernel(
     # An infinite logit is an overflow, not a certainty.
     logit = tl.where(logit == float("inf"), float("nan"), logit)
     ahead = others - logit
-    small = _log1p(tl.exp(-tl.abs(ahead)))
+    small = log1p(tl.exp(-tl.abs(ahead)))
     tl.store(logprob + row, 0.0 - (tl.maximum(ahead, 0.0) + small), mask=inside)
     tl.store(lse + row, tl.where(ahead > 0, others, logit) + small, mask=inside)
+
+
+def _can_describe(matrix: Tensor) -> bool:
+    """Whether the copy engine can fetch blocks of a matrix."""
+    pitch = matrix.stride(0) * matrix.element_size()
+    return matrix.stride(1) == 1 and matrix.shape[1] > 0 and pitch % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def _description(matrix: Tensor, rows: int, columns: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
 def logprob(hidden: Tensor, head: Head, target: Tensor, *, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
@@ -399,10 +470,11 @@ def logprob(hidden: Tensor, head: Head, target: Tensor, *, tile: Tile | None = N
     peak, total = (hidden.new_empty(n_splits, n_rows, dtype=torch.float32) for _ in range(2))
     chosen = torch.empty_like(out)
     hidden, target, bias = adjacent(hidden), target.contiguous(), contiguous(bias)
+    described = tile.described and _can_describe(hidden) and _can_describe(weight)
     with current(hidden):
         _logprob_kernel[(row_blocks * n_splits,)](
-            hidden,
-            weight,
+            _description(hidden, tile.rows, tile.width) if described else hidden,
+            _description(weight, tile.columns, tile.width) if described else weight,
             bias,
             target,
             peak,
@@ -424,6 +496,7 @@ def logprob(hidden: Tensor, head: Head, target: Tensor, *, tile: Tile | None = N
             tile.width,
             _GROUP,
             tile.persistent,
+            described,
             num_warps=tile.warps,
             num_stages=_stages_for(tile, hidden),
             **OPTIONS,

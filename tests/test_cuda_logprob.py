@@ -62,9 +62,9 @@ def test_matches_the_oracle(case: LogprobCase, dtype: torch.dtype, kernels: Kern
     cotangent = torch.randn(case.n_rows, dtype=torch.float64)
     truth, d_truth = both(wide(args), cotangent, "reference")
     allowed, d_allowed = logprob_bounds(args, truth, d_truth, cotangent)
-    out, _, slope = native.LOGPROB.with_slope(*with_head(args))
+    out, _, slope, size = native.LOGPROB.with_slope(*with_head(args))
     assert_close(out, truth, allowed)
-    assert_close((slope * cotangent.to(slope.dtype).unsqueeze(1)).to(dtype), d_truth, d_allowed)
+    assert_close((slope * (size * cotangent.to(size.dtype)).unsqueeze(1)).to(dtype), d_truth, d_allowed)
     assert torch.equal(native.LOGPROB.run(*with_head(args))[0], out)
     assert kernels.threads or case.n_rows == 0
 
@@ -89,8 +89,9 @@ def test_a_chunk_is_folded_as_plain_torch_folds_it(
     for first in (0, n_columns):
         mine = torch.randn(5, n_columns, dtype=torch.float64).mul(3).to(dtype)
         other = mine.clone()
-        factor = native.LOGPROB.reduce(head, mine, first, target, *ours, True)
-        want = eager.LOGPROB.reduce(head, other, first, target, *theirs, True)
+        factor, want = (torch.ones(5, 1, dtype=wide_dtype) for _ in range(2))
+        native.LOGPROB.reduce(head, mine, first, target, *ours, factor, mine)
+        eager.LOGPROB.reduce(head, other, first, target, *theirs, want, other)
         close = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
         torch.testing.assert_close(mine, other, rtol=close, atol=1e-6)
         sums = {"rtol": 1e-13 if dtype == torch.float64 else 1e-5, "atol": 0.0}
@@ -108,8 +109,8 @@ def test_products_that_start_anywhere_are_read_element_by_element(kernels: Kerne
     mine, other = memory[1:].view(3, 64), memory[1:].view(3, 64).clone()
     ours, theirs = state(3, torch.float32), state(3, torch.float32)
     target = torch.tensor([5, 63, 64])
-    native.LOGPROB.reduce(head, mine, 0, target, *ours, True)
-    eager.LOGPROB.reduce(head, other, 0, target, *theirs, True)
+    native.LOGPROB.reduce(head, mine, 0, target, *ours, None, mine)
+    eager.LOGPROB.reduce(head, other, 0, target, *theirs, None, other)
     torch.testing.assert_close(mine, other)
     assert kernels.threads == [-64]
 
@@ -118,10 +119,7 @@ def test_without_a_slope_the_products_stay(kernels: Kernels) -> None:
     products = torch.randn(3, 40)
     kept = products.clone()
     head = Head(torch.empty(40, 0), None, 1.0, None, 1.0)
-    assert (
-        native.LOGPROB.reduce(head, products, 0, torch.tensor([1, 2, 3]), *state(3, torch.float32), False)
-        is None
-    )
+    native.LOGPROB.reduce(head, products, 0, torch.tensor([1, 2, 3]), *state(3, torch.float32), None, None)
     assert torch.equal(products, kept)
 
 
@@ -139,7 +137,8 @@ def test_tokens_ruled_out_before_any_other_and_numbers_that_are_none(kernels: Ke
     head = Head(torch.empty(64, 0), torch.full((64,), -torch.inf), 1.0, None, 1.0)
     maximum, total = state(2, torch.float32)
     products = torch.randn(2, 32)
-    factor = native.LOGPROB.reduce(head, products, 0, torch.tensor([3, 40]), maximum, total, True)
+    factor = torch.ones(2, 1)
+    native.LOGPROB.reduce(head, products, 0, torch.tensor([3, 40]), maximum, total, factor, products)
     assert not products.any() and not total.any() and not factor.isnan().any()
     assert maximum.tolist() == [-torch.inf] * 2
     for bad in (torch.nan, torch.inf):
@@ -147,6 +146,6 @@ def test_tokens_ruled_out_before_any_other_and_numbers_that_are_none(kernels: Ke
         products = torch.zeros(2, 32)
         products[1, 7] = bad
         maximum, total = state(2, torch.float32)
-        native.LOGPROB.reduce(plain, products, 0, torch.tensor([3, 40]), maximum, total, True)
+        native.LOGPROB.reduce(plain, products, 0, torch.tensor([3, 40]), maximum, total, None, products)
         assert total.isnan().tolist() == [False, True]
         assert total[0] == 31

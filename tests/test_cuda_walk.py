@@ -89,10 +89,10 @@ def test_matches_the_oracle(case: LogprobCase, size: int, dtype: torch.dtype, mo
     cotangent = torch.randn(case.n_rows, dtype=torch.float64)
     truth, d_truth = both(wide(args), cotangent, "reference")
     allowed, d_allowed = logprob_bounds(args, truth, d_truth, cotangent, multiplies_halves=True)
-    out, _, slope = module.op().with_slope(*with_head(args))
+    out, _, slope, scale = module.op().with_slope(*with_head(args))
     assert module.sizes == [size]
     assert_close(out, truth, allowed)
-    assert_close((slope * cotangent.to(slope.dtype).unsqueeze(1)).to(dtype), d_truth, d_allowed)
+    assert_close((slope * (scale * cotangent.to(scale.dtype)).unsqueeze(1)).to(dtype), d_truth, d_allowed)
 
 
 @pytest.mark.parametrize("groups", [1, 3, 40])
@@ -105,9 +105,9 @@ def test_however_many_clusters_share_the_tokens(groups: int, module: Module) -> 
     module.most_groups = groups
     for shared in (MOST_SHARED, 120 * 1024):
         module.most_shared = shared
-        out, _, slope = module.op().with_slope(*with_head(args))
+        out, _, slope, size = module.op().with_slope(*with_head(args))
         assert_close(out, truth, allowed)
-        assert_close(slope.to(torch.bfloat16), d_truth, d_allowed)
+        assert_close((slope * size.unsqueeze(1)).to(torch.bfloat16), d_truth, d_allowed)
 
 
 def test_the_order_of_threads_changes_no_bit(module: Module) -> None:

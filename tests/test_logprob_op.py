@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import optable
 import pytest
 import torch
@@ -125,11 +126,32 @@ def test_bfloat16_with_and_without_instructions_for_it(
         assert_matches_oracle(case, torch.bfloat16, backend)
 
 
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, *dtypes: torch.dtype) -> None:
+    """Products of half types with float32 sums and results: CUDA's, but for the order of the sums.
+
+    numpy multiplies, so that torch allocates what it does there.
+    """
+
+    def widened(tensor: Tensor) -> np.ndarray:
+        if tensor.dtype is torch.float16:
+            return tensor.numpy().astype(np.float32)
+        return (tensor.view(torch.int16).numpy().astype(np.uint32) << 16).view(np.float32)
+
+    def multiply(left: Tensor, right: Tensor, out: Tensor, alpha: float = 1.0, beta: int = 0) -> Tensor:
+        found = widened(left) @ widened(right)
+        found = torch.from_numpy(np.float32(alpha) * found)
+        return out.add_(found) if beta else out.copy_(found)
+
+    monkeypatch.setattr(chunked, "widens", lambda device, dtype: dtype in dtypes)
+    monkeypatch.setattr(chunked, "wide_product", multiply)
+    monkeypatch.setattr(
+        chunked, "add_wide_product", lambda out, left, right, *numbers: multiply(left, right, out, *numbers)
+    )
+
+
 @pytest.fixture
 def float16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of float16 factors with float32 sums and results: CUDA's, but for the order of the sums."""
-    monkeypatch.setattr(chunked, "widens", lambda device, dtype: dtype is torch.float16)
-    monkeypatch.setattr(chunked, "wide_product", lambda left, right: left.float() @ right.float())
+    as_on_a_gpu(monkeypatch, torch.float16)
 
 
 @pytest.mark.usefixtures("float16_as_on_a_gpu")

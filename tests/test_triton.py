@@ -111,6 +111,7 @@ def test_launches_that_share_a_compiled_kernel_are_one_kind_to_triton() -> None:
     ]
     tensors += [memory[1:], memory.to(torch.float64)[1:], memory.to(torch.int32)[3:]]
     numbers = [0, 1, 2, 15, 16, 17, 48, 4096, 2**31 - 1, 2**31, 2**31 + 1, 2**40 + 16]
+    numbers += [-1, -16, -(2**31), -(2**31) - 1, -(2**52)]
     kinds: dict[object, set[object]] = {}
     for argument in (None, *tensors, *numbers):
         (ours,), _ = launcher.described((argument,))

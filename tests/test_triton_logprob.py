@@ -16,8 +16,9 @@ from test_triton import LONG, on_each_device, outside_the_interpreter, python
 from tolerances import logprob_bounds
 from torch import Tensor
 
-from mechanex.backends import reference, triton
+from mechanex.backends import eager, reference, triton
 from mechanex.errors import ValidationError
+from mechanex.ops.head import Head
 from mechanex.ops.logprob import completion_logprob
 
 pytest.importorskip("triton")
@@ -89,6 +90,19 @@ def test_long_stretches_of_the_vocabulary_in_one_loop(kernels: SimpleNamespace, 
     long, short = (kernels.logprob(*args, tile=tile) for tile in tiles)
     assert_forward(long, args)
     assert_forward(short, args)
+
+
+@on_each_device
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("width", [40, 47])
+def test_operands_that_are_described_where_their_layout_allows_it(
+    kernels: SimpleNamespace, width: int, persistent: bool, device: str
+) -> None:
+    if device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("needs compute capability 9.0")
+    args = LogprobCase(37, width, 123, True, 0.5, 5.0, 2.0).make(torch.bfloat16, device)
+    tile = kernels.Tile(16, 16, 16, 4, 2, persistent, described=True)
+    assert_forward(kernels.logprob(*args, tile=tile), args)
 
 
 def test_a_persistent_tile_gives_every_multiprocessor_one_program(
@@ -176,6 +190,34 @@ def test_tokens_ruled_out_by_their_bias(dtype: torch.dtype, with_gradient: bool,
         out[:1].double(), reference.completion_logprob(*with_head(few))[0], rtol=close, atol=close
     )
     assert out[1:].tolist() == [-torch.inf] * 2
+
+
+@on_each_device
+@pytest.mark.parametrize("ruled_out", [False, True])
+@pytest.mark.parametrize("columns", [300, 5000])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_chunk_is_folded_as_plain_torch_folds_it(
+    columns: int, in_place: bool, ruled_out: bool, device: str
+) -> None:
+    """Read once and twice, and by several programs; a chunk of tokens with no share after one of tiny exponentials."""
+    generator = torch.Generator().manual_seed(0)
+    products = torch.randn(3, columns, generator=generator).to(device)
+    bias = torch.full((columns,), -torch.inf if ruled_out else 0.5, device=device)
+    head = Head(torch.empty(columns, 0, device=device), bias, 0.7, None if ruled_out else 9.0, 1.3)
+    target = torch.tensor([2, columns - 1, -5], device=device)
+    kept = []
+    for reduce in (eager.LOGPROB.reduce, triton.LOGPROB.reduce):
+        memory = products.clone()
+        state = [torch.full((3,), -200.0, device=device), torch.ones(3, device=device)]
+        sums, shares = torch.ones(3, 40, device=device), torch.empty(3, columns, device=device).bfloat16()
+        if in_place and reduce is triton.LOGPROB.reduce:
+            shares = memory.view(torch.bfloat16)[:, :columns]
+        reduce(head, memory, 0, target, *state, sums, shares)
+        kept.append((*state, sums, shares))
+    for ours, theirs in zip(kept[1], kept[0], strict=True):
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-2 if ours.dtype is torch.bfloat16 else 1e-5, atol=0.0
+        )
 
 
 @on_each_device
@@ -278,6 +320,7 @@ from optable import LogprobCase, with_head
 from mechanex.ops.head import Head
 logprob, Tile = triton._kernel("logprob").logprob, triton._kernel("logprob").Tile
 reduce = triton._kernel("logprob_reduce").reduce
+finish, Found = triton._kernel("logprob_finish").finish, triton._kernel("logprob_finish").Found
 CASES = (
     LogprobCase(20, 47, 123, True, softcap=5.0), LogprobCase(200, 256, 512, True, layout="transposed"),
     LogprobCase(1, 1, 1, True), LogprobCase(1, 64, 256), LogprobCase(64, 64, 64, softcap=5.0),
@@ -289,11 +332,27 @@ for name in sys.argv[3:]:
         if dtype is not torch.float64:
             for more in ({}, {"tile": Tile(16, 32, 32, 4, 2, persistent=True)}):
                 logprob(*with_head((hidden, weight, target, bias, *numbers)), **more)
+            if sys.argv[1] == "90":
+                for stays in (False, True):
+                    wide = LogprobCase(20, 64, 96, True).make(dtype)
+                    logprob(*with_head(wide), tile=Tile(16, 32, 32, 4, 2, stays, described=True))
         kept = [torch.zeros(case.n_rows, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2)]
-        for with_slope in (False, True):
-            columns = 1 if case.n_vocab == 1 else 300
+        wide, n = kept[0].dtype, case.n_rows
+        columns = 1 if case.n_vocab == 1 else 300
+        sums, slope = torch.zeros(n, case.width, dtype=wide), torch.zeros(n, case.width, dtype=dtype)
+        half = dtype in (torch.bfloat16, torch.float16)
+        # Read once and twice, shared among programs, and narrowed in place; without a gradient too.
+        for columns, in_place, gradient in ((columns, True, False), (columns, True, True), (5000, half, True)):
+            products = torch.zeros(n, columns, dtype=wide)
             head = Head(weight, bias if bias is None else bias[:1].expand(columns), *numbers)
-            reduce(head, weight[:, :1].expand(-1, columns).contiguous(), 0, target, *kept, with_slope)
+            shares = None
+            if gradient:
+                shares = products.view(dtype)[:, :columns] if in_place else torch.zeros_like(products, dtype=dtype)
+            reduce(head, products, 0, target, *kept, sums if gradient else None, shares)
+        found = Found(*(torch.zeros(n, dtype=wide) for _ in range(2)), slope, torch.zeros(n, dtype=wide))
+        head = Head(weight, bias, *numbers)
+        finish(head, hidden, target, *kept, sums, found)
+        finish(head, hidden, target, *kept, None, Found(*found[:2]))
 print(sorted(compiled), all(all(found) for found in compiled.values()), max(shared) <= 99 * 1024)
 """
 
@@ -310,5 +369,5 @@ TARGETS = [
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_every_kernel_compiles_for_a_gpu_that_is_not_there(target: tuple[str, ...], tmp_path: Path) -> None:
     done = python("-c", COMPILE, *target, TRITON_CACHE_DIR=str(tmp_path), CUDA_VISIBLE_DEVICES="")
-    names = "_join_kernel", "_logprob_kernel", "_reduce_kernel"
+    names = "_finish_kernel", "_join_kernel", "_logprob_kernel", "_part_kernel", "_reduce_kernel"
     assert done.stdout.strip() == f"{list(names)} True True", done.stderr[-3000:]

@@ -1,7 +1,8 @@
 """Times completion_logprob on the GPU: every backend, whole logits, other libraries if there. Run by ``run.sh``.
 
 A row is one case, forward alone or with the gradient for hidden, on the backend that ``auto`` takes; its share is that
-of the products that are needed (one, with a gradient two), timed alone in the same run.
+of the products that are needed (one, with a gradient two), timed alone in the same run. Candidates for what ``auto``'s
+tables hold follow, the best named: tiles of the forward kernel, blocks of the walk that makes a gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from optable import LogprobCase
 from record import Record, arguments, has_device
 
 from mechanex import backends
-from mechanex.backends import triton
+from mechanex.backends import chunked, triton
 from mechanex.ops.head import Head
 from mechanex.ops.logprob import completion_logprob
 
@@ -40,6 +41,22 @@ CASES = [
 TILES = [case for case in LARGE if case.n_rows >= 256]
 TINY_TILES = [LogprobCase(4, 64, 500)]
 TINY = [(LogprobCase(4, 64, 500), torch.float32)]
+# Rows and tokens at a time in the walk that makes a gradient, beside those that its bound of memory gives; the
+# last four take more memory than that, and tell what it costs.
+BLOCKS = [
+    chunked.Blocks(*sizes)
+    for sizes in (
+        (256, 2048),
+        (256, 4096),
+        (384, 6400),
+        (512, 1920),
+        (512, 2560),
+        (512, 8192),
+        (1024, 4096),
+        (1024, 8192),
+        (1024, 16384),
+    )
+]
 NEAR_FASTEST, MOST_MIB = 1.05, 16
 # The gradient of few rows needs one walk over the unembedding, where the two products make two.
 ONE_WALK_ROWS, ONE_WALK = 64, 1.2
@@ -111,7 +128,7 @@ def time_case(record: Record, device: str, case: LogprobCase, dtype: torch.dtype
 
 
 def time_tiles(record: Record, device: str, case: LogprobCase) -> None:
-    """Tiles of Triton's forward kernel beside the table's: what the table should hold for so many rows."""
+    """Tiles of Triton's forward kernel beside the table's, and torch's products by chunks."""
     if "triton" not in _names(device):
         return
     kernels = triton._kernel("logprob")
@@ -121,6 +138,7 @@ def time_tiles(record: Record, device: str, case: LogprobCase) -> None:
     head = Head(weight.mul_(3 / case.width**0.5), None, 1.0, None, 1.0)
     own = kernels.tile_for(case.n_rows, torch.bfloat16)
     ways: dict[str, Call] = {"product": lambda: _product(hidden, weight, False)}
+    ways["by chunks"] = partial(triton.LOGPROB.run, hidden, head, target)
     failed = {}
     for tile in (own, *kernels.CANDIDATES):
         call = partial(kernels.logprob, hidden, head, target, tile=tile)
@@ -143,9 +161,41 @@ def time_tiles(record: Record, device: str, case: LogprobCase) -> None:
     )
 
 
+def time_blocks(record: Record, device: str, case: LogprobCase) -> None:
+    """Blocks of the walk that makes a gradient beside those it takes, each with its memory, the gradient apart."""
+    if "triton" not in _names(device):
+        return
+    hidden = torch.randn(case.n_rows, case.width, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(case.n_vocab, case.width, device=device, dtype=torch.bfloat16)
+    target = torch.randint(0, case.n_vocab, (case.n_rows,), device=device)
+    head = Head(weight.mul_(3 / case.width**0.5), None, 1.0, None, 1.0)
+    ways: dict[str, Call] = {"product": lambda: _product(hidden, weight, True)}
+    walk = triton.LOGPROB.with_slope
+    ways["its own"] = lambda: walk(hidden, head, target)
+    for blocks in BLOCKS:
+        if blocks.rows <= case.n_rows:
+            ways[f"{blocks.rows} x {blocks.columns}"] = partial(walk, hidden, head, target, blocks)
+    found = call_seconds(ways, 5)
+    times = {name: round(seconds * 1e6, 1) for name, seconds in found.items()}
+    best = min((name for name in found if name != "product"), key=lambda name: found[name])
+    taken = {}
+    if device == "cuda":
+        results = hidden.nbytes + 12 * case.n_rows
+        taken = {name: round((_extra_bytes(call) - results) / 2**20, 1) for name, call in ways.items()}
+    record.add(
+        f"{case} bfloat16, blocks of the gradient: share of both products, its own",
+        found["product"] / found["its own"],
+        note=f"best {best}: {found['product'] / found[best]:.3f}; µs: "
+        + ", ".join(f"{name} {time}" for name, time in times.items())
+        + "".join(f"; {name} {size} MiB" for name, size in taken.items()),
+        microseconds=times,
+        mebibytes=taken,
+    )
+
+
 def _named(tile: Any) -> str:
-    stays = " persistent" if tile.persistent else ""
-    return f"{tile.rows}x{tile.columns}x{tile.width}, {tile.warps} warps, {tile.stages} stages{stays}"
+    kinds = [name for name in ("persistent", "described") if getattr(tile, name)]
+    return f"{tile.rows}x{tile.columns}x{tile.width}, {' '.join([f'{tile.warps} warps, {tile.stages} stages', *kinds])}"
 
 
 def _names(device: str) -> list[str]:
@@ -232,6 +282,7 @@ def main() -> int:
             time_case(record, options.device, case, dtype, gradient)
     for case in TINY_TILES if options.tiny else TILES:
         time_tiles(record, options.device, case)
+        time_blocks(record, options.device, case)
     return 0
 
 

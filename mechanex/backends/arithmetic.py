@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechanex.errors import ValidationError
 
-__all__ = ["check_rows", "compute_dtype", "wide_product", "widens", "without_autocast"]
+__all__ = ["add_wide_product", "check_rows", "compute_dtype", "wide_product", "widens", "without_autocast"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,6 +62,30 @@ def widens(device: torch.device, dtype: torch.dtype) -> bool:
         return False
 
 
-def wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` of a half type in float32, where :func:`widens` says that it can be had."""
-    return torch.mm(left, right, out_dtype=torch.float32)
+@functools.cache
+def _in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether such products can be written and added to rows of given memory; they are tried once."""
+    memory = torch.ones(8, 16, dtype=torch.float32, device=device)[:, :8]
+    left, right = (torch.ones(8, 8, dtype=dtype, device=device) for _ in range(2))
+    try:
+        torch.mm(left, right, out_dtype=torch.float32, out=memory)
+        torch.addmm(memory, left, right, out_dtype=torch.float32, alpha=0.5, out=memory)
+    except (TypeError, RuntimeError):
+        return False
+    return bool((memory == 12).all())
+
+
+def wide_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """``left @ right`` of a half type into ``out`` in float32, where :func:`widens` says that it can be had."""
+    if _in_place(left.device, left.dtype):
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
+    return out.copy_(torch.mm(left, right, out_dtype=torch.float32))
+
+
+def add_wide_product(out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: int) -> None:
+    """``out = beta · out + alpha · left @ right``, likewise; with ``beta`` 0 whatever ``out`` holds."""
+    if _in_place(left.device, left.dtype):
+        torch.addmm(out, left, right, out_dtype=torch.float32, beta=beta, alpha=alpha, out=out)
+        return
+    product = torch.mm(left, right, out_dtype=torch.float32).mul_(alpha)
+    out.add_(product) if beta else out.copy_(product)

@@ -43,7 +43,8 @@ class Kernel:
         refuses: why it can't serve these arguments, or None.
         declines: why it leaves these arguments to plain torch under ``auto`` (torch is faster), or None.
         gradients: computes gradients that ``run`` itself can't give, or None where plain torch does.
-        with_slope: as ``run``, with one more result from which a gradient is a multiplication; None: there is none.
+        with_slope: as ``run``, with two more results, a row of numbers and one number for each row, whose product is
+            the gradient; None: there is none.
     """
 
     run: Callable[..., Any]

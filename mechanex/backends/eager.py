@@ -20,7 +20,7 @@ from mechanex.ops.head import Head
 
 from .arithmetic import check_rows, compute_dtype, without_autocast
 from .backend import Backend, Kernel
-from .chunked import Chunked
+from .chunked import Chunked, share_unit
 
 __all__ = [
     "BACKEND",
@@ -250,8 +250,15 @@ def _rows_at_once(rank: int, width: int) -> int:
 
 
 def _reduce(
-    head: Head, products: Tensor, first: int, target: Tensor, maximum: Tensor, total: Tensor, with_slope: bool
-) -> Tensor | None:
+    head: Head,
+    products: Tensor,
+    first: int,
+    target: Tensor,
+    maximum: Tensor,
+    total: Tensor,
+    sums: Tensor | None,
+    shares: Tensor | None,
+) -> None:
     """See :data:`mechanex.backends.chunked.Reduce`."""
     bias = None if head.bias is None else head.bias[first : first + products.shape[1]]
     logits, bend = head.bounded(products.to(maximum.dtype), bias)
@@ -263,16 +270,20 @@ def _reduce(
     # While every logit is −inf, any finite number serves: each share is 0.
     reference = highest.masked_fill(highest == -math.inf, 0)
     factor = torch.exp(maximum - reference)
-    shares = logits.sub_(reference.unsqueeze(1)).exp_()
-    total.mul_(factor).add_(shares.sum(1))
+    found = logits.sub_(reference.unsqueeze(1)).exp_()
+    total.mul_(factor).add_(found.sum(1))
     maximum.copy_(highest)
-    if not with_slope:
-        return None
-    products.copy_(shares if bend is None else shares.mul_(bend))
-    return factor
+    if sums is not None:
+        sums.mul_(factor.unsqueeze(1))
+    if shares is not None:
+        if bend is not None:
+            found.mul_(bend)
+        unit = share_unit(shares, products)
+        shares.copy_(found if unit == 1 else found.mul_(unit))
 
 
-LOGPROB = Chunked(_reduce)
+# Logits with a bias, bounded ones, their slopes and what makes those.
+LOGPROB = Chunked(_reduce, spare=5)
 
 
 @without_autocast

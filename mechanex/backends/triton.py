@@ -30,7 +30,7 @@ from mechanex.ops.head import Head
 
 from .arithmetic import check_rows
 from .backend import NEGATED, Backend, Kernel, is_negated
-from .chunked import Chunked, check_target
+from .chunked import Chunked, Found, check_target
 from .native.modules import replays
 
 __all__ = [
@@ -60,7 +60,17 @@ _DLPACK_CUDA = 2
 # Compute capability that Triton supports.
 _CAPABILITY = (8, 0)
 # Each may import those before it.
-_FILES = ("convert", "launch", "steer", "steer_many", "steer_gradients", "logprob", "logprob_reduce", "sae")
+_FILES = (
+    "convert",
+    "launch",
+    "steer",
+    "steer_many",
+    "steer_gradients",
+    "logprob",
+    "logprob_reduce",
+    "logprob_finish",
+    "sae",
+)
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -277,16 +287,34 @@ def completion_logprob(hidden: Tensor, head: Head, target: Tensor) -> tuple[Tens
 
 
 def _reduce(
-    head: Head, products: Tensor, first: int, target: Tensor, maximum: Tensor, total: Tensor, with_slope: bool
-) -> Tensor | None:
+    head: Head,
+    products: Tensor,
+    first: int,
+    target: Tensor,
+    maximum: Tensor,
+    total: Tensor,
+    sums: Tensor | None,
+    shares: Tensor | None,
+) -> None:
     """See :data:`mechanex.backends.chunked.Reduce`."""
-    found: Tensor | None = _kernel("logprob_reduce").reduce(
-        head, products, first, target, maximum, total, with_slope
-    )
-    return found
+    _kernel("logprob_reduce").reduce(head, products, first, target, maximum, total, sums, shares)
 
 
-LOGPROB = Chunked(_reduce)
+def _finish(
+    head: Head,
+    hidden: Tensor,
+    target: Tensor,
+    maximum: Tensor,
+    total: Tensor,
+    sums: Tensor | None,
+    found: Found,
+) -> None:
+    """See :data:`mechanex.backends.chunked.Finish`."""
+    _kernel("logprob_finish").finish(head, hidden, target, maximum, total, sums, found)
+
+
+# From so many rows on a row of a chunk has a program of its own, which may narrow it where it lies.
+LOGPROB = Chunked(_reduce, finish=_finish, in_place_rows=256)
 
 
 def refuses_encoder(hidden: Tensor, encoder: FeatureEncoder, *_: object) -> str | None:

@@ -23,6 +23,10 @@ from .ways import way
 
 __all__ = ["completion_logprob", "log1mexp", "log_add_eps"]
 
+# A larger slope's memory, in bytes, becomes the gradient's, so that not both are held. Whoever goes back twice through
+# one graph has it computed anew.
+SPENT_BYTES = 4 << 20
+
 
 def completion_logprob(
     hidden: Tensor,
@@ -94,25 +98,31 @@ class _CompletionLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Head, target: Tensor, backend: str | None) -> Tensor:
         ctx.kernel = backends.select("completion_logprob", backend, hidden, head, target)
+        ctx.slope = lse = size = None
         result: Tensor
         if ctx.kernel.with_slope is not None:
-            result, _, slope = ctx.kernel.with_slope(hidden, head, target)
-            ctx.save_for_backward(hidden, slope)
+            result, _, ctx.slope, size = ctx.kernel.with_slope(hidden, head, target)
         else:
             result, lse = ctx.kernel.run(hidden, head, target)
-            ctx.save_for_backward(hidden, head.weight, head.bias, target, lse)
-            ctx.numbers = head[2:]
+        ctx.spends = ctx.slope is not None and ctx.slope.nbytes > SPENT_BYTES
+        again = (head.weight, head.bias, target, lse) if ctx.spends or ctx.slope is None else (None,) * 4
+        ctx.save_for_backward(hidden, size, *again)
+        ctx.numbers = head[2:]
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, *saved = ctx.saved_tensors
+        hidden, size, weight, bias, target, lse = ctx.saved_tensors
+        slope = ctx.slope
         with torch.no_grad():
-            if ctx.kernel.with_slope is not None:
-                d_hidden = (saved[0] * grad.unsqueeze(1)).to(hidden.dtype)
-            else:
-                weight, bias, target, lse = saved
+            if slope is None:
+                # No backend's slope, or one that a former backward through a kept graph has spent.
                 d_hidden = ctx.kernel.gradients(grad, hidden, Head(weight, bias, *ctx.numbers), target, lse)
+            elif ctx.spends:
+                ctx.slope = None
+                d_hidden = slope.mul_((size * grad).unsqueeze(1)).to(hidden.dtype)
+            else:
+                d_hidden = (slope * (size * grad).unsqueeze(1)).to(hidden.dtype)
         if torch.is_grad_enabled():
             d_hidden = _Once.apply(d_hidden, grad, hidden)  # type: ignore[no-untyped-call]
         return d_hidden, None, None, None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mechanex.ops.head import Head
 
-from ..chunked import Chunked
+from ..chunked import MOST_BYTES, ROOM, Chunked, share_unit
 from . import modules
 from .modules import DTYPE_CODES, address, on_stream
 
@@ -21,11 +21,18 @@ __all__ = ["LOGPROB", "walk_with"]
 
 
 def _reduce(
-    head: Head, products: Tensor, first: int, target: Tensor, maximum: Tensor, total: Tensor, with_slope: bool
-) -> Tensor | None:
+    head: Head,
+    products: Tensor,
+    first: int,
+    target: Tensor,
+    maximum: Tensor,
+    total: Tensor,
+    sums: Tensor | None,
+    shares: Tensor | None,
+) -> None:
     """See :data:`mechanex.backends.chunked.Reduce`."""
     n_rows, n_columns = products.shape
-    factor = torch.empty_like(maximum) if with_slope else None
+    factor = torch.empty_like(maximum) if shares is not None else None
     bias = None
     if head.bias is not None:
         bias = head.bias[first : first + n_columns].to(maximum.dtype).contiguous().resolve_neg()
@@ -49,7 +56,11 @@ def _reduce(
         modules.cuda().reduce(*arguments, *on_stream(products))
     else:
         modules.cpu().reduce(*arguments)
-    return factor
+    if sums is not None and factor is not None:
+        sums.mul_(factor.unsqueeze(1))
+    if shares is not None and shares is not products:
+        unit = share_unit(shares, products)
+        shares.copy_(products if unit == 1 else products.mul_(unit))
 
 
 def _walk(head: Head, hidden: Tensor, target: Tensor, sums: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -65,7 +76,7 @@ def walk_with(
     """The walk by a compiled module; None where it has none for these arguments.
 
     Args:
-        module: with ``walk_groups`` and ``walk``.
+        module: with ``walk_groups`` and ``walk``; as many parts as the bounds of memory allow.
         head, hidden, target, sums: as for :data:`mechanex.backends.chunked.Walk`.
         place: device and stream.
     """
@@ -75,7 +86,9 @@ def walk_with(
     if hidden.dtype.itemsize != 2 or weight.stride(1) != 1 or weight.stride(0) % 8 or weight.data_ptr() % 16:
         return None
     groups = module.walk_groups(DTYPE_CODES[hidden.dtype], n_rows, weight.shape[0], width, place[0])
-    if groups == 0:
+    # One more part's memory holds the sums.
+    groups = min(groups, (MOST_BYTES - ROOM) // max(sums.nbytes, 1) - 1)
+    if groups < 1:
         return None
     x = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     bias = None if head.bias is None else head.bias.float().contiguous().resolve_neg()
@@ -97,4 +110,4 @@ def walk_with(
     return highest, total.mul_(factor).sum(0)
 
 
-LOGPROB = Chunked(_reduce, _walk)
+LOGPROB = Chunked(_reduce, _walk, padded=False)
