@@ -70,6 +70,14 @@ def test_half_precision_models_give_float32_vectors():
     assert torch.cosine_similarity(found[2], truth, dim=0) > 0.99
 
 
+def test_autocast_does_not_round_the_means():
+    """At the first layer activations are the embeddings, which autocast leaves alone."""
+    model = build("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = caa_vectors(model, PROMPTS, POSITIVE, NEGATIVE, [0], TOKENIZER)
+    torch.testing.assert_close(found[0], textbook(model, 0), rtol=1e-5, atol=1e-6)
+
+
 def test_training_mode_and_flags_are_put_back_and_dropout_is_off():
     model = FAMILIES["gpt2"]().train()
     found = caa_vectors(model, PROMPTS, POSITIVE, NEGATIVE, [3], TOKENIZER)

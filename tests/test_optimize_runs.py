@@ -266,6 +266,7 @@ def test_jobs_together_are_each_what_they_are_alone():
 def test_jobs_over_the_same_data_share_each_pass():
     model = build("llama")
     passes, n_rows = [], len(Layout(adapter_for(model), optimize_job(model, DATA).spec).packs[0].slots)
+    optimize(model, max_iters=0)  # what is found out about the model once takes passes too
     handle = model.model.layers[3].register_forward_pre_hook(lambda m, args: passes.append(args[0].shape[0]))
     optimize_vectors(
         model, [{"datapoints": DATA, "layer": n, "max_iters": 5, "seed": n} for n in (1, 2, 3)], TOKENIZER
@@ -304,6 +305,38 @@ def test_jobs_over_other_data_and_minibatches_share_each_pass(minibatch):
     for (vector, info), (own, expected) in zip(together, alone, strict=True):
         torch.testing.assert_close(vector, own, rtol=1e-4, atol=1e-5)
         assert info["loss"] == pytest.approx(expected["loss"], rel=1e-5) and info["iters"] == 4
+
+
+def test_minibatches_of_the_same_completions_in_other_datapoints():
+    model = build("llama")
+    one = [TrainingDatapoint("The old man", dst_completions=[" sold apples", " sings"])]
+    two = [TrainingDatapoint("The old man", dst_completions=[text]) for text in (" sold apples", " sings")]
+
+    def jobs():
+        settings = OptimizeSettings(max_iters=3, lr=0.05, seed=0)
+        return [OptimizationJob(model, data, 2, settings, TOKENIZER, minibatch_size=1) for data in (one, two)]
+
+    alone = [run_jobs([job])[0] for job in jobs()]
+    for (vector, info), (own, expected) in zip(run_jobs(jobs()), alone, strict=True):
+        torch.testing.assert_close(vector, own, rtol=1e-4, atol=1e-5)
+        assert info["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_a_job_whose_vector_is_lost_leaves_the_others_alone():
+    """Its losses and gradients become NaN in a pass that others share."""
+    model = build("gpt2")
+
+    def jobs():
+        return [
+            OptimizationJob(model, data, 2, OptimizeSettings(max_iters=4, lr=lr, seed=0), TOKENIZER)
+            for data, lr in ((DATA, 0.05), (OTHERS[0], 1e37), (OTHERS[1], 0.05))
+        ]
+
+    alone = [run_jobs([job])[0] for job in jobs()]
+    assert [info["stopped"] for _, info in alone] == ["max_iters", "not finite", "max_iters"]
+    for (vector, info), (own, expected) in zip(run_jobs(jobs()), alone, strict=True):
+        torch.testing.assert_close(vector, own, rtol=1e-4, atol=1e-5)
+        assert (info["iters"], info["stopped"]) == (expected["iters"], expected["stopped"])
 
 
 def test_a_pass_holds_no_more_tokens_than_asked():

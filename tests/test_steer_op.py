@@ -297,6 +297,15 @@ def test_compiles_without_a_graph_break(case: SteerCase) -> None:
     torch.testing.assert_close(grad, truth)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("case", [SteerCase(4, 6), SteerCase(4, 6, n_edits=2, rank=2, rows="mixed")], ids=str)
+def test_a_trace_of_torch_jit_holds_the_edit(case: SteerCase) -> None:
+    hidden, *edit = case.make(torch.float32)
+    traced = torch.jit.trace(lambda x: steer(x, *edit), (hidden,))
+    other = hidden.flip(0) * 2
+    torch.testing.assert_close(traced(other), steer(other, *edit))
+
+
 def test_fake_and_meta_tensors_get_the_right_shape() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 

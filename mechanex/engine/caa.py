@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..backends.arithmetic import without_autocast
 from ..errors import ValidationError
 from .forward import packs_for
 from .intervention import compute_dtype, widest
@@ -116,6 +117,7 @@ def _sums(adapter: ModelAdapter, pack: Pack, weight: Tensor, layers: Sequence[in
     sums: list[Tensor] = []
     norms: list[Tensor] = []
 
+    @without_autocast
     def read(hidden: Tensor) -> None:
         tokens = pack.tokens_of(hidden).to(compute_dtype(hidden.dtype))
         sums.append(weight.to(tokens) @ tokens)
@@ -125,7 +127,7 @@ def _sums(adapter: ModelAdapter, pack: Pack, weight: Tensor, layers: Sequence[in
     device, wide = weight.device, widest(weight.device)
     # A model's layers may be on several devices.
     by_layer = torch.stack([found.to(device) for found in norms])
-    sizes = by_layer @ weight.to(by_layer).abs() / 2
+    sizes = (by_layer * weight.to(by_layer).abs()).sum(1) / 2
     return torch.cat([torch.stack([found.to(device) for found in sums]), sizes[:, None]], 1).to(wide)
 
 

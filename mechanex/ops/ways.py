@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mechanex._private.torch import dispatch_modes, transforms_are_active
+from mechanex._private.torch import dispatch_modes, is_tracing, transforms_are_active
 
 __all__ = ["PLAIN", "way"]
 
@@ -24,7 +24,7 @@ PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 def way(tensors: Iterable[Tensor | None]) -> Literal["backend", "library", "torch"]:
     """The way that these arguments of an op take."""
-    if torch.compiler.is_compiling():
+    if is_tracing():
         return "library"
     if transforms_are_active():
         return "torch"

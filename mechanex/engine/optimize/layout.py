@@ -161,8 +161,10 @@ class LayoutSpec:
     def key(self) -> Hashable:
         """Equal for specs whose layouts are."""
         content = tuple((c.prompt, c.ids, c.side, c.steered) for c in self.completions)
+        # What minibatches take is named by datapoint.
+        owners = tuple(c.datapoint for c in self.completions) if self.by_prompt else ()
         flags = (self.only_prompt, self.apart, self.by_prompt, self.to_the_end)
-        return content, flags, self.batch_tokens
+        return content, owners, flags, self.batch_tokens
 
 
 class Layout:

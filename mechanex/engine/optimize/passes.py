@@ -176,7 +176,10 @@ class Passes:
         for members in companies.values():
             members.sort(key=lambda i: requests[i].layers[0])
             found = self._together([requests[i] for i in members])
-            answers.update(zip(members, found, strict=True))
+            for i, answer in zip(members, found, strict=True):
+                # In sums over all rows of a pass, one job's NaN is everybody's: 0 · NaN is NaN.
+                stands = answer.finite or len(members) == 1
+                answers[i] = answer if stands else self._together([requests[i]])[0]
         return [answers[i] for i in range(len(requests))]
 
     def _company(self, request: EvaluationRequest) -> tuple[Any, ...]:
