@@ -211,7 +211,8 @@ def direct(
         right: Tensor | None,
     ) -> Tensor | None:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        rows = None if rows is None else rows.reshape(-1)
+        # One row's index may have any stride, and launches that are made again say 1.
+        rows = None if rows is None else rows.as_strided((flat.shape[0],), (1,))
         if refuses(flat, rows, bias, left, right) is not None:
             return None
         out = torch.empty_like(flat)

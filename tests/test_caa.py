@@ -70,6 +70,16 @@ def test_half_precision_models_give_float32_vectors():
     assert torch.cosine_similarity(found[2], truth, dim=0) > 0.99
 
 
+def test_means_are_as_precise_as_the_model_whatever_torchs_default_is():
+    model = FAMILIES["llama"]().double()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = caa_vectors(model, PROMPTS, POSITIVE, NEGATIVE, [0], TOKENIZER)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found[0], textbook(model, 0), rtol=1e-12, atol=1e-14)
+
+
 def test_autocast_does_not_round_the_means():
     """At the first layer activations are the embeddings, which autocast leaves alone."""
     model = build("llama")

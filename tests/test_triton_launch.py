@@ -186,6 +186,19 @@ def test_leading_dimensions_are_rows(kernel: OnHost, direct: Callable[..., Tenso
 
 
 @needs_the_module
+def test_the_stride_of_a_single_row_is_nobodys_kind(
+    kernel: OnHost, direct: Callable[..., Tensor | None]
+) -> None:
+    _, _, *tables = SteerCase(1, 47, n_edits=3, rank=2, rows="mixed").make(torch.float32)
+    apart = torch.randn(4, 64)[:1, :47], torch.ones(16, dtype=torch.int32)[::16]
+    for hidden, rows in (apart, (torch.randn(5, 47), torch.arange(5, dtype=torch.int32) % 3)):
+        out = direct(hidden, rows, *tables, None)
+        assert out is not None
+        assert_forward(out, (hidden, rows, *tables))
+    assert kernel.looked_up == 1
+
+
+@needs_the_module
 def test_what_is_not_plain_is_left_to_the_usual_way(
     kernel: OnHost, direct: Callable[..., Tensor | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

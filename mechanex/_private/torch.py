@@ -21,7 +21,7 @@ __all__ = [
     "exchange_table",
     "global_hooks",
     "is_compiled",
-    "is_tracing",
+    "jit_is_tracing",
     "join_job",
     "parallel_for_address",
     "remove_hook",
@@ -61,13 +61,8 @@ _HOOK_TABLES = (
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 """How many dispatch modes are on: under one, tensors may have no memory to point at."""
 
-_jit_is_tracing: Callable[[], bool] = torch._C._is_tracing
-
-
-def is_tracing() -> bool:
-    """Whether what runs is compiled, exported or traced, by torch.compile or torch.jit: numbers stand for others."""
-    return torch.compiler.is_compiling() or _jit_is_tracing()
-
+jit_is_tracing: Callable[[], bool] = torch._C._is_tracing
+"""Whether ``torch.jit.trace`` records what runs: what it doesn't see is a constant to it."""
 
 _functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 

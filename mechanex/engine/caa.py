@@ -82,15 +82,14 @@ def caa_vectors(
     )
     if tokens == "last":
         pairs = [([*prompt, *answer[:-1]], answer[-1:]) for prompt, answer in pairs]
-    weights = torch.tensor([(-1.0) ** i / (n * len(completion)) for i, (_, completion) in enumerate(pairs)])
-
     ranks, device, wide = current_ranks(adapter), adapter.device, widest(adapter.device)
+    shares = [(-1.0) ** i / (n * len(completion)) for i, (_, completion) in enumerate(pairs)]
+    weights = torch.tensor(shares, dtype=compute_dtype(adapter.dtype), device=device)
     totals = torch.zeros(len(indices), adapter.d_model + 1, dtype=wide, device=device)
     with exclusive(adapter), torch.no_grad(), undisturbed(adapter.hf_model), ranks.together():
         packs = packs_for(
             adapter, pairs, row_tokens=row_tokens, batch_tokens=batch_tokens, processes=ranks.sharing
         )
-        weights = weights.to(device)
         for pack in dealt(packs, ranks, "CAA", progress=progress):
             # Sums stay on the device: nothing waits for it between batches.
             totals += _sums(adapter, pack, weights[pack.pair], indices)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mechanex import backends
-from mechanex._private.torch import dispatch_modes, is_tracing, transforms_are_active
+from mechanex._private.torch import dispatch_modes, jit_is_tracing, transforms_are_active
 from mechanex.backends import eager
 from mechanex.errors import ValidationError
 
@@ -85,7 +85,7 @@ def steer(
     ):
         # One rounding of the float32 sum, as promised: torch adds half types in float32.
         return hidden + bias
-    if gate is None and type(hidden) in PLAIN and not is_tracing():
+    if gate is None and type(hidden) in PLAIN and not torch.compiler.is_compiling():
         direct = backends.direct_steer(backend, hidden, rows, left, strength)
         if direct is not None and _is_plain_call(hidden, bias, left, right, strength):
             edited = direct(hidden, rows, bias, left, right, strength)
@@ -110,7 +110,7 @@ def _is_plain_call(
     hidden: Tensor, bias: Tensor, left: Tensor | None, right: Tensor | None, strength: Tensor | None
 ) -> bool:
     """Whether nobody traces, transforms or differentiates this call."""
-    if transforms_are_active() or dispatch_modes():
+    if transforms_are_active() or dispatch_modes() or jit_is_tracing():
         return False
     # Spelled out: a loop would cost as much as what it guards. What isn't a tensor is refused later, with words.
     return not torch.is_grad_enabled() or not (
