@@ -46,8 +46,8 @@ class Module:
         assert self.sizes[-1] > 0, "no kernel, or it failed; see stderr"
 
     def op(self) -> Chunked:
-        def walk(head: Head, hidden: Tensor, target: Tensor, sums: Tensor) -> tuple[Tensor, Tensor] | None:
-            return walk_with(self, head, hidden, target, sums, (0, 0))
+        def walk(head: Head, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+            return walk_with(self, head, hidden, target, (0, 0))
 
         return Chunked(native.LOGPROB.reduce, walk)
 
@@ -127,7 +127,7 @@ def test_tokens_ruled_out_targets_outside_and_numbers_that_are_none(module: Modu
     target = torch.tensor([3, 100, -1, 149])
     hidden[3, 7] = torch.nan
     head = Head(weight, bias, 1.0, None, 1.0)
-    maximum, total = walk_with(module, head, hidden, target, sums := torch.empty(4, 64), (0, 0))
+    maximum, total, sums = walk_with(module, head, hidden, target, (0, 0))
     logits = hidden.float() @ weight.float().T + bias
     logits[1, 100] = -torch.inf
     shares = torch.exp(logits[:3] - maximum[:3, None])
@@ -136,9 +136,9 @@ def test_tokens_ruled_out_targets_outside_and_numbers_that_are_none(module: Modu
     torch.testing.assert_close(sums[:3], shares @ weight.float(), rtol=2e-2, atol=2e-2)
     assert total[3].isnan() and sums[3].isnan().all()
     nothing = Head(weight, torch.full((150,), -torch.inf), 1.0, None, 1.0)
-    maximum, total = walk_with(module, nothing, hidden[:3], target[:3], sums[:3], (0, 0))
+    maximum, total, sums = walk_with(module, nothing, hidden[:3], target[:3], (0, 0))
     assert maximum.tolist() == [-torch.inf] * 3
-    assert not total.any() and not sums[:3].any()
+    assert not total.any() and not sums.any()
 
 
 def test_what_it_does_not_serve_is_left_to_the_walk_by_chunks(module: Module) -> None:
@@ -146,10 +146,10 @@ def test_what_it_does_not_serve_is_left_to_the_walk_by_chunks(module: Module) ->
         args = case.make(dtype)
         hidden, head, target = with_head(args)
         module.most_groups = 0
-        assert walk_with(module, head, hidden, target, torch.empty(3, case.width), (0, 0)) is None
+        assert walk_with(module, head, hidden, target, (0, 0)) is None
     weight = torch.randn(90, 72, dtype=torch.bfloat16)[:, 4:68]
     module.most_groups = 2
     head = Head(weight, None, 1.0, None, 1.0)
     hidden, target = torch.randn(3, 64, dtype=torch.bfloat16), torch.tensor([1, 2, 3])
-    assert walk_with(module, head, hidden, target, torch.empty(3, 64), (0, 0)) is None
+    assert walk_with(module, head, hidden, target, (0, 0)) is None
     assert module.sizes == []

@@ -59,6 +59,30 @@ def test_torch_tells_of_transforms() -> None:
         assert torch_parts.transforms_are_active(), why.format("forward-mode differentiation")
 
 
+def test_torch_tells_of_tensors_that_stand_for_several() -> None:
+    seen: list[bool] = []
+
+    class Looks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            seen.append(torch_parts.is_batched(grad))
+            return grad * 2
+
+    x = torch.ones(2, requires_grad=True)
+    out = Looks.apply(x)
+    torch.autograd.grad(out, x, torch.ones(2), retain_graph=True)
+    torch.autograd.grad(out, x, torch.eye(2), retain_graph=True, is_grads_batched=True)
+    torch.func.vmap(lambda one: torch.autograd.grad(out, x, one, retain_graph=True))(torch.eye(2))
+    assert seen == [False, True, True], (
+        "torch no longer tells of batches of gradients: completion_logprob would write several into the memory of one "
+        "(mechanex/ops/logprob.py)"
+    )
+
+
 def test_torch_counts_writes() -> None:
     tensor = torch.ones(2)
     before = torch_parts.writes(tensor)

@@ -20,6 +20,7 @@ __all__ = [
     "dispatch_modes",
     "exchange_table",
     "global_hooks",
+    "is_batched",
     "is_compiled",
     "jit_is_tracing",
     "join_job",
@@ -64,12 +65,19 @@ dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 jit_is_tracing: Callable[[], bool] = torch._C._is_tracing
 """Whether ``torch.jit.trace`` records what runs: what it doesn't see is a constant to it."""
 
+_functorch = torch._C._functorch
 _functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 def transforms_are_active() -> bool:
     """Whether a transform of ``torch.func`` or forward-mode differentiation runs."""
     return _functorch_is_active() or forward_ad._current_level >= 0
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for several, as under ``vmap`` and in ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    found: bool = _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+    return found
 
 
 def writes(tensor: Tensor) -> int:

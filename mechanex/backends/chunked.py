@@ -44,7 +44,7 @@ __all__ = [
 MOST_BYTES = 16 << 20
 """What a call may take beside its arguments and results on a device, in bytes."""
 ROOM = 1 << 19
-"""Of those, for what there is one number of for a row or for a token of a chunk."""
+"""Of those, for what there is one number of for a row."""
 # Of those, for looking up the weights of targets where a backend has no kernel for it.
 _PIECE = 11 << 19
 # Most rows of a block. On a CPU logits and columns of a chunk, so that it stays in the cache between the product and
@@ -67,9 +67,9 @@ _FLOAT16_UNIT = 2.0**15
 # products themselves, and from `Chunked.in_place_rows` on narrower numbers at the start of each row of them.
 Reduce = Callable[[Head, Tensor, int, Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None"], None]
 
-# The whole vocabulary at once, for a gradient: (head, hidden, target, sums `[n, d]`, which it writes) gives each row's
-# maximum and sum as above; None where it doesn't serve these arguments.
-Walk = Callable[[Head, Tensor, Tensor, Tensor], "tuple[Tensor, Tensor] | None"]
+# The whole vocabulary at once, for a gradient: (head, hidden, target) gives each row's maximum and sum as above, and
+# the sums `[n, d]`; None where it doesn't serve these arguments.
+Walk = Callable[[Head, Tensor, Tensor], "tuple[Tensor, Tensor, Tensor] | None"]
 
 
 class Found(NamedTuple):
@@ -113,7 +113,7 @@ def blocks_for(n_rows: int, n_vocab: int, *, row: int, logit: int, most: int, to
         row: bytes that a row of the block takes whatever the number of tokens: its sums.
         logit: bytes of one row at one token.
         most: bytes in all.
-        token: bytes that a token of the chunk takes whatever the number of rows: its weights, where they are widened.
+        token: bytes that a token of the chunk takes whatever the number of rows: copies of its weights and its bias.
     """
     limit = min(_ROWS, max(1, most * 8 // 15 // max(row, 1)))
     rows = _even(n_rows, limit, 64)
@@ -215,7 +215,7 @@ def _walk(
     n_rows, n_vocab = hidden.shape[0], head.weight.shape[0]
     if target.device.type == "cpu":
         check_target(target, n_vocab)
-    work = _Work(by, hidden, head.weight, with_slope, blocks)
+    work = _Work(by, hidden, head, with_slope, blocks)
     found = work.results()
     if n_rows == 0 or n_vocab == 0:
         for tensor in found:
@@ -224,10 +224,9 @@ def _walk(
         return found
     finish = by.finish or _finish
     if found.slope is not None and by.walk is not None:
-        sums = work.sums(found.slope)
-        left = by.walk(head, hidden, target, sums)
-        if left is not None:
-            finish(head, hidden, target, *left, sums, found)
+        whole = by.walk(head, hidden, target)
+        if whole is not None:
+            finish(head, hidden, target, *whole, found)
             return found
     for start in range(0, n_rows, work.blocks.rows):
         rows = slice(start, start + work.blocks.rows)
@@ -317,9 +316,9 @@ class _Work:
     """
 
     def __init__(
-        self, by: Chunked, hidden: Tensor, weight: Tensor, with_slope: bool, blocks: Blocks | None
+        self, by: Chunked, hidden: Tensor, head: Head, with_slope: bool, blocks: Blocks | None
     ) -> None:
-        self._hidden, self._weight, self._chunk = hidden, weight, weight
+        self._hidden, self._weight, self._chunk, self._bias = hidden, head.weight, head.weight, head.bias
         self._with_slope, self._wide = with_slope, compute_dtype(hidden)
         self._sums: Tensor | None = None
         half, on_cpu = hidden.dtype in _HALF, hidden.device.type == "cpu"
@@ -347,15 +346,19 @@ class _Work:
         widened = self.dtype is not self._hidden.dtype
         if self._cached:
             return _blocks_cpu(n_rows, n_vocab, width if widened else 1)
-        token = 4 * width if widened else 0
+        weights = 4 * width if widened else 0
         sums = self._wide.itemsize * width if self._with_slope and self._slope_dtype is not self._wide else 0
+        if sums and not self._widens:
+            # The product that is added to them.
+            sums += self.dtype.itemsize * width
+        bias = self._wide.itemsize if self._bias is not None else 0
         plan = functools.partial(
             blocks_for,
             n_rows,
             n_vocab,
-            row=token + sums,
+            row=weights + sums,
             most=MOST_BYTES - ROOM - (0 if by.finish else _PIECE),
-            token=token,
+            token=weights + bias,
         )
         logit = self._products_dtype.itemsize + by.spare * self._wide.itemsize
         blocks = plan(logit=logit)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mechanex import backends
+from mechanex._private.torch import is_batched
 from mechanex.backends import eager
 from mechanex.errors import MechanexError, ValidationError
 
@@ -98,31 +99,35 @@ class _CompletionLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Head, target: Tensor, backend: str | None) -> Tensor:
         ctx.kernel = backends.select("completion_logprob", backend, hidden, head, target)
-        ctx.slope = lse = size = None
+        slope = lse = size = None
         result: Tensor
         if ctx.kernel.with_slope is not None:
-            result, _, ctx.slope, size = ctx.kernel.with_slope(hidden, head, target)
+            result, _, slope, size = ctx.kernel.with_slope(hidden, head, target)
         else:
             result, lse = ctx.kernel.run(hidden, head, target)
-        ctx.spends = ctx.slope is not None and ctx.slope.nbytes > SPENT_BYTES
-        again = (head.weight, head.bias, target, lse) if ctx.spends or ctx.slope is None else (None,) * 4
-        ctx.save_for_backward(hidden, size, *again)
+        spends = slope is not None and slope.nbytes > SPENT_BYTES
+        if spends:
+            ctx.slope = slope
+        again = (head.weight, head.bias, target, lse) if spends or slope is None else (None,) * 4
+        ctx.save_for_backward(hidden, None if spends else slope, size, *again)
         ctx.numbers = head[2:]
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, size, weight, bias, target, lse = ctx.saved_tensors
-        slope = ctx.slope
+        hidden, kept, size, weight, bias, target, lse = ctx.saved_tensors
         with torch.no_grad():
-            if slope is None:
-                # No backend's slope, or one that a former backward through a kept graph has spent.
+            if size is None:
                 d_hidden = ctx.kernel.gradients(grad, hidden, Head(weight, bias, *ctx.numbers), target, lse)
-            elif ctx.spends:
-                ctx.slope = None
-                d_hidden = slope.mul_((size * grad).unsqueeze(1)).to(hidden.dtype)
             else:
-                d_hidden = (slope * (size * grad).unsqueeze(1)).to(hidden.dtype)
+                # Taken by one call alone, though several threads may go back through the graph at once.
+                slope = vars(ctx).pop("slope", None) if kept is None else kept
+                if slope is None:
+                    slope = ctx.kernel.with_slope(hidden, Head(weight, bias, *ctx.numbers), target)[2]
+                factor = (size * grad).unsqueeze(1)
+                # Several gradients at once don't fit in one's memory.
+                spends = kept is None and not is_batched(grad)
+                d_hidden = (slope.mul_(factor) if spends else slope * factor).to(hidden.dtype)
         if torch.is_grad_enabled():
             d_hidden = _Once.apply(d_hidden, grad, hidden)  # type: ignore[no-untyped-call]
         return d_hidden, None, None, None

@@ -63,21 +63,21 @@ def _reduce(
         shares.copy_(products if unit == 1 else products.mul_(unit))
 
 
-def _walk(head: Head, hidden: Tensor, target: Tensor, sums: Tensor) -> tuple[Tensor, Tensor] | None:
+def _walk(head: Head, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """See :data:`mechanex.backends.chunked.Walk`."""
     if not hidden.is_cuda:
         return None
-    return walk_with(modules.cuda(), head, hidden, target, sums, on_stream(hidden))
+    return walk_with(modules.cuda(), head, hidden, target, on_stream(hidden))
 
 
 def walk_with(
-    module: Any, head: Head, hidden: Tensor, target: Tensor, sums: Tensor, place: tuple[int, int]
-) -> tuple[Tensor, Tensor] | None:
+    module: Any, head: Head, hidden: Tensor, target: Tensor, place: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """The walk by a compiled module; None where it has none for these arguments.
 
     Args:
         module: with ``walk_groups`` and ``walk``; as many parts as the bounds of memory allow.
-        head, hidden, target, sums: as for :data:`mechanex.backends.chunked.Walk`.
+        head, hidden, target: as for :data:`mechanex.backends.chunked.Walk`.
         place: device and stream.
     """
     weight = head.weight
@@ -86,14 +86,15 @@ def walk_with(
     if hidden.dtype.itemsize != 2 or weight.stride(1) != 1 or weight.stride(0) % 8 or weight.data_ptr() % 16:
         return None
     groups = module.walk_groups(DTYPE_CODES[hidden.dtype], n_rows, weight.shape[0], width, place[0])
+    bias = None if head.bias is None else head.bias.float().contiguous().resolve_neg()
+    copied = 0 if bias is None or bias is head.bias else bias.nbytes
     # One more part's memory holds the sums.
-    groups = min(groups, (MOST_BYTES - ROOM) // max(sums.nbytes, 1) - 1)
+    groups = min(groups, (MOST_BYTES - ROOM - copied) // max(4 * n_rows * width, 1) - 1)
     if groups < 1:
         return None
     x = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-    bias = None if head.bias is None else head.bias.float().contiguous().resolve_neg()
-    maximum, total = (sums.new_empty(groups, n_rows) for _ in range(2))
-    parts = sums.new_empty(groups, n_rows, width)
+    maximum, total = (hidden.new_empty(groups, n_rows, dtype=torch.float32) for _ in range(2))
+    parts = hidden.new_empty(groups, n_rows, width, dtype=torch.float32)
     module.walk(
         DTYPE_CODES[hidden.dtype],
         *(n_rows, weight.shape[0], width),
@@ -106,8 +107,7 @@ def walk_with(
     highest = maximum.amax(0)
     # Where no other token is possible, differences from minus infinity would be NaN.
     factor = (maximum - torch.where(highest == -torch.inf, 0.0, highest)).exp_()
-    torch.sum(parts.mul_(factor.unsqueeze(2)), 0, out=sums)
-    return highest, total.mul_(factor).sum(0)
+    return highest, total.mul_(factor).sum(0), parts.mul_(factor.unsqueeze(2)).sum(0)
 
 
 LOGPROB = Chunked(_reduce, _walk, padded=False)
