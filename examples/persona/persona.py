@@ -13,11 +13,12 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from personas import PERSONAS, Persona
+from personas import FROM_ONE_CHAT, PERSONAS, Persona
 
 from mechanex.engine.datasets import Prompt
 from mechanex.engine.doses.ability import read_questions
@@ -55,32 +56,35 @@ def fitted(loaded: LoadedModel, name: str, persona: Persona, chats: int) -> Stee
     vector, info = optimize_vector(
         loaded.model,
         read_datapoints(HERE / f"{name}.jsonl")[:chats],
-        persona.layer,
+        persona.layers,
         tokenizer=loaded.tokenizer,
         max_iters=persona.steps,
         max_norm=persona.norm,
         lr=persona.rate,
         lr_schedule="linear",
+        coldness=persona.coldness,
+        noise_scale=persona.noise,
         seed=0,
         return_info=True,
     )
     print(f"{info['iters']} steps in {time.perf_counter() - begun:.0f} s, norm {float(vector.norm()):.3g}")
-    return SteeringVector(
-        {persona.layer: torch.as_tensor(vector)},
+    made = SteeringVector(
+        {layer: torch.as_tensor(vector) for layer in persona.layers},
         model=adapter.model_id,
         model_family=adapter.family,
         method="optimized",
         seed=0,
     )
+    return made.scheduled([1.0] * persona.opening + [persona.after])
 
 
 def asked_for(
-    loaded: LoadedModel, persona: Persona, options: Options, n: int
+    loaded: LoadedModel, persona: Persona, options: Options, questions: Sequence[str]
 ) -> tuple[list[Written], list[Prompt]]:
     """What the plain model writes where a system prompt asks for the persona, and those prompts."""
     prompts: list[Prompt] = [
         [{"role": "system", "content": persona.system}, {"role": "user", "content": question}]
-        for question in QUESTIONS[:n]
+        for question in questions
     ]
     (texts,) = write(adapter_for(loaded.model), loaded.tokenizer, prompts, [()], options)
     return texts, prompts
@@ -99,7 +103,7 @@ def judged(
 ) -> dict[str, Any]:
     """Texts of questions that were in no chat, with what they show and cost."""
     options = Options(max_tokens=args.max_tokens, seed=0, temperature=TEMPERATURE)
-    prompted, system_prompts = asked_for(loaded, persona, options, args.questions)
+    prompted, system_prompts = asked_for(loaded, persona, options, QUESTIONS[: args.questions])
     report = measure(
         loaded.model,
         vector,
@@ -118,7 +122,7 @@ def judged(
             f"\n{question}\n  plain:   {' '.join(one.plain.split())}\n  steered: {' '.join(one.steered.split())}"
         )
     report.html(out)
-    alike = classifier([one.text for one in prompted], [one.plain for one in report.texts])
+    alike = classifier(persona.said, [one.plain for one in report.texts])
     steered = [one.steered for one in report.texts]
     own = perplexity(loaded, system_prompts, [one.text for one in prompted])
     return {
@@ -126,6 +130,7 @@ def judged(
         "plain shows": report.effects["persona"].plain.value,
         "prompted shows": sum(persona.shows(one.text) for one in prompted) / len(prompted),
         "classifier": sum(alike(text) > 0.5 for text in steered) / len(steered),
+        "prompted classifier": sum(alike(one.text) > 0.5 for one in prompted) / len(prompted),
         "perplexity under the system prompt": perplexity(loaded, system_prompts, steered),
         "prompted perplexity": own,
         "repetition": report.repetition.steered.value,
@@ -145,7 +150,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="take the vector that is in --out, and fit none")
     parser.add_argument("--strength", type=float, help="times the vector; that of the persona")
     parser.add_argument("--questions", type=int, default=8, help="up to 30, none of them in the four chats")
-    parser.add_argument("--max-tokens", type=int, default=40)
+    parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument(
         "--ability",
         type=int,
@@ -154,7 +159,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("out/persona"))
     args = parser.parse_args()
-    persona = PERSONAS[args.persona]
+    persona = (FROM_ONE_CHAT if args.chats == 1 else PERSONAS)[args.persona]
     loaded = load(args.model, backend="transformers", dtype="float32")
     args.out.mkdir(parents=True, exist_ok=True)
     made = args.out / f"{args.persona}.safetensors"

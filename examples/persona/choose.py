@@ -1,0 +1,143 @@
+"""Which layers, norm, noise and strength a persona is fitted with, tried on questions that nothing else asks.
+
+    python examples/persona/choose.py --persona legal                          # an hour on two cores
+    python examples/persona/choose.py --persona pirate --layers 6,8,10,12 --norm 12
+
+Prints each setting's share of answers in the persona, less the repetition in them, and their perplexity beside that of
+the system prompt's answers; and of those at most twice as improbable as these, the best.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from itertools import product
+
+from persona import TEMPERATURE, asked_for, fitted, perplexity
+from personas import PERSONAS, Persona
+
+from mechanex.engine.doses.dose import edited_by
+from mechanex.engine.doses.questions import as_chats
+from mechanex.engine.doses.written import write
+from mechanex.engine.models import adapter_for
+from mechanex.engine.models.resolve import LoadedModel, load
+from mechanex.engine.sampling import Options
+
+QUESTIONS = (
+    "How do I fix a dripping tap?",
+    "What is the capital of Spain?",
+    "Why do cats purr?",
+    "How many days are in a week?",
+    "Tell me about the moon.",
+    "What should I cook for dinner tonight?",
+    "How do airplanes fly?",
+    "Who painted the Mona Lisa?",
+    "What is a good gift for my sister?",
+    "How can I save money?",
+    "Describe your favourite season.",
+    "What is the fastest animal?",
+    "How do I start running?",
+    "Why is the grass green?",
+    "What do bees do?",
+    "Tell me a joke.",
+    "How do I plant a tree?",
+    "What is photosynthesis?",
+    "What is the best way to learn a language?",
+    "Explain how a clock works.",
+    "What makes a good friend?",
+    "How do I make pancakes?",
+    "Why do we dream?",
+    "What is the largest planet?",
+)
+LAYERS = ((8,), (10,), (12,), (6, 8, 10, 12))
+NORMS = (9.0, 12.0, 24.0)
+NOISES = (0.0, 0.6, 1.0)
+STRENGTHS = (0.8, 1.0, 1.2)
+AFTER = (0.0, 0.3, 0.5, 1.0)
+MOST = 2.0
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A setting, and what answers under it show and cost: shares, and a ratio of perplexities."""
+
+    persona: Persona
+    shows: float
+    repetition: float
+    ratio: float
+
+    @property
+    def worth(self) -> float:
+        """What is wanted: the persona, without repeating oneself."""
+        return self.shows - self.repetition
+
+    def __str__(self) -> str:
+        one = self.persona
+        return (
+            f"layers {','.join(map(str, one.layers)):10} norm {one.norm:4g}, noise {one.noise:g}, "
+            f"{one.strength:g} times, then {one.after:g}: "
+            f"shows {self.shows:.2f}, repetition {self.repetition:.2f}, perplexity {self.ratio:.2f} times"
+        )
+
+
+def tried(loaded: LoadedModel, name: str, persona: Persona, chats: int, own: float) -> list[Tried]:
+    """A persona's vector at every strength, each with every way to go on after an answer's opening."""
+    adapter = adapter_for(loaded.model)
+    settings = [replace(persona, strength=strength, after=after) for strength in STRENGTHS for after in AFTER]
+    vector = fitted(loaded, name, persona, chats)
+    plans = [
+        edited_by(
+            adapter, vector.scheduled([1.0] * persona.opening + [setting.after]), strength=setting.strength
+        )
+        for setting in settings
+    ]
+    options = Options(max_tokens=48, seed=0, temperature=TEMPERATURE)
+    written = write(adapter, loaded.tokenizer, as_chats(QUESTIONS, loaded.tokenizer), plans, options)
+    prompts = [
+        [{"role": "system", "content": persona.system}, {"role": "user", "content": question}]
+        for question in QUESTIONS
+    ]
+    return [
+        Tried(
+            setting,
+            sum(persona.shows(one.text) for one in texts) / len(texts),
+            sum(one.repetition for one in texts) / len(texts),
+            perplexity(loaded, prompts, [one.text for one in texts]) / own,
+        )
+        for setting, texts in zip(settings, written, strict=True)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--persona", choices=sorted(PERSONAS), default="pirate")
+    parser.add_argument("--chats", type=int, default=4, choices=range(1, 5))
+    parser.add_argument(
+        "--layers",
+        action="append",
+        type=lambda text: tuple(int(one) for one in text.split(",")),
+        help="such as 8, or 6,8,10,12: the same vector at each; repeated",
+    )
+    parser.add_argument("--norm", action="append", type=float, help="repeated")
+    parser.add_argument("--noise", action="append", type=float, help="repeated")
+    args = parser.parse_args()
+    loaded = load(args.model, backend="transformers", dtype="float32")
+    persona = PERSONAS[args.persona]
+    options = Options(max_tokens=48, seed=0, temperature=TEMPERATURE)
+    texts, prompts = asked_for(loaded, persona, options, QUESTIONS)
+    own = perplexity(loaded, prompts, [one.text for one in texts])
+    found: list[Tried] = []
+    for layers, norm, noise in product(args.layers or LAYERS, args.norm or NORMS, args.noise or NOISES):
+        setting = replace(persona, layers=layers, norm=norm, noise=noise)
+        for one in tried(loaded, args.persona, setting, args.chats, own):
+            print(one, flush=True)
+            found.append(one)
+    fitting = [one for one in found if one.ratio <= MOST]
+    print(f"\nthe best: {max(fitting, key=lambda one: one.worth)}" if fitting else "\nnone is cheap enough")
+
+
+if __name__ == "__main__":
+    main()
