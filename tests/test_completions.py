@@ -313,3 +313,15 @@ def test_no_tokenizer_at_all_is_an_error():
 def test_they_are_documented_names():
     for name in ("get_completion_logprob", "get_completion_logprob_hf"):
         assert name in steering_opt.__all__ and getattr(steering_opt, name).__doc__
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "bloom", "gemma2"])
+def test_a_models_first_score_has_the_bits_of_later_ones(name):
+    """The first pass is the probe of the unembedding too."""
+    model = build(name)
+    first, second = (
+        get_completion_logprob(model, PROMPT, COMPLETION, TOKENIZER, return_all_probs=True)[1]
+        for _ in range(2)
+    )
+    assert first == second

@@ -64,6 +64,7 @@ def fitted(loaded: LoadedModel, name: str, persona: Persona, chats: int) -> Stee
         lr_schedule="linear",
         coldness=persona.coldness,
         noise_scale=persona.noise,
+        do_tangent_space_noise=False,
         seed=0,
         return_info=True,
     )

@@ -131,7 +131,7 @@ PERSONAS: dict[str, Persona] = {
         HAIKU_SAID,
         opening=18,
         after=0.3,
-        strength=1.1,
+        strength=1.15,
     ),
     "legal": Persona(
         "You are a lawyer. Answer every question in the language of a contract: pursuant, hereby, party, shall.",
@@ -146,10 +146,9 @@ PERSONAS: dict[str, Persona] = {
         TODDLER_SAID,
         opening=5,
         after=0.0,
-        strength=1.1,
     ),
 }
 
 # A single chat's vector says less to other questions: most take a larger strength.
-_OF_ONE = {"pirate": 1.0, "haiku": 1.1, "legal": 1.15, "toddler": 1.2}
+_OF_ONE = {"pirate": 1.0, "haiku": 1.15, "legal": 1.15, "toddler": 1.2}
 FROM_ONE_CHAT = {name: replace(PERSONAS[name], strength=strength) for name, strength in _OF_ONE.items()}

@@ -144,11 +144,13 @@ def scored_logprobs(
     """
     if hidden is None:
         if pack.input_ids.shape[0] == 1 and adapter.findings.get("unembedding") is None:
-            logits = watch_unembedding(adapter, pack, lambda: run_pack(adapter, pack, **extra))
-            return chosen_logprobs(logits, pack.target, coldness)
-        if not unembedding_agrees(adapter):
+            logits, hidden = watch_unembedding(adapter, pack, lambda: run_pack(adapter, pack, **extra))
+            if hidden is None:
+                return chosen_logprobs(logits, pack.target, coldness)
+        elif unembedding_agrees(adapter):
+            hidden = scored_hidden(adapter, pack, **extra)
+        else:
             return chosen_logprobs(scored_logits(adapter, pack, **extra), pack.target, coldness)
-        hidden = scored_hidden(adapter, pack, **extra)
     head = adapter.unembedding
     hidden, target = hidden.to(head.weight.device), pack.target.to(head.weight.device)
     learns = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)

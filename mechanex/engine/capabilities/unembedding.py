@@ -47,10 +47,11 @@ def unembedding_agrees(adapter: ModelAdapter) -> bool:
     return bool(agrees)
 
 
-def watch_unembedding(adapter: ModelAdapter, pack: Pack, run: Callable[[], Any]) -> Tensor:
+def watch_unembedding(adapter: ModelAdapter, pack: Pack, run: Callable[[], Any]) -> tuple[Tensor, Tensor | None]:
     """[N, n_vocab] logits for the pack's completion tokens from the model's own pass, which serves as the probe too.
 
-    So what is attached to the model sees one pass, the one that was asked for.
+    So what is attached to the model sees one pass, the one that was asked for. Beside the logits, the [N, d_model]
+    hidden states that the adapter's unembedding makes them from, as in all later passes; None where it doesn't.
 
     Args:
         adapter: the model.
@@ -66,8 +67,11 @@ def watch_unembedding(adapter: ModelAdapter, pack: Pack, run: Callable[[], Any])
         if handle is not None:
             handle.remove()
     theirs = pack.predictors_of(logits)
+    if not (seen and adapter.unembeds and bool(theirs.isfinite().all())):
+        return theirs, None
+    hidden = pack.predictors_of(seen[0])
     with torch.no_grad():
-        if seen and adapter.unembeds and bool(theirs.isfinite().all()):
-            ours = adapter.unembedding.logits(pack.predictors_of(seen[0]))
-            adapter.findings["unembedding"] = close(ours, theirs.to(ours))
-    return theirs
+        ours = adapter.unembedding.logits(hidden)
+        agrees = close(ours, theirs.to(ours))
+    adapter.findings["unembedding"] = agrees
+    return theirs, hidden if agrees else None
