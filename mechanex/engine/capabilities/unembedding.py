@@ -47,7 +47,9 @@ def unembedding_agrees(adapter: ModelAdapter) -> bool:
     return bool(agrees)
 
 
-def watch_unembedding(adapter: ModelAdapter, pack: Pack, run: Callable[[], Any]) -> tuple[Tensor, Tensor | None]:
+def watch_unembedding(
+    adapter: ModelAdapter, pack: Pack, run: Callable[[], Any]
+) -> tuple[Tensor, Tensor | None]:
     """[N, n_vocab] logits for the pack's completion tokens from the model's own pass, which serves as the probe too.
 
     So what is attached to the model sees one pass, the one that was asked for. Beside the logits, the [N, d_model]
