@@ -79,6 +79,9 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--kl", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--bisection", action=argparse.BooleanOptionalAction, default=True, help="time bisection beside it"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     loaded = load(args.model, backend="transformers", dtype=args.dtype)
@@ -110,9 +113,11 @@ def main() -> None:
             seen = search(known, adapter, vector, args.kl)
             spent = time.process_time() - begun
             strength = min(seen, key=lambda one: abs(seen[one] - args.kl))
-            begun = time.process_time()
-            tried = bisected(known, adapter, vector, args.kl, max(seen))
-            bisection = time.process_time() - begun
+            tried, bisection = 0, 0.0
+            if args.bisection:
+                begun = time.process_time()
+                tried = bisected(known, adapter, vector, args.kl, max(seen))
+                bisection = time.process_time() - begun
             (found,) = unseen.under([tuple(vector.plan(adapter, strength).interventions)])
             moved.append(dose_quantile(found.kl))
             print(

@@ -123,7 +123,8 @@ def judged(
             f"\n{question}\n  plain:   {' '.join(one.plain.split())}\n  steered: {' '.join(one.steered.split())}"
         )
     report.html(out)
-    alike = classifier(persona.said, [one.plain for one in report.texts])
+    said = [*persona.said, *(one.text for one in prompted)]
+    alike = classifier(said, [one.plain for one in report.texts])
     steered = [one.steered for one in report.texts]
     own = perplexity(loaded, system_prompts, [one.text for one in prompted])
     return {
@@ -131,7 +132,6 @@ def judged(
         "plain shows": report.effects["persona"].plain.value,
         "prompted shows": sum(persona.shows(one.text) for one in prompted) / len(prompted),
         "classifier": sum(alike(text) > 0.5 for text in steered) / len(steered),
-        "prompted classifier": sum(alike(one.text) > 0.5 for one in prompted) / len(prompted),
         "perplexity under the system prompt": perplexity(loaded, system_prompts, steered),
         "prompted perplexity": own,
         "repetition": report.repetition.steered.value,
