@@ -15,6 +15,8 @@ from mechanex.server.model import wire, worker
 PATIENCE = 12.0
 STUCK = "MECHANEX_TEST_STUCK"
 """Names a file: once it is there, passes of the batch take a minute, and the file says that one has begun."""
+STUCK_IN = "MECHANEX_TEST_STUCK_IN"
+"""In which processes, such as ``0,1``: where not in all, the others wait in the midst of a pass for these."""
 FAILING = "MECHANEX_TEST_FAILING"
 """Names a file: once it is there, the thread of the model fails."""
 
@@ -23,7 +25,7 @@ _run, _sweep = Calls.__call__, worker.Worker._sweep
 
 def _stuck(*args: Any) -> Any:
     file = Path(os.environ[STUCK])
-    if file.exists():
+    if file.exists() and os.environ["RANK"] in os.environ[STUCK_IN].split(","):
         file.write_text("begun")
         time.sleep(60)
     return _run(*args)

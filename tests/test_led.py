@@ -87,7 +87,7 @@ class Pair:
         monkeypatch.setattr(wire._Wire, "__init__", lambda end, own: setattr(end, "_own", own))
         monkeypatch.setattr(wire._Wire, "_pass", hand)
         monkeypatch.setattr(wire._Wire, "meet", meet)
-        monkeypatch.setattr(wire.atexit, "register", lambda _: None)
+        monkeypatch.setattr(wire.atexit, "register", lambda *_: None)
         store = HashStore()
         monkeypatch.setattr(wire, "default_store", lambda: store)
         model = FAMILIES["llama"]()

@@ -306,31 +306,35 @@ def of_rank(server: ServerProcess, rank: int) -> int:
 
 
 @pytest.mark.ci
-def test_sigterm_ends_all_processes(split: ServerProcess) -> None:
-    """The last one with this server. torchrun's exit code is 0 only where that of each process is."""
-    os.kill(of_rank(split, 0), signal.SIGTERM)
-    assert split.process.wait(120) == 0, split.output()
-    assert "Traceback" not in split.output() and split.output().count("Serving mx-tiny") == 1
+def test_sigterm_ends_all_processes(tmp_path: Path) -> None:
+    """torchrun's exit code is 0 only where that of each process is."""
+    with serving("--tp", home=tmp_path, start=START) as running:
+        asked(running, "/v1/completions", GREEDY | {"prompt": PROMPT})
+        os.kill(of_rank(running, 0), signal.SIGTERM)
+        assert running.process.wait(60) == 0, running.output()
+        assert "Traceback" not in running.output() and running.output().count("Serving mx-tiny") == 1
 
 
 @pytest.mark.ci
 def test_a_process_that_is_killed_ends_the_server(tmp_path: Path) -> None:
     with serving("--tp", home=tmp_path, start=START) as running, streaming(running, ENDLESS):
         os.kill(of_rank(running, 1), signal.SIGKILL)
-        assert running.process.wait(120) != 0
+        assert running.process.wait(30) != 0
         assert "Error: another process of the split model can't be reached" in running.output()
 
 
 @pytest.mark.ci
-def test_sigterm_ends_all_processes_in_the_midst_of_a_pass(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", ["0,1", "0", "1"])
+def test_sigterm_ends_all_processes_in_the_midst_of_a_pass(ranks: str, tmp_path: Path) -> None:
+    """Those that wait in it for another one's part too."""
     stuck = tmp_path / "stuck"
-    environment = {serve_split_job.STUCK: str(stuck)}
+    environment = {serve_split_job.STUCK: str(stuck), serve_split_job.STUCK_IN: ranks}
     with serving("--tp", home=tmp_path, start=START, environment=environment) as running:
         with streaming(running, ENDLESS):
             stuck.touch()
             until(lambda: stuck.read_text() == "begun")
             os.kill(of_rank(running, 0), signal.SIGTERM)
-            assert running.process.wait(120) == 0, running.output()
+            assert running.process.wait(40) == 0, running.output()
         assert "Traceback" not in running.output()
 
 
@@ -342,7 +346,7 @@ def test_a_thread_of_the_model_that_fails_ends_all_processes_with_an_error(tmp_p
         failing.touch()
         status, _, answer = call(running, "POST", "/v1/completions", GREEDY | {"prompt": PROMPT})
         assert status == 503 and "model thread has failed" in str(answer)
-        assert running.process.wait(120) != 0
+        assert running.process.wait(60) != 0
         assert "Error: the model's thread has failed" in running.output()
 
 

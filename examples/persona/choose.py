@@ -16,6 +16,7 @@ from itertools import product
 from persona import TEMPERATURE, asked_for, fitted, perplexity
 from personas import PERSONAS, Persona
 
+from mechanex.engine.datasets import Prompt
 from mechanex.engine.doses.dose import edited_by
 from mechanex.engine.doses.questions import as_chats
 from mechanex.engine.doses.written import write
@@ -55,6 +56,7 @@ NOISES = (0.0, 0.6, 1.0)
 STRENGTHS = (0.8, 1.0, 1.2)
 AFTER = (0.0, 0.3, 0.5, 1.0)
 MOST = 2.0
+OPTIONS = Options(max_tokens=48, seed=0, temperature=TEMPERATURE)
 
 
 @dataclass(frozen=True)
@@ -80,29 +82,29 @@ class Tried:
         )
 
 
-def tried(loaded: LoadedModel, name: str, persona: Persona, chats: int, own: float) -> list[Tried]:
-    """A persona's vector at every strength, each with every way to go on after an answer's opening."""
+def tried(
+    loaded: LoadedModel, name: str, persona: Persona, chats: int, asked: list[Prompt], own: float
+) -> list[Tried]:
+    """A persona's vector at every strength, each with every way to go on after an answer's opening.
+
+    Args:
+        loaded: the model.
+        name, persona: whose vector.
+        chats: how many it is made from.
+        asked: the questions after the system prompt that asks for the persona.
+        own: perplexity of the answers that the plain model gives to these.
+    """
     adapter = adapter_for(loaded.model)
     settings = [replace(persona, strength=strength, after=after) for strength in STRENGTHS for after in AFTER]
     vector = fitted(loaded, name, persona, chats)
-    plans = [
-        edited_by(
-            adapter, vector.scheduled([1.0] * persona.opening + [setting.after]), strength=setting.strength
-        )
-        for setting in settings
-    ]
-    options = Options(max_tokens=48, seed=0, temperature=TEMPERATURE)
-    written = write(adapter, loaded.tokenizer, as_chats(QUESTIONS, loaded.tokenizer), plans, options)
-    prompts = [
-        [{"role": "system", "content": persona.system}, {"role": "user", "content": question}]
-        for question in QUESTIONS
-    ]
+    plans = [edited_by(adapter, vector.scheduled(one.schedule), strength=one.strength) for one in settings]
+    written = write(adapter, loaded.tokenizer, as_chats(QUESTIONS, loaded.tokenizer), plans, OPTIONS)
     return [
         Tried(
             setting,
             sum(persona.shows(one.text) for one in texts) / len(texts),
             sum(one.repetition for one in texts) / len(texts),
-            perplexity(loaded, prompts, [one.text for one in texts]) / own,
+            perplexity(loaded, asked, [one.text for one in texts]) / own,
         )
         for setting, texts in zip(settings, written, strict=True)
     ]
@@ -126,13 +128,12 @@ def main() -> None:
     args = parser.parse_args()
     loaded = load(args.model, backend="transformers", dtype="float32")
     persona = PERSONAS[args.persona]
-    options = Options(max_tokens=48, seed=0, temperature=TEMPERATURE)
-    texts, prompts = asked_for(loaded, persona, options, QUESTIONS)
-    own = perplexity(loaded, prompts, [one.text for one in texts])
+    texts, asked = asked_for(loaded, persona, OPTIONS, QUESTIONS)
+    own = perplexity(loaded, asked, [one.text for one in texts])
     found: list[Tried] = []
     for layers, norm, noise in product(args.layers or LAYERS, args.norm or NORMS, args.noise or NOISES):
         setting = replace(persona, layers=layers, norm=norm, noise=noise)
-        for one in tried(loaded, args.persona, setting, args.chats, own):
+        for one in tried(loaded, args.persona, setting, args.chats, asked, own):
             print(one, flush=True)
             found.append(one)
     fitting = [one for one in found if one.ratio <= MOST]

@@ -76,7 +76,7 @@ def fitted(loaded: LoadedModel, name: str, persona: Persona, chats: int) -> Stee
         method="optimized",
         seed=0,
     )
-    return made.scheduled([1.0] * persona.opening + [persona.after])
+    return made.scheduled(persona.schedule)
 
 
 def asked_for(

@@ -40,6 +40,11 @@ class Persona:
     noise: float = 0.6
     strength: float = 1.0
 
+    @property
+    def schedule(self) -> list[float]:
+        """What multiplies the strength at each token of an answer, the last number going on."""
+        return [1.0] * self.opening + [self.after]
+
 
 def two_of(words: str) -> Callable[[str], bool]:
     """A judge: two words or more of a list; one that ends with ``*`` is the beginning of a word."""

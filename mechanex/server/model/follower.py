@@ -46,6 +46,7 @@ def follow(adapter: ModelAdapter, led: Led) -> None:
     except Parted as error:
         if not led.first_has_left:
             raise MechanexError(str(error)) from error
+        led.leave()
 
 
 class _FirstFailed(Exception):

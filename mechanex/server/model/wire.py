@@ -47,6 +47,7 @@ MEETING = timedelta(seconds=30)  # that the first waits for the others where all
 _LOOK = 1.0  # seconds from one look to the next whether the first process has left
 _TIME_TO_END = 5.0  # seconds that a process then has to end by itself
 _LEFT = "mechanex/first has left"  # in the job's store
+_STORE_GONE = RuntimeError  # what torch raises where whoever keeps the store is gone; it has no narrower type
 _HEAD = 2048  # bytes that every message has; most have no more
 
 _SHARED = (Row, Edit, Varying, PromptCondition, Behavior, SparseAutoencoder)
@@ -85,8 +86,7 @@ class _Wire:
         try:
             yield
         except RuntimeError as error:  # what torch raises has no narrower type
-            atexit.unregister(_leave)
-            atexit.register(_leave)
+            _leave_at_exit(1)
             raise Parted(
                 "another process of the split model can't be reached: it was ended, is stuck, or its machine is gone; "
                 f"the server ends. ({str(error).splitlines()[0][:200]})"
@@ -274,8 +274,15 @@ class Led(_Wire):
 
     @property
     def first_has_left(self) -> bool:
-        """Whether the first process has ended while its model was at work."""
-        return bool(default_store().check([_LEFT]))
+        """Whether the first process is known to have ended while its model was at work."""
+        try:
+            return _first_has_left()
+        except _STORE_GONE:
+            return False
+
+    def leave(self) -> None:
+        """Has this process end in order, as the first one did, though that can't be reached any more."""
+        _leave_at_exit(0)
 
     @contextmanager
     def ending_with_first(self) -> Iterator[None]:
@@ -291,9 +298,9 @@ class Led(_Wire):
         while not over.wait(_LOOK):
             code = 0
             try:
-                if not self.first_has_left:
+                if not _first_has_left():
                     continue
-            except RuntimeError:  # whoever keeps the store is gone; what torch raises has no narrower type
+            except _STORE_GONE:
                 code = 1
             if not over.wait(_TIME_TO_END):
                 _leave(code)
@@ -310,7 +317,17 @@ class Led(_Wire):
         self._heard += pickle.loads(payload)
 
 
-def _leave(code: int = 1) -> None:
+def _first_has_left() -> bool:
+    return bool(default_store().check([_LEFT]))
+
+
+def _leave_at_exit(code: int) -> None:
+    """Has the process end with ``_leave``, by this exit code, once it has come to its end."""
+    atexit.unregister(_leave)
+    atexit.register(_leave, code)
+
+
+def _leave(code: int) -> None:
     """Ends the process: the interpreter's own end would wait for what is still under way between processes."""
     logging.shutdown()
     sys.stdout.flush()
