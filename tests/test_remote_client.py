@@ -267,13 +267,15 @@ def test_structure_and_attribution_are_the_same_here_and_there(remote: Mechanex,
 
 
 def test_behaviors_are_kept_by_the_server(remote: Mechanex, tmp_path: Path) -> None:
+    before = remote.sae.list_behaviors()
     made = remote.sae.create_behavior("angry", **EXAMPLES, description="shouting")
     assert made["behavior_name"] == "angry" and made["steering_vector_id"]
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "He", "positive": " ran", "negative": " slept"}')
     remote.sae.create_behavior_from_jsonl(
         "fast", tmp_path / "pairs.jsonl", "running", made["steering_vector_id"]
     )
-    assert [one["behavior_name"] for one in remote.sae.list_behaviors()] == ["angry", "fast"]
+    made_here = remote.sae.list_behaviors()[len(before) :]
+    assert [one["behavior_name"] for one in made_here] == ["angry", "fast"]
     with pytest.raises(ValidationError, match="that of the behavior 'angry', 'fast'"):
         remote.steering.delete_vectors(made["steering_vector_id"])
     remote.sae.delete_behavior("angry")
@@ -283,7 +285,7 @@ def test_behaviors_are_kept_by_the_server(remote: Mechanex, tmp_path: Path) -> N
     remote.steering.delete_vectors(made["steering_vector_id"])
     with pytest.raises(NotFoundError):
         remote.steering.delete_vectors(made["steering_vector_id"])
-    assert remote.sae.list_behaviors() == []
+    assert remote.sae.list_behaviors() == before
 
 
 def test_models_of_a_server_are_listed_without_a_key(server: ServerProcess) -> None:
