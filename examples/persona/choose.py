@@ -1,7 +1,7 @@
-"""Which layers, norm, noise and strength a persona is fitted with, tried on questions that nothing else asks.
+"""What a persona is fitted to and with, tried on questions that nothing else asks.
 
-    python examples/persona/choose.py --persona legal                          # an hour on two cores
-    python examples/persona/choose.py --persona pirate --layers 6,8,10,12 --norm 12
+    python examples/persona/choose.py --persona legal --opening "As a lawyer, I" --opening "Pursuant to the contract,"
+    python examples/persona/choose.py --persona legal --layers 10 --layers 6,8,10,12 --norm 12 --norm 24
 
 Prints each setting's share of answers in the persona, less the repetition in them, and their perplexity beside that of
 the system prompt's answers; and of those at most twice as improbable as these, the best.
@@ -13,7 +13,7 @@ import argparse
 from dataclasses import dataclass, replace
 from itertools import product
 
-from persona import TEMPERATURE, asked_for, fitted, perplexity
+from persona import TEMPERATURE, asked_for, chats_of, fading, fitted, perplexity
 from personas import PERSONAS, Persona
 
 from mechanex.engine.datasets import Prompt
@@ -22,6 +22,7 @@ from mechanex.engine.doses.questions import as_chats
 from mechanex.engine.doses.written import write
 from mechanex.engine.models import adapter_for
 from mechanex.engine.models.resolve import LoadedModel, load
+from mechanex.engine.optimize.datapoints import TrainingDatapoint
 from mechanex.engine.sampling import Options
 
 QUESTIONS = (
@@ -50,11 +51,8 @@ QUESTIONS = (
     "Why do we dream?",
     "What is the largest planet?",
 )
-LAYERS = ((8,), (10,), (12,), (6, 8, 10, 12))
-NORMS = (9.0, 12.0, 24.0)
-NOISES = (0.0, 0.6, 1.0)
-STRENGTHS = (0.8, 1.0, 1.2)
-AFTER = (0.0, 0.3, 0.5, 1.0)
+STRENGTHS = (0.85, 1.0, 1.15)
+AFTER = (0.0, 0.15, 0.3, 1.0)
 MOST = 2.0
 OPTIONS = Options(max_tokens=48, seed=0, temperature=TEMPERATURE)
 
@@ -64,6 +62,7 @@ class Tried:
     """A setting, and what answers under it show and cost: shares, and a ratio of perplexities."""
 
     persona: Persona
+    opening: str
     shows: float
     repetition: float
     ratio: float
@@ -76,32 +75,36 @@ class Tried:
     def __str__(self) -> str:
         one = self.persona
         return (
-            f"layers {','.join(map(str, one.layers)):10} norm {one.norm:4g}, noise {one.noise:g}, "
+            f"{self.opening!r}, layers {','.join(map(str, one.layers))}, norm {one.norm:g}, noise {one.noise:g}, "
             f"{one.strength:g} times, then {one.after:g}: "
             f"shows {self.shows:.2f}, repetition {self.repetition:.2f}, perplexity {self.ratio:.2f} times"
         )
 
 
 def tried(
-    loaded: LoadedModel, name: str, persona: Persona, chats: int, asked: list[Prompt], own: float
+    loaded: LoadedModel, persona: Persona, chats: list[TrainingDatapoint], asked: list[Prompt], own: float
 ) -> list[Tried]:
     """A persona's vector at every strength, each with every way to go on after an answer's opening.
 
     Args:
         loaded: the model.
-        name, persona: whose vector.
-        chats: how many it is made from.
+        persona: what the vector is fitted with.
+        chats: what it is fitted to.
         asked: the questions after the system prompt that asks for the persona.
         own: perplexity of the answers that the plain model gives to these.
     """
     adapter = adapter_for(loaded.model)
     settings = [replace(persona, strength=strength, after=after) for strength in STRENGTHS for after in AFTER]
-    vector = fitted(loaded, name, persona, chats)
-    plans = [edited_by(adapter, vector.scheduled(one.schedule), strength=one.strength) for one in settings]
+    vector = fitted(loaded, persona, chats)
+    plans = [
+        edited_by(adapter, fading(loaded, vector, chats, one.after), strength=one.strength)
+        for one in settings
+    ]
     written = write(adapter, loaded.tokenizer, as_chats(QUESTIONS, loaded.tokenizer), plans, OPTIONS)
     return [
         Tried(
             setting,
+            chats[0].dst_completions[0],
             sum(persona.shows(one.text) for one in texts) / len(texts),
             sum(one.repetition for one in texts) / len(texts),
             perplexity(loaded, asked, [one.text for one in texts]) / own,
@@ -116,24 +119,34 @@ def main() -> None:
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--persona", choices=sorted(PERSONAS), default="pirate")
-    parser.add_argument("--chats", type=int, default=4, choices=range(1, 5))
+    parser.add_argument("--chats", type=int, default=4, choices=range(1, 5), help="how many it is made from")
+    parser.add_argument(
+        "--opening", action="append", help="of every chat's answer, in place of its own; repeated"
+    )
     parser.add_argument(
         "--layers",
         action="append",
         type=lambda text: tuple(int(one) for one in text.split(",")),
-        help="such as 8, or 6,8,10,12: the same vector at each; repeated",
+        help="such as 8, or 6,8,10,12: the same vector at each; repeated; the persona's if not given",
     )
-    parser.add_argument("--norm", action="append", type=float, help="repeated")
-    parser.add_argument("--noise", action="append", type=float, help="repeated")
+    parser.add_argument("--norm", action="append", type=float, help="repeated; the persona's if not given")
+    parser.add_argument("--noise", action="append", type=float, help="repeated; the persona's if not given")
     args = parser.parse_args()
     loaded = load(args.model, backend="transformers", dtype="float32")
     persona = PERSONAS[args.persona]
     texts, asked = asked_for(loaded, persona, OPTIONS, QUESTIONS)
     own = perplexity(loaded, asked, [one.text for one in texts])
+    chats = chats_of(args.persona, args.chats)
     found: list[Tried] = []
-    for layers, norm, noise in product(args.layers or LAYERS, args.norm or NORMS, args.noise or NOISES):
+    for opening, layers, norm, noise in product(
+        args.opening or [None],
+        args.layers or [persona.layers],
+        args.norm or [persona.norm],
+        args.noise or [persona.noise],
+    ):
+        wanted = chats if opening is None else [replace(one, dst_completions=[opening]) for one in chats]
         setting = replace(persona, layers=layers, norm=norm, noise=noise)
-        for one in tried(loaded, args.persona, setting, args.chats, asked, own):
+        for one in tried(loaded, setting, wanted, asked, own):
             print(one, flush=True)
             found.append(one)
     fitting = [one for one in found if one.ratio <= MOST]

@@ -27,7 +27,7 @@ from mechanex.engine.doses.scorers import classifier
 from mechanex.engine.doses.written import Written, mean_logprobs, write
 from mechanex.engine.models import adapter_for
 from mechanex.engine.models.resolve import LoadedModel, load
-from mechanex.engine.optimize.datapoints import read_datapoints
+from mechanex.engine.optimize.datapoints import TrainingDatapoint, read_datapoints
 from mechanex.engine.sampling import Options
 from mechanex.engine.text import encode_pair
 from mechanex.engine.vectors import SteeringVector
@@ -49,13 +49,18 @@ QUESTIONS = [one for one in (*MORE_QUESTIONS, *OPEN_QUESTIONS) if "cup of tea" n
 ABILITY = HERE.parents[1] / "benchmarks" / "behaviors" / "ability.jsonl"
 
 
-def fitted(loaded: LoadedModel, name: str, persona: Persona, chats: int) -> SteeringVector:
-    """The vector of a persona from the first of its chats."""
+def chats_of(name: str, count: int) -> list[TrainingDatapoint]:
+    """The first of a persona's chats."""
+    return read_datapoints(HERE / f"{name}.jsonl")[:count]
+
+
+def fitted(loaded: LoadedModel, persona: Persona, chats: list[TrainingDatapoint]) -> SteeringVector:
+    """The vector of a persona from chats, with its whole strength at every token."""
     adapter = adapter_for(loaded.model)
     begun = time.perf_counter()
     vector, info = optimize_vector(
         loaded.model,
-        read_datapoints(HERE / f"{name}.jsonl")[:chats],
+        chats,
         persona.layers,
         tokenizer=loaded.tokenizer,
         max_iters=persona.steps,
@@ -69,14 +74,28 @@ def fitted(loaded: LoadedModel, name: str, persona: Persona, chats: int) -> Stee
         return_info=True,
     )
     print(f"{info['iters']} steps in {time.perf_counter() - begun:.0f} s, norm {float(vector.norm()):.3g}")
-    made = SteeringVector(
+    return SteeringVector(
         {layer: torch.as_tensor(vector) for layer in persona.layers},
         model=adapter.model_id,
         model_family=adapter.family,
         method="optimized",
         seed=0,
     )
-    return made.scheduled(persona.schedule)
+
+
+def fading(
+    loaded: LoadedModel, vector: SteeringVector, chats: list[TrainingDatapoint], after: float
+) -> SteeringVector:
+    """A vector that has its whole strength for as many tokens of an answer as the chats' openings have.
+
+    Args:
+        loaded: the model.
+        vector: fitted to the chats.
+        chats: each with one opening.
+        after: what multiplies the strength from there on.
+    """
+    openings = [encode_pair(loaded.tokenizer, one.prompt, one.dst_completions[0])[1] for one in chats]
+    return vector.scheduled([1.0] * max(map(len, openings)) + [after])
 
 
 def asked_for(
@@ -167,7 +186,8 @@ def main() -> None:
     if args.again:
         vector = SteeringVector.load(made)
     else:
-        vector = fitted(loaded, args.persona, persona, args.chats)
+        chats = chats_of(args.persona, args.chats)
+        vector = fading(loaded, fitted(loaded, persona, chats), chats, persona.after)
         vector.save(made)
     figures = judged(loaded, persona, vector, args, args.out / f"{args.persona}.html")
     (args.out / f"{args.persona}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

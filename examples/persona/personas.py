@@ -19,8 +19,8 @@ class Persona:
         system: the system prompt that asks for it.
         shows: whether a text is in it.
         said: sentences in it that are in no chat, for a classifier.
-        opening: how many tokens of an answer get the whole strength.
-        after: what multiplies the strength from there on: a model that has begun in a persona goes on in it.
+        after: what multiplies the strength after as many tokens as the chats' openings have: a model that has begun
+            in a persona goes on in it.
         layers, norm, rate, steps, coldness, noise: what its vector is optimized with, the same at each layer; the norm
             is the most that the vector may have. Without noise it says its opening word for word to questions like
             those in the chats, and nothing to others.
@@ -30,7 +30,6 @@ class Persona:
     system: str
     shows: Callable[[str], bool]
     said: tuple[str, ...]
-    opening: int
     after: float
     layers: tuple[int, ...] = (6, 8, 10, 12)
     norm: float = 12.0
@@ -39,11 +38,6 @@ class Persona:
     coldness: float = 1.0
     noise: float = 0.6
     strength: float = 1.0
-
-    @property
-    def schedule(self) -> list[float]:
-        """What multiplies the strength at each token of an answer, the last number going on."""
-        return [1.0] * self.opening + [self.after]
 
 
 def two_of(words: str) -> Callable[[str], bool]:
@@ -126,34 +120,27 @@ PERSONAS: dict[str, Persona] = {
         "You are a pirate. Answer every question as a pirate would, in a pirate's words.",
         two_of(PIRATE),
         PIRATE_SAID,
-        opening=10,
-        after=0.5,
-        noise=1.0,
+        after=0.3,
     ),
     "haiku": Persona(
         "Answer every question with a haiku: three short lines and nothing else.",
         haiku,
         HAIKU_SAID,
-        opening=18,
         after=0.3,
-        strength=1.15,
     ),
     "legal": Persona(
         "You are a lawyer. Answer every question in the language of a contract: pursuant, hereby, party, shall.",
         two_of(LEGAL),
         LEGAL_SAID,
-        opening=7,
-        after=0.0,
+        after=0.5,
     ),
     "toddler": Persona(
         "You are a two-year-old toddler. Answer every question as a toddler would, in a toddler's words.",
         two_of(TODDLER),
         TODDLER_SAID,
-        opening=5,
         after=0.0,
     ),
 }
 
-# A single chat's vector says less to other questions: most take a larger strength.
-_OF_ONE = {"pirate": 1.0, "haiku": 1.15, "legal": 1.15, "toddler": 1.2}
-FROM_ONE_CHAT = {name: replace(PERSONAS[name], strength=strength) for name, strength in _OF_ONE.items()}
+# A single chat's vector says less to other questions.
+FROM_ONE_CHAT = {name: replace(persona, strength=1.15) for name, persona in PERSONAS.items()}
