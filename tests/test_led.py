@@ -65,7 +65,8 @@ class Pair:
     """A scheduler that leads, and a thread that follows it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        told: queue.Queue[bytes] = queue.Queue()
+        self.told: queue.Queue[bytes | None] = queue.Queue()
+        """What the first process says; None where it is gone."""
         door = threading.Barrier(2)
 
         def hand(end: Any, buffer: bytearray, timeout: timedelta | None) -> None:
@@ -73,9 +74,12 @@ class Pair:
                 if isinstance(end, Lead):
                     if self.error is not None:
                         raise RuntimeError("Connection closed by peer")
-                    told.put(bytes(buffer))
-                else:
-                    buffer[:] = told.get(timeout=30)
+                    self.told.put(bytes(buffer))
+                    return
+                said = self.told.get(timeout=30)
+                if said is None:
+                    raise RuntimeError("Connection closed by peer")
+                buffer[:] = said
 
         def meet(end: Any) -> None:
             with end._reaching():
@@ -117,8 +121,13 @@ class Pair:
     def end(self) -> None:
         """The end of both, without an error."""
         self.lead.end()
+        self.join()
+        assert self.error is None
+
+    def join(self) -> None:
+        """Waits until the follower has ended."""
         self._follower.join(30)
-        assert not self._follower.is_alive() and self.error is None
+        assert not self._follower.is_alive()
 
     def check(self) -> None:
         """Both have made the same passes and ended."""
@@ -309,6 +318,31 @@ def _failing(adapter: ModelAdapter) -> float:
 
 def _n_layers(adapter: ModelAdapter) -> int:
     return adapter.n_layers
+
+
+class GoneStore:
+    def check(self, _: Any) -> bool:
+        raise RuntimeError("Connection reset by peer")
+
+
+@pytest.mark.parametrize("first", ["has left", "is lost", "is lost with the store"])
+def test_a_process_ends_in_order_only_where_the_first_has(
+    monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(wire, "_leave", codes.append)
+    pair = Pair(monkeypatch)
+    if first == "has left":
+        pair.lead.leave()
+    elif first == "is lost with the store":
+        monkeypatch.setattr(wire, "default_store", GoneStore)
+    pair.told.put(None)
+    pair.join()
+    if first == "has left":
+        assert codes == [0] and pair.error is None
+    else:
+        assert codes == [] and isinstance(pair.error, MechanexError)
+        assert "can't be reached" in str(pair.error)
 
 
 def test_what_is_shared_is_sent_once_and_let_go(pair: Pair) -> None:

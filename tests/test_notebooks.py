@@ -94,7 +94,11 @@ def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
 def test_a_notebook_of_a_real_model_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MECHANEX_HOME", os.environ["MECHANEX_REAL_HOME"])
     notebook = executed(path, tmp_path)
-    steered = "".join(
-        output.get("text", "") for cell in notebook.cells[-6:] for output in cell.get("outputs", [])
-    )
-    assert "aye" in steered.lower()
+    said = [
+        line
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        for line in output.get("text", "").splitlines()
+        if line.startswith("  steered: ")
+    ]
+    assert len(said) == 4 and sum("matey" in line or " ye " in line.lower() for line in said) >= 3

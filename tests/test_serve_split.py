@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -55,12 +56,31 @@ def options(vectors: Path) -> list[str]:
 def split(tmp_path_factory: pytest.TempPathFactory, options: list[str]) -> Iterator[ServerProcess]:
     with serving("--tp", *options, home=tmp_path_factory.mktemp("split"), start=START) as running:
         yield running
+        os.kill(of_rank(running, 0), signal.SIGTERM)
+        assert ended(running, 60) == 0, running.output()
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, options: list[str]) -> Iterator[ServerProcess]:
     with serving(*options, home=tmp_path_factory.mktemp("whole")) as running:
         yield running
+
+
+def of_rank(server: ServerProcess, rank: int) -> int:
+    """The id of a process that torchrun has started."""
+    parent = server.process.pid
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"there is no process {rank}")
+
+
+def ended(server: ServerProcess, seconds: float) -> int:
+    """The exit code of a server that ends by itself; torchrun's is 0 only where that of each process is."""
+    try:
+        return server.process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"the server has not ended in {seconds} s:\n{server.output()}") from None
 
 
 def asked(server: ServerProcess, path: str, body: Any, status: int = 200) -> Any:
@@ -296,22 +316,12 @@ def test_silence_ends_nothing(split: ServerProcess, whole: ServerProcess) -> Non
     check_same(*(asked(one, "/v1/completions", GREEDY | steered(1)) for one in (split, whole)))
 
 
-def of_rank(server: ServerProcess, rank: int) -> int:
-    """The id of a process that torchrun has started."""
-    parent = server.process.pid
-    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            return int(child)
-    raise AssertionError(f"there is no process {rank}")
-
-
 @pytest.mark.ci
 def test_sigterm_ends_all_processes(tmp_path: Path) -> None:
-    """torchrun's exit code is 0 only where that of each process is."""
     with serving("--tp", home=tmp_path, start=START) as running:
         asked(running, "/v1/completions", GREEDY | {"prompt": PROMPT})
         os.kill(of_rank(running, 0), signal.SIGTERM)
-        assert running.process.wait(60) == 0, running.output()
+        assert ended(running, 60) == 0, running.output()
         assert "Traceback" not in running.output() and running.output().count("Serving mx-tiny") == 1
 
 
@@ -319,7 +329,7 @@ def test_sigterm_ends_all_processes(tmp_path: Path) -> None:
 def test_a_process_that_is_killed_ends_the_server(tmp_path: Path) -> None:
     with serving("--tp", home=tmp_path, start=START) as running, streaming(running, ENDLESS):
         os.kill(of_rank(running, 1), signal.SIGKILL)
-        assert running.process.wait(30) != 0
+        assert ended(running, 30) != 0
         assert "Error: another process of the split model can't be reached" in running.output()
 
 
@@ -334,7 +344,7 @@ def test_sigterm_ends_all_processes_in_the_midst_of_a_pass(ranks: str, tmp_path:
             stuck.touch()
             until(lambda: stuck.read_text() == "begun")
             os.kill(of_rank(running, 0), signal.SIGTERM)
-            assert running.process.wait(40) == 0, running.output()
+            assert ended(running, 40) == 0, running.output()
         assert "Traceback" not in running.output()
 
 
@@ -346,7 +356,7 @@ def test_a_thread_of_the_model_that_fails_ends_all_processes_with_an_error(tmp_p
         failing.touch()
         status, _, answer = call(running, "POST", "/v1/completions", GREEDY | {"prompt": PROMPT})
         assert status == 503 and "model thread has failed" in str(answer)
-        assert running.process.wait(60) != 0
+        assert ended(running, 60) != 0
         assert "Error: the model's thread has failed" in running.output()
 
 

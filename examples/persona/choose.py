@@ -1,10 +1,11 @@
-"""What a persona is fitted to and with, tried on questions that nothing else asks.
+"""What a persona is fitted to and with, tried on questions that ``persona.py`` doesn't ask.
 
     python examples/persona/choose.py --persona legal --opening "As a lawyer, I" --opening "Pursuant to the contract,"
     python examples/persona/choose.py --persona legal --layers 10 --layers 6,8,10,12 --norm 12 --norm 24
 
-Prints each setting's share of answers in the persona, less the repetition in them, and their perplexity beside that of
-the system prompt's answers; and of those at most twice as improbable as these, the best.
+Prints each setting's share of answers in the persona, the repetition in them, and their perplexity beside that of the
+system prompt's answers; and of those at most twice as improbable as these, the one whose share less its repetition is
+largest.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 from dataclasses import dataclass, replace
 from itertools import product
 
-from persona import TEMPERATURE, asked_for, chats_of, fading, fitted, perplexity
+from persona import TEMPERATURE, asked_for, chats_of, fading, fitted, opening_of, perplexity
 from personas import PERSONAS, Persona
 
 from mechanex.engine.datasets import Prompt
@@ -52,7 +53,7 @@ QUESTIONS = (
     "What is the largest planet?",
 )
 STRENGTHS = (0.85, 1.0, 1.15)
-AFTER = (0.0, 0.15, 0.3, 1.0)
+AFTER = (0.0, 0.15, 0.3, 0.5)
 MOST = 2.0
 OPTIONS = Options(max_tokens=48, seed=0, temperature=TEMPERATURE)
 
@@ -95,10 +96,9 @@ def tried(
     """
     adapter = adapter_for(loaded.model)
     settings = [replace(persona, strength=strength, after=after) for strength in STRENGTHS for after in AFTER]
-    vector = fitted(loaded, persona, chats)
+    vector, opening = fitted(loaded, persona, chats), opening_of(loaded, chats)
     plans = [
-        edited_by(adapter, fading(loaded, vector, chats, one.after), strength=one.strength)
-        for one in settings
+        edited_by(adapter, fading(vector, opening, one.after), strength=one.strength) for one in settings
     ]
     written = write(adapter, loaded.tokenizer, as_chats(QUESTIONS, loaded.tokenizer), plans, OPTIONS)
     return [
@@ -121,7 +121,9 @@ def main() -> None:
     parser.add_argument("--persona", choices=sorted(PERSONAS), default="pirate")
     parser.add_argument("--chats", type=int, default=4, choices=range(1, 5), help="how many it is made from")
     parser.add_argument(
-        "--opening", action="append", help="of every chat's answer, in place of its own; repeated"
+        "--opening",
+        action="append",
+        help="of every chat's answer, in place of its own; a line break is a real one, $'…\\n…' in bash; repeated",
     )
     parser.add_argument(
         "--layers",

@@ -83,19 +83,20 @@ def fitted(loaded: LoadedModel, persona: Persona, chats: list[TrainingDatapoint]
     )
 
 
-def fading(
-    loaded: LoadedModel, vector: SteeringVector, chats: list[TrainingDatapoint], after: float
-) -> SteeringVector:
-    """A vector that has its whole strength for as many tokens of an answer as the chats' openings have.
+def opening_of(loaded: LoadedModel, chats: list[TrainingDatapoint]) -> int:
+    """How many tokens the chats' openings have at most."""
+    return max(len(encode_pair(loaded.tokenizer, one.prompt, one.dst_completions[0])[1]) for one in chats)
+
+
+def fading(vector: SteeringVector, opening: int, after: float) -> SteeringVector:
+    """A vector that has its whole strength for an opening's tokens.
 
     Args:
-        loaded: the model.
-        vector: fitted to the chats.
-        chats: each with one opening.
+        vector: with its whole strength at every token.
+        opening: how many tokens it has.
         after: what multiplies the strength from there on.
     """
-    openings = [encode_pair(loaded.tokenizer, one.prompt, one.dst_completions[0])[1] for one in chats]
-    return vector.scheduled([1.0] * max(map(len, openings)) + [after])
+    return vector.scheduled([1.0] * opening + [after])
 
 
 def asked_for(
@@ -118,8 +119,19 @@ def perplexity(loaded: LoadedModel, prompts: list[Prompt], texts: list[str]) -> 
     return math.exp(-float(sums.sum() / counts.sum()))
 
 
+def after_opening(loaded: LoadedModel, text: str, opening: int) -> str:
+    """A text without as many tokens as the chats' openings have, which the vector may have learned by heart."""
+    ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return str(loaded.tokenizer.decode(ids[opening:]))
+
+
 def judged(
-    loaded: LoadedModel, persona: Persona, vector: SteeringVector, args: argparse.Namespace, out: Path
+    loaded: LoadedModel,
+    persona: Persona,
+    vector: SteeringVector,
+    opening: int,
+    args: argparse.Namespace,
+    out: Path,
 ) -> dict[str, Any]:
     """Texts of questions that were in no chat, with what they show and cost."""
     options = Options(max_tokens=args.max_tokens, seed=0, temperature=TEMPERATURE)
@@ -148,12 +160,17 @@ def judged(
     own = perplexity(loaded, system_prompts, [one.text for one in prompted])
     return {
         "shows": report.effects["persona"].steered.value,
+        "shows after the opening": sum(
+            persona.shows(after_opening(loaded, text, opening)) for text in steered
+        )
+        / len(steered),
         "plain shows": report.effects["persona"].plain.value,
         "prompted shows": sum(persona.shows(one.text) for one in prompted) / len(prompted),
         "classifier": sum(alike(text) > 0.5 for text in steered) / len(steered),
         "perplexity under the system prompt": perplexity(loaded, system_prompts, steered),
         "prompted perplexity": own,
         "repetition": report.repetition.steered.value,
+        "plain repetition": report.repetition.plain.value,
         "ability": None
         if report.ability is None
         else [report.ability.plain.value, report.ability.steered.value],
@@ -183,13 +200,14 @@ def main() -> None:
     loaded = load(args.model, backend="transformers", dtype="float32")
     args.out.mkdir(parents=True, exist_ok=True)
     made = args.out / f"{args.persona}.safetensors"
+    chats = chats_of(args.persona, args.chats)
+    opening = opening_of(loaded, chats)
     if args.again:
         vector = SteeringVector.load(made)
     else:
-        chats = chats_of(args.persona, args.chats)
-        vector = fading(loaded, fitted(loaded, persona, chats), chats, persona.after)
+        vector = fading(fitted(loaded, persona, chats), opening, persona.after)
         vector.save(made)
-    figures = judged(loaded, persona, vector, args, args.out / f"{args.persona}.html")
+    figures = judged(loaded, persona, vector, opening, args, args.out / f"{args.persona}.html")
     (args.out / f"{args.persona}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print()
     for name, figure in figures.items():

@@ -31,7 +31,8 @@ _FAILING = timedelta(seconds=10)  # from a pass's failure here to that in the fi
 def follow(adapter: ModelAdapter, led: Led) -> None:
     """Does with the model what the first process does with its part, until that ends.
 
-    Ctrl-C and SIGTERM, which all processes of a job get, are the first one's to answer meanwhile.
+    Ctrl-C and SIGTERM, which all processes of a job get, are the first one's to answer meanwhile. Where that ends while
+    the model is at work, so does this process, with exit code 0.
 
     Args:
         adapter: this process's part.
@@ -41,11 +42,17 @@ def follow(adapter: ModelAdapter, led: Led) -> None:
         MechanexError: the first process is gone, or something is done here in another way than there.
     """
     try:
-        with _deaf(), led.ending_with_first(), exclusive(adapter):
-            _Follower(adapter, led).until("end")
+        with (
+            _deaf(),
+            led.ending_with_first(),
+            exclusive(adapter),
+            contextlib.closing(_Follower(adapter, led)) as follower,
+        ):
+            follower.until("end")
     except Parted as error:
         if not led.first_has_left:
             raise MechanexError(str(error)) from error
+        _logger.info("the first process has ended in the midst of work, and so does this one: %s", error)
         led.leave()
 
 
@@ -60,6 +67,11 @@ class _Follower:
         self._decoder: LedDecoder
         self._decoding = contextlib.ExitStack()
         self._ready = False  # whether the model is in the state in which it decodes
+
+    def close(self) -> None:
+        """Leaves the model as it was before it decoded."""
+        self._decoding.close()
+        self._ready = False
 
     def until(self, *ends: str) -> str:
         """Does what is said, until one of these words."""
@@ -154,8 +166,7 @@ class _Follower:
 
     def _do_detach(self) -> None:
         self._decoder.detach()
-        self._decoding.close()
-        self._ready = False
+        self.close()
 
     def _do_work(self, work: Callable[[ModelAdapter], Any], pauses: bool, pass_tokens: int | None) -> None:
         with pausing(self._pause, pass_tokens) if pauses else contextlib.nullcontext():

@@ -47,7 +47,7 @@ MEETING = timedelta(seconds=30)  # that the first waits for the others where all
 _LOOK = 1.0  # seconds from one look to the next whether the first process has left
 _TIME_TO_END = 5.0  # seconds that a process then has to end by itself
 _LEFT = "mechanex/first has left"  # in the job's store
-_STORE_GONE = RuntimeError  # what torch raises where whoever keeps the store is gone; it has no narrower type
+_STORE_GONE = RuntimeError  # what torch raises where whoever keeps the store is gone, or a subclass of it
 _HEAD = 2048  # bytes that every message has; most have no more
 
 _SHARED = (Row, Edit, Varying, PromptCondition, Behavior, SparseAutoencoder)
@@ -86,7 +86,8 @@ class _Wire:
         try:
             yield
         except RuntimeError as error:  # what torch raises has no narrower type
-            _leave_at_exit(1)
+            atexit.unregister(_leave)
+            atexit.register(_leave, 1)
             raise Parted(
                 "another process of the split model can't be reached: it was ended, is stuck, or its machine is gone; "
                 f"the server ends. ({str(error).splitlines()[0][:200]})"
@@ -281,8 +282,8 @@ class Led(_Wire):
             return False
 
     def leave(self) -> None:
-        """Has this process end in order, as the first one did, though that can't be reached any more."""
-        _leave_at_exit(0)
+        """Ends this process in order, as the first one has ended, though that can't be reached any more."""
+        _leave(0)
 
     @contextmanager
     def ending_with_first(self) -> Iterator[None]:
@@ -319,12 +320,6 @@ class Led(_Wire):
 
 def _first_has_left() -> bool:
     return bool(default_store().check([_LEFT]))
-
-
-def _leave_at_exit(code: int) -> None:
-    """Has the process end with ``_leave``, by this exit code, once it has come to its end."""
-    atexit.unregister(_leave)
-    atexit.register(_leave, code)
 
 
 def _leave(code: int) -> None:
