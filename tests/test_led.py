@@ -331,6 +331,7 @@ def test_a_process_ends_in_order_only_where_the_first_has(
 ) -> None:
     codes: list[int] = []
     monkeypatch.setattr(wire, "_leave", codes.append)
+    monkeypatch.setattr(wire, "_LOOK", 60.0)  # no watcher is to come first
     pair = Pair(monkeypatch)
     if first == "has left":
         pair.lead.leave()
